@@ -1,0 +1,1 @@
+"""The commands: thin argparse wrappers around the Python API."""

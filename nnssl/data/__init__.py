@@ -1,0 +1,1 @@
+"""From raw images to boxes of preprocessed voxels."""

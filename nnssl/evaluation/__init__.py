@@ -1,0 +1,1 @@
+"""Does pretraining help: metrics, probes, benchmarks and reports."""

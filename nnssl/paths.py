@@ -1,0 +1,70 @@
+"""nnU-Net's three folders, resolved when they are used.
+
+nnssl reads and writes where nnU-Net does, so every command takes the environment variables ``nnUNet_raw``,
+``nnUNet_preprocessed`` and ``nnUNet_results``. One that is not set becomes a folder below ``./nnssl_workspace``
+and is put into the environment, so that nnU-Net code of the same process finds the same place.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnssl.errors import UserError
+
+VARIABLES = {"raw": "nnUNet_raw", "preprocessed": "nnUNet_preprocessed", "results": "nnUNet_results"}
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where raw data sets, preprocessed data sets and results lie."""
+
+    raw: Path
+    preprocessed: Path
+    results: Path
+
+
+def resolve_folders(say: Callable[[str], None] | None = None) -> Folders:
+    """Return nnU-Net's folders, falling back to ``./nnssl_workspace`` for each variable that is not set.
+
+    Args:
+        say: called with one line for each folder that was not set; None to stay silent.
+
+    Returns:
+        The three folders as absolute paths; ``preprocessed`` and ``results`` exist and can be written to.
+
+    Raises:
+        UserError: a folder cannot be made or written to.
+    """
+    folders = {}
+    for name, variable in VARIABLES.items():
+        value = os.environ.get(variable)
+        if not value:
+            folder = Path.cwd() / "nnssl_workspace" / name
+            os.environ[variable] = str(folder)
+            if say is not None:
+                say(f"{variable} is not set: using {folder}")
+        else:
+            folder = Path(value).expanduser().absolute()
+        if name != "raw" or not value:
+            make_writable(folder)
+        folders[name] = folder
+    return Folders(**folders)
+
+
+def make_writable(folder: Path) -> Path:
+    """Make a folder if it is missing and check that files can be made in it.
+
+    Raises:
+        UserError: the folder cannot be made or is not writable.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".nnssl_write_test_{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot write there ({error.strerror}); choose a folder that you may write to"
+        ) from error
+    return folder

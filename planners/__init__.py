@@ -1,0 +1,1 @@
+"""What the data dictates: fingerprint, plan and planners."""

@@ -1,0 +1,1 @@
+"""What runs: subclasses of nnU-Net's trainer."""
