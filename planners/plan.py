@@ -1,0 +1,172 @@
+"""The plan: a valid nnU-Net plans file with one more section, ``pretext``.
+
+Stock nnU-Net reads everything outside ``pretext``; nnssl reads its own decisions from it. Axes are in the order of the
+preprocessed arrays (after ``transpose_forward``): z, y, x, or y, x in 2D. Lengths in mm carry ``_mm``, in voxels ``_vox``.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from nnssl.errors import UserError
+from nnssl.files import read_json, write_json
+from nnssl.schema import STRICT, parse
+
+SCHEMA_VERSION = 1
+PLANS_NAME = "nnsslPlans"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One choice of the planner and why it was made."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    configuration: str
+    """Name of the configuration, or ``"data set"`` for what all of them share."""
+    what: str
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class TokenGrid:
+    """How a feature map of the encoder is cut into tokens for a transformer."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    stage: int
+    """Encoder stage whose feature map gives the tokens; 0 is full resolution. One position is one token."""
+    grid: tuple[int, ...]
+    """Tokens per axis for the plan's patch."""
+    size_vox: tuple[int, ...]
+    size_mm: tuple[float, ...]
+    mask_block: tuple[int, ...]
+    """Tokens per axis that are masked together."""
+
+
+@dataclass(frozen=True)
+class StageSchedule:
+    """How long one pretext stage runs and on how many patches at once."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    batch_size: int
+    """Patches per step over all processes; each gives as many views as the method makes."""
+    epochs: int
+    iterations_per_epoch: int
+    warmup_epochs: int
+
+
+@dataclass(frozen=True)
+class PretextConfiguration:
+    """What the pretext methods take from the data for one configuration of the plan."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    case_folder: str
+    """Folder of the preprocessed cases, below the data set's folder in ``nnUNet_preprocessed``."""
+    patch_size: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    thick_axis: int | None
+    """Axis treated apart because its slices are thick, None if there is none."""
+    crop_fraction: tuple[float, float]
+    """Least and largest share of the patch's volume (area in 2D) that a random crop covers."""
+    crop_overlap: float
+    """Share of the smaller of two crops that both crops have in common on average."""
+    rotation_deg: tuple[float, ...]
+    """Largest rotation about each axis; a single angle in 2D. 0 where rotation is not allowed."""
+    flip_axes: tuple[int, ...]
+    intensity_views: tuple[str, ...]
+    """Names of the intensity changes that suit the modality."""
+    tokens: TokenGrid | None
+    """None without a transformer."""
+    queue_length: int
+    """Keys that a momentum-contrast queue holds."""
+    teacher_momentum: float
+    schedules: dict[str, StageSchedule]
+    """By stage, named ``method.stage``."""
+
+
+@dataclass(frozen=True)
+class Pretext:
+    """The ``pretext`` section of a plan."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    schema_version: int
+    nnssl_version: str
+    preset: str
+    memory_target_gb: float
+    like: str | None
+    """Plans file of nnU-Net that this plan was built around, None for a plan from the data alone."""
+    modalities: tuple[str, ...]
+    """Per channel: ``CT`` or what the data set calls it."""
+    num_cases: int
+    """Usable cases."""
+    configurations: dict[str, PretextConfiguration]
+    decisions: tuple[Decision, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A plans file as nnU-Net sees it and nnssl's section of it."""
+
+    nnunet: dict[str, Any]
+    """The whole file, ``pretext`` included."""
+    pretext: Pretext
+
+    @property
+    def dataset_name(self) -> str:
+        """Name of the data set, ``DatasetXXX_Name``."""
+        return self.nnunet["dataset_name"]
+
+    @property
+    def name(self) -> str:
+        """Identifier of the plan: its file name without ``.json``."""
+        return self.nnunet["plans_name"]
+
+    def configuration(self, name: str) -> PretextConfiguration:
+        """Return nnssl's section of one configuration.
+
+        Raises:
+            UserError: the plan has no such configuration; names those it has.
+        """
+        if name not in self.pretext.configurations:
+            known = ", ".join(sorted(self.pretext.configurations))
+            raise UserError(f"plan {self.name} of {self.dataset_name} has no configuration {name!r}; it has {known}")
+        return self.pretext.configurations[name]
+
+
+def plan_from_dict(content: Any, source: str) -> Plan:
+    """Check the content of a plans file and return it as a Plan.
+
+    Args:
+        content: the parsed JSON.
+        source: path or name, for the error message.
+
+    Raises:
+        UserError: there is no ``pretext`` section (a plain nnU-Net plan), it is of another schema version, or a key is
+            wrong.
+    """
+    if not isinstance(content, dict) or "pretext" not in content:
+        raise UserError(f"{source}: has no 'pretext' section, so it is no plan of nnssl; run nnssl_plan_and_preprocess")
+    version = content["pretext"].get("schema_version") if isinstance(content["pretext"], dict) else None
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"{source}: pretext.schema_version is {version}, this nnssl reads {SCHEMA_VERSION}; "
+            "run nnssl_plan_and_preprocess again"
+        )
+    return Plan(nnunet=content, pretext=parse(Pretext, content["pretext"], f"{source}: pretext"))
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plans file of nnssl; raises UserError as ``plan_from_dict`` does."""
+    return plan_from_dict(read_json(path, "plan"), str(path))
+
+
+def write_plan(path: Path, nnunet: dict[str, Any], pretext: Pretext) -> Plan:
+    """Write a plans file: nnU-Net's content with nnssl's section, atomically, and return it as read back."""
+    content = {**nnunet, "pretext": asdict(pretext)}
+    write_json(path, content)
+    return read_plan(path)
