@@ -1,17 +1,13 @@
 """What all tests share: axis names are checked, and real data is found through NNSSL_TEST_DATA."""
 
-from jaxtyping import install_import_hook
-
-with install_import_hook(["nnssl.losses", "nnssl.views", "nnssl.networks", "nnssl.methods"], "beartype.beartype"):
-    import nnssl.losses
-    import nnssl.networks
-    import nnssl.views  # noqa: F401  the hook stays active for the submodules only inside this block
-
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+install_import_hook(["nnssl.losses", "nnssl.views", "nnssl.networks", "nnssl.methods"], "beartype.beartype")
 
 torch.set_num_threads(2)
 
