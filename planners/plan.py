@@ -46,6 +46,19 @@ class TokenGrid:
 
 
 @dataclass(frozen=True)
+class TransformerSize:
+    """Size of the transformer of a hybrid network."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    width: int
+    depth: int
+    heads: int
+    decoder_depth: int
+    """Blocks of the token decoder that a generative stage puts on it."""
+
+
+@dataclass(frozen=True)
 class StageSchedule:
     """How long one pretext stage runs and on how many patches at once."""
 
@@ -81,6 +94,7 @@ class PretextConfiguration:
     """Names of the intensity changes that suit the modality."""
     tokens: TokenGrid | None
     """None without a transformer."""
+    transformer: TransformerSize | None
     queue_length: int
     """Keys that a momentum-contrast queue holds."""
     teacher_momentum: float

@@ -1,0 +1,111 @@
+"""The index of pretext methods. Nothing heavy is imported here: the commands list the methods before torch is needed."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Any
+
+from nnssl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One pretext stage of a method.
+
+    Attributes:
+        name: ``method.stage``; names the schedule in the plan and the section in ``run.json``.
+        trainer: class in ``trainers.pretext``; names the results folder, as nnU-Net users expect.
+        implementation: ``module:class`` of the method protocol's implementation.
+        encoder_graphs: passes through the encoder per patch that keep a graph, for the planner's batch size.
+        encoder_passes: passes through the encoder per patch without a graph.
+        decoder_graphs: passes through the decoder per patch that keep a graph.
+        useful_batch: batch size below which the planner warns; 1 where the batch does not matter.
+    """
+
+    name: str
+    trainer: str
+    implementation: str
+    encoder_graphs: float
+    encoder_passes: float
+    decoder_graphs: float
+    useful_batch: int
+
+    def load(self) -> Any:
+        """Import and return the class that implements the stage."""
+        module, name = self.implementation.split(":")
+        return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A pretext method: its stages in order, and the configurations that have the backbone it needs.
+
+    Attributes:
+        name: as in ``nnssl_pretrain -m``.
+        title: one line for lists.
+        source: the paper.
+        backbone: what it needs, in words.
+        configurations: names of the plan's configurations that have it, the default first.
+        stages: run in this order; each starts from the weights of the one before.
+    """
+
+    name: str
+    title: str
+    source: str
+    backbone: str
+    configurations: tuple[str, ...]
+    stages: tuple[Stage, ...]
+
+
+METHODS = {
+    "reprec": Method(
+        name="reprec",
+        title="Representation Recovering: momentum contrast, then masked recovery of features",
+        source="Yan et al., Representation Recovering for Self-Supervised Pre-training on Medical Images, WACV 2023",
+        backbone="a convolutional U-Net with a transformer (hybrid)",
+        configurations=("3d_fullres_hybrid", "2d_hybrid"),
+        stages=(
+            Stage(
+                name="reprec.contrastive",
+                trainer="RepRecContrastiveTrainer",
+                implementation="nnssl.methods.reprec:RepRecContrastive",
+                encoder_graphs=1,
+                encoder_passes=1,
+                decoder_graphs=0,
+                useful_batch=8,
+            ),
+            Stage(
+                name="reprec.generative",
+                trainer="RepRecGenerativeTrainer",
+                implementation="nnssl.methods.reprec:RepRecGenerative",
+                encoder_graphs=0,
+                encoder_passes=1,
+                decoder_graphs=0,
+                useful_batch=1,
+            ),
+        ),
+    ),
+}
+
+
+def find_method(name: str) -> Method:
+    """Return a method by name.
+
+    Raises:
+        UserError: there is no such method; names those there are.
+    """
+    if name not in METHODS:
+        raise UserError(f"there is no method {name!r}; nnssl has {', '.join(sorted(METHODS))}")
+    return METHODS[name]
+
+
+def find_stage(name: str) -> tuple[Method, Stage]:
+    """Return a stage and the method that it belongs to by the stage's name, ``method.stage``.
+
+    Raises:
+        UserError: there is no such stage.
+    """
+    for method in METHODS.values():
+        for stage in method.stages:
+            if stage.name == name:
+                return method, stage
+    raise UserError(f"there is no pretext stage {name!r}")

@@ -1,0 +1,115 @@
+"""Settings of a stage, resolved once from three origins: method defaults (paper), plan (data), command line (user)."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
+from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from nnssl.errors import UserError
+from nnssl.schema import STRICT
+
+S = TypeVar("S")
+
+ORIGINS = ("method default", "plan", "command line")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How a stage is optimised; every stage's settings hold one as ``training``."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    epochs: int
+    iterations_per_epoch: int
+    batch_size: int
+    """Patches per step over all processes."""
+    optimizer: Literal["sgd", "adamw"]
+    base_learning_rate: float
+    """Learning rate for a batch of 256; the rate used is this times batch_size / 256 (linear scaling)."""
+    momentum: tuple[float, float]
+    """AdamW's two betas; SGD's momentum is the first."""
+    weight_decay: float
+    learning_rate_schedule: Literal["step", "cosine", "constant"]
+    """``step``: times 0.1 at 60 % and at 80 % of the epochs; ``cosine``: to 0 at the end."""
+    warmup_epochs: int
+    gradient_clip: float
+    """Largest norm of the gradient."""
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole stage."""
+        return self.epochs * self.iterations_per_epoch
+
+    @property
+    def learning_rate(self) -> float:
+        """Largest learning rate of the run."""
+        return self.base_learning_rate * self.batch_size / 256
+
+
+def resolve_settings(defaults: S, from_plan: dict[str, Any], overrides: Sequence[str]) -> tuple[S, dict[str, str]]:
+    """Merge a stage's settings from their three origins; later ones win.
+
+    Args:
+        defaults: the stage's settings with the paper's numbers; a frozen dataclass with a field ``training``.
+        from_plan: values that the plan decides, by key.
+        overrides: ``key=value`` as typed. A key is a field of the settings or of their ``training``.
+
+    Returns:
+        The settings, and the origin of every value by key.
+
+    Raises:
+        UserError: a key is unknown (the valid ones are listed), a value has the wrong type, or ``=`` is missing.
+    """
+    origins = dict.fromkeys(_keys(defaults), ORIGINS[0])
+    settings = defaults
+    for key, value in from_plan.items():
+        settings = _replace(settings, key, value)
+        origins[key] = ORIGINS[1]
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise UserError(f"--set {override}: write it as key=value")
+        if key not in origins:
+            raise UserError(f"--set {override}: there is no setting {key!r}; the settings are {', '.join(sorted(origins))}")
+        settings = _replace(settings, key, _parse(settings, key, text))
+        origins[key] = ORIGINS[2]
+    return settings, origins
+
+
+def describe_settings(settings: Any, origins: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """Return ``{key: {"value", "origin"}}`` for ``run.json``."""
+    flat = {**asdict(settings), **asdict(settings.training)}
+    return {key: {"value": flat[key], "origin": origins[key]} for key in _keys(settings)}
+
+
+def _keys(settings: Any) -> list[str]:
+    own = [field.name for field in fields(settings) if field.name != "training"]
+    return own + [field.name for field in fields(settings.training)]
+
+
+def _owner(settings: Any, key: str) -> Any:
+    return settings if key in {field.name for field in fields(settings)} else settings.training
+
+
+def _replace(settings: S, key: str, value: Any) -> S:
+    if _owner(settings, key) is settings:
+        return replace(settings, **{key: value})  # type: ignore[type-var]
+    training = settings.training  # type: ignore[attr-defined]
+    return replace(settings, training=replace(training, **{key: value}))  # type: ignore[type-var]
+
+
+def _parse(settings: Any, key: str, text: str) -> Any:
+    owner = _owner(settings, key)
+    assert is_dataclass(owner)
+    hint = get_type_hints(type(owner))[key]
+    adapter: TypeAdapter[Any] = TypeAdapter(hint)
+    if "tuple" in str(hint) and not text.startswith("["):
+        text = f"[{text}]"
+    for attempt in (text, f'"{text}"', text.lower()):
+        try:
+            return adapter.validate_json(attempt, strict=True)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"]
+    name = getattr(hint, "__name__", str(hint)) if "[" not in str(hint) else str(hint)
+    raise UserError(f"--set {key}={text}: {problem[0].lower() + problem[1:]} (a {name.replace('typing.', '')} is wanted)")

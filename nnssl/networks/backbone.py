@@ -1,0 +1,60 @@
+"""The network of a plan, built the way nnU-Net builds it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from torch import nn
+
+from nnssl.draws import draw_seed
+from nnssl.errors import UserError
+
+
+def build_network(architecture: dict[str, Any], channels: int, num_classes: int, seed: int) -> nn.Module:
+    """Build the network that a plan's configuration names, with a seeded initialisation.
+
+    Args:
+        architecture: the configuration's ``architecture`` (network_class_name, arch_kwargs, _kw_requires_import).
+        channels: of the input.
+        num_classes: outputs of the segmentation layer.
+        seed: of the initial weights; torch's global random state is left as it was.
+
+    Returns:
+        The network with deep supervision on, as nnU-Net trains it.
+
+    Raises:
+        UserError: the class cannot be imported.
+    """
+
+    def build() -> nn.Module:
+        return get_network_from_plans(
+            architecture["network_class_name"],
+            architecture["arch_kwargs"],
+            architecture["_kw_requires_import"],
+            channels,
+            num_classes,
+            allow_init=True,
+            deep_supervision=True,
+        )
+
+    try:
+        return seeded(build, seed, "network")
+    except ImportError as error:
+        raise UserError(
+            f"plan: network class {architecture['network_class_name']} cannot be imported; plan again"
+        ) from error
+
+
+def seeded(build: Callable[[], nn.Module], seed: int, purpose: str) -> nn.Module:
+    """Call a constructor under a seed that depends on (seed, purpose), leaving torch's random state as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(draw_seed(seed, purpose))
+        return build()
+
+
+def encoder_strides(architecture: dict[str, Any]) -> list[list[int]]:
+    """Return the stride per axis of every encoder stage, full resolution first."""
+    dim = len(architecture["arch_kwargs"]["kernel_sizes"][0])
+    strides = architecture["arch_kwargs"]["strides"]
+    return [list(stride) if isinstance(stride, (list, tuple)) else [stride] * dim for stride in strides]

@@ -1,0 +1,70 @@
+"""What pretext methods put on a network: projections and token decoders. They never leave with the weights."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nnssl.networks.hybrid import initialise_linear, transformer_blocks
+
+
+class PooledProjection(nn.Module):
+    """Global average pooling and a two-layer perceptron onto the unit sphere.
+
+    Source: He et al., MoCo, CVPR 2020 (pooling, 128 dimensions, unit norm); the hidden layer is MoCo v2's (Chen et al. 2020).
+
+    Args:
+        channels: of the feature map.
+        hidden: width of the hidden layer.
+        dimensions: of the embedding.
+    """
+
+    def __init__(self, channels: int, hidden: int, dimensions: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, dimensions))
+
+    def forward(self, feature_map: Float[Tensor, "batch channel *grid"]) -> Float[Tensor, "batch dimension"]:
+        """Return one embedding of unit norm per sample, in float32."""
+        pooled = feature_map.flatten(2).mean(dim=2)
+        return nn.functional.normalize(self.layers(pooled).float(), dim=1)
+
+
+class TokenDecoder(nn.Module):
+    """``D_t``: sees the encoded visible tokens and a learned token at every masked place, and predicts all of them.
+
+    Source: He et al., MAE, CVPR 2022, section 3; Yan et al., RepRec, WACV 2023, section 4.2.
+
+    Args:
+        encoder_width: of the encoded tokens.
+        width: of the decoder's tokens.
+        depth: number of blocks.
+        heads: of the attention.
+        channels: of what is predicted for each token.
+    """
+
+    def __init__(self, encoder_width: int, width: int, depth: int, heads: int, channels: int) -> None:
+        super().__init__()
+        self.width = width
+        self.embed = nn.Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.blocks = transformer_blocks(width, depth, heads)
+        self.predict = nn.Linear(width, channels)
+        initialise_linear(self)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self,
+        encoded: Float[Tensor, "batch visible encoder_width"],
+        visible: Int[Tensor, "batch visible"],
+        positions: Float[Tensor, "tokens width"],
+    ) -> Float[Tensor, "batch tokens channel"]:
+        """Return a prediction for every token.
+
+        Args:
+            encoded: the visible tokens as the encoder gives them.
+            visible: which token each of them is.
+            positions: embeddings of all places.
+        """
+        known = self.embed(encoded)
+        tokens = self.mask_token.to(known.dtype).expand(len(known), len(positions), -1)
+        tokens = tokens.scatter(1, visible[..., None].expand(-1, -1, self.width), known)
+        return self.predict(self.blocks(tokens + positions))

@@ -1,0 +1,142 @@
+"""The downstream nnU-Net plan that fits given weights: the plan they were pretrained with, moved to another data set.
+
+Patch size, spacing, normalisation and network stay as pretrained, so that the weights fit; the data set's name and reader
+become the target's. nnU-Net's own ``nnUNetv2_move_plans_between_datasets`` does the move. The result is a plain nnU-Net
+plan without nnssl's ``pretext`` section: that one describes the pretraining data.
+"""
+
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from nnssl.environment import variables
+from nnssl.errors import UserError
+from nnssl.files import read_json, write_json
+from nnssl.paths import Folders
+
+
+@dataclass(frozen=True)
+class AdoptedPlan:
+    """A plan in the target's preprocessed folder that fits the weights."""
+
+    name: str
+    """Name of the plans file without ``.json``; what ``-p`` of nnU-Net's commands takes."""
+    path: Path
+    content: dict[str, Any]
+
+
+def adopt_plan(
+    plan: Mapping[str, Any],
+    target_dataset: str,
+    folders: Folders,
+    say: Callable[[str], None],
+    plans_name: str | None = None,
+) -> AdoptedPlan:
+    """Write the plan of pretrained weights for a labelled data set.
+
+    The file keeps the plan's name if that is free for the target or holds the same plan already. Where another plan has
+    that name, the file is called ``<name>From<id of the pretraining data set>``. No file is ever overwritten.
+
+    Args:
+        plan: content of the plans file the weights were pretrained with.
+        target_dataset: name of the labelled data set, ``DatasetXXX_Name``.
+        folders: nnU-Net's folders.
+        say: called with one line about what was written.
+        plans_name: name of the file, to choose it oneself.
+
+    Returns:
+        The plan, written or found.
+
+    Raises:
+        UserError: the numbers of channels differ, the target has no ``dataset.json``, or other plans have all the names.
+    """
+    dataset_json = read_json(folders.raw / target_dataset / "dataset.json", "dataset.json of a labelled data set")
+    check_channels(plan, target_dataset, dataset_json)
+    names = [plans_name] if plans_name else [plan["plans_name"], _name_by_source(plan)]
+    (folders.preprocessed / target_dataset).mkdir(parents=True, exist_ok=True)
+    for name in dict.fromkeys(names):
+        path = folders.preprocessed / target_dataset / f"{name}.json"
+        content = moved_plan(plan, target_dataset, name)
+        if not path.exists():
+            write_json(path, content)
+            say(f"Plan {name} for {target_dataset}: that of {plan['dataset_name']}, written to {path}")
+            return AdoptedPlan(name, path, content)
+        existing = read_json(path, "plan")
+        if _without_pretext(existing) == content:
+            say(f"Plan {name} for {target_dataset}: there already and the same ({path})")
+            return AdoptedPlan(name, path, content)
+        say(f"Plan {name} for {target_dataset}: there is another one with this name, kept as it is ({path})")
+    raise UserError(
+        f"{path}: is another plan than the one these weights need; choose a free name with --plans-name, or delete the "
+        "file if it is no longer needed"
+    )
+
+
+def moved_plan(plan: Mapping[str, Any], target_dataset: str, name: str) -> dict[str, Any]:
+    """Return a plan as nnU-Net moves it to another data set, under a name, without nnssl's section.
+
+    Args:
+        plan: content of the source's plans file.
+        target_dataset: name of a raw data set; its ``dataset.json`` and first image decide the reader.
+        name: the plan's new name; with another name than before, the folders of preprocessed data get other names too.
+
+    Raises:
+        UserError: nnU-Net finds no reader or no image.
+    """
+    from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets import (
+        move_plans_between_datasets,
+    )
+
+    # nnU-Net moves files, unasked over what is there; it gets a folder of its own to do so. A source that is the target
+    # itself would be the same file.
+    with tempfile.TemporaryDirectory(prefix="nnssl_plan_") as folder:
+        source = Path(folder, "Dataset000_Source")
+        target = Path(folder, target_dataset)
+        source.mkdir()
+        target.mkdir()
+        write_json(source / f"{plan['plans_name']}.json", _without_pretext(plan))
+        try:
+            with variables(nnUNet_preprocessed=folder), redirect_stdout(StringIO()):
+                move_plans_between_datasets(source.name, target_dataset, plan["plans_name"], name)
+        except (RuntimeError, StopIteration, OSError) as error:
+            raise UserError(
+                f"{target_dataset}: nnU-Net cannot read its images ({error}); check imagesTr and file_ending in dataset.json"
+            ) from error
+        return read_json(target / f"{name}.json", "plan")
+
+
+def check_channels(plan: Mapping[str, Any], target_dataset: str, dataset_json: Mapping[str, Any]) -> None:
+    """Check that a data set has as many channels as a plan normalises.
+
+    Raises:
+        UserError: it has not, or its ``dataset.json`` names no channels or labels.
+    """
+    for key in ("channel_names", "labels", "file_ending"):
+        if key not in dataset_json:
+            raise UserError(f"{target_dataset}: dataset.json has no {key!r}, so it cannot be trained on; add it")
+    found = len(dataset_json["channel_names"])
+    # a configuration that inherits has no schemes of its own
+    planned = {
+        len(configuration["normalization_schemes"])
+        for configuration in plan["configurations"].values()
+        if "normalization_schemes" in configuration
+    }
+    if planned != {found}:
+        raise UserError(
+            f"{target_dataset}: has {found} channel(s) ({', '.join(dataset_json['channel_names'].values())}), but the weights "
+            f"were pretrained on {', '.join(map(str, sorted(planned)))} ({plan['dataset_name']}); take weights pretrained "
+            "on as many channels"
+        )
+
+
+def _name_by_source(plan: Mapping[str, Any]) -> str:
+    """``nnsslPlansFrom501`` for plan nnsslPlans of Dataset501_Name."""
+    return f"{plan['plans_name']}From{plan['dataset_name'].removeprefix('Dataset').split('_')[0]}"
+
+
+def _without_pretext(plan: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in plan.items() if key != "pretext"}

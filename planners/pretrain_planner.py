@@ -1,0 +1,237 @@
+"""Fingerprint and memory target -> plan.
+
+nnU-Net's own planner chooses spacing, axis order, normalisation, patch, topology and the batch of a supervised step; it is
+subclassed here for the inputs only (no labels, no ``dataset.json`` in the raw folder) so that its rules stay its own.
+What pretraining needs beyond that is in ``planners.pretext_rules``.
+"""
+
+import contextlib
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
+    nnUNetPlannerResEncL,
+    nnUNetPlannerResEncXL,
+)
+from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
+from nnunetv2.utilities.json_export import recursive_fix_for_json_export
+
+import nnssl
+from nnssl.data.raw import RawDataset
+from nnssl.errors import UserError
+from nnssl.files import read_json, write_json
+from nnssl.paths import Folders
+from planners.fingerprint import Fingerprint, nnunet_fingerprint
+from planners.plan import PLANS_NAME, SCHEMA_VERSION, Plan, Pretext, write_plan
+from planners.presets import Preset, find_preset
+from planners.pretext_rules import PretextRules
+
+CONVOLUTIONAL = ("2d", "3d_fullres")
+"""Configurations of nnU-Net that pretraining plans for; a hybrid one stands beside each."""
+
+
+class _WithoutLabels:
+    """What differs from nnU-Net's planners: where the inputs come from, and how the outputs are called."""
+
+    reader_name: str
+    plans_identifier: str
+
+    def determine_reader_writer(self) -> Any:
+        return recursive_find_reader_writer_by_name(self.reader_name)
+
+    def generate_data_identifier(self, configuration_name: str) -> str:
+        # nnU-Net's residual planners share the folder of nnUNetPlans; a plan with another spacing must not
+        return f"{self.plans_identifier}_{configuration_name}"
+
+
+class PretrainPlanner(_WithoutLabels, ExperimentPlanner):
+    """Plans a plain U-Net."""
+
+
+class PretrainPlannerResidualL(_WithoutLabels, nnUNetPlannerResEncL):
+    """Plans nnU-Net's residual encoder L."""
+
+
+class PretrainPlannerResidualXL(_WithoutLabels, nnUNetPlannerResEncXL):
+    """Plans nnU-Net's residual encoder XL."""
+
+
+PLANNERS: dict[str, type[ExperimentPlanner]] = {
+    "plain": PretrainPlanner,
+    "residual L": PretrainPlannerResidualL,
+    "residual XL": PretrainPlannerResidualXL,
+}
+
+
+def plan_pretraining(
+    dataset: RawDataset,
+    fingerprint: Fingerprint,
+    folders: Folders,
+    preset_name: str,
+    plans_name: str = PLANS_NAME,
+    like: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Plan:
+    """Plan the pretraining of a data set and write the plan.
+
+    The same fingerprint and arguments give the same plan, byte for byte.
+
+    Args:
+        dataset: the raw data set; its ``dataset.json`` content is written beside the plan, for nnU-Net.
+        fingerprint: of the usable cases.
+        folders: nnU-Net's folders; the plan goes to ``<preprocessed>/<data set>/<plans_name>.json``.
+        preset_name: memory target, a key of ``planners.presets.PRESETS``.
+        plans_name: identifier of the plan.
+        like: plans file of nnU-Net whose spacing, patch and networks are taken over; None to plan from the data.
+        say: called with lines for the user.
+
+    Returns:
+        The plan as read back from its file.
+
+    Raises:
+        UserError: ``like`` does not fit (channels, dimensions), the preset is unknown, or a file cannot be written.
+    """
+    preset = find_preset(preset_name)
+    names = {str(i): name for i, name in enumerate(fingerprint.channel_names)}
+    dataset_json = {**dataset.dataset_json, "channel_names": names}
+    if like is None:
+        nnunet, planner = _plan_from_data(dataset, dataset_json, fingerprint, preset, plans_name)
+        planned = nnunet["configurations"]
+        budgets = {name: _budget(planner, len(planned[name]["spacing"])) for name in planned}
+    else:
+        nnunet = _plan_like(like, dataset, fingerprint, plans_name)
+        budgets = {}
+    rules = PretextRules(fingerprint, preset, nnunet, len(dataset_json["channel_names"]), budgets, like, plans_name)
+    rules.decide()
+    pretext = Pretext(
+        schema_version=SCHEMA_VERSION,
+        nnssl_version=nnssl.__version__,
+        preset=preset_name,
+        memory_target_gb=preset.memory_gb,
+        like=None if like is None else f"{like.parent.name}/{like.name}",
+        modalities=fingerprint.modalities,
+        num_cases=len(fingerprint.cases),
+        configurations=rules.configurations,
+        decisions=tuple(rules.decisions),
+    )
+    folder = folders.preprocessed / dataset.name
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "dataset_fingerprint.json").exists():
+        write_json(folder / "dataset_fingerprint.json", _plain(nnunet_fingerprint(fingerprint)))
+    write_json(folder / "dataset.json", _plain(dataset_json))
+    path = folder / f"{plans_name}.json"
+    plan = write_plan(path, _plain(nnunet), pretext)
+    say(f"plan: {path}")
+    return plan
+
+
+def _plan_from_data(
+    dataset: RawDataset, dataset_json: dict[str, Any], fingerprint: Fingerprint, preset: Preset, plans_name: str
+) -> tuple[dict[str, Any], ExperimentPlanner]:
+    planner_class = PLANNERS[preset.encoder]
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with _staged(dataset, dataset_json, fingerprint), quiet:
+        with _without_warnings():
+            planner = planner_class(dataset.name, gpu_memory_target_in_gb=preset.memory_gb, plans_name=plans_name)
+        planner.reader_name = dataset.reader  # type: ignore[attr-defined]
+        planner.UNet_base_num_features = preset.base_features
+        planner.UNet_max_features_2d, planner.UNet_max_features_3d = preset.max_features
+        plans = planner.plan_experiment()
+    for name in ("3d_lowres", "3d_cascade_fullres"):
+        plans["configurations"].pop(name, None)
+    # nnU-Net looks this name up among its own planners
+    plans["experiment_planner_used"] = planner_class.__mro__[2].__name__
+    return _plain(plans), planner
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    import warnings
+
+    with warnings.catch_warnings():
+        # a memory target other than nnU-Net's own for its residual presets is intended here
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _staged(dataset: RawDataset, dataset_json: dict[str, Any], fingerprint: Fingerprint) -> Iterator[None]:
+    """Show nnU-Net's planner a data set with ``dataset.json`` and fingerprint in a temporary folder.
+
+    The raw folder may have no ``dataset.json`` and may be read-only, and nnU-Net's own fingerprint of a labelled data set
+    must not be overwritten: so nothing of the user's is touched.
+    """
+    paths = {case.name: [str(image) for image in case.images] for case in dataset.cases}
+    listed = {case.name: {"images": paths[case.name], "label": ""} for case in fingerprint.cases}
+    variables = ("nnUNet_raw", "nnUNet_preprocessed")
+    before = {name: os.environ.get(name) for name in variables}
+    with tempfile.TemporaryDirectory(prefix="nnssl_plan_") as folder:
+        stage = Path(folder) / "raw" / dataset.name
+        stage.mkdir(parents=True)
+        out = Path(folder) / "preprocessed" / dataset.name
+        out.mkdir(parents=True)
+        write_json(stage / "dataset.json", _plain({**dataset_json, "dataset": listed, "numTraining": len(listed)}))
+        write_json(out / "dataset_fingerprint.json", _plain(nnunet_fingerprint(fingerprint)))
+        try:
+            for name in variables:
+                os.environ[name] = str(Path(folder) / name.removeprefix("nnUNet_"))
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+def _budget(planner: ExperimentPlanner, dimensions: int) -> float:
+    """Feature values that fit into the memory target, by the rule nnU-Net sets its batch size with."""
+    reference = planner.UNet_reference_val_2d if dimensions == 2 else planner.UNet_reference_val_3d
+    batch = planner.UNet_reference_val_corresp_bs_2d if dimensions == 2 else planner.UNet_reference_val_corresp_bs_3d
+    return reference * batch * planner.UNet_vram_target_GB / planner.UNet_reference_val_corresp_GB
+
+
+def _plan_like(like: Path, dataset: RawDataset, fingerprint: Fingerprint, plans_name: str) -> dict[str, Any]:
+    """Take spacing, patch, normalisation and networks of an existing nnU-Net plan over to this data set."""
+    source = read_json(like, "nnU-Net plan")
+    if not isinstance(source, dict) or "configurations" not in source:
+        raise UserError(f"{like}: is no plans file of nnU-Net; run nnUNetv2_plan_and_preprocess for that data set first")
+    plans = deepcopy(source)
+    plans.pop("pretext", None)
+    kept = {name: plans["configurations"][name] for name in CONVOLUTIONAL if name in plans["configurations"]}
+    if not kept:
+        raise UserError(f"{like}: has none of the configurations {', '.join(CONVOLUTIONAL)}")
+    for name, configuration in kept.items():
+        channels = len(configuration["normalization_schemes"])
+        if channels != len(fingerprint.channel_names):
+            raise UserError(
+                f"{like}: plans for {channels} channels, {dataset.name} has {len(fingerprint.channel_names)}; "
+                "pretrain on images with the same channels"
+            )
+        configuration["data_identifier"] = f"{plans_name}_{name}"
+    spacings = np.array([case.spacing_mm for case in fingerprint.cases])[:, plans["transpose_forward"]]
+    shapes = np.array([case.shape_after_crop for case in fingerprint.cases])[:, plans["transpose_forward"]]
+    plans.update(
+        dataset_name=dataset.name,
+        plans_name=plans_name,
+        configurations=kept,
+        image_reader_writer=dataset.reader,
+        original_median_spacing_after_transp=[float(value) for value in np.median(spacings, axis=0)],
+        original_median_shape_after_transp=[round(float(value)) for value in np.median(shapes, axis=0)],
+    )
+    return plans
+
+
+def _plain(content: dict[str, Any]) -> dict[str, Any]:
+    content = deepcopy(content)
+    recursive_fix_for_json_export(content)
+    return content
+
+
