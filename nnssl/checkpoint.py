@@ -47,20 +47,33 @@ class Provenance:
     """Checkpoint that the stage started from, None for random weights."""
 
 
-def to_plain(value: Any) -> Any:
+def to_plain(value: Any, copied: dict[Any, torch.Tensor] | None = None) -> Any:
     """Return a value with arrays and numpy scalars replaced by plain Python and tensors moved to the CPU.
+
+    Names that share one tensor (nnU-Net registers an encoder twice) still share it afterwards.
+
+    Args:
+        value: tensors, arrays, numbers, strings, None and containers of these.
+        copied: tensors moved so far, by what they are; None to begin.
 
     Raises:
         TypeError: something else is inside, which ``torch.load(weights_only=True)`` would refuse.
     """
+    copied = {} if copied is None else copied
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
+        key = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+        if value.numel() == 0:
+            return value.detach().cpu()
+        if key not in copied:
+            copied[key] = value.detach().cpu()
+        return copied[key]
     if value is None or type(value) in (str, int, float, bool, torch.device, torch.Size):
         return value
     if isinstance(value, dict):
-        return {to_plain(key): to_plain(entry) for key, entry in value.items()}
+        return {to_plain(key): to_plain(entry, copied) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(to_plain(entry) for entry in value) if type(value) in (list, tuple) else [*map(to_plain, value)]
+        entries = [to_plain(entry, copied) for entry in value]
+        return tuple(entries) if isinstance(value, tuple) else entries
     if hasattr(value, "tolist"):
         return to_plain(value.tolist())
     raise TypeError(f"a checkpoint holds tensors and plain Python only, not {type(value).__name__}")

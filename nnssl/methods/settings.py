@@ -77,6 +77,64 @@ def resolve_settings(defaults: S, from_plan: dict[str, Any], overrides: Sequence
     return settings, origins
 
 
+def resolve_stage(
+    implementation: Any, configuration: Any, stage: str, overrides: Sequence[str]
+) -> tuple[Any, dict[str, str]]:
+    """Resolve the settings of one stage for one configuration of a plan.
+
+    Args:
+        implementation: the stage's class (``nnssl.methods.protocol.PretextMethod``).
+        configuration: the plan's pretext configuration.
+        stage: name of the stage, for its schedule.
+        overrides: ``key=value`` as typed.
+
+    Returns:
+        The settings and the origin of every value, as ``resolve_settings``.
+
+    Raises:
+        UserError: as ``resolve_settings``.
+    """
+    schedule = configuration.schedules[stage]
+    planned = {**asdict(schedule), **implementation.from_plan(configuration)}
+    settings, origins = resolve_settings(implementation.defaults, planned, overrides)
+    if origins["epochs"] == ORIGINS[2] and origins["warmup_epochs"] != ORIGINS[2]:
+        # the warm-up is a share of the run
+        planned["warmup_epochs"] = round(schedule.warmup_epochs * settings.training.epochs / schedule.epochs)
+        settings, origins = resolve_settings(implementation.defaults, planned, overrides)
+    return settings, origins
+
+
+def split_overrides(overrides: Sequence[str], stages: dict[str, Any]) -> dict[str, list[str]]:
+    """Give each override to the stages that have its key.
+
+    ``temperature=0.2`` goes to every stage with that setting, ``generative.mask_ratio=0.6`` to the stage of that name.
+
+    Args:
+        overrides: ``key=value`` or ``stage.key=value`` as typed.
+        stages: implementation by stage name (``method.stage``).
+
+    Returns:
+        Overrides by stage name, without the stage's prefix.
+
+    Raises:
+        UserError: no stage has the key; the valid ones are listed.
+    """
+    given: dict[str, list[str]] = {name: [] for name in stages}
+    known = {name: _keys(implementation.defaults) for name, implementation in stages.items()}
+    for override in overrides:
+        key = override.partition("=")[0]
+        prefix, _, own = key.rpartition(".")
+        chosen = [
+            name for name, keys in known.items() if own in keys and prefix in ("", name, name.rpartition(".")[2])
+        ]
+        if not chosen:
+            listed = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, keys in known.items())
+            raise UserError(f"--set {override}: there is no setting {key!r}; the settings are {listed}")
+        for name in chosen:
+            given[name].append(override.removeprefix(f"{prefix}."))
+    return given
+
+
 def describe_settings(settings: Any, origins: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Return ``{key: {"value", "origin"}}`` for ``run.json``."""
     flat = {**asdict(settings), **asdict(settings.training)}

@@ -1,0 +1,106 @@
+"""``nnssl_info``: methods, folders and versions, or what is inside a checkpoint."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from nnssl.cli.command import run_command, say
+
+NAME = "nnssl_info"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = argparse.ArgumentParser(NAME, description="Show methods, folders and versions, or explain a checkpoint.")
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="a checkpoint to explain")
+    parser.add_argument(
+        "--ext-trainer", action="store_true", help="print the line that makes stock nnU-Net find nnssl's trainers"
+    )
+    parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = make_parser().parse_args(argv)
+    return run_command(NAME, _run, args, args.verbose)
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.ext_trainer:
+        import importlib.util
+
+        spec = importlib.util.find_spec("trainers")
+        assert spec is not None
+        assert spec.origin is not None
+        say(f"export nnUNet_extTrainer={Path(spec.origin).parent / 'nnunet_ext'}")
+    elif args.checkpoint is not None:
+        for line in explain_checkpoint(args.checkpoint):
+            say(line)
+    else:
+        for line in explain_installation():
+            say(line)
+
+
+def explain_installation() -> list[str]:
+    """Return lines on versions, folders and methods; packages are looked up, not imported."""
+    import os
+    from importlib.metadata import PackageNotFoundError, version
+
+    from nnssl import __version__
+    from nnssl.methods import METHODS
+    from nnssl.paths import VARIABLES
+
+    lines = [f"nnssl {__version__}, Python {sys.version.split()[0]}"]
+    for package in ("torch", "nnunetv2", "dynamic-network-architectures", "blosc2", "SimpleITK"):
+        try:
+            lines.append(f"  {package} {version(package)}")
+        except PackageNotFoundError:
+            lines.append(f"  {package} is missing; install nnssl again")
+    lines.append("folders:")
+    for name, variable in VARIABLES.items():
+        fallback = f"not set; would be {Path.cwd() / 'nnssl_workspace' / name}"
+        lines.append(f"  {variable}: {os.environ.get(variable) or fallback}")
+    lines.append("methods:")
+    for method in METHODS.values():
+        stages = " -> ".join(stage.name for stage in method.stages)
+        lines += [
+            f"  {method.name}: {method.title}",
+            f"    {method.source}",
+            f"    stages {stages}; configurations {', '.join(method.configurations)}",
+        ]
+    return lines
+
+
+def explain_checkpoint(path: Path) -> list[str]:
+    """Return lines on where the weights of a checkpoint come from and what they fit.
+
+    Raises:
+        UserError: the file is no checkpoint of nnssl.
+    """
+    from nnssl.checkpoint import read_checkpoint
+
+    content, provenance = read_checkpoint(path)
+    network = provenance.plans["configurations"][provenance.configuration]["architecture"]["network_class_name"]
+    pretext = provenance.plans["pretext"]["configurations"][provenance.configuration]
+    weights = content["network_weights"]
+    unique = {value.data_ptr(): value.numel() for value in weights.values()}
+    state = "finished" if provenance.finished else "unfinished"
+    lines = [
+        f"{path}",
+        f"  {provenance.stage}, {state}: step {provenance.step} of {provenance.total_steps}, seed {provenance.seed}, "
+        f"nnssl {provenance.nnssl_version}",
+        f"  pretrained on {provenance.dataset_name}, plan {provenance.plans_name}, configuration {provenance.configuration}",
+        f"  network {network}, {sum(unique.values()) / 1e6:.2f} M parameters",
+        f"  patch {pretext['patch_size']}, spacing {pretext['spacing_mm']} mm",
+        f"  pretrained parts: {', '.join(provenance.pretrained)}; all else is a seeded initialisation",
+        f"  started from: {provenance.init or 'random weights'}",
+        "  settings:",
+    ]
+    lines += [f"    {key} = {value}" for key, value in provenance.settings.items()]
+    lines.append(f"next: nnssl_finetune -d LABELLED_ID -w {path}")
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

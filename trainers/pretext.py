@@ -1,0 +1,15 @@
+"""One trainer for each pretext stage: the name that nnU-Net users type after ``-tr``, and nothing else."""
+
+from trainers.pretrain_trainer import PretrainTrainer
+
+
+class RepRecContrastiveTrainer(PretrainTrainer):
+    """RepRec, stage 1: momentum contrast for the convolutional encoder."""
+
+    stage = "reprec.contrastive"
+
+
+class RepRecGenerativeTrainer(PretrainTrainer):
+    """RepRec, stage 2: masked recovery of the encoder's features by the transformer."""
+
+    stage = "reprec.generative"

@@ -1,0 +1,591 @@
+"""THE pretraining loop, once, for all methods: a trainer of nnU-Net that takes nothing from labels.
+
+Results folders, log files, the constructor and the multi-GPU start are nnU-Net's, so ``nnUNetv2_train DATASET CONFIG all
+-p nnsslPlans -tr RepRecContrastiveTrainer`` runs the same training as ``nnssl_pretrain``. What nnU-Net's trainer takes
+from labels (targets, Dice, splits, deep supervision, validation) is overridden in this file and nowhere else.
+
+The loop owns device, precision, compilation, clipping, the moving average, logging, collapse monitors, checkpoints and resume; the
+pretext stage declares the rest (``nnssl.methods.protocol``).
+"""
+
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter, time
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+import nnssl
+from nnssl.checkpoint import Provenance, read_checkpoint, to_plain, write_checkpoint
+from nnssl.collapse import effective_rank, feature_std
+from nnssl.data.case_store import CaseStore
+from nnssl.data.loader import PatchBatch, make_loader
+from nnssl.distributed import is_distributed, mean_over_ranks, rank, world_size
+from nnssl.draws import sample_generators
+from nnssl.errors import UserError
+from nnssl.files import write_json
+from nnssl.methods import find_stage
+from nnssl.methods.protocol import PretextMethod, StepOutput
+from nnssl.methods.settings import describe_settings, resolve_stage
+from nnssl.momentum import update_teacher
+from nnssl.networks.backbone import build_network, seeded
+from planners.plan import Plan, plan_from_dict
+from trainers.optimisation import learning_rate_factor, make_optimizer, set_learning_rate
+from trainers.precision import choose_precision
+from trainers.progress import plot_progress, write_metrics
+
+LATEST, FINAL = "checkpoint_latest.pth", "checkpoint_final.pth"
+EMBEDDINGS_KEPT = 1024
+"""Embeddings of an epoch's last steps that the collapse monitors look at."""
+SAVING_SHARE = 0.05
+"""Writing checkpoints may take this share of the time."""
+STOP_CHECK_STEPS = 20
+"""On several processes, steps between two looks at whether any of them was asked to stop."""
+TERMINATED = 143
+"""Exit code after SIGTERM, as shells report it."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the command line says of a run beyond the plan.
+
+    Attributes:
+        overrides: settings as ``key=value``.
+        init: checkpoint whose network weights the first stage starts from.
+        seed: of weights and of every draw.
+        workers: processes that read patches; None to choose.
+    """
+
+    overrides: tuple[str, ...] = ()
+    init: Path | None = None
+    seed: int = 0
+    workers: int | None = None
+
+
+class PretrainTrainer(nnUNetTrainer):
+    """Runs one pretext stage; subclasses in ``trainers.pretext`` name the stage and change nothing else.
+
+    Set ``options`` between construction and ``run_training`` (nnU-Net's constructor takes no further arguments).
+    """
+
+    stage: ClassVar[str]
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net compares signatures
+    ) -> None:
+        if fold != "all":
+            raise UserError(f"fold {fold}: pretraining uses all images, so its only fold is 'all'")
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if device.type != "cuda" or device.index is not None:
+            # nnU-Net takes several processes for several GPUs of one machine
+            self.device = device
+        if device.type != "cuda":
+            self.grad_scaler = None
+        self.options = RunOptions()
+        self.plan = plan_from_dict(self.plans_manager.plans, f"plan {self.plans_manager.plans_name}")
+        self.method_entry, self.stage_entry = find_stage(self.stage)
+        if configuration not in self.method_entry.configurations:
+            raise UserError(
+                f"{self.method_entry.name} needs {self.method_entry.backbone}, which configuration {configuration} does not "
+                f"have; take -c {' or '.join(self.method_entry.configurations)}"
+            )
+        self.configuration = self.plan.configuration(configuration)
+        self.current_step = 0
+        self.records: list[dict[str, Any]] = []
+        self.embeddings: list[Tensor] = []
+        self._stop_asked = False
+        self._last_save = time()
+        self._save_seconds = 0.0
+
+    # ---------------------------------------------------------------- set-up
+
+    def initialize(self) -> None:
+        """Resolve settings, build network, stage, optimizer and the wrapper for several processes."""
+        if self.was_initialized:
+            raise RuntimeError("the trainer was initialized before")
+        implementation = self.stage_entry.load()
+        self.settings, self.origins = resolve_stage(
+            implementation, self.configuration, self.stage, self.options.overrides
+        )
+        self.training = self.settings.training
+        self.num_epochs = self.training.epochs
+        self.num_iterations_per_epoch = self.training.iterations_per_epoch
+        self.num_input_channels = len(self.configuration_manager.normalization_schemes)
+        architecture = self.configuration_manager.configuration["architecture"]
+        heads = self.label_manager.num_segmentation_heads
+        self.network = build_network(architecture, self.num_input_channels, heads, self.options.seed)
+        self.init_from = self._load_initial_weights()
+        self.method: PretextMethod = seeded(
+            lambda: implementation(self.network, self.settings, self.configuration), self.options.seed, self.stage
+        )
+        self.precision = choose_precision(self.device)
+        self.method.to(self.device)
+        self.network.to(self.device)
+        self.precision.lay_out(self.method, len(self.configuration.patch_size))
+        self.optimizer = make_optimizer(self.method.parameter_groups(), self.training)
+        if not self.precision.scaler:
+            self.grad_scaler = None
+        if self._do_i_compile():
+            self._compile()
+        self.parallel = self._wrap_for_processes()
+        self.was_initialized = True
+
+    def previous_stage_checkpoint(self) -> Path | None:
+        """Return where the stage before this one left its weights; None for the first stage of a method."""
+        stages = self.method_entry.stages
+        index = stages.index(self.stage_entry)
+        if index == 0:
+            return None
+        name = f"{stages[index - 1].trainer}__{self.plans_manager.plans_name}__{self.configuration_name}"
+        return Path(self.output_folder_base).parent / name / "fold_all" / FINAL
+
+    def _load_initial_weights(self) -> str | None:
+        source = self.options.init or self.previous_stage_checkpoint()
+        if source is None:
+            return None
+        if not source.exists():
+            raise UserError(
+                f"{source}: {self.stage} starts from these weights; run nnssl_pretrain -m {self.method_entry.name}, or name "
+                "other weights with --init"
+            )
+        content, provenance = read_checkpoint(source)
+        wanted = {name: value.shape for name, value in self.network.state_dict().items() if ".seg_layers." not in name}
+        found = {name: value.shape for name, value in content["network_weights"].items()}
+        wrong = [name for name, shape in wanted.items() if found.get(name) != shape]
+        if wrong:
+            raise UserError(
+                f"{source}: was pretrained with {provenance.configuration} of plan {provenance.plans_name} of "
+                f"{provenance.dataset_name} and does not fit {self.configuration_name} of {self.plan.dataset_name} "
+                f"({len(wrong)} of {len(wanted)} tensors differ, first {wrong[0]}); plan with --like or start without it"
+            )
+        weights = {name: content["network_weights"][name] for name in wanted}
+        missing = self.network.load_state_dict(weights, strict=False)
+        assert not missing.unexpected_keys
+        return str(source)
+
+    def _compile(self) -> None:
+        # a graph that cannot be compiled runs as it is, and torch says so once
+        torch._dynamo.config.suppress_errors = True
+        self.network.encoder.compile()
+        self.network.decoder.compile()
+
+    def _wrap_for_processes(self) -> torch.nn.Module:
+        if not is_distributed():
+            return self.method
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(self.method, device_ids=devices, broadcast_buffers=False)
+
+    def get_dataloaders(self) -> tuple[Iterator[PatchBatch], None]:
+        """Return the patches from the current step to the end of the stage; there is no validation part."""
+        store = CaseStore(Path(self.preprocessed_dataset_folder_base) / self.configuration.case_folder)
+        if not store.names:
+            raise UserError(
+                f"{store.folder}: holds no preprocessed case; run nnssl_plan_and_preprocess -d {self.plan.dataset_name}"
+            )
+        workers = self.options.workers
+        if workers is None:
+            workers = _default_workers(self.device)
+        return iter(
+            make_loader(
+                store,
+                self.configuration.patch_size,
+                self.training.batch_size,
+                seed=self.options.seed,
+                stage=self.stage,
+                first_step=self.current_step,
+                last_step=self.training.total_steps,
+                rank=rank(),
+                world_size=world_size(),
+                num_workers=workers,
+            )
+        ), None
+
+    # ---------------------------------------------------------------- the loop
+
+    def run_training(self) -> None:
+        """Run the stage from the current step to its end.
+
+        Raises:
+            SystemExit: after SIGTERM, once a checkpoint is written.
+        """
+        self.on_train_start()
+        steps = self.num_iterations_per_epoch
+        with self._stop_on_sigterm():
+            while self.current_step < self.training.total_steps:
+                self.current_epoch = self.current_step // steps
+                if self.current_step % steps == 0:
+                    self.on_epoch_start()
+                    self.on_train_epoch_start()
+                started = perf_counter()
+                batch = next(self.dataloader_train)
+                waited = perf_counter() - started
+                record = self.train_step(batch)
+                self.records.append({**record, "seconds_waiting": waited, "seconds": perf_counter() - started})
+                self.current_step += 1
+                if self.current_step % steps == 0:
+                    self.on_train_epoch_end(self.records)
+                    self.on_epoch_end()
+                if self._stop_now():
+                    self._save_and_exit()
+        self.on_train_end()
+
+    def on_train_start(self) -> None:
+        """Start the loader, and write what says what is about to run."""
+        if not self.was_initialized:
+            self.initialize()
+        self.dataloader_train, self.dataloader_val = self.get_dataloaders()
+        self.method.train()
+        if self.local_rank == 0:
+            base = Path(self.output_folder_base)
+            write_json(base / "plans.json", self.plans_manager.plans)
+            write_json(base / "dataset.json", self.dataset_json)
+            fingerprint = Path(self.preprocessed_dataset_folder_base) / "dataset_fingerprint.json"
+            if fingerprint.exists():
+                shutil.copyfile(fingerprint, base / fingerprint.name)
+            write_json(Path(self.output_folder) / "run.json", self.describe())
+            self._log_start()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what ``run.json`` holds: everything that decides the run, with the origin of every setting."""
+        return to_plain(
+            {
+                "nnssl_version": nnssl.__version__,
+                "stage": self.stage,
+                "dataset": self.plan.dataset_name,
+                "plan": self.plan.name,
+                "configuration": self.configuration_name,
+                "seed": self.options.seed,
+                "init": self.init_from,
+                "device": str(self.device),
+                "precision": self.precision.name,
+                "processes": world_size(),
+                "settings": describe_settings(self.settings, self.origins),
+            }
+        )
+
+    def _log_start(self) -> None:
+        trained = sum(p.numel() for p in self.method.parameters() if p.requires_grad)
+        self.print_to_log_file(f"Pretext stage {self.stage} on {self.plan.dataset_name}, {self.configuration_name}")
+        self.print_to_log_file(
+            f"{self.training.epochs} epochs of {self.training.iterations_per_epoch} steps, batch {self.training.batch_size}, "
+            f"{trained / 1e6:.2f} M trained parameters, {self.precision.name} on {self.device}"
+        )
+        if self.current_step:
+            self.print_to_log_file(f"Going on at step {self.current_step} of {self.training.total_steps}")
+        for key, entry in describe_settings(self.settings, self.origins).items():
+            self.print_to_log_file(f"  {key} = {entry['value']} ({entry['origin']})", also_print_to_console=False)
+
+    def on_train_epoch_start(self) -> None:
+        """Begin the records of an epoch."""
+        self.records, self.embeddings = [], []
+
+    def train_step(self, batch: PatchBatch) -> dict[str, Tensor]:
+        """Run one step: views, losses, backward, optimizer, moving average, queue.
+
+        Returns:
+            Detached scalars by name, left on the device so that the step does not wait for them.
+        """
+        progress = self.current_step / self.training.total_steps
+        rate = self.training.learning_rate * learning_rate_factor(self.training, self.current_step)
+        set_learning_rate(self.optimizer, rate)
+        volumes = batch.volumes.to(self.device, non_blocking=True)
+        volumes = self.precision.lay_out(volumes, len(self.configuration.patch_size))
+        generators = sample_generators(self.options.seed, f"{self.stage}/views", self.current_step, batch.samples)
+        with torch.no_grad():
+            views = self.method.make_views(volumes, generators)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.precision.autocast(self.device):
+            output: StepOutput = self.parallel(views, progress)
+        total = torch.stack([loss.float() for loss in output.losses.values()]).sum()
+        norm = self._backward(total)
+        for student, teacher in self.method.momentum_pairs():
+            update_teacher(student, teacher, self.method.momentum(progress))
+        self.method.after_step(output.carry)
+        if output.embeddings is not None:
+            self._keep_embeddings(output.embeddings.detach().float())
+        parts = {f"loss_{name}": loss.detach() for name, loss in output.losses.items()}
+        return {"loss": total.detach(), **parts, **output.monitors, "gradient_norm": norm}
+
+    def _backward(self, total: Tensor) -> Tensor:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self.grad_scaler is None:
+            total.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, self.training.gradient_clip)
+            self.optimizer.step()
+            return norm
+        self.grad_scaler.scale(total).backward()
+        self.grad_scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.training.gradient_clip)
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+        return norm
+
+    def _keep_embeddings(self, embeddings: Tensor) -> None:
+        self.embeddings.append(embeddings)
+        while sum(map(len, self.embeddings[1:])) >= EMBEDDINGS_KEPT:
+            self.embeddings.pop(0)
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Log the means of the epoch over steps and processes, and the collapse monitors."""
+        means = {key: torch.stack([torch.as_tensor(r[key]).float().cpu() for r in train_outputs]).mean() for key in train_outputs[0]}
+        values = {key: float(mean_over_ranks(value.to(self.device))) for key, value in means.items()}
+        if not torch.isfinite(torch.tensor(values["loss"])):
+            raise RuntimeError(f"the loss of epoch {self.current_epoch} is {values['loss']}; the last checkpoint is intact")
+        seconds = values.pop("seconds")
+        values["data_wait_share"] = values.pop("seconds_waiting") / seconds
+        values["patches_per_second"] = self.training.batch_size / seconds
+        if self.embeddings:
+            embeddings = torch.cat(self.embeddings)
+            values["feature_std"] = float(feature_std(embeddings))
+            values["effective_rank"] = float(effective_rank(embeddings))
+        self.logger.log("train_losses", values["loss"], self.current_epoch)
+        self.logger.log("lrs", float(self.optimizer.param_groups[0]["lr"]), self.current_epoch)
+        for key, value in values.items():
+            self.logger.local_logger.my_fantastic_logging.setdefault(key, [])
+            self.logger.log(key, value, self.current_epoch)
+
+    def on_epoch_end(self) -> None:
+        """Print the epoch, write table, figure and, when due, a checkpoint."""
+        self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
+        self.records, self.embeddings = [], []
+        metrics = self.metrics()
+        last = {key: values[-1] for key, values in metrics.items()}
+        shown = ", ".join(f"{key} {last[key]:.4g}" for key in last if key != "loss")
+        self.print_to_log_file(f"Epoch {self.current_epoch}: loss {last['loss']:.4f} ({shown})")
+        self._warn_of_collapse(last)
+        if self.local_rank == 0:
+            write_metrics(Path(self.output_folder) / "metrics.csv", metrics)
+        due = time() - self._last_save > self._save_seconds / SAVING_SHARE
+        if due and self.current_step < self.training.total_steps:
+            self._draw_progress(metrics)
+            self.save_checkpoint(str(Path(self.output_folder) / LATEST))
+
+    def metrics(self) -> dict[str, list[float]]:
+        """Return one value per finished epoch for every metric that was logged."""
+        logged = self.logger.get_checkpoint()
+        own = {key: values for key, values in logged.items() if key not in _NNUNET_KEYS and values}
+        seconds = [e - s for s, e in zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=False)]
+        return {**own, "learning_rate": logged["lrs"], "epoch_seconds": seconds}
+
+    def _warn_of_collapse(self, last: dict[str, float]) -> None:
+        if last.get("effective_rank", 2.0) < 1.5:
+            self.print_to_log_file(
+                "WARNING: all embeddings point the same way (effective rank below 1.5): the representation has collapsed"
+            )
+
+    def _draw_progress(self, metrics: dict[str, list[float]]) -> None:
+        if self.local_rank != 0:
+            return
+        losses = [key for key in metrics if key == "loss" or key.startswith(("loss_", "recovery"))]
+        panels = {
+            "loss": losses,
+            "collapse: spread of the features": ["feature_std"],
+            "collapse: effective rank": ["effective_rank"],
+            "learning rate": ["learning_rate"],
+            "share of time waiting for data": ["data_wait_share"],
+        }
+        title = f"{self.stage}, {self.plan.dataset_name}, {self.configuration_name}"
+        plot_progress(Path(self.output_folder) / "progress.png", title, metrics, panels)
+
+    def on_train_end(self) -> None:
+        """Write the final checkpoint, from which the weights leave."""
+        self._draw_progress(self.metrics())
+        self.save_checkpoint(str(Path(self.output_folder) / FINAL))
+        if self.local_rank == 0:
+            (Path(self.output_folder) / LATEST).unlink(missing_ok=True)
+        self.dataloader_train = None
+        self.print_to_log_file(f"Stage {self.stage} done: {Path(self.output_folder) / FINAL}")
+
+    # ---------------------------------------------------------------- stopping
+
+    @contextmanager
+    def _stop_on_sigterm(self) -> Iterator[None]:
+        def ask(signum: int, frame: Any) -> None:
+            self._stop_asked = True
+
+        before = signal.signal(signal.SIGTERM, ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _stop_now(self) -> bool:
+        if not is_distributed():
+            return self._stop_asked
+        if self.current_step % STOP_CHECK_STEPS:
+            return False
+        # all processes must leave at the same step
+        asked = torch.tensor([float(self._stop_asked)], device=self.device)
+        dist.all_reduce(asked)
+        return bool(asked.item() > 0)
+
+    def _save_and_exit(self) -> None:
+        self.save_checkpoint(str(Path(self.output_folder) / LATEST))
+        self.print_to_log_file(f"Asked to stop: saved at step {self.current_step}; run the same command again to go on")
+        raise SystemExit(TERMINATED)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write a checkpoint of nnssl's schema atomically; only the first process writes."""
+        if self.local_rank != 0 or self.disable_checkpointing:
+            return
+        started = time()
+        finished = self.current_step == self.training.total_steps
+        exported = self.method.exported()
+        weights = self.network.state_dict()
+        if finished:
+            weights = {
+                name: torch.full_like(value, exported.fixed[name]) if name in exported.fixed else value
+                for name, value in weights.items()
+            }
+        content = {
+            "network_weights": weights,
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": None,
+            "current_epoch": self.current_step // self.num_iterations_per_epoch,
+            "init_args": {"configuration": self.configuration_name, "fold": self.fold},
+            # stock nnU-Net looks this name up when it predicts
+            "trainer_name": "nnUNetTrainer",
+            "inference_allowed_mirroring_axes": None,
+        }
+        state = {
+            "method": self._method_state(),
+            "epoch_records": [{key: float(value) for key, value in record.items()} for record in self.records],
+            "epoch_embeddings": self.embeddings,
+        }
+        write_checkpoint(Path(filename), content, self._provenance(finished), state)
+        self._last_save, self._save_seconds = time(), time() - started
+
+    def _provenance(self, finished: bool) -> Provenance:
+        return Provenance(
+            nnssl_version=nnssl.__version__,
+            method=self.method_entry.name,
+            stage=self.stage,
+            dataset_name=self.plan.dataset_name,
+            plans_name=self.plan.name,
+            configuration=self.configuration_name,
+            plans=self.plans_manager.plans,
+            dataset_json=self.dataset_json,
+            settings=plain_settings(self.settings, self.origins),
+            seed=self.options.seed,
+            step=self.current_step,
+            total_steps=self.training.total_steps,
+            finished=finished,
+            pretrained=self.method.exported().pretrained,
+            init=self.init_from,
+        )
+
+    def _method_state(self) -> dict[str, Tensor]:
+        """State of what the method adds to the network: heads, teacher, queue."""
+        in_network = {value.data_ptr() for value in self.network.state_dict().values()}
+        state = self.method.state_dict()
+        return {name: value for name, value in state.items() if value.data_ptr() not in in_network}
+
+    def load_checkpoint(self, filename_or_checkpoint: str | dict) -> None:
+        """Go on from a checkpoint of the same stage, plan and settings.
+
+        Raises:
+            UserError: the checkpoint belongs to another stage, plan or to other settings.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        path = Path(str(filename_or_checkpoint))
+        content, provenance = read_checkpoint(path)
+        check_same_run(path, provenance, self.plan, self.configuration_name, self.stage, plain_settings(self.settings, self.origins), self.options.seed)
+        self.network.load_state_dict(content["network_weights"])
+        state = content["nnssl"]["state"]
+        own = self._method_state()
+        if set(own) != set(state["method"]):
+            raise UserError(f"{path}: its heads differ from those of this nnssl; start again with --restart")
+        result = self.method.load_state_dict(state["method"], strict=False)
+        assert not result.unexpected_keys
+        self.optimizer.load_state_dict(content["optimizer_state"])
+        if self.grad_scaler is not None and content["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(content["grad_scaler_state"])
+        self.logger.load_checkpoint(content["logging"])
+        self.current_step = provenance.step
+        self.current_epoch = content["current_epoch"]
+        self.records = list(state["epoch_records"])
+        self.embeddings = [value.to(self.device) for value in state["epoch_embeddings"]]
+
+    # ---------------------------------------------------------------- what needs labels in nnU-Net
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Do nothing: without labels there is no Dice; ``nnssl_finetune`` evaluates the weights."""
+        self.print_to_log_file("Pretraining has no validation Dice; evaluate the weights with nnssl_finetune")
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Do nothing: no pretext loss looks at the segmentation layers."""
+
+
+def plain_settings(settings: Any, origins: dict[str, str]) -> dict[str, Any]:
+    """Return resolved settings as plain Python by key, as a checkpoint holds them."""
+    return {key: to_plain(entry["value"]) for key, entry in describe_settings(settings, origins).items()}
+
+
+def check_same_run(
+    path: Path, found: Provenance, plan: Plan, configuration: str, stage: str, settings: dict[str, Any], seed: int
+) -> None:
+    """Check that a checkpoint is of the run that is about to start.
+
+    Raises:
+        UserError: it is of another stage, data set, plan, configuration, seed, or was run with other settings.
+    """
+    expected = {
+        "stage": stage,
+        "dataset_name": plan.dataset_name,
+        "plans_name": plan.name,
+        "configuration": configuration,
+        "seed": seed,
+    }
+    for key, value in expected.items():
+        if getattr(found, key) != value:
+            raise UserError(f"{path}: is of {key} {getattr(found, key)}, this run of {value}; --restart starts again")
+    changes = [
+        f"{key} {found.settings.get(key)} -> {value}" for key, value in settings.items() if found.settings.get(key) != value
+    ]
+    if changes:
+        raise UserError(
+            f"{path}: was run with other settings ({', '.join(changes)}); --restart starts again with the new ones"
+        )
+    planned = plan.nnunet["pretext"]["configurations"][configuration]
+    if found.plans["pretext"]["configurations"].get(configuration) != planned:
+        raise UserError(f"{path}: was run with an earlier plan {plan.name}; --restart starts again with the new one")
+
+
+_NNUNET_KEYS = frozenset(
+    {
+        "mean_fg_dice",
+        "ema_fg_dice",
+        "dice_per_class_or_region",
+        "train_losses",
+        "val_losses",
+        "lrs",
+        "epoch_start_timestamps",
+        "epoch_end_timestamps",
+    }
+)
+
+
+def _default_workers(device: torch.device) -> int:
+    import os
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # a CPU that trains has no core to spare for more than one reader
+    return 1 if device.type == "cpu" else max(1, min(8, cores - 1))
