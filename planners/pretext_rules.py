@@ -130,20 +130,43 @@ class PretextRules:
         source = f"taken over from {self.like.parent.name}/{self.like.name}" if self.like else None
         arch = base["architecture"]["arch_kwargs"]
         median = [round(float(v)) for v in base["median_image_size_in_voxels"]]
-        self._say(name, "patch", _times(base["patch_size"]), source or
-                  f"aspect of the median image {_times(median)} at this spacing, as large as the memory target allows")
+        self._say(
+            name,
+            "patch",
+            _times(base["patch_size"]),
+            source
+            or f"aspect of the median image {_times(median)} at this spacing, as large as the memory target allows",
+        )
         strides = " ".join(_times(s) for s in arch["strides"])
-        self._say(name, "strides", strides, source or
-                  "an axis is halved while its spacing is within a factor of 2 of the finest and 4 voxels remain")
+        self._say(
+            name,
+            "strides",
+            strides,
+            source or "an axis is halved while its spacing is within a factor of 2 of the finest and 4 voxels remain",
+        )
         kernels = " ".join(_times(k) for k in arch["kernel_sizes"])
         thin = any(1 in (k if isinstance(k, (list, tuple)) else [k]) for k in arch["kernel_sizes"])
-        self._say(name, "kernels", kernels, source or
-                  ("1 along thick slices until the spacings are within a factor of 2" if thin else "spacings are alike"))
-        self._say(name, "backbone", base["architecture"]["network_class_name"].rsplit(".", 1)[-1], source or
-                  f"{self.preset.encoder} encoder for a memory target of {self.preset.memory_gb:g} GB")
-        self._say(name, "batch size (fine-tuning)", base["batch_size"], source or
-                  "nnU-Net's rule: memory target, and at most 5 % of the data set's voxels in a step"
-                  if self.preset.encoder == "plain" else "nnU-Net's rule: memory target")
+        self._say(
+            name,
+            "kernels",
+            kernels,
+            source
+            or ("1 along thick slices until the spacings are within a factor of 2" if thin else "spacings are alike"),
+        )
+        self._say(
+            name,
+            "backbone",
+            base["architecture"]["network_class_name"].rsplit(".", 1)[-1],
+            source or f"{self.preset.encoder} encoder for a memory target of {self.preset.memory_gb:g} GB",
+        )
+        self._say(
+            name,
+            "batch size (fine-tuning)",
+            base["batch_size"],
+            source or "nnU-Net's rule: memory target, and at most 5 % of the data set's voxels in a step"
+            if self.preset.encoder == "plain"
+            else "nnU-Net's rule: memory target",
+        )
 
     # transformer
 
@@ -154,20 +177,38 @@ class PretextRules:
         counts = [math.prod(grid) for grid in grids]
         fitting = [stage for stage, count in enumerate(counts) if TOKENS_MIN <= count <= TOKENS_MAX and stage > 0]
         if not fitting:
-            self._say(name, "left out", "-", f"no stage of the encoder has {TOKENS_MIN} to {TOKENS_MAX} positions "
-                      f"(it has {', '.join(map(str, counts))})")
+            self._say(
+                name,
+                "left out",
+                "-",
+                f"no stage of the encoder has {TOKENS_MIN} to {TOKENS_MAX} positions "
+                f"(it has {', '.join(map(str, counts))})",
+            )
             return None
         stage = min(fitting, key=lambda s: abs(math.log(counts[s] / TOKENS_WANTED)))
         size_mm = [s * float(mm) for s, mm in zip(strides[stage], base["spacing"], strict=True)]
         block_mm = 2 * float(np.median(size_mm))
         block = [max(1, min(round(block_mm / mm), n // 2)) for mm, n in zip(size_mm, grids[stage], strict=True)]
-        self._say(name, "tokens", f"{_times(grids[stage])} = {counts[stage]} at stage {stage}",
-                  f"of {', '.join(map(str, counts))} positions the nearest to RepRec's {TOKENS_WANTED}")
-        self._say(name, "token size", f"{_times(strides[stage])} voxels, {_mm(size_mm)} mm",
-                  "one position of that feature map")
-        self._say(name, "mask block", f"{_times(block)} tokens", f"about {block_mm:.0f} mm along every axis, since "
-                  "neighbouring features have seen most of a single masked token" +
-                  ("; thinner along thick slices" if min(block) < max(block) else ""))
+        self._say(
+            name,
+            "tokens",
+            f"{_times(grids[stage])} = {counts[stage]} at stage {stage}",
+            f"of {', '.join(map(str, counts))} positions the nearest to RepRec's {TOKENS_WANTED}",
+        )
+        self._say(
+            name,
+            "token size",
+            f"{_times(strides[stage])} voxels, {_mm(size_mm)} mm",
+            "one position of that feature map",
+        )
+        self._say(
+            name,
+            "mask block",
+            f"{_times(block)} tokens",
+            f"about {block_mm:.0f} mm along every axis, since "
+            "neighbouring features have seen most of a single masked token"
+            + ("; thinner along thick slices" if min(block) < max(block) else ""),
+        )
         return TokenGrid(
             stage=stage,
             grid=tuple(grids[stage]),
@@ -186,8 +227,12 @@ class PretextRules:
             reason += f", one size smaller for {count} tokens"
         if size == VIT_SIZES[-1]:
             reason += "; ViT-Base as in the paper"
-        self._say(name, "transformer", f"{size.depth} blocks, width {size.width}, {size.heads} heads; decoder "
-                  f"{size.decoder_depth} blocks", reason)
+        self._say(
+            name,
+            "transformer",
+            f"{size.depth} blocks, width {size.width}, {size.heads} heads; decoder {size.decoder_depth} blocks",
+            reason,
+        )
         return size
 
     def _add_hybrid(
@@ -214,9 +259,18 @@ class PretextRules:
         cost = network.compute_conv_feature_map_size(tuple(base["patch_size"]))
         configuration["batch_size"] = max(2, min(base["batch_size"], int(budget // cost)))
         self.nnunet["configurations"][hybrid] = configuration
-        self._say(hybrid, "backbone", HYBRID_CLASSES[stock],
-                  f"the U-Net of {name} with a transformer on stage {tokens.stage}: its weights fit {name} too")
-        self._say(hybrid, "batch size (fine-tuning)", configuration["batch_size"], f"that of {name} with the transformer's memory")
+        self._say(
+            hybrid,
+            "backbone",
+            HYBRID_CLASSES[stock],
+            f"the U-Net of {name} with a transformer on stage {tokens.stage}: its weights fit {name} too",
+        )
+        self._say(
+            hybrid,
+            "batch size (fine-tuning)",
+            configuration["batch_size"],
+            f"that of {name} with the transformer's memory",
+        )
 
     def _feature_sizes(self, architecture: dict[str, Any], patch: Sequence[int]) -> tuple[float, float]:
         network = build_network(architecture, self.channels, 2, seed=0)
@@ -272,7 +326,11 @@ class PretextRules:
             return f"{self.plans_name}_cases_3d"
         full = self.nnunet["configurations"].get("3d_fullres")
         slices = self.spacings_mm[:, 0]
-        if full is not None and np.allclose(slices, full["spacing"][0], rtol=1e-3) and full["spacing"][1:] == list(spacing):
+        if (
+            full is not None
+            and np.allclose(slices, full["spacing"][0], rtol=1e-3)
+            and full["spacing"][1:] == list(spacing)
+        ):
             return f"{self.plans_name}_cases_3d"
         return f"{self.plans_name}_cases_2d"
 
@@ -281,16 +339,30 @@ class PretextRules:
         low = round(least_zoom ** len(patch), 4)
         overlap = _mean_overlap(low, len(patch))
         reason = "RepRec's 0.2 to 1.0" if low <= 0.2 else f"at least {LEAST_CROP_VOX} voxels along the shortest axis"
-        self._say(name, "crop", f"{low:g} to 1 of the patch", f"{reason}; two crops share {overlap:.0%} of the smaller on average")
+        self._say(
+            name,
+            "crop",
+            f"{low:g} to 1 of the patch",
+            f"{reason}; two crops share {overlap:.0%} of the smaller on average",
+        )
         return (low, 1.0), overlap
 
     def _decide_rotation(self, name: str, dimensions: int, thick: int | None) -> tuple[float, ...]:
         if dimensions == 2:
-            self._say(name, "rotation", "up to 180 deg in the plane", "single slices: turning them moves no voxel out of the slice")
+            self._say(
+                name,
+                "rotation",
+                "up to 180 deg in the plane",
+                "single slices: turning them moves no voxel out of the slice",
+            )
             return (180.0,)
         if thick is not None:
-            self._say(name, "rotation", f"up to 180 deg about axis {thick} only",
-                      "thick slices: any other rotation would mix voxels of different slices")
+            self._say(
+                name,
+                "rotation",
+                f"up to 180 deg about axis {thick} only",
+                "thick slices: any other rotation would mix voxels of different slices",
+            )
             return tuple(180.0 if axis == thick else 0.0 for axis in range(3))
         self._say(name, "rotation", "up to 30 deg about every axis", "spacing alike along all axes")
         return (30.0, 30.0, 30.0)
@@ -336,18 +408,28 @@ class PretextRules:
             cost += math.prod(tokens.grid) * 9 * size.width * blocks
         fits = int(budget // cost)
         batch = max(2, min(fits, self.preset.largest_batch, patches // 2))
-        limit = {fits: "memory target", self.preset.largest_batch: "largest useful batch", patches // 2: "half of the distinct patches"}
+        limit = {
+            fits: "memory target",
+            self.preset.largest_batch: "largest useful batch",
+            patches // 2: "half of the distinct patches",
+        }
         reason = f"{fits} fit, {patches} distinct patches: limited by the {limit.get(batch, 'least batch')}"
         if batch < stage.useful_batch:
-            reason += f"; WARNING: contrast is weak below {stage.useful_batch}, take a larger memory target or more data"
+            reason += (
+                f"; WARNING: contrast is weak below {stage.useful_batch}, take a larger memory target or more data"
+            )
         self._say(name, f"batch size ({stage.name})", batch, reason)
         defaults = stage.load().defaults.training
         iterations = min(max(math.ceil(patches / batch), STEPS_PER_EPOCH[0]), STEPS_PER_EPOCH[1])
         epochs = max(1, round(defaults.epochs * self.preset.epochs_share))
         warmup = round(defaults.warmup_epochs * self.preset.epochs_share)
-        self._say(name, f"length ({stage.name})", f"{epochs} epochs of {iterations} steps, {warmup} to warm up",
-                  f"one pass over {patches} distinct patches is an epoch (25 to 250 steps); {self.preset.epochs_share:.0%} of "
-                  f"the paper's {defaults.epochs} epochs")
+        self._say(
+            name,
+            f"length ({stage.name})",
+            f"{epochs} epochs of {iterations} steps, {warmup} to warm up",
+            f"one pass over {patches} distinct patches is an epoch (25 to 250 steps); {self.preset.epochs_share:.0%} of "
+            f"the paper's {defaults.epochs} epochs",
+        )
         return StageSchedule(batch_size=batch, epochs=epochs, iterations_per_epoch=iterations, warmup_epochs=warmup)
 
     def _decide_teacher(
@@ -358,10 +440,19 @@ class PretextRules:
         queue = min(max(wanted, 64, 2 * batch), 4096)
         momentum = momentum_for_run(0.999, steps) if steps else 0.999
         if schedules:
-            self._say(name, "queue", queue, f"a quarter of {patches} distinct patches, 64 to 4096, at least two batches: "
-                      "few keys of a patch's own past")
-            self._say(name, "teacher momentum", f"{momentum:.4f}", f"the teacher forgets its start within {steps} steps, "
-                      "at most MoCo's 0.999")
+            self._say(
+                name,
+                "queue",
+                queue,
+                f"a quarter of {patches} distinct patches, 64 to 4096, at least two batches: "
+                "few keys of a patch's own past",
+            )
+            self._say(
+                name,
+                "teacher momentum",
+                f"{momentum:.4f}",
+                f"the teacher forgets its start within {steps} steps, at most MoCo's 0.999",
+            )
         return queue, momentum
 
 

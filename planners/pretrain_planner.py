@@ -202,7 +202,9 @@ def _plan_like(like: Path, dataset: RawDataset, fingerprint: Fingerprint, plans_
     """Take spacing, patch, normalisation and networks of an existing nnU-Net plan over to this data set."""
     source = read_json(like, "nnU-Net plan")
     if not isinstance(source, dict) or "configurations" not in source:
-        raise UserError(f"{like}: is no plans file of nnU-Net; run nnUNetv2_plan_and_preprocess for that data set first")
+        raise UserError(
+            f"{like}: is no plans file of nnU-Net; run nnUNetv2_plan_and_preprocess for that data set first"
+        )
     plans = deepcopy(source)
     plans.pop("pretext", None)
     kept = {name: plans["configurations"][name] for name in CONVOLUTIONAL if name in plans["configurations"]}
@@ -233,5 +235,3 @@ def _plain(content: dict[str, Any]) -> dict[str, Any]:
     content = deepcopy(content)
     recursive_fix_for_json_export(content)
     return content
-
-

@@ -108,7 +108,11 @@ def find_plan(folders: Folders, dataset_name: str | None, plans_name: str, say: 
         if not path.exists():
             raise UserError(f"{path}: there is no such plan; run nnssl_plan_and_preprocess -d {dataset_name}")
         return path
-    plans = [path for path in folders.preprocessed.glob(f"Dataset*/{plans_name}.json") if "pretext" in read_json(path, "plan")]
+    plans = [
+        path
+        for path in folders.preprocessed.glob(f"Dataset*/{plans_name}.json")
+        if "pretext" in read_json(path, "plan")
+    ]
     if not plans:
         raise UserError(f"{folders.preprocessed}: no data set was planned yet; run nnssl_plan_and_preprocess -d ID")
     newest = max(plans, key=lambda path: path.stat().st_mtime)
@@ -192,7 +196,9 @@ def run_stage(path: Path, trainer_name: str, configuration: str, options: RunOpt
     trainer.run_training()
 
 
-def _spawn(processes: int, path: Path, trainer: str, configuration: str, options: RunOptions, device: torch.device) -> None:
+def _spawn(
+    processes: int, path: Path, trainer: str, configuration: str, options: RunOptions, device: torch.device
+) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -202,7 +208,14 @@ def _spawn(processes: int, path: Path, trainer: str, configuration: str, options
 
 
 def _run_rank(
-    rank: int, processes: int, port: int, path: Path, trainer: str, configuration: str, options: RunOptions, device: torch.device
+    rank: int,
+    processes: int,
+    port: int,
+    path: Path,
+    trainer: str,
+    configuration: str,
+    options: RunOptions,
+    device: torch.device,
 ) -> None:
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     run_in_group(rank, rank, processes, path, trainer, configuration, options, device)

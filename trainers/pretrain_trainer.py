@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
+from nnssl.data.loader import PatchBatch, make_loader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -27,7 +28,6 @@ import nnssl
 from nnssl.checkpoint import Provenance, read_checkpoint, to_plain, write_checkpoint
 from nnssl.collapse import effective_rank, feature_std
 from nnssl.data.case_store import CaseStore
-from nnssl.data.loader import PatchBatch, make_loader
 from nnssl.distributed import is_distributed, mean_over_ranks, rank, world_size
 from nnssl.draws import sample_generators
 from nnssl.errors import UserError
@@ -340,10 +340,15 @@ class PretrainTrainer(nnUNetTrainer):
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Log the means of the epoch over steps and processes, and the collapse monitors."""
-        means = {key: torch.stack([torch.as_tensor(r[key]).float().cpu() for r in train_outputs]).mean() for key in train_outputs[0]}
+        means = {
+            key: torch.stack([torch.as_tensor(r[key]).float().cpu() for r in train_outputs]).mean()
+            for key in train_outputs[0]
+        }
         values = {key: float(mean_over_ranks(value.to(self.device))) for key, value in means.items()}
         if not torch.isfinite(torch.tensor(values["loss"])):
-            raise RuntimeError(f"the loss of epoch {self.current_epoch} is {values['loss']}; the last checkpoint is intact")
+            raise RuntimeError(
+                f"the loss of epoch {self.current_epoch} is {values['loss']}; the last checkpoint is intact"
+            )
         seconds = values.pop("seconds")
         values["data_wait_share"] = values.pop("seconds_waiting") / seconds
         values["patches_per_second"] = self.training.batch_size / seconds
@@ -377,7 +382,9 @@ class PretrainTrainer(nnUNetTrainer):
         """Return one value per finished epoch for every metric that was logged."""
         logged = self.logger.get_checkpoint()
         own = {key: values for key, values in logged.items() if key not in _NNUNET_KEYS and values}
-        seconds = [e - s for s, e in zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=False)]
+        seconds = [
+            e - s for s, e in zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=False)
+        ]
         return {**own, "learning_rate": logged["lrs"], "epoch_seconds": seconds}
 
     def _warn_of_collapse(self, last: dict[str, float]) -> None:
@@ -507,7 +514,15 @@ class PretrainTrainer(nnUNetTrainer):
             self.initialize()
         path = Path(str(filename_or_checkpoint))
         content, provenance = read_checkpoint(path)
-        check_same_run(path, provenance, self.plan, self.configuration_name, self.stage, plain_settings(self.settings, self.origins), self.options.seed)
+        check_same_run(
+            path,
+            provenance,
+            self.plan,
+            self.configuration_name,
+            self.stage,
+            plain_settings(self.settings, self.origins),
+            self.options.seed,
+        )
         self.network.load_state_dict(content["network_weights"])
         state = content["nnssl"]["state"]
         own = self._method_state()
@@ -558,7 +573,9 @@ def check_same_run(
         if getattr(found, key) != value:
             raise UserError(f"{path}: is of {key} {getattr(found, key)}, this run of {value}; --restart starts again")
     changes = [
-        f"{key} {found.settings.get(key)} -> {value}" for key, value in settings.items() if found.settings.get(key) != value
+        f"{key} {found.settings.get(key)} -> {value}"
+        for key, value in settings.items()
+        if found.settings.get(key) != value
     ]
     if changes:
         raise UserError(

@@ -14,7 +14,9 @@ def write_metrics(path: Path, metrics: Mapping[str, Sequence[float]]) -> None:
     write_csv(path, ["epoch", *metrics], [[epoch, *row] for epoch, row in enumerate(rows)])
 
 
-def plot_progress(path: Path, title: str, metrics: Mapping[str, Sequence[float]], panels: Mapping[str, Sequence[str]]) -> None:
+def plot_progress(
+    path: Path, title: str, metrics: Mapping[str, Sequence[float]], panels: Mapping[str, Sequence[str]]
+) -> None:
     """Draw the metrics over the epochs, one panel for each group.
 
     Args:
@@ -32,7 +34,9 @@ def plot_progress(path: Path, title: str, metrics: Mapping[str, Sequence[float]]
         figure.suptitle(title)
         for axes, (name, keys) in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown.items(), strict=True):
             for key, style in zip(keys, ("-", "--", ":", "-."), strict=False):
-                axes.plot(range(len(metrics[key])), metrics[key], style, label=key.replace("_", " "), marker=".", markersize=3)
+                axes.plot(
+                    range(len(metrics[key])), metrics[key], style, label=key.replace("_", " "), marker=".", markersize=3
+                )
             axes.set_title(name, loc="left", fontsize=11)
             axes.set_xlabel("epoch")
             axes.grid(alpha=0.3)

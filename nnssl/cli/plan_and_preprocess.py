@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from nnssl.cli.command import run_command, say
 
@@ -13,16 +12,30 @@ PRESET_NAMES = ("cpu", "8gb", "24gb", "40gb", "80gb")
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = argparse.ArgumentParser(
-        NAME, description="Look at unlabelled images, plan their pretraining, and preprocess them. Finished work is skipped."
+        NAME,
+        description="Look at unlabelled images, plan their pretraining, and preprocess them. Finished work is skipped.",
     )
-    parser.add_argument("-d", dest="dataset", required=True, metavar="ID", help="data set, number or name, below nnUNet_raw")
-    parser.add_argument("-c", dest="configurations", nargs="+", metavar="CONFIG", help="configurations to preprocess (default: all)")
-    parser.add_argument("-p", dest="plans", default="nnsslPlans", metavar="PLANS", help="plans identifier (default: nnsslPlans)")
-    parser.add_argument("--preset", choices=PRESET_NAMES, help="memory target (default: the GPU found, else 8gb)")
-    parser.add_argument("--like", metavar="ID", help="plan around this data set's existing nnU-Net plan, so that weights drop into it")
-    parser.add_argument("--like-plans", default="nnUNetPlans", metavar="PLANS", help="which plan of --like (default: nnUNetPlans)")
     parser.add_argument(
-        "--channel-names", nargs="+", metavar="NAME", help="what the channels are (CT, MRI, T1, ...), where no dataset.json says so"
+        "-d", dest="dataset", required=True, metavar="ID", help="data set, number or name, below nnUNet_raw"
+    )
+    parser.add_argument(
+        "-c", dest="configurations", nargs="+", metavar="CONFIG", help="configurations to preprocess (default: all)"
+    )
+    parser.add_argument(
+        "-p", dest="plans", default="nnsslPlans", metavar="PLANS", help="plans identifier (default: nnsslPlans)"
+    )
+    parser.add_argument("--preset", choices=PRESET_NAMES, help="memory target (default: the GPU found, else 8gb)")
+    parser.add_argument(
+        "--like", metavar="ID", help="plan around this data set's existing nnU-Net plan, so that weights drop into it"
+    )
+    parser.add_argument(
+        "--like-plans", default="nnUNetPlans", metavar="PLANS", help="which plan of --like (default: nnUNetPlans)"
+    )
+    parser.add_argument(
+        "--channel-names",
+        nargs="+",
+        metavar="NAME",
+        help="what the channels are (CT, MRI, T1, ...), where no dataset.json says so",
     )
     parser.add_argument("--processes", type=int, metavar="N", help="processes (default: one for each core, at most 8)")
     parser.add_argument("--dask", metavar="ADDRESS", help="preprocess on the Dask cluster with this scheduler address")
@@ -39,11 +52,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from planners.fingerprint import read_or_extract
+
     from nnssl.data.preprocess import preprocess_dataset
     from nnssl.data.raw import find_dataset, read_dataset
     from nnssl.errors import UserError
     from nnssl.paths import resolve_folders
-    from planners.fingerprint import read_or_extract
     from planners.presets import preset_for_gpu
     from planners.pretrain_planner import plan_pretraining
     from planners.reasons import format_decisions, format_set_aside
@@ -60,7 +74,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.like:
         like = folders.preprocessed / find_dataset(args.like, folders) / f"{args.like_plans}.json"
         if not like.exists():
-            raise UserError(f"--like {args.like}: {like} is missing; run nnUNetv2_plan_and_preprocess -d {args.like} first")
+            raise UserError(
+                f"--like {args.like}: {like} is missing; run nnUNetv2_plan_and_preprocess -d {args.like} first"
+            )
     fingerprint = read_or_extract(dataset, folders, processes, say)
     plan = plan_pretraining(dataset, fingerprint, folders, preset, args.plans, like, say)
     for line in format_decisions(plan):

@@ -17,18 +17,32 @@ def make_parser() -> argparse.ArgumentParser:
     )
     methods = "; ".join(f"{name}: {method.title}" for name, method in METHODS.items())
     parser.add_argument("-m", dest="method", required=True, metavar="METHOD", help=methods)
-    parser.add_argument("-d", dest="dataset", metavar="ID", help="data set, number or name (default: the one planned last)")
-    parser.add_argument("-c", dest="configuration", metavar="CONFIG", help="of the plan (default: the method's first)")
-    parser.add_argument("-p", dest="plans", default="nnsslPlans", metavar="PLANS", help="plans identifier (default: nnsslPlans)")
     parser.add_argument(
-        "--epochs", nargs="+", type=int, metavar="N", help="epochs of every stage, or one number for each stage (default: the plan's)"
+        "-d", dest="dataset", metavar="ID", help="data set, number or name (default: the one planned last)"
+    )
+    parser.add_argument("-c", dest="configuration", metavar="CONFIG", help="of the plan (default: the method's first)")
+    parser.add_argument(
+        "-p", dest="plans", default="nnsslPlans", metavar="PLANS", help="plans identifier (default: nnsslPlans)"
+    )
+    parser.add_argument(
+        "--epochs",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="epochs of every stage, or one number for each stage (default: the plan's)",
     )
     parser.add_argument("--iterations-per-epoch", type=int, metavar="N", help="steps per epoch (default: the plan's)")
     parser.add_argument(
-        "--set", nargs="+", default=[], dest="overrides", metavar="KEY=VALUE",
+        "--set",
+        nargs="+",
+        default=[],
+        dest="overrides",
+        metavar="KEY=VALUE",
         help="change a setting of the method, e.g. temperature=0.2, or of one stage, e.g. generative.mask_ratio=0.6",
     )
-    parser.add_argument("--init", type=Path, metavar="FILE", help="checkpoint whose weights the first stage starts from")
+    parser.add_argument(
+        "--init", type=Path, metavar="FILE", help="checkpoint whose weights the first stage starts from"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and views (default: 0)")
     add_device_argument(parser)
     parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes, one for each GPU (default: 1)")

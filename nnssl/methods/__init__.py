@@ -24,9 +24,9 @@ class Stage:
     name: str
     trainer: str
     implementation: str
-    encoder_graphs: float
-    encoder_passes: float
-    decoder_graphs: float
+    encoder_graphs: int
+    encoder_passes: int
+    decoder_graphs: int
     useful_batch: int
 
     def load(self) -> Any:

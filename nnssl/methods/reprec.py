@@ -253,7 +253,9 @@ class RepRecGenerative(PretextMethod):
         self.encoder.eval()
         return self
 
-    def make_views(self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]) -> MaskedViews:
+    def make_views(
+        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
+    ) -> MaskedViews:
         """Return one random crop of each patch and the block mask of its tokens."""
         cropped = random_crop(volumes, generators, self.settings, self.configuration.spacing_mm)
         grid = self.configuration.tokens.grid

@@ -1,8 +1,9 @@
 """Settings of a stage, resolved once from three origins: method defaults (paper), plan (data), command line (user)."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar, Literal, TypeVar, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -71,7 +72,9 @@ def resolve_settings(defaults: S, from_plan: dict[str, Any], overrides: Sequence
         if not separator:
             raise UserError(f"--set {override}: write it as key=value")
         if key not in origins:
-            raise UserError(f"--set {override}: there is no setting {key!r}; the settings are {', '.join(sorted(origins))}")
+            raise UserError(
+                f"--set {override}: there is no setting {key!r}; the settings are {', '.join(sorted(origins))}"
+            )
         settings = _replace(settings, key, _parse(settings, key, text))
         origins[key] = ORIGINS[2]
     return settings, origins
@@ -124,9 +127,7 @@ def split_overrides(overrides: Sequence[str], stages: dict[str, Any]) -> dict[st
     for override in overrides:
         key = override.partition("=")[0]
         prefix, _, own = key.rpartition(".")
-        chosen = [
-            name for name, keys in known.items() if own in keys and prefix in ("", name, name.rpartition(".")[2])
-        ]
+        chosen = [name for name, keys in known.items() if own in keys and prefix in ("", name, name.rpartition(".")[2])]
         if not chosen:
             listed = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, keys in known.items())
             raise UserError(f"--set {override}: there is no setting {key!r}; the settings are {listed}")
@@ -162,12 +163,19 @@ def _parse(settings: Any, key: str, text: str) -> Any:
     assert is_dataclass(owner)
     hint = get_type_hints(type(owner))[key]
     adapter: TypeAdapter[Any] = TypeAdapter(hint)
-    if "tuple" in str(hint) and not text.startswith("["):
-        text = f"[{text}]"
-    for attempt in (text, f'"{text}"', text.lower()):
+    problem = ""
+    for attempt in _as_json(text, is_tuple=get_origin(hint) is tuple):
         try:
             return adapter.validate_json(attempt, strict=True)
         except ValidationError as error:
             problem = error.errors()[0]["msg"]
-    name = getattr(hint, "__name__", str(hint)) if "[" not in str(hint) else str(hint)
-    raise UserError(f"--set {key}={text}: {problem[0].lower() + problem[1:]} (a {name.replace('typing.', '')} is wanted)")
+    wanted = str(hint).replace("typing.", "") if get_origin(hint) else hint.__name__
+    raise UserError(f"--set {key}={text}: {problem[0].lower() + problem[1:]} (a {wanted} is wanted)")
+
+
+def _as_json(text: str, is_tuple: bool) -> list[str]:
+    """Return the ways in which a typed value can be meant: as JSON, as a bare word, as a comma-separated list."""
+    if not is_tuple or text.startswith("["):
+        return [text.lower() if text.lower() in ("true", "false") else text, json.dumps(text)]
+    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
+    return [f"[{','.join(map(json.dumps, entries))}]", f"[{','.join(entries)}]"]

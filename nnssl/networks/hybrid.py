@@ -26,7 +26,9 @@ MLP_RATIO = 4
 """Width of the hidden layer of a block over the width of its tokens (Dosovitskiy et al. 2021, table 1)."""
 
 
-def sine_cosine_positions(grid: Sequence[int], width: int, device: torch.device | None = None) -> Float[Tensor, "tokens width"]:
+def sine_cosine_positions(
+    grid: Sequence[int], width: int, device: torch.device | None = None
+) -> Float[Tensor, "tokens width"]:
     """Return fixed sine-cosine position embeddings for a grid of tokens.
 
     Source: Vaswani et al. 2017, section 3.5, one share of the channels for each axis (as MAE does in 2D).
@@ -112,7 +114,9 @@ def map_to_tokens(feature_map: Float[Tensor, "batch channel *grid"]) -> Float[Te
     return feature_map.flatten(2).transpose(1, 2)
 
 
-def tokens_to_map(tokens: Float[Tensor, "batch tokens channel"], grid: Sequence[int]) -> Float[Tensor, "batch channel *grid"]:
+def tokens_to_map(
+    tokens: Float[Tensor, "batch tokens channel"], grid: Sequence[int]
+) -> Float[Tensor, "batch channel *grid"]:
     """Put tokens in C order back into a feature map; the inverse of ``map_to_tokens``."""
     return tokens.transpose(1, 2).unflatten(2, tuple(grid))
 
@@ -166,7 +170,7 @@ class HybridUNet(PlainConvUNet):
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """Return nnU-Net's measure of memory for one patch, the transformer's share included."""
-        return _feature_size(self, super().compute_conv_feature_map_size(input_size), input_size)
+        return _feature_size(self, int(super().compute_conv_feature_map_size(input_size)), input_size)
 
 
 class HybridResidualEncoderUNet(ResidualEncoderUNet):
@@ -184,4 +188,4 @@ class HybridResidualEncoderUNet(ResidualEncoderUNet):
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """Return nnU-Net's measure of memory for one patch, the transformer's share included."""
-        return _feature_size(self, super().compute_conv_feature_map_size(input_size), input_size)
+        return _feature_size(self, int(super().compute_conv_feature_map_size(input_size)), input_size)

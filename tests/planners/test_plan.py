@@ -1,0 +1,98 @@
+import json
+from dataclasses import asdict
+
+import pytest
+
+from nnssl.errors import UserError
+from planners.plan import (
+    SCHEMA_VERSION,
+    Decision,
+    Pretext,
+    PretextConfiguration,
+    StageSchedule,
+    TokenGrid,
+    TransformerSize,
+    read_plan,
+    write_plan,
+)
+
+
+def make_pretext() -> Pretext:
+    configuration = PretextConfiguration(
+        case_folder="nnsslPlans_cases_3d",
+        patch_size=(16, 24, 20),
+        spacing_mm=(3.0, 1.0, 1.5),
+        thick_axis=None,
+        crop_fraction=(0.2, 1.0),
+        crop_overlap=0.6,
+        rotation_deg=(30.0, 30.0, 30.0),
+        flip_axes=(1, 2),
+        intensity_views=("contrast",),
+        tokens=TokenGrid(stage=1, grid=(8, 12, 10), size_vox=(2, 2, 2), size_mm=(6.0, 2.0, 3.0), mask_block=(1, 2, 2)),
+        transformer=TransformerSize(width=16, depth=1, heads=2, decoder_depth=1),
+        queue_length=64,
+        teacher_momentum=0.99,
+        schedules={"reprec.contrastive": StageSchedule(2, 3, 4, 0)},
+    )
+    return Pretext(
+        schema_version=SCHEMA_VERSION,
+        nnssl_version="0",
+        preset="cpu",
+        memory_target_gb=0.5,
+        like=None,
+        modalities=("MRI",),
+        num_cases=3,
+        configurations={"3d_fullres_hybrid": configuration},
+        decisions=(Decision("data set", "spacing", "1 mm", "median"),),
+    )
+
+
+NNUNET = {"dataset_name": "Dataset501_Toy", "plans_name": "nnsslPlans", "configurations": {}}
+
+
+def test_round_trip(tmp_path):
+    path = tmp_path / "nnsslPlans.json"
+    written = write_plan(path, NNUNET, make_pretext())
+    assert written.pretext == make_pretext()
+    assert read_plan(path) == written
+    assert (written.dataset_name, written.name) == ("Dataset501_Toy", "nnsslPlans")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: p["configurations"]["3d_fullres_hybrid"].update(colour=1), "3d_fullres_hybrid.colour"),
+        (lambda p: p["configurations"]["3d_fullres_hybrid"].pop("queue_length"), "queue_length"),
+        (lambda p: p["configurations"]["3d_fullres_hybrid"].update(queue_length="64"), "queue_length"),
+        (lambda p: p["configurations"]["3d_fullres_hybrid"]["tokens"].update(grid=[1.5]), "tokens.grid"),
+        (lambda p: p.update(schema_version=99), "schema_version is 99"),
+    ],
+)
+def test_wrong_key_is_an_error_that_names_file_and_key(tmp_path, change, message):
+    path = tmp_path / "nnsslPlans.json"
+    pretext = json.loads(json.dumps(asdict(make_pretext())))
+    change(pretext)
+    path.write_text(json.dumps({**NNUNET, "pretext": pretext}))
+    with pytest.raises(UserError) as error:
+        read_plan(path)
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_plain_nnunet_plan_and_broken_file_are_refused(tmp_path):
+    path = tmp_path / "nnUNetPlans.json"
+    path.write_text(json.dumps(NNUNET))
+    with pytest.raises(UserError, match="has no 'pretext' section"):
+        read_plan(path)
+    path.write_text('{"dataset_name": ')
+    with pytest.raises(UserError, match="is not a readable plan"):
+        read_plan(path)
+    with pytest.raises(UserError, match="there is no such plan"):
+        read_plan(tmp_path / "none.json")
+
+
+def test_unknown_configuration_names_the_known_ones(tmp_path):
+    plan = write_plan(tmp_path / "nnsslPlans.json", NNUNET, make_pretext())
+    with pytest.raises(UserError, match="no configuration '2d'; it has 3d_fullres_hybrid"):
+        plan.configuration("2d")

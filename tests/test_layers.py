@@ -1,0 +1,86 @@
+"""Who may import whom, as documentation/architecture.md says; read from the source, so that lazy imports count too."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOUNDATION = {"nnssl", "nnssl.errors", "nnssl.files", "nnssl.schema", "nnssl.draws", "nnssl.paths", "nnssl.environment"}
+ALLOWED = {
+    "nnssl.distributed": set(),
+    "nnssl.momentum": {"nnssl.distributed"},
+    "nnssl.collapse": {"nnssl.distributed"},
+    "nnssl.checkpoint": set(),
+    "nnssl.losses": {"nnssl.distributed"},
+    "nnssl.views": set(),
+    "nnssl.networks": set(),
+    "nnssl.methods": {"nnssl.losses", "nnssl.views", "nnssl.networks", "nnssl.momentum", "nnssl.distributed"},
+    "nnssl.data": {"planners.plan", "planners.fingerprint"},
+    "nnssl.evaluation": {"nnssl.methods", "nnssl.data", "nnssl.networks", "nnssl.checkpoint", "planners"},
+    "planners": {"nnssl.methods", "nnssl.networks", "nnssl.data", "nnssl.momentum", "nnssl.checkpoint"},
+    "trainers": {
+        "nnssl.methods",
+        "nnssl.networks",
+        "nnssl.data",
+        "nnssl.momentum",
+        "nnssl.collapse",
+        "nnssl.checkpoint",
+        "nnssl.distributed",
+        "planners",
+    },
+    "nnssl.cli": {"nnssl", "planners", "trainers"},
+}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package in ("nnssl", "planners", "trainers"):
+        for path in (ROOT / package).rglob("*.py"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+def imports_of(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    known = modules()
+    own = {name for name in names if name in known}
+    # ``from nnssl.x import y`` names both the package and the module; the module is what counts
+    return {name for name in own if not any(other.startswith(f"{name}.") for other in own)}
+
+
+def within(name: str, rooms: set[str]) -> bool:
+    return any(name == room or name.startswith(f"{room}.") for room in rooms)
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_imports_stay_in_their_layer(name):
+    room = max((room for room in ALLOWED if within(name, {room})), key=len, default=None)
+    if room is None:
+        assert name in FOUNDATION, f"{name}: say in ALLOWED which layer it belongs to"
+        rooms: set[str] = set()
+    else:
+        rooms = ALLOWED[room] | {room}
+    foreign = {found for found in imports_of(modules()[name]) if not (found in FOUNDATION or within(found, rooms))}
+    assert not foreign, f"{name} imports {sorted(foreign)}"
+
+
+def test_methods_do_not_import_one_another():
+    shared = {"nnssl.methods", "nnssl.methods.protocol", "nnssl.methods.settings"}
+    for name, path in modules().items():
+        if name.startswith("nnssl.methods."):
+            assert {m for m in imports_of(path) if m.startswith("nnssl.methods")} <= shared, name
+
+
+def test_index_of_methods_is_light():
+    """The commands list the methods in their help, so the index must not import torch."""
+    code = "import sys, nnssl.methods; sys.exit('torch' in sys.modules or 'nnunetv2' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
