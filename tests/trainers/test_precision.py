@@ -1,0 +1,80 @@
+import pytest
+import torch
+from torch import nn
+
+from nnssl.errors import UserError
+from trainers.precision import VARIABLE, FullPrecisionLoss, choose_precision
+
+CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+
+
+@pytest.mark.parametrize(
+    ("device", "amx", "avx512_bf16", "cuda_bf16", "expected"),
+    [
+        (CPU, True, True, False, (torch.bfloat16, True, False)),
+        (CPU, False, True, False, (torch.bfloat16, False, False)),
+        (CPU, False, False, True, (None, False, False)),
+        (CUDA, False, False, True, (torch.bfloat16, True, False)),
+        (CUDA, True, True, False, (torch.float16, True, True)),
+        (MPS, True, True, True, (None, False, False)),
+    ],
+)
+def test_precision_follows_the_hardware(monkeypatch, device, amx, avx512_bf16, cuda_bf16, expected):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: cuda_bf16 or including_emulation)
+    precision = choose_precision(device)
+    assert (precision.dtype, precision.memory_format_channels_last, precision.scaler) == expected
+
+
+def test_the_variable_overrules(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    monkeypatch.setenv(VARIABLE, "float32")
+    precision = choose_precision(CPU)
+    assert (precision.dtype, precision.memory_format_channels_last, precision.name) == (None, False, "float32")
+    monkeypatch.setenv(VARIABLE, "bfloat16")
+    assert choose_precision(CPU).name == "bfloat16"
+    for wrong, device in (("half", CUDA), ("float16", CPU)):
+        monkeypatch.setenv(VARIABLE, wrong)
+        with pytest.raises(UserError, match=f"{VARIABLE}={wrong}"):
+            choose_precision(device)
+
+
+def test_a_cpu_without_the_questions_is_taken_as_old(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
+    monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported", raising=False)
+    assert choose_precision(CPU).dtype is None
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_channels_last_changes_strides_and_no_value(monkeypatch, dimensions):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True, raising=False)
+    monkeypatch.setenv(VARIABLE, "bfloat16")
+    volumes = torch.randn(2, 3, *(4, 5, 6)[-dimensions:])
+    laid_out = choose_precision(CPU).lay_out(volumes, dimensions)
+    assert torch.equal(laid_out, volumes)
+    assert laid_out.stride(1) == 1
+    monkeypatch.setenv(VARIABLE, "float32")
+    assert choose_precision(CPU).lay_out(volumes, dimensions) is volumes
+
+
+def test_the_network_runs_in_bfloat16_and_the_loss_in_float32(monkeypatch):
+    monkeypatch.setenv(VARIABLE, "bfloat16")
+    network = nn.Conv3d(1, 2, 3, padding=1)
+    seen = []
+
+    class Loss(nn.Module):
+        def forward(self, outputs, target):
+            seen.append([output.dtype for output in outputs] + [(outputs[0].flatten(1) @ target).dtype])
+            return sum(output.square().mean() for output in outputs)
+
+    with choose_precision(CPU).autocast(CPU):
+        output = network(torch.randn(1, 1, 3, 4, 5))
+        assert output.dtype == torch.bfloat16
+        loss = FullPrecisionLoss(Loss())([output, output], torch.randn(120, 1))
+        assert FullPrecisionLoss(nn.MSELoss())(output, torch.zeros_like(output)).dtype == torch.float32
+    assert seen == [[torch.float32, torch.float32, torch.float32]]
+    loss.backward()
+    assert network.weight.grad.dtype == torch.float32

@@ -1,0 +1,100 @@
+"""Mixed precision: which number format a device computes a network in, and in which memory layout.
+
+bfloat16 needs no loss scaling and was measured faster than float32 wherever the hardware has it. Channels-last was
+measured slower than the default layout on CPUs with AVX512-BF16 alone, so it is taken only with AMX and on CUDA.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from nnssl.errors import UserError
+
+VARIABLE = "NNSSL_PRECISION"
+FORMATS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How forward passes of training are computed; weights, losses and optimizer stay float32."""
+
+    dtype: torch.dtype | None
+    """Format of the autocast region, None for float32 throughout."""
+    memory_format_channels_last: bool
+    scaler: bool
+    """Whether gradients need loss scaling, as float16's do."""
+
+    @property
+    def name(self) -> str:
+        """The format's name, e.g. ``bfloat16``."""
+        return str(self.dtype or torch.float32).removeprefix("torch.")
+
+    def autocast(self, device: torch.device) -> AbstractContextManager:
+        """Return the context for a forward pass; does nothing in float32."""
+        return nullcontext() if self.dtype is None else torch.autocast(device.type, dtype=self.dtype)
+
+    def lay_out(self, value: Tensor | nn.Module, spatial_dimensions: int) -> Tensor | nn.Module:
+        """Bring a batch of volumes or a network into the memory layout.
+
+        Args:
+            value: ``(batch, channel, [z,] y, x)``, or a module with convolutions of that dimension.
+            spatial_dimensions: 2 or 3.
+
+        Returns:
+            The same values; a module is changed in place.
+        """
+        if not self.memory_format_channels_last:
+            return value
+        return value.to(memory_format=torch.channels_last if spatial_dimensions == 2 else torch.channels_last_3d)
+
+
+def choose_precision(device: torch.device) -> Precision:
+    """Choose number format and memory layout for a device.
+
+    bfloat16 on GPUs that have it and on CPUs with AMX or AVX512-BF16, float16 with a loss scaler on older GPUs, float32
+    elsewhere. The environment variable ``NNSSL_PRECISION`` (float32, bfloat16, float16) overrules.
+
+    Raises:
+        UserError: ``NNSSL_PRECISION`` has another value, or asks for float16 away from a GPU, where it cannot train.
+    """
+    amx = device.type == "cpu" and _cpu_has("_is_amx_tile_supported")
+    wanted = os.environ.get(VARIABLE)
+    if wanted:
+        if wanted not in FORMATS:
+            raise UserError(f"{VARIABLE}={wanted}: is no number format; take one of {', '.join(FORMATS)} or unset it")
+        if wanted == "float16" and device.type != "cuda":
+            raise UserError(f"{VARIABLE}=float16: needs a CUDA GPU, not {device.type}; take float32 or unset it")
+        dtype = FORMATS[wanted]
+    elif device.type == "cuda":
+        dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    elif device.type == "cpu" and (amx or _cpu_has("_is_avx512_bf16_supported")):
+        dtype = torch.bfloat16
+    else:
+        dtype = None
+    channels_last = dtype is not None and (device.type == "cuda" or amx)
+    return Precision(dtype, memory_format_channels_last=channels_last, scaler=dtype == torch.float16)
+
+
+def _cpu_has(question: str) -> bool:
+    """Ask one of torch.cpu's private feature tests; older versions of PyTorch lack some, which counts as no."""
+    test = getattr(torch.cpu, question, None)
+    return test is not None and bool(test())
+
+
+class FullPrecisionLoss(nn.Module):
+    """A loss that sees float32 outputs whatever the network was computed in: sums over voxels need the digits."""
+
+    def __init__(self, loss: nn.Module):
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, outputs: Tensor | list[Tensor], target: Tensor | list[Tensor]) -> Tensor:
+        """Return ``loss(outputs, target)`` computed outside autocast, on float32 outputs (one or a list)."""
+        device_type = (outputs if isinstance(outputs, Tensor) else outputs[0]).device.type
+        with torch.autocast(device_type, enabled=False):
+            if isinstance(outputs, Tensor):
+                return self.loss(outputs.float(), target)
+            return self.loss([output.float() for output in outputs], target)
