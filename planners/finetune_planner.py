@@ -1,8 +1,8 @@
 """The downstream nnU-Net plan that fits given weights: the plan they were pretrained with, moved to another data set.
 
-Patch size, spacing, normalisation and network stay as pretrained, so that the weights fit; the data set's name and reader
-become the target's. nnU-Net's own ``nnUNetv2_move_plans_between_datasets`` does the move. The result is a plain nnU-Net
-plan without nnssl's ``pretext`` section: that one describes the pretraining data.
+Patch size, spacing, normalisation and network stay as pretrained, so that the weights fit; the data set's name and
+reader become the target's. nnU-Net's own ``nnUNetv2_move_plans_between_datasets`` does the move. The result is a plain
+nnU-Net plan without nnssl's ``pretext`` section: that one describes the pretraining data.
 """
 
 import tempfile
@@ -52,7 +52,7 @@ def adopt_plan(
         The plan, written or found.
 
     Raises:
-        UserError: the numbers of channels differ, the target has no ``dataset.json``, or other plans have all the names.
+        UserError: the numbers of channels differ, the target has no ``dataset.json``, or other plans have the names.
     """
     dataset_json = read_json(folders.raw / target_dataset / "dataset.json", "dataset.json of a labelled data set")
     check_channels(plan, target_dataset, dataset_json)
@@ -104,7 +104,7 @@ def moved_plan(plan: Mapping[str, Any], target_dataset: str, name: str) -> dict[
                 move_plans_between_datasets(source.name, target_dataset, plan["plans_name"], name)
         except (RuntimeError, StopIteration, OSError) as error:
             raise UserError(
-                f"{target_dataset}: nnU-Net cannot read its images ({error}); check imagesTr and file_ending in dataset.json"
+                f"{target_dataset}: nnU-Net cannot read its images ({error}); check imagesTr and dataset.json"
             ) from error
         return read_json(target / f"{name}.json", "plan")
 
@@ -126,10 +126,11 @@ def check_channels(plan: Mapping[str, Any], target_dataset: str, dataset_json: M
         if "normalization_schemes" in configuration
     }
     if planned != {found}:
+        names = ", ".join(dataset_json["channel_names"].values())
+        pretrained = " or ".join(map(str, sorted(planned)))
         raise UserError(
-            f"{target_dataset}: has {found} channel(s) ({', '.join(dataset_json['channel_names'].values())}), but the weights "
-            f"were pretrained on {', '.join(map(str, sorted(planned)))} ({plan['dataset_name']}); take weights pretrained "
-            "on as many channels"
+            f"{target_dataset}: has {found} channel(s) ({names}), but the weights were pretrained on {pretrained} "
+            f"({plan['dataset_name']}); take weights pretrained on as many channels"
         )
 
 
