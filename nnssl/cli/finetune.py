@@ -1,0 +1,83 @@
+"""nnssl_finetune: fine-tune pretrained weights on labelled cases and evaluate them, beside a start from scratch."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnssl.cli.command import add_device_argument, choose_device, run_command, say
+
+NAME = "nnssl_finetune"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    args = make_parser().parse_args(argv)
+    return run_command(NAME, run, args, args.verbose)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog=NAME,
+        description="Fine-tune pretrained weights on a labelled data set with nnU-Net, predict the held-out labelled "
+        "cases and report their Dice. A second call goes on where the first one stopped.",
+    )
+    parser.add_argument("-d", "--dataset", required=True, help="labelled data set: number or name, below nnUNet_raw")
+    parser.add_argument(
+        "-w",
+        "--weights",
+        default="latest",
+        help="checkpoint_final.pth of nnssl_pretrain, or 'latest' for the newest one below nnUNet_results (default)",
+    )
+    parser.add_argument(
+        "-c", "--configuration", help="configuration of the weights' plan (default: the pretrained one)"
+    )
+    parser.add_argument("--scratch", action="store_true", help="also train the same from random weights, to compare")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--labels", type=int, metavar="N", help="train on N cases, hold out the others (default: nnU-Net's fold 0)"
+    )
+    chosen.add_argument("--cases", type=Path, metavar="FILE", help="train on the cases in this file, one name per line")
+    parser.add_argument("--test-cases", type=Path, metavar="FILE", help="hold out the cases in this file")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="for the label subset, random weights, batches (default: 0)"
+    )
+    parser.add_argument("--epochs", type=int, default=1000, help="(default: 1000)")
+    parser.add_argument("--iterations-per-epoch", type=int, default=250, help="(default: 250)")
+    parser.add_argument("--warmup-epochs", type=int, help="of the epochs (default: one in twenty)")
+    parser.add_argument("--learning-rate", type=float, default=0.01, help="the highest one (default: 0.01)")
+    parser.add_argument(
+        "--mode", choices=("finetune",), default="finetune", help="which weights are trained: all of them"
+    )
+    parser.add_argument("--plans-name", help="name for the plan in the data set's folder (default: the plan's own)")
+    add_device_argument(parser)
+    parser.add_argument("--processes", type=int, help="for preprocessing and evaluation (default: cores, 8 at most)")
+    parser.add_argument("--restart", action="store_true", help="delete these runs and do them again")
+    parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Do what the arguments ask for."""
+    from trainers.finetune_run import finetune
+
+    finetune(
+        args.dataset,
+        args.weights,
+        configuration=args.configuration,
+        scratch=args.scratch,
+        labels=args.labels,
+        cases=args.cases,
+        test_cases=args.test_cases,
+        seed=args.seed,
+        epochs=args.epochs,
+        iterations_per_epoch=args.iterations_per_epoch,
+        warmup_epochs=args.warmup_epochs,
+        learning_rate=args.learning_rate,
+        device=choose_device(args.device, say),
+        processes=args.processes,
+        plans_name=args.plans_name,
+        mode=args.mode,
+        restart=args.restart,
+        say=say,
+    )

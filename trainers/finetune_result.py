@@ -1,0 +1,123 @@
+"""finetune.json: what one arm of a fine-tuning comparison was and how well it did."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from nnssl import schema
+from nnssl.errors import UserError
+from nnssl.files import read_json
+from nnssl.schema import STRICT
+
+SCHEMA_VERSION = 1
+FILE_NAME = "finetune.json"
+SCRATCH = "scratch"
+
+
+@dataclass(frozen=True)
+class FinetuneSchedule:
+    """How long an arm was trained."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    epochs: int
+    iterations_per_epoch: int
+    warmup_epochs: int
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """One finished arm: the weights it started from, the cases it saw, and its Dice on the held-out ones."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    schema_version: int
+    nnssl_version: str
+    mode: str
+    """``finetune``: all weights are trained."""
+    arm: str
+    """Pretext method of the weights, or ``scratch``."""
+    dataset_name: str
+    plans_name: str
+    configuration: str
+    weights: str | None
+    """Checkpoint the arm started from, None for random weights."""
+    weights_digest: str | None
+    """Digest of that file's bytes."""
+    schedule: FinetuneSchedule
+    seed: int
+    train_cases: tuple[str, ...]
+    test_cases: tuple[str, ...]
+    num_parameters: int
+    dice: dict[str, float | None]
+    """By class or region: mean Dice over the held-out cases; None where no case has the class, truly or predicted."""
+    mean_dice: float | None
+    """Mean over the classes."""
+    model_folder: str
+    predict_command: str
+    """Stock nnU-Net's command that predicts with this model."""
+
+
+def read_result(path: Path) -> ArmResult:
+    """Read a ``finetune.json``.
+
+    Raises:
+        UserError: it is missing, of another schema version, or a key is wrong.
+    """
+    content = read_json(path, "fine-tuning result")
+    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
+        raise UserError(f"{path}: is no result of schema {SCHEMA_VERSION}; run nnssl_finetune again with --restart")
+    return schema.parse(ArmResult, content, str(path))
+
+
+def read_dice(summary: Path, labels: Mapping[str, int | Sequence[int]]) -> tuple[dict[str, float | None], float | None]:
+    """Read the mean Dice of every class, and their mean, from nnU-Net's ``summary.json``.
+
+    Args:
+        summary: the file.
+        labels: ``labels`` of ``dataset.json``: class names and their values, or tuples of values for regions.
+
+    Returns:
+        Dice by class name, and its mean over the classes; None in place of NaN.
+    """
+    content = read_json(summary, "evaluation of nnU-Net")
+    dice = {}
+    for name, value in labels.items():
+        key = str(value) if isinstance(value, int) else str(tuple(value))
+        if key in content["mean"]:  # background and ignore label are not evaluated
+            dice[name] = _number(content["mean"][key]["Dice"])
+    return dice, _number(content["foreground_mean"]["Dice"])
+
+
+def comparison(results: Sequence[ArmResult]) -> list[str]:
+    """Return the lines of a table: the Dice of all arms side by side, and the gain over scratch where there is one."""
+    scratch = next((result for result in results if result.arm == SCRATCH), None)
+    first = results[0]
+    gain = scratch is not None and scratch is not first
+    header = [f"Dice on {len(first.test_cases)} held-out cases", *(result.arm for result in results)]
+    rows = [header + (["gain"] if gain else [])]
+    for name in [*first.dice, None]:
+        values = [result.mean_dice if name is None else result.dice[name] for result in results]
+        row = ["mean" if name is None else name, *map(_text, values)]
+        if scratch is not None and gain:
+            against = scratch.mean_dice if name is None else scratch.dice[name]
+            row.append("-" if values[0] is None or against is None else f"{values[0] - against:+.4f}")
+        rows.append(row)
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None or math.isnan(value) else float(value)
+
+
+def _text(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,101 @@
+"""Weights of pretraining: found, opened safely, and loaded into a network by nnU-Net's own loader."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+
+from nnssl.checkpoint import Provenance, load_tensors, read_checkpoint
+from nnssl.errors import UserError
+from nnssl.paths import Folders
+from trainers.finetune import FinetuneTrainer
+from trainers.finetune_result import FILE_NAME
+
+LATEST = "latest"
+FINAL = "checkpoint_final.pth"
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A checkpoint of pretraining."""
+
+    path: Path
+    digest: str
+    provenance: Provenance
+
+
+def open_weights(weights: str | Path, folders: Folders, say: Callable[[str], None]) -> Weights:
+    """Open a checkpoint of pretraining, without running anything in it, and say what it is.
+
+    Raises:
+        UserError: it is missing, unsafe, or no checkpoint of nnssl pretraining; or there is no latest one.
+    """
+    path = find_latest(folders) if str(weights) == LATEST else Path(weights).expanduser().absolute()
+    provenance = read_checkpoint(path)[1]
+    state = "" if provenance.finished else f", unfinished: step {provenance.step} of {provenance.total_steps}"
+    say(
+        f"Weights: {path} ({provenance.method}, stage {provenance.stage}, pretrained on {provenance.dataset_name} with "
+        f"{provenance.configuration}{state})"
+    )
+    digest = hashlib.blake2b(digest_size=8)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return Weights(path, digest.hexdigest(), provenance)
+
+
+def find_latest(folders: Folders) -> Path:
+    """Return the newest ``checkpoint_final.pth`` of nnssl pretraining below nnU-Net's results folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [path for path in folders.results.rglob(FINAL) if not (path.parents[1] / FILE_NAME).exists()]
+    for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
+        # an arm that is being trained has no finetune.json yet, and stock nnU-Net's models lie here too
+        try:
+            if "nnssl" in load_tensors(path):
+                return path
+        except UserError:
+            continue
+    raise UserError(
+        f"-w {LATEST}: no finished pretraining below {folders.results}; run nnssl_pretrain or give a checkpoint"
+    )
+
+
+def choose_configuration(configuration: str | None, weights: Weights) -> str:
+    """Return the configuration to train: the one asked for, or the one the weights were pretrained with.
+
+    Raises:
+        UserError: the weights' plan has no such configuration.
+    """
+    plan = weights.provenance.plans
+    chosen = configuration or weights.provenance.configuration
+    if chosen not in plan["configurations"]:
+        known = ", ".join(sorted(plan["configurations"]))
+        raise UserError(f"-c {chosen}: the plan of {weights.path} has no such configuration; it has {known}")
+    return chosen
+
+
+def load_weights(trainer: FinetuneTrainer, weights: Weights) -> None:
+    """Load pretrained weights into a trainer's network with nnU-Net's own loader.
+
+    Args:
+        trainer: built here if it is not yet.
+        weights: a checkpoint that ``open_weights`` has shown to be safe.
+
+    Raises:
+        UserError: a weight is missing or has another shape.
+    """
+    if not trainer.was_initialized:
+        trainer.initialize()
+    try:
+        load_pretrained_weights(trainer.network, str(weights.path), verbose=True)
+    except AssertionError as error:
+        reason = str(error).split(". ")[0]
+        raise UserError(
+            f"{weights.path}: does not fit {trainer.configuration_name} ({reason}); take the configuration it was "
+            f"pretrained with, -c {weights.provenance.configuration}"
+        ) from error
