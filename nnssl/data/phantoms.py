@@ -1,0 +1,245 @@
+"""Synthetic anatomy with labels: a deformed torso with organs, a spine and a vessel, as MR or CT would show it.
+
+It lets nnssl be tried, and tested, without data. Every patient is the same anatomy under a smooth random deformation,
+with organs of their own size and intensity. Liver, spleen and the unlabelled kidneys share one intensity range, the
+stomach shares one with unlabelled muscle and bowel: an organ is told by its place and shape, not by a threshold.
+
+=====  ============================================================
+label  what
+=====  ============================================================
+0      background: air, fat, muscle, bowel, kidneys, spine
+1      liver: a large wedge on one side
+2      spleen: a crescent on the other side, as bright as the liver
+3      stomach: a bent tube that thins towards its end
+4      aorta: a curved tube along z
+=====  ============================================================
+
+Source: made for nnssl. Coordinates run from -1 to 1 over each axis of the array, in the order z, y, x; +z is up, +y is
+the back, +x is the patient's left (nnU-Net's axis order for an image in LPS).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float32, UInt8
+from scipy.ndimage import gaussian_filter
+
+from nnssl.draws import draw_seed
+from nnssl.errors import UserError
+from nnssl.files import write_json
+
+Modality = Literal["MR", "CT"]
+
+LABELS = {"background": 0, "liver": 1, "spleen": 2, "stomach": 3, "aorta": 4}
+
+# Mean and spread between patients: HU for CT, arbitrary units for MR.
+CT_INTENSITY = {
+    "air": (-1000.0, 0.0), "fat": (-100.0, 8.0), "muscle": (50.0, 8.0), "bone": (420.0, 60.0),
+    "bowel": (45.0, 12.0), "kidneys": (107.0, 10.0),
+    "liver": (105.0, 10.0), "spleen": (108.0, 10.0), "stomach": (35.0, 20.0), "aorta": (150.0, 20.0),
+}  # fmt: skip
+MR_INTENSITY = {
+    "air": (0.0, 0.0), "fat": (620.0, 40.0), "muscle": (240.0, 25.0), "bone": (130.0, 20.0),
+    "bowel": (230.0, 30.0), "kidneys": (388.0, 30.0),
+    "liver": (390.0, 30.0), "spleen": (385.0, 30.0), "stomach": (210.0, 60.0), "aorta": (520.0, 50.0),
+}  # fmt: skip
+NOISE = {"CT": 14.0, "MR": 22.0}
+TEXTURE = {"CT": 7.0, "MR": 16.0}
+WARP = 0.05
+"""Typical displacement of the deformation, as a share of half the field of view."""
+BIAS = 0.22
+"""Largest departure of MR's bias field from 1."""
+
+
+def make_phantom(
+    generator: torch.Generator | int,
+    shape: Sequence[int],
+    spacing_mm: Sequence[float],
+    modality: Modality = "MR",
+) -> tuple[Float32[np.ndarray, "z y x"], UInt8[np.ndarray, "z y x"]]:
+    """Make one synthetic patient.
+
+    Args:
+        generator: CPU generator, or a seed; equal ones give equal volumes.
+        shape: voxels along z, y, x, each at least 8.
+        spacing_mm: mm along z, y, x; texture and deformation have the same size in mm along all axes.
+        modality: ``"MR"`` (arbitrary units, air near 0, bias field) or ``"CT"`` (HU, air at -1000).
+
+    Returns:
+        Intensities (z, y, x) and labels (z, y, x) after ``LABELS``.
+
+    Raises:
+        ValueError: a shape or spacing without three sensible entries, or an unknown modality.
+    """
+    if len(shape) != 3 or len(spacing_mm) != 3 or min(shape) < 8 or min(spacing_mm) <= 0:
+        raise ValueError(
+            f"a phantom needs three axes of at least 8 voxels and spacings above 0, not {shape}, {spacing_mm}"
+        )
+    if modality not in NOISE:
+        raise ValueError(f"modality is MR or CT, not {modality}")
+    if isinstance(generator, torch.Generator):
+        generator = int(torch.randint(2**62, (), generator=generator))
+    rng = np.random.default_rng(generator)
+    extent_mm = np.asarray(shape) * np.asarray(spacing_mm)
+    z, y, x = _warped_grid(rng, tuple(shape), extent_mm)
+    tissues, labels = _draw_anatomy(rng, z, y, x)
+    volume = _paint(rng, tissues, modality, np.asarray(spacing_mm))
+    return volume, labels
+
+
+def _warped_grid(
+    rng: np.random.Generator, shape: tuple[int, ...], extent_mm: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return anatomical coordinates (-1 to 1) of every voxel: tilted, scaled and smoothly deformed."""
+    axes = [np.linspace(-1, 1, size, dtype=np.float32) for size in shape]
+    grid = np.stack(np.meshgrid(*axes, indexing="ij"))
+    waves = np.clip(np.round(4 * extent_mm / extent_mm.max()), 2, None).astype(int)
+    for axis in range(3):
+        grid[axis] += _smooth_field(rng, waves, shape) * np.float32(WARP)
+    tilt = rng.normal(0, 0.06, (3, 3)).astype(np.float32)
+    np.fill_diagonal(tilt, 1 + rng.uniform(-0.08, 0.08, 3))
+    warped = np.tensordot(tilt, grid, axes=1) + rng.normal(0, 0.03, (3, 1, 1, 1)).astype(np.float32)
+    return warped[0], warped[1], warped[2]
+
+
+def _smooth_field(rng: np.random.Generator, waves: Sequence[int] | np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Return a smooth random field (z, y, x) of unit spread: cosines with up to ``waves`` half periods per axis."""
+    bases = []
+    for count, size in zip(waves, shape, strict=True):
+        order, place = np.arange(count + 1)[:, None], (np.arange(size) + 0.5) / size
+        bases.append((np.cos(np.pi * order * place) / (1 + order)).astype(np.float32))
+    weights = rng.standard_normal([len(basis) for basis in bases], np.float32)
+    field = np.einsum("abc,az,by,cx->zyx", weights, *bases, optimize=True)
+    field -= field.mean()
+    return field / max(float(field.std()), 1e-6)
+
+
+def _draw_anatomy(
+    rng: np.random.Generator, z: np.ndarray, y: np.ndarray, x: np.ndarray
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Return tissue masks in painting order and the label map."""
+
+    def ellipsoid(centre: Sequence[float], radii: Sequence[float], spread: float = 0.06) -> np.ndarray:
+        scale = np.float32(1 + rng.uniform(-spread, spread))
+        rz, ry, rx = (np.float32(radius) * scale for radius in radii)
+        cz, cy, cx = (np.float32(place + rng.normal(0, 0.015)) for place in centre)
+        return ((z - cz) / rz) ** 2 + ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2
+
+    # Body: wider than deep, cut by the ends of the volume along z, flatter at the back
+    outline = (np.abs(x) / 0.86) ** 2.4 + (np.abs(y + 0.04) / np.where(y > 0, 0.66, 0.74)) ** 2.2 + (0.35 * z) ** 2
+    body, inside = outline < 1, outline < 0.76
+    cavity = ellipsoid((0.05, -0.08, 0.0), (1.3, 0.47, 0.66)) < 1
+    spine_y = 0.44 + 0.05 * np.cos(2 * z)
+    spine = ((y - spine_y) / 0.13) ** 2 + ((x - 0.02) / 0.12) ** 2 < 1
+    aorta = ((y - spine_y + 0.24) / 0.10) ** 2 + ((x - 0.10 - 0.06 * np.sin(2.5 * z)) / 0.10) ** 2 < 1
+    # Liver: a big ellipsoid on the patient's right, cut obliquely
+    liver = (ellipsoid((0.22, -0.10, -0.32), (0.58, 0.42, 0.42)) < 1) & (z + 0.55 * x > -0.46)
+    # Spleen: a crescent, one ellipsoid without another
+    hollow = ellipsoid((0.18, 0.08, 0.30), (0.46, 0.26, 0.16)) < 1
+    spleen = (ellipsoid((0.22, 0.14, 0.44), (0.46, 0.32, 0.24)) < 1) & ~hollow
+    # Stomach: a bent tube that thins towards its end, closed by half spheres
+    along = np.clip((0.45 - z) / 0.8, 0, 1)
+    bend_x, bend_y = 0.32 - 0.40 * along**2, -0.20 - 0.12 * np.sin(3 * along)
+    radius = np.float32(0.22 * rng.uniform(0.85, 1.15)) * (1 - 0.4 * along)
+    beyond = np.maximum(z - 0.45, 0) + np.minimum(z + 0.35, 0)
+    stomach = (x - bend_x) ** 2 + (y - bend_y) ** 2 + beyond**2 < radius**2
+    # Bowel: loops in the lower half, not labelled
+    bowel = cavity & (_smooth_field(rng, (9, 7, 9), z.shape) > 0.35) & (z < 0.15)
+
+    # Kidneys: as bright as liver and spleen, not labelled
+    right, left = ((-0.32, 0.22, -0.34), (0.42, 0.19, 0.15)), ((-0.30, 0.22, 0.36), (0.40, 0.18, 0.15))
+    kidneys = (ellipsoid(*right) < 1) | (ellipsoid(*left) < 1)
+
+    tissues = {"fat": body, "muscle": inside & ~cavity, "bowel": bowel, "kidneys": kidneys & inside}
+    labels = np.zeros(z.shape, np.uint8)
+    for name, mask in (("liver", liver), ("spleen", spleen), ("stomach", stomach), ("aorta", aorta)):
+        tissues[name] = mask & inside & (labels == 0)
+        labels[tissues[name]] = LABELS[name]
+    tissues["bone"] = spine & inside & (labels == 0)
+    return tissues, labels
+
+
+def _paint(
+    rng: np.random.Generator, tissues: dict[str, np.ndarray], modality: Modality, spacing_mm: np.ndarray
+) -> np.ndarray:
+    """Return intensities: tissue means of this patient, texture, blur of the scanner, bias field and noise."""
+    means = CT_INTENSITY if modality == "CT" else MR_INTENSITY
+    shape = tissues["fat"].shape
+    volume = np.full(shape, means["air"][0], np.float32)
+    for name, mask in tissues.items():
+        volume[mask] = rng.normal(*means[name])
+    fine = float(spacing_mm.min())
+    sigma_vox = fine / spacing_mm
+    texture = gaussian_filter(rng.standard_normal(shape, np.float32), 1.5 * sigma_vox, truncate=2.5)
+    volume += np.where(tissues["fat"], texture * np.float32(TEXTURE[modality] / max(float(texture.std()), 1e-6)), 0)
+    volume = gaussian_filter(volume, 0.5 * sigma_vox, truncate=2.5)
+    noise = rng.standard_normal(shape, np.float32) * np.float32(NOISE[modality])
+    if modality == "CT":
+        return np.clip(volume + noise, -1024, 3071).round()
+    field = _smooth_field(rng, (2, 2, 2), shape)
+    volume *= 1 + np.float32(BIAS) * field / np.abs(field).max()
+    other = rng.standard_normal(shape, np.float32) * np.float32(NOISE[modality])
+    return np.hypot(volume + noise, other)  # noise of a magnitude image is Rician
+
+
+def write_phantom_dataset(
+    folder: Path,
+    name: str,
+    num_cases: int,
+    seed: int,
+    shape: Sequence[int] = (48, 64, 56),
+    spacing_mm: Sequence[float] = (2.5, 1.5, 1.7),
+    modality: Modality = "MR",
+    labelled: bool = True,
+    first_case: int = 0,
+) -> Path:
+    """Write phantoms as a raw data set of nnU-Net.
+
+    Args:
+        folder: nnU-Net's raw folder; the data set becomes a folder in it.
+        name: full name, ``DatasetXXX_Name``.
+        num_cases: number of patients.
+        seed: with the number of a case it decides the patient; equal seeds and numbers give equal patients.
+        shape: voxels along z, y, x.
+        spacing_mm: mm along z, y, x, written to the image headers.
+        modality: ``"MR"`` or ``"CT"``; names the channel.
+        labelled: whether to write ``labelsTr``.
+        first_case: number of the first case, so that two data sets of one seed can have different patients.
+
+    Returns:
+        The folder of the data set.
+
+    Raises:
+        UserError: the folder already holds images.
+    """
+    import SimpleITK as sitk  # noqa: N813  the usual name; slow to import
+
+    target = folder / name
+    if (target / "imagesTr").exists() and any((target / "imagesTr").iterdir()):
+        raise UserError(f"{target}: already holds images; remove the folder or choose another name")
+    for part in ("imagesTr", "labelsTr") if labelled else ("imagesTr",):
+        (target / part).mkdir(parents=True, exist_ok=True)
+    for number in range(first_case, first_case + num_cases):
+        volume, labels = make_phantom(draw_seed(seed, "phantom", number), shape, spacing_mm, modality)
+        outputs = [(np.rint(volume).astype(np.int16), target / "imagesTr" / f"phantom_{number:04d}_0000.nii.gz")]
+        if labelled:
+            outputs.append((labels, target / "labelsTr" / f"phantom_{number:04d}.nii.gz"))
+        for array, path in outputs:
+            image = sitk.GetImageFromArray(array)
+            image.SetSpacing([float(mm) for mm in spacing_mm[::-1]])
+            sitk.WriteImage(image, str(path), True)
+    write_json(
+        target / "dataset.json",
+        {
+            "name": name,
+            "description": "synthetic phantoms made by nnssl",
+            "channel_names": {"0": "CT" if modality == "CT" else "MRI"},
+            "labels": LABELS if labelled else {"background": 0, "foreground": 1},
+            "numTraining": num_cases,
+            "file_ending": ".nii.gz",
+        },
+    )
+    return target
