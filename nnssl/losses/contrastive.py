@@ -1,0 +1,73 @@
+"""InfoNCE over embeddings of whole patches: against a queue of earlier keys, or against the batch.
+
+Source: He et al., Momentum Contrast (MoCo), CVPR 2020, equation 1; Yan et al., RepRec, WACV 2023, section 4.1.
+
+Deviations:
+    * RepRec prints ``-log exp(q.p / t) / sum_{i=1..B} exp(q.i / t)``, whose sum runs over the batch with the query
+      itself in it and without the positive. Both functions here have the positive in the denominator, as in MoCo's
+      equation 1, and no self-similarity. Equal embeddings cost ``log(1 + K)`` with K keys, ``log B`` in a batch of B.
+    * RepRec's text follows MoCo's queue while its formula has negatives from the batch; both forms exist here.
+"""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+
+def info_nce_with_queue(
+    queries: Float[Tensor, "batch d"],
+    keys: Float[Tensor, "batch d"],
+    queue: Float[Tensor, "queue d"],
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """Return the mean over the batch of ``-log exp(q.k/t) / (exp(q.k/t) + sum_j exp(q.n_j/t))``.
+
+    Source: MoCo, CVPR 2020, equation 1.
+    Deviations: none.
+
+    Args:
+        queries: embeddings of unit norm; the gradient flows into these only.
+        keys: the positive of each query, of unit norm.
+        queue: negatives n_j, of unit norm.
+        temperature: t, above 0.
+
+    Returns:
+        The loss in float32, also under mixed precision.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        queries = queries.float()
+        positive = (queries * keys.detach().float()).sum(dim=1, keepdim=True)  # (batch, 1)
+        negative = queries @ queue.detach().float().T  # (batch, queue)
+        logits = torch.cat([positive, negative], dim=1) / temperature
+        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long, device=logits.device))
+
+
+def info_nce_in_batch(
+    queries: Float[Tensor, "batch d"],
+    keys: Float[Tensor, "keys d"],
+    temperature: float,
+    first_row: int = 0,
+) -> Float[Tensor, ""]:
+    """Return InfoNCE where the negatives of a query are the other keys of the batch.
+
+    Source: RepRec, WACV 2023, section 4.1.
+    Deviations: the printed sum holds the query itself; here it holds the positive key instead.
+
+    Args:
+        queries: embeddings of unit norm.
+        keys: embeddings of unit norm; may be those of all processes. The gradient flows into keys that carry one.
+        temperature: above 0.
+        first_row: row of ``keys`` that is the positive of the first query; the others follow in order.
+
+    Returns:
+        The mean over the queries in float32, also under mixed precision.
+
+    Raises:
+        ValueError: there is no key for some query.
+    """
+    if first_row < 0 or first_row + len(queries) > len(keys):
+        raise ValueError(f"rows {first_row} to {first_row + len(queries) - 1} are not all among the {len(keys)} keys")
+    with torch.autocast(queries.device.type, enabled=False):
+        logits = queries.float() @ keys.float().T / temperature  # (batch, keys)
+        return F.cross_entropy(logits, first_row + torch.arange(len(queries), device=logits.device))
