@@ -1,0 +1,68 @@
+"""What a process knows of the others: rank, number of processes, and tensors of all of them. One process: identity.
+
+All processes must call these functions in the same order, with tensors of equal shape.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Whether a process group has been started."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Return the place of this process among all, 0 for a single one."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Return the tensors of all ranks, concatenated along axis 0 in the order of ranks, without gradient."""
+    tensor = tensor.detach()
+    if world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.rows = len(tensor)
+        return gather(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        # every rank's loss depends on every rank's rows: the parts are added where the rows came from
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[rank() * ctx.rows : (rank() + 1) * ctx.rows]
+
+
+def gather_with_gradient(tensor: Tensor) -> Tensor:
+    """Return the tensors of all ranks, concatenated along axis 0 in the order of ranks, with gradient.
+
+    A rank's rows get the sum of the gradients that all ranks' losses have there. Averaged over ranks afterwards, as
+    ``DistributedDataParallel`` does with the parameters, this is the gradient of the mean of the ranks' losses.
+    """
+    return tensor if world_size() == 1 else _GatherWithGradient.apply(tensor)
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """Return the mean of a floating-point tensor over all ranks, without gradient; the tensor itself is not changed."""
+    tensor = tensor.detach()
+    if world_size() == 1:
+        return tensor
+    total = tensor.clone()
+    dist.all_reduce(total)
+    return total / world_size()

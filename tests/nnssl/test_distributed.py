@@ -1,0 +1,112 @@
+"""Two processes equal one: values and gradients, with different data on each rank."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from nnssl.distributed import gather, gather_with_gradient, is_distributed, mean_over_ranks, rank, world_size
+from nnssl.losses.contrastive import info_nce_in_batch, info_nce_with_queue
+from nnssl.momentum import FeatureQueue
+
+RANKS, PER_RANK = 2, 3
+
+
+def data() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the global batch: inputs of the queries and of the keys."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(2, RANKS * PER_RANK, 4, generator=generator))
+
+
+def weight() -> torch.Tensor:
+    return torch.randn(4, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def embed(inputs: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    return F.normalize(inputs @ matrix, dim=1)
+
+
+def queue_loss(queue: FeatureQueue, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    return info_nce_with_queue(queries, keys, queue.keys.clone(), 0.2)
+
+
+def run_rank(place: int, folder: str) -> None:
+    """Do on one of two processes what ``one_process`` does on one, and save what came out."""
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", RANKS)
+    dist.init_process_group("gloo", store=store, rank=place, world_size=RANKS, timeout=timedelta(seconds=60))
+    try:
+        own = slice(place * PER_RANK, (place + 1) * PER_RANK)
+        query_inputs, key_inputs = (inputs[own] for inputs in data())
+        result = {"rank": rank(), "world_size": world_size(), "gathered": gather(query_inputs.T.contiguous().T)}
+
+        for name, gathered in (("with_gradient", gather_with_gradient), ("without_gradient", gather)):
+            matrix = weight()
+            keys = gathered(embed(key_inputs, matrix))
+            loss = info_nce_in_batch(embed(query_inputs, matrix), keys, 0.2, first_row=rank() * PER_RANK)
+            loss.backward()
+            result[name] = (mean_over_ranks(loss), mean_over_ranks(matrix.grad))
+
+        queue = FeatureQueue(10, 5, torch.Generator().manual_seed(2))
+        matrix = weight()
+        queue.enqueue(gather(embed(key_inputs, matrix)))
+        loss = queue_loss(queue, embed(query_inputs, matrix), embed(key_inputs, matrix))
+        loss.backward()
+        result["queue"] = (mean_over_ranks(loss), mean_over_ranks(matrix.grad))
+        result["queue_keys"], result["pointer"] = queue.keys, queue.pointer
+        torch.save(result, f"{folder}/rank{place}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[dict]:
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(run_rank, args=(str(folder),), nprocs=RANKS)
+    return [torch.load(Path(folder) / f"rank{place}.pt", weights_only=True) for place in range(RANKS)]
+
+
+def test_ranks_and_gathered_rows(results):
+    for place, result in enumerate(results):
+        assert (result["rank"], result["world_size"]) == (place, RANKS)
+        assert torch.equal(result["gathered"], data()[0])
+
+
+@pytest.mark.parametrize("detach", [False, True], ids=["with_gradient", "without_gradient"])
+def test_in_batch_loss_and_gradient_equal_one_process(results, detach):
+    query_inputs, key_inputs = data()
+    matrix = weight()
+    keys = embed(key_inputs, matrix)
+    loss = info_nce_in_batch(embed(query_inputs, matrix), keys.detach() if detach else keys, 0.2)
+    loss.backward()
+    for result in results:
+        mean_loss, mean_gradient = result["without_gradient" if detach else "with_gradient"]
+        torch.testing.assert_close(mean_loss, loss.detach())
+        torch.testing.assert_close(mean_gradient, matrix.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_queue_after_gathered_keys_equals_one_process(results):
+    query_inputs, key_inputs = data()
+    queue, matrix = FeatureQueue(10, 5, torch.Generator().manual_seed(2)), weight()
+    queue.enqueue(embed(key_inputs, matrix))
+    loss = queue_loss(queue, embed(query_inputs, matrix), embed(key_inputs, matrix))
+    loss.backward()
+    for result in results:
+        torch.testing.assert_close(result["queue_keys"], queue.keys)
+        assert result["pointer"] == RANKS * PER_RANK
+        torch.testing.assert_close(result["queue"][0], loss.detach())
+        torch.testing.assert_close(result["queue"][1], matrix.grad, atol=1e-6, rtol=1e-5)
+
+
+def test_one_process_is_the_identity():
+    tensor = torch.arange(6.0).view(3, 2).requires_grad_()
+    assert (is_distributed(), rank(), world_size()) == (False, 0, 1)
+    assert torch.equal(gather(tensor), tensor)
+    assert not gather(tensor).requires_grad
+    assert gather_with_gradient(tensor) is tensor
+    assert torch.equal(mean_over_ranks(tensor), tensor)
+    assert not mean_over_ranks(tensor).requires_grad
