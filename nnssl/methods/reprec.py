@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nnssl.distributed import gather, rank
@@ -198,6 +198,8 @@ class MaskedViews:
 
     volumes: Float[Tensor, "batch channel *shape"]
     masked: Bool[Tensor, "batch tokens"]
+    visible: Int[Tensor, "batch visible"]
+    """Places of the tokens that are kept."""
 
 
 class RepRecGenerative(PretextMethod):
@@ -260,14 +262,16 @@ class RepRecGenerative(PretextMethod):
         cropped = random_crop(volumes, generators, self.settings, self.configuration.spacing_mm)
         grid = self.configuration.tokens.grid
         mask = draw_block_mask(generators, grid, self.settings.mask_block, self.settings.mask_ratio)
-        return MaskedViews(cropped, mask.to(volumes.device))
+        # split before it moves: counting tokens on a device would make the host wait
+        visible, _ = split_tokens(mask)
+        return MaskedViews(cropped, mask.to(volumes.device), visible.to(volumes.device))
 
     def losses(self, views: MaskedViews, progress: float) -> StepOutput:
         """Return the mean squared error of the recovered features of the masked tokens (section 4.2)."""
         with torch.no_grad():
             features = map_to_tokens(self.encoder(views.volumes)[self.stage])
             target = standardise_tokens(features)
-        visible, _ = split_tokens(views.masked)
+        visible = views.visible
         positions = sine_cosine_positions(self.configuration.tokens.grid, self.transformer.width, features.device)
         seen = features.gather(1, visible[..., None].expand(-1, -1, features.shape[2]))
         encoded = self.transformer.encode(seen, positions[visible])
