@@ -106,6 +106,22 @@ def check_whole(file: Path) -> None:
         raise CaseError(str(file), f"is truncated (holds {present} of {expected} bytes)")
 
 
+def check_finite(file: Path) -> None:
+    """Check that a NIfTI file holds neither NaN nor infinity, which ITK turns into 0 and says nothing.
+
+    Other formats hand such values on to the reader, and integers cannot be any.
+
+    Raises:
+        CaseError: there is at least one.
+    """
+    import nibabel
+
+    if file.name.lower().endswith((".nii", ".nii.gz")):
+        proxy = nibabel.load(file).dataobj  # type: ignore[attr-defined]
+        if proxy.dtype.kind in "fc" and not np.isfinite(proxy.get_unscaled()).all():
+            raise CaseError(str(file), "holds NaN or infinite intensities")
+
+
 def _unpacked_bytes(file: Path) -> int:
     """Return the length of a file, decompressed if it is compressed."""
     with open(file, "rb") as raw:

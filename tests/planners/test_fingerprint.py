@@ -1,0 +1,273 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+
+from nnssl.data.phantoms import make_phantom, write_phantom_dataset
+from nnssl.data.raw import UNKNOWN_CHANNEL, SetAside, read_dataset
+from nnssl.errors import UserError
+from nnssl.paths import resolve_folders
+from planners import fingerprint as module
+from planners.fingerprint import (
+    Duplicate,
+    check_set_aside,
+    extract_fingerprint,
+    foreground_mask,
+    nnunet_fingerprint,
+    read_or_extract,
+)
+
+SHAPE = (9, 14, 11)
+SPACING_XYZ = (0.5, 1.25, 4.0)
+
+
+def hush(line):
+    pass
+
+
+@pytest.fixture
+def folders(nnunet_folders):
+    return resolve_folders()
+
+
+def tissue(seed, shape=SHAPE):
+    return np.random.default_rng(seed).normal(500, 40, shape).astype(np.float32)
+
+
+def write_case(folder, name, *channels, spacing=SPACING_XYZ):
+    (folder / "imagesTr").mkdir(parents=True, exist_ok=True)
+    for number, array in enumerate(channels):
+        image = sitk.GetImageFromArray(array)
+        image.SetSpacing(spacing)
+        sitk.WriteImage(image, str(folder / "imagesTr" / f"{name}_{number:04d}.nii.gz"), True)
+
+
+def write_names(folder, *names):
+    content = {"channel_names": dict(enumerate(names)), "file_ending": ".nii.gz"}
+    (folder / "dataset.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("modality", ["MR", "CT"])
+def test_foreground_of_a_phantom_is_its_body(modality):
+    """The CT of the same seed is the same anatomy, whose body is everything above -500 HU."""
+    for seed in range(3):
+        volume, _ = make_phantom(seed, (32, 48, 40), (3.0, 1.5, 2.0), modality)
+        body = make_phantom(seed, (32, 48, 40), (3.0, 1.5, 2.0), "CT")[0] > -500
+        mask = foreground_mask(volume[None])
+        assert 2 * (mask & body).sum() / (mask.sum() + body.sum()) > 0.93
+
+
+def test_foreground_of_a_crop_without_air_is_what_is_not_zero():
+    volume = np.stack([tissue(0), tissue(1)])
+    assert foreground_mask(volume).all()
+    volume[:, :2] = 0
+    volume[1, 1, 3, 4] = 7
+    np.testing.assert_array_equal(foreground_mask(volume[:, 2:]), np.ones((7, 14, 11), bool))
+    np.testing.assert_array_equal(
+        foreground_mask(np.stack([np.full(SHAPE, 3.0, np.float32), volume[1]])), np.ones(SHAPE, bool)
+    )
+    np.testing.assert_array_equal(foreground_mask(np.stack([np.zeros(SHAPE, np.float32), volume[1]])), volume[1] != 0)
+    assert foreground_mask(np.zeros((1, *SHAPE), np.float32)).all()
+
+
+def test_record_of_a_case(folders, monkeypatch):
+    folder = folders.raw / "Dataset601_Two"
+    first, second = tissue(0), tissue(1) - 480
+    for array in (first, second):
+        array[:2], array[:, :3], array[:, :, -1] = 0, 0, 0
+    second[1, 5, 5] = -150  # widens the crop along z
+    write_case(folder, "a", first, second)
+    write_names(folder, "MRI", "T2")
+    found = extract_fingerprint(read_dataset(601, folders, hush), 1, hush)
+    (record,) = found.cases
+    volume = np.stack([first, second])
+    cropped = crop_to_nonzero(volume)[0]
+    assert record.shape == SHAPE
+    assert record.spacing_mm == (4.0, 1.25, 0.5)
+    assert record.orientation == "LPS"
+    assert record.channels == 2
+    assert record.shape_after_crop == cropped.shape[1:] == (8, 11, 10)
+    assert record.relative_size_after_crop == pytest.approx(8 * 11 * 10 / np.prod(SHAPE))
+    mask = foreground_mask(volume)
+    assert record.foreground_share == pytest.approx(mask.mean())
+    for channel, statistics in zip(volume, record.intensities, strict=True):
+        values = channel[mask].astype(float)
+        oracle = [values.mean(), np.median(values), values.std(), values.min(), values.max(),
+                  np.percentile(values, 0.5), np.percentile(values, 99.5)]  # fmt: skip
+        assert [getattr(statistics, name) for name in ("mean", "median", "std", "min", "max", "percentile_00_5",
+                "percentile_99_5")] == pytest.approx(oracle, rel=1e-5)  # fmt: skip
+    assert record.below_ct_air == pytest.approx((0, (second < -100).mean()))
+    assert found.channel_names == found.modalities == ("MRI", "T2")
+
+
+def test_cases_weigh_the_same_whatever_their_size(folders):
+    folder = folders.raw / "Dataset602_Sizes"
+    for name, shape, level in (("a", (8, 9, 10), 100), ("b", (24, 28, 30), 900)):
+        write_case(folder, name, np.random.default_rng(1).normal(level, 1, shape).astype(np.float32))
+    write_names(folder, "MRI")
+    found = nnunet_fingerprint(extract_fingerprint(read_dataset(602, folders, hush), 1, hush))
+    properties = found["foreground_intensity_properties_per_channel"]["0"]
+    assert properties["mean"] == pytest.approx(500, abs=1)
+    assert properties["std"] == pytest.approx(400, abs=1)
+    assert set(properties) == {"mean", "median", "std", "min", "max", "percentile_00_5", "percentile_99_5"}
+    assert found["spacings"] == [[4.0, 1.25, 0.5]] * 2
+    assert found["shapes_after_crop"] == [[8, 9, 10], [24, 28, 30]]
+    assert found["median_relative_size_after_cropping"] == 1.0
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_unusable_cases_are_set_aside_and_duplicates_listed(folders):
+    folder = folders.raw / "Dataset603_Broken"
+    for number in range(4):
+        write_case(folder, f"good{number}", tissue(number))
+    write_case(folder, "copy", tissue(2))
+    holes, endless = tissue(5), tissue(6)
+    holes[3, 4, 5], endless[1, 2, 3] = np.nan, np.inf
+    write_case(folder, "nan", holes)
+    write_case(folder, "inf", endless)
+    write_case(folder, "flat", np.full(SHAPE, 7, np.float32))
+    write_case(folder, "slice", tissue(8, (14, 11)), spacing=(1.0, 1.0))
+    write_case(folder, "two", tissue(9), tissue(10))
+    write_case(folder, "cut", tissue(11))
+    cut = folder / "imagesTr" / "cut_0000.nii.gz"
+    cut.write_bytes(cut.read_bytes()[:-200])
+    write_names(folder, "MRI")
+    dataset = read_dataset(603, folders, hush)
+    said, seen = [], []
+    found = extract_fingerprint(dataset, 1, said.append, lambda done, total: seen.append((done, total)))
+    # "copy" comes first by name
+    assert [record.name for record in found.cases] == ["copy", "good0", "good1", "good3"]
+    assert found.duplicates == (Duplicate("good2", "copy"),)
+    reasons = {entry.case: entry.reason for entry in found.set_aside}
+    assert sorted(reasons) == ["cut", "flat", "inf", "nan", "slice", "two"]
+    assert "truncated" in reasons["cut"]
+    assert "constant" in reasons["flat"]
+    assert "NaN" in reasons["nan"]
+    assert "infinite" in reasons["inf"]
+    assert "single slice" in reasons["slice"]
+    assert "_0001" in reasons["two"]
+    assert found.set_aside[0].file == str(cut)
+    assert len(said) == 7
+    assert seen == [(number, 10) for number in range(1, 11)]
+    with pytest.raises(UserError, match=r"6 of 11 cases.*cut_0000.nii.gz is truncated") as error:
+        check_set_aside(found)
+    assert "\n" not in str(error.value)
+
+
+def test_nan_is_found_where_the_reader_hands_it_on(folders):
+    """ITK turns NaN into 0 in NIfTI files (the test above) and keeps it in others."""
+    images = folders.raw / "Dataset611_Nrrd" / "imagesTr"
+    images.mkdir(parents=True)
+    holes = tissue(5)
+    holes[3, 4, 5] = np.nan
+    for name, array in (("a", tissue(0)), ("b", holes)):
+        sitk.WriteImage(sitk.GetImageFromArray(array), str(images / f"{name}_0000.nrrd"))
+    found = extract_fingerprint(read_dataset(611, folders, hush), 1, hush)
+    assert [(entry.case, entry.reason) for entry in found.set_aside] == [("b", "holds NaN or infinite intensities")]
+
+
+def test_a_tenth_may_be_set_aside_and_no_more():
+    entry = SetAside("a", "a_0000.nii.gz", "is constant")
+    make = module.Fingerprint(1, "D", "", (), (), (None,) * 18, (entry,) * 2, (), {})
+    check_set_aside(make)
+    with pytest.raises(UserError, match="2 of 19"):
+        check_set_aside(replace(make, cases=(None,) * 17))
+
+
+def test_nothing_usable_is_an_error(folders):
+    write_case(folders.raw / "Dataset604_Flat", "a", np.zeros(SHAPE, np.float32))
+    with pytest.raises(UserError, match=r"1 of 1 cases cannot be used .*constant"):
+        extract_fingerprint(read_dataset(604, folders, hush), 1, hush)
+
+
+def test_equal_voxels_in_another_shape_are_no_duplicate(folders):
+    folder = folders.raw / "Dataset605_Shapes"
+    write_case(folder, "a", tissue(0))
+    write_case(folder, "b", tissue(0).reshape(14, 9, 11))
+    assert extract_fingerprint(read_dataset(605, folders, hush), 1, hush).duplicates == ()
+
+
+@pytest.mark.parametrize(("modality", "judged"), [("CT", "CT"), ("MR", "MRI")])
+def test_modality_is_judged_when_nothing_names_it(folders, modality, judged):
+    folder = write_phantom_dataset(folders.raw, "Dataset606_X", 3, 1, (16, 24, 20), (5, 3, 4), modality, False)
+    (folder / "dataset.json").unlink()
+    said = []
+    dataset = read_dataset(606, folders, hush)
+    assert dataset.channel_names == (UNKNOWN_CHANNEL,)
+    found = extract_fingerprint(dataset, 1, said.append)
+    assert found.modalities == found.channel_names == (judged,)
+    assert any(f"taken for {judged}" in line for line in said)
+
+
+def test_names_decide_the_modality_and_a_doubt_is_said(folders):
+    folder = write_phantom_dataset(folders.raw, "Dataset607_X", 2, 1, (16, 24, 20), (5, 3, 4), "CT", False)
+    for name, modality, doubts in (("ct", "CT", 0), ("MRI", "MRI", 1)):
+        write_names(folder, name)
+        said = []
+        found = extract_fingerprint(read_dataset(607, folders, hush), 1, said.append)
+        assert (found.channel_names, found.modalities) == ((name,), (modality,))
+        assert len(said) == doubts
+
+
+def test_any_number_of_processes_gives_the_same_fingerprint(folders):
+    write_phantom_dataset(folders.raw, "Dataset608_X", 4, 1, (16, 24, 20), (5, 3, 4), "MR", False)
+    dataset = read_dataset(608, folders, hush)
+    assert extract_fingerprint(dataset, 2, hush) == extract_fingerprint(dataset, 1, hush)
+
+
+def test_kept_intensities_are_bounded(folders, monkeypatch):
+    write_phantom_dataset(folders.raw, "Dataset609_X", 3, 1, (16, 24, 20), (5, 3, 4), "MR", False)
+    dataset = read_dataset(609, folders, hush)
+    sizes = []
+    measure = module._measure
+
+    def spy(*arguments, **options):
+        outcome = measure(*arguments, **options)
+        sizes.append(outcome.samples.size)
+        return outcome
+
+    monkeypatch.setattr(module, "_measure", spy)
+    monkeypatch.setattr(module, "SAMPLED_INTENSITIES", 100)
+    extract_fingerprint(dataset, 1, hush)
+    assert sizes == [33, 33, 33]
+
+
+def test_a_stored_fingerprint_is_reused_until_the_images_change(folders, monkeypatch):
+    folder = write_phantom_dataset(folders.raw, "Dataset610_X", 2, 1, (16, 24, 20), (5, 3, 4), "MR", False)
+    first = read_or_extract(read_dataset(610, folders, hush), folders, 1, hush)
+    path = folders.preprocessed / "Dataset610_X" / "nnssl_fingerprint.json"
+    runs = []
+    extract = module.extract_fingerprint
+    monkeypatch.setattr(module, "extract_fingerprint", lambda *arguments: runs.append(1) or extract(*arguments))
+    said = []
+    assert read_or_extract(read_dataset(610, folders, hush), folders, 1, said.append) == first
+    assert not runs
+    assert "have not changed" in said[0]
+    read_or_extract(read_dataset(610, folders, hush), folders, 1, hush, restart=True)
+    assert len(runs) == 1
+    write_case(folder, "phantom_0000", tissue(0))
+    assert read_or_extract(read_dataset(610, folders, hush), folders, 1, hush).cases[0].shape == SHAPE
+    assert len(runs) == 2
+    write_names(folder, "CT")  # the same files, read as something else
+    assert read_or_extract(read_dataset(610, folders, hush), folders, 1, hush).modalities == ("CT",)
+    assert len(runs) == 3
+    path.write_text(path.read_text().replace('"orientation"', '"direction"', 1))
+    read_or_extract(read_dataset(610, folders, hush), folders, 1, hush)
+    assert len(runs) == 4
+
+
+@pytest.mark.real_data
+def test_real_images_have_the_foreground_and_modality_that_they_show(real_data, folders):
+    expected = {"Dataset004_Hippocampus": ("MRI", 0.99, 1.0), "Dataset027_ACDC": ("MRI", 0.3, 0.8),
+                "Dataset017_BTCV": ("CT", 0.1, 0.7)}  # fmt: skip
+    for number, (name, (modality, least, most)) in enumerate(expected.items(), start=701):
+        images = folders.raw / f"Dataset{number}_{name[11:]}" / "imagesTr"
+        images.mkdir(parents=True)
+        for file in sorted((real_data / name / "imagesTr").iterdir())[:2]:
+            (images / file.name).symlink_to(file)
+        found = extract_fingerprint(read_dataset(number, folders, hush), 1, hush)
+        assert found.modalities == (modality,)
+        assert all(least <= case.foreground_share <= most for case in found.cases)
