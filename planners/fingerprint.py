@@ -137,8 +137,8 @@ def foreground_mask(volume: Float32[np.ndarray, "channel z y x"]) -> Bool[np.nda
 
     Otsu's threshold between the 0.5 and 99.5 percentiles of the first channel splits dark from bright. The dark class
     is air if its median lies in the lowest fifth of that range (``AIR_LEVEL``); images cropped to tissue have a dark
-    class further up and no air at all. When the dark class is wide (``MIXED_SPREAD``), air and dim tissue are in it together
-    and Otsu's threshold inside it tells them apart. Without air the foreground is what is not 0.
+    class further up and no air at all. When the dark class is wide (``MIXED_SPREAD``), air and dim tissue are in it
+    together and Otsu's threshold inside it tells them apart. Without air the foreground is what is not 0.
 
     Source: Otsu, IEEE Trans. SMC 9(1), 1979. The levels were set on 200 MR crops of the hippocampus (Medical
     Segmentation Decathlon; median of the dark class at 0.22 to 0.40 of the range, no air), 160 cardiac MR (ACDC; 0.02
