@@ -1,0 +1,238 @@
+import json
+import multiprocessing
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import blosc2
+import numpy as np
+import pytest
+import torch
+
+from nnssl.data import case_store
+from nnssl.data.case_store import CaseProperties, CaseStore, SourceFile, complete_cases, layout, write_case
+from nnssl.errors import UserError
+
+
+def properties_of(volume, digest="abc") -> CaseProperties:
+    source = SourceFile("/images/a_0000.nii.gz", 1234, 1_700_000_000_123_456_789)
+    return CaseProperties(1, volume.shape[1:], len(volume), (3.5, 0.7, 0.9), (source,) * len(volume), digest, 0.25)
+
+
+def write_random_case(folder, name="a", shape=(2, 7, 133, 90), patch=(5, 64, 48), seed=0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    volume = rng.normal(size=shape).astype(np.float32)
+    foreground = rng.integers(0, shape[1:], size=(50, 3))
+    write_case(folder, name, volume, foreground, properties_of(volume), patch)
+    return volume
+
+
+def crop_by_loop(volume, lower, size) -> np.ndarray:
+    box = np.zeros((len(volume), *size), dtype=np.float32)
+    for index in np.ndindex(*size):
+        at = tuple(low + step for low, step in zip(lower, index, strict=True))
+        if all(0 <= place < extent for place, extent in zip(at, volume.shape[1:], strict=True)):
+            box[(slice(None), *index)] = volume[(slice(None), *at)]
+    return box
+
+
+@pytest.mark.parametrize("patch", [(5, 64, 48), (60, 40)])
+@pytest.mark.parametrize(
+    ("lower", "size"),
+    [
+        ((0, 0, 0), (7, 133, 90)),
+        ((2, 60, 61), (3, 10, 7)),
+        ((-2, 130, -3), (12, 6, 9)),
+        ((6, 5, 3), (1, 20, 11)),
+        ((7, 0, 0), (2, 3, 4)),
+        ((0, -9, 0), (2, 9, 4)),
+    ],
+)
+def test_box_is_the_volume_rounded_to_half_and_zero_outside(tmp_path, patch, lower, size):
+    volume = write_random_case(tmp_path, patch=patch)
+    box = CaseStore(tmp_path).case("a").read_box(lower, size)
+    assert box.dtype == np.float32
+    expected = crop_by_loop(volume.astype(np.float16).astype(np.float32), lower, size)
+    np.testing.assert_array_equal(box, expected)
+
+
+def test_conversion_does_not_depend_on_threads(tmp_path):
+    write_random_case(tmp_path)
+    case = CaseStore(tmp_path).case("a")
+    boxes = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        boxes.append(case.read_box((1, -3, 5), (3, 90, 99)))
+    torch.set_num_threads(before)
+    assert boxes[0].any()
+    np.testing.assert_array_equal(*boxes)
+
+
+def test_rounding_keeps_eleven_bits(tmp_path):
+    volume = write_random_case(tmp_path)
+    box = CaseStore(tmp_path).case("a").read_box((0, 0, 0), volume.shape[1:])
+    np.testing.assert_allclose(box, volume, rtol=2**-11, atol=2**-25)
+
+
+def test_properties_and_coordinates_come_back(tmp_path):
+    volume = np.zeros((3, 4, 5, 6), np.float32)
+    foreground = np.array([[3, 4, 5], [0, 0, 0], [1, 2, 3]])
+    write_case(tmp_path, "b.c_1", volume, foreground, properties_of(volume), (4, 4, 4))
+    case = CaseStore(tmp_path).case("b.c_1")
+    assert (case.shape, case.channels, case.spacing_mm) == ((4, 5, 6), 3, (3.5, 0.7, 0.9))
+    assert case.properties == properties_of(volume)
+    np.testing.assert_array_equal(case.foreground_vox, foreground)
+
+
+def test_a_case_without_foreground_has_no_coordinates(tmp_path):
+    volume = np.zeros((1, 4, 5, 6), np.float32)
+    write_case(tmp_path, "a", volume, np.zeros((0, 3), np.int64), properties_of(volume), (4, 4))
+    assert CaseStore(tmp_path).case("a").foreground_vox.shape == (0, 3)
+
+
+def test_long_volumes_keep_their_coordinates(tmp_path):
+    volume = np.zeros((1, 1, 1, 40_000), np.float32)
+    write_case(tmp_path, "a", volume, np.array([[0, 0, 39_999]]), properties_of(volume), (1, 1, 64))
+    assert CaseStore(tmp_path).case("a").foreground_vox.tolist() == [[0, 0, 39_999]]
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch", "block", "chunk"),
+    [
+        ((100, 300, 200), (64, 128, 160), (4, 64, 64), (64, 128, 192)),
+        ((100, 300, 200), (256, 224), (1, 64, 64), (16, 256, 200)),
+        ((3, 30, 200), (10, 40, 40), (3, 30, 64), (3, 30, 64)),
+    ],
+)
+def test_layout(shape, patch, block, chunk):
+    assert layout(shape, patch) == (block, chunk)
+
+
+@pytest.mark.parametrize("patch", [(8, 64, 64), (64, 64)])
+def test_a_slice_unpacks_few_blocks_only(tmp_path, patch):
+    write_random_case(tmp_path, shape=(1, 20, 128, 128), patch=patch)
+    path = tmp_path / "a.b2nd"
+    array = blosc2.open(str(path), mode="r")
+    assert array.dtype == np.float16
+    assert np.prod(array.blocks) <= 4 * 64 * 64
+    # a patch in one corner can be read although the voxels of the far corner are damaged beyond recognition
+    content = bytearray(path.read_bytes())
+    at = len(content) * 3 // 4
+    content[at : at + 2000] = b"\xff" * 2000
+    path.write_bytes(content)
+    CaseStore(tmp_path).case("a").read_box((0, 0, 0), (1, 64, 64))
+
+
+def test_a_damaged_array_is_named(tmp_path):
+    write_random_case(tmp_path)
+    (tmp_path / "a.b2nd").write_bytes(b"not an array")
+    with pytest.raises(UserError, match="a.b2nd: cannot be opened"):
+        CaseStore(tmp_path).case("a").read_box((0, 0, 0), (1, 1, 1))
+
+
+@pytest.mark.parametrize("value", [65_520.0, -1e6, np.nan, np.inf])
+def test_values_beyond_float16_are_refused_and_nothing_is_written(tmp_path, value):
+    volume = np.zeros((1, 4, 5, 6), np.float32)
+    volume[0, 1, 2, 3] = value
+    with pytest.raises(ValueError, match="case a: holds values that float16 cannot keep"):
+        write_case(tmp_path, "a", volume, np.zeros((0, 3), int), properties_of(volume), (4, 4, 4))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_largest_half_is_kept(tmp_path):
+    volume = np.full((1, 2, 2, 2), 65_504.0, np.float32)
+    write_case(tmp_path, "a", volume, np.zeros((0, 3), int), properties_of(volume), (2, 2, 2))
+    assert CaseStore(tmp_path).case("a").read_box((0, 0, 0), (1, 1, 1)).item() == 65_504
+
+
+def test_disagreeing_properties_and_coordinates_are_refused(tmp_path):
+    volume = np.zeros((1, 4, 5, 6), np.float32)
+    none = np.zeros((0, 3), int)
+    with pytest.raises(ValueError, match="properties say"):
+        write_case(tmp_path, "a", volume, none, replace(properties_of(volume), shape=(4, 6, 5)), (4, 4, 4))
+    with pytest.raises(ValueError, match="outside"):
+        write_case(tmp_path, "a", volume, np.array([[0, 5, 0]]), properties_of(volume), (4, 4, 4))
+
+
+def test_the_json_is_written_last_and_removed_first(tmp_path, monkeypatch):
+    written = []
+    rename = os.replace
+
+    def watch(source, target):
+        written.append((Path(target).name, (tmp_path / "a.json").exists()))
+        rename(source, target)
+
+    write_random_case(tmp_path)
+    monkeypatch.setattr(os, "replace", watch)
+    write_random_case(tmp_path, seed=1)
+    assert written == [("a.b2nd", False), ("a_foreground.npy", False), ("a.json", False)]
+
+
+def test_a_half_written_case_is_not_listed(tmp_path, monkeypatch):
+    write_random_case(tmp_path, "whole")
+
+    def stop(path, content):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(case_store.schema, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        write_random_case(tmp_path, "half")
+    (tmp_path / ".half.json.77.tmp").write_text("{}")
+    (tmp_path / ".half.json").write_text("{}")
+    assert (tmp_path / "half.b2nd").exists()
+    assert CaseStore(tmp_path).names == ["whole"]
+    with pytest.raises(UserError, match="no complete case 'half'"):
+        CaseStore(tmp_path).case("half")
+
+
+def test_names_are_sorted(tmp_path):
+    for name in ("c", "a", "b"):
+        write_random_case(tmp_path, name, shape=(1, 2, 2, 2))
+    assert CaseStore(tmp_path).names == ["a", "b", "c"]
+    assert len(CaseStore(tmp_path)) == 3
+
+
+def test_an_empty_or_missing_folder_says_what_to_do(tmp_path):
+    assert complete_cases(tmp_path / "missing") == []
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(UserError, match="no preprocessed case; run nnssl_plan_and_preprocess"):
+            CaseStore(folder)
+
+
+def test_an_unknown_key_in_the_properties_is_named(tmp_path):
+    write_random_case(tmp_path)
+    content = json.loads((tmp_path / "a.json").read_text())
+    (tmp_path / "a.json").write_text(json.dumps({**content, "colour": "red"}))
+    with pytest.raises(UserError, match=r"a\.json: colour"):
+        _ = CaseStore(tmp_path).case("a").spacing_mm
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="counts mapped files as Linux lists them")
+def test_few_cases_are_open_at_a_time(tmp_path):
+    for number in range(12):
+        write_random_case(tmp_path, f"case{number:02d}", shape=(1, 2, 3, 4))
+    store = CaseStore(tmp_path, max_open=4)
+    for name in store.names * 2:
+        store.case(name).read_box((0, 0, 0), (1, 1, 1))
+    mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line}
+    assert {Path(path).stem for path in mapped} == {"case08", "case09", "case10", "case11"}
+
+
+def read_sum(store, name, results):
+    results.put(float(store.case(name).read_box((0, 0, 0), (7, 133, 90)).sum()))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_store_in_use_can_go_to_another_process(tmp_path, method):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system does not {method}")
+    write_random_case(tmp_path)
+    store = CaseStore(tmp_path)
+    expected = float(store.case("a").read_box((0, 0, 0), (7, 133, 90)).sum())
+    context = multiprocessing.get_context(method)
+    results = context.Queue()
+    process = context.Process(target=read_sum, args=(store, "a", results))
+    process.start()
+    assert results.get(timeout=60) == expected
+    process.join()
