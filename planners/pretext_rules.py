@@ -79,14 +79,16 @@ class PretextRules:
             self._explain_network(name, base)
             features = self._feature_sizes(base["architecture"], base["patch_size"])
             budget = self.budgets.get(name, sum(features) * base["batch_size"])
-            self._decide_configuration(name, base, None, None, features, budget)
+            views = self._decide_views(name, base)
+            self._decide_run(name, base, views, None, None, features, budget)
             hybrid = f"{name}_hybrid"
             tokens = self._decide_tokens(hybrid, base)
             if tokens is None:
                 continue
+            self._say(hybrid, "views", f"as {name}", "same patches")
             size = self._decide_transformer(hybrid, tokens)
             self._add_hybrid(name, hybrid, base, tokens, size, budget)
-            self._decide_configuration(hybrid, base, tokens, size, features, budget)
+            self._decide_run(hybrid, base, views, tokens, size, features, budget)
 
     def _say(self, configuration: str, what: str, value: Any, reason: str) -> None:
         self.decisions.append(Decision(configuration, what, str(value), reason))
@@ -99,9 +101,12 @@ class PretextRules:
         base = self.nnunet["configurations"].get("3d_fullres", self.nnunet["configurations"]["2d"])
         median = np.median(self.spacings_mm, axis=0)
         low, high = self.spacings_mm.min(axis=0), self.spacings_mm.max(axis=0)
-        spread = f"{len(self.spacings_mm)} cases, {_mm(low)} to {_mm(high)} mm"
+        cases = len(self.spacings_mm)
         anisotropy = float(median.max() / median.min())
-        rule = f"median over {spread}"
+        if np.allclose(low, high):
+            rule = f"the same in all {cases} cases"
+        else:
+            rule = f"median over {cases} cases, {_mm(low)} to {_mm(high)} mm"
         if not self.like and len(base["spacing"]) == 3 and base["spacing"][0] < 0.99 * median[0]:
             rule += "; 10th percentile along the thick slices, so that thin ones are not thrown away"
         say("spacing", f"{_mm(base['spacing'])} mm", source or rule)
@@ -201,13 +206,12 @@ class PretextRules:
             f"{_times(strides[stage])} voxels, {_mm(size_mm)} mm",
             "one position of that feature map",
         )
+        block_size_mm = [n * mm for n, mm in zip(block, size_mm, strict=True)]
         self._say(
             name,
             "mask block",
-            f"{_times(block)} tokens",
-            f"about {block_mm:.0f} mm along every axis, since "
-            "neighbouring features have seen most of a single masked token"
-            + ("; thinner along thick slices" if min(block) < max(block) else ""),
+            f"{_times(block)} tokens, {_mm(block_size_mm)} mm",
+            f"near {block_mm:.0f} mm, at most half of the grid: neighbours of a single masked token have seen most of it",
         )
         return TokenGrid(
             stage=stage,
@@ -282,38 +286,44 @@ class PretextRules:
 
     # what pretext methods read
 
-    def _decide_configuration(
+    def _decide_views(self, name: str, base: dict[str, Any]) -> dict[str, Any]:
+        """Return what the views of a configuration take from the data, for itself and its hybrid."""
+        patch = tuple(int(n) for n in base["patch_size"])
+        spacing = tuple(float(mm) for mm in base["spacing"])
+        thick = int(np.argmax(spacing)) if len(spacing) == 3 and max(spacing) / min(spacing) > ANISO_THRESHOLD else None
+        crop, overlap = self._decide_crop(name, patch)
+        return {
+            "case_folder": self._case_folder(spacing),
+            "patch_size": patch,
+            "spacing_mm": spacing,
+            "thick_axis": thick,
+            "crop_fraction": crop,
+            "crop_overlap": overlap,
+            "rotation_deg": self._decide_rotation(name, len(patch), thick),
+            "flip_axes": self._decide_flips(name, len(patch)),
+            "intensity_views": self._decide_intensity(name),
+        }
+
+    def _decide_run(
         self,
         name: str,
         base: dict[str, Any],
+        views: dict[str, Any],
         tokens: TokenGrid | None,
         size: TransformerSize | None,
         features: tuple[float, float],
         budget: float,
     ) -> None:
-        patch = tuple(int(n) for n in base["patch_size"])
-        spacing = tuple(float(mm) for mm in base["spacing"])
-        thick = int(np.argmax(spacing)) if len(spacing) == 3 and max(spacing) / min(spacing) > ANISO_THRESHOLD else None
-        crop, overlap = self._decide_crop(name, patch)
-        patches = self._distinct_patches(patch, spacing)
+        patches = self._distinct_patches(views["patch_size"], views["spacing_mm"])
+        stages = [stage for method in METHODS.values() if name in method.configurations for stage in method.stages]
         schedules = {
-            stage.name: self._decide_schedule(name, stage, features, budget, tokens, size, patches)
-            for method in METHODS.values()
-            if name in method.configurations
-            for stage in method.stages
+            stage.name: self._decide_schedule(name, stage, features, budget, tokens, size, patches) for stage in stages
         }
-        longest = max((s.epochs * s.iterations_per_epoch for s in schedules.values()), default=0)
-        queue, momentum = self._decide_teacher(name, patches, schedules, longest)
+        # a teacher follows a student, and only a stage that trains the encoder has one
+        taught = [schedules[stage.name] for stage in stages if stage.encoder_graphs]
+        queue, momentum = self._decide_teacher(name, patches, taught)
         self.configurations[name] = PretextConfiguration(
-            case_folder=self._case_folder(name, spacing),
-            patch_size=patch,
-            spacing_mm=spacing,
-            thick_axis=thick,
-            crop_fraction=crop,
-            crop_overlap=overlap,
-            rotation_deg=self._decide_rotation(name, len(patch), thick),
-            flip_axes=self._decide_flips(name, len(patch)),
-            intensity_views=self._decide_intensity(name),
+            **views,
             tokens=tokens,
             transformer=size,
             queue_length=queue,
@@ -321,7 +331,7 @@ class PretextRules:
             schedules=schedules,
         )
 
-    def _case_folder(self, name: str, spacing: Sequence[float]) -> str:
+    def _case_folder(self, spacing: Sequence[float]) -> str:
         if len(spacing) == 3:
             return f"{self.plans_name}_cases_3d"
         full = self.nnunet["configurations"].get("3d_fullres")
@@ -432,26 +442,23 @@ class PretextRules:
         )
         return StageSchedule(batch_size=batch, epochs=epochs, iterations_per_epoch=iterations, warmup_epochs=warmup)
 
-    def _decide_teacher(
-        self, name: str, patches: int, schedules: dict[str, StageSchedule], steps: int
-    ) -> tuple[int, float]:
-        batch = max((s.batch_size for s in schedules.values()), default=2)
-        wanted = 2 ** int(math.log2(max(2, patches / 4)))
-        queue = min(max(wanted, 64, 2 * batch), 4096)
-        momentum = momentum_for_run(0.999, steps) if steps else 0.999
-        if schedules:
+    def _decide_teacher(self, name: str, patches: int, taught: Sequence[StageSchedule]) -> tuple[int, float]:
+        batch = max((schedule.batch_size for schedule in taught), default=2)
+        queue = min(max(2 ** int(math.log2(max(2, patches / 4))), 64, 2 * batch), 4096)
+        steps = min((schedule.epochs * schedule.iterations_per_epoch for schedule in taught), default=None)
+        momentum = 0.999 if steps is None else momentum_for_run(0.999, steps)
+        if steps is not None:
             self._say(
                 name,
                 "queue",
                 queue,
-                f"a quarter of {patches} distinct patches, 64 to 4096, at least two batches: "
-                "few keys of a patch's own past",
+                f"a quarter of {patches} distinct patches, 64 to 4096, at least two batches: few keys of a patch's own past",
             )
             self._say(
                 name,
                 "teacher momentum",
                 f"{momentum:.4f}",
-                f"the teacher forgets its start within {steps} steps, at most MoCo's 0.999",
+                f"averages over at most a twentieth of {steps} steps; MoCo's 0.999 in a long run",
             )
         return queue, momentum
 

@@ -54,7 +54,6 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     from planners.fingerprint import read_or_extract
 
-    from nnssl.data.preprocess import preprocess_dataset
     from nnssl.data.raw import find_dataset, read_dataset
     from nnssl.errors import UserError
     from nnssl.paths import resolve_folders
@@ -83,6 +82,8 @@ def _run(args: argparse.Namespace) -> None:
         say(line)
     report = None
     if not args.no_preprocessing:
+        from nnssl.data.preprocess import preprocess_dataset
+
         report = preprocess_dataset(
             dataset, plan, fingerprint, folders, args.configurations, processes, args.dask, say, args.restart
         )
