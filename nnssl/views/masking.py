@@ -34,7 +34,7 @@ def draw_block_mask(
     if len(grid) != len(block):
         raise ValueError(f"a grid of {len(grid)} axes cannot be tiled with a block of {len(block)}")
     tokens = math.prod(grid)
-    # 0.1 * 30 is 3.0000000000000004, whose ceiling is 4
+    # 0.55 * 100 is 55.00000000000001, whose ceiling is 56
     masked = math.ceil(ratio * tokens - 1e-9)
     if not 0 < masked < tokens:
         raise ValueError(f"masking {ratio:g} of {tokens} tokens leaves none visible or none masked")

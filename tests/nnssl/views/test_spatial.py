@@ -198,6 +198,14 @@ def test_rotations_stay_within_their_range_and_about_their_axis():
     assert valid_mask(params, (6, 20, 20)).float().mean() > 0.99  # the place of a turned crop is chosen so that it fits
 
 
+@pytest.mark.parametrize(("shape", "spacing_mm", "rotation_deg"), CASES)
+def test_every_draw_is_a_similarity_in_millimetres(shape, spacing_mm, rotation_deg):
+    params = draw_affine(generators(50), ranges(rotation_deg, len(shape)), shape, spacing_mm)
+    zoom = torch.linalg.det(params.linear).abs() ** (1 / len(shape))
+    unit = torch.eye(len(shape), dtype=torch.float64)
+    torch.testing.assert_close(params.linear @ params.linear.mT, zoom[:, None, None] ** 2 * unit)
+
+
 def test_draws_depend_on_the_samples_generator_only():
     wanted = ranges((30.0,), 2)
     together = draw_affine(generators(4), wanted, (9, 8), (1.0, 2.0))
