@@ -1,0 +1,231 @@
+"""Which case and which box a training sample is, and the batches of raw patches that follow from it.
+
+A sample is named by its step and its place in the global batch. Cases come in passes: in each pass every case is taken
+once, in an order drawn for that pass, so that none is starved however many or few there are. The box is centred near a
+voxel inside the body most of the time, else anywhere. Both draws depend on (seed, stage, step, place), the batch size
+and the cases alone, so neither the number of workers or ranks nor a restart changes a sample. Workers only read and
+crop.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import blosc2
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from nnssl.data.case_store import CaseStore
+from nnssl.draws import make_generator
+from nnssl.errors import UserError
+
+FOREGROUND_SHARE = 0.9
+"""Share of the boxes that are centred near a voxel inside the body."""
+
+JITTER = 0.25
+"""How far a box's centre may lie from that voxel along an axis, as a share of the box."""
+
+
+class PatchBatch(NamedTuple):
+    """Raw patches of one step; those of one rank when there are several."""
+
+    volumes: Float[Tensor, "batch channel *shape"]
+    """Float32, zero outside the image."""
+    samples: list[int]
+    """Places in the global batch."""
+    step: int
+    cases: list[str]
+    lower_vox: Int[Tensor, "batch 3"]
+    """First voxel of each patch in its case, (z, y, x) also in 2D, where z is the slice; negative where a volume is
+    smaller than the patch."""
+
+
+def make_loader(
+    store: CaseStore,
+    patch_size: Sequence[int],
+    batch_size: int,
+    seed: int,
+    stage: str,
+    first_step: int,
+    last_step: int,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    foreground_share: float = FOREGROUND_SHARE,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Return a loader that gives one ``PatchBatch`` per step.
+
+    Args:
+        store: the preprocessed cases.
+        patch_size: (z, y, x) voxels, or (y, x) for patches of one slice.
+        batch_size: patches per step over all ranks.
+        seed: the run's seed.
+        stage: the pretext stage, ``method.stage``.
+        first_step: step of the first batch.
+        last_step: step after the last batch.
+        rank: of this process.
+        world_size: number of processes; each takes a contiguous part of the batch.
+        num_workers: processes that read; 0 reads in this process.
+        foreground_share: share of the patches that are centred near a voxel inside the body, 0 to 1.
+        pin_memory: put batches into page-locked memory, for asynchronous copies to a GPU.
+
+    Returns:
+        A loader of ``last_step - first_step`` batches.
+
+    Raises:
+        UserError: the batch cannot be shared out evenly.
+        ValueError: a patch size that is neither 2D nor 3D.
+    """
+    if batch_size % world_size:
+        raise UserError(
+            f"batch size {batch_size}: cannot be shared by {world_size} processes; "
+            f"take {max(1, batch_size // world_size) * world_size}"
+        )
+    if len(patch_size) not in (2, 3):
+        raise ValueError(f"a patch has 2 or 3 axes, not {len(patch_size)}")
+    part = batch_size // world_size
+    return DataLoader(
+        PatchDataset(store, patch_size, batch_size, seed, stage, foreground_share),
+        batch_sampler=StepSampler(range(first_step, last_step), range(rank * part, (rank + 1) * part)),
+        num_workers=num_workers,
+        collate_fn=_collate,
+        worker_init_fn=_start_worker,
+        pin_memory=pin_memory,
+        # a generator of its own, so that making workers leaves the global random state alone
+        generator=torch.Generator(),
+    )
+
+
+class PatchDataset(Dataset):
+    """Patches keyed by (step, place in the global batch).
+
+    Args:
+        store: the cases.
+        patch_size: (z, y, x), or (y, x) for slices.
+        batch_size: global.
+        seed: the run's seed.
+        stage: the pretext stage.
+        foreground_share: see ``make_loader``.
+    """
+
+    def __init__(
+        self,
+        store: CaseStore,
+        patch_size: Sequence[int],
+        batch_size: int,
+        seed: int,
+        stage: str,
+        foreground_share: float,
+    ) -> None:
+        self.store = store
+        self.patch_size = tuple(patch_size)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.stage = stage
+        self.foreground_share = foreground_share
+
+    def __getitem__(self, key: tuple[int, int]) -> PatchBatch:
+        """Return one sample as a batch of one."""
+        step, sample = key
+        name = self.store.names[draw_case(len(self.store), self.batch_size, self.seed, self.stage, step, sample)]
+        case = self.store.case(name)
+        flat = len(self.patch_size) == 2
+        size = (1, *self.patch_size) if flat else self.patch_size
+        generator = make_generator(self.seed, f"{self.stage}/boxes", step, sample)
+        lower = draw_box(case.shape, size, case.foreground_vox, self.foreground_share, generator)
+        volume = torch.from_numpy(case.read_box(lower, size))
+        if flat:
+            volume = volume.squeeze(1)
+        return PatchBatch(volume[None], [sample], step, [name], torch.tensor([lower]))
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """Keys of the samples of each step that one rank takes.
+
+    Args:
+        steps: the steps.
+        samples: the rank's places in the global batch.
+    """
+
+    def __init__(self, steps: range, samples: range) -> None:
+        self.steps = steps
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps:
+            yield [(step, sample) for sample in self.samples]
+
+
+def draw_case(cases: int, batch_size: int, seed: int, stage: str, step: int, sample: int) -> int:
+    """Return the index of the case that a sample comes from; each pass takes every case once."""
+    number, place = divmod(step * batch_size + sample, cases)
+    return int(_order_of_pass(cases, seed, stage, number)[place])
+
+
+@lru_cache(maxsize=2)
+def _order_of_pass(cases: int, seed: int, stage: str, number: int) -> Int[np.ndarray, " case"]:
+    """Return the order of the cases in one pass over all of them."""
+    return torch.randperm(cases, generator=make_generator(seed, f"{stage}/cases", number)).numpy()
+
+
+def draw_box(
+    shape: Sequence[int],
+    size: Sequence[int],
+    foreground_vox: Int[np.ndarray, "point 3"],
+    foreground_share: float,
+    generator: torch.Generator,
+) -> tuple[int, ...]:
+    """Return the lower corner of a random box.
+
+    Along an axis where the volume is at least as large as the box, the box stays inside; where it is smaller, the
+    volume is in the middle of the box.
+
+    Args:
+        shape: (z, y, x) of the volume.
+        size: (z, y, x) of the box.
+        foreground_vox: voxels inside the body; empty if there are none, then the box may be anywhere.
+        foreground_share: probability that the box is centred near one of them.
+        generator: where the draw comes from.
+
+    Returns:
+        (z, y, x) of the box's first voxel.
+    """
+    # always the same numbers in the same order, whatever is done with them
+    choice, point, *place = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
+    near = choice < foreground_share and len(foreground_vox) > 0
+    centre = foreground_vox[int(point * len(foreground_vox))].tolist() if near else None
+    lower = []
+    for axis, (extent, length) in enumerate(zip(shape, size, strict=True)):
+        room = extent - length
+        if room < 0:
+            lower.append(-(-room // 2))
+        elif centre is None:
+            lower.append(int(place[axis] * (room + 1)))
+        else:
+            reach = int(JITTER * length)
+            jitter = int(place[axis] * (2 * reach + 1)) - reach
+            lower.append(min(max(centre[axis] - length // 2 + jitter, 0), room))
+    return tuple(lower)
+
+
+def _collate(samples: list[PatchBatch]) -> PatchBatch:
+    """Join batches of one."""
+    return PatchBatch(
+        volumes=torch.cat([sample.volumes for sample in samples]),
+        samples=[sample.samples[0] for sample in samples],
+        step=samples[0].step,
+        cases=[sample.cases[0] for sample in samples],
+        lower_vox=torch.cat([sample.lower_vox for sample in samples]),
+    )
+
+
+def _start_worker(worker: int) -> None:
+    """Keep a worker to one core; torch has limited its own threads already."""
+    blosc2.set_nthreads(1)
