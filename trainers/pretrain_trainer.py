@@ -8,6 +8,8 @@ The loop owns device, precision, compilation, clipping, the moving average, logg
 pretext stage declares the rest (``nnssl.methods.protocol``).
 """
 
+import math
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -37,16 +39,19 @@ from nnssl.methods.protocol import PretextMethod, StepOutput
 from nnssl.methods.settings import describe_settings, resolve_stage
 from nnssl.momentum import update_teacher
 from nnssl.networks.backbone import build_network, seeded
-from planners.plan import Plan, plan_from_dict
+from planners.plan import plan_from_dict
+from trainers.continuation import check_same_run, plain_settings
 from trainers.optimisation import learning_rate_factor, make_optimizer, set_learning_rate
 from trainers.precision import choose_precision
-from trainers.progress import plot_progress, write_metrics
+from trainers.progress import collect_metrics, plot_progress, write_metrics
 
 LATEST, FINAL = "checkpoint_latest.pth", "checkpoint_final.pth"
 EMBEDDINGS_KEPT = 1024
 """Embeddings of an epoch's last steps that the collapse monitors look at."""
 SAVING_SHARE = 0.05
 """Writing checkpoints may take this share of the time."""
+COLLAPSED_RANK = 1.5
+"""Effective rank below which a warning says that the representation has collapsed."""
 STOP_CHECK_STEPS = 20
 """On several processes, steps between two looks at whether any of them was asked to stop."""
 TERMINATED = 143
@@ -370,46 +375,30 @@ class PretrainTrainer(nnUNetTrainer):
         last = {key: values[-1] for key, values in metrics.items()}
         shown = ", ".join(f"{key} {last[key]:.4g}" for key in last if key != "loss")
         self.print_to_log_file(f"Epoch {self.current_epoch}: loss {last['loss']:.4f} ({shown})")
-        self._warn_of_collapse(last)
+        if last.get("effective_rank", math.inf) < COLLAPSED_RANK:
+            self.print_to_log_file(
+                f"WARNING: effective rank {last['effective_rank']:.2f}: all embeddings point the same way, the representation "
+                "has collapsed; try a lower learning rate or a larger batch"
+            )
         if self.local_rank == 0:
             write_metrics(Path(self.output_folder) / "metrics.csv", metrics)
         due = time() - self._last_save > self._save_seconds / SAVING_SHARE
         if due and self.current_step < self.training.total_steps:
-            self._draw_progress(metrics)
+            self._draw_progress()
             self.save_checkpoint(str(Path(self.output_folder) / LATEST))
 
     def metrics(self) -> dict[str, list[float]]:
         """Return one value per finished epoch for every metric that was logged."""
-        logged = self.logger.get_checkpoint()
-        own = {key: values for key, values in logged.items() if key not in _NNUNET_KEYS and values}
-        seconds = [
-            e - s for s, e in zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=False)
-        ]
-        return {**own, "learning_rate": logged["lrs"], "epoch_seconds": seconds}
+        return collect_metrics(self.logger.get_checkpoint())
 
-    def _warn_of_collapse(self, last: dict[str, float]) -> None:
-        if last.get("effective_rank", 2.0) < 1.5:
-            self.print_to_log_file(
-                "WARNING: all embeddings point the same way (effective rank below 1.5): the representation has collapsed"
-            )
-
-    def _draw_progress(self, metrics: dict[str, list[float]]) -> None:
-        if self.local_rank != 0:
-            return
-        losses = [key for key in metrics if key == "loss" or key.startswith(("loss_", "recovery"))]
-        panels = {
-            "loss": losses,
-            "collapse: spread of the features": ["feature_std"],
-            "collapse: effective rank": ["effective_rank"],
-            "learning rate": ["learning_rate"],
-            "share of time waiting for data": ["data_wait_share"],
-        }
-        title = f"{self.stage}, {self.plan.dataset_name}, {self.configuration_name}"
-        plot_progress(Path(self.output_folder) / "progress.png", title, metrics, panels)
+    def _draw_progress(self) -> None:
+        if self.local_rank == 0:
+            title = f"{self.stage}, {self.plan.dataset_name}, {self.configuration_name}"
+            plot_progress(Path(self.output_folder) / "progress.png", title, self.metrics())
 
     def on_train_end(self) -> None:
         """Write the final checkpoint, from which the weights leave."""
-        self._draw_progress(self.metrics())
+        self._draw_progress()
         self.save_checkpoint(str(Path(self.output_folder) / FINAL))
         if self.local_rank == 0:
             (Path(self.output_folder) / LATEST).unlink(missing_ok=True)
@@ -549,60 +538,7 @@ class PretrainTrainer(nnUNetTrainer):
         """Do nothing: no pretext loss looks at the segmentation layers."""
 
 
-def plain_settings(settings: Any, origins: dict[str, str]) -> dict[str, Any]:
-    """Return resolved settings as plain Python by key, as a checkpoint holds them."""
-    return {key: to_plain(entry["value"]) for key, entry in describe_settings(settings, origins).items()}
-
-
-def check_same_run(
-    path: Path, found: Provenance, plan: Plan, configuration: str, stage: str, settings: dict[str, Any], seed: int
-) -> None:
-    """Check that a checkpoint is of the run that is about to start.
-
-    Raises:
-        UserError: it is of another stage, data set, plan, configuration, seed, or was run with other settings.
-    """
-    expected = {
-        "stage": stage,
-        "dataset_name": plan.dataset_name,
-        "plans_name": plan.name,
-        "configuration": configuration,
-        "seed": seed,
-    }
-    for key, value in expected.items():
-        if getattr(found, key) != value:
-            raise UserError(f"{path}: is of {key} {getattr(found, key)}, this run of {value}; --restart starts again")
-    changes = [
-        f"{key} {found.settings.get(key)} -> {value}"
-        for key, value in settings.items()
-        if found.settings.get(key) != value
-    ]
-    if changes:
-        raise UserError(
-            f"{path}: was run with other settings ({', '.join(changes)}); --restart starts again with the new ones"
-        )
-    planned = plan.nnunet["pretext"]["configurations"][configuration]
-    if found.plans["pretext"]["configurations"].get(configuration) != planned:
-        raise UserError(f"{path}: was run with an earlier plan {plan.name}; --restart starts again with the new one")
-
-
-_NNUNET_KEYS = frozenset(
-    {
-        "mean_fg_dice",
-        "ema_fg_dice",
-        "dice_per_class_or_region",
-        "train_losses",
-        "val_losses",
-        "lrs",
-        "epoch_start_timestamps",
-        "epoch_end_timestamps",
-    }
-)
-
-
 def _default_workers(device: torch.device) -> int:
-    import os
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # a CPU that trains has no core to spare for more than one reader
     return 1 if device.type == "cpu" else max(1, min(8, cores - 1))

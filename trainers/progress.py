@@ -1,5 +1,6 @@
 """What a pretraining run leaves for its user to look at: a table and a figure."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,29 +15,55 @@ def write_metrics(path: Path, metrics: Mapping[str, Sequence[float]]) -> None:
     write_csv(path, ["epoch", *metrics], [[epoch, *row] for epoch, row in enumerate(rows)])
 
 
-def plot_progress(
-    path: Path, title: str, metrics: Mapping[str, Sequence[float]], panels: Mapping[str, Sequence[str]]
-) -> None:
-    """Draw the metrics over the epochs, one panel for each group.
+_NNUNET_KEYS = frozenset(
+    {
+        "mean_fg_dice",
+        "ema_fg_dice",
+        "dice_per_class_or_region",
+        "train_losses",
+        "val_losses",
+        "lrs",
+        "epoch_start_timestamps",
+        "epoch_end_timestamps",
+    }
+)
+
+PANELS = {
+    "loss": lambda name: name == "loss" or name.startswith(("loss_", "recovery")),
+    "collapse: spread of the features": lambda name: name == "feature_std",
+    "collapse: effective rank": lambda name: name == "effective_rank",
+    "learning rate": lambda name: name == "learning_rate",
+    "share of time waiting for data": lambda name: name == "data_wait_share",
+}
+
+
+def collect_metrics(logged: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Return one value per finished epoch for every metric in nnU-Net's log, without the ones that need labels."""
+    own = {key: list(values) for key, values in logged.items() if key not in _NNUNET_KEYS and values}
+    times = zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=False)
+    return {**own, "learning_rate": list(logged["lrs"]), "epoch_seconds": [end - start for start, end in times]}
+
+
+def plot_progress(path: Path, title: str, metrics: Mapping[str, Sequence[float]]) -> None:
+    """Draw the metrics over the epochs, one panel for each group that has values.
 
     Args:
         path: of the PNG.
         title: of the figure.
         metrics: one value per epoch for each name.
-        panels: names of metrics by title of their panel; names without values are left out.
     """
+    # the figure class alone, so that no window system and no global state is touched
     from matplotlib.figure import Figure
 
-    shown = {name: [key for key in keys if key in metrics] for name, keys in panels.items()}
+    shown = {name: [key for key in metrics if belongs(key)] for name, belongs in PANELS.items()}
     shown = {name: keys for name, keys in shown.items() if keys}
     with mpl.rc_context({"font.size": 11}):
         figure = Figure(figsize=(9, 2.6 * len(shown) + 0.6), layout="constrained")
         figure.suptitle(title)
         for axes, (name, keys) in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown.items(), strict=True):
-            for key, style in zip(keys, ("-", "--", ":", "-."), strict=False):
-                axes.plot(
-                    range(len(metrics[key])), metrics[key], style, label=key.replace("_", " "), marker=".", markersize=3
-                )
+            for key, style in zip(keys, itertools.cycle(("-", "--", ":", "-.")), strict=False):
+                label = key.replace("_", " ")
+                axes.plot(range(len(metrics[key])), metrics[key], style, label=label, marker=".", markersize=3)
             axes.set_title(name, loc="left", fontsize=11)
             axes.set_xlabel("epoch")
             axes.grid(alpha=0.3)

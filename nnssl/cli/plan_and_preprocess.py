@@ -52,11 +52,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from planners.fingerprint import read_or_extract
-
     from nnssl.data.raw import find_dataset, read_dataset
     from nnssl.errors import UserError
     from nnssl.paths import resolve_folders
+    from planners.fingerprint import read_or_extract
     from planners.presets import preset_for_gpu
     from planners.pretrain_planner import plan_pretraining
     from planners.reasons import format_decisions, format_set_aside

@@ -10,10 +10,11 @@ map are dropped, ``E_t`` sees the rest, a small decoder predicts the features of
 
 Deviations:
     * Positive pairs: section 4.1 says elastic transforms, section 5.1.4 crop, jitter and flip. Here the latter.
-    * Negatives: the printed formula sums over the batch and includes the query itself; the text follows MoCo. Here MoCo's
-      queue; ``negatives=batch`` is the formula without the self-similarity.
-    * Colour jitter has saturation and hue, which one channel does not have. Here brightness, contrast, and what the plan
-      finds fit for the modality: a Hounsfield window that moves (CT) or gamma and a bias field (MR).
+    * Negatives: the printed formula sums over the batch and includes the query itself; the text follows MoCo's queue. Here
+      both together, without the self-similarity; ``negatives=queue`` and ``negatives=batch`` are the two readings. The
+      queue alone can be told from the positives by its age: its keys come from a key encoder some steps back, and
+      on small data sets and short queues separating old from new was the first thing that the encoder learned.
+    * Colour jitter has saturation and hue, which one channel does not have. Here brightness and contrast.
     * Queue of 65,536 keys and momentum 0.999 (MoCo): shortened by the plan for data sets of some hundred volumes.
     * Key encoder: MoCo updates it before the key forward pass, here it is updated after the optimizer step; the two differ
       in the very first step only, where teacher and student are equal.
@@ -57,7 +58,8 @@ class ContrastiveSettings:
     training: TrainingSettings
     temperature: float = 0.07  # [D]
     embedding_dimensions: int = 128  # [D]
-    negatives: Literal["queue", "batch"] = "queue"
+    negatives: Literal["both", "queue", "batch"] = "both"
+    """Whose keys: ``queue`` is MoCo's (the text), ``batch`` the printed formula's, ``both`` the two together."""
     queue_length: int = 65_536  # [D]
     teacher_momentum: float = 0.999  # [D]
     crop_fraction: tuple[float, float] = (0.2, 1.0)  # [P] 5.1.4
@@ -120,7 +122,7 @@ class RepRecContrastive(PretextMethod):
         for student, teacher in self.momentum_pairs():
             copy_to_teacher(student, teacher)
             teacher.requires_grad_(False)
-        if settings.negatives == "queue":
+        if settings.negatives != "batch":
             length = max(settings.queue_length, settings.training.batch_size)
             self.queue = FeatureQueue(length, settings.embedding_dimensions, torch.Generator().manual_seed(0))
         self._momentum = momentum_for_run(settings.teacher_momentum, settings.training.total_steps)
@@ -128,8 +130,8 @@ class RepRecContrastive(PretextMethod):
     @classmethod
     def from_plan(cls, configuration: Any) -> dict[str, Any]:
         """Return queue, teacher, crop, flips and intensity views as the plan has them."""
-        # contrast inversion, noise and blur are not RepRec's; gamma and bias field stand in for colour jitter on MR
-        kept = ("brightness", "contrast", "window", "gamma", "bias_field")
+        # what else suits the modality is not RepRec's; gamma and a bias field made two crops of a patch hard to match
+        kept = ("brightness", "contrast")
         return {
             "queue_length": configuration.queue_length,
             "teacher_momentum": configuration.teacher_momentum,
@@ -162,7 +164,8 @@ class RepRecContrastive(PretextMethod):
         if self.settings.negatives == "queue":
             loss = info_nce_with_queue(queries, keys, self.queue.keys, self.settings.temperature)
         else:
-            loss = info_nce_in_batch(queries, all_keys, self.settings.temperature, first_row=rank() * len(queries))
+            candidates = all_keys if self.settings.negatives == "batch" else torch.cat([all_keys, self.queue.keys])
+            loss = info_nce_in_batch(queries, candidates, self.settings.temperature, first_row=rank() * len(queries))
         return StepOutput(
             losses={"contrast": loss},
             embeddings=queries,
@@ -184,7 +187,7 @@ class RepRecContrastive(PretextMethod):
 
     def after_step(self, carry: Tensor) -> None:
         """Enqueue the keys of all processes."""
-        if self.settings.negatives == "queue":
+        if self.settings.negatives != "batch":
             self.queue.enqueue(carry)
 
     def exported(self) -> Exported:

@@ -107,7 +107,7 @@ def test_a_sample_is_the_same_in_any_batch(dim):
         assert torch.allclose(all_views[2:], part_views, atol=1e-6)
 
 
-@pytest.mark.parametrize("negatives", ["queue", "batch"])
+@pytest.mark.parametrize("negatives", ["both", "queue", "batch"])
 def test_loss_is_the_formula(negatives):
     """MoCo's equation 1 written out, on the embeddings of the method's own encoders."""
     _, method = make_stage("contrastive", 3, f"negatives={negatives}", "temperature=0.5")
@@ -119,21 +119,22 @@ def test_loss_is_the_formula(negatives):
     dot = lambda a, b: sum(x * y for x, y in zip(a, b, strict=True))  # noqa: E731
     total = 0.0
     for i, query in enumerate(queries):
-        others = method.queue.keys.tolist() if negatives == "queue" else [k for j, k in enumerate(keys) if j != i]
+        others = method.queue.keys.tolist() if negatives != "batch" else []
+        others += [k for j, k in enumerate(keys) if j != i] if negatives != "queue" else []
         logits = [dot(query, keys[i]) / 0.5] + [dot(query, other) / 0.5 for other in others]
         top = max(logits)
         total -= logits[0] - top - math.log(sum(math.exp(x - top) for x in logits))
     assert loss == pytest.approx(total / len(queries), rel=1e-4)
 
 
-@pytest.mark.parametrize(("negatives", "expected"), [("queue", math.log(1 + 10)), ("batch", math.log(4))])
+@pytest.mark.parametrize(("negatives", "expected"), [("queue", math.log(1 + 10)), ("batch", math.log(4)), ("both", math.log(4 + 10))])
 def test_collapsed_embeddings_cost_what_theory_says(negatives, expected):
     _, method = make_stage("contrastive", 2, f"negatives={negatives}")
     for head in (method.head, method.key_head):
         for parameter in head.parameters():
             parameter.data.zero_()
         head.layers[-1].bias.data.fill_(1.0)
-    if negatives == "queue":
+    if negatives != "batch":
         method.queue.keys.fill_(1 / math.sqrt(method.queue.keys.shape[1]))
     views = method.make_views(make_batch(2), generators())
     assert method.losses(views, 0.0).losses["contrast"].item() == pytest.approx(expected, abs=1e-4)

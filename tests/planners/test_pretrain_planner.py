@@ -1,0 +1,251 @@
+"""The planner on made-up fingerprints of different modalities and geometries: no images are read."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnssl.data.raw import RawCase, RawDataset
+from nnssl.errors import UserError
+from nnssl.paths import resolve_folders
+from nnssl.views.spatial import AffineRange, common_share, draw_affine
+from planners.fingerprint import CaseRecord, Fingerprint, IntensityStatistics
+from planners.plan import read_plan
+from planners.presets import PRESETS, find_preset, preset_for_gpu
+from planners.pretext_rules import _mean_overlap
+from planners.pretrain_planner import plan_pretraining
+from planners.reasons import format_decisions
+
+STATISTICS = IntensityStatistics(1.0, 1.0, 1.0, 0.0, 2.0, 0.1, 1.9)
+KINDS = {
+    # name: (shapes, spacings, channel names), like hippocampus, ACDC, abdominal CT
+    "iso": ([(36, 50, 35), (40, 52, 33)], [(1.0, 1.0, 1.0)] * 2, ("MRI",)),
+    "thick": ([(9, 256, 216), (10, 232, 200)], [(10.0, 1.5, 1.5), (10.0, 1.5, 1.5)], ("MRI",)),
+    "ct": ([(149, 257, 257), (90, 257, 257)], [(3.0, 1.3, 1.3), (5.0, 1.0, 1.0)], ("CT",)),
+    "two_channels": ([(40, 64, 56), (40, 60, 56)], [(2.0, 1.0, 1.0)] * 2, ("T1", "T2")),
+}
+
+
+def make_inputs(kind: str, number: int = 12, dataset_id: int = 501) -> tuple[RawDataset, Fingerprint]:
+    shapes, spacings, channels = KINDS[kind]
+    name = f"Dataset{dataset_id}_Toy"
+    records, cases = [], []
+    for i in range(number):
+        shape, spacing = shapes[i % 2], spacings[i % 2]
+        records.append(
+            CaseRecord(f"case_{i:03}", shape, spacing, "LPS", len(channels), shape, 1.0, 0.5,
+                       (STATISTICS,) * len(channels), (0.0,) * len(channels), str(i))
+        )  # fmt: skip
+        cases.append(RawCase(f"case_{i:03}", tuple(Path(f"/x/{i}_{c:04}.nii.gz") for c in range(len(channels)))))
+    dataset_json = {
+        "channel_names": {str(c): n for c, n in enumerate(channels)},
+        "labels": {"background": 0, "foreground": 1},
+        "numTraining": number,
+        "file_ending": ".nii.gz",
+    }
+    dataset = RawDataset(name, Path("/x"), ".nii.gz", channels, tuple(cases), "SimpleITKIO", dataset_json, ())
+    fingerprint = Fingerprint(
+        1, name, "digest", channels, channels, tuple(records), (), (), {str(c): STATISTICS for c in range(len(channels))}
+    )
+    return dataset, fingerprint
+
+
+def make_plan(kind: str, preset: str = "cpu", **arguments):
+    dataset, fingerprint = make_inputs(kind)
+    return plan_pretraining(dataset, fingerprint, resolve_folders(), preset, **arguments)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_stock_nnunet_builds_every_configuration(kind, nnunet_folders):
+    plan = make_plan(kind)
+    manager = PlansManager(json.loads(json.dumps(plan.nnunet)))
+    channels = len(KINDS[kind][2])
+    for name, pretext in plan.pretext.configurations.items():
+        configuration = manager.get_configuration(name)
+        assert tuple(configuration.patch_size) == pretext.patch_size
+        network = nnUNetTrainer.build_network_architecture(manager, configuration, channels, 3, True)
+        network.train()
+        outputs = network(torch.zeros(1, channels, *pretext.patch_size))
+        assert outputs[0].shape == (1, 3, *pretext.patch_size)
+        if pretext.tokens is not None:
+            feature = network.encoder(torch.zeros(1, channels, *pretext.patch_size))[pretext.tokens.stage]
+            assert tuple(feature.shape[2:]) == pretext.tokens.grid
+    assert manager.plans["experiment_planner_used"] == "ExperimentPlanner"
+    folders = [manager.get_configuration(name).data_identifier for name in ("2d", "3d_fullres")]
+    assert all(folder.startswith("nnsslPlans_") for folder in folders)
+
+
+def test_hybrid_weights_fit_the_plain_network_of_the_same_plan(nnunet_folders):
+    plan = make_plan("iso")
+    manager = PlansManager(plan.nnunet)
+    build = nnUNetTrainer.build_network_architecture
+    hybrid = build(manager, manager.get_configuration("3d_fullres_hybrid"), 1, 3, True).state_dict()
+    plain = build(manager, manager.get_configuration("3d_fullres"), 1, 3, True).state_dict()
+    assert {key: value.shape for key, value in plain.items()}.items() <= {k: v.shape for k, v in hybrid.items()}.items()
+
+
+def test_same_data_gives_the_same_bytes_and_leaves_the_environment(nnunet_folders, monkeypatch):
+    path = nnunet_folders / "preprocessed" / "Dataset501_Toy" / "nnsslPlans.json"
+    make_plan("thick")
+    first = path.read_bytes()
+    path.unlink()
+    raw = list((nnunet_folders / "raw").iterdir())
+    import os
+
+    before = dict(os.environ)
+    torch.manual_seed(99)
+    np.random.seed(99)  # noqa: NPY002  nnU-Net uses the global generator
+    make_plan("thick")
+    assert path.read_bytes() == first
+    assert dict(os.environ) == before
+    assert list((nnunet_folders / "raw").iterdir()) == raw
+
+
+def test_thick_slices_are_treated_apart(nnunet_folders):
+    plan = make_plan("thick")
+    three = plan.configuration("3d_fullres")
+    assert three.thick_axis == 0
+    assert three.rotation_deg == (180.0, 0.0, 0.0)
+    assert three.flip_axes == (1, 2)
+    said = {(d.configuration, d.what): d for d in plan.pretext.decisions}
+    assert said["data set", "slice axis"].value == "treated apart"
+    assert "10 mm against 1.5 mm" in said["data set", "slice axis"].reason
+    assert "1x2x2" in said["3d_fullres", "strides"].value
+    block = plan.configuration("3d_fullres_hybrid").tokens
+    assert block.size_vox[0] < block.size_vox[1]
+    # slices are all 10 mm, so both configurations have the same voxels and share them
+    assert plan.configuration("2d").case_folder == three.case_folder
+
+
+def test_isotropic_data_is_not(nnunet_folders):
+    plan = make_plan("iso")
+    three = plan.configuration("3d_fullres")
+    assert three.thick_axis is None
+    assert three.rotation_deg == (30.0, 30.0, 30.0)
+    assert plan.configuration("2d").rotation_deg == (180.0,)
+
+
+def test_modality_decides_normalisation_and_views(nnunet_folders):
+    ct = make_plan("ct")
+    assert ct.nnunet["configurations"]["3d_fullres"]["normalization_schemes"] == ["CTNormalization"]
+    assert "window" in ct.configuration("3d_fullres").intensity_views
+    assert "inversion" not in ct.configuration("3d_fullres").intensity_views
+    # slices of 3 and of 5 mm: the 2D configuration keeps them, the 3D one resamples them
+    assert ct.configuration("2d").case_folder != ct.configuration("3d_fullres").case_folder
+    mr = make_plan("iso")
+    assert mr.nnunet["configurations"]["3d_fullres"]["normalization_schemes"] == ["ZScoreNormalization"]
+    assert {"inversion", "bias_field", "gamma"} <= set(mr.configuration("3d_fullres").intensity_views)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_tokens_are_within_bounds_and_blocks_within_the_grid(kind, nnunet_folders):
+    for name, configuration in make_plan(kind).pretext.configurations.items():
+        if not name.endswith("hybrid"):
+            assert configuration.tokens is None
+            continue
+        tokens = configuration.tokens
+        assert 64 <= np.prod(tokens.grid) <= 2000
+        assert all(1 <= block <= max(1, n // 2) for block, n in zip(tokens.mask_block, tokens.grid, strict=True))
+        expected = [n * mm for n, mm in zip(tokens.size_vox, configuration.spacing_mm, strict=True)]
+        assert tokens.size_mm == pytest.approx(expected)
+
+
+def test_memory_target_decides_encoder_width_and_batch(nnunet_folders):
+    cpu, small, large = (make_plan("ct", preset) for preset in ("cpu", "8gb", "24gb"))
+
+    def network(plan):
+        return plan.nnunet["configurations"]["3d_fullres"]["architecture"]
+
+    assert network(cpu)["arch_kwargs"]["features_per_stage"][0] == 16
+    assert network(small)["network_class_name"].endswith("PlainConvUNet")
+    assert network(large)["network_class_name"].endswith("ResidualEncoderUNet")
+    hybrid = large.nnunet["configurations"]["3d_fullres_hybrid"]["architecture"]["network_class_name"]
+    assert hybrid == "nnssl.networks.hybrid.HybridResidualEncoderUNet"
+    patches = [np.prod(plan.configuration("3d_fullres").patch_size) for plan in (cpu, small, large)]
+    assert patches[0] < patches[1] < patches[2]
+    assert large.configuration("3d_fullres_hybrid").transformer.width == 768
+    assert small.configuration("3d_fullres_hybrid").transformer.width == 384
+
+
+def test_weak_contrast_is_said(nnunet_folders):
+    plan = make_plan("ct")
+    batch = plan.configuration("3d_fullres_hybrid").schedules["reprec.contrastive"].batch_size
+    said = [d for d in plan.pretext.decisions if d.what == "batch size (reprec.contrastive)" and "3d" in d.configuration]
+    assert batch < 8
+    assert "WARNING: contrast is weak below 8" in said[0].reason
+
+
+def test_every_decision_has_a_reason_and_the_table_shows_it(nnunet_folders):
+    plan = make_plan("thick")
+    assert all(d.reason and d.value for d in plan.pretext.decisions)
+    table = "\n".join(format_decisions(plan, width=400))
+    for decision in plan.pretext.decisions:
+        assert decision.reason in table
+    narrow = format_decisions(plan, width=90)
+    assert max(map(len, narrow)) < max(map(len, format_decisions(plan, width=400)))
+
+
+def test_like_takes_over_the_plan_of_the_labelled_data(nnunet_folders):
+    make_plan("ct", plans_name="nnUNetPlans")
+    like = nnunet_folders / "preprocessed" / "Dataset501_Toy" / "nnUNetPlans.json"
+    source = json.loads(like.read_text())
+    source.pop("pretext")
+    source["dataset_name"] = "Dataset004_Other"
+    for name in [n for n in source["configurations"] if n.endswith("hybrid")]:
+        source["configurations"].pop(name)
+    other = nnunet_folders / "preprocessed" / "Dataset004_Other" / "nnUNetPlans.json"
+    other.parent.mkdir()
+    other.write_text(json.dumps(source))
+    plan = make_plan("iso", like=other)
+    assert plan.dataset_name == "Dataset501_Toy"
+    assert plan.pretext.like == "Dataset004_Other/nnUNetPlans.json"
+    for name in ("2d", "3d_fullres"):
+        taken, original = plan.nnunet["configurations"][name], source["configurations"][name]
+        for key in ("architecture", "patch_size", "spacing", "batch_size", "normalization_schemes"):
+            assert taken[key] == original[key]
+        assert taken["data_identifier"] == f"nnsslPlans_{name}"
+    assert plan.nnunet["foreground_intensity_properties_per_channel"] == source["foreground_intensity_properties_per_channel"]
+    with pytest.raises(UserError, match="plans for 1 channels, Dataset501_Toy has 2"):
+        make_plan("two_channels", like=other)
+
+
+def test_labelled_fingerprint_of_nnunet_is_not_overwritten(nnunet_folders):
+    folder = nnunet_folders / "preprocessed" / "Dataset501_Toy"
+    folder.mkdir()
+    (folder / "dataset_fingerprint.json").write_text('{"of": "nnU-Net"}')
+    make_plan("iso")
+    assert (folder / "dataset_fingerprint.json").read_text() == '{"of": "nnU-Net"}'
+
+
+def test_overlap_agrees_with_the_crops_that_are_drawn():
+    """The planner's estimate against the share that the views' own geometry measures."""
+    ranges = AffineRange(crop_fraction=(0.2, 1.0), rotation_deg=(0.0, 0.0, 0.0), flip_axes=())
+    generators = [torch.Generator().manual_seed(i) for i in range(400)]
+    first, second = (draw_affine(generators, ranges, (32, 48, 40), (1.0, 1.0, 1.0)) for _ in range(2))
+    assert _mean_overlap(0.2, 3) == pytest.approx(float(common_share(first, second).mean()), abs=0.06)
+
+
+def test_presets():
+    assert preset_for_gpu(None)[0] == "8gb"
+    assert preset_for_gpu(11.0)[0] == "8gb"
+    assert preset_for_gpu(23.7)[0] == "24gb"
+    assert preset_for_gpu(139.0)[0] == "80gb"
+    assert preset_for_gpu(4.0)[0] == "8gb"
+    assert set(PRESETS) == {"cpu", "8gb", "24gb", "40gb", "80gb"}
+    with pytest.raises(UserError, match="the presets are cpu, 8gb"):
+        find_preset("1tb")
+
+
+def test_command_and_planner_know_the_same_presets():
+    from nnssl.cli.plan_and_preprocess import PRESET_NAMES
+
+    assert tuple(PRESETS) == PRESET_NAMES
+
+
+def test_plan_file_is_read_back(nnunet_folders):
+    plan = make_plan("two_channels")
+    assert read_plan(nnunet_folders / "preprocessed" / "Dataset501_Toy" / "nnsslPlans.json") == plan

@@ -1,0 +1,6 @@
+"""What ``nnUNet_extTrainer`` points at: nnU-Net imports this module by itself and finds nnssl's trainers in it."""
+
+from trainers.finetune import FinetuneTrainer
+from trainers.pretext import RepRecContrastiveTrainer, RepRecGenerativeTrainer
+
+__all__ = ["FinetuneTrainer", "RepRecContrastiveTrainer", "RepRecGenerativeTrainer"]
