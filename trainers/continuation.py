@@ -1,5 +1,6 @@
 """Whether a checkpoint is of the run that is about to start: going on with anything else would be a silent mixture."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from planners.plan import Plan
 
 
 def plain_settings(settings: Any, origins: dict[str, str]) -> dict[str, Any]:
-    """Return resolved settings as plain Python by key, as a checkpoint holds them."""
-    return {key: to_plain(entry["value"]) for key, entry in describe_settings(settings, origins).items()}
+    """Return resolved settings by key as JSON knows them (lists for tuples), which is how a checkpoint holds them."""
+    described = describe_settings(settings, origins)
+    return json.loads(json.dumps({key: to_plain(entry["value"]) for key, entry in described.items()}))
 
 
 def check_same_run(

@@ -215,6 +215,7 @@ class PretrainTrainer(nnUNetTrainer):
                 rank=rank(),
                 world_size=world_size(),
                 num_workers=workers,
+                pin_memory=self.device.type == "cuda",
             )
         ), None
 

@@ -1,0 +1,73 @@
+"""A planned and preprocessed toy data set, small enough that a pretraining step takes a fraction of a second."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nnssl.data.case_store import CaseProperties, write_case
+from nnssl.data.raw import RawCase, RawDataset
+from nnssl.paths import Folders, resolve_folders
+from planners.fingerprint import CaseRecord, Fingerprint, IntensityStatistics
+from planners.plan import Plan, read_plan
+from planners.pretrain_planner import plan_pretraining
+
+SHAPE, SPACING_MM = (16, 24, 20), (2.0, 1.0, 1.25)
+NAME = "Dataset501_Toy"
+SCHEDULE = {"batch_size": 4, "epochs": 2, "iterations_per_epoch": 3, "warmup_epochs": 0}
+
+
+def make_volume(seed: int, channels: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Return waves whose direction and length belong to the case."""
+    rng = np.random.default_rng(seed)
+    axes = np.meshgrid(*(np.arange(n) for n in shape), indexing="ij")
+    volume = [sum(rng.uniform(-1, 1) * axis for axis in axes) for _ in range(channels)]
+    return (np.sin(np.stack(volume)) + 0.1 * rng.standard_normal((channels, *shape))).astype(np.float32)
+
+
+def plan_toy(folders: Folders, channels: int = 1, cases: int = 6) -> Plan:
+    """Plan a toy data set for a CPU, write its preprocessed cases and shorten the schedule of every stage."""
+    statistics = IntensityStatistics(0.0, 0.0, 1.0, -3.0, 3.0, -2.5, 2.5)
+    names = tuple(f"c{i}" for i in range(channels))
+    records = tuple(
+        CaseRecord(f"toy_{i:02}", SHAPE, SPACING_MM, "LPS", channels, SHAPE, 1.0, 1.0, (statistics,) * channels,
+                   (0.0,) * channels, str(i))
+        for i in range(cases)
+    )  # fmt: skip
+    dataset_json = {
+        "channel_names": {str(i): name for i, name in enumerate(names)},
+        "labels": {"background": 0, "foreground": 1},
+        "numTraining": cases,
+        "file_ending": ".nii.gz",
+    }
+    raw_cases = tuple(RawCase(r.name, tuple(Path(f"/x/{r.name}_{c:04}.nii.gz") for c in range(channels))) for r in records)
+    dataset = RawDataset(NAME, Path("/x"), ".nii.gz", names, raw_cases, "SimpleITKIO", dataset_json, ())
+    fingerprint = Fingerprint(
+        1, NAME, "digest", names, names, records, (), (), {str(c): statistics for c in range(channels)}
+    )
+    plan = plan_pretraining(dataset, fingerprint, folders, "cpu")
+    path = folders.preprocessed / NAME / "nnsslPlans.json"
+    content = json.loads(path.read_text())
+    for configuration in content["pretext"]["configurations"].values():
+        for schedule in configuration["schedules"].values():
+            schedule.update(SCHEDULE)
+        folder = folders.preprocessed / NAME / configuration["case_folder"]
+        if not folder.exists():
+            folder.mkdir()
+            for i, record in enumerate(records):
+                volume = make_volume(i, channels, SHAPE)
+                everywhere = np.argwhere(np.ones(SHAPE, bool))[::7].astype(np.int16)
+                properties = CaseProperties(1, SHAPE, channels, SPACING_MM, (), "digest", 1.0)
+                write_case(folder, record.name, volume, everywhere, properties, plan.configuration("3d_fullres").patch_size)
+    path.write_text(json.dumps(content))
+    return read_plan(path)
+
+
+@pytest.fixture
+def toy(nnunet_folders, monkeypatch) -> Folders:
+    """Folders with a planned toy data set; float32, so that results can be compared to the bit and across processes."""
+    monkeypatch.setenv("NNSSL_PRECISION", "float32")
+    folders = resolve_folders()
+    plan_toy(folders)
+    return folders
