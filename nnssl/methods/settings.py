@@ -26,8 +26,8 @@ class TrainingSettings:
     batch_size: int
     """Patches per step over all processes."""
     optimizer: Literal["sgd", "adamw"]
-    base_learning_rate: float
-    """Learning rate for a batch of 256; the rate used is this times batch_size / 256 (linear scaling)."""
+    learning_rate: float
+    """Largest learning rate of the run."""
     momentum: tuple[float, float]
     """AdamW's two betas; SGD's momentum is the first."""
     weight_decay: float
@@ -41,11 +41,6 @@ class TrainingSettings:
     def total_steps(self) -> int:
         """Optimizer steps of the whole stage."""
         return self.epochs * self.iterations_per_epoch
-
-    @property
-    def learning_rate(self) -> float:
-        """Largest learning rate of the run."""
-        return self.base_learning_rate * self.batch_size / 256
 
 
 def resolve_settings(defaults: S, from_plan: dict[str, Any], overrides: Sequence[str]) -> tuple[S, dict[str, str]]:

@@ -4,13 +4,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nnssl.networks.hybrid import initialise_linear, transformer_blocks
+from nnssl.networks.hybrid import initialise_linear, map_to_tokens, transformer_blocks
 
 
 class PooledProjection(nn.Module):
-    """Global average pooling and a two-layer perceptron onto the unit sphere.
+    """A perceptron at every position, the mean over positions, and a projection onto the unit sphere.
 
     Source: He et al., MoCo, CVPR 2020 (pooling, 128 dimensions, unit norm); the hidden layer is MoCo v2's (Chen et al. 2020).
+    Deviations: MoCo pools first. Instance normalisation, which nnU-Net's networks have in place of MoCo's batch
+    normalisation, gives every channel of every image the same mean, so the pooled features say next to nothing of the
+    image. How channels occur together survives: so the hidden layer comes before the mean.
 
     Args:
         channels: of the feature map.
@@ -20,12 +23,13 @@ class PooledProjection(nn.Module):
 
     def __init__(self, channels: int, hidden: int, dimensions: int) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, dimensions))
+        self.hidden = nn.Linear(channels, hidden)
+        self.project = nn.Linear(hidden, dimensions)
 
     def forward(self, feature_map: Float[Tensor, "batch channel *grid"]) -> Float[Tensor, "batch dimension"]:
         """Return one embedding of unit norm per sample, in float32."""
-        pooled = feature_map.flatten(2).mean(dim=2)
-        return nn.functional.normalize(self.layers(pooled).float(), dim=1)
+        positions = nn.functional.relu(self.hidden(map_to_tokens(feature_map)))
+        return nn.functional.normalize(self.project(positions.mean(dim=1)).float(), dim=1)
 
 
 class TokenDecoder(nn.Module):

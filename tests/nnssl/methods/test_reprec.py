@@ -127,13 +127,15 @@ def test_loss_is_the_formula(negatives):
     assert loss == pytest.approx(total / len(queries), rel=1e-4)
 
 
-@pytest.mark.parametrize(("negatives", "expected"), [("queue", math.log(1 + 10)), ("batch", math.log(4)), ("both", math.log(4 + 10))])
+@pytest.mark.parametrize(
+    ("negatives", "expected"), [("queue", math.log(1 + 10)), ("batch", math.log(4)), ("both", math.log(4 + 10))]
+)
 def test_collapsed_embeddings_cost_what_theory_says(negatives, expected):
     _, method = make_stage("contrastive", 2, f"negatives={negatives}")
     for head in (method.head, method.key_head):
         for parameter in head.parameters():
             parameter.data.zero_()
-        head.layers[-1].bias.data.fill_(1.0)
+        head.project.bias.data.fill_(1.0)
     if negatives != "batch":
         method.queue.keys.fill_(1 / math.sqrt(method.queue.keys.shape[1]))
     views = method.make_views(make_batch(2), generators())
@@ -158,7 +160,7 @@ def test_gradient_reaches_encoder_and_head_and_nothing_else(dim):
 
 
 def test_queue_takes_the_keys_and_only_after_the_step():
-    _, method = make_stage("contrastive", 2)
+    _, method = make_stage("contrastive", 2, "negatives=queue")
     before = method.queue.keys.clone()
     output = method.losses(method.make_views(make_batch(2), generators()), 0.0)
     assert torch.equal(method.queue.keys, before)

@@ -12,7 +12,7 @@ TRAINING = TrainingSettings(
     iterations_per_epoch=250,
     batch_size=256,
     optimizer="sgd",
-    base_learning_rate=0.03,
+    learning_rate=0.03,
     momentum=(0.9, 0.999),
     weight_decay=1e-4,
     learning_rate_schedule="step",
@@ -120,8 +120,3 @@ def test_overrides_go_to_the_stages_that_have_the_key():
     }
     with pytest.raises(UserError, match="no setting 'first.mask_ratio'"):
         split_overrides(["first.mask_ratio=1"], stages)
-
-
-def test_learning_rate_scales_with_the_batch():
-    settings, _ = resolve_settings(Settings(TRAINING), {"batch_size": 64}, [])
-    assert settings.training.learning_rate == pytest.approx(0.03 / 4)

@@ -148,6 +148,12 @@ def test_pooled_projection_is_on_the_unit_sphere_and_float32():
         assert head(feature_map).dtype == torch.float32
     # pooling: a permutation of the positions changes nothing
     assert torch.allclose(head(feature_map.flip(2, 4)), embedding, atol=1e-6)
+    # two maps with equal means per channel, one with channels that occur together and one without, are told apart
+    together = torch.zeros(2, 6, 1, 2, 2)
+    together[0, :2, 0, 0] = 1.0
+    together[1, 0, 0, 0] = together[1, 1, 0, 1] = 1.0
+    assert torch.equal(together.mean(dim=(2, 3, 4))[0], together.mean(dim=(2, 3, 4))[1])
+    assert not torch.allclose(head(together)[0], head(together)[1])
 
 
 def test_memory_measure_counts_the_transformer():
