@@ -1,0 +1,289 @@
+"""Preprocessing: raw images -> cases of the case store, voxel for voxel what nnU-Net's preprocessor makes of them.
+
+Source: nnU-Net's ``DefaultPreprocessor`` (Isensee et al., Nature Methods 2021): transpose, crop to what is not zero,
+normalise, resample, all by nnU-Net's own functions.
+Deviations: there is no segmentation to resample; voxels are kept as float16; holes in the mask of what is not zero are
+filled only where a channel is normalised inside that mask, since they cannot change the box that is cropped to.
+
+A case is read once for all the folders it goes to. Each folder serves every configuration that shares its spacing.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float32, Int
+
+from nnssl.data.case_store import (
+    SCHEMA_VERSION,
+    CaseProperties,
+    complete_cases,
+    remove_case,
+    remove_leftovers,
+    write_case,
+)
+from nnssl.data.image_files import CaseError
+from nnssl.data.jobs import run_jobs
+from nnssl.data.raw import RawCase, RawDataset, SetAside, read_volume
+from nnssl.data.recipe import FOREGROUND_POINTS, Recipe, Target, digest_case, find_outdated, find_sources, plan_targets
+from nnssl.draws import draw_seed
+from nnssl.errors import UserError
+from nnssl.paths import Folders, make_writable
+from planners.fingerprint import MOST_SET_ASIDE, Fingerprint, foreground_mask
+from planners.plan import Plan
+
+SECONDS_PER_LINE = 30.0
+"""How often progress is said where there is no terminal."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case and the folders in which it is missing or outdated."""
+
+    case: RawCase
+    reader: str
+    targets: tuple[Target, ...]
+
+
+@dataclass(frozen=True)
+class PreprocessReport:
+    """What preprocessing did."""
+
+    folders: tuple[Path, ...]
+    """Where the cases lie."""
+    done: int
+    """Cases that were preprocessed."""
+    skipped: int
+    """Cases that were complete and up to date."""
+    set_aside: tuple[SetAside, ...]
+    """Cases that failed, sorted by name."""
+
+
+def preprocess_dataset(
+    dataset: RawDataset,
+    plan: Plan,
+    fingerprint: Fingerprint,
+    folders: Folders,
+    configurations: Sequence[str] | None,
+    processes: int,
+    dask_address: str | None,
+    say: Callable[[str], None],
+    restart: bool = False,
+) -> PreprocessReport:
+    """Preprocess the usable cases of a data set for configurations of a plan.
+
+    Cases go to ``<nnUNet_preprocessed>/<data set>/<case_folder>``. Complete cases whose images and recipe have not
+    changed are skipped; outdated ones, and those that the data set no longer has, are removed before anything else, so
+    that a folder never mixes plans. A run that is killed at any moment goes on where it stopped. Two runs at once must
+    not share a data set.
+
+    Args:
+        dataset: the raw data set.
+        plan: its plan.
+        fingerprint: its fingerprint, which says which cases are usable.
+        folders: nnU-Net's folders.
+        configurations: names; None for all of the plan.
+        processes: processes of this machine; up to 1 works in this process.
+        dask_address: of a Dask scheduler to use instead.
+        say: called with single lines.
+        restart: preprocess complete cases again, too.
+
+    Returns:
+        What was done.
+
+    Raises:
+        UserError: more than a tenth of the cases failed; a worker was killed; a file cannot be written; the plan or the
+            cluster does not fit.
+    """
+    targets = plan_targets(plan, folders.preprocessed / dataset.name, configurations)
+    usable = {record.name for record in fingerprint.cases}
+    cases = [case for case in dataset.cases if case.name in usable]
+    for target in targets:
+        remove_leftovers(make_writable(target.folder))
+        _remove_foreign(target, usable, restart, say)
+    jobs = [Job(case, dataset.reader, find_outdated(case, dataset.reader, targets)) for case in cases]
+    jobs = [job for job in jobs if job.targets]
+    for job in jobs:
+        for target in job.targets:
+            remove_case(target.folder, job.case.name)
+    skipped = len(cases) - len(jobs)
+    say(f"preprocessing {dataset.name}: {len(jobs)} cases to do, {skipped} done before")
+    processes = min(processes, len(jobs))
+    outcomes = _follow(run_jobs(preprocess_case, jobs, processes, dask_address), len(jobs), say) if jobs else ()
+    set_aside = sorted((outcome for outcome in outcomes if outcome is not None), key=lambda entry: entry.case)
+    for entry in set_aside:
+        say(f"set aside {entry.case}: {entry.reason} ({entry.file})")
+    if len(set_aside) > MOST_SET_ASIDE * len(cases):
+        raise UserError(
+            f"{dataset.name}: {len(set_aside)} of {len(cases)} cases cannot be preprocessed, first {set_aside[0].case} "
+            f"({set_aside[0].reason}); mend or remove them and run the command again"
+        )
+    done = len(jobs) - len(set_aside)
+    return PreprocessReport(tuple(target.folder for target in targets), done, skipped, tuple(set_aside))
+
+
+def _remove_foreign(target: Target, usable: set[str], restart: bool, say: Callable[[str], None]) -> None:
+    """Remove complete cases that the data set no longer has, or all of them."""
+    present = complete_cases(target.folder)
+    foreign = [name for name in present if name not in usable]
+    if foreign:
+        named = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        say(f"{target.folder}: removing {len(foreign)} cases that the data set no longer has ({named})")
+    for name in present if restart else foreign:
+        remove_case(target.folder, name)
+
+
+def _follow(outcomes: Iterable[SetAside | None], total: int, say: Callable[[str], None]) -> Iterator[SetAside | None]:
+    """Show progress: a bar on a terminal, else a line now and then."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(outcomes, "preprocessing", total, unit="case")
+        return
+    last = time.monotonic()
+    for done, outcome in enumerate(outcomes, start=1):
+        if time.monotonic() - last >= SECONDS_PER_LINE or done == total:
+            say(f"preprocessed {done} of {total} cases")
+            last = time.monotonic()
+        yield outcome
+
+
+def preprocess_case(job: Job) -> SetAside | None:
+    """Read, preprocess and store one case.
+
+    Returns:
+        None, or why the case cannot be used.
+
+    Raises:
+        UserError: the result cannot be written, or memory does not suffice.
+    """
+    case = job.case
+    try:
+        sources = find_sources(case)
+        volume, spacing_mm = read_volume(case, job.reader)
+        inside = foreground_mask(volume)
+        for target in job.targets:
+            result, foreground, new_spacing_mm = preprocess_volume(volume, inside, spacing_mm, target.recipe)
+            points = draw_foreground(foreground, result.shape[1:], draw_seed("foreground", case.name))
+            properties = CaseProperties(
+                schema_version=SCHEMA_VERSION,
+                shape=result.shape[1:],
+                channels=len(result),
+                spacing_mm=new_spacing_mm,
+                sources=sources,
+                digest=digest_case(target.recipe, job.reader, sources),
+                foreground_share=float(foreground.mean()),
+            )
+            write_case(target.folder, case.name, result, points, properties, target.patch_size)
+    except CaseError as error:
+        return SetAside(case.name, error.file, error.reason)
+    except MemoryError as error:
+        raise UserError(f"{case.images[0]}: does not fit into memory; use fewer processes") from error
+    except (ValueError, AssertionError, RuntimeError) as error:  # what nnU-Net's functions raise for odd images
+        lines = str(error).splitlines() or [type(error).__name__]
+        return SetAside(case.name, str(case.images[0]), f"cannot be preprocessed ({lines[-1]})")
+    return None
+
+
+def preprocess_volume(
+    volume: Float32[np.ndarray, "channel z y x"],
+    inside: Bool[np.ndarray, "z y x"],
+    spacing_mm: Sequence[float],
+    recipe: Recipe,
+) -> tuple[Float32[np.ndarray, "channel z2 y2 x2"], Bool[np.ndarray, "z3 y3 x3"], tuple[float, float, float]]:
+    """Transpose, crop, normalise and resample a volume as nnU-Net's ``DefaultPreprocessor`` does.
+
+    Args:
+        volume: as read; not changed.
+        inside: which of its voxels are body.
+        spacing_mm: (z, y, x) as read.
+        recipe: what to do.
+
+    Returns:
+        The preprocessed volume; the transposed and cropped, not resampled ``inside``; the new spacing (z, y, x) in mm.
+
+    Raises:
+        ValueError: another number of channels than the plan has, or only zeros.
+    """
+    from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape  # slow to import
+    from nnunetv2.preprocessing.resampling.utils import recursive_find_resampling_fn_by_name
+
+    if len(volume) != len(recipe.normalization_schemes):
+        raise ValueError(f"has {len(volume)} channels, the plan has {len(recipe.normalization_schemes)}")
+    order = recipe.transpose_forward
+    volume = volume.transpose(0, *(axis + 1 for axis in order))
+    old_spacing_mm = [float(spacing_mm[axis]) for axis in order]
+    # in 2D the distance of the slices stays
+    z_mm, y_mm, x_mm = [*old_spacing_mm[: 3 - len(recipe.spacing_mm)], *recipe.spacing_mm]
+    box, nonzero = _find_nonzero(volume, any(recipe.use_mask_for_norm))
+    volume = volume[(slice(None), *box)].astype(np.float32, order="C")
+    _normalise(volume, nonzero, recipe)
+    new_shape = compute_new_shape(volume.shape[1:], old_spacing_mm, (z_mm, y_mm, x_mm))
+    resample = recursive_find_resampling_fn_by_name(recipe.resampling)
+    result = resample(volume, new_shape, old_spacing_mm, (z_mm, y_mm, x_mm), **recipe.resampling_settings)
+    return np.asarray(result, dtype=np.float32), inside.transpose(order)[box], (z_mm, y_mm, x_mm)
+
+
+def _find_nonzero(
+    volume: Float32[np.ndarray, "channel z y x"], filled: bool
+) -> tuple[tuple[slice, ...], Int[np.ndarray, "z2 y2 x2"] | None]:
+    """Return the box around what is not zero in some channel and, on request, nnU-Net's mask in it (-1 is outside)."""
+    from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice, get_bbox_from_mask
+    from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+
+    mask = np.any(volume != 0, axis=0)
+    if not mask.any():
+        raise ValueError("holds only zeros")
+    if filled:
+        _, mask, bounds = crop_to_nonzero(volume)
+        return tuple(bounding_box_to_slice(bounds)), mask[0]
+    return tuple(bounding_box_to_slice(get_bbox_from_mask(mask))), None
+
+
+def _normalise(
+    volume: Float32[np.ndarray, "channel z y x"], nonzero: Int[np.ndarray, "z y x"] | None, recipe: Recipe
+) -> None:
+    """Normalise each channel in place by the plan's scheme."""
+    import nnunetv2.preprocessing.normalization
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+    package = nnunetv2.preprocessing.normalization
+    for channel, scheme in enumerate(recipe.normalization_schemes):
+        cls = recursive_find_python_class(str(package.__path__[0]), scheme, package.__name__)
+        if cls is None:
+            raise UserError(
+                f"normalisation {scheme}: nnU-Net has no such scheme; mend normalization_schemes in the plan"
+            )
+        normalization = cls(
+            use_mask_for_norm=recipe.use_mask_for_norm[channel],
+            intensityproperties=recipe.intensity_statistics[channel],
+        )
+        volume[channel] = normalization.run(volume[channel], nonzero)
+
+
+def draw_foreground(
+    inside: Bool[np.ndarray, "z y x"], new_shape: Sequence[int], seed: int
+) -> Int[np.ndarray, "point 3"]:
+    """Draw coordinates inside the body and carry them over to the resampled volume.
+
+    The body is told from air by intensities as they were measured: normalisation would mix the zeros around a skull
+    with the tissue of average brightness. A point is placed anywhere in its voxel before it is scaled, so that finer
+    voxels of the result are all met.
+
+    Args:
+        inside: which voxels are body, before resampling.
+        new_shape: (z, y, x) of the resampled volume.
+        seed: of the draw.
+
+    Returns:
+        At most ``FOREGROUND_POINTS`` voxels (z, y, x) of the resampled volume, in random order.
+    """
+    generator = np.random.default_rng(seed)
+    places = np.flatnonzero(inside)
+    places = places[generator.choice(len(places), min(FOREGROUND_POINTS, len(places)), replace=False)]
+    corners = np.stack(np.unravel_index(places, inside.shape), axis=1)
+    points = corners + generator.random(corners.shape)
+    return np.minimum(points * new_shape / inside.shape, np.array(new_shape) - 1).astype(np.int64)

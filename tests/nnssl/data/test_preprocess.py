@@ -1,0 +1,567 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813
+
+from nnssl.data import preprocess
+from nnssl.data.case_store import CaseStore, complete_cases, read_properties
+from nnssl.data.preprocess import Job, draw_foreground, preprocess_dataset, preprocess_volume
+from nnssl.data.raw import read_dataset
+from nnssl.data.recipe import Recipe, digest_case, find_sources, plan_targets
+from nnssl.errors import UserError
+from nnssl.paths import resolve_folders
+from planners.fingerprint import extract_fingerprint
+from planners.plan import Plan, Pretext, PretextConfiguration
+
+NAME = "Dataset501_Phantoms"
+RESAMPLING = "resample_data_or_seg_to_shape"
+STATISTICS = {
+    "mean": 90.0,
+    "median": 80.0,
+    "std": 60.0,
+    "min": -30.0,
+    "max": 400.0,
+    "percentile_00_5": -20.0,
+    "percentile_99_5": 260.0,
+}
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+def section(case_folder, patch_size, spacing_mm) -> PretextConfiguration:
+    return PretextConfiguration(
+        case_folder=case_folder,
+        patch_size=patch_size,
+        spacing_mm=spacing_mm,
+        thick_axis=None,
+        crop_fraction=(0.2, 1.0),
+        crop_overlap=0.5,
+        rotation_deg=(180.0,),
+        flip_axes=(),
+        intensity_views=(),
+        tokens=None,
+        transformer=None,
+        queue_length=8,
+        teacher_momentum=0.99,
+        schedules={},
+    )
+
+
+def make_plan(
+    spacings=None,
+    folders=None,
+    schemes=("ZScoreNormalization",),
+    masks=(False,),
+    transpose=(0, 1, 2),
+    patch_size=(8, 16, 16),
+) -> Plan:
+    """A plan with what preprocessing reads of it; configurations are named by ``spacings``."""
+    spacings = spacings or {"3d_fullres": [3.0, 0.8, 0.9]}
+    folders = folders or {}
+    configurations = {
+        name: {
+            "data_identifier": f"nnsslPlans_{name}",
+            "preprocessor_name": "DefaultPreprocessor",
+            "patch_size": list(patch_size[-len(spacing) :]),
+            "spacing": list(spacing),
+            "normalization_schemes": list(schemes),
+            "use_mask_for_norm": list(masks),
+            "resampling_fn_data": RESAMPLING,
+            "resampling_fn_seg": RESAMPLING,
+            "resampling_fn_data_kwargs": {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None},
+            "resampling_fn_seg_kwargs": {"is_seg": True, "order": 1, "order_z": 0, "force_separate_z": None},
+            "architecture": {},
+        }
+        for name, spacing in spacings.items()
+    }
+    nnunet = {
+        "dataset_name": NAME,
+        "plans_name": "nnsslPlans",
+        "transpose_forward": list(transpose),
+        "transpose_backward": list(np.argsort(transpose)),
+        "image_reader_writer": "SimpleITKIO",
+        "configurations": configurations,
+        "foreground_intensity_properties_per_channel": {str(channel): STATISTICS for channel in range(len(schemes))},
+    }
+    sections = {
+        name: section(folders.get(name, f"cases_{len(spacing)}d"), tuple(patch_size[-len(spacing) :]), tuple(spacing))
+        for name, spacing in spacings.items()
+    }
+    pretext = Pretext(1, "0", "cpu", 1.0, None, ("MRI",), 3, sections, ())
+    return Plan(nnunet, pretext)
+
+
+def make_phantom(shape, seed, channels=1) -> np.ndarray:
+    """An off-centre ellipsoid with texture and a hole of zeros, in a margin of zeros."""
+    rng = np.random.default_rng(seed)
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, extent) for extent in shape], indexing="ij"))
+    centre = np.array([0.1, -0.2, 0.15]).reshape(3, 1, 1, 1)
+    radius = np.sqrt(((grid - centre) ** 2 / np.array([0.7, 0.5, 0.6]).reshape(3, 1, 1, 1) ** 2).sum(axis=0))
+    volume = np.stack([100 + 20 * channel + 30 * grid[0] + rng.normal(0, 8, shape) for channel in range(channels)])
+    volume[:, (radius > 1) | (radius < 0.25)] = 0
+    return volume.astype(np.float32)
+
+
+def write_image(path, volume, spacing_mm) -> None:
+    image = sitk.GetImageFromArray(volume)
+    image.SetSpacing(spacing_mm[::-1])
+    sitk.WriteImage(image, str(path))
+
+
+class Scene:
+    """A raw data set of phantoms, and preprocessing it."""
+
+    def __init__(self, cases: int, channels: int = 1) -> None:
+        self.folders = resolve_folders()
+        self.images = self.folders.raw / NAME / "imagesTr"
+        self.images.mkdir(parents=True)
+        self.channels = channels
+        for number in range(cases):
+            self.write_case(number)
+        self.plan = make_plan()
+        self.measure()
+
+    def write_case(self, number: int, seed: int = 0) -> None:
+        volume = make_phantom((9 + number % 3, 25, 31 - number % 5), number + 100 * seed, self.channels)
+        for channel in range(self.channels):
+            path = self.images / f"case{number:02d}_{channel:04d}.nii.gz"
+            write_image(path, volume[channel], (2.5 + number % 2, 0.9, 1.0))
+
+    def measure(self) -> None:
+        self.dataset = read_dataset(501, self.folders, silent, ("MRI",) * self.channels)
+        self.fingerprint = extract_fingerprint(self.dataset, 0, silent)
+
+    def run(self, plan=None, configurations=None, processes=1, dask=None, say=silent, restart=False):
+        return preprocess_dataset(
+            self.dataset,
+            plan or self.plan,
+            self.fingerprint,
+            self.folders,
+            configurations,
+            processes,
+            dask,
+            say,
+            restart,
+        )
+
+    def folder(self, name="cases_3d") -> Path:
+        return self.folders.preprocessed / NAME / name
+
+
+@pytest.fixture
+def scene(nnunet_folders) -> Scene:
+    return Scene(3)
+
+
+def read_all(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# voxels
+
+
+@pytest.mark.parametrize("transpose", [(0, 1, 2), (2, 0, 1)])
+@pytest.mark.parametrize(
+    ("schemes", "masks"),
+    [
+        (("ZScoreNormalization",), (False,)),
+        (("ZScoreNormalization", "CTNormalization"), (True, False)),
+        (("CTNormalization", "RescaleTo01Normalization"), (False, False)),
+        (("NoNormalization", "ZScoreNormalization"), (False, True)),
+    ],
+)
+@pytest.mark.parametrize("spacing", [[4.0, 0.7, 1.1], [1.0, 1.2, 0.8], [0.7, 1.3]])
+def test_voxels_are_those_of_nnunet(transpose, schemes, masks, spacing):
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    plan = make_plan({"one": spacing}, schemes=schemes, masks=masks, transpose=transpose)
+    volume = make_phantom((12, 29, 23), 5, len(schemes))
+    volume[0, 3, 4, 5] = 1000.0
+    before = volume.copy()
+    spacing_mm = (3.0, 0.9, 1.4)
+    manager = PlansManager(plan.nnunet)
+    expected, _, properties = DefaultPreprocessor(verbose=False).run_case_npy(
+        volume, None, {"spacing": spacing_mm}, manager, manager.get_configuration("one"), {}
+    )
+    recipe = plan_targets(plan, Path(), None)[0].recipe
+    inside = volume[0] > 0
+    result, foreground, new_spacing_mm = preprocess_volume(volume, inside, spacing_mm, recipe)
+    assert result.dtype == np.float32
+    np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(volume, before)
+    slices = [spacing_mm[transpose[0]]] if len(spacing) == 2 else []
+    assert new_spacing_mm == (*slices, *spacing)
+    assert foreground.shape == properties["shape_after_cropping_and_before_resampling"]
+    cropped = inside.transpose(transpose)[tuple(slice(*bounds) for bounds in properties["bbox_used_for_cropping"])]
+    np.testing.assert_array_equal(foreground, cropped)
+
+
+def test_a_volume_of_zeros_and_other_channels_are_refused():
+    recipe = plan_targets(make_plan(), Path(), None)[0].recipe
+    empty = np.zeros((1, 3, 4, 5), np.float32)
+    with pytest.raises(ValueError, match="only zeros"):
+        preprocess_volume(empty, empty[0] > 0, (1.0, 1.0, 1.0), recipe)
+    with pytest.raises(ValueError, match="has 2 channels, the plan has 1"):
+        preprocess_volume(np.ones((2, 3, 4, 5), np.float32), empty[0] > 0, (1.0, 1.0, 1.0), recipe)
+
+
+def test_stored_voxels_are_those_of_nnunet_rounded_to_half(nnunet_folders):
+    from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    scene = Scene(2, channels=2)
+    plan = make_plan(schemes=("ZScoreNormalization", "CTNormalization"), masks=(True, False), transpose=(1, 0, 2))
+    assert scene.run(plan).done == 2
+    manager = PlansManager(plan.nnunet)
+    for case in scene.dataset.cases:
+        expected, _, _ = DefaultPreprocessor(verbose=False).run_case(
+            [str(image) for image in case.images], None, manager, manager.get_configuration("3d_fullres"), {}
+        )
+        stored = CaseStore(scene.folder()).case(case.name)
+        assert stored.shape == expected.shape[1:]
+        assert stored.spacing_mm == (3.0, 0.8, 0.9)
+        np.testing.assert_allclose(stored.read_box((0, 0, 0), stored.shape), expected, rtol=2**-10, atol=1e-5)
+
+
+# foreground coordinates
+
+
+def test_foreground_points_lie_in_the_body_of_the_resampled_volume():
+    inside = np.zeros((6, 20, 15), bool)
+    inside[2:4, 5:17, 3] = True
+    new_shape = (3, 50, 45)
+    points = draw_foreground(inside, new_shape, 7)
+    assert points.shape == (24, 3)
+    assert set(points[:, 0]) == {1}
+    assert points[:, 1].min() >= 12
+    assert points[:, 1].max() <= 42
+    assert set(points[:, 2]) == {9, 10, 11}  # one thick voxel becomes three
+
+
+def test_foreground_points_are_spread_over_the_whole_body_and_reach_every_voxel():
+    inside = np.zeros((10, 20, 30), bool)
+    inside[:, :, 10:] = True
+    points = draw_foreground(inside, inside.shape, 7)
+    assert len(points) == len(np.unique(points, axis=0)) == inside.sum() == 4000
+    points = draw_foreground(np.ones((20, 30, 40), bool), (20, 30, 40), 7)
+    assert points.shape == (4000, 3)
+    np.testing.assert_allclose(points.mean(axis=0), (9.5, 14.5, 19.5), rtol=0.05)
+    assert points.min() == 0
+    assert points.max(axis=0).tolist() == [19, 29, 39]
+    first, second = points[:200].mean(axis=0), points[200:400].mean(axis=0)
+    np.testing.assert_allclose(first, second, rtol=0.25)  # in random order, so the first ones are as good as any
+
+
+def test_foreground_points_depend_on_the_seed_alone():
+    inside = np.ones((20, 30, 40), bool)
+    np.testing.assert_array_equal(draw_foreground(inside, (9, 9, 9), 1), draw_foreground(inside, (9, 9, 9), 1))
+    assert not np.array_equal(draw_foreground(inside, (9, 9, 9), 1), draw_foreground(inside, (9, 9, 9), 2))
+    assert draw_foreground(np.zeros((2, 2, 2), bool), (4, 4, 4), 1).shape == (0, 3)
+
+
+def test_stored_foreground_is_body(scene):
+    scene.run()
+    for name in CaseStore(scene.folder()).names:
+        case = CaseStore(scene.folder()).case(name)
+        volume = case.read_box((0, 0, 0), case.shape)[0]
+        assert np.mean(volume[tuple(case.foreground_vox.T)] > 0) > 0.85
+        assert np.mean(volume > 0) < 0.6
+        assert case.properties.foreground_share == pytest.approx(np.mean(volume > 0), abs=0.1)
+
+
+# folders and recipes
+
+
+def test_configurations_that_share_a_folder_are_preprocessed_once(scene):
+    plan = make_plan(
+        {"2d": [0.8, 0.9], "3d_fullres": [3.0, 0.8, 0.9], "3d_other": [3.0, 0.8, 0.9], "2d_thin": [0.5, 0.5]},
+        {"2d": "shared", "3d_fullres": "shared", "3d_other": "shared", "2d_thin": "thin"},
+    )
+    report = scene.run(plan)
+    assert report.folders == (scene.folder("shared"), scene.folder("thin"))
+    assert (report.done, report.skipped) == (3, 0)
+    for name in ("case00", "case01"):
+        assert read_properties(scene.folder("shared"), name).spacing_mm == (3.0, 0.8, 0.9)
+        thickness = 2.5 + int(name[-1]) % 2
+        assert read_properties(scene.folder("thin"), name).spacing_mm == (thickness, 0.5, 0.5)
+    # the 2D configuration alone means the same shared folder
+    report = scene.run(plan, configurations=["2d"])
+    assert (report.folders, report.done, report.skipped) == ((scene.folder("shared"),), 0, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"spacing": [3.0, 0.8, 1.0]}, "spacing_mm"), ({"use_mask_for_norm": [True]}, "use_mask_for_norm")],
+)
+def test_configurations_that_disagree_cannot_share_a_folder(scene, change, word):
+    plan = make_plan({"2d": [0.8, 0.9], "3d_fullres": [3.0, 0.8, 0.9]}, {"2d": "s", "3d_fullres": "s"})
+    plan.nnunet["configurations"]["3d_fullres"].update(change)
+    with pytest.raises(UserError, match=f"share s differ in {word};"):
+        scene.run(plan)
+
+
+def test_plans_that_cannot_be_followed_are_refused(scene):
+    with pytest.raises(UserError, match="no configuration '3d_lowres'"):
+        scene.run(configurations=["3d_lowres"])
+    plan = make_plan()
+    plan.nnunet["configurations"]["3d_fullres"]["preprocessor_name"] = "OwnPreprocessor"
+    with pytest.raises(UserError, match="asks for OwnPreprocessor"):
+        scene.run(plan)
+    for folder in ("nnsslPlans_3d_fullres", "../elsewhere"):
+        with pytest.raises(UserError, match="case_folder"):
+            scene.run(make_plan(folders={"3d_fullres": folder}))
+
+
+def test_statistics_matter_only_to_schemes_that_read_them():
+    for scheme, matters in (("ZScoreNormalization", False), ("CTNormalization", True), ("UnknownScheme", True)):
+        recipes = []
+        for mean in (90.0, 91.0):
+            plan = make_plan(schemes=(scheme,))
+            plan.nnunet["foreground_intensity_properties_per_channel"] = {"0": {**STATISTICS, "mean": mean}}
+            recipes.append(plan_targets(plan, Path(), None)[0].recipe)
+        assert (recipes[0] != recipes[1]) == matters
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"transpose_forward": (1, 0, 2)},
+        {"spacing_mm": (3.0, 0.8, 0.91)},
+        {"normalization_schemes": ("NoNormalization",)},
+        {"use_mask_for_norm": (True,)},
+        {"intensity_statistics": (STATISTICS,)},
+        {"resampling": "resample_torch_fornnunet"},
+        {"resampling_settings": {"order": 1}},
+    ],
+)
+def test_the_digest_covers_the_recipe(scene, change):
+    recipe = plan_targets(make_plan(), Path(), None)[0].recipe
+    assert set(Recipe.__dataclass_fields__) == set(recipe.__dict__)
+    sources = find_sources(scene.dataset.cases[0])
+    assert digest_case(recipe, "SimpleITKIO", sources) == digest_case(replace(recipe), "SimpleITKIO", sources)
+    assert digest_case(recipe, "SimpleITKIO", sources) != digest_case(replace(recipe, **change), "SimpleITKIO", sources)
+    assert digest_case(recipe, "SimpleITKIO", sources) != digest_case(recipe, "NibabelIO", sources)
+
+
+# running again
+
+
+def test_complete_cases_are_skipped(scene):
+    assert (scene.run().done, scene.run().skipped) == (3, 3)
+    before = {path.name: path.stat().st_mtime_ns for path in scene.folder().iterdir()}
+    lines = []
+    report = scene.run(say=lines.append)
+    assert (report.done, report.skipped, report.set_aside) == (0, 3, ())
+    assert lines == [f"preprocessing {NAME}: 0 cases to do, 3 done before"]
+    assert {path.name: path.stat().st_mtime_ns for path in scene.folder().iterdir()} == before
+
+
+def test_another_patch_outdates_nothing_and_another_spacing_everything(scene):
+    scene.run()
+    assert scene.run(make_plan(patch_size=(6, 20, 20))).skipped == 3
+    assert scene.run(make_plan({"3d_fullres": [3.0, 0.8, 1.0]})).done == 3
+
+
+def test_a_changed_image_is_preprocessed_again(scene):
+    scene.run()
+    before = read_all(scene.folder())
+    scene.write_case(1, seed=1)
+    report = scene.run()
+    assert (report.done, report.skipped) == (1, 2)
+    after = read_all(scene.folder())
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {"case01.b2nd", "case01.json"}  # its outline is the same
+    assert find_sources(scene.dataset.cases[1]) == read_properties(scene.folder(), "case01").sources
+
+
+def test_outdated_cases_leave_before_the_first_new_one_is_made(scene, monkeypatch):
+    scene.run()
+
+    def stop(job: Job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(preprocess, "preprocess_case", stop)
+    with pytest.raises(KeyboardInterrupt):
+        scene.run(make_plan({"3d_fullres": [3.0, 0.8, 1.0]}))
+    assert complete_cases(scene.folder()) == []
+
+
+def test_half_written_and_foreign_cases_and_leftovers_are_dealt_with(scene):
+    scene.run()
+    whole = read_all(scene.folder())
+    (scene.folder() / "case02.json").unlink()
+    (scene.folder() / "case00.json").write_text('{"schema_version": 0}')
+    (scene.folder() / ".case02.json.4242.tmp").write_text("{")
+    for ending in (".json", ".b2nd", "_foreground.npy"):
+        (scene.folder() / f"gone{ending}").write_bytes(whole[f"case01{ending}"])
+    lines = []
+    report = scene.run(say=lines.append)
+    assert (report.done, report.skipped) == (2, 1)
+    assert read_all(scene.folder()) == whole
+    assert any("removing 1 cases that the data set no longer has (gone)" in line for line in lines)
+
+
+def test_restart_makes_everything_again(scene):
+    scene.run()
+    whole = read_all(scene.folder())
+    assert scene.run(restart=True).done == 3
+    assert read_all(scene.folder()) == whole
+
+
+def test_processes_change_nothing(scene):
+    scene.run()
+    whole = read_all(scene.folder())
+    assert scene.run(restart=True, processes=2).done == 3
+    assert read_all(scene.folder()) == whole
+
+
+# what goes wrong
+
+
+def test_a_broken_image_is_set_aside_with_its_reason(nnunet_folders):
+    scene = Scene(11)
+    scene.run()
+    broken = scene.images / "case04_0000.nii.gz"
+    broken.write_bytes(broken.read_bytes()[:300])
+    lines = []
+    report = scene.run(say=lines.append)
+    assert (report.done, report.skipped) == (0, 10)
+    (entry,) = report.set_aside
+    assert (entry.case, entry.file) == ("case04", str(broken))
+    assert "truncated" in entry.reason
+    assert any(line.startswith("set aside case04: ") for line in lines)
+    assert "case04" not in complete_cases(scene.folder())
+    (scene.images / "case07_0000.nii.gz").unlink()
+    with pytest.raises(UserError, match="2 of 11 cases cannot be preprocessed, first case04"):
+        scene.run()
+
+
+def test_a_case_that_nnunet_cannot_take_is_set_aside(scene):
+    assert scene.dataset.cases[0].name == "case00"
+    volume = make_phantom((9, 25, 31), 0)
+    volume *= 1e4
+    write_image(scene.images / "case00_0000.nii.gz", volume[0], (2.5, 0.9, 1.0))
+    lines = []
+    with pytest.raises(UserError, match="1 of 3 cases"):
+        scene.run(make_plan(schemes=("NoNormalization",)), say=lines.append)
+    assert any("float16 cannot keep" in line for line in lines)
+    assert complete_cases(scene.folder()) == ["case01", "case02"]
+
+
+def test_lack_of_memory_is_said(scene, monkeypatch):
+    def fill(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(preprocess, "preprocess_volume", fill)
+    with pytest.raises(UserError, match="case00_0000.nii.gz: does not fit into memory; use fewer processes"):
+        scene.run()
+
+
+def test_progress_is_said_in_lines_where_there_is_no_terminal(scene, monkeypatch):
+    monkeypatch.setattr(preprocess, "SECONDS_PER_LINE", 0.0)
+    lines = []
+    scene.run(say=lines.append)
+    assert lines[1:] == [f"preprocessed {done} of 3 cases" for done in (1, 2, 3)]
+
+
+# killed
+
+
+def run_killed(scene, moment: str, count: int) -> int:
+    """Preprocess in a forked process that kills itself at the n-th call of a function of ``os``; return its signal."""
+    child = os.fork()
+    if child == 0:
+        call, calls = getattr(os, moment), []
+
+        def die(*arguments):
+            calls.append(arguments)
+            if len(calls) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments)
+
+        setattr(os, moment, die)
+        try:
+            scene.run()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("moment", ["fsync", "replace"])
+def test_killed_at_any_moment_and_run_again_ends_alike(nnunet_folders, moment):
+    scene = Scene(2)
+    scene.run()
+    whole = read_all(scene.folder())
+    for count in range(1, 7):
+        for path in scene.folder().iterdir():
+            path.unlink()
+        assert run_killed(scene, moment, count) == -signal.SIGKILL
+        left = read_all(scene.folder())
+        assert any(name.endswith(".tmp") for name in left)
+        complete = complete_cases(scene.folder())
+        assert len(complete) == (count - 1) // 3
+        for name in complete:
+            for ending in (".json", ".b2nd", "_foreground.npy"):
+                assert left[name + ending] == whole[name + ending]
+        report = scene.run()
+        assert (report.done, report.skipped) == (2 - len(complete), len(complete))
+        assert read_all(scene.folder()) == whole
+
+
+KILLED_RUN = """
+import sys
+sys.path.insert(0, {root!r})
+from tests.nnssl.data.test_preprocess import NAME, Scene, make_plan, silent
+from nnssl.data.raw import read_dataset
+from nnssl.paths import resolve_folders
+from planners.fingerprint import extract_fingerprint
+
+if __name__ == "__main__":
+    scene = Scene.__new__(Scene)
+    scene.folders, scene.channels, scene.plan = resolve_folders(), 1, make_plan()
+    scene.measure()
+    scene.run(processes=2)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes as Linux lists them")
+def test_killed_with_its_processes_running_and_run_again_ends_alike(nnunet_folders):
+    scene = Scene(24)
+    script = nnunet_folders / "run.py"
+    script.write_text(KILLED_RUN.format(root=str(Path(__file__).parents[3])))
+    run = subprocess.Popen([sys.executable, str(script)])
+    deadline = time.monotonic() + 120
+    while len(complete_cases(scene.folder())) < 3 and run.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    run.kill()
+    assert run.wait() == -signal.SIGKILL
+    assert len(children) >= 2
+    while any(is_running(child) for child in children) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(is_running(child) for child in children)
+    complete = len(complete_cases(scene.folder()))
+    assert 3 <= complete < 24
+    report = scene.run()
+    assert (report.done, report.skipped) == (24 - complete, complete)
+    again = read_all(scene.folder())
+    scene.run(restart=True)
+    assert read_all(scene.folder()) == again
+
+
+def is_running(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
