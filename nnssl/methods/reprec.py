@@ -55,7 +55,7 @@ class ContrastiveSettings:
     __pydantic_config__: ClassVar = STRICT
 
     training: TrainingSettings
-    temperature: float = 0.07  # [D]
+    temperature: float = 0.2  # [D] MoCo v2; 0.07 in v1
     embedding_dimensions: int = 128  # [D]
     negatives: Literal["batch", "queue", "both"] = "batch"  # [P] 4.1 as printed
     """Whose keys: ``queue`` is MoCo's (the text), ``batch`` the printed formula's, ``both`` the two together."""

@@ -104,9 +104,9 @@ def test_finished_stages_are_skipped_and_other_settings_are_refused(toy):
     run(toy, say=said.append)
     assert final.stat().st_mtime_ns == before
     assert sum("finished before" in line for line in said) == 2
-    with pytest.raises(UserError, match=r"other settings \(temperature 0.07 -> 0.2\); --restart"):
-        run(toy, "temperature=0.2")
-    run(toy, "temperature=0.2", restart=True)
+    with pytest.raises(UserError, match=r"other settings \(temperature 0.2 -> 0.1\); --restart"):
+        run(toy, "temperature=0.1")
+    run(toy, "temperature=0.1", restart=True)
     assert final.stat().st_mtime_ns != before
 
 
