@@ -7,6 +7,7 @@ and the cases alone, so neither the number of workers or ranks nor a restart cha
 crop.
 """
 
+import signal
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -227,5 +228,11 @@ def _collate(samples: list[PatchBatch]) -> PatchBatch:
 
 
 def _start_worker(worker: int) -> None:
-    """Keep a worker to one core; torch has limited its own threads already."""
+    """Keep a worker to one core, and leave it running when the whole group of processes is asked to stop.
+
+    torch has limited its own threads already. A scheduler sends SIGTERM to every process of a job; the trainer saves and
+    then ends its workers itself, and it could do neither if they were gone first.
+    """
     blosc2.set_nthreads(1)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,3 +1,6 @@
+import multiprocessing
+import os
+import signal
 from collections import Counter
 
 import numpy as np
@@ -162,3 +165,14 @@ def test_the_global_random_state_is_left_alone(store, workers):
     before = torch.get_rng_state()
     list(make_loader(store, PATCH, 2, 0, "m.s", 0, 2, num_workers=workers))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_outlive_a_request_to_stop(store):
+    """A scheduler sends SIGTERM to every process of a job; the readers must stay until the trainer has saved."""
+    batches = iter(make_loader(store, PATCH, 4, 3, "m.s", 0, 40, num_workers=1))
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert workers
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    assert len([batch.step for batch in batches]) == 39
