@@ -121,8 +121,8 @@ class PretextRules:
         schemes = base["normalization_schemes"]
         for channel, (modality, scheme) in enumerate(zip(self.modalities, schemes, strict=True)):
             why = {
-                "CTNormalization": "CT: clipped to the 0.5 to 99.5 percentile of the body's HU, then one mean and deviation for all",
-                "ZScoreNormalization": "arbitrary units: each image by its own mean and deviation",
+                "CTNormalization": "clipped to the 0.5 to 99.5 percentile of the body, then one mean and deviation for all images",
+                "ZScoreNormalization": "in arbitrary units: each image by its own mean and deviation",
             }.get(scheme, "nnU-Net's rule for this channel name")
             say(f"normalisation of channel {channel}", scheme, source or f"{modality}; {why}")
         say(
@@ -251,7 +251,7 @@ class PretextRules:
             "transformer_depth": size.depth,
             "transformer_heads": size.heads,
         }
-        configuration = {
+        configuration: dict[str, Any] = {
             "inherits_from": name,
             "architecture": {
                 "network_class_name": f"nnssl.networks.hybrid.{HYBRID_CLASSES[stock]}",
@@ -383,6 +383,7 @@ class PretextRules:
         return axes
 
     def _decide_intensity(self, name: str) -> tuple[str, ...]:
+        views: tuple[str, ...]
         if self.is_ct:
             views = ("contrast", "brightness", "noise", "blur", "window")
             reason = "CT: Hounsfield numbers mean tissue, so the window moves and contrast is never inverted"

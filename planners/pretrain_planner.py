@@ -140,7 +140,7 @@ def _plan_from_data(
     with _staged(dataset, dataset_json, fingerprint), quiet:
         with _without_warnings():
             planner = planner_class(dataset.name, gpu_memory_target_in_gb=preset.memory_gb, plans_name=plans_name)
-        planner.reader_name = dataset.reader  # type: ignore[attr-defined]
+        planner.reader_name = dataset.reader
         planner.UNet_base_num_features = preset.base_features
         planner.UNet_max_features_2d, planner.UNet_max_features_3d = preset.max_features
         plans = planner.plan_experiment()

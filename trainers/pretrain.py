@@ -86,9 +86,9 @@ def pretrain(
             continue
         say(f"{stage.name}: {folder}")
         if launched:
-            ranks = [int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")]
-            check_batch(plan, stage, configuration, options, ranks[2])
-            run_in_group(*ranks, path, stage.trainer, configuration, options, device)
+            own_rank, local_rank, all_ranks = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+            check_batch(plan, stage, configuration, options, all_ranks)
+            run_in_group(own_rank, local_rank, all_ranks, path, stage.trainer, configuration, options, device)
         elif processes > 1:
             check_batch(plan, stage, configuration, options, processes)
             _spawn(processes, path, stage.trainer, configuration, options, device)

@@ -4,8 +4,8 @@ Results folders, log files, the constructor and the multi-GPU start are nnU-Net'
 -p nnsslPlans -tr RepRecContrastiveTrainer`` runs the same training as ``nnssl_pretrain``. What nnU-Net's trainer takes
 from labels (targets, Dice, splits, deep supervision, validation) is overridden in this file and nowhere else.
 
-The loop owns device, precision, compilation, clipping, the moving average, logging, collapse monitors, checkpoints and resume; the
-pretext stage declares the rest (``nnssl.methods.protocol``).
+The loop owns device, precision, compilation, clipping, the moving average, logging, collapse monitors, checkpoints and
+resume; the pretext stage declares the rest (``nnssl.methods.protocol``).
 """
 
 import math
@@ -21,7 +21,6 @@ from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from nnssl.data.loader import PatchBatch, make_loader
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -30,6 +29,7 @@ import nnssl
 from nnssl.checkpoint import Provenance, read_checkpoint, to_plain, write_checkpoint
 from nnssl.collapse import effective_rank, feature_std
 from nnssl.data.case_store import CaseStore
+from nnssl.data.loader import PatchBatch, make_loader
 from nnssl.distributed import is_distributed, mean_over_ranks, rank, world_size
 from nnssl.draws import sample_generators
 from nnssl.errors import UserError
@@ -108,6 +108,9 @@ class PretrainTrainer(nnUNetTrainer):
                 f"have; take -c {' or '.join(self.method_entry.configurations)}"
             )
         self.configuration = self.plan.configuration(configuration)
+        self.was_initialized: bool = False
+        self.method: PretextMethod
+        self.dataloader_train: Iterator[PatchBatch] | None = None
         self.current_step = 0
         self.records: list[dict[str, Any]] = []
         self.embeddings: list[Tensor] = []
@@ -133,7 +136,7 @@ class PretrainTrainer(nnUNetTrainer):
         heads = self.label_manager.num_segmentation_heads
         self.network = build_network(architecture, self.num_input_channels, heads, self.options.seed)
         self.init_from = self._load_initial_weights()
-        self.method: PretextMethod = seeded(
+        self.method = seeded(
             lambda: implementation(self.network, self.settings, self.configuration), self.options.seed, self.stage
         )
         self.precision = choose_precision(self.device)
@@ -184,8 +187,8 @@ class PretrainTrainer(nnUNetTrainer):
     def _compile(self) -> None:
         # a graph that cannot be compiled runs as it is, and torch says so once
         torch._dynamo.config.suppress_errors = True
-        self.network.encoder.compile()
-        self.network.decoder.compile()
+        for part in (self.network.get_submodule("encoder"), self.network.get_submodule("decoder")):
+            part.compile()
 
     def _wrap_for_processes(self) -> torch.nn.Module:
         if not is_distributed():
@@ -228,6 +231,7 @@ class PretrainTrainer(nnUNetTrainer):
             SystemExit: after SIGTERM, once a checkpoint is written.
         """
         self.on_train_start()
+        assert self.dataloader_train is not None
         steps = self.num_iterations_per_epoch
         with self._stop_on_sigterm():
             while self.current_step < self.training.total_steps:
@@ -307,7 +311,7 @@ class PretrainTrainer(nnUNetTrainer):
         progress = self.current_step / self.training.total_steps
         rate = self.training.learning_rate * learning_rate_factor(self.training, self.current_step)
         set_learning_rate(self.optimizer, rate)
-        volumes = batch.volumes.to(self.device, non_blocking=True)
+        volumes: Any = batch.volumes.to(self.device, non_blocking=True)
         volumes = self.precision.lay_out(volumes, len(self.configuration.patch_size))
         generators = sample_generators(self.options.seed, f"{self.stage}/views", self.current_step, batch.samples)
         with torch.no_grad():

@@ -143,7 +143,7 @@ def _result_lines(results: Sequence[Any]) -> list[str]:
 def _report(plan: Any, weights: Path, results: Sequence[Any], seconds: float) -> list[str]:
     """Return the lines of a report in Markdown: the Dice, where each file is, and the plan with its reasons."""
     folder = weights.parent
-    lines = [
+    return [
         "# nnssl demo",
         "",
         f"RepRec on {plan.pretext.num_cases} phantoms without labels, fine-tuned on "
@@ -173,7 +173,6 @@ def _report(plan: Any, weights: Path, results: Sequence[Any], seconds: float) ->
         "|---|---|---|---|",
         *(f"| {d.configuration} | {d.what} | {d.value} | {d.reason} |" for d in plan.pretext.decisions),
     ]
-    return lines
 
 
 if __name__ == "__main__":

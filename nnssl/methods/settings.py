@@ -146,11 +146,11 @@ def _owner(settings: Any, key: str) -> Any:
     return settings if key in {field.name for field in fields(settings)} else settings.training
 
 
-def _replace(settings: S, key: str, value: Any) -> S:
+def _replace(settings: Any, key: str, value: Any) -> Any:
     if _owner(settings, key) is settings:
-        return replace(settings, **{key: value})  # type: ignore[type-var]
-    training = settings.training  # type: ignore[attr-defined]
-    return replace(settings, training=replace(training, **{key: value}))  # type: ignore[type-var]
+        return replace(settings, **{key: value})
+    training = settings.training
+    return replace(settings, training=replace(training, **{key: value}))
 
 
 def _parse(settings: Any, key: str, text: str) -> Any:

@@ -1,7 +1,7 @@
 """The network of a plan, built the way nnU-Net builds it."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
@@ -10,8 +10,10 @@ from torch import nn
 from nnssl.draws import draw_seed
 from nnssl.errors import UserError
 
+M = TypeVar("M")
 
-def build_network(architecture: dict[str, Any], channels: int, num_classes: int, seed: int) -> nn.Module:
+
+def build_network(architecture: dict[str, Any], channels: int, num_classes: int, seed: int) -> Any:
     """Build the network that a plan's configuration names, with a seeded initialisation.
 
     Args:
@@ -46,7 +48,7 @@ def build_network(architecture: dict[str, Any], channels: int, num_classes: int,
         ) from error
 
 
-def seeded(build: Callable[[], nn.Module], seed: int, purpose: str) -> nn.Module:
+def seeded(build: Callable[[], M], seed: int, purpose: str) -> M:
     """Call a constructor under a seed that depends on (seed, purpose), leaving torch's random state as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw_seed(seed, purpose))

@@ -61,7 +61,7 @@ def transformer_blocks(width: int, depth: int, heads: int) -> nn.Module:
 
 
 def initialise_linear(module: nn.Module) -> None:
-    """Initialise the linear layers and attention projections below a module with Xavier-uniform weights and zero bias (as MAE)."""
+    """Initialise linear layers and attention projections with Xavier-uniform weights and zero bias (as MAE)."""
     for child in module.modules():
         if isinstance(child, nn.Linear):
             nn.init.xavier_uniform_(child.weight)
@@ -83,6 +83,7 @@ class BottleneckTransformer(nn.Module):
     def __init__(self, channels: int, width: int, depth: int, heads: int) -> None:
         super().__init__()
         self.width = width
+        self.depth = depth
         self.embed = nn.Linear(channels, width)
         self.blocks = transformer_blocks(width, depth, heads)
         self.project = nn.Linear(width, channels)
@@ -104,9 +105,8 @@ class BottleneckTransformer(nn.Module):
 
     def compute_feature_size(self, tokens: int) -> int:
         """Return the number of output values of the linear layers for one sample, nnU-Net's measure of memory."""
-        depth = len(self.blocks.layers)
         per_block = (3 + 1 + MLP_RATIO + 1) * self.width
-        return tokens * (2 * self.width + depth * per_block)
+        return tokens * (2 * self.width + self.depth * per_block)
 
 
 def map_to_tokens(feature_map: Float[Tensor, "batch channel *grid"]) -> Float[Tensor, "batch tokens channel"]:

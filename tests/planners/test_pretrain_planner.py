@@ -49,7 +49,15 @@ def make_inputs(kind: str, number: int = 12, dataset_id: int = 501) -> tuple[Raw
     }
     dataset = RawDataset(name, Path("/x"), ".nii.gz", channels, tuple(cases), "SimpleITKIO", dataset_json, ())
     fingerprint = Fingerprint(
-        1, name, "digest", channels, channels, tuple(records), (), (), {str(c): STATISTICS for c in range(len(channels))}
+        1,
+        name,
+        "digest",
+        channels,
+        channels,
+        tuple(records),
+        (),
+        (),
+        {str(c): STATISTICS for c in range(len(channels))},
     )
     return dataset, fingerprint
 
@@ -174,7 +182,9 @@ def test_memory_target_decides_encoder_width_and_batch(nnunet_folders):
 def test_weak_contrast_is_said(nnunet_folders):
     plan = make_plan("ct")
     batch = plan.configuration("3d_fullres_hybrid").schedules["reprec.contrastive"].batch_size
-    said = [d for d in plan.pretext.decisions if d.what == "batch size (reprec.contrastive)" and "3d" in d.configuration]
+    said = [
+        d for d in plan.pretext.decisions if d.what == "batch size (reprec.contrastive)" and "3d" in d.configuration
+    ]
     assert batch < 8
     assert "WARNING: contrast is weak below 8" in said[0].reason
 
@@ -208,7 +218,10 @@ def test_like_takes_over_the_plan_of_the_labelled_data(nnunet_folders):
         for key in ("architecture", "patch_size", "spacing", "batch_size", "normalization_schemes"):
             assert taken[key] == original[key]
         assert taken["data_identifier"] == f"nnsslPlans_{name}"
-    assert plan.nnunet["foreground_intensity_properties_per_channel"] == source["foreground_intensity_properties_per_channel"]
+    assert (
+        plan.nnunet["foreground_intensity_properties_per_channel"]
+        == source["foreground_intensity_properties_per_channel"]
+    )
     with pytest.raises(UserError, match="plans for 1 channels, Dataset501_Toy has 2"):
         make_plan("two_channels", like=other)
 

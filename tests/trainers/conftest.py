@@ -41,7 +41,9 @@ def plan_toy(folders: Folders, channels: int = 1, cases: int = 6) -> Plan:
         "numTraining": cases,
         "file_ending": ".nii.gz",
     }
-    raw_cases = tuple(RawCase(r.name, tuple(Path(f"/x/{r.name}_{c:04}.nii.gz") for c in range(channels))) for r in records)
+    raw_cases = tuple(
+        RawCase(r.name, tuple(Path(f"/x/{r.name}_{c:04}.nii.gz") for c in range(channels))) for r in records
+    )
     dataset = RawDataset(NAME, Path("/x"), ".nii.gz", names, raw_cases, "SimpleITKIO", dataset_json, ())
     fingerprint = Fingerprint(
         1, NAME, "digest", names, names, records, (), (), {str(c): statistics for c in range(channels)}
@@ -59,7 +61,9 @@ def plan_toy(folders: Folders, channels: int = 1, cases: int = 6) -> Plan:
                 volume = make_volume(i, channels, SHAPE)
                 everywhere = np.argwhere(np.ones(SHAPE, bool))[::7].astype(np.int16)
                 properties = CaseProperties(1, SHAPE, channels, SPACING_MM, (), "digest", 1.0)
-                write_case(folder, record.name, volume, everywhere, properties, plan.configuration("3d_fullres").patch_size)
+                write_case(
+                    folder, record.name, volume, everywhere, properties, plan.configuration("3d_fullres").patch_size
+                )
     path.write_text(json.dumps(content))
     return read_plan(path)
 

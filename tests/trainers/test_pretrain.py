@@ -54,7 +54,9 @@ def assert_same(first: dict, second: dict, **tolerance) -> None:
 
 def test_both_stages_and_what_they_leave(toy):
     final = run(toy)
-    contrastive, generative = (folder_of(toy, stage) / "checkpoint_final.pth" for stage in ("Contrastive", "Generative"))
+    contrastive, generative = (
+        folder_of(toy, stage) / "checkpoint_final.pth" for stage in ("Contrastive", "Generative")
+    )
     assert final == generative
     for path, stage in ((contrastive, "reprec.contrastive"), (generative, "reprec.generative")):
         content = torch.load(path, weights_only=True)
@@ -81,7 +83,9 @@ def test_both_stages_and_what_they_leave(toy):
     assert moved
     assert float(first["transformer.gate"]) == 0.0
     assert float(second["transformer.gate"]) == 1.0
-    assert "  pretrained parts: encoder., transformer.embed., transformer.blocks." in "\n".join(explain_checkpoint(final))
+    assert "  pretrained parts: encoder., transformer.embed., transformer.blocks." in "\n".join(
+        explain_checkpoint(final)
+    )
 
 
 def test_final_checkpoint_is_what_stock_nnunet_takes(toy):
@@ -89,7 +93,9 @@ def test_final_checkpoint_is_what_stock_nnunet_takes(toy):
     manager = PlansManager(read_plan(toy.preprocessed / NAME / "nnsslPlans.json").nnunet)
     weights = read_checkpoint(final)[0]["network_weights"]
     for configuration in (CONFIGURATION, "3d_fullres"):
-        network = nnUNetTrainer.build_network_architecture(manager, manager.get_configuration(configuration), 1, 5, True)
+        network = nnUNetTrainer.build_network_architecture(
+            manager, manager.get_configuration(configuration), 1, 5, True
+        )
         load_pretrained_weights(network, str(final))
         state = network.state_dict()
         kept = [key for key in state if ".seg_layers." not in key]
@@ -115,7 +121,9 @@ def test_finished_stages_are_skipped_and_other_settings_are_refused(toy):
 def test_stopped_run_ends_bit_identical(toy, monkeypatch, stage, step):
     """SIGTERM in the middle and at the end of an epoch; the run goes on and ends like one never stopped."""
     final = run(toy)
-    expected = {name: tensors_of(folder_of(toy, name) / "checkpoint_final.pth") for name in ("Contrastive", "Generative")}
+    expected = {
+        name: tensors_of(folder_of(toy, name) / "checkpoint_final.pth") for name in ("Contrastive", "Generative")
+    }
     wanted = f"RepRec{stage}Trainer"
     original = pretrain_trainer.PretrainTrainer.train_step
 
@@ -262,7 +270,9 @@ def test_init_starts_from_the_weights(toy, monkeypatch):
     monkeypatch.setattr(RepRecContrastiveTrainer, "on_train_start", lambda self: (self.initialize(), watch(self)))
     with pytest.raises(SystemExit):
         _start_elsewhere(toy, final)
-    assert torch.equal(seen["encoder.stages.0.0.convs.0.conv.weight"], weights["encoder.stages.0.0.convs.0.conv.weight"])
+    assert torch.equal(
+        seen["encoder.stages.0.0.convs.0.conv.weight"], weights["encoder.stages.0.0.convs.0.conv.weight"]
+    )
 
 
 def _start_elsewhere(toy, final: Path) -> None:

@@ -154,7 +154,7 @@ def test_gradient_reaches_encoder_and_head_and_nothing_else(dim):
     assert given == wanted
     assert all(p.grad is None for p in [*network.decoder.seg_layers.parameters(), *network.transformer.parameters()])
     # biases before a norm have no effect; every kernel and every head weight has
-    for name, p in method.named_parameters():
+    for name, _ in method.named_parameters():
         if name.startswith(("encoder.", "head.")) and name.endswith("weight"):
             assert name in reached, name
 

@@ -99,15 +99,13 @@ def test_positions_match_the_formula(grid):
     width = 8 * len(grid) + 2
     positions = sine_cosine_positions(grid, width)
     frequencies = width // (2 * len(grid))
-    token = 0
-    for place in torch.cartesian_prod(*(torch.arange(n) for n in grid)).tolist():
+    for token, place in enumerate(torch.cartesian_prod(*(torch.arange(n) for n in grid)).tolist()):
         expected = []
         for coordinate in place:
             angles = [coordinate / 10_000 ** (i / frequencies) for i in range(frequencies)]
             expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
         expected += [0.0] * (width - len(expected))
         assert positions[token].tolist() == pytest.approx(expected, abs=1e-5)
-        token += 1
     assert len(positions.unique(dim=0)) == len(positions)
 
 
