@@ -121,7 +121,7 @@ class PretextRules:
         schemes = base["normalization_schemes"]
         for channel, (modality, scheme) in enumerate(zip(self.modalities, schemes, strict=True)):
             why = {
-                "CTNormalization": "clipped to the 0.5 to 99.5 percentile of the body, then one mean and deviation for all images",
+                "CTNormalization": "clipped to the 0.5 to 99.5 percentile of the body, one mean and deviation for all images",
                 "ZScoreNormalization": "in arbitrary units: each image by its own mean and deviation",
             }.get(scheme, "nnU-Net's rule for this channel name")
             say(f"normalisation of channel {channel}", scheme, source or f"{modality}; {why}")
