@@ -384,6 +384,12 @@ def test_a_changed_image_is_preprocessed_again(scene):
     assert find_sources(scene.dataset.cases[1]) == read_properties(scene.folder(), "case01").sources
 
 
+def test_a_file_of_another_time_is_preprocessed_again(scene):
+    scene.run()
+    os.utime(scene.images / "case02_0000.nii.gz", ns=(0, 0))
+    assert (scene.run().done, scene.run().skipped) == (1, 3)
+
+
 def test_outdated_cases_leave_before_the_first_new_one_is_made(scene, monkeypatch):
     scene.run()
 
