@@ -123,10 +123,9 @@ def test_a_slice_unpacks_few_blocks_only(tmp_path, patch):
     for z in range(20):
         try:
             readable.append(np.array_equal(case.read_box((z, 0, 0), (1, 64, 64)), volume[:, z : z + 1, :64, :64]))
-        except UserError as error:
-            assert "a.b2nd: is damaged" in str(error)
+        except UserError:
             readable.append(False)
-    assert 12 <= sum(readable) <= 20
+    assert sum(readable) >= 12
     with pytest.raises(UserError, match=r"a\.b2nd: is damaged"):
         case.read_box((0, 0, 0), (20, 128, 128))
 
