@@ -1,0 +1,246 @@
+"""The pages against the code: links, commands, flags, settings and file formats that are shown must be the real ones."""
+
+import argparse
+import ast
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import sys
+from dataclasses import fields
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import pytest
+
+from nnssl.checkpoint import Provenance
+from nnssl.methods import METHODS, find_method
+from nnssl.methods.settings import resolve_settings, split_overrides
+from planners import plan as plan_module
+from planners.fingerprint import CaseRecord, Fingerprint
+from planners.presets import PRESETS
+from tests.test_layers import ALLOWED
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTATION = ROOT / "documentation"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCUMENTATION.rglob("*.md")])
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+OTHERS_FLAGS = {"--help", "--c"}
+"""Flags in the text that are no flags of nnssl's own parsers to look up: argparse's, and nnU-Net's."""
+SCHEDULE = {field.name for field in fields(plan_module.StageSchedule)}
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def parser_of(command: str) -> argparse.ArgumentParser:
+    return importlib.import_module(SCRIPTS[command].partition(":")[0]).make_parser()
+
+
+def split_code(text: str) -> tuple[str, list[tuple[str, str]]]:
+    """Return a page's text without its fenced blocks, and the blocks as (language, content)."""
+    blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL), blocks
+
+
+def code_spans(text: str) -> list[str]:
+    return re.findall(r"`([^`]+)`", split_code(text)[0].replace("\n", " "))
+
+
+def anchors_of(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", split_code(page.read_text())[0], flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def table_rows(text: str, heading: str | None = None) -> list[list[str]]:
+    """Return the cells of all table rows of a page, or of the section under a heading, header rows left out."""
+    if heading is not None:
+        start = text.index(heading) + len(heading)
+        text = re.split(r"^(?:#|Stage `)", text[start:], flags=re.MULTILINE)[0]
+    lines = text.splitlines()
+    rows = [line for line, below in zip(lines, [*lines[1:], ""], strict=True) if not below.startswith("|---")]
+    rows = [line for line in rows if line.startswith("|") and not line.startswith("|---")]
+    return [[cell.strip() for cell in row.strip().strip("|").split("|")] for row in rows]
+
+
+def shown_commands() -> list[tuple[str, str]]:
+    """Return (page, command line) for every call of a command in a block, and for those with arguments in the text."""
+    found = set()
+    for page in PAGES:
+        text = page.read_text()
+        calls = [line for _, block in split_code(text)[1] for line in block.replace("\\\n", " ").splitlines()]
+        calls += [span for span in code_spans(text) if " " in span]
+        for call in calls:
+            # up to a comment or the end of a shell construct; a name inside a longer path or name is no call
+            for line in re.findall(r"(?:^|[ /(])(nnssl_\w+(?: [^#;&|\")]*)?)(?=$|[#;&|\")])", call):
+                if line.split()[0] in SCRIPTS:
+                    found.add((name_of(page), line.strip()))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"`[^`\n]*`", "", split_code(page.read_text())[0])
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if target.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = target.partition("#")
+        there = (page.parent / file).resolve() if file else page
+        assert there.exists(), f"{name_of(page)}: {target} does not exist"
+        assert not anchor or anchor in anchors_of(there), f"{name_of(page)}: {target} has no such heading"
+
+
+def test_index_lists_every_page():
+    listed = {
+        (DOCUMENTATION / link).resolve()
+        for link in re.findall(r"\]\(([^)#]+)\)", (DOCUMENTATION / "index.md").read_text())
+    }
+    missing = [name_of(page) for page in DOCUMENTATION.rglob("*.md") if page.name != "index.md" and page not in listed]
+    assert not missing
+
+
+def test_commands_are_shown_at_all():
+    assert {line.split()[0] for _, line in shown_commands()} == set(SCRIPTS)
+    assert len(shown_commands()) > 30
+
+
+@pytest.mark.parametrize(("page", "line"), shown_commands())
+def test_shown_command_parses(page, line):
+    command, *arguments = shlex.split(line)
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            parser_of(command).parse_args(arguments)
+    except SystemExit:
+        pytest.fail(f"{page}: {line}: {message.getvalue().strip().splitlines()[-1]}")
+
+
+def test_shown_pretraining_can_be_asked_for():
+    for page, line in shown_commands():
+        if line.startswith("nnssl_pretrain"):
+            args = parser_of("nnssl_pretrain").parse_args(shlex.split(line)[1:])
+            method = find_method(args.method)
+            assert args.configuration in {None, *method.configurations}, f"{page}: {line}"
+            stages = {stage.name: stage.load() for stage in method.stages}
+            for stage, overrides in split_overrides(args.overrides, stages).items():
+                resolve_settings(stages[stage].defaults, {}, overrides)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_flags_in_the_text_exist(page):
+    known = {option for command in SCRIPTS for option in parser_of(command)._option_string_actions}
+    for span in code_spans(page.read_text()):
+        for flag in re.findall(r"(?:^|(?<=[ /]))--[a-z][a-z-]*", span):
+            foreign = re.match(r"(ruff|mypy|dask|pip|torchrun|python) ", span)
+            assert foreign or flag in known | OTHERS_FLAGS, f"{name_of(page)}: no command has {flag}"
+
+
+@pytest.mark.parametrize("command", sorted(SCRIPTS))
+def test_every_flag_is_documented(command):
+    pages = [page.read_text() for page in DOCUMENTATION.rglob("*.md") if command in page.read_text()]
+    assert pages, f"no page mentions {command}"
+    text = "\n".join(pages)
+    for action in parser_of(command)._actions:
+        flag = action.option_strings[-1] if action.option_strings else None
+        shown = flag is None or any(
+            re.search(rf"(?<![\w-]){option}(?![\w-])", text) for option in action.option_strings
+        )
+        assert shown, f"{command} {flag} is on no page that mentions the command"
+
+
+@pytest.mark.parametrize("stage", [stage.name for method in METHODS.values() for stage in method.stages])
+def test_defaults_are_those_of_the_code(stage):
+    page = (DOCUMENTATION / "methods" / f"{stage.partition('.')[0]}.md").read_text()
+    implementation = next(s for method in METHODS.values() for s in method.stages if s.name == stage).load()
+    defaults = implementation.defaults
+    expected = {field.name: getattr(defaults, field.name) for field in fields(defaults) if field.name != "training"}
+    expected |= {field.name: getattr(defaults.training, field.name) for field in fields(defaults.training)}
+    rows = table_rows(page, f"Stage `{stage}`:")
+    assert {row[0].strip("`"): ast.literal_eval(row[1].strip("`")) for row in rows} == expected
+    planned = set(implementation.from_plan(MagicMock())) | SCHEDULE
+    assert {row[0].strip("`") for row in rows if row[2] == "plan"} == planned
+    assert {row[2] for row in rows} == {"plan", "default"}
+
+
+def test_every_key_of_the_plan_is_documented():
+    text = (DOCUMENTATION / "plan_format.md").read_text()
+    documented = {row[0].strip("`") for row in table_rows(text)}
+    classes = ("Pretext", "PretextConfiguration", "TokenGrid", "TransformerSize", "StageSchedule", "Decision")
+    keys = {field.name for name in classes for field in fields(getattr(plan_module, name))}
+    assert documented == keys
+
+
+def test_every_key_of_a_checkpoint_is_documented():
+    text = (DOCUMENTATION / "checkpoint_format.md").read_text()
+    section = text[text.index("`provenance`:") :]
+    spans = {span for row in table_rows(section) for span in code_spans(row[0])}
+    assert spans == {field.name for field in fields(Provenance)}
+
+
+def test_every_key_of_the_fingerprint_is_documented():
+    spans = set(code_spans((DOCUMENTATION / "fingerprint.md").read_text()))
+    assert {field.name for cls in (Fingerprint, CaseRecord) for field in fields(cls)} <= spans
+
+
+def test_presets_are_those_of_the_code():
+    rows = table_rows((DOCUMENTATION / "plan.md").read_text(), "## Presets")
+    shown = {row[0].strip("`"): row[1:] for row in rows}
+    expected = {}
+    for name, preset in PRESETS.items():
+        size = preset.transformer
+        expected[name] = [
+            f"{preset.memory_gb:g} GB",
+            preset.encoder,
+            str(preset.base_features),
+            ", ".join(map(str, preset.max_features)),
+            f"{size.depth}, {size.width}, {size.heads}, {size.decoder_depth}",
+            str(preset.largest_batch),
+            f"{preset.epochs_share:g}",
+        ]
+    assert shown == expected
+
+
+def test_layers_are_those_that_are_enforced():
+    rows = table_rows((DOCUMENTATION / "architecture.md").read_text(), "## Who may import whom")
+    assert {row[0].strip("`"): set(code_spans(row[1])) for row in rows} == ALLOWED
+
+
+def python_examples() -> list[tuple[str, str]]:
+    return [
+        (name_of(page), block)
+        for page in PAGES
+        for language, block in split_code(page.read_text())[1]
+        if language == "python"
+    ]
+
+
+@pytest.mark.parametrize(("page", "block"), python_examples())
+def test_python_example_imports_what_there_is(page, block):
+    for node in ast.walk(ast.parse(block)):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, alias.name) for alias in node.names), f"{page}: from {node.module}"
+
+
+def readme_line(start: str) -> str:
+    """Return the one line of a block in the README that begins so."""
+    blocks = split_code((ROOT / "README.md").read_text())[1]
+    (line,) = [line for _, block in blocks for line in block.splitlines() if line.startswith(start)]
+    return line
+
+
+def test_readme_sets_up_and_runs_the_demo():
+    command = readme_line("python3 -m venv .venv && .venv/bin/pip install . && ").rpartition(" ")[2]
+    assert command.removeprefix(".venv/bin/") in SCRIPTS
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    line = readme_line('python3 -m venv .venv && .venv/bin/pip install -e ".[test]" && ').rpartition(" && ")[2]
+    assert line.replace(".venv/", ".venv-ci/") in (ROOT / ".ci" / "run").read_text().splitlines()
