@@ -11,16 +11,13 @@ resume; the pretext stage declares the rest (``nnssl.methods.protocol``).
 import math
 import os
 import shutil
-import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter, time
 from typing import Any, ClassVar
 
 import torch
-import torch.distributed as dist
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -44,6 +41,8 @@ from trainers.continuation import check_same_run, plain_settings
 from trainers.optimisation import learning_rate_factor, make_optimizer, set_learning_rate
 from trainers.precision import choose_precision
 from trainers.progress import collect_metrics, plot_progress, write_metrics
+from trainers.run_state import network_weights, read_state, run_state
+from trainers.stopping import TERMINATED, StopRequest
 
 LATEST, FINAL = "checkpoint_latest.pth", "checkpoint_final.pth"
 EMBEDDINGS_KEPT = 1024
@@ -52,10 +51,6 @@ SAVING_SHARE = 0.05
 """Writing checkpoints may take this share of the time."""
 COLLAPSED_RANK = 1.5
 """Effective rank below which a warning says that the representation has collapsed."""
-STOP_CHECK_STEPS = 20
-"""On several processes, steps between two looks at whether any of them was asked to stop."""
-TERMINATED = 143
-"""Exit code after SIGTERM, as shells report it."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,6 @@ class PretrainTrainer(nnUNetTrainer):
         self.current_step = 0
         self.records: list[dict[str, Any]] = []
         self.embeddings: list[Tensor] = []
-        self._stop_asked = False
         self._last_save = time()
         self._save_seconds = 0.0
 
@@ -233,7 +227,7 @@ class PretrainTrainer(nnUNetTrainer):
         self.on_train_start()
         assert self.dataloader_train is not None
         steps = self.num_iterations_per_epoch
-        with self._stop_on_sigterm():
+        with StopRequest() as stop:
             while self.current_step < self.training.total_steps:
                 self.current_epoch = self.current_step // steps
                 if self.current_step % steps == 0:
@@ -248,7 +242,7 @@ class PretrainTrainer(nnUNetTrainer):
                 if self.current_step % steps == 0:
                     self.on_train_epoch_end(self.records)
                     self.on_epoch_end()
-                if self._stop_now():
+                if stop.agreed(self.current_step, self.device):
                     self._save_and_exit()
         self.on_train_end()
 
@@ -410,29 +404,6 @@ class PretrainTrainer(nnUNetTrainer):
         self.dataloader_train = None
         self.print_to_log_file(f"Stage {self.stage} done: {Path(self.output_folder) / FINAL}")
 
-    # ---------------------------------------------------------------- stopping
-
-    @contextmanager
-    def _stop_on_sigterm(self) -> Iterator[None]:
-        def ask(signum: int, frame: Any) -> None:
-            self._stop_asked = True
-
-        before = signal.signal(signal.SIGTERM, ask)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def _stop_now(self) -> bool:
-        if not is_distributed():
-            return self._stop_asked
-        if self.current_step % STOP_CHECK_STEPS:
-            return False
-        # all processes must leave at the same step
-        asked = torch.tensor([float(self._stop_asked)], device=self.device)
-        dist.all_reduce(asked)
-        return bool(asked.item() > 0)
-
     def _save_and_exit(self) -> None:
         self.save_checkpoint(str(Path(self.output_folder) / LATEST))
         self.print_to_log_file(f"Asked to stop: saved at step {self.current_step}; run the same command again to go on")
@@ -446,15 +417,8 @@ class PretrainTrainer(nnUNetTrainer):
             return
         started = time()
         finished = self.current_step == self.training.total_steps
-        exported = self.method.exported()
-        weights = self.network.state_dict()
-        if finished:
-            weights = {
-                name: torch.full_like(value, exported.fixed[name]) if name in exported.fixed else value
-                for name, value in weights.items()
-            }
         content = {
-            "network_weights": weights,
+            "network_weights": network_weights(self.network, self.method.exported() if finished else None),
             "optimizer_state": self.optimizer.state_dict(),
             "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
             "logging": self.logger.get_checkpoint(),
@@ -465,11 +429,7 @@ class PretrainTrainer(nnUNetTrainer):
             "trainer_name": "nnUNetTrainer",
             "inference_allowed_mirroring_axes": None,
         }
-        state = {
-            "method": self._method_state(),
-            "epoch_records": [{key: float(value) for key, value in record.items()} for record in self.records],
-            "epoch_embeddings": self.embeddings,
-        }
+        state = run_state(self.network, self.method, self.records, self.embeddings)
         write_checkpoint(Path(filename), content, self._provenance(finished), state)
         self._last_save, self._save_seconds = time(), time() - started
 
@@ -492,12 +452,6 @@ class PretrainTrainer(nnUNetTrainer):
             init=self.init_from,
         )
 
-    def _method_state(self) -> dict[str, Tensor]:
-        """State of what the method adds to the network: heads, teacher, queue."""
-        in_network = {value.data_ptr() for value in self.network.state_dict().values()}
-        state = self.method.state_dict()
-        return {name: value for name, value in state.items() if value.data_ptr() not in in_network}
-
     def load_checkpoint(self, filename_or_checkpoint: str | dict) -> None:
         """Go on from a checkpoint of the same stage, plan and settings.
 
@@ -517,21 +471,14 @@ class PretrainTrainer(nnUNetTrainer):
             plain_settings(self.settings, self.origins),
             self.options.seed,
         )
-        self.network.load_state_dict(content["network_weights"])
-        state = content["nnssl"]["state"]
-        own = self._method_state()
-        if set(own) != set(state["method"]):
-            raise UserError(f"{path}: its heads differ from those of this nnssl; start again with --restart")
-        result = self.method.load_state_dict(state["method"], strict=False)
-        assert not result.unexpected_keys
+
+        self.records, self.embeddings = read_state(path, content, self.network, self.method, self.device)
         self.optimizer.load_state_dict(content["optimizer_state"])
         if self.grad_scaler is not None and content["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(content["grad_scaler_state"])
         self.logger.load_checkpoint(content["logging"])
         self.current_step = provenance.step
         self.current_epoch = content["current_epoch"]
-        self.records = list(state["epoch_records"])
-        self.embeddings = [value.to(self.device) for value in state["epoch_embeddings"]]
 
     # ---------------------------------------------------------------- what needs labels in nnU-Net
 
