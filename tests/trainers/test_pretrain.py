@@ -152,10 +152,14 @@ def test_stopped_run_ends_bit_identical(toy, monkeypatch, stage, step):
 
 
 def test_two_processes_equal_one(toy):
-    """Weights, teacher, queue and optimizer after both stages: every gradient and every draw was the same."""
-    run(toy)
+    """Weights, teacher and optimizer after both stages: every gradient and every draw was the same.
+
+    With SGD, because AdamW blows up the rounding noise of gradients that are zero (a bias before a norm).
+    """
+    sgd = ("optimizer=sgd", "learning_rate=0.01")
+    run(toy, *sgd)
     alone = {name: tensors_of(folder_of(toy, name) / "checkpoint_final.pth") for name in ("Contrastive", "Generative")}
-    run(toy, restart=True, processes=2)
+    run(toy, *sgd, restart=True, processes=2)
     for name, tensors in alone.items():
         assert_same(tensors_of(folder_of(toy, name) / "checkpoint_final.pth"), tensors, rtol=1e-3, atol=2e-5)
 
