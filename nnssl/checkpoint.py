@@ -114,6 +114,10 @@ def load_tensors(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: there is no such checkpoint") from error
     except pickle.UnpicklingError as error:
+        if not zipfile.is_zipfile(path):
+            raise UserError(
+                f"{path}: is no checkpoint, or an old one that could run code when loaded; it was not loaded"
+            ) from error
         raise UserError(
             f"{path}: holds Python objects that could run code when loaded, so it was not loaded; "
             "use a checkpoint that contains tensors and plain values only"

@@ -379,7 +379,12 @@ class PretextRules:
 
     def _decide_flips(self, name: str, dimensions: int) -> tuple[int, ...]:
         axes = tuple(range(dimensions - 2, dimensions))
-        self._say(name, "flips", f"axes {axes}", "in the fine plane, as RepRec's horizontal flip")
+        self._say(
+            name,
+            "flips",
+            f"axes {axes}",
+            "in the fine plane: RepRec's horizontal flip, and its like along the other axis",
+        )
         return axes
 
     def _decide_intensity(self, name: str) -> tuple[str, ...]:
@@ -453,7 +458,7 @@ class PretextRules:
                 name,
                 "queue",
                 queue,
-                f"a quarter of {patches} distinct patches, 64 to 4096, at least two batches: few keys of a patch's own past",
+                f"a quarter of {patches} distinct patches, 64 to 4096, at least two batches (for negatives=queue)",
             )
             self._say(
                 name,

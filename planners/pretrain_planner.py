@@ -28,7 +28,7 @@ from nnssl.data.raw import RawDataset
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
 from nnssl.paths import Folders
-from planners.fingerprint import Fingerprint, nnunet_fingerprint
+from planners.fingerprint import Fingerprint, check_set_aside, nnunet_fingerprint
 from planners.plan import PLANS_NAME, SCHEMA_VERSION, Plan, Pretext, write_plan
 from planners.presets import Preset, find_preset
 from planners.pretext_rules import PretextRules
@@ -99,6 +99,7 @@ def plan_pretraining(
         UserError: ``like`` does not fit (channels, dimensions), the preset is unknown, or a file cannot be written.
     """
     preset = find_preset(preset_name)
+    check_set_aside(fingerprint)
     names = {str(i): name for i, name in enumerate(fingerprint.channel_names)}
     dataset_json = {**dataset.dataset_json, "channel_names": names}
     if like is None:
@@ -123,7 +124,7 @@ def plan_pretraining(
     )
     folder = folders.preprocessed / dataset.name
     folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "dataset_fingerprint.json").exists():
+    if not (dataset.folder / "labelsTr").exists() or not (folder / "dataset_fingerprint.json").exists():
         write_json(folder / "dataset_fingerprint.json", _plain(nnunet_fingerprint(fingerprint)))
     write_json(folder / "dataset.json", _plain(dataset_json))
     path = folder / f"{plans_name}.json"

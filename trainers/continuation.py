@@ -43,6 +43,7 @@ def check_same_run(
         raise UserError(
             f"{path}: was run with other settings ({', '.join(changes)}); --restart starts again with the new ones"
         )
-    planned = plan.nnunet["pretext"]["configurations"][configuration]
-    if found.plans["pretext"]["configurations"].get(configuration) != planned:
+    planned = (plan.nnunet["pretext"]["configurations"][configuration], plan.nnunet["configurations"])
+    earlier = (found.plans["pretext"]["configurations"].get(configuration), found.plans["configurations"])
+    if earlier != planned:
         raise UserError(f"{path}: was run with an earlier plan {plan.name}; --restart starts again with the new one")

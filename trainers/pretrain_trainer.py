@@ -225,6 +225,13 @@ class PretrainTrainer(nnUNetTrainer):
             SystemExit: after SIGTERM, once a checkpoint is written.
         """
         self.on_train_start()
+        try:
+            self._run_steps()
+        finally:
+            self._end_readers()
+        self.on_train_end()
+
+    def _run_steps(self) -> None:
         assert self.dataloader_train is not None
         steps = self.num_iterations_per_epoch
         with StopRequest() as stop:
@@ -244,7 +251,13 @@ class PretrainTrainer(nnUNetTrainer):
                     self.on_epoch_end()
                 if stop.agreed(self.current_step, self.device):
                     self._save_and_exit()
-        self.on_train_end()
+
+    def _end_readers(self) -> None:
+        # after an error the traceback keeps the iterator alive, and with it readers that the interpreter waits for
+        shut_down = getattr(self.dataloader_train, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
+        self.dataloader_train = None
 
     def on_train_start(self) -> None:
         """Start the loader, and write what says what is about to run."""
@@ -401,7 +414,6 @@ class PretrainTrainer(nnUNetTrainer):
         self.save_checkpoint(str(Path(self.output_folder) / FINAL))
         if self.local_rank == 0:
             (Path(self.output_folder) / LATEST).unlink(missing_ok=True)
-        self.dataloader_train = None
         self.print_to_log_file(f"Stage {self.stage} done: {Path(self.output_folder) / FINAL}")
 
     def _save_and_exit(self) -> None:

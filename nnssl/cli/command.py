@@ -77,3 +77,19 @@ def choose_device(choice: str | None, say: Callable[[str], None]) -> "torch.devi
     if missing:
         raise UserError(f"--device {choice}: PyTorch finds no such device here; leave --device out or take cpu")
     return torch.device(choice)
+
+
+def positive_int(text: str) -> int:
+    """Read a number of 1 or more, for ``argparse``."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def natural_int(text: str) -> int:
+    """Read a number of 0 or more, for ``argparse``."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnssl.cli.command import add_device_argument, choose_device, run_command, say
+from nnssl.cli.command import add_device_argument, choose_device, positive_int, run_command, say
 
 NAME = "nnssl_demo"
 UNLABELLED, LABELLED = "Dataset901_PhantomsUnlabelled", "Dataset902_PhantomsLabelled"
@@ -23,20 +23,24 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--folder", type=Path, default=Path("nnssl_demo"), help="for everything it writes (default: ./nnssl_demo)"
     )
-    parser.add_argument("--unlabelled", type=int, default=16, metavar="N", help="phantoms without labels (default: 16)")
-    parser.add_argument("--labels", type=int, default=3, metavar="N", help="labelled phantoms to train on (default: 3)")
     parser.add_argument(
-        "--held-out", type=int, default=6, metavar="N", help="labelled phantoms to test on (default: 6)"
+        "--unlabelled", type=positive_int, default=16, metavar="N", help="phantoms without labels (default: 16)"
+    )
+    parser.add_argument(
+        "--labels", type=positive_int, default=3, metavar="N", help="labelled phantoms to train on (default: 3)"
+    )
+    parser.add_argument(
+        "--held-out", type=positive_int, default=6, metavar="N", help="labelled phantoms to test on (default: 6)"
     )
     parser.add_argument(
         "--epochs",
-        type=int,
+        type=positive_int,
         nargs=3,
         default=(4, 8, 5),
         metavar="N",
         help="of the contrastive stage, the generative stage and fine-tuning (default: 4 8 5)",
     )
-    parser.add_argument("--iterations-per-epoch", type=int, default=15, metavar="N", help="(default: 15)")
+    parser.add_argument("--iterations-per-epoch", type=positive_int, default=15, metavar="N", help="(default: 15)")
     parser.add_argument("--seed", type=int, default=0, help="(default: 0)")
     add_device_argument(parser)
     parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")

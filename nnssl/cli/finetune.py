@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnssl.cli.command import add_device_argument, choose_device, run_command, say
+from nnssl.cli.command import add_device_argument, choose_device, positive_int, run_command, say
 
 NAME = "nnssl_finetune"
 
@@ -51,7 +51,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--plans-name", help="name for the plan in the data set's folder (default: the plan's own)")
     add_device_argument(parser)
-    parser.add_argument("--processes", type=int, help="for preprocessing and evaluation (default: cores, 8 at most)")
+    parser.add_argument(
+        "--processes", type=positive_int, help="for preprocessing and evaluation (default: cores, 8 at most)"
+    )
     parser.add_argument("--restart", action="store_true", help="delete these runs and do them again")
     parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")
     return parser

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from nnssl.cli.command import run_command, say
+from nnssl.cli.command import positive_int, run_command, say
 
 NAME = "nnssl_plan_and_preprocess"
 PRESET_NAMES = ("cpu", "8gb", "24gb", "40gb", "80gb")
@@ -37,7 +37,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="what the channels are (CT, MRI, T1, ...), where no dataset.json says so",
     )
-    parser.add_argument("--processes", type=int, metavar="N", help="processes (default: one for each core, at most 8)")
+    parser.add_argument(
+        "--processes", type=positive_int, metavar="N", help="processes (default: one for each core, at most 8)"
+    )
     parser.add_argument("--dask", metavar="ADDRESS", help="preprocess on the Dask cluster with this scheduler address")
     parser.add_argument("--no-preprocessing", action="store_true", help="plan only")
     parser.add_argument("--restart", action="store_true", help="preprocess again what is there already")

@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from nnssl.cli.command import add_device_argument, choose_device, run_command, say
+from nnssl.cli.command import add_device_argument, choose_device, natural_int, positive_int, run_command, say
 from nnssl.methods import METHODS
 
 NAME = "nnssl_pretrain"
@@ -27,11 +27,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--epochs",
         nargs="+",
-        type=int,
+        type=positive_int,
         metavar="N",
         help="epochs of every stage, or one number for each stage (default: the plan's)",
     )
-    parser.add_argument("--iterations-per-epoch", type=int, metavar="N", help="steps per epoch (default: the plan's)")
+    parser.add_argument(
+        "--iterations-per-epoch", type=positive_int, metavar="N", help="steps per epoch (default: the plan's)"
+    )
     parser.add_argument(
         "--set",
         nargs="+",
@@ -45,8 +47,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seed", type=int, default=0, help="of weights and views (default: 0)")
     add_device_argument(parser)
-    parser.add_argument("--num-gpus", type=int, default=1, metavar="N", help="processes, one for each GPU (default: 1)")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that read patches (default: chosen)")
+    parser.add_argument(
+        "--num-gpus", type=positive_int, default=1, metavar="N", help="processes, one for each GPU (default: 1)"
+    )
+    parser.add_argument(
+        "--workers", type=natural_int, metavar="N", help="processes that read patches (default: chosen)"
+    )
     parser.add_argument("--restart", action="store_true", help="remove earlier results of this method first")
     parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")
     return parser
@@ -70,7 +76,7 @@ def _run(args: argparse.Namespace) -> None:
             raise UserError(f"--epochs: {args.method} has {len(stages)} stages; give one number, or one for each")
         counts = args.epochs * len(stages) if len(args.epochs) == 1 else args.epochs
         overrides += [f"{stage.name}.epochs={count}" for stage, count in zip(stages, counts, strict=True)]
-    if args.iterations_per_epoch:
+    if args.iterations_per_epoch is not None:
         overrides.append(f"iterations_per_epoch={args.iterations_per_epoch}")
     folders = resolve_folders(say)
     device = choose_device(args.device, say)

@@ -26,6 +26,9 @@ from nnssl.errors import UserError
 FOREGROUND_SHARE = 0.9
 """Share of the boxes that are centred near a voxel inside the body."""
 
+GRACE_SECONDS = 60
+"""How long a reader outlives a request to stop."""
+
 JITTER = 0.25
 """How far a box's centre may lie from that voxel along an axis, as a share of the box."""
 
@@ -231,8 +234,9 @@ def _start_worker(worker: int) -> None:
     """Keep a worker to one core, and leave it running when the whole group of processes is asked to stop.
 
     torch has limited its own threads already. A scheduler sends SIGTERM to every process of a job; the trainer saves and
-    then ends its workers itself, and it could do neither if they were gone first.
+    then ends its workers itself, and it could do neither if they were gone first. A worker that is still there after
+    ``GRACE_SECONDS`` ends by itself, so that nobody waits for it forever.
     """
     blosc2.set_nthreads(1)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(GRACE_SECONDS))
     signal.signal(signal.SIGINT, signal.SIG_IGN)

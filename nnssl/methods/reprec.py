@@ -28,13 +28,15 @@ Deviations:
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor, nn
 
 from nnssl.distributed import gather, rank
+from nnssl.errors import UserError
 from nnssl.losses.contrastive import info_nce_in_batch, info_nce_with_queue
 from nnssl.losses.reconstruction import masked_token_mse, standardise_tokens, visible_mean_baseline
 from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, split_by_decay
@@ -47,6 +49,8 @@ from nnssl.views.intensity import IntensityRange, apply_intensity, draw_intensit
 from nnssl.views.masking import draw_block_mask, split_tokens
 from nnssl.views.spatial import AffineRange, apply_affine, draw_affine
 
+Share = Annotated[float, Field(gt=0, le=1)]
+
 
 @dataclass(frozen=True)
 class ContrastiveSettings:
@@ -55,17 +59,17 @@ class ContrastiveSettings:
     __pydantic_config__: ClassVar = STRICT
 
     training: TrainingSettings
-    temperature: float = 0.2  # [D] MoCo v2; 0.07 in v1
-    embedding_dimensions: int = 128  # [D]
+    temperature: Annotated[float, Field(gt=0)] = 0.2  # [D] MoCo v2; 0.07 in v1
+    embedding_dimensions: Annotated[int, Field(ge=2)] = 128  # [D]
     negatives: Literal["batch", "queue", "both"] = "batch"  # [P] 4.1 as printed
     """Whose keys: ``queue`` is MoCo's (the text), ``batch`` the printed formula's, ``both`` the two together."""
-    queue_length: int = 65_536  # [D]
-    teacher_momentum: float = 0.999  # [D]
-    crop_fraction: tuple[float, float] = (0.2, 1.0)  # [P] 5.1.4
-    brightness: float = 0.4  # [P] 5.1.4, here in standard deviations of the patch
-    contrast: float = 0.4  # [P] 5.1.4
+    queue_length: Annotated[int, Field(ge=1)] = 65_536  # [D]
+    teacher_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.999  # [D]
+    crop_fraction: tuple[Share, Share] = (0.2, 1.0)  # [P] 5.1.4
+    brightness: Annotated[float, Field(ge=0)] = 0.4  # [P] 5.1.4, here in standard deviations of the patch
+    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.4  # [P] 5.1.4
     flip_axes: tuple[int, ...] = (-1,)  # [P] 5.1.4, horizontal
-    flip_probability: float = 0.5  # [P] 5.1.4
+    flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5  # [P] 5.1.4
     intensity_views: tuple[str, ...] = ("brightness", "contrast")
 
 
@@ -76,12 +80,12 @@ class GenerativeSettings:
     __pydantic_config__: ClassVar = STRICT
 
     training: TrainingSettings
-    mask_ratio: float = 0.75  # [P] 4.2, "over 75 %"
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # [P] 4.2, "over 75 %"
     mask_block: tuple[int, ...] = (1, 1)  # [P] 4.2, single tokens
-    decoder_depth: int = 4  # [P] 5.1.4
-    crop_fraction: tuple[float, float] = (0.2, 1.0)  # not stated; as in stage 1
+    decoder_depth: Annotated[int, Field(ge=1)] = 4  # [P] 5.1.4
+    crop_fraction: tuple[Share, Share] = (0.2, 1.0)  # not stated; as in stage 1
     flip_axes: tuple[int, ...] = (-1,)
-    flip_probability: float = 0.5
+    flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
 
 
 class RepRecContrastive(PretextMethod):
@@ -237,7 +241,12 @@ class RepRecGenerative(PretextMethod):
         self.transformer = network.transformer
         self.transformer.embed.requires_grad_(True)
         self.transformer.blocks.requires_grad_(True)
-        self.stage = network.token_stage
+        self.token_stage = network.token_stage
+        if len(settings.mask_block) != len(configuration.tokens.grid):
+            raise UserError(
+                f"--set mask_block={','.join(map(str, settings.mask_block))}: the grid of tokens has "
+                f"{len(configuration.tokens.grid)} axes; give one number for each"
+            )
         size, channels = configuration.transformer, network.encoder.output_channels[network.token_stage]
         self.decoder = TokenDecoder(size.width, size.width, settings.decoder_depth, size.heads, channels)
 
@@ -271,7 +280,7 @@ class RepRecGenerative(PretextMethod):
     def losses(self, views: MaskedViews, progress: float) -> StepOutput:
         """Return the mean squared error of the recovered features of the masked tokens (section 4.2)."""
         with torch.no_grad():
-            features = map_to_tokens(self.encoder(views.volumes)[self.stage])
+            features = map_to_tokens(self.encoder(views.volumes)[self.token_stage])
             target = standardise_tokens(features)
         visible = views.visible
         positions = sine_cosine_positions(self.configuration.tokens.grid, self.transformer.width, features.device)

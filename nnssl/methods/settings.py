@@ -3,9 +3,9 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
-from typing import Any, ClassVar, Literal, TypeVar, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from nnssl.errors import UserError
 from nnssl.schema import STRICT
@@ -21,20 +21,20 @@ class TrainingSettings:
 
     __pydantic_config__: ClassVar = STRICT
 
-    epochs: int
-    iterations_per_epoch: int
-    batch_size: int
+    epochs: Annotated[int, Field(ge=1)]
+    iterations_per_epoch: Annotated[int, Field(ge=1)]
+    batch_size: Annotated[int, Field(ge=1)]
     """Patches per step over all processes."""
     optimizer: Literal["sgd", "adamw"]
-    learning_rate: float
+    learning_rate: Annotated[float, Field(gt=0)]
     """Largest learning rate of the run."""
     momentum: tuple[float, float]
     """AdamW's two betas; SGD's momentum is the first."""
-    weight_decay: float
+    weight_decay: Annotated[float, Field(ge=0)]
     learning_rate_schedule: Literal["step", "cosine", "constant"]
     """``step``: times 0.1 at 60 % and at 80 % of the epochs; ``cosine``: to 0 at the end."""
-    warmup_epochs: int
-    gradient_clip: float
+    warmup_epochs: Annotated[int, Field(ge=0)]
+    gradient_clip: Annotated[float, Field(gt=0)]
     """Largest norm of the gradient."""
 
     @property
@@ -156,16 +156,24 @@ def _replace(settings: Any, key: str, value: Any) -> Any:
 def _parse(settings: Any, key: str, text: str) -> Any:
     owner = _owner(settings, key)
     assert is_dataclass(owner)
-    hint = get_type_hints(type(owner))[key]
+    hint = get_type_hints(type(owner), include_extras=True)[key]
     adapter: TypeAdapter[Any] = TypeAdapter(hint)
     problem = ""
-    for attempt in _as_json(text, is_tuple=get_origin(hint) is tuple):
+    for attempt in _as_json(text, is_tuple=_plain_type(hint, tuple)):
         try:
             return adapter.validate_json(attempt, strict=True)
         except ValidationError as error:
             problem = error.errors()[0]["msg"]
-    wanted = str(hint).replace("typing.", "") if get_origin(hint) else hint.__name__
+    bare = get_type_hints(type(owner))[key]
+    wanted = str(bare).replace("typing.", "") if get_origin(bare) else bare.__name__
     raise UserError(f"--set {key}={text}: {problem[0].lower() + problem[1:]} (a {wanted} is wanted)")
+
+
+def _plain_type(hint: Any, wanted: type) -> bool:
+    """Say whether a type, without what is annotated to it, is built from another."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    return get_origin(hint) is wanted
 
 
 def _as_json(text: str, is_tuple: bool) -> list[str]:

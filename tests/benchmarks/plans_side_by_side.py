@@ -1,4 +1,7 @@
-"""Print the plans of several data sets side by side in Markdown: ``python -m tests.benchmarks.plans_side_by_side PLAN.json ...``."""
+"""Print the plans of several data sets side by side in Markdown.
+
+Run ``python -m tests.benchmarks.plans_side_by_side PLAN.json ...``.
+"""
 
 import sys
 from pathlib import Path

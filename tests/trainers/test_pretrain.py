@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -162,6 +163,26 @@ def test_two_processes_equal_one(toy):
     run(toy, *sgd, restart=True, processes=2)
     for name, tensors in alone.items():
         assert_same(tensors_of(folder_of(toy, name) / "checkpoint_final.pth"), tensors, rtol=1e-3, atol=2e-5)
+
+
+def test_readers_end_with_a_failed_step(toy, monkeypatch):
+    """A failure must surface: readers that outlive it would keep the process from ending."""
+
+    def fail(self, batch):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(pretrain_trainer.PretrainTrainer, "train_step", fail)
+    with pytest.raises(ZeroDivisionError):
+        pretrain("reprec", toy, NAME, CONFIGURATION, workers=1)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(
+    "setting", ["temperature=0", "epochs=0", "batch_size=0", "crop_fraction=2,3", "mask_ratio=1", "mask_block=1,1"]
+)
+def test_values_out_of_range_are_refused(toy, setting):
+    with pytest.raises(UserError, match=f"--set {setting.partition('=')[0]}"):
+        run(toy, setting)
 
 
 def test_odd_batch_is_refused_on_two_processes(toy):
