@@ -1,6 +1,7 @@
 """The planner on made-up fingerprints of different modalities and geometries: no images are read."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -230,8 +231,14 @@ def test_labelled_fingerprint_of_nnunet_is_not_overwritten(nnunet_folders):
     folder = nnunet_folders / "preprocessed" / "Dataset501_Toy"
     folder.mkdir()
     (folder / "dataset_fingerprint.json").write_text('{"of": "nnU-Net"}')
-    make_plan("iso")
+    dataset, fingerprint = make_inputs("iso")
+    labelled = nnunet_folders / "raw" / dataset.name
+    (labelled / "labelsTr").mkdir(parents=True)
+    plan_pretraining(replace(dataset, folder=labelled), fingerprint, resolve_folders(), "cpu")
     assert (folder / "dataset_fingerprint.json").read_text() == '{"of": "nnU-Net"}'
+    # without labels it is ours, and follows the images
+    make_plan("iso")
+    assert len(json.loads((folder / "dataset_fingerprint.json").read_text())["spacings"]) == len(fingerprint.cases)
 
 
 def test_overlap_agrees_with_the_crops_that_are_drawn():

@@ -1,0 +1,23 @@
+"""One line on the machine that a benchmark ran on."""
+
+import os
+import platform
+
+import torch
+
+
+def describe() -> str:
+    """Return cores, what they can compute in, and versions."""
+    formats = [
+        name
+        for name, has in (
+            ("AVX512-BF16", torch.cpu._is_avx512_bf16_supported()),
+            ("AMX", torch.cpu._is_amx_tile_supported()),
+        )
+        if has
+    ]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return (
+        f"{cores} cores ({', '.join(formats) or 'no bfloat16'}), {torch.get_num_threads()} threads, "
+        f"Python {platform.python_version()}, torch {torch.__version__}"
+    )

@@ -1,0 +1,109 @@
+"""A pretraining step against the bare network on the same batch: ``python -m tests.benchmarks.pretrain_step --dataset 501``.
+
+Bare is what no implementation of the stage can do without: contrastive, the encoder forward and backward on one view and
+forward on the other; generative, the encoder forward, the transformer and the token decoder forward and backward. Both are
+timed in turns in one process, under the same precision, so that a busy machine slows both.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from nnssl.data.raw import find_dataset
+from nnssl.methods import METHODS
+from nnssl.paths import resolve_folders
+from tests.benchmarks.machine import describe
+from trainers import pretext
+from trainers.pretrain import find_plan
+from trainers.pretrain_trainer import PretrainTrainer, RunOptions
+
+
+def bare_contrastive(trainer: PretrainTrainer, views: Any) -> None:
+    """Encoder on both views, backward through one."""
+    method: Any = trainer.method
+    with trainer.precision.autocast(trainer.device):
+        output = method.encoder(views[0])[-1]
+        with torch.no_grad():
+            method.key_encoder(views[1])
+    output.float().square().mean().backward()
+
+
+def bare_generative(trainer: PretrainTrainer, views: Any) -> None:
+    """Frozen encoder, then transformer and decoder on the visible tokens with backward."""
+    method: Any = trainer.method
+    with trainer.precision.autocast(trainer.device):
+        with torch.no_grad():
+            feature = method.encoder(views.volumes)[method.token_stage].flatten(2).transpose(1, 2)
+        seen = feature.gather(1, views.visible[..., None].expand(-1, -1, feature.shape[2]))
+        positions = torch.zeros(feature.shape[1], method.transformer.width)
+        encoded = method.transformer.encode(seen, positions[views.visible])
+        output = method.decoder(encoded, views.visible, positions)
+    output.float().square().mean().backward()
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Return the seconds a call takes."""
+    started = perf_counter()
+    function()
+    return perf_counter() - started
+
+
+def main() -> None:
+    """Print one row for each stage of RepRec."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--configuration", default="3d_fullres_hybrid")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=8)
+    args = parser.parse_args()
+    folders = resolve_folders()
+    path = find_plan(folders, find_dataset(args.dataset, folders), "nnsslPlans", print)
+    print(describe())
+    print("| stage | batch | step (s) | bare (s) | ratio | waiting for data |\n|---|---|---|---|---|---|")
+    for stage, bare in zip(METHODS["reprec"].stages, (bare_contrastive, bare_generative), strict=True):
+        trainer = make_trainer(path, stage.trainer, args)
+        trainer.dataloader_train, _ = trainer.get_dataloaders()
+        trainer.method.train()
+        steps, bares, waits = [], [], []
+        for repeat in range(args.repeats + 2):
+            started = perf_counter()
+            batch = next(trainer.dataloader_train)
+            waited = perf_counter() - started
+            seconds = timed(lambda batch=batch, trainer=trainer: trainer.train_step(batch))
+            trainer.current_step += 1
+            generators = [torch.Generator().manual_seed(i) for i in range(len(batch.samples))]
+            views = trainer.method.make_views(batch.volumes, generators)
+            own = timed(lambda views=views, trainer=trainer, bare=bare: bare(trainer, views))
+            trainer.optimizer.zero_grad(set_to_none=True)
+            if repeat >= 2:  # the first two warm caches
+                steps.append(seconds)
+                bares.append(own)
+                waits.append(waited / (waited + seconds))
+        ratio = statistics.median([a / b for a, b in zip(steps, bares, strict=True)])
+        print(
+            f"| {stage.name} | {args.batch_size} | {statistics.median(steps):.3f} | {statistics.median(bares):.3f} | "
+            f"{ratio:.2f} | {statistics.median(waits):.1%} |"
+        )
+        trainer._end_readers()
+
+
+def make_trainer(path: Any, name: str, args: argparse.Namespace) -> PretrainTrainer:
+    """Return a trainer that is set up and writes no results; the generative stage starts from random weights."""
+    from nnssl.files import read_json
+
+    trainer_class = type(name, (getattr(pretext, name),), {"previous_stage_checkpoint": lambda self: None})
+    plans = {**read_json(path, "plan"), "continue_training": False}
+    dataset_json = read_json(path.parent / "dataset.json", "description of the data set")
+    trainer: PretrainTrainer = trainer_class(plans, args.configuration, "all", dataset_json, torch.device("cpu"))
+    trainer.options = RunOptions(overrides=(f"batch_size={args.batch_size}",))
+    trainer.disable_checkpointing = True
+    trainer.initialize()
+    return trainer
+
+
+if __name__ == "__main__":
+    main()
