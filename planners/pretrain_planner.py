@@ -7,8 +7,8 @@ What pretraining needs beyond that is in ``planners.pretext_rules``.
 
 import contextlib
 import io
-import os
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -25,6 +25,7 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 import nnssl
 from nnssl.data.raw import RawDataset
+from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
 from nnssl.paths import Folders
@@ -154,8 +155,6 @@ def _plan_from_data(
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    import warnings
-
     with warnings.catch_warnings():
         # a memory target other than nnU-Net's own for its residual presets is intended here
         warnings.simplefilter("ignore")
@@ -171,8 +170,6 @@ def _staged(dataset: RawDataset, dataset_json: dict[str, Any], fingerprint: Fing
     """
     paths = {case.name: [str(image) for image in case.images] for case in dataset.cases}
     listed = {case.name: {"images": paths[case.name], "label": ""} for case in fingerprint.cases}
-    variables = ("nnUNet_raw", "nnUNet_preprocessed")
-    before = {name: os.environ.get(name) for name in variables}
     with tempfile.TemporaryDirectory(prefix="nnssl_plan_") as folder:
         stage = Path(folder) / "raw" / dataset.name
         stage.mkdir(parents=True)
@@ -180,16 +177,8 @@ def _staged(dataset: RawDataset, dataset_json: dict[str, Any], fingerprint: Fing
         out.mkdir(parents=True)
         write_json(stage / "dataset.json", _plain({**dataset_json, "dataset": listed, "numTraining": len(listed)}))
         write_json(out / "dataset_fingerprint.json", _plain(nnunet_fingerprint(fingerprint)))
-        try:
-            for name in variables:
-                os.environ[name] = str(Path(folder) / name.removeprefix("nnUNet_"))
+        with variables(nnUNet_raw=str(stage.parent), nnUNet_preprocessed=str(out.parent)):
             yield
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
 
 
 def _budget(planner: ExperimentPlanner, dimensions: int) -> float:
