@@ -66,3 +66,13 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
     total = tensor.clone()
     dist.all_reduce(total)
     return total / world_size()
+
+
+def standardise_over_ranks(rows: Tensor, epsilon: float = 1e-5) -> Tensor:
+    """Return rows (sample, d) with mean 0 and variance 1 in every dimension over the rows of all ranks, with gradient.
+
+    What batch normalisation without scale and shift does with the batch of all processes.
+    """
+    centred = rows - gather_with_gradient(rows.mean(dim=0, keepdim=True)).mean(dim=0)
+    variance = gather_with_gradient(centred.square().mean(dim=0, keepdim=True)).mean(dim=0)
+    return centred / (variance + epsilon).sqrt()

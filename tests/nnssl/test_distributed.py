@@ -9,11 +9,34 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from nnssl.distributed import gather, gather_with_gradient, is_distributed, mean_over_ranks, rank, world_size
+from nnssl.distributed import (
+    gather,
+    gather_with_gradient,
+    is_distributed,
+    mean_over_ranks,
+    rank,
+    standardise_over_ranks,
+    world_size,
+)
+from nnssl.losses.barlow_twins import barlow_twins
 from nnssl.losses.contrastive import info_nce_in_batch, info_nce_with_queue
+from nnssl.losses.nt_xent import nt_xent
 from nnssl.momentum import FeatureQueue
 
 RANKS, PER_RANK = 2, 3
+
+
+def standardised(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """A loss that is not linear in the standardised rows, whose plain sums of squares are the same for any rows."""
+    return (standardise_over_ranks(first) ** 3 * second.tanh()).mean()
+
+
+# losses of pairs whose rows are shared out over the processes
+PAIR_LOSSES = {
+    "nt_xent": lambda first, second: nt_xent(first, second, 0.5),
+    "barlow_twins": lambda first, second: barlow_twins(first, second, 0.1),
+    "standardise": standardised,
+}
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,6 +71,12 @@ def run_rank(place: int, folder: str) -> None:
             matrix = weight()
             keys = gathered(embed(key_inputs, matrix))
             loss = info_nce_in_batch(embed(query_inputs, matrix), keys, 0.2, first_row=rank() * PER_RANK)
+            loss.backward()
+            result[name] = (mean_over_ranks(loss), mean_over_ranks(matrix.grad))
+
+        for name, pair_loss in PAIR_LOSSES.items():
+            matrix = weight()
+            loss = pair_loss(query_inputs @ matrix, key_inputs @ matrix)
             loss.backward()
             result[name] = (mean_over_ranks(loss), mean_over_ranks(matrix.grad))
 
@@ -87,6 +116,18 @@ def test_in_batch_loss_and_gradient_equal_one_process(results, detach):
         mean_loss, mean_gradient = result["without_gradient" if detach else "with_gradient"]
         torch.testing.assert_close(mean_loss, loss.detach())
         torch.testing.assert_close(mean_gradient, matrix.grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", PAIR_LOSSES)
+def test_losses_of_pairs_equal_one_process(results, name):
+    query_inputs, key_inputs = data()
+    matrix = weight()
+    loss = PAIR_LOSSES[name](query_inputs @ matrix, key_inputs @ matrix)
+    loss.backward()
+    assert matrix.grad.abs().max() > 1e-3
+    for result in results:
+        torch.testing.assert_close(result[name][0], loss.detach())
+        torch.testing.assert_close(result[name][1], matrix.grad, atol=1e-6, rtol=1e-4)
 
 
 def test_queue_after_gathered_keys_equals_one_process(results):
