@@ -1,0 +1,104 @@
+"""Points of a view: drawn with a preference for the body, and features read off a map at them.
+
+A point is zyx in voxels of its patch or view; voxel centres are integers. A feature map of another resolution covers the
+same patch, and is read with ``align_corners=False``: voxel i of the patch reaches from i - 0.5 to i + 0.5 on both.
+
+Source: Seince et al., Pix2Rep, MIDL 2024 (sampled pixels).
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def foreground_mask(volumes: Float[Tensor, "batch channel *shape"]) -> Bool[Tensor, " batch *shape"]:
+    """Return which voxels are brighter than the mean of their patch, channels averaged.
+
+    Needs no label: air is darker than the mean of any patch that holds some. In a patch without air it is the brighter part.
+    """
+    brightness = volumes.float().mean(dim=1)
+    return brightness > brightness.mean(dim=tuple(range(1, brightness.ndim)), keepdim=True)
+
+
+def draw_points(
+    generators: Sequence[torch.Generator],
+    valid: Bool[Tensor, " batch *shape"],
+    preferred: Bool[Tensor, " batch *shape"],
+    count: int,
+    preferred_share: float,
+) -> Int[Tensor, "batch {count} d"]:
+    """Draw voxels of each sample without replacement: a share of them from the preferred ones, the others from all.
+
+    Only valid voxels are drawn. Where a sample has fewer than wanted, those it has are repeated in turn; one without any
+    valid voxel gives invalid points, which its caller must rule out.
+
+    Args:
+        generators: one per sample; each gives one random number, a seed for the mask's device.
+        valid: voxels that may be drawn.
+        preferred: for instance the body.
+        count: points of each sample.
+        preferred_share: of the points, 0 to 1; a sample with fewer preferred voxels takes others.
+
+    Returns:
+        zyx in voxels, on the device of ``valid``.
+    """
+    shape = valid.shape[1:]
+    seeds = [int(torch.randint(2**62, (1,), generator=generator)) for generator in generators]
+    scores = torch.stack(
+        [torch.rand(math.prod(shape), generator=torch.Generator(valid.device).manual_seed(seed), device=valid.device)
+         for seed in seeds]
+    )  # fmt: skip
+    allowed = valid.flatten(1)
+    count_preferred = min(round(count * preferred_share), scores.shape[1])
+    # random numbers lie below 1, so a class of voxels that is wanted more comes first as a whole
+    first = (scores + allowed + (allowed & preferred.flatten(1))).topk(count_preferred, dim=1).indices
+    taken = torch.zeros_like(allowed).scatter(1, first, True)
+    others = min(count, scores.shape[1]) - count_preferred
+    second = (scores + 1 + allowed).masked_fill(taken, 0).topk(others, dim=1).indices
+    chosen = torch.cat([first, second], dim=1)
+    usable = allowed.gather(1, chosen)
+    chosen = chosen.gather(1, usable.int().argsort(dim=1, descending=True, stable=True))
+    turn = torch.arange(count, device=valid.device) % usable.sum(dim=1, keepdim=True).clamp_min(1)
+    return torch.stack(torch.unravel_index(chosen.gather(1, turn), shape), dim=-1)
+
+
+def interpolate_at(
+    feature_map: Float[Tensor, "batch channel *grid"], points_vox: Float[Tensor, "batch points d"], shape: Sequence[int]
+) -> Float[Tensor, "batch points channel"]:
+    """Return the features at points, linear between the centres of the map's cells and constant beyond the outer ones.
+
+    Memory grows with the number of points, not of voxels.
+
+    Args:
+        feature_map: of any resolution; covers the patch.
+        points_vox: zyx in voxels of the patch.
+        shape: voxels of the patch.
+
+    Returns:
+        Features in float32, also of a map in half precision. At the centre of a cell they are the cell's, to the bit.
+    """
+    grid = feature_map.shape[2:]
+    corners, weights = [], []
+    lower, share = [], []
+    for axis, (cells, voxels) in enumerate(zip(grid, shape, strict=True)):
+        place = points_vox[..., axis] if cells == voxels else (points_vox[..., axis] + 0.5) * (cells / voxels) - 0.5
+        place = place.clamp(0, cells - 1)
+        below = place.floor().clamp(max=max(cells - 2, 0))
+        lower.append(below.long())
+        share.append(place - below)
+    for corner in itertools.product((0, 1), repeat=len(grid)):
+        index = torch.zeros_like(lower[0])
+        weight = torch.ones_like(share[0])
+        for axis, upper in enumerate(corner):
+            index = index * grid[axis] + (lower[axis] + upper).clamp(max=grid[axis] - 1)
+            weight = weight * (share[axis] if upper else 1 - share[axis])
+        corners.append(index)
+        weights.append(weight)
+    # one gather for all corners: its backward makes one gradient of the map's size, not one for each corner
+    index = torch.cat(corners, dim=1)[:, None].expand(-1, feature_map.shape[1], -1)
+    values = feature_map.flatten(2).gather(2, index).float().unflatten(2, (len(corners), -1))
+    return (values * torch.stack(weights, dim=1)[:, None].float()).sum(dim=2).transpose(1, 2)
