@@ -6,13 +6,13 @@ preprocessed arrays (after ``transpose_forward``): z, y, x, or y, x in 2D. Lengt
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
 from nnssl.schema import STRICT, parse
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PLANS_NAME = "nnsslPlans"
 
 
@@ -72,6 +72,22 @@ class StageSchedule:
 
 
 @dataclass(frozen=True)
+class DenseSampling:
+    """Which features describe a point, and how many points a step can compare."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    features: Literal["single", "pyramid"]
+    """``single``: the last decoder stage; ``pyramid``: all decoder stages and the bottleneck, side by side."""
+    channels: int
+    """Features of a point."""
+    contrast_points: int
+    """Pairs of points in a step where every point is compared with every other."""
+    correlation_points: int
+    """Pairs of points in a step where only correlations of dimensions are made."""
+
+
+@dataclass(frozen=True)
 class PretextConfiguration:
     """What the pretext methods take from the data for one configuration of the plan."""
 
@@ -95,6 +111,7 @@ class PretextConfiguration:
     tokens: TokenGrid | None
     """None without a transformer."""
     transformer: TransformerSize | None
+    dense: DenseSampling
     queue_length: int
     """Keys that a momentum-contrast queue holds."""
     teacher_momentum: float

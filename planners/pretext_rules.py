@@ -15,8 +15,9 @@ from nnunetv2.configuration import ANISO_THRESHOLD
 from nnssl.methods import METHODS, Stage
 from nnssl.momentum import momentum_for_run
 from nnssl.networks.backbone import build_network, encoder_strides
+from planners.dense_rules import decide_dense
 from planners.fingerprint import Fingerprint
-from planners.plan import Decision, PretextConfiguration, StageSchedule, TokenGrid, TransformerSize
+from planners.plan import Decision, DenseSampling, PretextConfiguration, StageSchedule, TokenGrid, TransformerSize
 from planners.presets import VIT_SIZES, Preset
 
 TOKENS_WANTED = 196
@@ -45,6 +46,7 @@ class PretextRules:
         budgets: by configuration, feature values that fit into memory; a missing one is taken from the plan's batch size.
         like: the plans file that was taken over, None for a plan from the data.
         plans_name: identifier of the plan.
+        spacing_given: whether the user chose the spacing.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class PretextRules:
         budgets: dict[str, float],
         like: Path | None,
         plans_name: str,
+        spacing_given: bool = False,
     ) -> None:
         self.preset = preset
         self.nnunet = nnunet
@@ -63,6 +66,7 @@ class PretextRules:
         self.budgets = budgets
         self.like = like
         self.plans_name = plans_name
+        self.spacing_given = spacing_given
         self.is_ct = "CT" in fingerprint.modalities
         self.modalities = fingerprint.modalities
         forward = list(nnunet["transpose_forward"])
@@ -79,7 +83,7 @@ class PretextRules:
             self._explain_network(name, base)
             features = self._feature_sizes(base["architecture"], base["patch_size"])
             budget = self.budgets.get(name, sum(features) * base["batch_size"])
-            views = self._decide_views(name, base)
+            views = {**self._decide_views(name, base), "dense": self._decide_dense(name, base)}
             self._decide_run(name, base, views, None, None, features, budget)
             hybrid = f"{name}_hybrid"
             tokens = self._decide_tokens(hybrid, base)
@@ -109,6 +113,8 @@ class PretextRules:
             rule = f"median over {cases} cases, {_mm(low)} to {_mm(high)} mm"
         if not self.like and len(base["spacing"]) == 3 and base["spacing"][0] < 0.99 * median[0]:
             rule += "; 10th percentile along the thick slices, so that thin ones are not thrown away"
+        if self.spacing_given:
+            rule = f"given with --spacing; {rule}"
         say("spacing", f"{_mm(base['spacing'])} mm", source or rule)
         forward = tuple(self.nnunet["transpose_forward"])
         order = "as stored" if forward == (0, 1, 2) else "axis of the largest spacing first"
@@ -304,6 +310,13 @@ class PretextRules:
             "intensity_views": self._decide_intensity(name),
         }
 
+    def _decide_dense(self, name: str, base: dict[str, Any]) -> DenseSampling:
+        features = base["architecture"]["arch_kwargs"]["features_per_stage"]
+        sampling, decisions = decide_dense(features, base["patch_size"], self.preset)
+        for decision in decisions:
+            self._say(name, *decision)
+        return sampling
+
     def _decide_run(
         self,
         name: str,
@@ -319,8 +332,8 @@ class PretextRules:
         schedules = {
             stage.name: self._decide_schedule(name, stage, features, budget, tokens, size, patches) for stage in stages
         }
-        # a teacher follows a student, and only a stage that trains the encoder has one
-        taught = [schedules[stage.name] for stage in stages if stage.encoder_graphs]
+        # a teacher sees what its student sees, without a graph
+        taught = [schedules[stage.name] for stage in stages if stage.encoder_graphs and stage.encoder_passes]
         queue, momentum = self._decide_teacher(name, patches, taught)
         self.configurations[name] = PretextConfiguration(
             **views,

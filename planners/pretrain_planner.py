@@ -7,9 +7,10 @@ What pretraining needs beyond that is in ``planners.pretext_rules``.
 
 import contextlib
 import io
+import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
 from nnssl.paths import Folders
+from planners.dense_rules import widen_last_stage
 from planners.fingerprint import Fingerprint, check_set_aside, nnunet_fingerprint
 from planners.plan import PLANS_NAME, SCHEMA_VERSION, Plan, Pretext, write_plan
 from planners.presets import Preset, find_preset
@@ -79,6 +81,8 @@ def plan_pretraining(
     plans_name: str = PLANS_NAME,
     like: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
+    spacing_mm: Sequence[float] | None = None,
+    dense_width: int | None = None,
 ) -> Plan:
     """Plan the pretraining of a data set and write the plan.
 
@@ -92,25 +96,36 @@ def plan_pretraining(
         plans_name: identifier of the plan.
         like: plans file of nnU-Net whose spacing, patch and networks are taken over; None to plan from the data.
         say: called with lines for the user.
+        spacing_mm: z, y, x as stored, in place of the one from the data; 2D takes its plane.
+        dense_width: channels of the stages at full resolution, in place of the preset's.
 
     Returns:
         The plan as read back from its file.
 
     Raises:
-        UserError: ``like`` does not fit (channels, dimensions), the preset is unknown, or a file cannot be written.
+        UserError: ``like`` does not fit (channels, dimensions) or leaves nothing to choose, the preset is unknown, the width
+            does not fit into memory, or a file cannot be written.
     """
     preset = find_preset(preset_name)
+    if like is not None and (spacing_mm is not None or dense_width is not None):
+        raise UserError(
+            f"{like}: decides spacing and width, so --spacing and --dense-width cannot be given with --like"
+        )
+    if spacing_mm is not None and not (len(spacing_mm) == 3 and all(0 < mm < math.inf for mm in spacing_mm)):
+        raise UserError(f"--spacing {' '.join(f'{mm:g}' for mm in spacing_mm)}: three lengths in mm above 0 are wanted")
     check_set_aside(fingerprint)
     names = {str(i): name for i, name in enumerate(fingerprint.channel_names)}
     dataset_json = {**dataset.dataset_json, "channel_names": names}
     if like is None:
-        nnunet, planner = _plan_from_data(dataset, dataset_json, fingerprint, preset, plans_name)
+        nnunet, planner = _plan_from_data(dataset, dataset_json, fingerprint, preset, plans_name, spacing_mm)
         planned = nnunet["configurations"]
         budgets = {name: _budget(planner, len(planned[name]["spacing"])) for name in planned}
+        if dense_width is not None:
+            widen_last_stage(nnunet, dense_width, len(names), budgets)
     else:
         nnunet = _plan_like(like, dataset, fingerprint, plans_name)
         budgets = {}
-    rules = PretextRules(fingerprint, preset, nnunet, len(dataset_json["channel_names"]), budgets, like, plans_name)
+    rules = PretextRules(fingerprint, preset, nnunet, len(names), budgets, like, plans_name, spacing_mm is not None)
     rules.decide()
     pretext = Pretext(
         schema_version=SCHEMA_VERSION,
@@ -135,13 +150,23 @@ def plan_pretraining(
 
 
 def _plan_from_data(
-    dataset: RawDataset, dataset_json: dict[str, Any], fingerprint: Fingerprint, preset: Preset, plans_name: str
+    dataset: RawDataset,
+    dataset_json: dict[str, Any],
+    fingerprint: Fingerprint,
+    preset: Preset,
+    plans_name: str,
+    spacing_mm: Sequence[float] | None,
 ) -> tuple[dict[str, Any], ExperimentPlanner]:
     planner_class = PLANNERS[preset.encoder]
     quiet = contextlib.redirect_stdout(io.StringIO())
     with _staged(dataset, dataset_json, fingerprint), quiet:
         with _without_warnings():
-            planner = planner_class(dataset.name, gpu_memory_target_in_gb=preset.memory_gb, plans_name=plans_name)
+            planner = planner_class(
+                dataset.name,
+                gpu_memory_target_in_gb=preset.memory_gb,
+                plans_name=plans_name,
+                overwrite_target_spacing=None if spacing_mm is None else [float(mm) for mm in spacing_mm],
+            )
         planner.reader_name = dataset.reader
         planner.UNet_base_num_features = preset.base_features
         planner.UNet_max_features_2d, planner.UNet_max_features_3d = preset.max_features

@@ -13,3 +13,15 @@ class RepRecGenerativeTrainer(PretrainTrainer):
     """RepRec, stage 2: masked recovery of the encoder's features by the transformer."""
 
     stage = "reprec.generative"
+
+
+class Pix2RepTrainer(PretrainTrainer):
+    """Pix2Rep v1: contrast of points, for encoder and decoder."""
+
+    stage = "pix2rep.dense"
+
+
+class Pix2RepV2Trainer(PretrainTrainer):
+    """Pix2Rep v2: redundancy reduction over points, for encoder and decoder."""
+
+    stage = "pix2rep_v2.dense"

@@ -32,6 +32,19 @@ def make_parser() -> argparse.ArgumentParser:
         "--like-plans", default="nnUNetPlans", metavar="PLANS", help="which plan of --like (default: nnUNetPlans)"
     )
     parser.add_argument(
+        "--spacing",
+        nargs=3,
+        type=float,
+        metavar="MM",
+        help="resample to this spacing, z y x (default: from the data); 2d takes the last two",
+    )
+    parser.add_argument(
+        "--dense-width",
+        type=positive_int,
+        metavar="N",
+        help="channels of the network at full resolution, which dense methods read (default: by --preset)",
+    )
+    parser.add_argument(
         "--channel-names",
         nargs="+",
         metavar="NAME",
@@ -78,7 +91,9 @@ def _run(args: argparse.Namespace) -> None:
                 f"--like {args.like}: {like} is missing; run nnUNetv2_plan_and_preprocess -d {args.like} first"
             )
     fingerprint = read_or_extract(dataset, folders, processes, say)
-    plan = plan_pretraining(dataset, fingerprint, folders, preset, args.plans, like, say)
+    plan = plan_pretraining(
+        dataset, fingerprint, folders, preset, args.plans, like, say, args.spacing, args.dense_width
+    )
     for line in format_decisions(plan):
         say(line)
     report = None
@@ -90,7 +105,7 @@ def _run(args: argparse.Namespace) -> None:
         )
     for line in format_set_aside(fingerprint, report):
         say(line)
-    say(f"next: nnssl_pretrain -m reprec -d {dataset.name}")
+    say(f"next: nnssl_pretrain -m reprec -d {dataset.name} (or another method: nnssl_info)")
 
 
 def default_processes() -> int:

@@ -84,6 +84,42 @@ METHODS = {
             ),
         ),
     ),
+    "pix2rep": Method(
+        name="pix2rep",
+        title="Pix2Rep: equivariant contrast of points, for encoder and decoder",
+        source="Seince et al., Dense Self-Supervised Learning for Medical Image Segmentation, MIDL 2024",
+        backbone="a convolutional U-Net",
+        configurations=("3d_fullres", "2d"),
+        stages=(
+            Stage(
+                name="pix2rep.dense",
+                trainer="Pix2RepTrainer",
+                implementation="nnssl.methods.pix2rep:Pix2Rep",
+                encoder_graphs=2,
+                encoder_passes=0,
+                decoder_graphs=2,
+                useful_batch=2,
+            ),
+        ),
+    ),
+    "pix2rep_v2": Method(
+        name="pix2rep_v2",
+        title="Pix2Rep v2: Barlow Twins over points, for encoder and decoder",
+        source="Seince et al., Dense Self-Supervised Learning for Medical Image Segmentation, MIDL 2024",
+        backbone="a convolutional U-Net",
+        configurations=("3d_fullres", "2d"),
+        stages=(
+            Stage(
+                name="pix2rep_v2.dense",
+                trainer="Pix2RepV2Trainer",
+                implementation="nnssl.methods.pix2rep:Pix2RepV2",
+                encoder_graphs=2,
+                encoder_passes=0,
+                decoder_graphs=2,
+                useful_batch=2,
+            ),
+        ),
+    ),
 }
 
 

@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nnssl.distributed import standardise_over_ranks
 from nnssl.networks.hybrid import initialise_linear, map_to_tokens, transformer_blocks
 
 
@@ -30,6 +31,31 @@ class PooledProjection(nn.Module):
         """Return one embedding of unit norm per sample, in float32."""
         positions = nn.functional.relu(self.hidden(map_to_tokens(feature_map)))
         return nn.functional.normalize(self.project(positions.mean(dim=1)).float(), dim=1)
+
+
+class PointProjection(nn.Module):
+    """``g``: a perceptron with one hidden layer and batch normalisation, for the features of points.
+
+    Source: Seince et al., Pix2Rep, MIDL 2024, and the authors' code (hidden width 256, batch normalisation, ReLU).
+    Deviations: statistics are always those of the batch, of all processes; the head never leaves, so it needs no running ones.
+
+    Args:
+        channels: features of a point.
+        hidden: width of the hidden layer.
+        dimensions: of the embedding.
+    """
+
+    def __init__(self, channels: int, hidden: int, dimensions: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(channels, hidden, bias=False)
+        self.scale = nn.Parameter(torch.ones(hidden))
+        self.shift = nn.Parameter(torch.zeros(hidden))
+        self.project = nn.Linear(hidden, dimensions)
+
+    def forward(self, features: Float[Tensor, "points channel"]) -> Float[Tensor, "points dimension"]:
+        """Return the embeddings of points, of any scale."""
+        hidden = standardise_over_ranks(self.hidden(features).float()) * self.scale + self.shift
+        return self.project(nn.functional.relu(hidden))
 
 
 class TokenDecoder(nn.Module):

@@ -52,7 +52,7 @@ def tiny_plan(dataset_name: str = "Dataset501_Source", channels: int = 1) -> dic
             }
             for channel in range(channels)
         },
-        "pretext": {"schema_version": 1, "num_cases": 99},
+        "pretext": {"schema_version": 2, "num_cases": 99},
     }  # fmt: skip
 
 

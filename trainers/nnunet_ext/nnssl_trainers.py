@@ -1,6 +1,12 @@
 """What ``nnUNet_extTrainer`` points at: nnU-Net imports this module by itself and finds nnssl's trainers in it."""
 
 from trainers.finetune import FinetuneTrainer
-from trainers.pretext import RepRecContrastiveTrainer, RepRecGenerativeTrainer
+from trainers.pretext import Pix2RepTrainer, Pix2RepV2Trainer, RepRecContrastiveTrainer, RepRecGenerativeTrainer
 
-__all__ = ["FinetuneTrainer", "RepRecContrastiveTrainer", "RepRecGenerativeTrainer"]
+__all__ = [
+    "FinetuneTrainer",
+    "Pix2RepTrainer",
+    "Pix2RepV2Trainer",
+    "RepRecContrastiveTrainer",
+    "RepRecGenerativeTrainer",
+]

@@ -13,42 +13,10 @@ from nnssl.methods.settings import resolve_stage
 from nnssl.momentum import update_teacher
 from nnssl.networks.backbone import build_network
 from nnssl.networks.hybrid import map_to_tokens
-from planners.plan import PretextConfiguration, StageSchedule, TokenGrid, TransformerSize
+from tests.nnssl.methods.tiny_configuration import make_configuration
 from tests.nnssl.networks.test_hybrid import PATCHES, architecture
 
 CHANNELS = 2
-
-
-def make_configuration(dim: int) -> PretextConfiguration:
-    patch = PATCHES[dim]
-    spacing = (6.0, 1.0, 1.5)[-dim:]
-    stride = {2: (2, 2), 3: (1, 2, 2)}[dim]
-    grid = tuple(n // s for n, s in zip(patch, stride, strict=True))
-    return PretextConfiguration(
-        case_folder="cases",
-        patch_size=patch,
-        spacing_mm=spacing,
-        thick_axis=0 if dim == 3 else None,
-        crop_fraction=(0.5, 1.0),
-        crop_overlap=0.7,
-        rotation_deg=(180.0, 0.0, 0.0)[: 1 if dim == 2 else 3],
-        flip_axes=(dim - 2, dim - 1),
-        intensity_views=("contrast", "brightness", "gamma", "inversion"),
-        tokens=TokenGrid(
-            stage=1,
-            grid=grid,
-            size_vox=stride,
-            size_mm=tuple(s * mm for s, mm in zip(stride, spacing, strict=True)),
-            mask_block=(1, 2, 2)[-dim:],
-        ),
-        transformer=TransformerSize(width=16, depth=2, heads=2, decoder_depth=1),
-        queue_length=10,
-        teacher_momentum=0.9,
-        schedules={
-            name: StageSchedule(batch_size=4, epochs=50, iterations_per_epoch=10, warmup_epochs=2)
-            for name in ("reprec.contrastive", "reprec.generative")
-        },
-    )
 
 
 def make_stage(stage: str, dim: int, *overrides: str):

@@ -1,0 +1,321 @@
+"""Pix2Rep: dense equivariant contrast that pretrains encoder and decoder together.
+
+Source: Seince et al., Dense Self-Supervised Learning for Medical Image Segmentation (Pix2Rep), MIDL 2024; the authors' code
+(v1 only) for the numbers that the paper does not state.
+
+A patch ``x`` gets two draws of intensity changes, ``t`` and ``t'``, and one draw of a spatial map ``phi``. One branch warps
+after the network, ``z_a = g(phi . f(t(x)))``, the other before it, ``z_b = g(f(phi . t'(x)))``. At the same point of the
+view both describe the same tissue. v1 contrasts pairs of points (NT-Xent), v2 decorrelates dimensions (Barlow Twins). There
+is no teacher and no stopped gradient: both branches train ``f``, the whole U-Net up to its segmentation layers, and ``g``.
+``f`` leaves, ``g`` does not.
+
+Deviations:
+    * Order of warp and ``g``: the paper warps the projected map, ``phi . g(f(t(x)))``. Here ``f`` is interpolated at the
+      sampled points and ``g`` works on points: the projected map of full resolution is never made, and memory grows with
+      points. Where ``phi`` hits voxel centres the two are the same.
+    * Valid points: in the authors' code a point whose source lies outside of the patch is a zero vector that takes part in
+      the loss. Here only points whose source lies inside the patch are drawn.
+    * Where points are drawn: the code draws them from all voxels of slices that were cropped around the reference
+      segmentation. Here nothing is cropped, and half of the points are drawn from voxels brighter than their patch's mean.
+    * Number of points: "1,000" is per image in the text and per batch in the code. ``points`` is the number in a step,
+      ``points_per_image`` overrides it. v2 correlates all pixels in the paper, here the drawn points.
+    * ``phi``: built in millimetres (``views.spatial``), about the axis of thick slices only; flips are drawn axis by axis.
+      The code turns by at most 90 degrees and never flips two axes.
+    * Inversion: the code has ``1 - x`` on values that were clipped and not scaled; here ``p1 + p99 - x``. CT is not inverted.
+    * Features: the paper widens the last decoder stage to 1,024 maps, which costs 8.6 GB for one patch of 128^3. ``single``
+      reads the plan's last stage, ``pyramid`` all decoder stages side by side (Goncharov et al., vox2vec, MICCAI 2023).
+    * v2's weight and dimensions are not stated: those of Barlow Twins (0.0051) and of v1's head (256).
+    * The code keeps the checkpoint of the best validation loss; here the last one leaves.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from nnssl.collapse import retrieval_top1
+from nnssl.losses.barlow_twins import barlow_twins
+from nnssl.losses.nt_xent import nt_xent
+from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput
+from nnssl.methods.settings import TrainingSettings
+from nnssl.networks.dense import DenseKind, dense_channels, dense_maps
+from nnssl.networks.heads import PointProjection
+from nnssl.schema import STRICT
+from nnssl.views.intensity import IntensityRange, apply_intensity, draw_intensity, restrict_to
+from nnssl.views.points import draw_points, foreground_mask, interpolate_at
+from nnssl.views.spatial import AffineRange, apply_affine, draw_affine, map_points, valid_mask
+
+Share = Annotated[float, Field(ge=0, le=1)]
+ENCODER_AND_DECODER = ("encoder.", "decoder.encoder.", "decoder.transpconvs.", "decoder.stages.")
+MONITORED_POINTS = 256
+"""Points of a step that retrieval is measured on."""
+
+TRAINING = TrainingSettings(
+    epochs=200,  # [P]
+    iterations_per_epoch=250,
+    batch_size=8,  # [P]
+    optimizer="adamw",  # [P] Adam: without weight decay the two are the same
+    learning_rate=5e-4,  # [P]
+    momentum=(0.9, 0.999),
+    weight_decay=0.0,  # [P]
+    learning_rate_schedule="constant",  # [C]
+    warmup_epochs=0,  # [C]
+    gradient_clip=12.0,  # nnU-Net's
+)
+
+
+@dataclass(frozen=True)
+class DenseSettings:
+    """What both versions share: the paper's numbers [P], those of the authors' code [C], or recommended ones [R]."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    training: TrainingSettings
+    points: Annotated[int, Field(ge=2)] = 1000  # [C]
+    """Pairs of points in a step, over all processes; the same number of each image."""
+    points_per_image: Annotated[int, Field(ge=0)] = 0  # [P] 1,000, read as the text has it
+    """Pairs of points of each image; 0 to share out ``points``."""
+    foreground_share: Share = 0.5  # [R]
+    """Of the points, drawn from the brighter voxels; the others from all."""
+    features: DenseKind = "single"  # [P]
+    hidden_dimensions: Annotated[int, Field(ge=1)] = 256  # [C]
+    embedding_dimensions: Annotated[int, Field(ge=2)] = 256  # [C]
+    crop_fraction: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.11, 0.9)  # [C]
+    """Share of the patch's area or volume that the second view shows; in the code 0.33 to 0.95 of each side."""
+    rotation_deg: tuple[Annotated[float, Field(ge=0, le=180)], ...] = (90.0,)  # [C]
+    flip_axes: tuple[int, ...] = (0, 1)  # [P]
+    flip_probability: Share = 0.5
+    intensity_views: tuple[str, ...] = ("brightness", "contrast", "noise", "bias_field", "inversion")  # [P]
+    brightness: Annotated[float, Field(ge=0)] = 0.4  # not stated; in standard deviations of the patch
+    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.4  # not stated
+    inversion_probability: Share = 0.35  # [C]
+    bias_field: Annotated[float, Field(ge=0)] = 0.3  # [R]; 0.9 in the code, on values that are not z-scored
+    bias_field_probability: Share = 0.75  # [C]
+    noise: Annotated[float, Field(ge=0)] = 0.5  # [C] in standard deviations of the patch
+    noise_probability: Share = 0.3  # [C]
+    blur_vox: Annotated[float, Field(ge=0)] = 1.3  # [C]
+    blur_probability: Share = 0.5  # [C]
+    gamma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.95, 1.05)  # [C]
+    gamma_probability: Share = 0.9  # [C]
+
+
+@dataclass(frozen=True)
+class Pix2RepSettings(DenseSettings):
+    """Settings of v1."""
+
+    temperature: Annotated[float, Field(gt=0)] = 0.53  # [C]
+
+
+@dataclass(frozen=True)
+class Pix2RepV2Settings(DenseSettings):
+    """Settings of v2."""
+
+    points: Annotated[int, Field(ge=2)] = 16_384  # [R]; all pixels in the paper
+    off_diagonal_weight: Annotated[float, Field(ge=0)] = 0.0051  # Barlow Twins
+
+
+@dataclass(frozen=True)
+class EquivariantViews:
+    """Both views of a batch, and the points at which they are compared."""
+
+    before: Float[Tensor, "batch channel *shape"]
+    """``t(x)``, which is warped after the network."""
+    warped: Float[Tensor, "batch channel *shape"]
+    """``phi . t'(x)``."""
+    points_before: Float[Tensor, "batch points d"]
+    """Where the points lie in ``before``, zyx in voxels."""
+    points_warped: Float[Tensor, "batch points d"]
+    """The same points in ``warped``: centres of voxels."""
+
+
+class Pix2Rep(PretextMethod):
+    """v1: NT-Xent over sampled points of the whole batch.
+
+    Args:
+        network: the plan's U-Net.
+        settings: resolved.
+        configuration: the plan's pretext configuration.
+    """
+
+    defaults: ClassVar[Pix2RepSettings] = Pix2RepSettings(training=TRAINING)
+
+    def __init__(self, network: Any, settings: Pix2RepSettings, configuration: Any) -> None:
+        super().__init__()
+        self.settings = settings
+        self.configuration = configuration
+        self.network = trained_up_to_segmentation(network)
+        self.head = point_head(network, settings)
+
+    @classmethod
+    def from_plan(cls, configuration: Any) -> dict[str, Any]:
+        """Return what views and features the plan has, and the points that it has memory for."""
+        return {**dense_from_plan(configuration), "points": configuration.dense.contrast_points}
+
+    def make_views(
+        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
+    ) -> EquivariantViews:
+        """Return both views of each patch and the points to compare them at."""
+        return make_equivariant_views(volumes, generators, self.settings, self.configuration.spacing_mm)
+
+    def losses(self, views: EquivariantViews, progress: float) -> StepOutput:
+        """Return NT-Xent of the pairs of points (the paper's loss of v1)."""
+        before, warped = embed_points(self.network, self.head, views, self.settings.features)
+        return dense_output({"contrast": nt_xent(before, warped, self.settings.temperature)}, before, warped)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Return encoder, decoder and head."""
+        return [ParameterGroup([p for p in self.parameters() if p.requires_grad])]
+
+    def exported(self) -> Exported:
+        """Return encoder and decoder."""
+        return Exported(pretrained=ENCODER_AND_DECODER)
+
+
+class Pix2RepV2(PretextMethod):
+    """v2: Barlow Twins over sampled points of the whole batch.
+
+    Args:
+        network: the plan's U-Net.
+        settings: resolved.
+        configuration: the plan's pretext configuration.
+    """
+
+    defaults: ClassVar[Pix2RepV2Settings] = Pix2RepV2Settings(training=TRAINING)
+
+    def __init__(self, network: Any, settings: Pix2RepV2Settings, configuration: Any) -> None:
+        super().__init__()
+        self.settings = settings
+        self.configuration = configuration
+        self.network = trained_up_to_segmentation(network)
+        self.head = point_head(network, settings)
+
+    @classmethod
+    def from_plan(cls, configuration: Any) -> dict[str, Any]:
+        """Return what views and features the plan has, and the points that it has memory for."""
+        return {**dense_from_plan(configuration), "points": configuration.dense.correlation_points}
+
+    def make_views(
+        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
+    ) -> EquivariantViews:
+        """Return both views of each patch and the points to compare them at."""
+        return make_equivariant_views(volumes, generators, self.settings, self.configuration.spacing_mm)
+
+    def losses(self, views: EquivariantViews, progress: float) -> StepOutput:
+        """Return Barlow Twins' loss of the pairs of points (the paper's loss of v2)."""
+        before, warped = embed_points(self.network, self.head, views, self.settings.features)
+        loss = barlow_twins(before, warped, self.settings.off_diagonal_weight)
+        return dense_output({"redundancy": loss}, before, warped)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Return encoder, decoder and head."""
+        return [ParameterGroup([p for p in self.parameters() if p.requires_grad])]
+
+    def exported(self) -> Exported:
+        """Return encoder and decoder."""
+        return Exported(pretrained=ENCODER_AND_DECODER)
+
+
+def trained_up_to_segmentation(network: Any) -> Any:
+    """Return the network with the gradient on for all but its segmentation layers."""
+    network.requires_grad_(True)
+    network.decoder.seg_layers.requires_grad_(False)
+    return network
+
+
+def point_head(network: Any, settings: DenseSettings) -> PointProjection:
+    """Return ``g`` for the features of a point."""
+    channels = dense_channels(network.encoder.output_channels, settings.features)
+    return PointProjection(channels, settings.hidden_dimensions, settings.embedding_dimensions)
+
+
+def dense_from_plan(configuration: Any) -> dict[str, Any]:
+    """Return what both versions take from the plan."""
+    return {
+        "features": configuration.dense.features,
+        "crop_fraction": configuration.crop_fraction,
+        "rotation_deg": configuration.rotation_deg,
+        "flip_axes": configuration.flip_axes,
+        "intensity_views": configuration.intensity_views,
+    }
+
+
+def make_equivariant_views(
+    volumes: Float[Tensor, "batch channel *shape"],
+    generators: Sequence[torch.Generator],
+    settings: DenseSettings,
+    spacing_mm: Sequence[float],
+) -> EquivariantViews:
+    """Return ``t(x)``, ``phi . t'(x)`` and the points at which they are compared.
+
+    Args:
+        volumes: raw patches.
+        generators: one per sample.
+        settings: of the method.
+        spacing_mm: of the patches' voxels.
+    """
+    channels = volumes.shape[1]
+    intensity = intensity_range(settings)
+    before = apply_intensity(volumes, draw_intensity(generators, intensity, channels))
+    ranges = AffineRange(settings.crop_fraction, settings.rotation_deg, settings.flip_axes, settings.flip_probability)
+    phi = draw_affine(generators, ranges, volumes.shape[2:], spacing_mm)
+    warped = apply_affine(apply_intensity(volumes, draw_intensity(generators, intensity, channels)), phi)
+    body = apply_affine(foreground_mask(volumes)[:, None].float(), phi, mode="nearest")[:, 0] > 0.5
+    valid = valid_mask(phi, volumes.shape[2:], volumes.device)
+    count = points_of_image(settings, volumes.shape[2:])
+    points = draw_points(generators, valid, body, count, settings.foreground_share).float()
+    return EquivariantViews(before, warped, map_points(points, phi, "to_input"), points)
+
+
+def points_of_image(settings: DenseSettings, shape: Sequence[int]) -> int:
+    """Return how many points are drawn from each image: what the settings say, but at most a quarter of its voxels."""
+    wanted = settings.points_per_image or settings.points // settings.training.batch_size
+    return max(1, min(wanted, math.prod(shape) // 4))
+
+
+def intensity_range(settings: DenseSettings) -> IntensityRange:
+    """Return the intensity changes ``t`` of the settings."""
+    ranges = IntensityRange(
+        brightness_std=settings.brightness,
+        contrast=settings.contrast,
+        inversion_probability=settings.inversion_probability,
+        bias_field=settings.bias_field,
+        bias_field_probability=settings.bias_field_probability,
+        noise_std=settings.noise,
+        noise_probability=settings.noise_probability,
+        blur_vox=(settings.blur_vox,) * 3,
+        blur_probability=settings.blur_probability,
+        gamma=settings.gamma,
+        gamma_probability=settings.gamma_probability,
+    )
+    return restrict_to(ranges, settings.intensity_views)
+
+
+def embed_points(
+    network: Any, head: nn.Module, views: EquivariantViews, kind: DenseKind
+) -> tuple[Float[Tensor, "pairs d"], Float[Tensor, "pairs d"]]:
+    """Return ``z_a`` and ``z_b`` at the points of all images, image by image."""
+    shape = views.before.shape[2:]
+    # one pass for both branches: nnU-Net's networks normalise every sample by itself
+    maps = dense_maps(network, torch.cat([views.before, views.warped]), kind)
+    sides = []
+    for half, points in enumerate((views.points_before, views.points_warped)):
+        features = [interpolate_at(each.chunk(2)[half], points, shape) for each in maps]
+        sides.append(head(torch.cat(features, dim=2).flatten(0, 1)))
+    return sides[0], sides[1]
+
+
+def dense_output(losses: dict[str, Tensor], before: Tensor, warped: Tensor) -> StepOutput:
+    """Return the loss, the embeddings for the collapse monitors, and how well a point is found in the other view."""
+    with torch.no_grad():
+        every = max(1, len(before) // MONITORED_POINTS)
+        first, second = before.detach()[::every].float(), warped.detach()[::every].float()
+        monitors = {
+            "positive_similarity": nn.functional.cosine_similarity(first, second, dim=1).mean(),
+            "retrieval_top1": retrieval_top1(first, second),
+        }
+    return StepOutput(losses=losses, embeddings=first, monitors=monitors)

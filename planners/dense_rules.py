@@ -1,0 +1,115 @@
+"""What dense pretext methods need of a plan: which features describe a point, and how many points fit into memory."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+from nnssl.errors import UserError
+from nnssl.networks.backbone import build_network
+from nnssl.networks.dense import DenseKind, dense_channels
+from planners.plan import DenseSampling
+from planners.presets import Preset
+
+PAPER_WIDTH = 1024
+"""Maps of Pix2Rep's last decoder stage; its baseline's is the width below which its results fell most (64 to 1,024)."""
+WIDE_ENOUGH = 64
+BYTES = 4
+CONTRAST_POINTS = (1000, 2048, 4096)
+"""Pix2Rep's number in 2D; more for volumes."""
+CONTRAST_SHARE = 0.1
+"""Of the memory target, for the similarities of all points with all: logits, their softmax and its gradient."""
+CORRELATION_POINTS = (4096, 16_384, 65_536)
+CORRELATION_SHARE = 0.25
+"""Of the memory target, for features and embeddings of all points on both sides, with their gradients."""
+HEAD_WIDTHS = 4 * 256
+"""Values of a point in Pix2Rep's head: hidden layer before and after its normalisation, embedding, standardised."""
+
+
+def decide_dense(
+    features_per_stage: Sequence[int], patch: Sequence[int], preset: Preset
+) -> tuple[DenseSampling, list[tuple[str, str, str]]]:
+    """Choose features and numbers of points.
+
+    Args:
+        features_per_stage: of the plan's network, full resolution first.
+        patch: voxels.
+        preset: the memory target.
+
+    Returns:
+        The choice, and (what, value, reason) for every decision.
+    """
+    target = preset.memory_gb * 1e9
+    last = features_per_stage[0]
+    kind: DenseKind = "single" if last >= WIDE_ENOUGH else "pyramid"
+    channels = dense_channels(list(features_per_stage), kind)
+    paper_gb = prod(patch) * PAPER_WIDTH * BYTES / 1e9
+    contrast = _most(CONTRAST_POINTS, CONTRAST_SHARE * target, _contrast_bytes)
+    correlation = _most(CORRELATION_POINTS, CORRELATION_SHARE * target, lambda n: _correlation_bytes(n, channels))
+    if kind == "single":
+        value = f"single: {last} channels of the last decoder stage"
+        reason = f"at least {WIDE_ENOUGH} wide"
+    else:
+        value = f"pyramid: {channels} channels of all decoder stages"
+        reason = (
+            f"the last stage alone has {last} (below {WIDE_ENOUGH}); the others add "
+            f"{contrast * 2 * (channels - last) * BYTES / 1e6:.2g} MB for {contrast} pairs of points"
+        )
+    reason += (
+        f"; Pix2Rep's {PAPER_WIDTH} full-size maps would take {paper_gb:.2g} GB a patch and pass (--dense-width widens)"
+    )
+    sampling = DenseSampling(features=kind, channels=channels, contrast_points=contrast, correlation_points=correlation)
+    return sampling, [
+        ("dense features", value, reason),
+        (
+            "points (contrast)",
+            str(contrast),
+            f"similarities of all with all take {_contrast_bytes(contrast) / 1e6:.0f} MB; at most {CONTRAST_SHARE:.0%} of the "
+            f"memory target, at least Pix2Rep's {CONTRAST_POINTS[0]}",
+        ),
+        (
+            "points (correlation)",
+            str(correlation),
+            f"features and embeddings take {_correlation_bytes(correlation, channels) / 1e6:.0f} MB; at most "
+            f"{CORRELATION_SHARE:.0%} of the memory target",
+        ),
+    ]
+
+
+def widen_last_stage(nnunet: dict[str, Any], width: int, channels: int, budgets: dict[str, float]) -> None:
+    """Give the first encoder and the last decoder stage of every configuration another width, in place.
+
+    The batch size follows by nnU-Net's rule.
+
+    Args:
+        nnunet: the plans file.
+        width: channels at full resolution.
+        channels: of the input.
+        budgets: by configuration, feature values that fit into memory.
+
+    Raises:
+        UserError: fewer than two patches would fit.
+    """
+    for name, budget in budgets.items():
+        configuration = nnunet["configurations"][name]
+        features = configuration["architecture"]["arch_kwargs"]["features_per_stage"]
+        configuration["architecture"]["arch_kwargs"]["features_per_stage"] = [width, *features[1:]]
+        network = build_network(configuration["architecture"], channels, 2, seed=0)
+        fits = int(budget // network.compute_conv_feature_map_size(tuple(configuration["patch_size"])))
+        if fits < 2:
+            raise UserError(
+                f"--dense-width {width}: fewer than two patches of {name} fit into memory; take a smaller width or a larger "
+                "--preset"
+            )
+        configuration["batch_size"] = min(configuration["batch_size"], fits)
+
+
+def _contrast_bytes(points: int) -> int:
+    return 3 * (2 * points) ** 2 * BYTES
+
+
+def _correlation_bytes(points: int, channels: int) -> int:
+    return 2 * 2 * points * (channels + HEAD_WIDTHS) * BYTES
+
+
+def _most(choices: Sequence[int], memory: float, needed: Any) -> int:
+    return max((n for n in choices if needed(n) <= memory), default=choices[0])
