@@ -1,8 +1,9 @@
 """A pretraining step against the bare network on the same batch: ``python -m tests.benchmarks.pretrain_step --dataset 501``.
 
-Bare is what no implementation of the stage can do without: contrastive, the encoder forward and backward on one view and
-forward on the other; generative, the encoder forward, the transformer and the token decoder forward and backward. Both are
-timed in turns in one process, under the same precision, so that a busy machine slows both.
+Bare is what no implementation of the stage can do without. RepRec, contrastive: the encoder forward and backward on one view
+and forward on the other; generative: the encoder forward, the transformer and the token decoder forward and backward.
+Pix2Rep: encoder and decoder forward and backward on both views. Both are timed in turns in one process, under the same
+precision, so that a busy machine slows both.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import torch
 
 from nnssl.data.raw import find_dataset
 from nnssl.methods import METHODS
+from nnssl.networks.dense import decoder_maps
 from nnssl.paths import resolve_folders
 from tests.benchmarks.machine import describe
 from trainers import pretext
@@ -45,6 +47,22 @@ def bare_generative(trainer: PretrainTrainer, views: Any) -> None:
     output.float().square().mean().backward()
 
 
+def bare_dense(trainer: PretrainTrainer, views: Any) -> None:
+    """Encoder and decoder on both views, with backward."""
+    method: Any = trainer.method
+    with trainer.precision.autocast(trainer.device):
+        output = decoder_maps(method.network, torch.cat([views.before, views.warped]))[-1]
+    output.float().square().mean().backward()
+
+
+BARE = {
+    "reprec.contrastive": bare_contrastive,
+    "reprec.generative": bare_generative,
+    "pix2rep.dense": bare_dense,
+    "pix2rep_v2.dense": bare_dense,
+}
+
+
 def timed(function: Callable[[], Any]) -> float:
     """Return the seconds a call takes."""
     started = perf_counter()
@@ -53,18 +71,21 @@ def timed(function: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    """Print one row for each stage of RepRec."""
+    """Print one row for each stage of a method."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", required=True)
-    parser.add_argument("--configuration", default="3d_fullres_hybrid")
+    parser.add_argument("--method", default="reprec", choices=METHODS)
+    parser.add_argument("--configuration", help="(default: the method's first)")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=8)
     args = parser.parse_args()
+    args.configuration = args.configuration or METHODS[args.method].configurations[0]
     folders = resolve_folders()
     path = find_plan(folders, find_dataset(args.dataset, folders), "nnsslPlans", print)
     print(describe())
     print("| stage | batch | step (s) | bare (s) | ratio | waiting for data |\n|---|---|---|---|---|---|")
-    for stage, bare in zip(METHODS["reprec"].stages, (bare_contrastive, bare_generative), strict=True):
+    for stage in METHODS[args.method].stages:
+        bare = BARE[stage.name]
         trainer = make_trainer(path, stage.trainer, args)
         trainer.dataloader_train, _ = trainer.get_dataloaders()
         trainer.method.train()

@@ -1,0 +1,85 @@
+"""Features and points of dense methods, and the two values with which a user overrules the planner's network."""
+
+import json
+import math
+
+import pytest
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnssl.errors import UserError
+from nnssl.networks.backbone import build_network
+from planners.dense_rules import CORRELATION_POINTS, decide_dense
+from planners.plan import DenseSampling
+from planners.presets import PRESETS
+from tests.planners.test_pretrain_planner import make_plan
+
+FEATURES = [16, 32, 64, 128, 128]
+
+
+def test_narrow_last_stage_takes_the_pyramid_and_says_what_it_costs():
+    sampling, decisions = decide_dense(FEATURES, (128, 112), PRESETS["cpu"])
+    assert sampling == DenseSampling("pyramid", 368, 1000, 4096)
+    reasons = {what: reason for what, _, reason in decisions}
+    # 2 sides x 1000 points x 352 more channels x 4 bytes; 128 x 112 x 1024 x 4 bytes
+    assert "add 2.8 MB for 1000 pairs" in reasons["dense features"]
+    assert "0.059 GB a patch" in reasons["dense features"]
+    assert "take 48 MB" in reasons["points (contrast)"]  # 3 x 2000 x 2000 x 4 bytes
+
+
+def test_wide_last_stage_is_read_alone():
+    sampling, decisions = decide_dense([64, *FEATURES[1:]], (128, 112), PRESETS["cpu"])
+    assert (sampling.features, sampling.channels) == ("single", 64)
+    assert "at least 64 wide" in decisions[0][2]
+
+
+def test_points_grow_with_memory_and_stay_within_it():
+    sizes = [decide_dense(FEATURES, (64, 64, 64), PRESETS[name])[0] for name in ("cpu", "8gb", "80gb")]
+    assert [s.contrast_points for s in sizes] == [1000, 2048, 4096]
+    assert sizes[0].correlation_points < sizes[1].correlation_points <= sizes[2].correlation_points
+    for sampling, name in zip(sizes[1:], ("8gb", "80gb"), strict=True):
+        target = PRESETS[name].memory_gb * 1e9
+        assert 3 * (2 * sampling.contrast_points) ** 2 * 4 <= 0.1 * target
+        assert sampling.correlation_points in CORRELATION_POINTS
+
+
+@pytest.mark.parametrize("kind", ["iso", "thick"])
+def test_spacing_is_what_is_given(kind, nnunet_folders):
+    plan = make_plan(kind, spacing_mm=(10.0, 3.0, 3.0))
+    assert plan.configuration("3d_fullres").spacing_mm == (10.0, 3.0, 3.0)
+    assert plan.configuration("2d").spacing_mm == (3.0, 3.0)
+    told = {d.what: d.reason for d in plan.pretext.decisions if d.configuration == "data set"}
+    assert told["spacing"].startswith("given with --spacing")
+    usual = make_plan(kind)
+    assert math.prod(plan.configuration("2d").patch_size) < math.prod(usual.configuration("2d").patch_size)
+    assert "given with" not in str(usual.pretext.decisions)
+
+
+def test_width_is_what_is_given_and_stock_nnunet_builds_it(nnunet_folders):
+    usual, wide = make_plan("thick", preset="8gb"), make_plan("thick", preset="8gb", dense_width=96)
+    manager = PlansManager(json.loads(json.dumps(wide.nnunet)))
+    for name in ("2d", "3d_fullres", "2d_hybrid"):
+        configuration = manager.get_configuration(name)
+        assert configuration.configuration["architecture"]["arch_kwargs"]["features_per_stage"][0] == 96
+        network = build_network(configuration.configuration["architecture"], 1, 3, seed=0)
+        assert network.decoder.seg_layers[-1].in_channels == 96
+        assert wide.configuration(name).dense.features == "single"
+    for name in ("2d", "3d_fullres"):
+        before, after = (p.nnunet["configurations"][name]["batch_size"] for p in (usual, wide))
+        assert 2 <= after <= before
+        stage = "pix2rep.dense"
+        before, after = (p.configuration(name).schedules[stage].batch_size for p in (usual, wide))
+        assert 2 <= after < before
+    assert usual.configuration("2d").dense.features == "pyramid"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dense_width": 4096}, r"--dense-width 4096: fewer than two patches"),
+        ({"spacing_mm": (1.0, 2.0)}, r"--spacing 1 2: three lengths"),
+        ({"spacing_mm": (0.0, 2.0, 2.0)}, r"--spacing 0 2 2: three lengths"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(arguments, message, nnunet_folders):
+    with pytest.raises(UserError, match=message):
+        make_plan("iso", **arguments)
