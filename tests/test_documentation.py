@@ -172,7 +172,15 @@ def test_defaults_are_those_of_the_code(stage):
 def test_every_key_of_the_plan_is_documented():
     text = (DOCUMENTATION / "plan_format.md").read_text()
     documented = {row[0].strip("`") for row in table_rows(text)}
-    classes = ("Pretext", "PretextConfiguration", "TokenGrid", "TransformerSize", "StageSchedule", "Decision")
+    classes = (
+        "Pretext",
+        "PretextConfiguration",
+        "TokenGrid",
+        "DenseSampling",
+        "TransformerSize",
+        "StageSchedule",
+        "Decision",
+    )
     keys = {field.name for name in classes for field in fields(getattr(plan_module, name))}
     assert documented == keys
 
