@@ -44,6 +44,13 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     return importlib.import_module(SCRIPTS[command].partition(":")[0]).make_parser()
 
 
+def parsers_of(command: str) -> list[argparse.ArgumentParser]:
+    """Return the parser of a command and those of its subcommands."""
+    parser = parser_of(command)
+    subparsers = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return [parser, *(each for choices in subparsers for each in choices.values())]
+
+
 def split_code(text: str) -> tuple[str, list[tuple[str, str]]]:
     """Return a page's text without its fenced blocks, and the blocks as (language, content)."""
     blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
@@ -135,7 +142,9 @@ def test_shown_pretraining_can_be_asked_for():
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_flags_in_the_text_exist(page):
-    known = {option for command in SCRIPTS for option in parser_of(command)._option_string_actions}
+    known = {
+        option for command in SCRIPTS for parser in parsers_of(command) for option in parser._option_string_actions
+    }
     for span in code_spans(page.read_text()):
         for flag in re.findall(r"(?:^|(?<=[ /]))--[a-z][a-z-]*", span):
             foreign = re.match(r"(ruff|mypy|dask|pip|torchrun|python) ", span)
@@ -147,7 +156,7 @@ def test_every_flag_is_documented(command):
     pages = [page.read_text() for page in DOCUMENTATION.rglob("*.md") if command in page.read_text()]
     assert pages, f"no page mentions {command}"
     text = "\n".join(pages)
-    for action in parser_of(command)._actions:
+    for action in [action for parser in parsers_of(command) for action in parser._actions]:
         flag = action.option_strings[-1] if action.option_strings else None
         shown = flag is None or any(
             re.search(rf"(?<![\w-]){option}(?![\w-])", text) for option in action.option_strings

@@ -26,7 +26,14 @@ ALLOWED = {
         "nnssl.distributed",
     },
     "nnssl.data": {"planners.plan", "planners.fingerprint"},
-    "nnssl.evaluation": {"nnssl.methods", "nnssl.data", "nnssl.networks", "nnssl.checkpoint", "planners"},
+    "nnssl.evaluation": {
+        "nnssl.methods",
+        "nnssl.data",
+        "nnssl.networks",
+        "nnssl.views",
+        "nnssl.checkpoint",
+        "planners",
+    },
     "planners": {"nnssl.methods", "nnssl.networks", "nnssl.data", "nnssl.momentum", "nnssl.checkpoint"},
     "trainers": {
         "nnssl.methods",

@@ -1,0 +1,140 @@
+"""``nnssl_show``: pictures of what pretrained weights know, without labels."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nnssl.cli.command import add_device_argument, choose_device, natural_int, run_command, say
+
+if TYPE_CHECKING:
+    from nnssl.data.case_store import CaseStore
+    from nnssl.evaluation.dense_network import DenseNetwork
+
+NAME = "nnssl_show"
+OTHERS = 2
+"""Cases that a query is looked for in unless they are named."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command, with one subparser for each picture."""
+    parser = argparse.ArgumentParser(NAME, description="Make pictures of what pretrained weights know, without labels.")
+    pictures = parser.add_subparsers(dest="picture", metavar="PICTURE", required=True)
+    similarity = _add_picture(
+        pictures, "similarity", _similarity, "which voxels of other cases resemble a voxel of this one"
+    )
+    similarity.add_argument(
+        "--point",
+        nargs=3,
+        type=natural_int,
+        metavar=("Z", "Y", "X"),
+        help="the voxel, counted from 0 in the preprocessed case (default: the middle of the body)",
+    )
+    similarity.add_argument(
+        "--others", nargs="*", metavar="CASE", help=f"cases to look in (default: the next {OTHERS} of the data set)"
+    )
+    embedding = _add_picture(
+        pictures, "embedding", _embedding, "the three main directions of the features of a case as red, green and blue"
+    )
+    embedding.add_argument(
+        "--slice", type=natural_int, metavar="Z", help="of a 2D network (default: the one with the most body)"
+    )
+    return parser
+
+
+def _add_picture(pictures: Any, name: str, function: Callable[[argparse.Namespace], None], what: str) -> Any:
+    """Add a subparser with the arguments that all pictures share."""
+    parser = pictures.add_parser(name, help=what, description=f"Draw {what}.")
+    parser.add_argument(
+        "-w",
+        "--weights",
+        default="latest",
+        metavar="CHECKPOINT",
+        help="of nnssl_pretrain, or 'latest' for the newest checkpoint_final.pth below nnUNet_results (default)",
+    )
+    parser.add_argument(
+        "-d", "--dataset", metavar="ID", help="data set, number or name (default: the one of the weights)"
+    )
+    parser.add_argument("--case", metavar="CASE", help="a preprocessed case (default: the first)")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path(f"nnssl_{name}.png"), metavar="FILE.png",
+        help=f"the picture (default: ./nnssl_{name}.png)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--features",
+        choices=("single", "pyramid"),
+        help="what describes a voxel: the last decoder stage, or all stages and the bottleneck (default: as the weights "
+        "were pretrained, else pyramid)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the sample that features are standardised over (default: 0)"
+    )
+    add_device_argument(parser)
+    parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")
+    parser.set_defaults(function=function)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = make_parser().parse_args(argv)
+    return run_command(NAME, args.function, args, args.verbose)
+
+
+def _similarity(args: argparse.Namespace) -> None:
+    from nnssl.evaluation.dense_similarity import compare_cases
+    from nnssl.evaluation.pictures import similarity_figure, write_picture
+
+    network, store, described = _open(args)
+    case = args.case or store.names[0]
+    place = store.names.index(case) + 1 if case in store.names else 0
+    following = [*store.names[place:], *store.names[:place]]
+    others = [name for name in following if name != case][:OTHERS] if args.others is None else args.others
+    point = None if args.point is None else tuple(args.point)
+    comparison = compare_cases(network, store, case, point, others, args.seed, say)
+    write_picture(args.output, similarity_figure(comparison, described))
+    for similarity in comparison.similarities:
+        nearest = " ".join(map(str, similarity.nearest_vox))
+        say(f"{similarity.case.name}: nearest {nearest}, cosine {similarity.nearest_cosine:.3f}")
+    query = " ".join(map(str, comparison.query_vox))
+    say(f"query: --case {case} --point {query}")
+    say(f"picture: {args.output}")
+
+
+def _embedding(args: argparse.Namespace) -> None:
+    from nnssl.evaluation.dense_network import find_case
+    from nnssl.evaluation.dense_similarity import embed_case
+    from nnssl.evaluation.pictures import embedding_figure, write_picture
+
+    network, store, described = _open(args)
+    embedding = embed_case(network, find_case(store, args.case or store.names[0]), args.slice, args.seed)
+    write_picture(args.output, embedding_figure(embedding, described))
+    say(f"picture: {args.output}")
+
+
+def _open(args: argparse.Namespace) -> "tuple[DenseNetwork, CaseStore, str]":
+    """Return the network of the weights, the cases to show it, and what it is in words."""
+    from nnssl.data.raw import find_dataset
+    from nnssl.evaluation.dense_network import open_cases, open_dense_network
+    from nnssl.evaluation.pictures import check_picture_path
+    from nnssl.paths import resolve_folders
+    from trainers.pretrained_weights import open_weights
+
+    check_picture_path(args.output)
+    folders = resolve_folders(say)
+    weights = open_weights(args.weights, folders, say)
+    provenance = weights.provenance
+    dataset = provenance.dataset_name if args.dataset is None else find_dataset(args.dataset, folders)
+    store = open_cases(provenance, dataset, folders, say)
+    network, _ = open_dense_network(weights.path, args.features, choose_device(args.device, say), say)
+    say(f"Features: {network.kind}")
+    described = (
+        f"{provenance.stage}, step {provenance.step} of {provenance.total_steps}; features: {network.kind}\n"
+        f"pretrained on {provenance.dataset_name} ({provenance.configuration}); cases of {dataset}"
+    )
+    return network, store, described
+
+
+if __name__ == "__main__":
+    sys.exit(main())

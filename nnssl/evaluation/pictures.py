@@ -1,0 +1,209 @@
+"""Pictures of what dense features know.
+
+The colours suit colour-blind readers, except where three components are shown as red, green and blue.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32
+from matplotlib import patheffects
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from nnssl.errors import UserError
+from nnssl.evaluation.dense_similarity import Comparison, Embedding
+from nnssl.evaluation.tiles import Voxel
+from nnssl.files import write_atomically
+
+COLOUR_MAP = "inferno"
+"""Even steps of brightness, which also read without colour."""
+QUERY_COLOUR, NEAREST_COLOUR = "#56B4E9", "#009E73"
+"""Sky blue and bluish green of Okabe and Ito's palette for colour-blind readers; the shapes of the markers differ too."""
+OVERLAY = 0.65
+"""Opacity of the similarity over the image."""
+PANEL_INCHES = 2.6
+"""Height of the tallest plane."""
+LEAST_INCHES = 6.5
+"""Width that the title needs."""
+FONT_SIZE = 8
+DPI = 120
+AXES = "zyx"
+
+
+def similarity_figure(comparison: Comparison, title: str) -> Figure:
+    """Draw the query and, for each case, the image beside its similarity to the query.
+
+    One row for each case: the planes through the query in its own case, through the nearest voxel in the others; first
+    the image alone, then with the similarity over it. Cosines below 0 have the colour of 0.
+
+    Args:
+        comparison: what to draw.
+        title: of the figure.
+    """
+    figure, panels = _make_panels([each.case for each in comparison.similarities], comparison.two_dimensional, title)
+    scale = Normalize(0, 1)
+    for row, similarity in zip(panels, comparison.similarities, strict=True):
+        own = similarity is comparison.similarities[0]
+        centre = comparison.query_vox if own else similarity.nearest_vox
+        planes = _planes(comparison.two_dimensional)
+        volume = similarity.case.read_box((0, 0, 0), similarity.case.shape)[0]
+        bounds = _window(volume, centre, planes)
+        for place, axis in enumerate(planes):
+            for axes in (row[place], row[place + len(planes)]):
+                _draw_plane(axes, volume, axis, centre, similarity.case.spacing_mm, bounds)
+                if own:
+                    _mark(axes, axis, comparison.query_vox, "+", QUERY_COLOUR)
+            overlay = row[place + len(planes)]
+            overlay.imshow(
+                similarity.cosine.take(centre[axis], axis),
+                norm=scale,
+                cmap=COLOUR_MAP,
+                alpha=OVERLAY,
+                aspect=_aspect(axis, similarity.case.spacing_mm),
+                origin="lower",
+            )
+            _orient(overlay, axis)
+            if similarity.nearest_vox[axis] == centre[axis]:
+                for axes in (row[place], overlay) if not own else (overlay,):
+                    _mark(axes, axis, similarity.nearest_vox, "o", NEAREST_COLOUR)
+        _head(row[0], f"{similarity.case.name}{': query ' + _name(centre) if own else ''}")
+        _head(row[len(planes)], f"nearest {_name(similarity.nearest_vox)}, cosine {similarity.nearest_cosine:.3f}")
+    bar = figure.colorbar(
+        ScalarMappable(scale, COLOUR_MAP), ax=panels.ravel().tolist(), extend="min", alpha=OVERLAY, aspect=40
+    )
+    bar.set_label("cosine similarity to the query", fontsize=FONT_SIZE)
+    bar.ax.tick_params(labelsize=FONT_SIZE)
+    return figure
+
+
+def embedding_figure(embedding: Embedding, title: str) -> Figure:
+    """Draw the image beside the first three principal components of its features as red, green and blue.
+
+    Args:
+        embedding: what to draw.
+        title: of the figure.
+    """
+    figure, panels = _make_panels([embedding.case], embedding.two_dimensional, title)
+    planes = _planes(embedding.two_dimensional)
+    volume = embedding.case.read_box((0, 0, 0), embedding.case.shape)[0]
+    bounds = _window(volume, embedding.centre_vox, planes)
+    for place, axis in enumerate(planes):
+        image, colours = panels[0, place], panels[0, place + len(planes)]
+        _draw_plane(image, volume, axis, embedding.centre_vox, embedding.case.spacing_mm, bounds)
+        colour = np.moveaxis(embedding.components.take(embedding.centre_vox[axis], axis + 1), 0, -1)
+        colours.imshow(colour, aspect=_aspect(axis, embedding.case.spacing_mm), origin="lower", interpolation="nearest")
+        _orient(colours, axis)
+        colours.set_xlabel(f"{AXES[axis]} = {embedding.centre_vox[axis]}", fontsize=FONT_SIZE)
+    shares = ", ".join(f"{100 * share:.0f} %" for share in embedding.share)
+    _head(panels[0, 0], embedding.case.name)
+    _head(panels[0, len(planes)], f"components 1, 2, 3 as red, green, blue:\n{shares} of the variance")
+    return figure
+
+
+def check_picture_path(path: Path) -> Path:
+    """Return the path of a picture that can be written.
+
+    Raises:
+        UserError: it does not end in ``.png``, or its folder does not exist.
+    """
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{path}: pictures are PNG files; give a name that ends in .png")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.absolute().parent}; make it first")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the name of a file")
+    return path
+
+
+def write_picture(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG, atomically.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    FigureCanvasAgg(figure)  # whatever window system matplotlib is set up for
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
+
+
+def _planes(two_dimensional: bool) -> tuple[int, ...]:
+    """Return the axes across which planes are cut."""
+    return (0,) if two_dimensional else (0, 1, 2)
+
+
+def _make_panels(cases: Sequence[Any], two_dimensional: bool, title: str) -> tuple[Figure, Any]:
+    """Return a figure and its axes (case, plane of the image and then of the overlay), as wide as the planes in mm."""
+    extents_mm = np.max([np.multiply(case.shape, case.spacing_mm) for case in cases], axis=0)
+    planes = _planes(two_dimensional)
+    widths = [extents_mm[1] if axis == 2 else extents_mm[2] for axis in planes] * 2
+    tall_mm = max(extents_mm[1] if axis == 0 else extents_mm[0] for axis in planes)
+    inches = PANEL_INCHES / tall_mm
+    width = max(sum(widths) * inches * 1.1 + 1.2, LEAST_INCHES)
+    figure = Figure(figsize=(width, (PANEL_INCHES + 0.55) * len(cases) + 0.6), layout="constrained")
+    figure.suptitle(title, fontsize=FONT_SIZE + 1)
+    panels = figure.subplots(len(cases), len(widths), squeeze=False, width_ratios=widths)
+    for axes in panels.ravel():
+        axes.set_xticks([])
+        axes.set_yticks([])
+    return figure, panels
+
+
+def _window(volume: Float32[np.ndarray, "z y x"], centre: Voxel, planes: Sequence[int]) -> tuple[float, float]:
+    """Return the intensities to show as black and as white: 1st and 99th percentile of the planes."""
+    shown = np.concatenate([volume.take(centre[axis], axis).ravel() for axis in planes])
+    low, high = np.percentile(shown, (1, 99))
+    return float(low), float(high)
+
+
+def _draw_plane(
+    axes: Any,
+    volume: Float32[np.ndarray, "z y x"],
+    axis: int,
+    centre: Voxel,
+    spacing_mm: Sequence[float],
+    bounds: tuple[float, float],
+) -> None:
+    axes.imshow(
+        volume.take(centre[axis], axis),
+        cmap="gray",
+        vmin=bounds[0],
+        vmax=bounds[1],
+        aspect=_aspect(axis, spacing_mm),
+        origin="lower",
+        interpolation="nearest",
+    )
+    _orient(axes, axis)
+    axes.set_xlabel(f"{AXES[axis]} = {centre[axis]}", fontsize=FONT_SIZE)
+
+
+def _orient(axes: Any, axis: int) -> None:
+    """Put the first row of a slice at the top, and the first slice at the bottom, as they are usually looked at."""
+    if axis == 0 and not axes.yaxis_inverted():
+        axes.invert_yaxis()
+
+
+def _aspect(axis: int, spacing_mm: Sequence[float]) -> float:
+    """Return how much taller than wide a pixel of a plane is."""
+    down, across = (length for other, length in enumerate(spacing_mm) if other != axis)
+    return down / across
+
+
+def _mark(axes: Any, axis: int, point: Voxel, marker: str, colour: str) -> None:
+    """Mark a point in a plane; the black rim keeps it visible on white."""
+    down, across = (place for other, place in enumerate(point) if other != axis)
+    rim = [patheffects.Stroke(linewidth=3, foreground="black"), patheffects.Normal()]
+    axes.plot(
+        across, down, marker, markersize=10, markeredgewidth=1.6, fillstyle="none", color=colour, path_effects=rim
+    )
+
+
+def _head(axes: Any, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=FONT_SIZE)
+
+
+def _name(point: Voxel) -> str:
+    return "({}, {}, {})".format(*point)

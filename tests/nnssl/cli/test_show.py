@@ -1,0 +1,214 @@
+"""nnssl_show end to end on a toy data set, with random weights; and what a user can get wrong."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from nnssl.checkpoint import Provenance, read_checkpoint, write_checkpoint
+from nnssl.cli import show
+from nnssl.environment import variables
+from nnssl.evaluation import pictures
+from nnssl.evaluation.dense_network import open_dense_network, planned_configuration
+from nnssl.networks.backbone import build_network
+from nnssl.paths import Folders
+from planners.plan import Plan
+from tests.trainers.conftest import NAME, SHAPE, plan_toy
+
+OTHER = "Dataset502_Other"
+DECODER = ("encoder.", "decoder.encoder.", "decoder.transpconvs.", "decoder.stages.")
+
+
+def write_weights(path: Path, plan: Plan, configuration: str, pretrained=DECODER, **settings) -> Path:
+    planned = planned_configuration(plan, configuration)
+    network = build_network(planned["architecture"], 1, 2, 0)
+    provenance = Provenance(
+        nnssl_version="0", method="pix2rep", stage="pix2rep.dense", dataset_name=NAME, plans_name=plan.name,
+        configuration=configuration, plans=plan.nnunet, dataset_json={}, settings=settings, seed=0, step=3, total_steps=4,
+        finished=False, pretrained=pretrained, init=None,
+    )  # fmt: skip
+    write_checkpoint(path, {"network_weights": network.state_dict()}, provenance, {})
+    return path
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory) -> dict[str, Path]:
+    """A planned toy data set with weights for both dimensions, made once."""
+    root = tmp_path_factory.mktemp("show")
+    folders = Folders(*(root / name for name in ("raw", "preprocessed", "results")))
+    for folder in dataclasses.astuple(folders):
+        folder.mkdir()
+    with variables(**{f"nnUNet_{folder.name}": str(folder) for folder in dataclasses.astuple(folders)}):
+        plan = plan_toy(folders, cases=4)
+    return {
+        "root": root,
+        "2d": write_weights(root / "2d.pth", plan, "2d", features="single"),
+        "3d": write_weights(root / "3d.pth", plan, "3d_fullres", features="pyramid"),
+        "hybrid": write_weights(root / "hybrid.pth", plan, "2d_hybrid", ("encoder.", "transformer.embed.")),
+    }
+
+
+@pytest.fixture
+def files(workspace, monkeypatch, tmp_path) -> dict[str, Path]:
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(workspace["root"] / name))
+    monkeypatch.chdir(tmp_path)
+    return workspace
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The figures that were written."""
+    figures = []
+    write = pictures.write_picture
+    monkeypatch.setattr(pictures, "write_picture", lambda path, figure: (figures.append(figure), write(path, figure)))
+    return figures
+
+
+def run(*argv) -> None:
+    assert show.main([*map(str, argv), "--device", "cpu"]) == 0
+
+
+def fails(capsys, *argv) -> str:
+    """Run a command that must end in exit code 2 and one line; return the line."""
+    capsys.readouterr()
+    assert show.main([*map(str, argv), "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("nnssl_show: error: ")
+    return line
+
+
+def heads(figure) -> list[str]:
+    return [axes.get_title(loc="left") for axes in figure.axes if axes.get_title(loc="left")]
+
+
+def test_similarity_in_2d(files, drawn, capsys):
+    run("similarity", "-w", files["2d"], "--case", "toy_01", "--point", 9, 5, 13, "--others", "toy_03", "-o", "a.png")
+    assert Path("a.png").read_bytes().startswith(b"\x89PNG")
+    (figure,) = drawn
+    first, own, third, _ = heads(figure)
+    assert (first, third) == ("toy_01: query (9, 5, 13)", "toy_03")
+    assert own == "nearest (9, 5, 13), cosine 1.000"
+    assert "step 3 of 4; features: single" in figure.get_suptitle()
+    assert "Warning" not in capsys.readouterr().out
+
+
+def test_similarity_in_3d_with_everything_chosen(files, drawn, capsys):
+    """The case is the first one and the others are the two after it; the point is in the middle of the body."""
+    run("similarity", "-w", files["3d"])
+    printed = capsys.readouterr().out
+    (figure,) = drawn
+    assert len(figure.axes) == 3 * 6 + 1
+    assert [head.partition(":")[0] for head in heads(figure)[::2]] == ["toy_00", "toy_01", "toy_02"]
+    assert "features: pyramid" in figure.get_suptitle()
+    assert "query: --case toy_00 --point 7 10 10" in printed  # every seventh voxel is stored
+    assert printed.splitlines()[-1] == "picture: nnssl_similarity.png"
+    assert Path("nnssl_similarity.png").exists()
+    assert show.main(["similarity", "-w", str(files["3d"]), "--case", "toy_03", "--device", "cpu"]) == 0
+    assert [head.partition(":")[0] for head in heads(drawn[1])[::2]] == ["toy_03", "toy_00", "toy_01"]
+
+
+def test_two_runs_draw_the_same(files):
+    for name in ("a.png", "b.png"):
+        run("similarity", "-w", files["2d"], "--others", "-o", name)
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
+
+
+def test_embedding(files, drawn):
+    run("embedding", "-w", files["2d"], "--case", "toy_02", "--slice", 4, "-o", "a.png")
+    run("embedding", "-w", files["3d"], "-o", "b.png")
+    assert [axes.get_xlabel() for axes in drawn[0].axes] == ["z = 4"] * 2
+    assert len(drawn[1].axes) == 6
+    assert heads(drawn[0])[0] == "toy_02"
+    assert heads(drawn[0])[1].startswith("components 1, 2, 3 as red, green, blue")
+
+
+def test_features_of_the_weights_or_as_asked_for(files):
+    for name, asked, kind in (("2d", None, "single"), ("2d", "pyramid", "pyramid"), ("hybrid", None, "pyramid")):
+        network, _ = open_dense_network(files[name], asked, torch.device("cpu"), lambda line: None)
+        assert network.kind == kind
+
+
+def test_loaded_weights_are_those_of_the_file(files):
+    network, _ = open_dense_network(files["3d"], None, torch.device("cpu"), lambda line: None)
+    stored = read_checkpoint(files["3d"])[0]["network_weights"]
+    assert all(torch.equal(value, stored[name]) for name, value in network.network.state_dict().items())
+    assert not network.network.training
+
+
+def test_decoder_that_was_not_pretrained_is_told(files, capsys):
+    run("embedding", "-w", files["hybrid"])
+    assert "Warning: pix2rep does not pretrain the decoder" in capsys.readouterr().out
+
+
+def test_latest_weights(files, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    assert "-w latest: no finished pretraining" in fails(capsys, "embedding")
+    folder = tmp_path / NAME / "model" / "fold_all"
+    folder.mkdir(parents=True)
+    shutil.copy(files["2d"], folder / "checkpoint_final.pth")
+    run("embedding")
+
+
+def test_cases_and_points_that_are_not_there(files, capsys):
+    line = fails(capsys, "similarity", "-w", files["3d"], "--case", "nobody")
+    assert "case nobody" in line
+    assert "it has toy_00, toy_01" in line
+    assert "case nobody" in fails(capsys, "similarity", "-w", files["3d"], "--others", "toy_01", "nobody")
+    assert "case nobody" in fails(capsys, "embedding", "-w", files["3d"], "--case", "nobody")
+    line = fails(capsys, "similarity", "-w", files["3d"], "--point", *SHAPE)
+    assert "point 16 24 20: lies outside case toy_00, whose shape (z y x, preprocessed) is 16 24 20" in line
+    assert "lies outside case toy_00" in fails(capsys, "embedding", "-w", files["2d"], "--slice", 16)
+    assert "slice 3: these weights are 3D" in fails(capsys, "embedding", "-w", files["3d"], "--slice", 3)
+    assert not list(Path().glob("*.png"))
+
+
+def test_files_that_are_not_there(files, capsys, tmp_path):
+    assert "ends in .png" in fails(capsys, "embedding", "-w", files["2d"], "-o", "a.pdf")
+    assert "there is no folder" in fails(capsys, "embedding", "-w", files["2d"], "-o", "none/a.png")
+    assert "there is no such checkpoint" in fails(capsys, "embedding", "-w", "none.pth")
+    (tmp_path / "text.pth").write_text("weights")
+    assert "is no checkpoint" in fails(capsys, "similarity", "-w", "text.pth")
+    content, provenance = read_checkpoint(files["2d"])
+    weights = dict(list(content["network_weights"].items())[1:])
+    write_checkpoint(tmp_path / "part.pth", {"network_weights": weights}, provenance, {})
+    assert "do not fit the network of its plan" in fails(capsys, "embedding", "-w", "part.pth")
+
+
+def test_network_without_decoder_is_refused(files, capsys, monkeypatch):
+    monkeypatch.setattr("nnssl.evaluation.dense_network.build_network", lambda *arguments: torch.nn.Linear(1, 1))
+    assert "Linear has no convolutional decoder" in fails(capsys, "embedding", "-w", files["2d"])
+
+
+def test_other_data_sets(files, capsys, tmp_path, monkeypatch, drawn):
+    """Its cases must be preprocessed by a plan of the same name; another spacing is told, another modality refused."""
+    for name in (NAME, OTHER):
+        shutil.copytree(files["root"] / "preprocessed" / NAME, tmp_path / name)
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    for path in (tmp_path / OTHER).glob("*/toy_00*"):
+        path.unlink()
+    run("embedding", "-w", files["2d"], "-d", 502)
+    assert "Warning" not in capsys.readouterr().out
+    assert heads(drawn[0])[0] == "toy_01"
+    assert f"cases of {OTHER}" in drawn[0].get_suptitle()
+
+    plan = tmp_path / OTHER / "nnsslPlans.json"
+    content = json.loads(plan.read_text())
+    content["pretext"]["configurations"]["2d"]["spacing_mm"] = [1.0, 1.3]
+    plan.write_text(json.dumps(content))
+    run("embedding", "-w", files["2d"], "-d", 502)
+    assert "Warning: pretrained at a spacing of (1.0, 1.25) mm" in capsys.readouterr().out
+
+    content["configurations"]["2d"]["normalization_schemes"] = ["CTNormalization"]
+    plan.write_text(json.dumps(content))
+    assert "take a data set of the same modality" in fails(capsys, "embedding", "-w", files["2d"], "-d", 502)
+
+    plan.unlink()
+    line = fails(capsys, "embedding", "-w", files["2d"], "-d", 502)
+    assert f"{OTHER}: has no plan nnsslPlans" in line
+    assert "data set 77: not found" in fails(capsys, "embedding", "-w", files["2d"], "-d", 77)
+    shutil.rmtree(next((tmp_path / NAME).glob("*_cases_3d")))
+    assert "holds no preprocessed case" in fails(capsys, "embedding", "-w", files["2d"])
