@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransfo
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module  # noqa: N813 (a module)
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.utils.data import DataLoader, Dataset
 
@@ -57,6 +57,12 @@ class FinetuneSettings:
     test_cases: tuple[str, ...]
     model_folder: Path
     """Where the model goes; nnU-Net's commands take it with ``-m``."""
+    unlabelled_cases: tuple[str, ...] = ()
+    """Cases of which the mean teacher sees the images; empty in other modes."""
+    batch_size: int | None = None
+    """Patches per step; None for the plan's."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """nnU-Net's SGD, or Adam without weight decay."""
     processes: int = 1
     """Processes that write and evaluate predictions."""
     augmentation_processes: int = 0
@@ -173,12 +179,18 @@ class FinetuneTrainer(nnUNetTrainer):
         self.precision.lay_out(self.network, len(self.configuration_manager.patch_size))
         self.print_to_log_file(f"Precision: {self.precision}")
 
+    def _set_batch_size_and_oversample(self) -> None:
+        # nnU-Net shares the batch out over processes here; fine-tuning runs in one
+        self.batch_size: int = self.settings.batch_size or self.configuration_manager.batch_size
+
     def _build_loss(self) -> nn.Module:
         return FullPrecisionLoss(super()._build_loss())
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupPolySchedule]:
-        """Return nnU-Net's SGD and the schedule with warm-up."""
+        """Return nnU-Net's SGD, or Adam, and the schedule with warm-up."""
         optimizer, _ = super().configure_optimizers()
+        if self.settings.optimizer == "adam":
+            optimizer = torch.optim.Adam(self.network.parameters(), lr=self.initial_lr)
         return optimizer, WarmupPolySchedule(optimizer, self.initial_lr, self.num_epochs, self.settings.warmup_epochs)
 
     def do_split(self) -> tuple[list[str], list[str]]:
@@ -190,19 +202,31 @@ class FinetuneTrainer(nnUNetTrainer):
         with variables(nnUNet_n_proc_DA="0"):  # makes nnU-Net return its loaders without processes of its own
             train, validation = (augmenter.data_loader for augmenter in super().get_dataloaders())
         fix_transforms(train.transforms)
-
-        def iterate(
-            loader: nnUNetDataLoader, purpose: str, iterations: int, processes: int
-        ) -> Iterator[dict[str, Any]]:
-            batches = KeyedBatches(loader, self.settings.seed, purpose)
-            first, last = self.current_epoch * iterations, self.num_epochs * iterations
-            return batches.iterate(first, last, processes, pin_memory=self.device.type == "cuda")
-
         processes = self.settings.augmentation_processes
         return (
-            iterate(train, "finetune/train", self.num_iterations_per_epoch, processes),
-            iterate(validation, "finetune/validation", self.num_val_iterations_per_epoch, min(processes, 1)),
+            self.make_train_batches(train),
+            self.iterate(validation, "finetune/validation", self.num_val_iterations_per_epoch, min(processes, 1)),
         )
+
+    def make_train_batches(self, loader: nnUNetDataLoader) -> Iterator[dict[str, Any]]:
+        """Return the training batches from the current epoch on, given nnU-Net's loader of the training cases."""
+        processes = self.settings.augmentation_processes
+        return self.iterate(loader, "finetune/train", self.num_iterations_per_epoch, processes)
+
+    def iterate(
+        self, loader: nnUNetDataLoader, purpose: str, iterations: int, processes: int
+    ) -> Iterator[dict[str, Any]]:
+        """Return a loader's batches from the current epoch on.
+
+        Args:
+            loader: nnU-Net's.
+            purpose: what they are for; decides the draws together with seed and step.
+            iterations: batches per epoch.
+            processes: that make them, 0 for this one.
+        """
+        batches = KeyedBatches(loader, self.settings.seed, purpose)
+        first, last = self.current_epoch * iterations, self.num_epochs * iterations
+        return batches.iterate(first, last, processes, pin_memory=self.device.type == "cuda")
 
     def on_train_epoch_start(self) -> None:
         """Set the learning rate and seed what a network may draw itself (dropout)."""
@@ -211,17 +235,8 @@ class FinetuneTrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """Take one optimizer step on a batch and return its loss."""
-        volumes = batch["data"].to(self.device, non_blocking=True)
-        volumes = self.precision.lay_out(volumes, volumes.ndim - 2)
-        target = batch["target"]
-        if isinstance(target, list):
-            target = [entry.to(self.device, non_blocking=True) for entry in target]
-        else:
-            target = target.to(self.device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
-        with self.precision.autocast(self.device):
-            outputs = self.network(volumes)
-        loss = self.loss(outputs, target)
+        loss = self.batch_loss(batch)
         if self.grad_scaler is None:
             loss.backward()
             nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM)
@@ -233,6 +248,28 @@ class FinetuneTrainer(nnUNetTrainer):
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         return {"loss": loss.detach().cpu().numpy()}
+
+    def batch_loss(self, batch: dict) -> Tensor:
+        """Return nnU-Net's loss of a batch of labelled patches."""
+        volumes = batch["data"].to(self.device, non_blocking=True)
+        volumes = self.precision.lay_out(volumes, volumes.ndim - 2)
+        target = batch["target"]
+        if isinstance(target, list):
+            target = [entry.to(self.device, non_blocking=True) for entry in target]
+        else:
+            target = target.to(self.device, non_blocking=True)
+        with self.precision.autocast(self.device):
+            outputs = self.network(volumes)
+        return self.loss(outputs, target)
+
+    @property
+    def bare_network(self) -> nn.Module:
+        """The network without what compiles it."""
+        return self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+
+    def weights_to_save(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the model: nnU-Net predicts with ``network_weights``."""
+        return {"network_weights": self.bare_network.state_dict()}
 
     def validation_step(self, batch: dict) -> dict:
         """Return loss and overlap counts of a held-out batch."""
@@ -253,9 +290,8 @@ class FinetuneTrainer(nnUNetTrainer):
 
     def save_checkpoint(self, filename: str) -> None:
         """Write nnU-Net's checkpoint atomically, plain values only, under the name of the stock trainer."""
-        network = self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
         content = {
-            "network_weights": network.state_dict(),
+            **self.weights_to_save(),
             "optimizer_state": self.optimizer.state_dict(),
             "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
             "logging": self.logger.get_checkpoint(),
@@ -299,6 +335,7 @@ def make_trainer(
     settings: FinetuneSettings,
     say: Callable[[str], None],
     resume: bool = False,
+    trainer_class: "type[FinetuneTrainer] | None" = None,
 ) -> FinetuneTrainer:
     """Make the trainer of one run; its folders are made, its network is not built yet.
 
@@ -310,8 +347,9 @@ def make_trainer(
         settings: schedule, cases, seed, folder.
         say: called with lines for the user.
         resume: whether a checkpoint will be loaded to go on from.
+        trainer_class: the trainer of a mode; None to train all weights.
     """
     content = {**plans, "continue_training": resume, SETTINGS_KEY: settings}
-    trainer = FinetuneTrainer(content, configuration, 0, dataset_json, device)
+    trainer = (trainer_class or FinetuneTrainer)(content, configuration, 0, dataset_json, device)
     trainer.say = say
     return trainer

@@ -4,14 +4,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from nnssl import schema
 from nnssl.errors import UserError
 from nnssl.files import read_json
 from nnssl.schema import STRICT
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 FILE_NAME = "finetune.json"
 SCRATCH = "scratch"
 
@@ -26,6 +26,10 @@ class FinetuneSchedule:
     iterations_per_epoch: int
     warmup_epochs: int
     learning_rate: float
+    batch_size: int | None = None
+    """Patches per step; None for the plan's."""
+    optimizer: Literal["sgd", "adam"] = "sgd"
+    """nnU-Net's SGD, or Adam without weight decay."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class ArmResult:
     schema_version: int
     nnssl_version: str
     mode: str
-    """``finetune``: all weights are trained."""
+    """``finetune``, ``linear`` or ``mean_teacher``."""
     arm: str
     """Pretext method of the weights, or ``scratch``."""
     dataset_name: str
@@ -51,6 +55,8 @@ class ArmResult:
     seed: int
     train_cases: tuple[str, ...]
     test_cases: tuple[str, ...]
+    unlabelled_cases: tuple[str, ...]
+    """Of which the mean teacher saw the images; empty in other modes."""
     num_parameters: int
     dice: dict[str, float | None]
     """By class or region: mean Dice over the held-out cases; None where no case has the class, truly or predicted."""

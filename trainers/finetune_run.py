@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
@@ -38,12 +38,18 @@ from trainers.finetune_result import (
     read_dice,
     read_result,
 )
-from trainers.labelled_cases import Split, find_labelled_cases, fold_split, split_cases
+from trainers.labelled_cases import Split, choose_unlabelled, find_labelled_cases, fold_split, split_cases
 from trainers.labelled_data import prepare_data
+from trainers.linear_probe import LinearProbeTrainer
+from trainers.mean_teacher import MeanTeacherTrainer
 from trainers.pretrained_weights import FINAL, LATEST, Weights, choose_configuration, load_weights, open_weights
 
 Say = Callable[[str], None]
-MODES = ("finetune",)
+MODES: dict[str, type[FinetuneTrainer]] = {
+    "finetune": FinetuneTrainer,
+    "linear": LinearProbeTrainer,
+    "mean_teacher": MeanTeacherTrainer,
+}
 RESUMABLE = "checkpoint_latest.pth"
 ARM_PREFIX = "nnssl_"
 
@@ -62,6 +68,7 @@ class Task:
     device: torch.device
     processes: int
     mode: str
+    unlabelled: tuple[str, ...]
 
 
 def finetune(
@@ -78,10 +85,13 @@ def finetune(
     iterations_per_epoch: int = 250,
     warmup_epochs: int | None = None,
     learning_rate: float = 0.01,
+    batch_size: int | None = None,
+    optimizer: Literal["sgd", "adam"] = "sgd",
     device: torch.device | None = None,
     processes: int | None = None,
     plans_name: str | None = None,
     mode: str = "finetune",
+    unlabelled: Path | None = None,
     restart: bool = False,
     say: Say = lambda line: None,
 ) -> list[ArmResult]:
@@ -101,10 +111,14 @@ def finetune(
         iterations_per_epoch: optimizer steps per epoch.
         warmup_epochs: epochs of rising learning rate; None for one in twenty.
         learning_rate: the highest one.
+        batch_size: patches per step; None for the plan's.
+        optimizer: ``"sgd"`` as nnU-Net, or ``"adam"``, which needs fewer steps and another learning rate.
         device: where to compute; None for the GPU if there is one.
         processes: processes for preprocessing and evaluation; None for as many as there are cores, 8 at most.
         plans_name: name for the plan in the data set's folder; None to choose.
-        mode: which weights are trained; ``"finetune"`` trains all.
+        mode: ``"finetune"`` trains all weights, ``"linear"`` the last segmentation layer alone, ``"mean_teacher"`` all weights
+            with a consistency term on unlabelled cases.
+        unlabelled: file with these cases, one name per line; without it all that are neither trained on nor held out.
         restart: delete these arms first and train them again.
         say: called with lines for the user.
 
@@ -114,9 +128,11 @@ def finetune(
     Raises:
         UserError: data set, weights, cases or settings do not fit one another; the message says which and what to do.
     """
-    schedule = _check_schedule(epochs, iterations_per_epoch, warmup_epochs, learning_rate)
+    schedule = _check_schedule(epochs, iterations_per_epoch, warmup_epochs, learning_rate, batch_size, optimizer)
     if mode not in MODES:
         raise UserError(f"--mode {mode}: is not known; take one of {', '.join(MODES)}")
+    if unlabelled is not None and mode != "mean_teacher":
+        raise UserError(f"--unlabelled {unlabelled}: is for --mode mean_teacher; --mode {mode} learns from labels only")
     processes = processes if processes is not None else min(8, os.cpu_count() or 1)
     if processes < 1:
         raise UserError(f"--processes {processes}: at least one process does the work; give 1 or more")
@@ -128,17 +144,19 @@ def finetune(
     configuration = choose_configuration(configuration, origin)
     plan = adopt_plan(origin.provenance.plans, dataset_name, folders, say, plans_name)
     prepare_data(dataset_name, plan, configuration, labelled, folders, processes, say)
+    split = split or fold_split(labelled, dataset_name, folders)
     task = Task(
         dataset_name=dataset_name,
         dataset_json=read_json(folders.preprocessed / dataset_name / "dataset.json", "dataset.json"),
         plan=plan,
         configuration=configuration,
-        split=split or fold_split(labelled, dataset_name, folders),
+        split=split,
         schedule=schedule,
         seed=seed,
         device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         processes=processes,
         mode=mode,
+        unlabelled=choose_unlabelled(labelled, split, unlabelled) if mode == "mean_teacher" else (),
     )
     say(f"{dataset_name}: {len(task.split.train)} cases to train on, {len(task.split.test)} held out")
     arms: list[Weights | None] = [origin, None] if scratch else [origin]
@@ -165,11 +183,12 @@ def arm_folder(task: Task, weights: Weights | None, folders: Folders) -> Path:
         "train": sorted(task.split.train),
         "test": sorted(task.split.test),
         "seed": task.seed,
-        "schedule": asdict(task.schedule),
+        "schedule": {key: value for key, value in asdict(task.schedule).items() if value not in (None, "sgd")},
         "mode": task.mode,
+        **({"unlabelled": sorted(task.unlabelled)} if task.unlabelled else {}),
     }
     digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=4).hexdigest()
-    name = f"{ARM_PREFIX}{_arm_name(weights)}_{task.split.name}_seed{task.seed}_{digest}"
+    name = f"{ARM_PREFIX}{_arm_name(weights, task.mode)}_{task.split.name}_seed{task.seed}_{digest}"
     return folders.results / task.dataset_name / f"{name}__{task.plan.name}__{task.configuration}"
 
 
@@ -190,7 +209,7 @@ def run_arm(task: Task, weights: Weights | None, folders: Folders, restart: bool
         UserError: nnU-Net's loader refuses the weights.
     """
     folder = arm_folder(task, weights, folders)
-    arm = _arm_name(weights)
+    arm = _arm_name(weights, task.mode)
     if restart and folder.exists():
         shutil.rmtree(folder)
     fold = folder / "fold_0"
@@ -203,6 +222,7 @@ def run_arm(task: Task, weights: Weights | None, folders: Folders, restart: bool
         seed=task.seed,
         train_cases=task.split.train,
         test_cases=task.split.test,
+        unlabelled_cases=task.unlabelled,
         model_folder=folder,
         processes=task.processes,
         augmentation_processes=_augmentation_processes(task.device),
@@ -210,7 +230,14 @@ def run_arm(task: Task, weights: Weights | None, folders: Folders, restart: bool
     resume = (fold / RESUMABLE).exists()
     with quiet(fold / "nnunet_output.txt", say) as aloud:
         trainer = make_trainer(
-            task.plan.content, task.configuration, task.dataset_json, task.device, settings, aloud, resume
+            task.plan.content,
+            task.configuration,
+            task.dataset_json,
+            task.device,
+            settings,
+            aloud,
+            resume,
+            MODES[task.mode],
         )
         _train(trainer, weights, fold, arm, aloud)
         aloud(f"Arm {arm}: predicting {len(task.split.test)} held-out cases ...")
@@ -231,6 +258,7 @@ def run_arm(task: Task, weights: Weights | None, folders: Folders, restart: bool
         seed=task.seed,
         train_cases=task.split.train,
         test_cases=task.split.test,
+        unlabelled_cases=task.unlabelled,
         num_parameters=sum(parameter.numel() for parameter in trainer.network.parameters()),
         dice=dice,
         mean_dice=mean_dice,
@@ -270,12 +298,20 @@ def _augmentation_processes(device: torch.device) -> int:
     return get_allowed_n_proc_DA()
 
 
-def _arm_name(weights: Weights | None) -> str:
-    """The method, fit for a folder name: nnU-Net splits at double underscores."""
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", weights.provenance.method) if weights else SCRATCH
+def _arm_name(weights: Weights | None, mode: str) -> str:
+    """Method and mode, fit for a folder name: nnU-Net splits at double underscores."""
+    name = weights.provenance.method if weights else SCRATCH
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", name if mode == "finetune" else f"{name}-{mode}")
 
 
-def _check_schedule(epochs: int, iterations: int, warmup: int | None, learning_rate: float) -> FinetuneSchedule:
+def _check_schedule(
+    epochs: int,
+    iterations: int,
+    warmup: int | None,
+    learning_rate: float,
+    batch_size: int | None,
+    optimizer: Literal["sgd", "adam"],
+) -> FinetuneSchedule:
     warmup = epochs // 20 if warmup is None else warmup
     if epochs < 1 or iterations < 1:
         raise UserError(f"--epochs {epochs}, --iterations-per-epoch {iterations}: each is 1 or more")
@@ -283,4 +319,6 @@ def _check_schedule(epochs: int, iterations: int, warmup: int | None, learning_r
         raise UserError(f"--warmup-epochs {warmup}: is not within 0 to {epochs - 1}; it is part of the {epochs} epochs")
     if learning_rate <= 0:
         raise UserError(f"--learning-rate {learning_rate}: is above 0")
-    return FinetuneSchedule(epochs, iterations, warmup, learning_rate)
+    if batch_size is not None and batch_size < 1:
+        raise UserError(f"--batch-size {batch_size}: is 1 or more")
+    return FinetuneSchedule(epochs, iterations, warmup, learning_rate, batch_size, optimizer)

@@ -113,6 +113,33 @@ def split_cases(
     return Split(train, test, f"{len(train)}cases")
 
 
+def choose_unlabelled(labelled: Sequence[str], split: Split, cases: Path | None = None) -> tuple[str, ...]:
+    """Choose the cases of which only the images are used.
+
+    Args:
+        labelled: names of all labelled cases.
+        split: cases that are trained on and held out.
+        cases: list of the cases to take; None for all that the split leaves over.
+
+    Raises:
+        UserError: a case is trained on or held out too, or none is left.
+    """
+    if cases is None:
+        left = tuple(sorted(set(labelled) - set(split.train) - set(split.test)))
+        if not left:
+            raise UserError(
+                f"all {len(labelled)} labelled cases: are trained on or held out, and --mode mean_teacher needs others; hold out "
+                "fewer with --test-cases"
+            )
+        return left
+    names = read_case_names(cases, labelled)
+    for side, taken in (("trained on", split.train), ("held out", split.test)):
+        overlap = sorted(set(names) & set(taken))
+        if overlap:
+            raise UserError(f"{cases}: {_some(overlap)} {side} too; --mode mean_teacher wants other cases")
+    return names
+
+
 def fold_split(labelled: Sequence[str], dataset_name: str, folders: Folders, fold: int = 0) -> Split:
     """Return a fold of nnU-Net's cross-validation, from ``splits_final.json`` or written there as nnU-Net would.
 

@@ -47,7 +47,22 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--warmup-epochs", type=int, help="of the epochs (default: one in twenty)")
     parser.add_argument("--learning-rate", type=float, default=0.01, help="the highest one (default: 0.01)")
     parser.add_argument(
-        "--mode", choices=("finetune",), default="finetune", help="which weights are trained: all of them"
+        "--optimizer", choices=("sgd", "adam"), default="sgd", help="for all weights (default: sgd, as nnU-Net)"
+    )
+    parser.add_argument("--batch-size", type=positive_int, metavar="N", help="patches per step (default: the plan's)")
+    parser.add_argument(
+        "--mode",
+        choices=("finetune", "linear", "mean_teacher"),
+        default="finetune",
+        help="train all weights, the last segmentation layer alone, or all with a consistency term on unlabelled cases "
+        "(default: finetune)",
+    )
+    parser.add_argument(
+        "--unlabelled",
+        type=Path,
+        metavar="FILE",
+        help="cases for --mode mean_teacher, of which only the images are used (default: all that are neither trained "
+        "on nor held out)",
     )
     parser.add_argument("--plans-name", help="name for the plan in the data set's folder (default: the plan's own)")
     add_device_argument(parser)
@@ -76,10 +91,13 @@ def run(args: argparse.Namespace) -> None:
         iterations_per_epoch=args.iterations_per_epoch,
         warmup_epochs=args.warmup_epochs,
         learning_rate=args.learning_rate,
+        batch_size=args.batch_size,
+        optimizer=args.optimizer,
         device=choose_device(args.device, say),
         processes=args.processes,
         plans_name=args.plans_name,
         mode=args.mode,
+        unlabelled=args.unlabelled,
         restart=args.restart,
         say=say,
     )

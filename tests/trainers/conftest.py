@@ -1,6 +1,7 @@
 """A planned and preprocessed toy data set, small enough that a pretraining step takes a fraction of a second."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from nnssl.paths import Folders, resolve_folders
 from planners.fingerprint import CaseRecord, Fingerprint, IntensityStatistics
 from planners.plan import Plan, read_plan
 from planners.pretrain_planner import plan_pretraining
+from tests.trainers.finetuning import Run, folders_set, make_run
 
 SHAPE, SPACING_MM = (16, 24, 20), (2.0, 1.0, 1.25)
 NAME = "Dataset501_Toy"
@@ -75,3 +77,16 @@ def toy(nnunet_folders, monkeypatch) -> Folders:
     folders = resolve_folders()
     plan_toy(folders)
     return folders
+
+
+@pytest.fixture(scope="session")
+def finetuned(tmp_path_factory) -> Run:
+    """Both arms of one tiny comparison; made once for all tests."""
+    return make_run(tmp_path_factory.mktemp("finetune"))
+
+
+@pytest.fixture(scope="module")
+def run(finetuned) -> Iterator[Run]:
+    """The comparison, with nnU-Net's folders set to its own for the tests of a module."""
+    with folders_set(finetuned.folder):
+        yield finetuned

@@ -2,7 +2,6 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,85 +14,28 @@ from nnssl.data.phantoms import LABELS, write_phantom_dataset
 from nnssl.errors import UserError
 from nnssl.files import read_json
 from nnssl.paths import resolve_folders
+from tests.trainers.finetuning import (
+    CASES,
+    CPU,
+    DATASET,
+    TEST_CASES,
+    is_segmentation_layer,
+    trainer_of,
+)
 from tests.trainers.tiny_plan import tiny_plan, write_weights
 from trainers import finetune_run
 from trainers.finetune import (
-    FinetuneSettings,
     FinetuneTrainer,
     KeyedBatches,
     WarmupPolySchedule,
     fix_transforms,
     learning_rate,
-    make_trainer,
 )
-from trainers.finetune_result import ArmResult, comparison, read_dice, read_result
+from trainers.finetune_result import comparison, read_dice, read_result
 from trainers.finetune_run import finetune
 from trainers.labelled_cases import find_labelled_cases, fold_split, label_order, split_cases
 from trainers.labelled_data import is_preprocessed
 from trainers.pretrained_weights import load_weights, open_weights
-
-DATASET = "Dataset004_Phantoms"
-CASES = tuple(f"phantom_{number:04d}" for number in range(6))
-TEST_CASES = (CASES[5], CASES[1])
-SCHEDULE = {"epochs": 2, "iterations_per_epoch": 2, "warmup_epochs": 1, "learning_rate": 0.01}
-CPU = torch.device("cpu")
-
-
-@dataclass
-class Run:
-    folder: Path
-    weights: Path
-    tensors: dict[str, torch.Tensor]
-    arguments: dict
-    results: list[ArmResult]
-    said: list[str]
-
-    def fold(self, arm: int) -> Path:
-        return Path(self.results[arm].model_folder, "fold_0")
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Run:
-    """Both arms of one tiny comparison, from raw images to Dice; the folders stay set for the tests of this module."""
-    folder = tmp_path_factory.mktemp("finetune")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("raw", "preprocessed", "results"):
-            (folder / name).mkdir()
-            patch.setenv(f"nnUNet_{name}", str(folder / name))
-        write_phantom_dataset(folder / "raw", DATASET, len(CASES), seed=0, shape=(24, 32, 28))
-        weights = folder / "results" / "Dataset501_Source" / "Pretrainer" / "fold_all" / "checkpoint_final.pth"
-        tensors = write_weights(weights, tiny_plan())
-        (folder / "test.txt").write_text("# held out\n\n" + "\n".join(TEST_CASES) + "\n")
-        arguments = {
-            **SCHEDULE, "scratch": True, "labels": 3, "test_cases": folder / "test.txt", "seed": 3, "processes": 1,
-            "device": CPU,
-        }  # fmt: skip
-        said: list[str] = []
-        results = finetune(4, "latest", **arguments, say=said.append)
-        yield Run(folder, weights, tensors, arguments, results, said)
-
-
-def make_settings(folder: Path, **changes) -> FinetuneSettings:
-    values = {
-        "train_cases": CASES[:3],
-        "test_cases": CASES[3:],
-        "model_folder": folder,
-        "seed": 3,
-        **SCHEDULE,
-        **changes,
-    }
-    return FinetuneSettings(**values)
-
-
-def trainer_of(run: Run, folder: Path, say=lambda line: None, resume=False, **changes):
-    dataset_json = read_json(run.folder / "preprocessed" / DATASET / "dataset.json", "dataset.json")
-    settings = make_settings(folder, **changes)
-    return make_trainer(tiny_plan(DATASET), "3d_fullres", dataset_json, CPU, settings, say, resume)
-
-
-def is_segmentation_layer(key: str) -> bool:
-    return ".seg_layers." in key
-
 
 # which cases
 
@@ -305,6 +247,9 @@ def test_batches_depend_on_seed_and_step_and_on_nothing_else(run, tmp_path):
     other = trainer_of(run, tmp_path / "other", epochs=3, seed=4)
     other.initialize()
     assert not torch.equal(next(other.get_dataloaders()[0])["data"], in_order[0]["data"])
+    larger = trainer_of(run, tmp_path / "larger", batch_size=3)
+    larger.initialize()
+    assert len(next(larger.get_dataloaders()[0])["data"]) == 3 != len(in_order[0]["data"])
 
 
 def test_drawing_a_batch_leaves_the_global_random_states_alone():
@@ -407,6 +352,7 @@ def test_another_seed_schedule_or_case_list_gets_a_folder_of_its_own(run, monkey
         {"labels": 2},
         {"epochs": 3},
         {"learning_rate": 0.02},
+        {"batch_size": 3},
         {"configuration": "3d_fullres_wide"},
     ]
     changes.append({"test_cases": None})

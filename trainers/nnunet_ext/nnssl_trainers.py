@@ -1,10 +1,14 @@
 """What ``nnUNet_extTrainer`` points at: nnU-Net imports this module by itself and finds nnssl's trainers in it."""
 
 from trainers.finetune import FinetuneTrainer
+from trainers.linear_probe import LinearProbeTrainer
+from trainers.mean_teacher import MeanTeacherTrainer
 from trainers.pretext import Pix2RepTrainer, Pix2RepV2Trainer, RepRecContrastiveTrainer, RepRecGenerativeTrainer
 
 __all__ = [
     "FinetuneTrainer",
+    "LinearProbeTrainer",
+    "MeanTeacherTrainer",
     "Pix2RepTrainer",
     "Pix2RepV2Trainer",
     "RepRecContrastiveTrainer",
