@@ -133,91 +133,93 @@ class EquivariantViews:
     """The same points in ``warped``: centres of voxels."""
 
 
-class Pix2Rep(PretextMethod):
-    """v1: NT-Xent over sampled points of the whole batch.
+class DensePoints(PretextMethod):
+    """What both versions share: views, network, head and what leaves; a version says what pairs of points cost.
 
     Args:
         network: the plan's U-Net.
         settings: resolved.
         configuration: the plan's pretext configuration.
     """
+
+    def __init__(self, network: Any, settings: Any, configuration: Any) -> None:
+        super().__init__()
+        self.settings = settings
+        self.configuration = configuration
+        self.network = trained_up_to_segmentation(network)
+        channels = dense_channels(network.encoder.output_channels, settings.features)
+        self.head = PointProjection(channels, settings.hidden_dimensions, settings.embedding_dimensions)
+
+    def pair_losses(self, before: Float[Tensor, "pairs d"], warped: Float[Tensor, "pairs d"]) -> dict[str, Tensor]:
+        """Return the parts of the loss of pairs of embedded points."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_plan(cls, configuration: Any) -> dict[str, Any]:
+        """Return views and features as the plan has them."""
+        return {
+            "features": configuration.dense.features,
+            "crop_fraction": configuration.crop_fraction,
+            "rotation_deg": configuration.rotation_deg,
+            "flip_axes": configuration.flip_axes,
+            "intensity_views": configuration.intensity_views,
+        }
+
+    def make_views(
+        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
+    ) -> EquivariantViews:
+        """Return both views of each patch and the points to compare them at."""
+        return make_equivariant_views(volumes, generators, self.settings, self.configuration.spacing_mm)
+
+    def losses(self, views: EquivariantViews, progress: float) -> StepOutput:
+        """Return the loss of the pairs, the embeddings for the collapse monitors, and how well partners are found."""
+        before, warped = embed_points(self.network, self.head, views, self.settings.features)
+        with torch.no_grad():
+            every = max(1, len(before) // MONITORED_POINTS)
+            first, second = before.detach()[::every].float(), warped.detach()[::every].float()
+            monitors = {
+                "positive_similarity": nn.functional.cosine_similarity(first, second, dim=1).mean(),
+                "retrieval_top1": retrieval_top1(first, second),
+            }
+        return StepOutput(losses=self.pair_losses(before, warped), embeddings=first, monitors=monitors)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Return encoder, decoder and head."""
+        return [ParameterGroup([p for p in self.parameters() if p.requires_grad])]
+
+    def exported(self) -> Exported:
+        """Return encoder and decoder."""
+        return Exported(pretrained=ENCODER_AND_DECODER)
+
+
+class Pix2Rep(DensePoints):
+    """v1: NT-Xent over sampled points of the whole batch."""
 
     defaults: ClassVar[Pix2RepSettings] = Pix2RepSettings(training=TRAINING)
 
-    def __init__(self, network: Any, settings: Pix2RepSettings, configuration: Any) -> None:
-        super().__init__()
-        self.settings = settings
-        self.configuration = configuration
-        self.network = trained_up_to_segmentation(network)
-        self.head = point_head(network, settings)
-
     @classmethod
     def from_plan(cls, configuration: Any) -> dict[str, Any]:
-        """Return what views and features the plan has, and the points that it has memory for."""
-        return {**dense_from_plan(configuration), "points": configuration.dense.contrast_points}
+        """Return views and features as the plan has them, and the points that can be compared with one another."""
+        return {**super().from_plan(configuration), "points": configuration.dense.contrast_points}
 
-    def make_views(
-        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
-    ) -> EquivariantViews:
-        """Return both views of each patch and the points to compare them at."""
-        return make_equivariant_views(volumes, generators, self.settings, self.configuration.spacing_mm)
-
-    def losses(self, views: EquivariantViews, progress: float) -> StepOutput:
-        """Return NT-Xent of the pairs of points (the paper's loss of v1)."""
-        before, warped = embed_points(self.network, self.head, views, self.settings.features)
-        return dense_output({"contrast": nt_xent(before, warped, self.settings.temperature)}, before, warped)
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """Return encoder, decoder and head."""
-        return [ParameterGroup([p for p in self.parameters() if p.requires_grad])]
-
-    def exported(self) -> Exported:
-        """Return encoder and decoder."""
-        return Exported(pretrained=ENCODER_AND_DECODER)
+    def pair_losses(self, before: Float[Tensor, "pairs d"], warped: Float[Tensor, "pairs d"]) -> dict[str, Tensor]:
+        """Return the paper's loss of v1."""
+        return {"contrast": nt_xent(before, warped, self.settings.temperature)}
 
 
-class Pix2RepV2(PretextMethod):
-    """v2: Barlow Twins over sampled points of the whole batch.
-
-    Args:
-        network: the plan's U-Net.
-        settings: resolved.
-        configuration: the plan's pretext configuration.
-    """
+class Pix2RepV2(DensePoints):
+    """v2: Barlow Twins over sampled points of the whole batch."""
 
     defaults: ClassVar[Pix2RepV2Settings] = Pix2RepV2Settings(training=TRAINING)
 
-    def __init__(self, network: Any, settings: Pix2RepV2Settings, configuration: Any) -> None:
-        super().__init__()
-        self.settings = settings
-        self.configuration = configuration
-        self.network = trained_up_to_segmentation(network)
-        self.head = point_head(network, settings)
-
     @classmethod
     def from_plan(cls, configuration: Any) -> dict[str, Any]:
-        """Return what views and features the plan has, and the points that it has memory for."""
-        return {**dense_from_plan(configuration), "points": configuration.dense.correlation_points}
+        """Return views and features as the plan has them, and the points whose dimensions can be correlated."""
+        return {**super().from_plan(configuration), "points": configuration.dense.correlation_points}
 
-    def make_views(
-        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
-    ) -> EquivariantViews:
-        """Return both views of each patch and the points to compare them at."""
-        return make_equivariant_views(volumes, generators, self.settings, self.configuration.spacing_mm)
-
-    def losses(self, views: EquivariantViews, progress: float) -> StepOutput:
-        """Return Barlow Twins' loss of the pairs of points (the paper's loss of v2)."""
-        before, warped = embed_points(self.network, self.head, views, self.settings.features)
-        loss = barlow_twins(before, warped, self.settings.off_diagonal_weight)
-        return dense_output({"redundancy": loss}, before, warped)
-
-    def parameter_groups(self) -> list[ParameterGroup]:
-        """Return encoder, decoder and head."""
-        return [ParameterGroup([p for p in self.parameters() if p.requires_grad])]
-
-    def exported(self) -> Exported:
-        """Return encoder and decoder."""
-        return Exported(pretrained=ENCODER_AND_DECODER)
+    def pair_losses(self, before: Float[Tensor, "pairs d"], warped: Float[Tensor, "pairs d"]) -> dict[str, Tensor]:
+        """Return the paper's loss of v2."""
+        return {"redundancy": barlow_twins(before, warped, self.settings.off_diagonal_weight)}
 
 
 def trained_up_to_segmentation(network: Any) -> Any:
@@ -225,23 +227,6 @@ def trained_up_to_segmentation(network: Any) -> Any:
     network.requires_grad_(True)
     network.decoder.seg_layers.requires_grad_(False)
     return network
-
-
-def point_head(network: Any, settings: DenseSettings) -> PointProjection:
-    """Return ``g`` for the features of a point."""
-    channels = dense_channels(network.encoder.output_channels, settings.features)
-    return PointProjection(channels, settings.hidden_dimensions, settings.embedding_dimensions)
-
-
-def dense_from_plan(configuration: Any) -> dict[str, Any]:
-    """Return what both versions take from the plan."""
-    return {
-        "features": configuration.dense.features,
-        "crop_fraction": configuration.crop_fraction,
-        "rotation_deg": configuration.rotation_deg,
-        "flip_axes": configuration.flip_axes,
-        "intensity_views": configuration.intensity_views,
-    }
 
 
 def make_equivariant_views(
@@ -307,15 +292,3 @@ def embed_points(
         features = [interpolate_at(each.chunk(2)[half], points, shape) for each in maps]
         sides.append(head(torch.cat(features, dim=2).flatten(0, 1)))
     return sides[0], sides[1]
-
-
-def dense_output(losses: dict[str, Tensor], before: Tensor, warped: Tensor) -> StepOutput:
-    """Return the loss, the embeddings for the collapse monitors, and how well a point is found in the other view."""
-    with torch.no_grad():
-        every = max(1, len(before) // MONITORED_POINTS)
-        first, second = before.detach()[::every].float(), warped.detach()[::every].float()
-        monitors = {
-            "positive_similarity": nn.functional.cosine_similarity(first, second, dim=1).mean(),
-            "retrieval_top1": retrieval_top1(first, second),
-        }
-    return StepOutput(losses=losses, embeddings=first, monitors=monitors)
