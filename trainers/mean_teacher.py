@@ -10,8 +10,11 @@ patches, each with noise of its own. The teacher is what is saved and what predi
 Deviations:
     * UA-MT masks voxels of which the teacher is not certain; here all voxels count, as in the original.
     * UA-MT predicts with the student, the original with the teacher; here the teacher.
-    * UA-MT ramps the weight up over 40 of 40 "epochs" of 150 steps; here over the first 40 % of the steps.
-    * The labelled batch gets no additional noise: it is exactly that of plain fine-tuning.
+    * UA-MT ramps the weight up over the whole run (40 times 150 of 6000 steps), in steps of 150; here over the first 40 %
+      of the run, in every step.
+    * UA-MT's code adds noise to what the teacher sees only; here to both, as in its paper and in the original.
+    * UA-MT's student sees labelled and unlabelled patches as one batch, and half of its batch is labelled; here they are two
+      batches of the plan's size, so that the labelled ones are exactly those of plain fine-tuning, without added noise.
 """
 
 import copy
@@ -62,6 +65,7 @@ def teacher_momentum(step: int, numbers: Consistency) -> float:
 class MeanTeacherTrainer(FinetuneTrainer):
     """Trains a student on labelled and unlabelled patches and saves its moving average; made by ``make_trainer``."""
 
+    network: nn.Module
     consistency = Consistency()
     teacher: nn.Module | None = None
     steps_done = 0
@@ -97,6 +101,12 @@ class MeanTeacherTrainer(FinetuneTrainer):
         self.teacher = copy.deepcopy(self.bare_network)
         copy_to_teacher(self.bare_network, self.teacher)
 
+    def on_train_epoch_start(self) -> None:
+        """Set the learning rate; the teacher draws and normalises as the student does, as in both sources."""
+        super().on_train_epoch_start()
+        assert self.teacher is not None
+        self.teacher.train()
+
     def train_step(self, batch: dict) -> dict:
         """Take one optimizer step on both batches, then move the teacher."""
         result = super().train_step(batch)
@@ -104,6 +114,21 @@ class MeanTeacherTrainer(FinetuneTrainer):
         update_teacher(self.bare_network, self.teacher, teacher_momentum(self.steps_done, self.consistency))
         self.steps_done += 1
         return result
+
+    def on_validation_epoch_start(self) -> None:
+        """Compute as in prediction."""
+        super().on_validation_epoch_start()
+        assert self.teacher is not None
+        self.teacher.eval()
+
+    def validation_step(self, batch: dict) -> dict:
+        """Return loss and overlap counts of a held-out batch for the teacher, which is what will predict."""
+        assert self.teacher is not None
+        student, self.network = self.network, self.teacher
+        try:
+            return super().validation_step(batch)
+        finally:
+            self.network = student
 
     def batch_loss(self, batch: dict) -> Tensor:
         """Return nnU-Net's loss of the labelled and the weighted consistency of the unlabelled patches."""
