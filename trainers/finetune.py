@@ -62,7 +62,7 @@ class FinetuneSettings:
     batch_size: int | None = None
     """Patches per step; None for the plan's."""
     optimizer: Literal["sgd", "adam"] = "sgd"
-    """nnU-Net's SGD, or Adam without weight decay."""
+    """nnU-Net's SGD, or Adam without weight decay; a linear probe is trained by Adam."""
     processes: int = 1
     """Processes that write and evaluate predictions."""
     augmentation_processes: int = 0
@@ -313,6 +313,8 @@ class FinetuneTrainer(nnUNetTrainer):
             super().perform_actual_validation(save_probabilities)
         finally:
             nnunet_module.default_num_processes = before
+            # nnU-Net switches it off for this and then on, whatever it was
+            self.set_deep_supervision_enabled(self.enable_deep_supervision)
 
 
 def fix_transforms(transforms: BasicTransform) -> None:

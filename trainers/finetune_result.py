@@ -26,9 +26,9 @@ class FinetuneSchedule:
     iterations_per_epoch: int
     warmup_epochs: int
     learning_rate: float
-    batch_size: int | None = None
+    batch_size: int | None
     """Patches per step; None for the plan's."""
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    optimizer: Literal["sgd", "adam"]
     """nnU-Net's SGD, or Adam without weight decay."""
 
 
@@ -43,7 +43,7 @@ class ArmResult:
     mode: str
     """``finetune``, ``linear`` or ``mean_teacher``."""
     arm: str
-    """Pretext method of the weights, or ``scratch``."""
+    """Pretext method of the weights, or ``scratch``; followed by the mode if it is not ``finetune``: ``scratch-linear``."""
     dataset_name: str
     plans_name: str
     configuration: str
@@ -68,15 +68,25 @@ class ArmResult:
 
 
 def read_result(path: Path) -> ArmResult:
-    """Read a ``finetune.json``.
+    """Read a ``finetune.json``, of the first schema too.
 
     Raises:
         UserError: it is missing, of another schema version, or a key is wrong.
     """
     content = read_json(path, "fine-tuning result")
+    if isinstance(content, dict) and content.get("schema_version") == 1:
+        content = _from_first_schema(content, path)
     if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
         raise UserError(f"{path}: is no result of schema {SCHEMA_VERSION}; run nnssl_finetune again with --restart")
     return schema.parse(ArmResult, content, str(path))
+
+
+def _from_first_schema(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Add what the first schema did not have to say: there was one mode, one optimizer and one batch size."""
+    if not isinstance(content.get("schedule"), dict):
+        raise UserError(f"{path}: key schedule is missing or wrong; run nnssl_finetune again with --restart")
+    schedule = {**content["schedule"], "batch_size": None, "optimizer": "sgd"}
+    return {**content, "schema_version": SCHEMA_VERSION, "schedule": schedule, "unlabelled_cases": []}
 
 
 def read_dice(summary: Path, labels: Mapping[str, int | Sequence[int]]) -> tuple[dict[str, float | None], float | None]:
@@ -100,7 +110,7 @@ def read_dice(summary: Path, labels: Mapping[str, int | Sequence[int]]) -> tuple
 
 def comparison(results: Sequence[ArmResult]) -> list[str]:
     """Return the lines of a table: the Dice of all arms side by side, and the gain over scratch where there is one."""
-    scratch = next((result for result in results if result.arm == SCRATCH), None)
+    scratch = next((result for result in results if result.weights is None), None)
     first = results[0]
     gain = scratch is not None and scratch is not first
     header = [f"Dice on {len(first.test_cases)} held-out cases", *(result.arm for result in results)]

@@ -45,13 +45,26 @@ from trainers.mean_teacher import MeanTeacherTrainer
 from trainers.pretrained_weights import FINAL, LATEST, Weights, choose_configuration, load_weights, open_weights
 
 Say = Callable[[str], None]
-MODES: dict[str, type[FinetuneTrainer]] = {
-    "finetune": FinetuneTrainer,
-    "linear": LinearProbeTrainer,
-    "mean_teacher": MeanTeacherTrainer,
-}
+Optimizer = Literal["sgd", "adam"]
 RESUMABLE = "checkpoint_latest.pth"
 ARM_PREFIX = "nnssl_"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What is trained, and the numbers that it takes where the user gives none."""
+
+    trainer: type[FinetuneTrainer]
+    learning_rate: float
+    optimizers: tuple[Optimizer, ...]
+    """Those it can be trained with; the first is the default."""
+
+
+MODES = {
+    "finetune": Mode(FinetuneTrainer, 0.01, ("sgd", "adam")),  # nnU-Net
+    "linear": Mode(LinearProbeTrainer, 0.01, ("adam",)),  # Pix2Rep
+    "mean_teacher": Mode(MeanTeacherTrainer, 0.01, ("sgd", "adam")),  # nnU-Net, and UA-MT's too
+}
 
 
 @dataclass(frozen=True)
@@ -84,9 +97,9 @@ def finetune(
     epochs: int = 1000,
     iterations_per_epoch: int = 250,
     warmup_epochs: int | None = None,
-    learning_rate: float = 0.01,
+    learning_rate: float | None = None,
     batch_size: int | None = None,
-    optimizer: Literal["sgd", "adam"] = "sgd",
+    optimizer: Optimizer | None = None,
     device: torch.device | None = None,
     processes: int | None = None,
     plans_name: str | None = None,
@@ -110,9 +123,10 @@ def finetune(
         epochs: epochs in all, warm-up included; nnU-Net's default.
         iterations_per_epoch: optimizer steps per epoch.
         warmup_epochs: epochs of rising learning rate; None for one in twenty.
-        learning_rate: the highest one.
+        learning_rate: the highest one; None for the mode's, 0.01 in each.
         batch_size: patches per step; None for the plan's.
-        optimizer: ``"sgd"`` as nnU-Net, or ``"adam"``, which needs fewer steps and another learning rate.
+        optimizer: ``"sgd"`` as nnU-Net, or ``"adam"``, which needs fewer steps and another learning rate; None for the
+            mode's, Adam for ``"linear"`` and else SGD.
         device: where to compute; None for the GPU if there is one.
         processes: processes for preprocessing and evaluation; None for as many as there are cores, 8 at most.
         plans_name: name for the plan in the data set's folder; None to choose.
@@ -128,9 +142,9 @@ def finetune(
     Raises:
         UserError: data set, weights, cases or settings do not fit one another; the message says which and what to do.
     """
-    schedule = _check_schedule(epochs, iterations_per_epoch, warmup_epochs, learning_rate, batch_size, optimizer)
     if mode not in MODES:
         raise UserError(f"--mode {mode}: is not known; take one of {', '.join(MODES)}")
+    schedule = _check_schedule(mode, epochs, iterations_per_epoch, warmup_epochs, learning_rate, batch_size, optimizer)
     if unlabelled is not None and mode != "mean_teacher":
         raise UserError(f"--unlabelled {unlabelled}: is for --mode mean_teacher; --mode {mode} learns from labels only")
     processes = processes if processes is not None else min(8, os.cpu_count() or 1)
@@ -143,8 +157,9 @@ def finetune(
     split = split_cases(labelled, seed, labels, cases, test_cases)
     configuration = choose_configuration(configuration, origin)
     plan = adopt_plan(origin.provenance.plans, dataset_name, folders, say, plans_name)
-    prepare_data(dataset_name, plan, configuration, labelled, folders, processes, say)
     split = split or fold_split(labelled, dataset_name, folders)
+    others = choose_unlabelled(labelled, split, unlabelled) if mode == "mean_teacher" else ()
+    prepare_data(dataset_name, plan, configuration, labelled, folders, processes, say)
     task = Task(
         dataset_name=dataset_name,
         dataset_json=read_json(folders.preprocessed / dataset_name / "dataset.json", "dataset.json"),
@@ -156,9 +171,12 @@ def finetune(
         device=device or torch.device("cuda" if torch.cuda.is_available() else "cpu"),
         processes=processes,
         mode=mode,
-        unlabelled=choose_unlabelled(labelled, split, unlabelled) if mode == "mean_teacher" else (),
+        unlabelled=others,
     )
-    say(f"{dataset_name}: {len(task.split.train)} cases to train on, {len(task.split.test)} held out")
+    also = f", {len(others)} without their labels" if others else ""
+    say(f"{dataset_name}: {len(split.train)} cases to train on{also}, {len(split.test)} held out")
+    if mode == "linear" and not any(prefix.startswith("decoder.") for prefix in origin.provenance.pretrained):
+        say("Note: these weights have no pretrained decoder; the probe sees features of a random one")
     arms: list[Weights | None] = [origin, None] if scratch else [origin]
     results = [run_arm(task, arm, folders, restart, say) for arm in arms]
     for line in comparison(results):
@@ -237,7 +255,7 @@ def run_arm(task: Task, weights: Weights | None, folders: Folders, restart: bool
             settings,
             aloud,
             resume,
-            MODES[task.mode],
+            MODES[task.mode].trainer,
         )
         _train(trainer, weights, fold, arm, aloud)
         aloud(f"Arm {arm}: predicting {len(task.split.test)} held-out cases ...")
@@ -305,13 +323,20 @@ def _arm_name(weights: Weights | None, mode: str) -> str:
 
 
 def _check_schedule(
+    mode: str,
     epochs: int,
     iterations: int,
     warmup: int | None,
-    learning_rate: float,
+    learning_rate: float | None,
     batch_size: int | None,
-    optimizer: Literal["sgd", "adam"],
+    optimizer: Optimizer | None,
 ) -> FinetuneSchedule:
+    learning_rate = MODES[mode].learning_rate if learning_rate is None else learning_rate
+    optimizer = optimizer or MODES[mode].optimizers[0]
+    if optimizer not in MODES[mode].optimizers:
+        raise UserError(
+            f"--optimizer {optimizer}: --mode {mode} takes {' or '.join(MODES[mode].optimizers)}; leave it out"
+        )
     warmup = epochs // 20 if warmup is None else warmup
     if epochs < 1 or iterations < 1:
         raise UserError(f"--epochs {epochs}, --iterations-per-epoch {iterations}: each is 1 or more")

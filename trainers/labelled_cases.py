@@ -128,15 +128,17 @@ def choose_unlabelled(labelled: Sequence[str], split: Split, cases: Path | None 
         left = tuple(sorted(set(labelled) - set(split.train) - set(split.test)))
         if not left:
             raise UserError(
-                f"all {len(labelled)} labelled cases: are trained on or held out, and --mode mean_teacher needs others; hold out "
-                "fewer with --test-cases"
+                f"--mode mean_teacher: all {len(labelled)} labelled cases are trained on or held out, and it needs others; "
+                "name the held-out ones with --test-cases and the trained ones with --labels or --cases, so that some are left"
             )
         return left
     names = read_case_names(cases, labelled)
     for side, taken in (("trained on", split.train), ("held out", split.test)):
         overlap = sorted(set(names) & set(taken))
         if overlap:
-            raise UserError(f"{cases}: {_some(overlap)} {side} too; --mode mean_teacher wants other cases")
+            raise UserError(
+                f"{cases}: {_some(overlap)} {side} too; take such cases out of the list, --mode mean_teacher needs others"
+            )
     return names
 
 

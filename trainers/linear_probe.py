@@ -3,7 +3,8 @@
 Source: Seince et al., Pix2Rep, MIDL 2024 (linear probing): a 1 x 1 layer on the last feature map, Adam, learning rate 1e-2.
 
 Deviations: loss, augmentation and learning-rate schedule are those of ``FinetuneTrainer``, so that a probe and a fine-tuned
-network differ in what is trained only.
+network differ in what is trained and by which optimizer, and in nothing else. There is no deep supervision, whose other
+layers would be trained on features that no prediction uses.
 """
 
 from typing import Any
@@ -30,6 +31,6 @@ class LinearProbeTrainer(FinetuneTrainer):
         return optimizer, WarmupPolySchedule(optimizer, self.initial_lr, self.num_epochs, self.settings.warmup_epochs)
 
     def on_train_epoch_start(self) -> None:
-        """Keep the features as they are in prediction (dropout, statistics)."""
+        """Set the learning rate and compute features as in prediction: no dropout, stored statistics."""
         super().on_train_epoch_start()
         self.network.eval()

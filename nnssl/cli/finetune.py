@@ -45,9 +45,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=1000, help="(default: 1000)")
     parser.add_argument("--iterations-per-epoch", type=int, default=250, help="(default: 250)")
     parser.add_argument("--warmup-epochs", type=int, help="of the epochs (default: one in twenty)")
-    parser.add_argument("--learning-rate", type=float, default=0.01, help="the highest one (default: 0.01)")
+    parser.add_argument("--learning-rate", type=float, help="the highest one (default: the mode's, 0.01 in each)")
     parser.add_argument(
-        "--optimizer", choices=("sgd", "adam"), default="sgd", help="for all weights (default: sgd, as nnU-Net)"
+        "--optimizer", choices=("sgd", "adam"), help="(default: sgd, as nnU-Net; adam, and no other, for --mode linear)"
     )
     parser.add_argument("--batch-size", type=positive_int, metavar="N", help="patches per step (default: the plan's)")
     parser.add_argument(
@@ -61,8 +61,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--unlabelled",
         type=Path,
         metavar="FILE",
-        help="cases for --mode mean_teacher, of which only the images are used (default: all that are neither trained "
-        "on nor held out)",
+        help="cases for --mode mean_teacher, of which only the images are used, one name per line (default: all that "
+        "are neither trained on nor held out)",
     )
     parser.add_argument("--plans-name", help="name for the plan in the data set's folder (default: the plan's own)")
     add_device_argument(parser)

@@ -12,13 +12,15 @@ import torch
 from nnssl.cli.finetune import main
 from nnssl.data.phantoms import LABELS, write_phantom_dataset
 from nnssl.errors import UserError
-from nnssl.files import read_json
+from nnssl.files import read_json, write_json
 from nnssl.paths import resolve_folders
+from planners.finetune_planner import AdoptedPlan
 from tests.trainers.finetuning import (
     CASES,
     CPU,
     DATASET,
     TEST_CASES,
+    assert_stock_nnunet_predicts_the_same,
     is_segmentation_layer,
     trainer_of,
 )
@@ -31,9 +33,9 @@ from trainers.finetune import (
     fix_transforms,
     learning_rate,
 )
-from trainers.finetune_result import comparison, read_dice, read_result
+from trainers.finetune_result import FinetuneSchedule, comparison, read_dice, read_result
 from trainers.finetune_run import finetune
-from trainers.labelled_cases import find_labelled_cases, fold_split, label_order, split_cases
+from trainers.labelled_cases import Split, find_labelled_cases, fold_split, label_order, split_cases
 from trainers.labelled_data import is_preprocessed
 from trainers.pretrained_weights import load_weights, open_weights
 
@@ -415,17 +417,35 @@ def test_reported_dice_is_that_of_the_predicted_files(run):
 
 
 def test_stock_nnunet_predicts_the_same_from_the_model_folder(run, tmp_path):
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-
-    predictor = nnUNetPredictor(device=CPU, allow_tqdm=False)
-    predictor.initialize_from_trained_model_folder(run.results[0].model_folder, (0,), "checkpoint_final.pth")
-    assert predictor.trainer_name == "nnUNetTrainer"
-    image = run.folder / "raw" / DATASET / "imagesTr" / f"{TEST_CASES[0]}_0000.nii.gz"
-    predictor.predict_from_files_sequential([[str(image)]], str(tmp_path), save_probabilities=False)
-    ours = sitk.ReadImage(str(run.fold(0) / "validation" / f"{TEST_CASES[0]}.nii.gz"))
-    stock = sitk.ReadImage(str(tmp_path / f"{TEST_CASES[0]}.nii.gz"))
-    assert np.array_equal(sitk.GetArrayFromImage(ours), sitk.GetArrayFromImage(stock))
+    assert_stock_nnunet_predicts_the_same(run, run.results[0], None, tmp_path)
     assert f"-m {run.results[0].model_folder} -f 0 -device cpu" in run.results[0].predict_command
+
+
+def test_arms_from_before_there_were_modes_are_found_and_read(run, tmp_path):
+    task = finetune_run.Task(
+        dataset_name=DATASET,
+        dataset_json={},
+        plan=AdoptedPlan("nnsslPlans", tmp_path, {"plans_name": "nnsslPlans"}),
+        configuration="2d",
+        split=Split(("b", "a"), ("c",), "2cases"),
+        schedule=FinetuneSchedule(10, 5, 1, 0.01, None, "sgd"),
+        seed=3,
+        device=CPU,
+        processes=1,
+        mode="finetune",
+        unlabelled=(),
+    )
+    folder = finetune_run.arm_folder(task, None, resolve_folders())
+    assert folder.name == "nnssl_scratch_2cases_seed3_c18d9a91__nnsslPlans__2d"  # as the first version named it
+    content = read_json(Path(run.results[0].model_folder, "finetune.json"), "result")
+    content["schema_version"] = 1
+    del content["unlabelled_cases"], content["schedule"]["batch_size"], content["schedule"]["optimizer"]
+    write_json(tmp_path / "finetune.json", content)
+    assert read_result(tmp_path / "finetune.json") == run.results[0]
+    for wrong in ({**content, "schema_version": 2}, {**content, "schema_version": 3}, {**content, "schedule": 1}):
+        write_json(tmp_path / "finetune.json", wrong)
+        with pytest.raises(UserError, match="finetune.json"):
+            read_result(tmp_path / "finetune.json")
 
 
 def test_nothing_else_is_left_in_the_results_folder(run):
