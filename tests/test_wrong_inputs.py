@@ -181,7 +181,7 @@ def test_pretraining_refuses(planned, capsys):
     def refuses(*argv: str) -> str:
         return fails(capsys, pretrain, "--device", "cpu", *argv)
 
-    assert "there is no method 'simclr'; nnssl has reprec" in refuses("-m", "simclr")
+    assert "there is no method 'simclr'; nnssl has pix2rep, pix2rep_v2, reprec" in refuses("-m", "simclr")
     line = refuses("-m", "reprec", "--set", "temprature=1")
     assert "no setting 'temprature'" in line
     assert "temperature" in line
