@@ -123,6 +123,8 @@ def _run(args: argparse.Namespace) -> None:
             seed=args.seed,
             epochs=finetuning,
             iterations_per_epoch=args.iterations_per_epoch,
+            optimizer="adam",  # nnU-Net's SGD predicts no foreground yet after so few steps
+            learning_rate=0.003,
             device=device,
             processes=processes,
             say=say,

@@ -250,7 +250,9 @@ def test_wrong_inputs_are_one_line(toy, tmp_path):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "there is no method 'simclr'; nnssl has pix2rep, pix2rep_v2, reprec" in message(pretrain, "simclr", toy, NAME)
+    assert "there is no method 'simclr'; nnssl has pix2rep, pix2rep_v2, reprec" in message(
+        pretrain, "simclr", toy, NAME
+    )
     assert "run nnssl_plan_and_preprocess -d Dataset777_No" in message(pretrain, "reprec", toy, "Dataset777_No")
     assert "needs a convolutional U-Net with a transformer" in message(pretrain, "reprec", toy, NAME, "3d_fullres")
     assert "has no configuration '4d'" in message(pretrain, "reprec", toy, NAME, "4d")
