@@ -18,7 +18,7 @@ from nnssl.data.recipe import Recipe, digest_case, find_sources, plan_targets
 from nnssl.errors import UserError
 from nnssl.paths import resolve_folders
 from planners.fingerprint import extract_fingerprint
-from planners.plan import SCHEMA_VERSION, DenseSampling, Plan, Pretext, PretextConfiguration
+from planners.plan import DenseSampling, Plan, Pretext, PretextConfiguration
 
 NAME = "Dataset501_Phantoms"
 RESAMPLING = "resample_data_or_seg_to_shape"
