@@ -16,7 +16,7 @@ from nnssl.errors import UserError
 from nnssl.files import write_atomically
 from nnssl.schema import STRICT, parse
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class Provenance:
     """Prefixes of the parameters in ``network_weights`` that were pretrained; all others are a seeded initialisation."""
     init: str | None
     """Checkpoint that the stage started from, None for random weights."""
+    cases: tuple[str, ...] | None = None
+    """Names of the cases that the stage was shown; None where an earlier version wrote the file."""
 
 
 def to_plain(value: Any, copied: dict[Any, torch.Tensor] | None = None) -> Any:
@@ -143,7 +145,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], Provenance]:
     section = content.get("nnssl")
     if not isinstance(section, dict) or "network_weights" not in content:
         raise UserError(f"{path}: is no checkpoint of nnssl pretraining; take checkpoint_final.pth of nnssl_pretrain")
-    if section.get("schema_version") != SCHEMA_VERSION:
+    if section.get("schema_version") not in (1, SCHEMA_VERSION):  # the first did not name the cases
         raise UserError(
             f"{path}: has checkpoint schema {section.get('schema_version')}, this nnssl reads {SCHEMA_VERSION}"
         )

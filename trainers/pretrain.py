@@ -35,6 +35,7 @@ def pretrain(
     device: torch.device = torch.device("cpu"),  # noqa: B008  a device is immutable
     processes: int = 1,
     restart: bool = False,
+    stages: Sequence[str] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Pretrain a planned data set with a method, all its stages in order.
@@ -55,6 +56,7 @@ def pretrain(
         device: where to train.
         processes: number of processes (GPUs); the global batch stays that of the plan.
         restart: remove earlier results of the method's stages first.
+        stages: names of the stages to run, None for all; one whose predecessor is not run starts from random weights.
         say: called with lines for the user.
 
     Returns:
@@ -69,19 +71,21 @@ def pretrain(
     plan = read_plan(path)
     configuration = choose_configuration(method, plan, configuration)
     given = split_overrides(overrides, {stage.name: stage.load() for stage in method.stages})
+    chosen = [stage for stage in method.stages if stages is None or stage.name in stages]
     if init is not None:
         read_checkpoint(init)
     launched = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun, perhaps over several nodes
     if restart and (not launched or os.environ["RANK"] == "0"):
-        for stage in method.stages:
+        for stage in chosen:
             folder = stage_folder(folders, plan, stage, configuration)
             if folder.exists():
                 say(f"--restart: removing {folder}")
                 shutil.rmtree(folder)
-    for index, stage in enumerate(method.stages):
-        options = RunOptions(tuple(given[stage.name]), init if index == 0 else None, seed, workers)
+    for index, stage in enumerate(chosen):
+        alone = index == 0 and stage != method.stages[0]
+        options = RunOptions(tuple(given[stage.name]), init if index == 0 else None, seed, workers, alone)
         folder = stage_folder(folders, plan, stage, configuration)
-        if _is_finished(folder, plan, stage, configuration, options):
+        if is_finished(folder, plan, stage, configuration, options):
             say(f"{stage.name}: finished before, {folder / FINAL}")
             continue
         say(f"{stage.name}: {folder}")
@@ -94,7 +98,7 @@ def pretrain(
             _spawn(processes, path, stage.trainer, configuration, options, device)
         else:
             run_stage(path, stage.trainer, configuration, options, device)
-    return stage_folder(folders, plan, method.stages[-1], configuration) / FINAL
+    return stage_folder(folders, plan, chosen[-1], configuration) / FINAL
 
 
 def find_plan(folders: Folders, dataset_name: str | None, plans_name: str, say: Callable[[str], None]) -> Path:
@@ -149,7 +153,12 @@ def stage_folder(folders: Folders, plan: Plan, stage: Stage, configuration: str)
     return folders.results / plan.dataset_name / f"{stage.trainer}__{plan.name}__{configuration}" / "fold_all"
 
 
-def _is_finished(folder: Path, plan: Plan, stage: Stage, configuration: str, options: RunOptions) -> bool:
+def is_finished(folder: Path, plan: Plan, stage: Stage, configuration: str, options: RunOptions) -> bool:
+    """Return whether a stage's folder holds its final checkpoint.
+
+    Raises:
+        UserError: it does, of a run with another plan or other settings.
+    """
     final = folder / FINAL
     if not final.exists():
         return False

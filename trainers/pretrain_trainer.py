@@ -62,12 +62,14 @@ class RunOptions:
         init: checkpoint whose network weights the first stage starts from.
         seed: of weights and of every draw.
         workers: processes that read patches; None to choose.
+        alone: start a later stage from random weights, not from those of the stage before it.
     """
 
     overrides: tuple[str, ...] = ()
     init: Path | None = None
     seed: int = 0
     workers: int | None = None
+    alone: bool = False
 
 
 class PretrainTrainer(nnUNetTrainer):
@@ -107,6 +109,7 @@ class PretrainTrainer(nnUNetTrainer):
         self.method: PretextMethod
         self.dataloader_train: Iterator[PatchBatch] | None = None
         self.current_step = 0
+        self.cases: tuple[str, ...] = ()
         self.records: list[dict[str, Any]] = []
         self.embeddings: list[Tensor] = []
         self._last_save = time()
@@ -146,10 +149,10 @@ class PretrainTrainer(nnUNetTrainer):
         self.was_initialized = True
 
     def previous_stage_checkpoint(self) -> Path | None:
-        """Return where the stage before this one left its weights; None for the first stage of a method."""
+        """Return where the stage before this one left its weights; None for the first stage, and for one that runs alone."""
         stages = self.method_entry.stages
         index = stages.index(self.stage_entry)
-        if index == 0:
+        if index == 0 or self.options.alone:
             return None
         name = f"{stages[index - 1].trainer}__{self.plans_manager.plans_name}__{self.configuration_name}"
         return Path(self.output_folder_base).parent / name / "fold_all" / FINAL
@@ -197,6 +200,7 @@ class PretrainTrainer(nnUNetTrainer):
             raise UserError(
                 f"{store.folder}: holds no preprocessed case; run nnssl_plan_and_preprocess -d {self.plan.dataset_name}"
             )
+        self.cases = tuple(sorted({*self.cases, *store.names}))
         workers = self.options.workers
         if workers is None:
             workers = _default_workers(self.device)
@@ -462,6 +466,7 @@ class PretrainTrainer(nnUNetTrainer):
             finished=finished,
             pretrained=self.method.exported().pretrained,
             init=self.init_from,
+            cases=self.cases,
         )
 
     def load_checkpoint(self, filename_or_checkpoint: str | dict) -> None:
@@ -490,6 +495,7 @@ class PretrainTrainer(nnUNetTrainer):
             self.grad_scaler.load_state_dict(content["grad_scaler_state"])
         self.logger.load_checkpoint(content["logging"])
         self.current_step = provenance.step
+        self.cases = provenance.cases or ()
         self.current_epoch = content["current_epoch"]
 
     # ---------------------------------------------------------------- what needs labels in nnU-Net

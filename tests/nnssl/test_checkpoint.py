@@ -26,6 +26,7 @@ def make_provenance(**changes) -> Provenance:
         "finished": True,
         "pretrained": ("encoder.",),
         "init": None,
+        "cases": ("a", "b"),
     }
     return Provenance(**{**values, **changes})
 
@@ -43,6 +44,20 @@ def test_round_trip_with_weights_only(tmp_path):
     assert torch.equal(read["nnssl"]["state"]["queue"], torch.ones(2))
     assert provenance == make_provenance(settings={"crop_fraction": [0.2, 1.0], "flip_axes": [1, 2]})
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_first_schema_did_not_name_the_cases(tmp_path):
+    path = tmp_path / "old.pth"
+    write_checkpoint(path, {"network_weights": {}}, make_provenance(), {})
+    content = torch.load(path, weights_only=True)
+    content["nnssl"]["schema_version"] = 1
+    del content["nnssl"]["provenance"]["cases"]
+    torch.save(content, path)
+    assert read_checkpoint(path)[1].cases is None
+    content["nnssl"]["schema_version"] = 3
+    torch.save(content, path)
+    with pytest.raises(UserError, match="has checkpoint schema 3, this nnssl reads 2"):
+        read_checkpoint(path)
 
 
 def test_shared_tensors_stay_shared(tmp_path):

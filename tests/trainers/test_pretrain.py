@@ -53,6 +53,13 @@ def assert_same(first: dict, second: dict, **tolerance) -> None:
             assert torch.equal(first[key], second[key]), key
 
 
+def test_a_later_stage_alone_starts_from_random_weights(toy):
+    final = run(toy, stages=("reprec.generative",))
+    assert final == folder_of(toy, "Generative") / "checkpoint_final.pth"
+    assert not folder_of(toy, "Contrastive").exists()
+    assert read_checkpoint(final)[1].init is None
+
+
 def test_both_stages_and_what_they_leave(toy):
     final = run(toy)
     contrastive, generative = (
@@ -64,6 +71,7 @@ def test_both_stages_and_what_they_leave(toy):
         assert content["trainer_name"] == "nnUNetTrainer"
         _, provenance = read_checkpoint(path)
         assert (provenance.stage, provenance.step, provenance.finished) == (stage, 6, True)
+        assert provenance.cases == tuple(f"toy_{number:02}" for number in range(6))
         assert not (path.parent / "checkpoint_latest.pth").exists()
         assert (path.parent / "progress.png").stat().st_size > 5000
         rows = list(csv.DictReader((path.parent / "metrics.csv").open()))
