@@ -62,6 +62,32 @@ def read_json(path: Path, what: str) -> Any:
         raise UserError(f"{path}: is not a readable {what} ({error}); write it again") from error
 
 
+def read_names(path: Path) -> list[str]:
+    """Read a list of cases: one name per line; empty lines and lines that start with ``#`` are passed over.
+
+    Raises:
+        UserError: no such file, no name in it, or a name twice.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: cannot be read as a list of cases ({error}); give a text file, one name per line"
+        ) from error
+    names = [line for line in lines if line and not line.startswith("#")]
+    if not names:
+        raise UserError(f"{path}: names no case; write one name per line")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"{path}: names {some(twice)} more than once; name each case once")
+    return names
+
+
+def some(names: Sequence[str]) -> str:
+    """Return the first three of some names, for a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Write a table with a header line, atomically, in the form that spreadsheets open."""
 

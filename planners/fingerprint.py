@@ -353,7 +353,7 @@ def _measure(case: RawCase, reader: str, channels: int, samples: int) -> "_Measu
         foreground_share=float(mask.mean()),
         intensities=tuple(_summarize(values) for values in foreground),
         below_ct_air=tuple(float((channel < CT_AIR_HU).mean()) for channel in volume),
-        digest=hashlib.blake2b(volume.data, digest_size=16, person=_shape_key(volume)).hexdigest(),
+        digest=digest_volume(volume),
     )
     return _Measured(record, np.stack([values[places] for values in foreground]))
 
@@ -382,9 +382,10 @@ def _shape_after_crop(volume: np.ndarray) -> tuple[int, ...]:
     return tuple(extents)
 
 
-def _shape_key(volume: np.ndarray) -> bytes:
-    """Return 16 bytes that tell shapes apart, so that the digest of a volume depends on its shape."""
-    return hashlib.blake2b(repr(volume.shape).encode(), digest_size=16).digest()
+def digest_volume(volume: Float32[np.ndarray, "channel z y x"]) -> str:
+    """Return a digest of the shape and the voxels; equal for equal images, whatever their files are called."""
+    shape = hashlib.blake2b(repr(volume.shape).encode(), digest_size=16).digest()
+    return hashlib.blake2b(volume.data, digest_size=16, person=shape).hexdigest()
 
 
 def _spread_sample(values: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ import torch
 
 from nnssl.draws import make_generator
 from nnssl.errors import UserError
-from nnssl.files import read_json, write_json
+from nnssl.files import read_json, read_names, some, write_json
 from nnssl.paths import Folders
 
 FOLDS = 5  # nnU-Net's cross-validation
@@ -27,7 +27,7 @@ class Split:
 
 
 def read_case_names(path: Path, labelled: Sequence[str]) -> tuple[str, ...]:
-    """Read a list of cases: one name per line; empty lines and lines that start with ``#`` are passed over.
+    """Read a list of labelled cases, one name per line.
 
     Args:
         path: the list.
@@ -36,22 +36,11 @@ def read_case_names(path: Path, labelled: Sequence[str]) -> tuple[str, ...]:
     Raises:
         UserError: no such file, no name in it, a name twice, or one that is no labelled case.
     """
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path}: cannot be read as a list of cases ({error}); give a text file, one name per line"
-        ) from error
-    names = [line for line in lines if line and not line.startswith("#")]
-    if not names:
-        raise UserError(f"{path}: names no case; write one name per line")
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise UserError(f"{path}: names {_some(twice)} more than once; name each case once")
+    names = read_names(path)
     unknown = [name for name in names if name not in set(labelled)]
     if unknown:
         raise UserError(
-            f"{path}: {_some(unknown)} not among the {len(labelled)} labelled cases (such as {labelled[0]}); write "
+            f"{path}: {some(unknown)} not among the {len(labelled)} labelled cases (such as {labelled[0]}); write "
             "case names without channel number and file ending"
         )
     return tuple(sorted(names))
@@ -96,7 +85,7 @@ def split_cases(
         overlap = sorted(set(train) & set(test or ()))
         if overlap:
             raise UserError(
-                f"{cases}, {test_cases}: {_some(overlap)} in both; a case is trained on or held out, not both"
+                f"{cases}, {test_cases}: {some(overlap)} in both; a case is trained on or held out, not both"
             )
     else:
         free = label_order([name for name in labelled if name not in set(test or ())], seed)
@@ -137,7 +126,7 @@ def choose_unlabelled(labelled: Sequence[str], split: Split, cases: Path | None 
         overlap = sorted(set(names) & set(taken))
         if overlap:
             raise UserError(
-                f"{cases}: {_some(overlap)} {side} too; take such cases out of the list, --mode mean_teacher needs others"
+                f"{cases}: {some(overlap)} {side} too; take such cases out of the list, --mode mean_teacher needs others"
             )
     return names
 
@@ -170,7 +159,7 @@ def fold_split(labelled: Sequence[str], dataset_name: str, folders: Folders, fol
         raise UserError(f"{path}: has {len(splits)} folds, not fold {fold}; name the cases with --cases instead")
     unknown = sorted((set(splits[fold]["train"]) | set(splits[fold]["val"])) - set(labelled))
     if unknown:
-        raise UserError(f"{path}: {_some(unknown)} not among the labelled cases; delete the file to have it made again")
+        raise UserError(f"{path}: {some(unknown)} not among the labelled cases; delete the file to have it made again")
     return Split(tuple(splits[fold]["train"]), tuple(splits[fold]["val"]), f"fold{fold}")
 
 
@@ -198,12 +187,7 @@ def find_labelled_cases(dataset_name: str, folders: Folders) -> tuple[str, ...]:
     unlabelled = sorted(str(name) for name, case in files.items() if not Path(case["label"]).is_file())
     if unlabelled:
         raise UserError(
-            f"{dataset_name}: {len(unlabelled)} of {len(files)} images have no label ({_some(unlabelled)}); "
+            f"{dataset_name}: {len(unlabelled)} of {len(files)} images have no label ({some(unlabelled)}); "
             "fine-tuning needs a data set of labelled images only, so move the others to another one"
         )
     return tuple(sorted(str(name) for name in files))
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first three of some names."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

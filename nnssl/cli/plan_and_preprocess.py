@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from nnssl.cli.command import positive_int, run_command, say
 
@@ -51,6 +52,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="what the channels are (CT, MRI, T1, ...), where no dataset.json says so",
     )
     parser.add_argument(
+        "--exclude", type=Path, metavar="FILE", help="leave out the cases in this file, one name per line: a test set"
+    )
+    parser.add_argument(
         "--processes", type=positive_int, metavar="N", help="processes (default: one for each core, at most 8)"
     )
     parser.add_argument("--dask", metavar="ADDRESS", help="preprocess on the Dask cluster with this scheduler address")
@@ -67,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from nnssl.data.raw import find_dataset, read_dataset
+    from nnssl.data.raw import find_dataset, leave_out, read_dataset
     from nnssl.errors import UserError
     from nnssl.paths import resolve_folders
     from planners.fingerprint import read_or_extract
@@ -79,6 +83,8 @@ def _run(args: argparse.Namespace) -> None:
     processes = args.processes or default_processes()
     names = tuple(args.channel_names) if args.channel_names else None
     dataset = read_dataset(args.dataset, folders, say, names)
+    if args.exclude is not None:
+        dataset = leave_out(dataset, args.exclude, say)
     preset = args.preset
     if preset is None:
         preset, sentence = preset_for_gpu(_gpu_memory_gb())

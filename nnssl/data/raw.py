@@ -19,7 +19,7 @@ from jaxtyping import Float32
 
 from nnssl.data.image_files import CaseError, read_file_header, read_images
 from nnssl.errors import UserError
-from nnssl.files import read_json
+from nnssl.files import read_json, read_names
 from nnssl.paths import Folders
 from nnssl.schema import STRICT
 
@@ -158,6 +158,28 @@ def read_dataset(
     set_aside.sort(key=lambda entry: (entry.case, entry.file))
     completed = _complete_dataset_json(content, ending, given, len(cases), name, say)
     return RawDataset(name, folder, ending, given, tuple(cases), reader, completed, tuple(set_aside))
+
+
+def leave_out(dataset: RawDataset, path: Path, say: Callable[[str], None]) -> RawDataset:
+    """Return the data set without the cases that a file names, one per line; a test set stays unseen that way.
+
+    Args:
+        dataset: the data set.
+        path: list of cases.
+        say: called with one line.
+
+    Raises:
+        UserError: the file is no list, names a case that the data set does not have, or leaves none.
+    """
+    names = set(read_names(path))
+    unknown = sorted(names - {case.name for case in dataset.cases})
+    if unknown:
+        raise UserError(f"{path}: {dataset.name} has no case {unknown[0]} ({len(unknown)} unknown); mend the list")
+    kept = tuple(case for case in dataset.cases if case.name not in names)
+    if not kept:
+        raise UserError(f"{path}: names all cases of {dataset.name}; leave some to pretrain on")
+    say(f"{dataset.name}: {len(names)} of {len(dataset.cases)} cases left out, as {path} asks")
+    return replace(dataset, cases=kept)
 
 
 def name_channels(dataset: RawDataset, channel_names: tuple[str, ...]) -> RawDataset:

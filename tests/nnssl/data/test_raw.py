@@ -12,6 +12,7 @@ from nnssl.data.raw import (
     CaseError,
     RawCase,
     find_dataset,
+    leave_out,
     name_channels,
     read_dataset,
     read_header,
@@ -138,6 +139,21 @@ def test_names_given_by_the_user_win(folders):
     assert read_dataset(501, folders, print, channel_names=("CT",)).dataset_json["channel_names"] == {"0": "CT"}
     with pytest.raises(UserError, match="2 channel name"):
         read_dataset(501, folders, print, channel_names=("CT", "PET"))
+
+
+def test_cases_of_a_list_are_left_out(folders, tmp_path):
+    make_dataset(folders, cases=("a", "b", "c"))
+    dataset, said = read_dataset(501, folders, print), []
+    listed = tmp_path / "test.txt"
+    listed.write_text("# held out\nb\n\n")
+    assert [case.name for case in leave_out(dataset, listed, said.append).cases] == ["a", "c"]
+    assert said == [f"Dataset501_Tiny: 1 of 3 cases left out, as {listed} asks"]
+    for text, message in (("b\nz\n", "has no case z"), ("a\nb\nc\n", "names all cases"), ("b\nb\n", "more than once")):
+        listed.write_text(text)
+        with pytest.raises(UserError, match=message):
+            leave_out(dataset, listed, print)
+    with pytest.raises(UserError, match="cannot be read as a list"):
+        leave_out(dataset, tmp_path / "no.txt", print)
 
 
 def test_files_that_make_no_case_are_set_aside_with_a_reason(folders):
