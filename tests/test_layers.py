@@ -43,6 +43,7 @@ ALLOWED = {
         "nnssl.collapse",
         "nnssl.checkpoint",
         "nnssl.distributed",
+        "nnssl.evaluation",
         "planners",
     },
     "nnssl.cli": {"nnssl", "planners", "trainers"},

@@ -144,7 +144,7 @@ def finetune(
     """
     if mode not in MODES:
         raise UserError(f"--mode {mode}: is not known; take one of {', '.join(MODES)}")
-    schedule = _check_schedule(mode, epochs, iterations_per_epoch, warmup_epochs, learning_rate, batch_size, optimizer)
+    schedule = check_schedule(mode, epochs, iterations_per_epoch, warmup_epochs, learning_rate, batch_size, optimizer)
     if unlabelled is not None and mode != "mean_teacher":
         raise UserError(f"--unlabelled {unlabelled}: is for --mode mean_teacher; --mode {mode} learns from labels only")
     processes = processes if processes is not None else min(8, os.cpu_count() or 1)
@@ -322,7 +322,7 @@ def _arm_name(weights: Weights | None, mode: str) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", name if mode == "finetune" else f"{name}-{mode}")
 
 
-def _check_schedule(
+def check_schedule(
     mode: str,
     epochs: int,
     iterations: int,
@@ -331,6 +331,11 @@ def _check_schedule(
     batch_size: int | None,
     optimizer: Optimizer | None,
 ) -> FinetuneSchedule:
+    """Return the schedule of a mode, with the mode's numbers where None is given.
+
+    Raises:
+        UserError: a number or the optimizer does not fit.
+    """
     learning_rate = MODES[mode].learning_rate if learning_rate is None else learning_rate
     optimizer = optimizer or MODES[mode].optimizers[0]
     if optimizer not in MODES[mode].optimizers:

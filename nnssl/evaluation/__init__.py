@@ -1,1 +1,1 @@
-"""Does pretraining help: metrics, probes, benchmarks and reports."""
+"""Does pretraining help: metrics, statistics, probes, pictures and the report."""

@@ -1,0 +1,78 @@
+"""What each method shows of itself in a report: pictures made from its weights and the data it was pretrained on."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from nnssl.evaluation.dense_network import open_cases, open_dense_network
+from nnssl.evaluation.dense_similarity import compare_cases, embed_case
+from nnssl.evaluation.pictures import DPI, embedding_figure, similarity_figure
+from nnssl.evaluation.report import Picture
+from nnssl.paths import Folders
+
+Maker = Callable[[Path, Folders, torch.device, Callable[[str], None]], tuple[Picture, ...]]
+COMPARED_CASES = 3
+"""The query's case and two others."""
+
+
+def picture_of(figure: Figure, alt: str, caption: str) -> Picture:
+    """Return a figure as a picture of a report."""
+    FigureCanvasAgg(figure)  # whatever window system matplotlib is set up for
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI)
+    return Picture(file.getvalue(), alt, caption)
+
+
+def dense_pictures(
+    checkpoint: Path, folders: Folders, device: torch.device, say: Callable[[str], None]
+) -> tuple[Picture, ...]:
+    """Return the similarity of a point to the voxels of other cases, and the first components of the features of a case.
+
+    Args:
+        checkpoint: of a method that pretrains features of voxels.
+        folders: nnU-Net's folders, with the preprocessed cases of its data set.
+        device: where to compute.
+        say: called with lines on what is being done.
+
+    Raises:
+        UserError: as ``open_dense_network`` and ``open_cases``.
+    """
+    network, provenance = open_dense_network(checkpoint, None, device, say)
+    store = open_cases(provenance, provenance.dataset_name, folders, say)
+    query, *others = store.names[:COMPARED_CASES]
+    comparison = compare_cases(network, store, query, None, others, 0, say)
+    similarity = picture_of(
+        similarity_figure(comparison, f"{provenance.method}: what resembles one point"),
+        f"Slices of {', '.join([query, *others])} with the cosine similarity of every voxel to one point of {query} over them; "
+        + "; ".join(
+            f"nearest in {each.case.name}: cosine {each.nearest_cosine:.2f}" for each in comparison.similarities
+        ),
+        f"Cosine similarity of all voxels to the marked point of {query}; the circle is the most similar voxel.",
+    )
+    embedding = embed_case(network, store.case(query), None, 0)
+    colours = picture_of(
+        embedding_figure(embedding, f"{provenance.method}: features as colours"),
+        f"A slice of {query} beside the first three principal components of its features as red, green and blue",
+        "Tissue of one colour has similar features.",
+    )
+    return similarity, colours
+
+
+MAKERS: dict[str, Maker] = {"pix2rep": dense_pictures, "pix2rep_v2": dense_pictures}
+"""By method; a method without an entry shows nothing of its own."""
+
+
+def method_pictures(
+    method: str, checkpoint: Path, folders: Folders, device: torch.device, say: Callable[[str], None]
+) -> tuple[Picture, ...]:
+    """Return what a method shows of itself; empty for one that shows nothing.
+
+    Raises:
+        UserError: the weights or the cases cannot be shown.
+    """
+    maker = MAKERS.get(method)
+    return () if maker is None else maker(checkpoint, folders, device, say)

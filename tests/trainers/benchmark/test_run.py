@@ -1,0 +1,222 @@
+"""A study runs to its table: once for real through the command, and with made-up cells where only the order matters."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from nnssl.evaluation.metrics import CaseMetrics
+
+from nnssl.cli.benchmark import main
+from nnssl.draws import make_generator
+from nnssl.environment import variables
+from nnssl.errors import UserError
+from tests.trainers.benchmark.conftest import LABELLED
+from tests.trainers.benchmark.test_study import prepare
+from trainers.benchmark import run as run_module
+from trainers.benchmark.arms import make_weights
+from trainers.benchmark.estimate import format_duration
+from trainers.benchmark.run import Part, Runner, describe_matrix, parse_part, run_study
+from trainers.finetune_result import FILE_NAME
+
+COMMAND = [
+    "-d", "4", "--from", "501", "-m", "pix2rep", "-c", "3d_fullres", "--labels", "2", "--seeds", "1", "--epochs", "1", "2",
+    "--iterations-per-epoch", "2", "--batch-size", "2", "--device", "cpu", "--processes", "1", "--optimizer", "adam",
+    "--learning-rate", "0.003",
+]  # fmt: skip
+LABELS = ("liver", "spleen", "stomach", "aorta")
+
+
+@pytest.fixture(scope="module")
+def finished(phantoms, tmp_path_factory):
+    """One study through the command: (results folder, what a dry run said, what the run said)."""
+    results = tmp_path_factory.mktemp("study") / "results"
+    results.mkdir()
+    names = {"raw": phantoms / "raw", "preprocessed": phantoms / "preprocessed", "results": results}
+    return results, names
+
+
+def call(names, capsys, *more) -> list[str]:
+    with variables(NNSSL_PRECISION="float32", **{f"nnUNet_{name}": str(path) for name, path in names.items()}):
+        assert main([*COMMAND, *more]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_the_command_from_nothing_to_the_report(finished, capsys):
+    results, names = finished
+    dry = "\n".join(call(names, capsys, "--dry-run"))
+    assert "pix2rep: weights to be pretrained on Dataset501_Unlabelled" in dry
+    assert re.search(r"scratch +finetune +2 +0/1", dry)
+    assert re.search(r"4 cells: about .* from timed steps of the bare network", dry)
+    assert not list(results.rglob("*.pth"))
+
+    said = call(names, capsys)
+    cells = [line for line in said if line.startswith("[")]
+    assert [line[:5] for line in cells] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert "scratch, finetune, 2 labels, seed 0, 2 steps" in cells[0]
+    folder = results / LABELLED / "nnssl_benchmark_study"
+    assert {path.name for path in folder.iterdir()} >= {
+        "report.html",
+        "results.csv",
+        "table.md",
+        "study.json",
+        "log.txt",
+    }
+
+    rows = list(csv.DictReader((folder / "results.csv").open()))
+    study = json.loads((folder / "study.json").read_text())
+    assert len(rows) == 4 * len(study["test_cases"]) * len(LABELS)
+    assert {row["steps"] for row in rows} == {"2", "4"}
+    # the Dice of the table is nnU-Net's own
+    for path in results.glob(f"{LABELLED}/nnssl_*/{FILE_NAME}"):
+        result = json.loads(path.read_text())
+        steps = result["schedule"]["epochs"] * 2
+        own = [row for row in rows if row["arm"] == result["arm"] and int(row["steps"]) == steps]
+        for label, dice in result["dice"].items():
+            values = [float(row["dice"]) for row in own if row["class"] == label and row["dice"]]
+            assert dice == pytest.approx(sum(values) / len(values), abs=1e-6)
+    page = (folder / "report.html").read_text()
+    assert "1 label" in page or "2 label" in page
+    assert "nnssl_pretrain -m pix2rep" in page
+    assert "nnssl_benchmark -d 4" in page
+    assert page.count("data:image/png;base64,") >= 3  # segmentations, similarity, embedding
+
+    # again: nothing is trained, the table is the same
+    table = (folder / "table.md").read_text()
+    times = {path: path.stat().st_mtime_ns for path in results.rglob("checkpoint_final.pth")}
+    assert not [line for line in call(names, capsys) if line.startswith("[")]
+    assert (folder / "table.md").read_text() == table
+    assert {path: path.stat().st_mtime_ns for path in results.rglob("checkpoint_final.pth")} == times
+    assert "all cells are finished" in "\n".join(call(names, capsys, "--dry-run"))
+
+
+class Killed(BaseException):
+    """Stands for a signal."""
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Replace training, prediction and evaluation by made-up metrics; ``pretend.after`` cells a signal comes."""
+
+    class Pretend:
+        after = 10**9
+        trained: list[str]
+
+    state = Pretend()
+    state.trained = []
+
+    def run_arm(task, weights, folders, restart, say):
+        folder = run_module.arm_folder(task, weights, folders)
+        if len(state.trained) >= state.after:
+            raise Killed
+        state.trained.append(folder.name)
+        (folder / "fold_0").mkdir(parents=True, exist_ok=True)
+        return Result(dict.fromkeys(LABELS, 0.5))
+
+    def evaluate(predictions, references, labels, tolerance_mm, ignore, processes, cases):
+        generator = make_generator(0, str(Path(predictions).parent.parent.name))
+        return [
+            CaseMetrics(case, label, float(torch.rand(1, generator=generator)), 0.5, 3.0, 1.0, 1.0)
+            for case in cases
+            for label in LABELS
+        ]
+
+    monkeypatch.setattr(run_module, "run_arm", run_arm)
+    monkeypatch.setattr(run_module, "evaluate_folders", evaluate)
+    monkeypatch.setattr(run_module, "prepare_data", lambda *arguments: None)
+    monkeypatch.setattr(run_module, "read_result", lambda path: Result({}))
+    return state
+
+
+class Result:
+    mean_dice = 0.5
+
+    def __init__(self, dice):
+        self.dice = dice
+
+
+def make_study(folders, arms=("pix2rep",)):
+    study = prepare(folders, arms=arms)
+    for pretraining in study.pretrainings.values():
+        assert study.source is not None
+        if not pretraining.finished:
+            make_weights(pretraining, study.source, print)
+    return prepare(folders, arms=arms)
+
+
+def test_killed_at_any_cell_it_ends_in_the_same_table(folders, pretend, tmp_path):
+    study = make_study(folders)
+    whole = Runner(study, tmp_path / "whole", print)
+    whole.run_cells(Part())
+    table, order = whole.table(), list(pretend.trained)
+    assert len(order) == len(study.cells) == 16
+    for path in folders.results.rglob("metrics_*.csv"):
+        path.unlink()
+    pretend.trained.clear()
+    for after in (0, 1, 5, 15):
+        pretend.after = after
+        with pytest.raises(Killed):
+            Runner(study, tmp_path / "killed", print).run_cells(Part())
+        assert len(pretend.trained) == after
+    pretend.after = 16
+    runner = Runner(study, tmp_path / "killed", print)
+    runner.run_cells(Part())
+    assert pretend.trained == order
+    assert runner.table() == table
+
+
+def test_parts_share_out_all_cells_and_the_last_one_reports(folders, pretend, tmp_path, monkeypatch):
+    study = make_study(folders)
+    reports = []
+    monkeypatch.setattr(
+        "trainers.benchmark.report_inputs.write_results", lambda runner, command: reports.append(runner)
+    )
+    trained = []
+    for number in (1, 2, 3):
+        assert not reports
+        run_study(study, tmp_path, Part(number, 3), "command", print)
+        trained.append(list(pretend.trained))
+        pretend.trained.clear()
+    assert len(reports) == 1
+    assert sum(map(len, trained)) == 16
+    assert {len(part) for part in trained} == {5, 6}
+    assert len({name for part in trained for name in part}) == 16
+
+
+def test_cells_wait_for_weights_that_another_part_makes(folders, pretend, tmp_path, monkeypatch):
+    study = prepare(folders)
+    monkeypatch.setattr(run_module, "make_weights", lambda *arguments: pytest.fail("not of this part"))
+    said: list[str] = []
+    assert run_study(study, tmp_path, Part(2, 2), "command", said.append) is None
+    assert any("cells wait for the weights of pix2rep" in line for line in said)
+    assert all("scratch" in name for name in pretend.trained)
+
+
+def test_a_larger_study_takes_over_the_cells_of_a_smaller(folders, pretend, tmp_path):
+    small, large = make_study(folders), make_study(folders, ("pix2rep", "pix2rep_v2"))
+    Runner(small, tmp_path, print).run_cells(Part())
+    pretend.trained.clear()
+    Runner(large, tmp_path, print).run_cells(Part())
+    assert len(pretend.trained) == 8
+    assert all("pix2rep-v2" in name for name in pretend.trained)
+    assert re.search(r"pix2rep_v2 +finetune +1 +2/2 +2/2", "\n".join(describe_matrix(Runner(large, tmp_path, print))))
+
+
+def test_networks_of_other_labels_are_refused(folders, pretend, tmp_path):
+    study = make_study(folders)
+    runner = Runner(study, tmp_path, print)
+    runner.labels = {"liver": 1, "kidney": 2}
+    with pytest.raises(
+        UserError, match="was trained with the labels liver, spleen, stomach, aorta, .* now has liver, kidney"
+    ):
+        runner.run_cells(Part())
+
+
+def test_parts_and_durations():
+    assert parse_part("3/8") == Part(3, 8)
+    for text in ("0/2", "3/2", "1", "a/b", "1/0"):
+        with pytest.raises(UserError, match="--part"):
+            parse_part(text)
+    assert [format_duration(s) for s in (50, 600, 12600, 180000)] == ["50 s", "10 min", "3.5 h", "2.1 days"]

@@ -1,0 +1,215 @@
+"""What a study compares is fixed and fair before anything is trained."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nnssl.errors import UserError
+from nnssl.files import read_json, write_json
+from planners.plan import read_plan
+from tests.trainers.benchmark.conftest import LABELLED, SOURCE
+from trainers.benchmark.arms import OWN_FOLDER, Source, locate, make_weights, parse_arm, parse_arms
+from trainers.benchmark.leaks import check_disjoint, seen_in_pretraining
+from trainers.benchmark.study import StudySettings, prepare_study
+
+CPU = torch.device("cpu")
+SETTINGS = StudySettings(
+    dataset=4,
+    source=501,
+    arms=("pix2rep",),
+    labels=(1, 3),
+    epochs=(1, 2),
+    iterations_per_epoch=1,
+    seeds=2,
+    configuration="3d_fullres",
+)
+
+
+def prepare(folders, said=None, **changes):
+    return prepare_study(replace(SETTINGS, **changes), folders, CPU, 1, (said if said is not None else []).append)
+
+
+def cases_of(first: int, last: int) -> list[str]:
+    return [f"phantom_{number:04}" for number in range(first, last)]
+
+
+def test_arms_as_users_name_them(tmp_path):
+    assert parse_arm("reprec").stages == ("reprec.contrastive", "reprec.generative")
+    arm = parse_arm("pix2rep:temperature=0.2:points=64")
+    assert (arm.name, arm.method, arm.overrides) == (
+        "pix2rep:temperature=0.2:points=64", "pix2rep", ("temperature=0.2", "points=64")
+    )  # fmt: skip
+    assert parse_arm("reprec.generative").stages == ("reprec.generative",)
+    file = tmp_path / "x.pth"
+    file.touch()
+    assert (parse_arm(f"mine={file}").name, parse_arm(f"mine={file}").checkpoint) == ("mine", file)
+    assert parse_arm(str(file)).checkpoint == file
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("moco", "is no method"),
+        ("reprec.first", "is no method"),
+        ("scratch", "is always trained"),
+        ("/no/file.pth", "there is no file"),
+    ],
+)
+def test_wrong_arms(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_arm(text)
+    with pytest.raises(UserError, match="more than once"):
+        parse_arms(["reprec", "reprec"])
+
+
+def test_matrix_and_nested_subsets(folders):
+    study = prepare(folders, modes=("finetune", "linear"))
+    assert len(study.cells) == 2 * 2 * 2 * 2 * 2  # arms with scratch, modes, labels, seeds, lengths
+    assert study.configuration == "3d_fullres"
+    held_out = set(study.test)
+    assert len(held_out) == 2  # a quarter of eight
+    for seed in range(2):
+        one, three = (set(study.split(labels, seed).train) for labels in (1, 3))
+        assert one < three
+        assert (len(one), len(three)) == (1, 3)
+        assert not three & held_out
+    assert study.split(3, 0).train != study.split(3, 1).train
+    assert prepare(folders, modes=("linear",), seeds=1).test == study.test  # the same whatever is compared
+
+
+def test_linear_probe_keeps_its_own_rate(folders):
+    study = prepare(folders, modes=("finetune", "linear"), learning_rate=0.003, optimizer="adam")
+    assert (study.schedule("finetune", 2).learning_rate, study.schedule("linear", 2).learning_rate) == (0.003, 0.01)
+
+
+def test_other_scans_of_a_held_out_patient_are_not_used(folders, tmp_path):
+    """Held out is one of two scans of a patient; the other is neither trained on nor shown to the mean teacher."""
+    table = tmp_path / "patients.csv"
+    pairs = {case: f"p{number // 2}" for number, case in enumerate(cases_of(4, 12))}
+    table.write_text("case,patient\n" + "".join(f"{case},{patient}\n" for case, patient in pairs.items()))
+    test = tmp_path / "test.txt"
+    test.write_text("phantom_0004\n")
+    study = prepare(folders, patients=table, test_cases=test, labels=(1, 2), modes=("mean_teacher",))
+    assert len(study.orders[0]) == 3
+    assert len(study.split(1, 0).train) == 2  # a patient has two scans
+    used = {case for cell in study.cells for case in (*study.task(cell).split.train, *study.task(cell).unlabelled)}
+    assert used == set(cases_of(6, 12))
+
+
+def test_subsets_in_a_given_order(folders, tmp_path):
+    subsets = tmp_path / "subsets"
+    subsets.mkdir()
+    test = tmp_path / "test.txt"
+    test.write_text("phantom_0004\n")
+    (subsets / "seed0.txt").write_text("phantom_0009\nphantom_0006\nphantom_0011\n")
+    study = prepare(folders, test_cases=test, subsets=subsets, seeds=1)
+    assert study.split(1, 0).train == ("phantom_0009",)
+    assert study.split(3, 0).train == ("phantom_0006", "phantom_0009", "phantom_0011")
+    with pytest.raises(UserError, match="names 3 patients, fewer than --labels 4"):
+        prepare(folders, test_cases=test, subsets=subsets, seeds=1, labels=(4,))
+    with pytest.raises(UserError, match=r"seed1\.txt: cannot be read"):
+        prepare(folders, test_cases=test, subsets=subsets)
+    (subsets / "seed0.txt").write_text("phantom_0009\nphantom_0004\nphantom_0011\n")
+    with pytest.raises(UserError, match="patient phantom_0004 is on both sides of the split"):
+        prepare(folders, test_cases=test, subsets=subsets, seeds=1)
+
+
+def test_a_test_image_among_the_pretraining_images_is_refused(folders, phantoms, tmp_path):
+    """The file of the test image has another name in the pretraining data: its voxels tell."""
+    raw = tmp_path / "raw"
+    shutil.copytree(phantoms / "raw" / LABELLED, raw / LABELLED)
+    source = phantoms / "raw" / SOURCE / "imagesTr" / "phantom_0002_0000.nii.gz"
+    shutil.copyfile(source, raw / LABELLED / "imagesTr" / "phantom_0007_0000.nii.gz")
+    test = tmp_path / "test.txt"
+    test.write_text("phantom_0007\n")
+    leaking = replace(folders, raw=raw)
+    with pytest.raises(
+        UserError, match=r"phantom_0007 was seen in pretraining \(phantom_0007 has the voxels of phantom_0002"
+    ):
+        prepare(leaking, test_cases=test)
+    assert "phantom_0007" not in prepare(leaking, test_patients=5).test  # drawn cases avoid it
+    with pytest.raises(UserError, match="8 patients were to be held out, and only 7 of 8 were not seen"):
+        prepare(leaking, test_patients=8, labels=(1,))
+
+
+def test_another_scan_of_a_test_patient_in_pretraining_is_refused(folders, tmp_path):
+    table = tmp_path / "patients.csv"
+    names = {case: case for case in cases_of(0, 12)} | {"phantom_0007": "phantom_0001"}
+    table.write_text("case,patient\n" + "".join(f"{case},{patient}\n" for case, patient in names.items()))
+    test = tmp_path / "test.txt"
+    test.write_text("phantom_0007\n")
+    with pytest.raises(UserError, match="is of the patient of phantom_0001 of Dataset501_Unlabelled"):
+        prepare(folders, test_cases=test, patients=table)
+
+
+def test_cases_that_a_checkpoint_saw_count_even_if_the_data_set_has_lost_them(folders):
+    seen = seen_in_pretraining(SOURCE, folders, None, ("scan_9_frame2",))
+    assert seen.patients["scan_9"] == "scan_9_frame2"
+    with pytest.raises(UserError, match="there is no fingerprint of the pretraining data"):
+        seen_in_pretraining("Dataset777_Gone", folders, None)
+
+
+def test_a_patient_on_both_sides():
+    patients = {"a_1": "a", "a_2": "a", "b_1": "b"}
+    check_disjoint(["a_1", "a_2"], ["b_1"], patients)
+    with pytest.raises(
+        UserError, match="patient a is on both sides of the split: a_1 is trained on and a_2 is held out"
+    ):
+        check_disjoint(["b_1", "a_1"], ["a_2"], patients)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": (7,)}, "6 labelled patients are not held out"),
+        ({"labels": (1, 1)}, "--labels 1 1: give one value or more, each once"),
+        ({"configuration": "4d"}, "has no configuration '4d'"),
+        ({"arms": ("reprec",), "configuration": "2d", "source": 501}, None),
+        ({"source": 999}, "not found"),
+        ({"tolerance_mm": 0.0}, "is above 0"),
+    ],
+)
+def test_wrong_settings(folders, changes, message):
+    if message is None:
+        assert prepare(folders, **changes).pretrainings["reprec"].configuration == "2d_hybrid"
+        return
+    with pytest.raises(UserError, match=message):
+        prepare(folders, **changes)
+
+
+def test_where_weights_of_an_arm_are(folders):
+    """A method's own folder serves it as it is, and an arm with values only if it holds just that run."""
+    path = folders.preprocessed / SOURCE / "nnsslPlans.json"
+    source = Source(read_plan(path), path, 3, (), folders, CPU)
+    own = folders.results / SOURCE / "Pix2RepTrainer__nnsslPlans__3d_fullres" / "fold_all" / "checkpoint_final.pth"
+    plain, changed = parse_arm("pix2rep"), parse_arm("pix2rep:temperature=0.2")
+    assert (locate(plain, source).final, locate(plain, source).finished) == (own, False)
+    assert OWN_FOLDER in str(locate(changed, source).final)
+    make_weights(locate(plain, source), source, print)
+    assert locate(plain, source).finished
+    assert not locate(changed, source).finished
+    make_weights(locate(changed, source), source, print)
+    assert locate(changed, source).finished
+    assert locate(changed, source).final.exists()
+    assert locate(parse_arm("pix2rep:epochs=1"), source).final == own  # as the plan has it, so the same run
+    assert locate(parse_arm("pix2rep:epochs=2"), source).final != own
+
+
+def test_arms_must_share_the_plan(folders, tmp_path):
+    """A checkpoint of another plan would differ from the other arms in more than its weights."""
+    path = folders.preprocessed / SOURCE / "nnsslPlans.json"
+    source = Source(read_plan(path), path, 3, (), folders, CPU)
+    made = locate(parse_arm("pix2rep"), source)
+    make_weights(made, source, print)
+    checkpoint = f"mine={made.final}"
+    assert prepare(folders, arms=(checkpoint,), source=None).plan.dataset_name == SOURCE
+    assert prepare(folders, arms=("pix2rep_v2", checkpoint)).weights_path("mine") == made.final
+    content = read_json(path, "plan")
+    preprocessed = tmp_path / "preprocessed"
+    shutil.copytree(folders.preprocessed, preprocessed)
+    content["configurations"]["3d_fullres"]["batch_size"] += 1
+    write_json(preprocessed / SOURCE / "nnsslPlans.json", content)
+    with pytest.raises(UserError, match="was pretrained with another plan than nnsslPlans"):
+        prepare(replace(folders, preprocessed=preprocessed), arms=("pix2rep_v2", checkpoint))

@@ -1,0 +1,1 @@
+"""Does pretraining help on these data: the label-efficiency study of ``nnssl_benchmark``."""

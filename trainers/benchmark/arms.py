@@ -1,0 +1,229 @@
+"""Arms of a study: what the user named, and where its weights are or will be."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from nnssl.checkpoint import read_checkpoint
+from nnssl.environment import variables
+from nnssl.errors import UserError
+from nnssl.methods import METHODS, Method, find_method, find_stage
+from nnssl.paths import Folders
+from planners.plan import Plan
+from trainers.finetune_result import SCRATCH
+from trainers.pretrain import choose_configuration, is_finished, pretrain, stage_folder
+from trainers.pretrain_trainer import FINAL, RunOptions
+
+OWN_FOLDER = "nnssl_arms"
+"""Below nnU-Net's results: pretraining with values of an arm, or of a stage alone, which must not share the method's folder."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing that is compared with scratch.
+
+    Attributes:
+        name: as the user typed it.
+        method: pretext method; None for a checkpoint.
+        stages: names of the stages that are run; empty for a checkpoint.
+        overrides: settings as ``key=value``.
+        checkpoint: file with the weights; None where they are made here.
+    """
+
+    name: str
+    method: str | None = None
+    stages: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+    checkpoint: Path | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """What the methods of a study are pretrained on, and how.
+
+    Attributes:
+        plan: of the data set without labels.
+        plan_path: its file.
+        dimensions: of the configuration that is fine-tuned, 2 or 3.
+        overrides: settings for every method, as ``key=value``.
+        folders: nnU-Net's folders.
+        device: where to train.
+        seed: of pretraining.
+    """
+
+    plan: Plan
+    plan_path: Path
+    dimensions: int
+    overrides: tuple[str, ...]
+    folders: Folders
+    device: torch.device
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """A pretraining that gives an arm its weights.
+
+    Attributes:
+        method: the pretext method.
+        stages: names of the stages that are run.
+        configuration: of the plan.
+        overrides: settings as ``key=value``.
+        results: nnU-Net's results folder for it.
+        final: the last stage's checkpoint.
+        finished: whether it is there.
+    """
+
+    method: Method
+    stages: tuple[str, ...]
+    configuration: str
+    overrides: tuple[str, ...]
+    results: Path
+    final: Path
+    finished: bool
+
+    @property
+    def stage_folders(self) -> tuple[Path, ...]:
+        """Results folders of the stages that are run."""
+        base = self.final.parents[2]
+        _, plans, configuration = self.final.parents[1].name.split("__")
+        trainers = [stage.trainer for stage in self.method.stages if stage.name in self.stages]
+        return tuple(base / f"{trainer}__{plans}__{configuration}" / "fold_all" for trainer in trainers)
+
+
+def parse_arm(text: str) -> Arm:
+    """Read an arm: ``METHOD``, ``METHOD:KEY=VALUE:...``, ``STAGE``, ``STAGE:KEY=VALUE``, ``FILE`` or ``NAME=FILE``.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    name, equals, path = text.rpartition("=")
+    if text.endswith(".pth"):
+        file = Path(path if equals else text).expanduser().absolute()
+        if not file.is_file():
+            raise UserError(
+                f"-m {text}: there is no file {file}; give a checkpoint of nnssl_pretrain or a method's name"
+            )
+        return Arm(name=name or f"{file.parent.parent.name}/{file.stem}", checkpoint=file)
+    head, *overrides = text.split(":")
+    stages = {stage.name: method for method in METHODS.values() for stage in method.stages}
+    if head in stages:
+        return Arm(text, stages[head].name, (head,), tuple(overrides))
+    if head == SCRATCH:
+        raise UserError("-m scratch: is always trained; leave it out")
+    if head not in METHODS:
+        raise UserError(
+            f"-m {text}: is no method ({', '.join(METHODS)}), no stage ({', '.join(stages)}) and no file that ends in .pth"
+        )
+    return Arm(text, head, tuple(stage.name for stage in find_method(head).stages), tuple(overrides))
+
+
+def parse_arms(texts: Sequence[str]) -> tuple[Arm, ...]:
+    """Read the arms of a study.
+
+    Raises:
+        UserError: one is wrong, or two have the same name.
+    """
+    arms = tuple(map(parse_arm, texts))
+    names = [arm.name for arm in arms]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise UserError(f"-m {twice}: is given more than once; name checkpoints apart with NAME=FILE")
+    return arms
+
+
+def locate(arm: Arm, source: Source) -> Pretraining:
+    """Say where the weights of an arm are, or will be once it is pretrained.
+
+    A method without values takes the method's own results folder as it is. With values, and for a stage that is not the
+    method's first, that folder is taken only if it holds just this run; else the arm has a folder of its own.
+
+    Raises:
+        UserError: the plan has no configuration for the method, or a setting is wrong.
+    """
+    assert arm.method is not None
+    method = find_method(arm.method)
+    configuration = configuration_for(method, source.plan, source.dimensions)
+    overrides = (*source.overrides, *arm.overrides)
+    last = find_stage(arm.stages[-1])[1]
+    shared = stage_folder(source.folders, source.plan, last, configuration) / FINAL
+    whole = arm.stages == tuple(stage.name for stage in method.stages[: len(arm.stages)])
+    taken = Pretraining(method, arm.stages, configuration, overrides, source.folders.results, shared, shared.exists())
+    if whole and not overrides:
+        return taken
+    if whole and shared.exists() and _same_run(arm, method, source, configuration, overrides):
+        return taken
+    key = json.dumps([arm.stages, overrides, configuration, source.plan.name])
+    digest = hashlib.blake2b(key.encode(), digest_size=4).hexdigest()
+    root = source.folders.results / OWN_FOLDER / f"{re.sub(r'[^A-Za-z0-9.=-]+', '-', arm.name)}-{digest}"
+    final = stage_folder(replace(source.folders, results=root), source.plan, last, configuration) / FINAL
+    return Pretraining(method, arm.stages, configuration, overrides, root, final, final.exists())
+
+
+def make_weights(pretraining: Pretraining, source: Source, say: Callable[[str], None]) -> None:
+    """Run the pretraining of an arm, or what is left of it."""
+    pretraining.results.mkdir(parents=True, exist_ok=True)
+    with variables(nnUNet_results=str(pretraining.results)):
+        pretrain(
+            pretraining.method.name,
+            replace(source.folders, results=pretraining.results),
+            source.plan.dataset_name,
+            pretraining.configuration,
+            source.plan.name,
+            overrides=pretraining.overrides,
+            seed=source.seed,
+            device=source.device,
+            stages=pretraining.stages,
+            say=say,
+        )
+
+
+def configuration_for(method: Method, plan: Plan, dimensions: int) -> str:
+    """Return the configuration to pretrain a method with: the first of its own with as many dimensions as fine-tuning.
+
+    Raises:
+        UserError: the plan has none.
+    """
+    for name in method.configurations:
+        if name in plan.pretext.configurations and len(plan.configuration(name).patch_size) == dimensions:
+            return choose_configuration(method, plan, name)
+    raise UserError(
+        f"-m {method.name}: needs {method.backbone} in {dimensions}D, and plan {plan.name} of {plan.dataset_name} has only "
+        f"{', '.join(sorted(plan.pretext.configurations))}; take another -c"
+    )
+
+
+def _same_run(arm: Arm, method: Method, source: Source, configuration: str, overrides: tuple[str, ...]) -> bool:
+    """Whether the method's own results folder holds finished stages with just these settings."""
+    try:
+        return all(
+            is_finished(
+                stage_folder(source.folders, source.plan, stage, configuration),
+                source.plan,
+                stage,
+                configuration,
+                options,
+            )
+            for stage, options in stage_options(method, arm.stages, overrides, source.seed)
+        )
+    except UserError:
+        return False
+
+
+def stage_options(method: Method, stages: Sequence[str], overrides: Sequence[str], seed: int) -> list[tuple]:
+    """Return the stages that are run and the options of each."""
+    from nnssl.methods.settings import split_overrides
+
+    given = split_overrides(overrides, {stage.name: stage.load() for stage in method.stages})
+    return [(stage, RunOptions(tuple(given[stage.name]), seed=seed)) for stage in method.stages if stage.name in stages]
+
+
+def cases_seen(checkpoint: Path) -> tuple[str, tuple[str, ...] | None]:
+    """Return the data set that weights were pretrained on and the names of its cases, None where the file does not say."""
+    provenance = read_checkpoint(checkpoint)[1]
+    return provenance.dataset_name, provenance.cases

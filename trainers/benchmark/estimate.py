@@ -1,0 +1,168 @@
+"""How long the rest of a study takes, from the steps that were measured so far."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nnssl.checkpoint import load_tensors
+from nnssl.methods.settings import resolve_stage
+from nnssl.networks.backbone import build_network
+from trainers.benchmark.arms import Pretraining, stage_options
+from trainers.finetune_result import FILE_NAME
+from trainers.pretrained_weights import FINAL
+
+if TYPE_CHECKING:
+    from trainers.benchmark.run import Runner
+    from trainers.benchmark.study import CellKey
+
+TRIAL_STEPS = 3
+"""Steps of the bare network that are timed where nothing was measured yet; one more goes before them."""
+
+
+def cell_seconds(folder: Path, steps: int) -> tuple[float, float] | None:
+    """Return the seconds per step and the seconds of prediction and evaluation of a finished cell.
+
+    Args:
+        folder: its model folder.
+        steps: optimizer steps that it took.
+
+    Returns:
+        None where the log does not tell.
+    """
+    final = folder / "fold_0" / FINAL
+    if not (folder / FILE_NAME).exists() or not final.exists():
+        return None
+    log: Any = load_tensors(final)["logging"]
+    log = log.get("local_logger", log)
+    starts, ends = log.get("epoch_start_timestamps"), log.get("epoch_end_timestamps")
+    if not starts or not ends:
+        return None
+    epochs = [end - start for start, end in zip(starts, ends, strict=False)]
+    evaluation = max(0.0, (folder / FILE_NAME).stat().st_mtime - final.stat().st_mtime)
+    return median(epochs) * len(epochs) / steps, evaluation
+
+
+def estimate_seconds(runner: "Runner", cells: Sequence["CellKey"]) -> float | None:
+    """Return the seconds that cells will take, from finished cells of the same mode; None where there are none.
+
+    Args:
+        runner: of the study.
+        cells: that are not finished.
+    """
+    total = 0.0
+    for mode in {cell.mode for cell in cells}:
+        measured = _measured(runner, mode)
+        if measured is None:
+            return None
+        per_step, evaluation = measured
+        per_epoch = runner.study.settings.iterations_per_epoch
+        total += sum(cell.epochs * per_epoch * per_step + evaluation for cell in cells if cell.mode == mode)
+    return total
+
+
+def _measured(runner: "Runner", mode: str, most: int = 12) -> tuple[float, float] | None:
+    """Return the medians over the last finished cells of a mode."""
+    per_epoch = runner.study.settings.iterations_per_epoch
+    finished = [cell for cell in runner.study.cells if cell.mode == mode and runner.is_finished(cell)][-most:]
+    found = [cell_seconds(runner.cell_folder(cell), cell.epochs * per_epoch) for cell in finished]
+    values = [value for value in found if value is not None]
+    if not values:
+        return None
+    return median(value[0] for value in values), median(value[1] for value in values)
+
+
+def time_bare_step(runner: "Runner", batch_size: int | None) -> float:
+    """Return the seconds of a forward and a backward pass of the network on a batch, without data loading.
+
+    Args:
+        runner: of the study.
+        batch_size: None for the plan's.
+    """
+    study = runner.study
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from trainers.precision import choose_precision
+
+    configuration = PlansManager(study.plan.nnunet).get_configuration(study.configuration).configuration
+    channels = len(configuration["normalization_schemes"])
+    network = build_network(configuration["architecture"], channels, 2, 0).to(study.device)
+    precision = choose_precision(study.device)
+    precision.lay_out(network, len(configuration["patch_size"]))
+    batch_size = batch_size or configuration["batch_size"]
+    volumes = torch.zeros(batch_size, channels, *configuration["patch_size"], device=study.device)
+    volumes = precision.lay_out(volumes, len(configuration["patch_size"]))
+    started = 0.0
+    for step in range(TRIAL_STEPS + 1):
+        with precision.autocast(study.device):
+            outputs = network(volumes)
+        first = outputs[0] if isinstance(outputs, (list, tuple)) else outputs
+        first.float().mean().backward()
+        if step == 0:
+            _wait(study.device)
+            started = perf_counter()
+    _wait(study.device)
+    return (perf_counter() - started) / TRIAL_STEPS
+
+
+def estimate_pretraining(runner: "Runner", pretraining: Pretraining) -> tuple[float, str]:
+    """Return the seconds that a pretraining will take and what the number rests on."""
+    study = runner.study
+    assert study.source is not None
+    seconds, source = 0.0, "epochs that were measured"
+    options = stage_options(pretraining.method, pretraining.stages, pretraining.overrides, study.source.seed)
+    for (stage, run), folder in zip(options, pretraining.stage_folders, strict=True):
+        configuration = study.plan.configuration(pretraining.configuration)
+        training = resolve_stage(stage.load(), configuration, stage.name, run.overrides)[0].training
+        epochs = _measured_epochs(folder / "metrics.csv")
+        if epochs:
+            seconds += median(epochs) * training.epochs
+            continue
+        source = "timed steps of the bare network"
+        passes = stage.encoder_graphs + stage.encoder_passes / 3  # a pass without a graph costs about a third
+        seconds += time_bare_step(runner, training.batch_size) * max(passes, 1) * training.total_steps
+    return seconds, source
+
+
+def describe_estimate(runner: "Runner") -> list[str]:
+    """Return lines that say how long what is left of a study takes."""
+    study = runner.study
+    lines = []
+    for arm, pretraining in study.pretrainings.items():
+        if not pretraining.finished:
+            seconds, source = estimate_pretraining(runner, pretraining)
+            lines.append(f"pretraining {arm}: about {format_duration(seconds)}, from {source}")
+    left = [cell for cell in study.cells if not runner.is_finished(cell)]
+    if not left:
+        return [*lines, "all cells are finished"]
+    seconds = estimate_seconds(runner, left) or 0.0
+    source = "finished cells"
+    if not seconds:
+        steps = sum(cell.epochs for cell in left) * study.settings.iterations_per_epoch
+        seconds = time_bare_step(runner, study.settings.batch_size) * steps
+        source = "timed steps of the bare network, without prediction"
+    return [*lines, f"{len(left)} cells: about {format_duration(seconds)} in one process, from {source}"]
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as people say it: ``50 s``, ``12 min``, ``3.5 h``, ``2.1 days``."""
+    for limit, unit, text in ((90, 1, "{:.0f} s"), (5400, 60, "{:.0f} min"), (172800, 3600, "{:.1f} h")):
+        if seconds < limit:
+            return text.format(seconds / unit)
+    return f"{seconds / 86400:.1f} days"
+
+
+def _measured_epochs(path: Path) -> list[float]:
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [float(row["epoch_seconds"]) for row in csv.DictReader(file)]
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

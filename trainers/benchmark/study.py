@@ -1,0 +1,374 @@
+"""What a study compares: data sets, arms, held-out cases and the cells of the matrix, all fixed before anything is trained."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnssl.checkpoint import read_checkpoint
+from nnssl.data.patients import find_patients
+from nnssl.data.raw import RawDataset, find_dataset, read_dataset
+from nnssl.errors import UserError
+from nnssl.files import read_json, read_names, some
+from nnssl.paths import Folders
+from planners.finetune_planner import AdoptedPlan, adopt_plan
+from planners.plan import PLANS_NAME, Plan, plan_from_dict, read_plan
+from trainers.benchmark.arms import Arm, Pretraining, Source, configuration_for, locate, parse_arms
+from trainers.benchmark.leaks import (
+    Seen,
+    check_disjoint,
+    check_unseen,
+    digest_cases,
+    draw_test_cases,
+    find_leaks,
+    seen_by_checkpoint,
+    seen_in_pretraining,
+)
+from trainers.finetune_result import SCRATCH, FinetuneSchedule
+from trainers.finetune_run import MODES, Optimizer, Task, check_schedule
+from trainers.labelled_cases import Split, choose_unlabelled, find_labelled_cases, label_order, read_case_names
+from trainers.pretrain import find_plan
+
+Say = Callable[[str], None]
+HYBRID = "_hybrid"
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What the user asks for.
+
+    Attributes:
+        dataset: labelled data set, number or name.
+        source: data set for pretraining; None for the one that was planned last, or for that of the first checkpoint.
+        plans_name: plan of the source.
+        arms: as ``parse_arm`` reads them.
+        labels: numbers of labelled patients.
+        seeds: number of seeds; they are 0, 1, ...
+        modes: keys of ``MODES``.
+        epochs: lengths of fine-tuning.
+        iterations_per_epoch: optimizer steps of an epoch.
+        batch_size: of fine-tuning; None for the plan's.
+        optimizer: of fine-tuning; None for the mode's.
+        learning_rate: of the modes that train the whole network; None for the mode's.
+        configuration: to fine-tune; None to choose.
+        test_cases: list of cases to hold out; None to draw patients.
+        test_patients: number of patients to draw; None for a quarter.
+        patients: table of cases and patients; None to take them from the names.
+        subsets: folder with ``seed0.txt``, ...: labelled cases in the order in which they are added; None to draw them.
+        pretrain_overrides: settings of every pretraining, as ``key=value``.
+        tolerance_mm: of the normalised surface distance.
+    """
+
+    dataset: str | int
+    arms: tuple[str, ...]
+    labels: tuple[int, ...]
+    epochs: tuple[int, ...]
+    source: str | int | None = None
+    plans_name: str = PLANS_NAME
+    seeds: int = 3
+    modes: tuple[str, ...] = ("finetune",)
+    iterations_per_epoch: int = 250
+    batch_size: int | None = None
+    optimizer: Optimizer | None = None
+    learning_rate: float | None = None
+    configuration: str | None = None
+    test_cases: Path | None = None
+    test_patients: int | None = None
+    patients: Path | None = None
+    subsets: Path | None = None
+    pretrain_overrides: tuple[str, ...] = ()
+    tolerance_mm: float = 2.0
+
+
+@dataclass(frozen=True)
+class CellKey:
+    """One place in the matrix: which network is fine-tuned, on what, for how long."""
+
+    arm: str
+    mode: str
+    labels: int
+    seed: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that is ready to run."""
+
+    settings: StudySettings
+    folders: Folders
+    dataset: RawDataset
+    dataset_json: dict[str, Any]
+    labelled: tuple[str, ...]
+    patients: dict[str, str]
+    test: tuple[str, ...]
+    orders: tuple[tuple[str, ...], ...]
+    """For every seed the patients that may be labelled, in the order in which they are added."""
+    arms: tuple[Arm, ...]
+    pretrainings: dict[str, Pretraining]
+    """By the name of an arm; checkpoints have none."""
+    source: Source | None
+    """None if all arms are checkpoints."""
+    plan: Plan
+    adopted: AdoptedPlan
+    configuration: str
+    cells: tuple[CellKey, ...]
+    device: torch.device
+    processes: int
+
+    def weights_path(self, arm: str) -> Path | None:
+        """Return the checkpoint of an arm, which may not be there yet; None for scratch."""
+        if arm == SCRATCH:
+            return None
+        chosen = next(each for each in self.arms if each.name == arm)
+        return chosen.checkpoint or self.pretrainings[arm].final
+
+    def schedule(self, mode: str, epochs: int) -> FinetuneSchedule:
+        """Return the schedule of a cell."""
+        own = self.settings
+        rate = None if mode == "linear" else own.learning_rate
+        optimizer = None if mode == "linear" else own.optimizer
+        return check_schedule(mode, epochs, own.iterations_per_epoch, None, rate, own.batch_size, optimizer)
+
+    def split(self, labels: int, seed: int) -> Split:
+        """Return the cases that are trained on and those that are held out."""
+        chosen = set(self.orders[seed][:labels])
+        train = tuple(sorted(case for case in self.pool if self.patients[case] in chosen))
+        return Split(train, self.test, f"{len(train)}cases")
+
+    @property
+    def pool(self) -> tuple[str, ...]:
+        """Labelled cases of patients that are not held out."""
+        held_out = {self.patients[case] for case in self.test}
+        return tuple(case for case in self.labelled if self.patients[case] not in held_out)
+
+    def task(self, cell: CellKey) -> Task:
+        """Return what fine-tuning needs to know of a cell."""
+        split = self.split(cell.labels, cell.seed)
+        return Task(
+            dataset_name=self.dataset.name,
+            dataset_json=self.dataset_json,
+            plan=self.adopted,
+            configuration=self.configuration,
+            split=split,
+            schedule=self.schedule(cell.mode, cell.epochs),
+            seed=cell.seed,
+            device=self.device,
+            processes=self.processes,
+            mode=cell.mode,
+            unlabelled=choose_unlabelled((*self.pool, *self.test), split) if cell.mode == "mean_teacher" else (),
+        )
+
+
+def prepare_study(settings: StudySettings, folders: Folders, device: torch.device, processes: int, say: Say) -> Study:
+    """Find everything that a study needs and check that it is fair; nothing is trained or preprocessed.
+
+    Args:
+        settings: what the user asks for.
+        folders: nnU-Net's folders.
+        device: where to train.
+        processes: for preprocessing and evaluation.
+        say: called with lines for the user.
+
+    Raises:
+        UserError: a data set, plan or file is not there; arms do not fit one plan; a held-out case was seen in pretraining
+            or its patient is trained on; too few patients for the numbers of labels.
+    """
+    check_settings(settings)
+    arms = parse_arms(settings.arms)
+    dataset_name = find_dataset(settings.dataset, folders)
+    labelled = find_labelled_cases(dataset_name, folders)
+    dataset = read_dataset(dataset_name, folders, lambda line: None)
+    patients = find_patients(labelled, settings.patients, say)
+    plan, plan_path = find_source_plan(settings, arms, folders, say)
+    configuration = choose_finetuning(settings, arms, plan)
+    source = None
+    if plan_path is not None:
+        dimensions = len(plan.configuration(configuration).patch_size)
+        source = Source(plan, plan_path, dimensions, settings.pretrain_overrides, folders, device)
+    pretrainings = {arm.name: locate(arm, source) for arm in arms if arm.method is not None and source is not None}
+    for arm in arms:
+        if arm.checkpoint is not None:
+            check_plan(arm.checkpoint, plan, configuration)
+    seen = find_seen(arms, pretrainings, plan, source, settings, folders)
+    test = choose_test(settings, dataset, labelled, patients, seen, say)
+    orders = order_patients(settings, labelled, patients, test)
+    cells = tuple(
+        CellKey(arm, mode, labels, seed, epochs)
+        for seed in range(settings.seeds)
+        for labels in sorted(settings.labels)
+        for mode in settings.modes
+        for epochs in sorted(settings.epochs)
+        for arm in (SCRATCH, *(arm.name for arm in arms))
+    )
+    return Study(
+        settings=settings,
+        folders=folders,
+        dataset=dataset,
+        dataset_json=read_json(folders.raw / dataset_name / "dataset.json", "dataset.json"),
+        labelled=labelled,
+        patients=patients,
+        test=test,
+        orders=orders,
+        arms=arms,
+        pretrainings=pretrainings,
+        source=source,
+        plan=plan,
+        adopted=adopt_plan(plan.nnunet, dataset_name, folders, say),
+        configuration=configuration,
+        cells=cells,
+        device=device,
+        processes=processes,
+    )
+
+
+def check_settings(settings: StudySettings) -> None:
+    """Check numbers that can be wrong by themselves.
+
+    Raises:
+        UserError: one is.
+    """
+    for name, values in (("--labels", settings.labels), ("--epochs", settings.epochs), ("--mode", settings.modes)):
+        if not values or len(set(values)) != len(values):
+            raise UserError(f"{name} {' '.join(map(str, values))}: give one value or more, each once")
+    if min(settings.labels) < 1 or settings.seeds < 1:
+        raise UserError(f"--labels {min(settings.labels)}, --seeds {settings.seeds}: each is 1 or more")
+    unknown = [mode for mode in settings.modes if mode not in MODES]
+    if unknown:
+        raise UserError(f"--mode {unknown[0]}: is not known; take {', '.join(MODES)}")
+    if settings.tolerance_mm <= 0:
+        raise UserError(f"--tolerance-mm {settings.tolerance_mm}: is above 0")
+
+
+def find_source_plan(
+    settings: StudySettings, arms: Sequence[Arm], folders: Folders, say: Say
+) -> tuple[Plan, Path | None]:
+    """Return the plan that all arms share, and its file unless all arms are checkpoints.
+
+    Raises:
+        UserError: there is no such plan.
+    """
+    if settings.source is None and all(arm.checkpoint is not None for arm in arms):
+        checkpoint = arms[0].checkpoint
+        assert checkpoint is not None
+        return plan_from_dict(read_checkpoint(checkpoint)[1].plans, str(checkpoint)), None
+    name = None if settings.source is None else find_dataset(settings.source, folders)
+    path = find_plan(folders, name, settings.plans_name, say)
+    return read_plan(path), path
+
+
+def choose_finetuning(settings: StudySettings, arms: Sequence[Arm], plan: Plan) -> str:
+    """Return the configuration to fine-tune, the same for all arms and for scratch.
+
+    That is the one that all methods pretrain, or else, as weights of a hybrid network fit the plain U-Net too, the plain one.
+
+    Raises:
+        UserError: the plan has no such configuration.
+    """
+    if settings.configuration is not None:
+        plan.configuration(settings.configuration)
+        return settings.configuration
+    from nnssl.methods import find_method
+
+    wanted = []
+    for arm in arms:
+        if arm.checkpoint is not None:
+            wanted.append(read_checkpoint(arm.checkpoint)[1].configuration)
+            continue
+        assert arm.method is not None
+        usable = [name for name in find_method(arm.method).configurations if name in plan.pretext.configurations]
+        wanted.append(usable[0] if usable else configuration_for(find_method(arm.method), plan, 3))
+    if len(set(wanted)) == 1:
+        return wanted[0]
+    plain = wanted[0].removesuffix(HYBRID)
+    plan.configuration(plain)
+    return plain
+
+
+def check_plan(checkpoint: Path, plan: Plan, configuration: str) -> None:
+    """Check that the weights of a checkpoint were made with the plan of the study.
+
+    Raises:
+        UserError: the configuration is another one there, so arms would differ in more than their weights.
+    """
+    theirs = read_checkpoint(checkpoint)[1].plans["configurations"].get(configuration)
+    if theirs != plan.nnunet["configurations"][configuration]:
+        raise UserError(
+            f"{checkpoint}: was pretrained with another plan than {plan.name} of {plan.dataset_name} ({configuration} "
+            "differs), so it cannot be compared fairly; compare it in a study of its own"
+        )
+
+
+def find_seen(
+    arms: Sequence[Arm],
+    pretrainings: Mapping[str, Pretraining],
+    plan: Plan,
+    source: Source | None,
+    settings: StudySettings,
+    folders: Folders,
+) -> list[Seen]:
+    """Return all that the weights of the arms have seen, or will have once they are pretrained."""
+    seen = [] if source is None else [seen_in_pretraining(plan.dataset_name, folders, settings.patients)]
+    finished = [pretraining.final for pretraining in pretrainings.values() if pretraining.finished]
+    for path in (*finished, *(arm.checkpoint for arm in arms if arm.checkpoint is not None)):
+        seen += seen_by_checkpoint(path, folders, settings.patients)
+    return seen
+
+
+def choose_test(
+    settings: StudySettings,
+    dataset: RawDataset,
+    labelled: tuple[str, ...],
+    patients: Mapping[str, str],
+    seen: Sequence[Seen],
+    say: Say,
+) -> tuple[str, ...]:
+    """Return the cases to hold out: those that the user names, or drawn ones.
+
+    Raises:
+        UserError: a case was seen in pretraining, or too few were not.
+    """
+    if settings.test_cases is None:
+        return draw_test_cases(dataset, patients, settings.test_patients, seen, say)
+    test = read_case_names(settings.test_cases, labelled)
+    check_unseen(find_leaks(digest_cases(dataset, test), patients, seen), str(settings.test_cases))
+    say(f"{len(test)} cases are held out; no pretraining has seen them (checked by voxels and by patient)")
+    return test
+
+
+def order_patients(
+    settings: StudySettings, labelled: Sequence[str], patients: Mapping[str, str], test: Sequence[str]
+) -> tuple[tuple[str, ...], ...]:
+    """Return for every seed the patients that may be labelled, in the order in which they are added.
+
+    Other cases of a held-out patient are neither trained on nor held out.
+
+    Raises:
+        UserError: there are fewer patients than labels are wanted, or a list names a held-out patient.
+    """
+    held_out = {patients[case] for case in test}
+    pool = sorted({patients[case] for case in labelled} - held_out)
+    if max(settings.labels) > len(pool):
+        raise UserError(
+            f"--labels {max(settings.labels)}: {len(pool)} labelled patients are not held out; take {len(pool)} at most, or "
+            "hold out fewer"
+        )
+    if settings.subsets is None:
+        return tuple(tuple(label_order(pool, seed)) for seed in range(settings.seeds))
+    orders = []
+    for seed in range(settings.seeds):
+        path = settings.subsets / f"seed{seed}.txt"
+        names = read_names(path)
+        unknown = [name for name in names if name not in patients]
+        if unknown:
+            raise UserError(f"{path}: {some(unknown)} not among the {len(labelled)} labelled cases; mend the list")
+        check_disjoint(names, test, patients)
+        order = tuple(dict.fromkeys(patients[name] for name in names))
+        if max(settings.labels) > len(order):
+            raise UserError(
+                f"{path}: names {len(order)} patients, fewer than --labels {max(settings.labels)}; add some"
+            )
+        orders.append(order)
+    return tuple(orders)
