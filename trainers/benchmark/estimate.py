@@ -52,7 +52,7 @@ def estimate_seconds(runner: "Runner", cells: Sequence["CellKey"]) -> float | No
 
     Args:
         runner: of the study.
-        cells: that are not finished.
+        cells: that are not trained.
     """
     total = 0.0
     for mode in {cell.mode for cell in cells}:
@@ -68,7 +68,7 @@ def estimate_seconds(runner: "Runner", cells: Sequence["CellKey"]) -> float | No
 def _measured(runner: "Runner", mode: str, most: int = 12) -> tuple[float, float] | None:
     """Return the medians over the last finished cells of a mode."""
     per_epoch = runner.study.settings.iterations_per_epoch
-    finished = [cell for cell in runner.study.cells if cell.mode == mode and runner.is_finished(cell)][-most:]
+    finished = [cell for cell in runner.study.cells if cell.mode == mode and runner.is_trained(cell)][-most:]
     found = [cell_seconds(runner.cell_folder(cell), cell.epochs * per_epoch) for cell in finished]
     values = [value for value in found if value is not None]
     if not values:
@@ -136,9 +136,9 @@ def describe_estimate(runner: "Runner") -> list[str]:
         if not pretraining.finished:
             seconds, source = estimate_pretraining(runner, pretraining)
             lines.append(f"pretraining {arm}: about {format_duration(seconds)}, from {source}")
-    left = [cell for cell in study.cells if not runner.is_finished(cell)]
+    left = [cell for cell in study.cells if not runner.is_trained(cell)]
     if not left:
-        return [*lines, "all cells are finished"]
+        return [*lines, "all cells are trained"]
     seconds = estimate_seconds(runner, left) or 0.0
     source = "finished cells"
     if not seconds:

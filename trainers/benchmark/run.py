@@ -105,6 +105,10 @@ class Runner:
         """Whether a cell was trained and evaluated."""
         return self.has_weights(cell.arm) and self.metrics_path(cell).exists()
 
+    def is_trained(self, cell: CellKey) -> bool:
+        """Whether the network of a cell is there, evaluated with this tolerance or not."""
+        return self.has_weights(cell.arm) and (self.cell_folder(cell) / FILE_NAME).exists()
+
     # ---------------------------------------------------------------- work
 
     def pretrain(self, part: Part) -> None:
@@ -187,7 +191,7 @@ class Runner:
 
     def _report_cell(self, cell: CellKey, seconds: float, own: Sequence[CellKey]) -> None:
         done = sum(map(self.is_finished, own))
-        left = estimate_seconds(self, [each for each in own if not self.is_finished(each)])
+        left = estimate_seconds(self, [each for each in own if not self.is_trained(each)])
         steps = cell.epochs * self.study.settings.iterations_per_epoch
         dice = read_result(self.cell_folder(cell) / FILE_NAME).mean_dice
         scratch = CellKey(SCRATCH, cell.mode, cell.labels, cell.seed, cell.epochs)
@@ -196,7 +200,7 @@ class Runner:
             beside = f" (scratch {_text(read_result(self.cell_folder(scratch) / FILE_NAME).mean_dice)})"
         remaining = f", {format_duration(left)} left" if left is not None and done < len(own) else ""
         self.say(
-            f"[{done}/{len(own)}] {cell.arm}, {cell.mode}, {cell.labels} labels, seed {cell.seed}, {steps} steps: "
+            f"[{done}/{len(own)}] {cell.arm}, {cell.mode}, {cell.labels} labelled, seed {cell.seed}, {steps} steps: "
             f"Dice {_text(dice)}{beside}, {seconds:.0f} s{remaining}"
         )
 
@@ -271,7 +275,9 @@ def describe_matrix(runner: Runner) -> list[str]:
         "",
     ]
     done = [cell for cell in study.cells if runner.is_finished(cell)]
-    lines.append(f"{len(done)} of {len(study.cells)} cells are finished")
+    trained = sum(map(runner.is_trained, study.cells)) - len(done)
+    also = f", {trained} more are trained and need only be evaluated" if trained else ""
+    lines.append(f"{len(done)} of {len(study.cells)} cells are finished{also}")
     return lines
 
 
@@ -283,7 +289,7 @@ def _matrix(runner: Runner) -> list[str]:
         row = rows.setdefault((cell.arm, cell.mode, cell.epochs), {})
         row.setdefault(cell.labels, []).append(runner.is_finished(cell))
     labels = sorted(study.settings.labels)
-    head = ["arm", "mode", "steps", *(f"{number} labels" for number in labels)]
+    head = ["arm", "mode", "steps", *(f"{number} label{'' if number == 1 else 's'}" for number in labels)]
     body = [
         [arm, mode, str(epochs * study.settings.iterations_per_epoch)]
         + [f"{sum(row[number])}/{len(row[number])}" for number in labels]

@@ -55,7 +55,7 @@ def test_the_command_from_nothing_to_the_report(finished, capsys):
     said = call(names, capsys)
     cells = [line for line in said if line.startswith("[")]
     assert [line[:5] for line in cells] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
-    assert "scratch, finetune, 2 labels, seed 0, 2 steps" in cells[0]
+    assert "scratch, finetune, 2 labelled, seed 0, 2 steps" in cells[0]
     folder = results / LABELLED / "nnssl_benchmark_study"
     assert {path.name for path in folder.iterdir()} >= {
         "report.html",
@@ -89,7 +89,7 @@ def test_the_command_from_nothing_to_the_report(finished, capsys):
     assert not [line for line in call(names, capsys) if line.startswith("[")]
     assert (folder / "table.md").read_text() == table
     assert {path: path.stat().st_mtime_ns for path in results.rglob("checkpoint_final.pth")} == times
-    assert "all cells are finished" in "\n".join(call(names, capsys, "--dry-run"))
+    assert "all cells are trained" in "\n".join(call(names, capsys, "--dry-run"))
 
 
 class Killed(BaseException):
