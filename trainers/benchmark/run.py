@@ -13,6 +13,9 @@ from time import perf_counter
 from typing import Any
 
 from filelock import FileLock
+
+import nnssl
+from nnssl.errors import UserError
 from nnssl.evaluation.metrics import (
     CaseMetrics,
     evaluate_folders,
@@ -22,9 +25,6 @@ from nnssl.evaluation.metrics import (
     write_metrics_csv,
 )
 from nnssl.evaluation.statistics import tabulate
-
-import nnssl
-from nnssl.errors import UserError
 from nnssl.evaluation.study_table import Cell, StudyTable
 from nnssl.files import write_json
 from nnssl.paths import make_writable

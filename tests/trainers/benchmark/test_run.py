@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from nnssl.evaluation.metrics import CaseMetrics
 
 from nnssl.cli.benchmark import main
 from nnssl.draws import make_generator
 from nnssl.environment import variables
 from nnssl.errors import UserError
+from nnssl.evaluation.metrics import CaseMetrics
 from tests.trainers.benchmark.conftest import LABELLED
 from tests.trainers.benchmark.test_study import prepare
 from trainers.benchmark import run as run_module
