@@ -94,7 +94,7 @@ def time_bare_step(runner: "Runner", batch_size: int | None) -> float:
     precision = choose_precision(study.device)
     precision.lay_out(network, len(configuration["patch_size"]))
     batch_size = batch_size or configuration["batch_size"]
-    volumes = torch.zeros(batch_size, channels, *configuration["patch_size"], device=study.device)
+    volumes: Any = torch.zeros(batch_size, channels, *configuration["patch_size"], device=study.device)
     volumes = precision.lay_out(volumes, len(configuration["patch_size"]))
     started = 0.0
     for step in range(TRIAL_STEPS + 1):
