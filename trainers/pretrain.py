@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from nnssl.checkpoint import read_checkpoint
+from nnssl.data.raw import find_dataset
 from nnssl.errors import UserError
 from nnssl.files import read_json
 from nnssl.methods import Method, Stage, find_method
@@ -20,6 +21,7 @@ from nnssl.paths import Folders
 from planners.plan import PLANS_NAME, Plan, read_plan
 from trainers import pretext
 from trainers.pretrain_trainer import FINAL, LATEST, PretrainTrainer, RunOptions, check_same_run, plain_settings
+from trainers.probe_run import CASES, prepare_probe
 
 
 def pretrain(
@@ -36,6 +38,9 @@ def pretrain(
     processes: int = 1,
     restart: bool = False,
     stages: Sequence[str] | None = None,
+    probe: str | int | None = None,
+    probe_cases: int = CASES,
+    probe_every: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Pretrain a planned data set with a method, all its stages in order.
@@ -57,6 +62,9 @@ def pretrain(
         processes: number of processes (GPUs); the global batch stays that of the plan.
         restart: remove earlier results of the method's stages first.
         stages: names of the stages to run, None for all; one whose predecessor is not run starts from random weights.
+        probe: labelled data set, number or name, for a linear probe during training; None for none.
+        probe_cases: labelled cases that it learns from, and as many others that it is scored on.
+        probe_every: epochs between two probes; None for about twenty in a stage.
         say: called with lines for the user.
 
     Returns:
@@ -81,9 +89,14 @@ def pretrain(
             if folder.exists():
                 say(f"--restart: removing {folder}")
                 shutil.rmtree(folder)
+    probed = None
+    if probe is not None:
+        cores = max(1, min(8, os.cpu_count() or 1))
+        name = find_dataset(probe, folders)
+        probed = prepare_probe(name, plan, configuration, folders, probe_cases, probe_every, cores, say)
     for index, stage in enumerate(chosen):
         alone = index == 0 and stage != method.stages[0]
-        options = RunOptions(tuple(given[stage.name]), init if index == 0 else None, seed, workers, alone)
+        options = RunOptions(tuple(given[stage.name]), init if index == 0 else None, seed, workers, alone, probed)
         folder = stage_folder(folders, plan, stage, configuration)
         if is_finished(folder, plan, stage, configuration, options):
             say(f"{stage.name}: finished before, {folder / FINAL}")

@@ -40,6 +40,7 @@ from planners.plan import plan_from_dict
 from trainers.continuation import check_same_run, plain_settings
 from trainers.optimisation import learning_rate_factor, make_optimizer, set_learning_rate
 from trainers.precision import choose_precision
+from trainers.probe_run import BEST, KEY, ProbeOptions, ProbeRun
 from trainers.progress import collect_metrics, plot_progress, write_metrics
 from trainers.run_state import network_weights, read_state, run_state
 from trainers.stopping import TERMINATED, StopRequest
@@ -63,6 +64,7 @@ class RunOptions:
         seed: of weights and of every draw.
         workers: processes that read patches; None to choose.
         alone: start a later stage from random weights, not from those of the stage before it.
+        probe: labelled cases for the online probe; None for no probe. Changes nothing of the training.
     """
 
     overrides: tuple[str, ...] = ()
@@ -70,6 +72,7 @@ class RunOptions:
     seed: int = 0
     workers: int | None = None
     alone: bool = False
+    probe: ProbeOptions | None = None
 
 
 class PretrainTrainer(nnUNetTrainer):
@@ -110,6 +113,8 @@ class PretrainTrainer(nnUNetTrainer):
         self.dataloader_train: Iterator[PatchBatch] | None = None
         self.current_step = 0
         self.cases: tuple[str, ...] = ()
+        self.probe: ProbeRun | None = None
+        self._probe_state: dict[str, Any] | None = None
         self.records: list[dict[str, Any]] = []
         self.embeddings: list[Tensor] = []
         self._last_save = time()
@@ -278,6 +283,29 @@ class PretrainTrainer(nnUNetTrainer):
                 shutil.copyfile(fingerprint, base / fingerprint.name)
             write_json(Path(self.output_folder) / "run.json", self.describe())
             self._log_start()
+            self._start_probe()
+
+    def _start_probe(self) -> None:
+        if self.options.probe is None:
+            return
+        with_decoder = any("decoder.stages.".startswith(prefix) for prefix in self.method.exported().pretrained)
+        patch, epochs = self.configuration.patch_size, self.training.epochs
+        self.probe = ProbeRun(self.options.probe, patch, epochs, with_decoder, self.device)
+        self.probe.take_up(self._probe_state)
+        if self.current_step == 0:
+            self._run_probe(0)
+
+    def _run_probe(self, finished_epochs: int) -> float:
+        """Probe after so many epochs if it is due, and keep the best weights; NaN if it is not."""
+        if self.probe is None or not self.probe.is_due(finished_epochs):
+            return math.nan
+        with self.precision.autocast(self.device):
+            dice = self.probe.measure(self.network, finished_epochs)
+        self.print_to_log_file(self.probe.describe())
+        write_json(Path(self.output_folder) / "probe.json", self.probe.state())
+        if finished_epochs and self.probe.best["epochs"] == finished_epochs:
+            self.save_checkpoint(str(Path(self.output_folder) / BEST), leaves=True)
+        return dice
 
     def describe(self) -> dict[str, Any]:
         """Return what ``run.json`` holds: everything that decides the run, with the origin of every setting."""
@@ -377,10 +405,14 @@ class PretrainTrainer(nnUNetTrainer):
             embeddings = torch.cat(self.embeddings)
             values["feature_std"] = float(feature_std(embeddings))
             values["effective_rank"] = float(effective_rank(embeddings))
+        logged = self.logger.local_logger.my_fantastic_logging
+        if self.options.probe is not None or KEY in logged:
+            logged.setdefault(KEY, [math.nan] * self.current_epoch)
+            values[KEY] = self._run_probe(self.current_epoch + 1)
         self.logger.log("train_losses", values["loss"], self.current_epoch)
         self.logger.log("lrs", float(self.optimizer.param_groups[0]["lr"]), self.current_epoch)
         for key, value in values.items():
-            self.logger.local_logger.my_fantastic_logging.setdefault(key, [])
+            logged.setdefault(key, [])
             self.logger.log(key, value, self.current_epoch)
 
     def on_epoch_end(self) -> None:
@@ -427,14 +459,19 @@ class PretrainTrainer(nnUNetTrainer):
 
     # ---------------------------------------------------------------- checkpoints
 
-    def save_checkpoint(self, filename: str) -> None:
-        """Write a checkpoint of nnssl's schema atomically; only the first process writes."""
+    def save_checkpoint(self, filename: str, leaves: bool = False) -> None:
+        """Write a checkpoint of nnssl's schema atomically; only the first process writes.
+
+        Args:
+            filename: its path.
+            leaves: write the weights as they leave a finished stage, also before its end.
+        """
         if self.local_rank != 0 or self.disable_checkpointing:
             return
         started = time()
         finished = self.current_step == self.training.total_steps
         content = {
-            "network_weights": network_weights(self.network, self.method.exported() if finished else None),
+            "network_weights": network_weights(self.network, self.method.exported() if finished or leaves else None),
             "optimizer_state": self.optimizer.state_dict(),
             "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
             "logging": self.logger.get_checkpoint(),
@@ -446,8 +483,10 @@ class PretrainTrainer(nnUNetTrainer):
             "inference_allowed_mirroring_axes": None,
         }
         state = run_state(self.network, self.method, self.records, self.embeddings)
+        state["probe"] = self.probe.state(chose_weights=leaves) if self.probe else self._probe_state
         write_checkpoint(Path(filename), content, self._provenance(finished), state)
-        self._last_save, self._save_seconds = time(), time() - started
+        if not leaves:
+            self._last_save, self._save_seconds = time(), time() - started
 
     def _provenance(self, finished: bool) -> Provenance:
         return Provenance(
@@ -496,6 +535,7 @@ class PretrainTrainer(nnUNetTrainer):
         self.logger.load_checkpoint(content["logging"])
         self.current_step = provenance.step
         self.cases = provenance.cases or ()
+        self._probe_state = content["nnssl"]["state"].get("probe")  # earlier versions had none
         self.current_epoch = content["current_epoch"]
 
     # ---------------------------------------------------------------- what needs labels in nnU-Net

@@ -1,6 +1,7 @@
 """What a pretraining run leaves for its user to look at: a table and a figure."""
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from nnssl.files import write_atomically, write_csv
 
 
 def write_metrics(path: Path, metrics: Mapping[str, Sequence[float]]) -> None:
-    """Write one line per epoch to a CSV file that a spreadsheet opens."""
-    rows = list(zip(*metrics.values(), strict=True))
+    """Write one line per epoch to a CSV file that a spreadsheet opens; NaN, where nothing was measured, is empty."""
+    rows = [["" if math.isnan(value) else value for value in row] for row in zip(*metrics.values(), strict=True)]
     write_csv(path, ["epoch", *metrics], [[epoch, *row] for epoch, row in enumerate(rows)])
 
 
@@ -30,6 +31,7 @@ _NNUNET_KEYS = frozenset(
 
 PANELS = {
     "loss": lambda name: name == "loss" or name.startswith(("loss_", "recovery")),
+    "probe: Dice of a linear layer on labelled tiles": lambda name: name == "probe_dice",
     "collapse: spread of the features": lambda name: name == "feature_std",
     "collapse: effective rank": lambda name: name == "effective_rank",
     "learning rate": lambda name: name == "learning_rate",
@@ -55,7 +57,15 @@ def plot_progress(path: Path, title: str, metrics: Mapping[str, Sequence[float]]
     # the figure class alone, so that no window system and no global state is touched
     from matplotlib.figure import Figure
 
-    shown = {name: [key for key in metrics if belongs(key)] for name, belongs in PANELS.items()}
+    shown = {
+        name: [key for key in metrics if belongs(key) and not all(map(math.isnan, metrics[key]))]
+        for name, belongs in PANELS.items()
+    }
+    measured = {
+        key: [(epoch, value) for epoch, value in enumerate(values) if not math.isnan(value)]
+        for key, values in metrics.items()
+    }
+    shown = {name: [key for key in metrics if measured[key] and belongs(key)] for name, belongs in PANELS.items()}
     shown = {name: keys for name, keys in shown.items() if keys}
     with mpl.rc_context({"font.size": 11}):
         figure = Figure(figsize=(9, 2.6 * len(shown) + 0.6), layout="constrained")
@@ -63,7 +73,7 @@ def plot_progress(path: Path, title: str, metrics: Mapping[str, Sequence[float]]
         for axes, (name, keys) in zip(figure.subplots(len(shown), 1, squeeze=False)[:, 0], shown.items(), strict=True):
             for key, style in zip(keys, itertools.cycle(("-", "--", ":", "-.")), strict=False):
                 label = key.replace("_", " ")
-                axes.plot(range(len(metrics[key])), metrics[key], style, label=label, marker=".", markersize=3)
+                axes.plot(*zip(*measured[key], strict=True), style, label=label, marker=".", markersize=3)
             axes.set_title(name, loc="left", fontsize=11)
             axes.set_xlabel("epoch")
             axes.grid(alpha=0.3)

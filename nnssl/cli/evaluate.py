@@ -1,6 +1,7 @@
 """``nnssl_evaluate``: Dice, surface distance, 95th percentile distance and volume of any two folders of segmentations."""
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
 
 NAME = "nnssl_evaluate"
 DATASET_JSON = "dataset.json"
+MOST_CLASSES = 255
+"""Where no file names the classes."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -51,13 +54,12 @@ def _run(args: argparse.Namespace) -> None:
     from nnssl.errors import UserError
     from nnssl.evaluation.metrics import evaluate_folders, write_metrics_csv
     from nnssl.files import write_json
+    from nnssl.paths import make_writable
 
-    if args.tolerance_mm <= 0:
-        raise UserError(f"--tolerance-mm {args.tolerance_mm}: is above 0")
-    output = args.output or args.predictions
-    if args.output is not None:
-        output.mkdir(parents=True, exist_ok=True)
+    if not 0 < args.tolerance_mm < math.inf:
+        raise UserError(f"--tolerance-mm {args.tolerance_mm:g}: give a number of mm above 0")
     labels, ignore = find_labels(args.labels, args.predictions, args.references)
+    output = make_writable(args.output or args.predictions)
     metrics = evaluate_folders(
         args.predictions, args.references, labels, args.tolerance_mm, ignore, args.processes or default_processes()
     )
@@ -75,49 +77,80 @@ def find_labels(file: Path | None, predictions: Path, references: Path) -> tuple
     nnU-Net writes a ``dataset.json`` into the folder of its predictions.
 
     Raises:
-        UserError: a file cannot be read, or predictions and references have different labels.
+        UserError: there is no such folder, a file cannot be read, or predictions and references have different labels.
     """
     from nnssl.errors import UserError
-    from nnssl.evaluation.metrics import foreground_labels, ignore_label
+    from nnssl.evaluation.segmentation_files import find_segmentations
     from nnssl.files import read_json
 
+    for folder in (predictions, references):
+        find_segmentations(folder)  # a folder that is not there is no folder without a dataset.json
     beside = [predictions / DATASET_JSON, references / DATASET_JSON, references.absolute().parent / DATASET_JSON]
     paths = [file] if file is not None else [path for path in beside if path.exists()]
     if not paths:
         return _labels_as_found(predictions, references), None
-    contents = {path: read_json(path, "dataset.json") for path in paths}
-    for path, content in contents.items():
-        if not isinstance(content, dict) or not isinstance(content.get("labels"), dict):
-            raise UserError(f"{path}: has no 'labels', so the classes have no names; give another --labels FILE")
+    found = {path: _parse_labels(read_json(path, "dataset.json"), path) for path in paths}
     first = paths[0]
     for path in paths[1:]:
-        if contents[path]["labels"] != contents[first]["labels"]:
+        if found[path] != found[first]:
             raise UserError(
-                f"{first} and {path}: have different labels, {contents[first]['labels']} and {contents[path]['labels']}; "
+                f"{first} and {path}: have different labels, {_describe(found[first])} and {_describe(found[path])}; "
                 "--labels FILE says which are meant"
             )
     say(f"labels: {first}")
-    return foreground_labels(contents[first]), ignore_label(contents[first])
+    return found[first]
+
+
+def _parse_labels(content: Any, path: Path) -> tuple[dict[str, Any], int | None]:
+    """Return the classes to evaluate and the value to ignore from the content of a ``dataset.json``.
+
+    Raises:
+        UserError: it has no labels, or not in the form of nnU-Net v2.
+    """
+    from nnssl.errors import UserError
+    from nnssl.evaluation.metrics import foreground_labels, ignore_label
+
+    if not isinstance(content, dict) or not isinstance(content.get("labels"), dict):
+        raise UserError(f"{path}: has no 'labels', so the classes have no names; give another --labels FILE")
+    try:
+        labels, ignore = foreground_labels(content), ignore_label(content)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f'{path}: its labels are not in the form of nnU-Net v2, {{"background": 0, "liver": 1}}; '
+            "write them so, or give another --labels FILE"
+        ) from error
+    if not labels:
+        raise UserError(f"{path}: its 'labels' name no class but the background; give another --labels FILE")
+    return labels, ignore
+
+
+def _describe(labels: tuple[dict[str, Any], int | None]) -> str:
+    classes, ignore = labels
+    names = [f"{name} {value}" for name, value in classes.items()]
+    return ", ".join(names if ignore is None else [*names, f"ignore {ignore}"])
 
 
 def _labels_as_found(predictions: Path, references: Path) -> dict[str, int]:
     """Return every value of the segmentations but 0 as a class of that name."""
     import numpy as np
-    import SimpleITK as sitk  # noqa: N813  the usual name
 
     from nnssl.errors import UserError
-    from nnssl.evaluation.metrics import find_segmentations
+    from nnssl.evaluation.segmentation_files import find_segmentations, read_segmentation
 
     values: set[int] = set()
     for folder in (predictions, references):
         for path in find_segmentations(folder).values():
-            try:
-                values |= {int(value) for value in np.unique(sitk.GetArrayFromImage(sitk.ReadImage(str(path))))}
-            except RuntimeError as error:
-                raise UserError(f"{path}: cannot be read; mend it or take it away") from error
+            values |= {int(value) for value in np.unique(read_segmentation(path).values)}
+            if len(values) > MOST_CLASSES:
+                raise UserError(
+                    f"{path}: makes it more than {MOST_CLASSES} different values, so these seem to be images; "
+                    "give segmentations, or --labels FILE"
+                )
     labels = {str(value): value for value in sorted(values - {0})}
     if not labels:
-        raise UserError(f"{predictions}, {references}: hold background only; there is nothing to compare")
+        raise UserError(
+            f"{predictions}, {references}: hold background only; --labels FILE says which classes there are"
+        )
     say(f"no dataset.json found: the classes are the values {', '.join(labels)}; --labels FILE names them")
     return labels
 
@@ -135,7 +168,7 @@ def summarise(metrics: "list[CaseMetrics]", labels: list[str], tolerance_mm: flo
             "volume_ml": _mean([entry.volume_ml for entry in own]),
             "reference_volume_ml": _mean([entry.reference_volume_ml for entry in own]),
         }
-    mean = {name: _mean([entry[name] for entry in classes.values() if entry[name] is not None]) for name in names}
+    mean = {name: _mean([entry[name] for entry in classes.values()]) for name in names}
     return {"tolerance_mm": tolerance_mm, "cases": len({e.case for e in metrics}), "classes": classes, "mean": mean}
 
 
@@ -159,8 +192,9 @@ def format_summary(summary: dict[str, Any]) -> list[str]:
     ]
 
 
-def _mean(values: list[float]) -> float | None:
-    return sum(values) / len(values) if values else None
+def _mean(values: list[float | None]) -> float | None:
+    counted = [value for value in values if value is not None]
+    return sum(counted) / len(counted) if counted else None
 
 
 def _text(value: float | None, digits: int) -> str:

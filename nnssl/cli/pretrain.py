@@ -45,6 +45,19 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--init", type=Path, metavar="FILE", help="checkpoint whose weights the first stage starts from"
     )
+    parser.add_argument(
+        "--probe", metavar="ID", help="labelled data set on which a linear probe is scored during pretraining"
+    )
+    parser.add_argument(
+        "--probe-cases",
+        type=positive_int,
+        default=4,
+        metavar="N",
+        help="to learn from, and as many to score (default: 4)",
+    )
+    parser.add_argument(
+        "--probe-every", type=positive_int, metavar="N", help="epochs between two probes (default: about 20 in a stage)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights and views (default: 0)")
     add_device_argument(parser)
     parser.add_argument(
@@ -97,6 +110,9 @@ def _run(args: argparse.Namespace) -> None:
         device=device,
         processes=args.num_gpus,
         restart=args.restart,
+        probe=args.probe,
+        probe_cases=args.probe_cases,
+        probe_every=args.probe_every,
         say=say,
     )
     say(f"weights: {final}")

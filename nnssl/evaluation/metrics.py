@@ -12,24 +12,23 @@ which no distance in it is larger. So a missed organ is never passed over.
 import csv
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Bool, Integer
+from jaxtyping import Bool
 
+from nnssl.data.jobs import run_jobs
 from nnssl.errors import UserError
+from nnssl.evaluation.segmentation_files import case_name, check_same_geometry, find_segmentations, read_segmentation
 from nnssl.files import some, write_csv
 from nnssl.schema import STRICT
 
 Label = int | Sequence[int]
-ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl", ".tiff", ".tif", ".png", ".bmp")
-GEOMETRY_TOLERANCE = 1e-3
-"""Difference of spacing (relative), origin (voxels) and direction that is put down to rounding."""
+ROUNDING = 1e-6
+"""Relative difference of a distance from the tolerance that is put down to rounding: spacings are often stored in float32."""
 COLUMNS = ("case", "class", "dice", "nsd", "hd95_mm", "volume_ml", "reference_volume_ml")
 
 
@@ -53,19 +52,15 @@ class CaseMetrics:
     reference_volume_ml: float
 
 
-@dataclass(frozen=True)
-class _Segmentation:
-    values: Integer[np.ndarray, "*shape"]
-    spacing_mm: tuple[float, ...]
-    """In the order of the array's axes."""
-    origin: tuple[float, ...]
-    direction: tuple[float, ...]
-
-
 def foreground_labels(dataset_json: Mapping[str, Any]) -> dict[str, int | tuple[int, ...]]:
-    """Return the classes and regions of a ``dataset.json`` that are evaluated: all but background and ignore label."""
+    """Return the classes and regions of a ``dataset.json`` that are evaluated: all but background and ignore label.
+
+    Raises:
+        KeyError: it has no ``labels``.
+        ValueError: a value is no whole number, as in files of nnU-Net v1, which give names by value; or TypeError.
+    """
     return {
-        name: tuple(value) if isinstance(value, (list, tuple)) else int(value)
+        name: tuple(map(int, value)) if isinstance(value, (list, tuple)) else int(value)
         for name, value in dataset_json["labels"].items()
         if name != "ignore" and value != 0
     }
@@ -96,8 +91,8 @@ def evaluate_case(
     Raises:
         UserError: a file cannot be read, the geometries differ, or a value is no label.
     """
-    predicted, true = _read(prediction), _read(reference)
-    _check_geometry(prediction, predicted, reference, true)
+    predicted, true = read_segmentation(prediction), read_segmentation(reference)
+    check_same_geometry(prediction, predicted, reference, true)
     known = {0} | {value for label in labels.values() for value in ((label,) if isinstance(label, int) else label)}
     for path, values, more in ((prediction, predicted.values, set()), (reference, true.values, {ignore})):
         unknown = sorted({int(value) for value in np.unique(values)} - known - more)
@@ -133,7 +128,15 @@ def compare_masks(
         spacing_mm: in the order of the axes.
         tolerance_mm: of the normalised surface distance.
         diagonal_mm: of the image: the distance where one mask is empty.
+
+    Returns:
+        Two shares from 0 to 1 and a distance; by the rule for empty sides where a mask is empty. A 3D image of one slice
+        is taken as 2D: seen as a volume it is all surface.
     """
+    if prediction.ndim == 3 and 1 in prediction.shape:
+        flat = prediction.shape.index(1)
+        prediction, reference = prediction.squeeze(flat), reference.squeeze(flat)
+        spacing_mm = [mm for axis, mm in enumerate(spacing_mm) if axis != flat]
     if not prediction.any() and not reference.any():
         return None, None, None
     if not prediction.any() or not reference.any():
@@ -167,7 +170,7 @@ def evaluate_folders(
         cases: to evaluate; None for all that either folder has.
 
     Raises:
-        UserError: a prediction or a reference is missing; or as ``evaluate_case``.
+        UserError: a prediction or a reference is missing, or a process was killed; or as ``evaluate_case``.
     """
     ours, theirs = find_segmentations(predictions), find_segmentations(references)
     names = sorted(cases if cases is not None else {*ours, *theirs})
@@ -179,40 +182,9 @@ def evaluate_folders(
                 "meant to be evaluated"
             )
     evaluate = partial(_evaluate_pair, labels=labels, tolerance_mm=tolerance_mm, ignore=ignore)
-    pairs = [(ours[name], theirs[name]) for name in names]
-    if processes <= 1 or len(pairs) == 1:
-        results = [evaluate(pair) for pair in pairs]
-    else:
-        with ProcessPoolExecutor(min(processes, len(pairs)), mp_context=get_context("spawn")) as pool:
-            results = list(pool.map(evaluate, pairs))
-    return [entry for result in results for entry in result]
-
-
-def find_segmentations(folder: Path) -> dict[str, Path]:
-    """Return the segmentations of a folder by case; hidden files and files of other kinds are passed over.
-
-    Raises:
-        UserError: there is no such folder, it holds none, or a case has two files.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder")
-    found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.name.lower().endswith(ENDINGS):
-            continue
-        name = case_name(path)
-        if name in found:
-            raise UserError(f"{folder}: has two files of {name}, {found[name].name} and {path.name}; keep one")
-        found[name] = path
-    if not found:
-        raise UserError(f"{folder}: holds no segmentation ({', '.join(ENDINGS)})")
-    return found
-
-
-def case_name(path: Path) -> str:
-    """Return the name of a file without its ending."""
-    ending = next((each for each in ENDINGS if path.name.lower().endswith(each)), "")
-    return path.name[: len(path.name) - len(ending)]
+    pairs = [(name, ours[name], theirs[name]) for name in names]
+    results = dict(run_jobs(evaluate, pairs, min(processes, len(pairs)), None))
+    return [entry for name in names for entry in results[name]]
 
 
 def write_metrics_csv(path: Path, metrics: Sequence[CaseMetrics]) -> None:
@@ -244,9 +216,10 @@ def _parse_row(case: str, label: str, *numbers: str) -> CaseMetrics:
 
 
 def _evaluate_pair(
-    pair: tuple[Path, Path], labels: Mapping[str, Label], tolerance_mm: float, ignore: int | None
-) -> list[CaseMetrics]:
-    return evaluate_case(*pair, labels, tolerance_mm, ignore)
+    pair: tuple[str, Path, Path], labels: Mapping[str, Label], tolerance_mm: float, ignore: int | None
+) -> tuple[str, list[CaseMetrics]]:
+    case, prediction, reference = pair
+    return case, evaluate_case(prediction, reference, labels, tolerance_mm, ignore)
 
 
 def _surface_metrics(
@@ -264,7 +237,12 @@ def _surface_metrics(
         warnings.filterwarnings("ignore", module="monai")
         warnings.filterwarnings("ignore", message=".*always_return_as_numpy.*")
         nsd = compute_surface_dice(
-            ours, theirs, class_thresholds=[tolerance_mm], include_background=True, spacing=spacing, use_subvoxels=True
+            ours,
+            theirs,
+            class_thresholds=[tolerance_mm * (1 + ROUNDING)],
+            include_background=True,
+            spacing=spacing,
+            use_subvoxels=True,
         )
         hd95_mm = compute_hausdorff_distance(ours, theirs, include_background=True, percentile=95, spacing=spacing)
     return float(nsd), float(hd95_mm)
@@ -278,50 +256,3 @@ def _common_box(mask: Bool[np.ndarray, "*shape"]) -> tuple[slice, ...]:
         places = np.flatnonzero(mask.any(axis=others))
         box.append(slice(int(places[0]), int(places[-1]) + 1))
     return tuple(box)
-
-
-def _read(path: Path) -> _Segmentation:
-    """Read a segmentation; a natural image has a spacing of 1."""
-    import SimpleITK as sitk  # noqa: N813  the usual name; slow to import
-
-    try:
-        image = sitk.ReadImage(str(path))
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{path}: cannot be read ({reason}); mend it or predict again") from error
-    if image.GetNumberOfComponentsPerPixel() != 1:
-        raise UserError(f"{path}: has {image.GetNumberOfComponentsPerPixel()} values per voxel; give one, the class")
-    values = sitk.GetArrayFromImage(image)
-    if values.dtype.kind == "f":
-        if not np.array_equal(values, np.rint(values)):
-            raise UserError(f"{path}: holds fractions, so it is no segmentation; give whole numbers, the classes")
-        values = values.astype(np.int64)
-    return _Segmentation(values, image.GetSpacing()[::-1], image.GetOrigin(), image.GetDirection())
-
-
-def _check_geometry(prediction: Path, predicted: _Segmentation, reference: Path, true: _Segmentation) -> None:
-    """Check that two images show the same voxels of the world.
-
-    Raises:
-        UserError: they do not.
-    """
-    if predicted.values.shape != true.values.shape:
-        raise UserError(
-            f"{prediction}: has {predicted.values.shape} voxels (z, y, x), its reference {reference} has "
-            f"{true.values.shape}; resample one to the other"
-        )
-    spacing = np.array(true.spacing_mm)
-    shift_vox = np.abs(np.subtract(predicted.origin, true.origin)) / spacing[::-1]
-    wrong = [
-        name
-        for name, differs in (
-            ("spacing", not np.allclose(predicted.spacing_mm, spacing, rtol=GEOMETRY_TOLERANCE)),
-            ("origin", bool((shift_vox > GEOMETRY_TOLERANCE).any())),
-            ("direction", not np.allclose(predicted.direction, true.direction, atol=GEOMETRY_TOLERANCE)),
-        )
-        if differs
-    ]
-    if wrong:
-        raise UserError(
-            f"{prediction}: differs in {' and '.join(wrong)} from its reference {reference}; resample one to the other"
-        )

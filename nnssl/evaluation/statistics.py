@@ -24,6 +24,8 @@ CONVERGED_RISE = 0.02
 LEVEL = 0.05
 CONFIDENCE = 0.95
 RESAMPLES = 5000
+ROUNDING_DIGITS = 12
+"""Differences are rounded to so many before they are ranked, or 0.1 - 0.3 + 0.2 would be ranked as a difference."""
 FEWEST_CASES = 6
 """With fewer, Wilcoxon's two-sided p cannot fall below 0.05."""
 
@@ -59,9 +61,10 @@ def bootstrap_interval(values: Float[np.ndarray, " case"], seed: int = 0, resamp
 
 def paired_p_value(differences: Float[np.ndarray, " case"]) -> float:
     """Return the two-sided p value of Wilcoxon's signed-rank test; 1 where all differences are 0."""
-    if not np.any(differences):
+    rounded = np.round(differences, ROUNDING_DIGITS)
+    if not np.any(rounded):
         return 1.0
-    return float(stats.wilcoxon(differences).pvalue)
+    return float(stats.wilcoxon(rounded).pvalue)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -246,7 +249,8 @@ def _differences(
 
 
 def _mean_of(cells: Mapping[int, Cell]) -> float:
-    return float(np.mean(list(_mean_by_case([case_scores(cell) for cell in cells.values()]).values())))
+    scores = list(_mean_by_case([case_scores(cell) for cell in cells.values()]).values())
+    return float(np.mean(scores)) if scores else 0.0
 
 
 def _mean_by_case(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

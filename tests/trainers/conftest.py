@@ -13,8 +13,10 @@ from nnssl.paths import Folders, resolve_folders
 from planners.fingerprint import CaseRecord, Fingerprint, IntensityStatistics
 from planners.plan import Plan, read_plan
 from planners.pretrain_planner import plan_pretraining
+from tests.trainers import phantom_study
 from tests.trainers.finetuning import Run, folders_set, make_run
 
+phantoms, folders = phantom_study.phantoms, phantom_study.folders
 SHAPE, SPACING_MM = (16, 24, 20), (2.0, 1.0, 1.25)
 NAME = "Dataset501_Toy"
 SCHEDULE = {"batch_size": 4, "epochs": 2, "iterations_per_epoch": 3, "warmup_epochs": 0}

@@ -70,13 +70,20 @@ def seen_in_pretraining(dataset_name: str, folders: Folders, patients: Path | No
 def seen_by_checkpoint(path: Path, folders: Folders, patients: Path | None) -> list[Seen]:
     """Return what the weights of a checkpoint have seen, those that they started from included.
 
+    Labelled cases of an online probe count where they have chosen the weights.
+
     Raises:
         UserError: a checkpoint or a fingerprint is not there.
     """
     found = []
     source: Path | None = path
     while source is not None:
-        provenance = read_checkpoint(source)[1]
+        content, provenance = read_checkpoint(source)
+        probe = content["nnssl"]["state"].get("probe")  # earlier versions had none
+        if probe is not None and probe["chose_weights"]:
+            table = read_patients(patients) if patients else {}
+            cases = (*probe["train"], *probe["test"])
+            found.append(Seen(probe["dataset_name"], {}, {table.get(c, patient_in_name(c)): c for c in cases}))
         found.append(seen_in_pretraining(provenance.dataset_name, folders, patients, provenance.cases or ()))
         source = Path(provenance.init) if provenance.init else None
     return found

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -77,6 +78,30 @@ def test_a_label_file_overrules_and_a_stricter_tolerance_lowers_the_distance(fol
     assert values[0] < values[1] == pytest.approx(1.0)
 
 
+def test_label_files_that_agree_are_one(folders, capsys):
+    (folders / "predictions" / "dataset.json").write_text(json.dumps({"labels": LABELS, "name": "predicted"}))
+    (folders / "dataset.json").write_text(json.dumps({"labels": dict(reversed(LABELS.items()))}))
+    assert run(folders) == 0
+    assert f"labels: {folders / 'predictions' / 'dataset.json'}" in capsys.readouterr().out
+
+
+def test_nnunets_own_summary_is_left_alone(folders):
+    (folders / "predictions" / "summary.json").write_text("{}")
+    assert run(folders) == 0
+    assert run(folders) == 0  # what it wrote is no segmentation to the next run
+    assert (folders / "predictions" / "summary.json").read_text() == "{}"
+
+
+def write_image(folders):
+    noise = np.random.default_rng(0).integers(0, 4000, (6, 12, 14)).astype(np.int16)
+    sitk.WriteImage(sitk.GetImageFromArray(noise), str(folders / "predictions" / "b.nii.gz"))
+
+
+def write_background(folders):
+    for path in folders.rglob("*.nii.gz"):
+        sitk.WriteImage(sitk.Image(14, 12, 6, sitk.sitkUInt8), str(path))
+
+
 def break_labels(folders):
     (folders / "predictions" / "dataset.json").write_text(json.dumps({"labels": LABELS}))
     (folders / "dataset.json").write_text(json.dumps({"labels": {**LABELS, "kidney": 3}}))
@@ -99,8 +124,20 @@ def break_labels(folders):
             (),
             "holds the value 2, which is none of the",
         ),
-        (lambda f: None, ("--tolerance-mm", "0"), "--tolerance-mm 0.0: is above 0"),
-        (lambda f: (f / "predictions" / "b.nii.gz").write_bytes(b"x"), (), "b.nii.gz: cannot be read"),
+        (
+            lambda f: (f / "dataset.json").write_text('{"labels": {"0": "background", "1": "liver"}}'),
+            (),
+            "dataset.json: its labels are not in the form of nnU-Net v2",
+        ),
+        (lambda f: (f / "dataset.json").write_text('{"labels": {"background": 0}}'), (), "name no class but the"),
+        (lambda f: None, ("--labels", "nowhere.json"), "nowhere.json: there is no such dataset.json"),
+        (lambda f: None, ("--tolerance-mm", "0"), "--tolerance-mm 0: give a number of mm above 0"),
+        (lambda f: None, ("--tolerance-mm", "nan"), "--tolerance-mm nan: give a number of mm above 0"),
+        (lambda f: None, ("--output", "/dev/null/here"), "/dev/null/here: cannot write there"),
+        (lambda f: shutil.rmtree(f / "references"), (), "references: there is no such folder"),
+        (write_image, (), "so these seem to be images"),
+        (write_background, (), "hold background only"),
+        (lambda f: (f / "predictions" / "b.nii.gz").write_bytes(b"x"), (), "b.nii.gz: its header cannot be read"),
     ],
 )
 def test_mistakes_end_in_one_line(folders, capsys, break_it, more, message):

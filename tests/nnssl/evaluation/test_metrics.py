@@ -8,6 +8,8 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+from skimage.measure import marching_cubes, mesh_surface_area
 
 from nnssl.errors import UserError
 from nnssl.evaluation.metrics import (
@@ -20,6 +22,7 @@ from nnssl.evaluation.metrics import (
     read_metrics_csv,
     write_metrics_csv,
 )
+from nnssl.evaluation.segmentation_files import find_segmentations
 
 SPACING_MM = (3.0, 1.25, 0.8)
 LABELS = {"liver": 1, "kidney": 2}
@@ -91,6 +94,83 @@ def test_hd95_by_brute_force(shape, spacing_mm):
     first, second = (blobs(seed, shape) == 1 for seed in (0, 1))
     hd95_mm = compare_masks(first, second, spacing_mm, 1.0, 99.0)[2]
     assert hd95_mm == pytest.approx(brute_force_hd95(first, second, spacing_mm), abs=1e-5)
+
+
+def element_mm(corners, spacing_mm):
+    """Length in mm of the contour within a square of four voxel centres, area in mm2 of the surface within a cube of eight.
+
+    The surface cuts the edges in their middle. In 2D by hand; in 3D by marching cubes, where that is not ambiguous.
+    """
+    if corners.ndim == 3:
+        faces = [corners.take(place, axis=axis) for axis in range(3) for place in (0, 1)]
+        assert not any(face[0, 0] == face[1, 1] != face[0, 1] == face[1, 0] for face in faces)
+        points, triangles, _, _ = marching_cubes(corners.astype(float), 0.5, spacing=spacing_mm, method="lorensen")
+        return mesh_surface_area(points, triangles)
+    cut = math.hypot(*spacing_mm) / 2
+    if corners.sum() in (1, 3):
+        return cut
+    if corners[0, 0] == corners[1, 1]:
+        return 2 * cut
+    return spacing_mm[1] if corners[0, 0] == corners[0, 1] else spacing_mm[0]
+
+
+def surface_elements(mask, spacing_mm):
+    """Places and sizes in mm of all elements of a surface, by looking at each square or cube of neighbours."""
+    padded = np.pad(mask, 1)
+    places, sizes = [], []
+    for place in itertools.product(*(range(n - 1) for n in padded.shape)):
+        corners = padded[tuple(slice(start, start + 2) for start in place)]
+        if corners.any() and not corners.all():
+            places.append(np.multiply(place, spacing_mm))
+            sizes.append(element_mm(corners, spacing_mm))
+    return np.array(places), np.array(sizes)
+
+
+def brute_force_nsd(first, second, spacing_mm, tolerance_mm):
+    (a, a_mm), (b, b_mm) = (surface_elements(mask, spacing_mm) for mask in (first, second))
+    distances = np.sqrt(((a[:, None] - b[None]) ** 2).sum(axis=-1))
+    near = a_mm[distances.min(axis=1) <= tolerance_mm].sum() + b_mm[distances.min(axis=0) <= tolerance_mm].sum()
+    return near / (a_mm.sum() + b_mm.sum())
+
+
+@pytest.mark.parametrize("tolerance_mm", [0.1, 0.9, 1.7, 9.0])
+@pytest.mark.parametrize(
+    ("shape", "spacing_mm"), [((7, 12, 15), SPACING_MM), ((9, 8, 13), (0.7, 1.9, 1.1)), ((17, 22), (1.25, 0.8))]
+)
+def test_surface_distance_by_brute_force(shape, spacing_mm, tolerance_mm):
+    first, second = (blobs(seed, shape) == 1 for seed in (0, 1))
+    nsd = compare_masks(first, second, spacing_mm, tolerance_mm, 99.0)[1]
+    assert nsd == pytest.approx(brute_force_nsd(first, second, spacing_mm, tolerance_mm), abs=1e-5)
+
+
+def test_both_diagonals_of_a_2d_contour():
+    first, second = np.zeros((2, 9, 11), bool)
+    first[2:4, 3:6] = first[4:7, 6:8] = second[2:5, 4:9] = True
+    nsd = compare_masks(first, second, (1.25, 0.8), 1.0, 99.0)[1]
+    assert nsd == pytest.approx(brute_force_nsd(first, second, (1.25, 0.8), 1.0), abs=1e-6)
+
+
+@pytest.mark.parametrize("spacing_mm", [0.4, 0.7, 1.1, 1.3, 2.3])
+def test_a_distance_equal_to_the_tolerance_is_within_it(spacing_mm):
+    """Whatever float32, in which NIfTI keeps spacings, makes of the numbers."""
+    stored_mm = float(np.float32(spacing_mm))
+    first = box((12, 30), (3, 4), (9, 10))
+    for voxels in (1, 2, 3, 5, 7):
+        second = box((12, 30), (3, 4), (9, 10 + voxels))
+        exact, more = (
+            compare_masks(first, second, (stored_mm,) * 2, factor * round(voxels * spacing_mm, 6), 99.0)[1]
+            for factor in (1, 1.001)
+        )
+        assert exact == more == 1.0
+
+
+def test_one_slice_is_an_image_of_two_dimensions():
+    first, second = (blobs(seed, (17, 22)) == 1 for seed in (0, 1))
+    flat = compare_masks(first, second, (1.25, 0.8), 1.0, 99.0)
+    for axis in range(3):
+        spacing_mm = np.insert((1.25, 0.8), axis, 5.0)
+        thick = compare_masks(np.expand_dims(first, axis), np.expand_dims(second, axis), spacing_mm, 1.0, 99.0)
+        assert thick == flat
 
 
 def box(shape, lower, upper):
@@ -187,9 +267,46 @@ def test_natural_images(tmp_path):
     assert liver.reference_volume_ml == pytest.approx((blobs(1, (17, 22)) == 1).sum() / 1000)
 
 
+def test_tiffs_of_nnunet_have_their_spacing_beside_them(tmp_path):
+    files = [tmp_path / side / "x.tif" for side in "pr"]
+    for seed, file in enumerate(files):
+        file.parent.mkdir()
+        Tiff3DIO().write_seg(blobs(seed), str(file), {"spacing": SPACING_MM})
+    arrays = [blobs(seed) == 1 for seed in (0, 1)]
+    diagonal_mm = float(np.linalg.norm(np.multiply(arrays[0].shape, SPACING_MM)))
+    liver = evaluate_case(*files, LABELS, 1.0)[0]
+    assert (liver.dice, liver.nsd, liver.hd95_mm) == compare_masks(*arrays, SPACING_MM, 1.0, diagonal_mm)
+    assert list(find_segmentations(tmp_path / "p")) == ["x"]
+    (tmp_path / "r" / "x.json").unlink()
+    with pytest.raises(UserError, match="differs in spacing"):
+        evaluate_case(*files, LABELS, 1.0)
+    for text in ("{}", '{"spacing": [1, 2]}', '{"spacing": [1, 2, "a"]}', "[]"):
+        (tmp_path / "p" / "x.json").write_text(text)
+        with pytest.raises(UserError, match=r"x.json: has no 'spacing' of 3 numbers above 0 for x.tif"):
+            evaluate_case(*files, LABELS, 1.0)
+
+
+def cut(path):
+    """Take the end of a file away; ITK reads what is left with zeros for the rest."""
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def make_series(path):
+    volume = sitk.GetImageFromArray(blobs(0))
+    sitk.WriteImage(sitk.JoinSeries([volume, volume]), str(path))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (cut, "is truncated .*; copy or predict it again"),
+        (lambda f: write(f, np.where(blobs(0) == 1, np.nan, 0), dtype=np.float32), "holds NaN"),
+        (make_series, "has 4 axes; give an image of 2 or 3"),
+        (lambda f: f.unlink(), "is not there"),
+        (
+            lambda f: sitk.WriteImage(sitk.GetImageFromArray(np.zeros((7, 12, 15, 3), np.uint8), True), str(f)),
+            "has 3 values per voxel",
+        ),
         (lambda f: write(f, blobs(0)[:-1]), r"has \(6, 12, 15\) voxels"),
         (lambda f: write(f, blobs(0), (3.0, 1.25, 0.9)), "differs in spacing from its reference"),
         (lambda f: write(f, blobs(0), origin=(4.0, -7.0, 14.0)), "differs in origin from its reference"),

@@ -111,6 +111,9 @@ def test_degenerate_values():
     assert bootstrap_interval(np.array([0.7])) == Interval(0.7, 0.7, 0.7)
     assert bootstrap_interval(np.full(5, 0.3)).low == pytest.approx(0.3)
     assert paired_p_value(np.zeros(8)) == 1.0
+    noise = np.array([0.1 - 0.3 + 0.2, *[0.0] * 7]) * np.arange(8, 0, -1)
+    assert noise.any()
+    assert paired_p_value(noise) == 1.0
     interval = bootstrap_interval(np.array([0.1, 0.5, 0.6, 0.9]))
     assert interval.low < interval.mean < interval.high
     assert interval == bootstrap_interval(np.array([0.1, 0.5, 0.6, 0.9]))
@@ -192,6 +195,34 @@ def test_an_unfinished_study_has_a_table_too():
     assert row.seeds == SEEDS
     assert row.verdict == "scratch is not finished: no claim"
     assert tabulate([], 2.0).rows == ()
+
+
+def test_a_study_in_which_nothing_counts_has_a_table_too():
+    nothing = tuple(CaseMetrics(f"case_{number}", "organ", None, None, None, 0.0, 0.0) for number in range(7))
+    cells = [Cell(arm, "finetune", 5, 0, steps, nothing) for arm in ("scratch", "a") for steps in (100, 300)]
+    rows = tabulate(cells, 2.0, QUICK).rows
+    assert [row.gain for row in rows] == [None] * 4
+    assert [row.class_dice for row in rows] == [{"organ": None}] * 4
+
+
+def test_a_case_that_counts_on_one_side_only_is_in_the_mean_but_not_in_the_difference():
+    cells = make_study(np.random.default_rng(0), {"a": 0.0})
+    empty = CaseMetrics("empty", "organ", None, None, None, 0.0, 0.0)
+    false_alarm = CaseMetrics("empty", "organ", 0.0, 0.0, 99.0, 1.0, 0.0)
+    more = [
+        Cell(c.arm, c.mode, c.labels, c.seed, c.steps, (*c.metrics, false_alarm if c.arm == "a" else empty))
+        for c in cells
+    ]
+    before, after = last_rows(cells), last_rows(more)
+    assert after["a"].dice.mean == pytest.approx(before["a"].dice.mean * CASES / (CASES + 1))
+    assert after["scratch"].dice == before["scratch"].dice
+    assert after["a"].gain == before["a"].gain
+
+
+def test_the_two_directions_of_an_effect_are_told_apart():
+    rows = last_rows(make_study(np.random.default_rng(0), {"better": 0.1, "worse": -0.1, "same": 0.0}))
+    verdicts = {arm: rows[arm].verdict for arm in ("better", "worse", "same")}
+    assert verdicts == {"better": "gain", "worse": "loss", "same": "no difference seen"}
 
 
 def test_order_of_cells_does_not_matter():

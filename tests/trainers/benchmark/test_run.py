@@ -13,8 +13,8 @@ from nnssl.draws import make_generator
 from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.evaluation.metrics import CaseMetrics
-from tests.trainers.benchmark.conftest import LABELLED
 from tests.trainers.benchmark.test_study import prepare
+from tests.trainers.phantom_study import LABELLED
 from trainers.benchmark import run as run_module
 from trainers.benchmark.arms import make_weights
 from trainers.benchmark.estimate import format_duration

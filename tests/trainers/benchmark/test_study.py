@@ -9,7 +9,7 @@ import torch
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
 from planners.plan import read_plan
-from tests.trainers.benchmark.conftest import LABELLED, SOURCE
+from tests.trainers.phantom_study import LABELLED, SOURCE
 from trainers.benchmark.arms import OWN_FOLDER, Source, locate, make_weights, parse_arm, parse_arms
 from trainers.benchmark.leaks import check_disjoint, seen_in_pretraining
 from trainers.benchmark.study import StudySettings, prepare_study
