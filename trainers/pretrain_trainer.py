@@ -189,7 +189,10 @@ class PretrainTrainer(nnUNetTrainer):
     def _compile(self) -> None:
         # a graph that cannot be compiled runs as it is, and torch says so once
         torch._dynamo.config.suppress_errors = True
-        for part in (self.network.get_submodule("encoder"), self.network.get_submodule("decoder")):
+        decoder = self.network.get_submodule("decoder")
+        # dense methods call the decoder's stages one by one, which its own compiled pass would not cover
+        stages = [*decoder.get_submodule("transpconvs").children(), *decoder.get_submodule("stages").children()]
+        for part in (self.network.get_submodule("encoder"), *stages):
             part.compile()
 
     def _wrap_for_processes(self) -> torch.nn.Module:

@@ -21,6 +21,10 @@ Deviations:
       ``points_per_image`` overrides it. v2 correlates all pixels in the paper, here the drawn points.
     * ``phi``: built in millimetres (``views.spatial``), about the axis of thick slices only; flips are drawn axis by axis.
       The code turns by at most 90 degrees and never flips two axes.
+    * Crop and flips are the plan's, not the code's (0.11 to 0.9 of the patch, flips of any axis): the ranges that all methods
+      of a data set share. A turned crop need not fit into the patch; what lies outside is 0 there, the mean after z-scoring,
+      and takes part in no loss. In a patch of 320 x 128 turned by any angle 72 % of the view lie inside on average.
+    * Blur: in the code in voxels along all axes; here as wide in mm along thick slices as along the others.
     * Inversion: the code has ``1 - x`` on values that were clipped and not scaled; here ``p1 + p99 - x``. CT is not inverted.
     * Features: the paper widens the last decoder stage to 1,024 maps, which costs 8.6 GB for one patch of 128^3. ``single``
       reads the plan's last stage, ``pyramid`` all decoder stages side by side (Goncharov et al., vox2vec, MICCAI 2023).
@@ -39,6 +43,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nnssl.collapse import retrieval_top1
+from nnssl.errors import UserError
 from nnssl.losses.barlow_twins import barlow_twins
 from nnssl.losses.nt_xent import nt_xent
 from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput
@@ -53,7 +58,7 @@ from nnssl.views.spatial import AffineRange, apply_affine, draw_affine, map_poin
 Share = Annotated[float, Field(ge=0, le=1)]
 ENCODER_AND_DECODER = ("encoder.", "decoder.encoder.", "decoder.transpconvs.", "decoder.stages.")
 MONITORED_POINTS = 256
-"""Points of a step that retrieval is measured on."""
+"""Points of a step that retrieval is measured on, at even places."""
 
 TRAINING = TrainingSettings(
     epochs=200,  # [P]
@@ -99,9 +104,12 @@ class DenseSettings:
     noise: Annotated[float, Field(ge=0)] = 0.5  # [C] in standard deviations of the patch
     noise_probability: Share = 0.3  # [C]
     blur_vox: Annotated[float, Field(ge=0)] = 1.3  # [C]
+    """Largest sigma along the finest axis, and as many mm along the others."""
     blur_probability: Share = 0.5  # [C]
     gamma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.95, 1.05)  # [C]
     gamma_probability: Share = 0.9  # [C]
+    window: Annotated[float, Field(ge=0, lt=1)] = 0.3  # [R], CT only; in standard deviations of the patch
+    window_probability: Share = 0.5  # [R]
 
 
 @dataclass(frozen=True)
@@ -144,6 +152,7 @@ class DensePoints(PretextMethod):
 
     def __init__(self, network: Any, settings: Any, configuration: Any) -> None:
         super().__init__()
+        check_views(settings, configuration)
         self.settings = settings
         self.configuration = configuration
         self.network = trained_up_to_segmentation(network)
@@ -175,8 +184,8 @@ class DensePoints(PretextMethod):
         """Return the loss of the pairs, the embeddings for the collapse monitors, and how well partners are found."""
         before, warped = embed_points(self.network, self.head, views, self.settings.features)
         with torch.no_grad():
-            every = max(1, len(before) // MONITORED_POINTS)
-            first, second = before.detach()[::every].float(), warped.detach()[::every].float()
+            chosen = torch.linspace(0, len(before) - 1, min(MONITORED_POINTS, len(before)), device=before.device).long()
+            first, second = before.detach()[chosen].float(), warped.detach()[chosen].float()
             monitors = {
                 "positive_similarity": nn.functional.cosine_similarity(first, second, dim=1).mean(),
                 "retrieval_top1": retrieval_top1(first, second),
@@ -222,6 +231,25 @@ class Pix2RepV2(DensePoints):
         return {"redundancy": barlow_twins(before, warped, self.settings.off_diagonal_weight)}
 
 
+def check_views(settings: DenseSettings, configuration: Any) -> None:
+    """Check that the ranges of the views fit the patch, before anything is drawn.
+
+    Raises:
+        UserError: one does not.
+    """
+    patch, spacing_mm = configuration.patch_size, configuration.spacing_mm
+    intensity_range(settings, spacing_mm)
+    try:
+        draw_affine([torch.Generator()], affine_range(settings), patch, spacing_mm)
+    except ValueError as error:
+        raise UserError(f"crop_fraction, rotation_deg or flip_axes: {error}; --set others or none") from error
+
+
+def affine_range(settings: DenseSettings) -> AffineRange:
+    """Return what ``phi`` is drawn from."""
+    return AffineRange(settings.crop_fraction, settings.rotation_deg, settings.flip_axes, settings.flip_probability)
+
+
 def trained_up_to_segmentation(network: Any) -> Any:
     """Return the network with the gradient on for all but its segmentation layers."""
     network.requires_grad_(True)
@@ -244,10 +272,9 @@ def make_equivariant_views(
         spacing_mm: of the patches' voxels.
     """
     channels = volumes.shape[1]
-    intensity = intensity_range(settings)
+    intensity = intensity_range(settings, spacing_mm)
     before = apply_intensity(volumes, draw_intensity(generators, intensity, channels))
-    ranges = AffineRange(settings.crop_fraction, settings.rotation_deg, settings.flip_axes, settings.flip_probability)
-    phi = draw_affine(generators, ranges, volumes.shape[2:], spacing_mm)
+    phi = draw_affine(generators, affine_range(settings), volumes.shape[2:], spacing_mm)
     warped = apply_affine(apply_intensity(volumes, draw_intensity(generators, intensity, channels)), phi)
     body = apply_affine(foreground_mask(volumes)[:, None].float(), phi, mode="nearest")[:, 0] > 0.5
     valid = valid_mask(phi, volumes.shape[2:], volumes.device)
@@ -262,17 +289,27 @@ def points_of_image(settings: DenseSettings, shape: Sequence[int]) -> int:
     return max(1, min(wanted, math.prod(shape) // 4))
 
 
-def intensity_range(settings: DenseSettings) -> IntensityRange:
-    """Return the intensity changes ``t`` of the settings."""
+def intensity_range(settings: DenseSettings, spacing_mm: Sequence[float]) -> IntensityRange:
+    """Return the intensity changes ``t`` of the settings.
+
+    Args:
+        settings: of the method.
+        spacing_mm: of the patches' voxels; a blur as wide in mm along thick slices as along the others hardly mixes them.
+    """
+    blur_z, blur_y, blur_x = (settings.blur_vox * min(spacing_mm) / mm for mm in (spacing_mm[0], *spacing_mm)[-3:])
     ranges = IntensityRange(
         brightness_std=settings.brightness,
+        brightness_probability=1.0,
         contrast=settings.contrast,
+        contrast_probability=1.0,
+        window_std=settings.window,
+        window_probability=settings.window_probability,
         inversion_probability=settings.inversion_probability,
         bias_field=settings.bias_field,
         bias_field_probability=settings.bias_field_probability,
         noise_std=settings.noise,
         noise_probability=settings.noise_probability,
-        blur_vox=(settings.blur_vox,) * 3,
+        blur_vox=(blur_z, blur_y, blur_x),
         blur_probability=settings.blur_probability,
         gamma=settings.gamma,
         gamma_probability=settings.gamma_probability,

@@ -53,9 +53,13 @@ class PointProjection(nn.Module):
         self.project = nn.Linear(hidden, dimensions)
 
     def forward(self, features: Float[Tensor, "points channel"]) -> Float[Tensor, "points dimension"]:
-        """Return the embeddings of points, of any scale."""
-        hidden = standardise_over_ranks(self.hidden(features).float()) * self.scale + self.shift
-        return self.project(nn.functional.relu(hidden))
+        """Return the embeddings of points, of any scale, in float32 throughout.
+
+        Half precision would lose what is left of a feature once its mean over the points is taken away.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            hidden = standardise_over_ranks(self.hidden(features.float())) * self.scale + self.shift
+            return self.project(nn.functional.relu(hidden))
 
 
 class TokenDecoder(nn.Module):

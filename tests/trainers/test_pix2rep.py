@@ -20,7 +20,7 @@ from trainers.pretrain import pretrain
 
 VERSIONS = ("pix2rep", "pix2rep_v2")
 # after one step of SGD its buffer is the gradient; later steps blow up rounding where a point sits on a kink
-ONE_STEP = ("optimizer=sgd", "epochs=1", "iterations_per_epoch=1", "points=64")
+ONE_STEP = ("optimizer=sgd", "epochs=1", "iterations_per_epoch=1", "points=64", "gradient_clip=1e9")
 
 
 def run(folders, method: str, *overrides: str, configuration: str = "3d_fullres", **arguments) -> Path:

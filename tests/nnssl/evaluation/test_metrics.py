@@ -291,6 +291,13 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-30])
 
 
+def turn(path):
+    """Point the x axis the other way, about the same origin."""
+    image = sitk.ReadImage(str(path))
+    image.SetDirection((-1, 0, 0, 0, 1, 0, 0, 0, 1))
+    sitk.WriteImage(image, str(path))
+
+
 def make_series(path):
     volume = sitk.GetImageFromArray(blobs(0))
     sitk.WriteImage(sitk.JoinSeries([volume, volume]), str(path))
@@ -301,6 +308,7 @@ def make_series(path):
     [
         (cut, "is truncated .*; copy or predict it again"),
         (lambda f: write(f, np.where(blobs(0) == 1, np.nan, 0), dtype=np.float32), "holds NaN"),
+        (turn, "differs in direction from its reference"),
         (make_series, "has 4 axes; give an image of 2 or 3"),
         (lambda f: f.unlink(), "is not there"),
         (

@@ -111,8 +111,8 @@ def test_degenerate_values():
     assert bootstrap_interval(np.array([0.7])) == Interval(0.7, 0.7, 0.7)
     assert bootstrap_interval(np.full(5, 0.3)).low == pytest.approx(0.3)
     assert paired_p_value(np.zeros(8)) == 1.0
-    noise = np.array([0.1 - 0.3 + 0.2, *[0.0] * 7]) * np.arange(8, 0, -1)
-    assert noise.any()
+    noise = np.full(8, 0.1 - 0.3 + 0.2) * np.arange(1, 9)
+    assert noise.all()  # eight differences of one sign, none of them above 1e-15
     assert paired_p_value(noise) == 1.0
     interval = bootstrap_interval(np.array([0.1, 0.5, 0.6, 0.9]))
     assert interval.low < interval.mean < interval.high
@@ -200,9 +200,10 @@ def test_an_unfinished_study_has_a_table_too():
 def test_a_study_in_which_nothing_counts_has_a_table_too():
     nothing = tuple(CaseMetrics(f"case_{number}", "organ", None, None, None, 0.0, 0.0) for number in range(7))
     cells = [Cell(arm, "finetune", 5, 0, steps, nothing) for arm in ("scratch", "a") for steps in (100, 300)]
-    rows = tabulate(cells, 2.0, QUICK).rows
-    assert [row.gain for row in rows] == [None] * 4
-    assert [row.class_dice for row in rows] == [{"organ": None}] * 4
+    table = tabulate(cells, 2.0, QUICK)
+    assert [row.gain for row in table.rows] == [None] * 4
+    assert [row.class_dice for row in table.rows] == [{"organ": None}] * 4
+    assert [rise.difference for rise in table.rises] == [0.0]
 
 
 def test_a_case_that_counts_on_one_side_only_is_in_the_mean_but_not_in_the_difference():

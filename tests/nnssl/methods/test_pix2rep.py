@@ -1,7 +1,10 @@
 """Properties of Pix2Rep (methods 3.11 of the specification) on tiny networks, in 2D and in anisotropic 3D with two channels."""
 
 import copy
+import inspect
+import itertools
 import math
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 from torch import nn
 
 from nnssl.draws import sample_generators
+from nnssl.errors import UserError
 from nnssl.losses.barlow_twins import barlow_twins
 from nnssl.losses.nt_xent import nt_xent
 from nnssl.methods.pix2rep import (
@@ -16,12 +20,15 @@ from nnssl.methods.pix2rep import (
     Pix2Rep,
     Pix2RepV2,
     embed_points,
+    intensity_range,
     make_equivariant_views,
     points_of_image,
 )
 from nnssl.methods.settings import resolve_stage
 from nnssl.networks.backbone import build_network
 from nnssl.networks.dense import decoder_maps, dense_maps
+from nnssl.networks.heads import PointProjection
+from nnssl.views.intensity import IntensityRange
 from nnssl.views.spatial import AffineRange, draw_affine, map_points
 from tests.nnssl.losses.test_barlow_twins import by_loops as barlow_by_loops
 from tests.nnssl.losses.test_nt_xent import by_loops as nt_xent_by_loops
@@ -154,30 +161,78 @@ def test_a_mirrored_kernel_is_equivariant_under_flips(dim):
 
 @dims
 def test_what_is_not_in_both_views_does_not_matter(dim):
-    """Property 4: with a pointwise network, voxels that no drawn point reads may be anything."""
-    _, method = make_stage("pix2rep", dim, "crop_fraction=0.3,0.4", "points_per_image=100")
+    """Property 4: with a pointwise network, what lies outside of the crop may be anything; told from the map alone."""
+    _, method = make_stage(
+        "pix2rep", dim, "crop_fraction=0.3,0.4", "points_per_image=100", "intensity_views=", "foreground_share=0"
+    )
     conv = {2: nn.Conv2d, 3: nn.Conv3d}[dim](CHANNELS, 5, 1)
     views = method.make_views(make_batch(dim), generators())
-    read = torch.zeros(4, *PATCHES[dim], dtype=torch.bool)
-    for sample, points in enumerate(views.points_before):
-        for corner in torch.cartesian_prod(*[torch.tensor([0, 1])] * dim):
-            index = (points.floor().long() + corner).clamp_max(torch.tensor(PATCHES[dim]) - 1).clamp_min(0)
-            read[(sample, *index.T)] = True
-    assert read.float().mean() < 0.8
-    spoiled = torch.where(read[:, None], views.before, 1e6)
-    inside = torch.zeros(4, *PATCHES[dim], dtype=torch.bool)
-    for sample, points in enumerate(views.points_warped.long()):
-        inside[(sample, *points.T)] = True
-    warped = torch.where(inside[:, None], views.warped, 1e6)
-    clean = embed_points(OneMap(conv), nn.Identity(), views, "single")
-    dirty = embed_points(
-        OneMap(conv),
-        nn.Identity(),
-        EquivariantViews(spoiled, warped, views.points_before, views.points_warped),
-        "single",
-    )
+    shown = torch.zeros(4, *PATCHES[dim])
+    for sample, corner in itertools.product(range(4), range(2**dim)):
+        offset = torch.tensor([(corner >> axis) & 1 for axis in range(dim)])
+        index = (views.points_before[sample].floor().long() + offset).clamp_max(torch.tensor(PATCHES[dim]) - 1)
+        shown[(sample, *index.clamp_min(0).T)] = 1
+    other_patch = make_batch(dim) + 1e3 * (shown[:, None] == 0)
+    spoiled = method.make_views(other_patch, generators())
+    inside = torch.stack([spoiled.warped[s][(slice(None), *p.long().T)] for s, p in enumerate(spoiled.points_warped)])
+    kept = torch.stack([views.warped[s][(slice(None), *p.long().T)] for s, p in enumerate(views.points_warped)])
+    assert (shown == 0).any()
+    torch.testing.assert_close(inside, kept, atol=1e-3, rtol=1e-4)
+    clean, dirty = (embed_points(OneMap(conv), nn.Identity(), each, "single") for each in (views, spoiled))
     for one, other in zip(clean, dirty, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+@dims
+def test_no_point_comes_from_outside_of_the_patch(dim):
+    """Property 4: a turned crop leaves the patch; told from the warped patch of ones, not from the drawn points."""
+    turns = "rotation_deg=180" if dim == 2 else "rotation_deg=180,0,0"
+    _, method = make_stage("pix2rep", dim, "crop_fraction=0.9,1", turns, "points_per_image=200", "intensity_views=")
+    views = method.make_views(torch.ones(4, CHANNELS, *PATCHES[dim]), generators())
+    assert (views.warped < 0.5).float().mean() > 0.02
+    for sample, points in enumerate(views.points_warped.long()):
+        torch.testing.assert_close(views.warped[sample][(0, *points.T)], torch.ones(len(points)), atol=1e-3, rtol=0)
+
+
+@dims
+def test_half_of_the_points_lie_in_the_body(dim):
+    """A bright block off the centre: the mask moves with the map, so the points of the patch lie in the block."""
+    batch = torch.zeros(4, CHANNELS, *PATCHES[dim])
+    block = (Ellipsis, slice(1, 5), slice(2, 8))
+    batch[block] = 1.0
+    share = float(batch.mean())
+    assert share < 0.15
+    for preferred, low, high in ((0.5, 0.5, 0.75), (0.0, 0.0, 0.3)):
+        overrides = (*still(dim), f"foreground_share={preferred}", "points_per_image=20", "flip_probability=1")
+        _, method = make_stage("pix2rep", dim, *overrides)
+        found = []
+        for step in range(10):
+            views = method.make_views(batch, generators(step))
+            places = views.points_before.round().long()
+            found.append([batch[(sample, 0, *points.T)].mean() for sample, points in enumerate(places)])
+        assert low <= float(torch.tensor(found).mean()) <= high
+
+
+def test_blur_hardly_mixes_thick_slices():
+    """Spacing 6 x 1 x 1.5 mm: sigma is the same in mm along all axes, so a sixth of a voxel's along z."""
+    _, method = make_stage("pix2rep", 3, "blur_vox=1.2")
+    assert intensity_range(method.settings, (6.0, 1.0, 1.5)).blur_vox == pytest.approx((0.2, 1.2, 0.8))
+    assert intensity_range(method.settings, (1.0, 1.5)).blur_vox[1:] == pytest.approx((1.2, 0.8))
+
+
+def test_every_intensity_change_is_a_setting():
+    """No default of the views reaches a method unseen: all fields are given, CT's window too."""
+    _, method = make_stage("pix2rep", 2, "intensity_views=window", "window=0.1", "window_probability=1")
+    ranges = intensity_range(method.settings, (1.0, 1.5))
+    assert (ranges.window_std, ranges.window_probability) == (0.1, 1.0)
+    source = inspect.getsource(intensity_range)
+    assert all(f"{field.name}=" in source for field in fields(IntensityRange))
+
+
+@pytest.mark.parametrize("override", ["rotation_deg=90", "flip_axes=5", "crop_fraction=0.9,0.2", "intensity_views=foo"])
+def test_ranges_that_do_not_fit_the_patch_are_refused_before_training(override):
+    with pytest.raises(UserError, match=r"rotation|flip|crop|foo"):
+        make_stage("pix2rep", 3, override)
 
 
 def test_inversion_and_modality():
@@ -382,7 +437,9 @@ def test_no_tensor_of_projected_full_resolution_is_made():
         assert max(sizes.values()) < projected / 4
         return sum(sizes.values())
 
-    assert kept_bytes(8) < kept_bytes(32)
+    grown = (kept_bytes(32) - kept_bytes(8)) / (2 * 4 * (32 - 8))
+    # per point: 24 features of all maps at their 8 corners, the head's layers, the embedding, similarities with 256 others
+    assert 0 < grown < 4 * 4 * (24 * (8 + 1) + 4 * 256 + 64 + 256)
 
 
 def test_a_sphere_stays_a_sphere_in_both_views():
@@ -409,6 +466,21 @@ def test_one_process_two_channels_half_precision(dim):
         half = method.losses(views, 0.0).losses["contrast"]
     assert half.dtype == torch.float32
     assert half.item() == pytest.approx(exact.item(), rel=0.02)
+
+
+def test_the_head_computes_in_float32_under_mixed_precision():
+    """Features with a large common mean: in half precision nothing would be left of what tells points apart."""
+    generator = torch.Generator().manual_seed(0)
+    features = 100 + 0.1 * torch.randn(200, 6, generator=generator)
+    head = PointProjection(6, 8, 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = head(features)
+    exact = copy.deepcopy(head).double()
+    hidden = exact.hidden(features.double())
+    hidden = (hidden - hidden.mean(dim=0)) / (hidden.var(dim=0, unbiased=False) + 1e-5).sqrt()
+    expected = exact.project(torch.relu(hidden * exact.scale + exact.shift))
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected, atol=0.02, rtol=0.02)
 
 
 def test_views_do_not_depend_on_the_network():
