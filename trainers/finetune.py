@@ -59,6 +59,8 @@ class FinetuneSettings:
     """Where the model goes; nnU-Net's commands take it with ``-m``."""
     unlabelled_cases: tuple[str, ...] = ()
     """Cases of which the mean teacher sees the images; empty in other modes."""
+    unlabelled_folder: Path | None = None
+    """Where they lie preprocessed; None for the folder of the labelled cases."""
     batch_size: int | None = None
     """Patches per step; None for the plan's."""
     optimizer: Literal["sgd", "adam"] = "sgd"
@@ -236,18 +238,24 @@ class FinetuneTrainer(nnUNetTrainer):
     def train_step(self, batch: dict) -> dict:
         """Take one optimizer step on a batch and return its loss."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.batch_loss(batch)
+        total = torch.zeros((), device=self.device)
+        for loss in self.batch_losses(batch):
+            # each term gives up its graph before the next is made
+            (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+            total += loss.detach()
         if self.grad_scaler is None:
-            loss.backward()
             nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM)
             self.optimizer.step()
         else:
-            self.grad_scaler.scale(loss).backward()
             self.grad_scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM)
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
-        return {"loss": loss.detach().cpu().numpy()}
+        return {"loss": total.cpu().numpy()}
+
+    def batch_losses(self, batch: dict) -> Iterator[Tensor]:
+        """Yield the terms of the loss of a batch, whose gradients add up; a term is made when the one before is done."""
+        yield self.batch_loss(batch)
 
     def batch_loss(self, batch: dict) -> Tensor:
         """Return nnU-Net's loss of a batch of labelled patches."""

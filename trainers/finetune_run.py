@@ -21,7 +21,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 import nnssl
 from nnssl import schema
-from nnssl.data.raw import find_dataset
+from nnssl.data.raw import find_dataset, read_dataset
 from nnssl.environment import quiet
 from nnssl.errors import UserError
 from nnssl.files import read_json
@@ -39,7 +39,7 @@ from trainers.finetune_result import (
     read_result,
 )
 from trainers.labelled_cases import Split, choose_unlabelled, find_labelled_cases, fold_split, split_cases
-from trainers.labelled_data import prepare_data
+from trainers.labelled_data import prepare_data, prepare_unlabelled
 from trainers.linear_probe import LinearProbeTrainer
 from trainers.mean_teacher import MeanTeacherTrainer
 from trainers.pretrained_weights import FINAL, LATEST, Weights, choose_configuration, load_weights, open_weights
@@ -82,6 +82,8 @@ class Task:
     processes: int
     mode: str
     unlabelled: tuple[str, ...]
+    unlabelled_folder: Path | None = None
+    """Where these lie preprocessed; None for the folder of the labelled cases."""
 
 
 def finetune(
@@ -104,7 +106,7 @@ def finetune(
     processes: int | None = None,
     plans_name: str | None = None,
     mode: str = "finetune",
-    unlabelled: Path | None = None,
+    unlabelled: str | int | None = None,
     restart: bool = False,
     say: Say = lambda line: None,
 ) -> list[ArmResult]:
@@ -132,7 +134,8 @@ def finetune(
         plans_name: name for the plan in the data set's folder; None to choose.
         mode: ``"finetune"`` trains all weights, ``"linear"`` the last segmentation layer alone, ``"mean_teacher"`` all weights
             with a consistency term on unlabelled cases.
-        unlabelled: file with these cases, one name per line; without it all that are neither trained on nor held out.
+        unlabelled: file with these cases, one name per line, or a data set (number or name), all of whose images are taken;
+            None for all labelled cases that are neither trained on nor held out.
         restart: delete these arms first and train them again.
         say: called with lines for the user.
 
@@ -158,8 +161,17 @@ def finetune(
     configuration = choose_configuration(configuration, origin)
     plan = adopt_plan(origin.provenance.plans, dataset_name, folders, say, plans_name)
     split = split or fold_split(labelled, dataset_name, folders)
-    others = choose_unlabelled(labelled, split, unlabelled) if mode == "mean_teacher" else ()
+    others: tuple[str, ...] = ()
+    source = None
+    if mode == "mean_teacher" and unlabelled is not None and not Path(str(unlabelled)).exists():
+        source = read_dataset(unlabelled, folders, say)
+        others = tuple(case.name for case in source.cases)
+    elif mode == "mean_teacher":
+        others = choose_unlabelled(labelled, split, None if unlabelled is None else Path(str(unlabelled)))
     prepare_data(dataset_name, plan, configuration, labelled, folders, processes, say)
+    others_folder = None
+    if source is not None:
+        others_folder = prepare_unlabelled(source, dataset_name, plan, configuration, folders, processes, say)
     task = Task(
         dataset_name=dataset_name,
         dataset_json=read_json(folders.preprocessed / dataset_name / "dataset.json", "dataset.json"),
@@ -172,6 +184,7 @@ def finetune(
         processes=processes,
         mode=mode,
         unlabelled=others,
+        unlabelled_folder=others_folder,
     )
     also = f", {len(others)} without their labels" if others else ""
     say(f"{dataset_name}: {len(split.train)} cases to train on{also}, {len(split.test)} held out")
@@ -204,6 +217,7 @@ def arm_folder(task: Task, weights: Weights | None, folders: Folders) -> Path:
         "schedule": {key: value for key, value in asdict(task.schedule).items() if value not in (None, "sgd")},
         "mode": task.mode,
         **({"unlabelled": sorted(task.unlabelled)} if task.unlabelled else {}),
+        **({"unlabelled_in": task.unlabelled_folder.name} if task.unlabelled_folder else {}),
     }
     digest = hashlib.blake2b(json.dumps(identity, sort_keys=True).encode(), digest_size=4).hexdigest()
     name = f"{ARM_PREFIX}{_arm_name(weights, task.mode)}_{task.split.name}_seed{task.seed}_{digest}"
@@ -241,6 +255,7 @@ def run_arm(task: Task, weights: Weights | None, folders: Folders, restart: bool
         train_cases=task.split.train,
         test_cases=task.split.test,
         unlabelled_cases=task.unlabelled,
+        unlabelled_folder=task.unlabelled_folder,
         model_folder=folder,
         processes=task.processes,
         augmentation_processes=_augmentation_processes(task.device),

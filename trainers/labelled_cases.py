@@ -188,6 +188,7 @@ def find_labelled_cases(dataset_name: str, folders: Folders) -> tuple[str, ...]:
     if unlabelled:
         raise UserError(
             f"{dataset_name}: {len(unlabelled)} of {len(files)} images have no label ({some(unlabelled)}); "
-            "fine-tuning needs a data set of labelled images only, so move the others to another one"
+            "fine-tuning needs a data set of labelled images only, so move the others to another one (--mode mean_teacher takes "
+            "that one as --unlabelled)"
         )
     return tuple(sorted(str(name) for name in files))

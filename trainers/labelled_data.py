@@ -3,12 +3,18 @@
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from nnssl.data.jobs import run_jobs
+from nnssl.data.raw import RawDataset
 from nnssl.environment import quiet
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
-from nnssl.paths import Folders
+from nnssl.paths import Folders, make_writable
 from planners.finetune_planner import AdoptedPlan
 
 
@@ -60,6 +66,102 @@ def prepare_data(
             f"{dataset_name}: nnU-Net cannot prepare it ({str(error).splitlines()[0]}); see {log}, and take fewer "
             "--processes if memory ran out"
         ) from error
+
+
+@dataclass(frozen=True)
+class UnlabelledJob:
+    """One image without a label, and how fine-tuning sees it."""
+
+    images: tuple[str, ...]
+    output: Path
+    """Without ending."""
+    plan: dict[str, Any]
+    configuration: str
+    dataset_json: dict[str, Any]
+
+
+def prepare_unlabelled(
+    source: RawDataset,
+    dataset_name: str,
+    plan: AdoptedPlan,
+    configuration: str,
+    folders: Folders,
+    processes: int,
+    say: Callable[[str], None],
+) -> Path:
+    """Preprocess the images of a data set without labels as those of the labelled one; what is there is kept.
+
+    Args:
+        source: data set of the images.
+        dataset_name: name of the labelled data set.
+        plan: of the labelled data set.
+        configuration: to preprocess.
+        folders: nnU-Net's folders.
+        processes: processes to work in.
+        say: called with a line.
+
+    Returns:
+        The folder with the preprocessed images, below that of the labelled data set.
+
+    Raises:
+        UserError: the data sets have different channels, or nnU-Net cannot read an image.
+    """
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    dataset_json = read_json(folders.raw / dataset_name / "dataset.json", "dataset.json of a labelled data set")
+    wanted = len(dataset_json["channel_names"])
+    if len(source.channel_names) != wanted:
+        raise UserError(
+            f"--unlabelled {source.name}: has {len(source.channel_names)} channel(s), {dataset_name} has {wanted}; take images "
+            "of the same channels"
+        )
+    data = PlansManager(plan.content).get_configuration(configuration).data_identifier
+    folder = make_writable(folders.preprocessed / dataset_name / f"{data}_unlabelled" / source.name)
+    jobs = [
+        UnlabelledJob(tuple(map(str, case.images)), folder / case.name, plan.content, configuration, dataset_json)
+        for case in source.cases
+        if not (folder / f"{case.name}.pkl").exists()  # what nnU-Net writes last
+    ]
+    if jobs:
+        say(f"Preprocessing {len(jobs)} images of {source.name} for {configuration} ...")
+        with quiet(folders.preprocessed / dataset_name / "nnssl_finetune_log.txt"):
+            for _ in run_jobs(preprocess_unlabelled, jobs, min(processes, len(jobs)), None):
+                pass
+    return folder
+
+
+def preprocess_unlabelled(job: UnlabelledJob) -> None:
+    """Preprocess one image with nnU-Net; its label is background everywhere, and nothing reads it.
+
+    Raises:
+        UserError: nnU-Net cannot read the image.
+    """
+    from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    plan = PlansManager(job.plan)
+    configuration = plan.get_configuration(job.configuration)
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    try:
+        volume, _, properties = preprocessor.run_case(list(job.images), None, plan, configuration, job.dataset_json)
+    except (RuntimeError, OSError, ValueError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise UserError(f"{job.images[0]}: nnU-Net cannot preprocess it ({reason}); mend it or take it away") from error
+    volume = volume.astype(np.float32, copy=False)
+    background = np.zeros((1, *volume.shape[1:]), np.int16)
+    patch = tuple(configuration.patch_size)
+    blocks, chunks = comp_blosc2_params(volume.shape, patch, volume.itemsize)
+    label_blocks, label_chunks = comp_blosc2_params(background.shape, patch, background.itemsize)
+    nnUNetDatasetBlosc2.save_case(
+        volume,
+        background,
+        {**properties, "class_locations": {}},
+        str(job.output),
+        chunks=chunks,
+        blocks=blocks,
+        chunks_seg=label_chunks,
+        blocks_seg=label_blocks,
+    )
 
 
 def is_preprocessed(data: Path, references: Path, cases: Sequence[str]) -> bool:

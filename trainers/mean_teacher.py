@@ -78,7 +78,8 @@ class MeanTeacherTrainer(FinetuneTrainer):
     def make_train_batches(self, loader: nnUNetDataLoader) -> Iterator[dict[str, Any]]:
         """Return fine-tuning's batches, each with an unlabelled one of the same size under ``unlabelled``."""
         unlabelled = copy.copy(loader)
-        unlabelled._data = self.dataset_class(self.preprocessed_dataset_folder, list(self.settings.unlabelled_cases))
+        folder = str(self.settings.unlabelled_folder or self.preprocessed_dataset_folder)
+        unlabelled._data = self.dataset_class(folder, list(self.settings.unlabelled_cases))
         unlabelled.indices = unlabelled._data.identifiers
         # both would look at labels to choose where patches lie
         unlabelled.oversample_foreground_percent = 0.0
@@ -130,11 +131,11 @@ class MeanTeacherTrainer(FinetuneTrainer):
         finally:
             self.network = student
 
-    def batch_loss(self, batch: dict) -> Tensor:
-        """Return nnU-Net's loss of the labelled and the weighted consistency of the unlabelled patches."""
-        supervised = super().batch_loss(batch)
+    def batch_losses(self, batch: dict) -> Iterator[Tensor]:
+        """Yield nnU-Net's loss of the labelled patches, then the weighted consistency of the unlabelled ones."""
+        yield from super().batch_losses(batch)
         weight = consistency_weight(self.steps_done, self.total_steps, self.consistency)
-        return supervised + weight * self.consistency_loss(batch["unlabelled"])
+        yield weight * self.consistency_loss(batch["unlabelled"])
 
     def consistency_loss(self, volumes: Tensor) -> Tensor:
         """Return the mean squared difference of probabilities of student and teacher.

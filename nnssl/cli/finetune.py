@@ -59,10 +59,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--unlabelled",
-        type=Path,
-        metavar="FILE",
-        help="cases for --mode mean_teacher, of which only the images are used, one name per line (default: all that "
-        "are neither trained on nor held out)",
+        metavar="FILE|ID",
+        help="images for --mode mean_teacher: a data set without labels, or a list of labelled cases whose labels are not "
+        "used, one name per line (default: all labelled cases that are neither trained on nor held out)",
     )
     parser.add_argument("--plans-name", help="name for the plan in the data set's folder (default: the plan's own)")
     add_device_argument(parser)

@@ -1,15 +1,20 @@
 """Mean teacher: its formulas, which images and labels it uses, and that stock nnU-Net predicts with the result."""
 
 import copy
+import json
 import math
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
+from nnssl.data.phantoms import write_phantom_dataset
 from nnssl.errors import UserError
 from tests.trainers.finetuning import (
     CASES,
+    DATASET,
     TEST_CASES,
     assert_stock_nnunet_predicts_the_same,
     final_weights,
@@ -115,7 +120,35 @@ def test_loss_is_that_of_fine_tuning_and_the_weighted_consistency(run, tmp_path)
     supervised, consistency = FinetuneTrainer.batch_loss(trainer, batch), trainer.consistency_loss(batch["unlabelled"])
     weight = 0.1 * math.exp(-5 * (1 - 1 / (0.4 * 4)) ** 2)
     assert weight * consistency.item() > 1e-8
-    assert (trainer.batch_loss(batch) - supervised).item() == pytest.approx(weight * consistency.item(), abs=2e-7)
+    terms = [term.item() for term in trainer.batch_losses(batch)]
+    assert terms == pytest.approx([supervised.item(), weight * consistency.item()], rel=1e-4)
+    assert trainer.train_step(batch)["loss"] == pytest.approx(sum(terms), rel=1e-4)
+
+
+def test_one_loss_gives_up_its_graph_before_the_next_is_made(run, tmp_path):
+    """Else a batch that fits fine-tuning would not fit the mean teacher. The gradient is that of the sum."""
+    trainer = teacher_of(run, tmp_path / "model")
+    trainer.on_train_start()
+    batch = next(trainer.dataloader_train)
+    trainer.optimizer.zero_grad()
+    sum(trainer.batch_losses(batch)).backward()
+    expected = [p.grad.clone() for p in trainer.network.parameters() if p.grad is not None]
+    torch.nn.utils.clip_grad_norm_(trainer.network.parameters(), 12)
+    graphs = []
+    consistency = trainer.consistency_loss
+
+    def watched(volumes):
+        graphs.append([p.grad is not None for p in trainer.network.parameters()])
+        return consistency(volumes)
+
+    trainer.consistency_loss = watched
+    trainer.optimizer.step = lambda: None
+    norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in expected]))
+    trainer.train_step(batch)
+    assert any(graphs[0])  # the first backward pass is done when the second loss is made
+    found = [p.grad for p in trainer.network.parameters() if p.grad is not None]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other * min(1.0, 12 / float(norm)), rtol=1e-3, atol=1e-6)
 
 
 def test_teacher_is_the_average_of_the_students(run, tmp_path):
@@ -241,6 +274,35 @@ def test_from_the_command_to_what_stock_nnunet_predicts(run, tmp_path, monkeypat
     assert (result.mode, result.schedule.learning_rate, result.schedule.optimizer) == ("mean_teacher", 0.01, "sgd")
     assert result.unlabelled_cases == tuple(sorted(set(CASES) - set(result.train_cases) - set(TEST_CASES)))
     assert_stock_nnunet_predicts_the_same(run, result, trainer, tmp_path)
+
+
+def test_images_of_a_data_set_without_labels(run, tmp_path, monkeypatch):
+    """Preprocessed as the labelled ones: a copy of a labelled image gives the same voxels."""
+    raw = run.folder / "raw"
+    source = raw / "Dataset777_Images"
+    write_phantom_dataset(raw, source.name, 2, 0, (24, 32, 28), labelled=False, first_case=50)
+    shutil.copyfile(raw / DATASET / "imagesTr" / f"{CASES[3]}_0000.nii.gz", source / "imagesTr" / "copy_0000.nii.gz")
+    options = {**run.arguments, "labels": 2, "mode": "mean_teacher", "epochs": 1, "warmup_epochs": 0, "scratch": False}
+    options = {**options, "learning_rate": None, "unlabelled": "777"}
+    (result,), (trainer,) = finetune_and_catch_trainers(monkeypatch, 4, run.weights, **options)
+    assert result.unlabelled_cases == ("copy", "phantom_0050", "phantom_0051")
+    folder = trainer.settings.unlabelled_folder
+    assert folder is not None
+    assert folder.parent.name.endswith("_unlabelled")
+    dataset_class = infer_dataset_class(trainer.preprocessed_dataset_folder)
+    labelled = dataset_class(trainer.preprocessed_dataset_folder, [CASES[3]]).load_case(CASES[3])[0]
+    copied = dataset_class(str(folder), ["copy"]).load_case("copy")[0]
+    assert np.array_equal(copied[:], labelled[:])
+    with pytest.raises(UserError, match="not found"):
+        finetune(4, run.weights, **{**options, "unlabelled": 888})
+    content = json.loads((source / "dataset.json").read_text())
+    content["channel_names"] = {"0": "T1", "1": "T2"}
+    (source / "dataset.json").write_text(json.dumps(content))
+    for image in list((source / "imagesTr").iterdir()):
+        shutil.copyfile(image, str(image).replace("_0000.", "_0001."))
+    with pytest.raises(UserError, match=r"has 2 channel\(s\), Dataset004_Phantoms has 1"):
+        finetune(4, run.weights, **{**options, "unlabelled": 777})
+    shutil.rmtree(source)
 
 
 def test_nothing_is_prepared_when_no_case_is_left(run, monkeypatch):
