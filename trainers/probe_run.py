@@ -14,6 +14,7 @@ import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from filelock import FileLock
 
+from nnssl.data.patients import patient_in_name
 from nnssl.draws import make_generator
 from nnssl.errors import UserError
 from nnssl.evaluation.metrics import foreground_labels, ignore_label
@@ -79,7 +80,7 @@ def prepare_probe(
         plan: of the pretraining.
         configuration: that is pretrained.
         folders: nnU-Net's folders.
-        cases: to learn from, and as many others to score on.
+        cases: to learn from, each of another patient, and as many of further patients to score on.
         every: epochs between two probes, or None.
         processes: for preprocessing.
         say: called with lines for the user.
@@ -88,12 +89,13 @@ def prepare_probe(
         UserError: too few cases, labels that overlap, other channels than the plan's, or nnU-Net cannot prepare the data.
     """
     labelled = find_labelled_cases(dataset_name, folders)
-    if len(labelled) < 2 * cases:
+    one_each = {patient_in_name(case): case for case in reversed(labelled)}
+    if len(one_each) < 2 * cases:
         raise UserError(
-            f"--probe {dataset_name}: has {len(labelled)} labelled cases, and {2 * cases} are needed, half to learn from and "
-            f"half to score on; take --probe-cases {len(labelled) // 2}"
-            if len(labelled) > 1
-            else f"--probe {dataset_name}: has one labelled case, and two are needed at least"
+            f"--probe {dataset_name}: has {len(one_each)} labelled patients, and {2 * cases} are needed, half to learn from and "
+            f"half to score on; take --probe-cases {len(one_each) // 2}"
+            if len(one_each) > 1
+            else f"--probe {dataset_name}: has one labelled patient, and two are needed at least"
         )
     content = read_json(folders.raw / dataset_name / "dataset.json", "dataset.json of a labelled data set")
     labels = foreground_labels(content)
@@ -102,7 +104,7 @@ def prepare_probe(
         raise UserError(
             f"--probe {dataset_name}: has regions ({regions[0]}), which overlap; the probe tells classes apart"
         )
-    order = label_order(labelled, seed=0)
+    order = label_order(sorted(one_each.values()), seed=0)
     lock = make_writable(folders.preprocessed / dataset_name) / "nnssl_probe.lock"
     with FileLock(lock):  # every process of torchrun comes here
         adopted = adopt_plan(plan.nnunet, dataset_name, folders, say)

@@ -185,6 +185,17 @@ def test_when_a_probe_is_due(folders):
     assert not math.isnan(runs[0].train[0].volume.sum())
 
 
+def test_a_patient_is_on_one_side_only(folders, monkeypatch):
+    names = ("p1_frame1", "p1_frame2", "p2_frame1", "p2_frame2", "p3_frame1")
+    monkeypatch.setattr("trainers.probe_run.find_labelled_cases", lambda *arguments: names)
+    monkeypatch.setattr("trainers.probe_run.prepare_data", lambda *arguments: None)
+    plan = read_plan(folders.preprocessed / SOURCE / "nnsslPlans.json")
+    probe = prepare_probe(LABELLED, plan, "3d_fullres", folders, 1, None, 1, lambda line: None)
+    assert len({name.split("_")[0] for name in (*probe.train, *probe.test)}) == 2
+    with pytest.raises(UserError, match="has 3 labelled patients, and 4 are needed"):
+        prepare_probe(LABELLED, plan, "3d_fullres", folders, 2, None, 1, lambda line: None)
+
+
 def test_wrong_probes_end_before_training(folders, tmp_path):
     plan = read_plan(folders.preprocessed / SOURCE / "nnsslPlans.json")
 
@@ -193,7 +204,7 @@ def test_wrong_probes_end_before_training(folders, tmp_path):
             LABELLED, plan, "3d_fullres", replace(folders, **changes), cases, None, 1, lambda line: None
         )
 
-    with pytest.raises(UserError, match="has 8 labelled cases, and 10 are needed.*take --probe-cases 4"):
+    with pytest.raises(UserError, match="has 8 labelled patients, and 10 are needed.*take --probe-cases 4"):
         prepare(cases=5)
     raw = tmp_path / "raw"
     folder = raw / LABELLED
