@@ -8,6 +8,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from nnssl.data.patients import patient_in_name
 from nnssl.evaluation.dense_network import open_cases, open_dense_network
 from nnssl.evaluation.dense_similarity import compare_cases, embed_case
 from nnssl.evaluation.pictures import DPI, embedding_figure, similarity_figure
@@ -16,7 +17,7 @@ from nnssl.paths import Folders
 
 Maker = Callable[[Path, Folders, torch.device, Callable[[str], None]], tuple[Picture, ...]]
 COMPARED_CASES = 3
-"""The query's case and two others."""
+"""The query's case and two of other patients."""
 
 
 def picture_of(figure: Figure, alt: str, caption: str) -> Picture:
@@ -43,7 +44,8 @@ def dense_pictures(
     """
     network, provenance = open_dense_network(checkpoint, None, device, say)
     store = open_cases(provenance, provenance.dataset_name, folders, say)
-    query, *others = store.names[:COMPARED_CASES]
+    one_each = {patient_in_name(name): name for name in reversed(store.names)}
+    query, *others = sorted(one_each.values())[:COMPARED_CASES]
     comparison = compare_cases(network, store, query, None, others, 0, say)
     similarity = picture_of(
         similarity_figure(comparison, f"{provenance.method}: what resembles one point"),
