@@ -55,8 +55,10 @@ def test_two_processes_equal_one(toy, method):
     alone = tensors_of(run(toy, method, *ONE_STEP))
     together = tensors_of(run(toy, method, *ONE_STEP, restart=True, processes=2))
     gradients = [value for key, value in alone.items() if key.endswith("momentum_buffer")]
-    assert max(float(gradient.abs().max()) for gradient in gradients) > 0.01
-    assert_same(together, alone, rtol=1e-3, atol=2e-5)
+    largest = max(float(gradient.abs().max()) for gradient in gradients)
+    assert largest > 0.01
+    # rounding is relative to the sums that a gradient is made of, and one of them may be near 0
+    assert_same(together, alone, rtol=1e-3, atol=2e-5 * max(1.0, largest))
 
 
 def test_stopped_run_ends_bit_identical(toy, monkeypatch):
