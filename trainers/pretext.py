@@ -25,3 +25,9 @@ class Pix2RepV2Trainer(PretrainTrainer):
     """Pix2Rep v2: redundancy reduction over points, for encoder and decoder."""
 
     stage = "pix2rep_v2.dense"
+
+
+class PixelGlobalTrainer(PretrainTrainer):
+    """Pixel-global: distillation of whole images and of shared voxels, for encoder and decoder."""
+
+    stage = "pixelglobal.distillation"

@@ -120,6 +120,24 @@ METHODS = {
             ),
         ),
     ),
+    "pixelglobal": Method(
+        name="pixelglobal",
+        title="Pixel-global: a teacher and a student agree on whole images and on every shared voxel",
+        source="Pixel-global self-supervised learning with uncertainty-aware context stabilizer, 2022",
+        backbone="a convolutional U-Net",
+        configurations=("3d_fullres", "2d"),
+        stages=(
+            Stage(
+                name="pixelglobal.distillation",
+                trainer="PixelGlobalTrainer",
+                implementation="nnssl.methods.pixelglobal:PixelGlobal",
+                encoder_graphs=1,
+                encoder_passes=1,
+                decoder_graphs=1,
+                useful_batch=2,
+            ),
+        ),
+    ),
 }
 
 

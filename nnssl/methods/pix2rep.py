@@ -43,7 +43,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nnssl.collapse import retrieval_top1
-from nnssl.errors import UserError
 from nnssl.losses.barlow_twins import barlow_twins
 from nnssl.losses.nt_xent import nt_xent
 from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput
@@ -53,7 +52,7 @@ from nnssl.networks.heads import PointProjection
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, draw_intensity, restrict_to
 from nnssl.views.points import draw_points, foreground_mask, interpolate_at
-from nnssl.views.spatial import AffineRange, apply_affine, draw_affine, map_points, valid_mask
+from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine, map_points, valid_mask
 
 Share = Annotated[float, Field(ge=0, le=1)]
 ENCODER_AND_DECODER = ("encoder.", "decoder.encoder.", "decoder.transpconvs.", "decoder.stages.")
@@ -152,7 +151,8 @@ class DensePoints(PretextMethod):
 
     def __init__(self, network: Any, settings: Any, configuration: Any) -> None:
         super().__init__()
-        check_views(settings, configuration)
+        check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
+        intensity_range(settings, configuration.spacing_mm)
         self.settings = settings
         self.configuration = configuration
         self.network = trained_up_to_segmentation(network)
@@ -229,20 +229,6 @@ class Pix2RepV2(DensePoints):
     def pair_losses(self, before: Float[Tensor, "pairs d"], warped: Float[Tensor, "pairs d"]) -> dict[str, Tensor]:
         """Return the paper's loss of v2."""
         return {"redundancy": barlow_twins(before, warped, self.settings.off_diagonal_weight)}
-
-
-def check_views(settings: DenseSettings, configuration: Any) -> None:
-    """Check that the ranges of the views fit the patch, before anything is drawn.
-
-    Raises:
-        UserError: one does not.
-    """
-    patch, spacing_mm = configuration.patch_size, configuration.spacing_mm
-    intensity_range(settings, spacing_mm)
-    try:
-        draw_affine([torch.Generator()], affine_range(settings), patch, spacing_mm)
-    except ValueError as error:
-        raise UserError(f"crop_fraction, rotation_deg or flip_axes: {error}; --set others or none") from error
 
 
 def affine_range(settings: DenseSettings) -> AffineRange:

@@ -1,5 +1,8 @@
 """What pretext methods put on a network: projections and token decoders. They never leave with the weights."""
 
+import math
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -31,6 +34,82 @@ class PooledProjection(nn.Module):
         """Return one embedding of unit norm per sample, in float32."""
         positions = nn.functional.relu(self.hidden(map_to_tokens(feature_map)))
         return nn.functional.normalize(self.project(positions.mean(dim=1)).float(), dim=1)
+
+
+class PooledAssignment(nn.Module):
+    """A perceptron at every position, the mean over positions, and a projection that is standardised over the batch.
+
+    Source: "Pixel-global self-supervised learning with uncertainty-aware context stabilizer" (2022): pooled features of the
+    encoder are projected and a softmax follows; dimensions and depth are not stated.
+    Deviations: the hidden layer comes before the mean, as in ``PooledProjection``. The last layer is standardised over the
+    batch and divided by the root of its width, so that no output can win for all images and rows have a length of about
+    1, for which DINO's temperatures were chosen (Caron et al., ICCV 2021).
+
+    Args:
+        channels: of the feature map.
+        hidden: width of the hidden layer.
+        dimensions: of the output.
+    """
+
+    def __init__(self, channels: int, hidden: int, dimensions: int) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(channels, hidden)
+        self.project = nn.Linear(hidden, dimensions)
+
+    def forward(self, feature_map: Float[Tensor, "batch channel *grid"]) -> Float[Tensor, "batch dimension"]:
+        """Return one row of logits per sample, in float32."""
+        positions = nn.functional.relu(self.hidden(map_to_tokens(feature_map)))
+        return standardise_over_ranks(self.project(positions.mean(dim=1)).float()) / math.sqrt(
+            self.project.out_features
+        )
+
+
+class PointAssignment(nn.Module):
+    """A perceptron with dropout for the features of points, standardised over all points of the batch.
+
+    Source: as ``PooledAssignment``; dropout makes the passes of Monte-Carlo dropout differ.
+    Deviations: the paper does not say where dropout is. Here it acts on the features and on the hidden layer, so that the
+    network before the head runs once for all passes.
+
+    Args:
+        channels: features of a point.
+        hidden: width of the hidden layer.
+        dimensions: of the output.
+        dropout: probability that a value is dropped.
+    """
+
+    def __init__(self, channels: int, hidden: int, dimensions: int, dropout: float) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(channels, hidden)
+        self.project = nn.Linear(hidden, dimensions)
+        self.dropout = dropout
+
+    def forward(
+        self, features: Float[Tensor, "batch points channel"], seeds: Sequence[int] | None = None
+    ) -> Float[Tensor, "batch points dimension"]:
+        """Return a row of logits for every point, in float32.
+
+        Args:
+            features: of points of each sample.
+            seeds: of the dropout of each sample; None for no dropout.
+        """
+        hidden = nn.functional.relu(self.hidden(self._drop(features, seeds, 0)))
+        logits = self.project(self._drop(hidden, seeds, 1)).float()
+        rows = standardise_over_ranks(logits.flatten(0, 1)).unflatten(0, logits.shape[:2])
+        return rows / math.sqrt(self.project.out_features)
+
+    def _drop(self, values: Tensor, seeds: Sequence[int] | None, layer: int) -> Tensor:
+        if seeds is None or not self.dropout:
+            return values
+        kept = [
+            torch.rand(
+                values.shape[1:],
+                generator=torch.Generator(values.device).manual_seed(seed + layer),
+                device=values.device,
+            )
+            for seed in seeds
+        ]
+        return values * (torch.stack(kept) >= self.dropout) / (1 - self.dropout)
 
 
 class PointProjection(nn.Module):

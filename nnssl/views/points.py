@@ -102,3 +102,29 @@ def interpolate_at(
     index = torch.cat(corners, dim=1)[:, None].expand(-1, feature_map.shape[1], -1)
     values = feature_map.flatten(2).gather(2, index).float().unflatten(2, (len(corners), -1))
     return (values * torch.stack(weights, dim=1)[:, None].float()).sum(dim=2).transpose(1, 2)
+
+
+def corner_points(
+    points_vox: Float[Tensor, "batch points d"], shape: Sequence[int]
+) -> tuple[Float[Tensor, "batch points corners d"], Float[Tensor, "batch points corners"]]:
+    """Return the voxels around each point and their weights in linear interpolation.
+
+    For what must be computed at voxels and interpolated afterwards, such as probabilities.
+
+    Args:
+        points_vox: zyx in voxels.
+        shape: voxels of the patch; a point outside is taken at its nearest border.
+
+    Returns:
+        The 2^d corners, zyx in voxels, and weights that sum to 1.
+    """
+    corners, weights = [], []
+    last = torch.tensor([length - 1 for length in shape], device=points_vox.device, dtype=points_vox.dtype)
+    place = points_vox.clamp_min(0).minimum(last)
+    below = place.floor().minimum((last - 1).clamp_min(0))
+    share = place - below
+    for corner in itertools.product((0, 1), repeat=len(shape)):
+        step = torch.tensor(corner, device=points_vox.device, dtype=points_vox.dtype)
+        corners.append((below + step).minimum(last))
+        weights.append(torch.where(step > 0, share, 1 - share).prod(dim=-1))
+    return torch.stack(corners, dim=2), torch.stack(weights, dim=2)

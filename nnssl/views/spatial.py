@@ -13,7 +13,7 @@ Source: random resized crop as in He et al., MoCo, CVPR 2020; rotation and valid
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,10 +21,13 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nnssl.errors import UserError
 from nnssl.views.boxes import Boxes, contains, overlap_share
 
 VALID_TOLERANCE = 1e-4
 LATTICE_POINTS = 24
+OVERLAP_TRIES = 8
+"""Crops that are drawn until one has the wanted overlap with another."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,59 @@ def draw_affine(
         linear=zoom[..., None] * rotation * sign[:, None, :],
         centre_mm=(2 * place - 1) * (reach_mm - needed_mm).clamp_min(0),
     )
+
+
+def check_affine(ranges: AffineRange, shape: Sequence[int], spacing_mm: Sequence[float]) -> None:
+    """Check that ranges that a user may have set fit a patch, before anything is drawn.
+
+    Raises:
+        UserError: they do not; names the settings.
+    """
+    try:
+        draw_affine([torch.Generator()], ranges, shape, spacing_mm)
+    except ValueError as error:
+        raise UserError(f"crop_fraction, rotation_deg or flip_axes: {error}; --set others or none") from error
+
+
+def draw_overlapping(
+    generators: Sequence[torch.Generator],
+    ranges: AffineRange,
+    shape: Sequence[int],
+    spacing_mm: Sequence[float],
+    least_share: float,
+) -> tuple[AffineParams, AffineParams]:
+    """Draw two crops of each patch that have a wanted share of the smaller one in common.
+
+    The second is drawn until it overlaps enough, eight times at most; then its centre is moved to that of the first,
+    as far as the patch leaves room.
+
+    Args:
+        generators: one per sample; each gives the same number of random numbers whatever is drawn.
+        ranges: what may be drawn, for both.
+        shape: voxels of the patch, (z, y, x) or (y, x).
+        spacing_mm: of the patch's voxels.
+        least_share: of the smaller crop that both have in common, 0 to 1.
+    """
+    first = draw_affine(generators, ranges, shape, spacing_mm)
+    tries = [draw_affine(generators, ranges, shape, spacing_mm) for _ in range(OVERLAP_TRIES)]
+    second = _moved_to(tries[-1], first)
+    for each in reversed(tries):
+        enough = common_share(first, each) >= least_share
+        second = AffineParams(
+            second.shape,
+            second.spacing_mm,
+            torch.where(enough[:, None, None], each.linear, second.linear),
+            torch.where(enough[:, None], each.centre_mm, second.centre_mm),
+        )
+    return first, second
+
+
+def _moved_to(params: AffineParams, other: AffineParams) -> AffineParams:
+    """Return crops with their centres at those of others, moved so far inwards that they lie in the patch."""
+    spacing = torch.tensor(params.spacing_mm, dtype=torch.float64)
+    reach_mm = (torch.tensor(params.shape) - 1) / 2 * spacing
+    room_mm = (reach_mm - params.linear.abs() @ reach_mm).clamp_min(0)
+    return replace(params, centre_mm=torch.minimum(torch.maximum(other.centre_mm, -room_mm), room_mm))
 
 
 def apply_affine(

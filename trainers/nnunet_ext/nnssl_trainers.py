@@ -3,7 +3,13 @@
 from trainers.finetune import FinetuneTrainer
 from trainers.linear_probe import LinearProbeTrainer
 from trainers.mean_teacher import MeanTeacherTrainer
-from trainers.pretext import Pix2RepTrainer, Pix2RepV2Trainer, RepRecContrastiveTrainer, RepRecGenerativeTrainer
+from trainers.pretext import (
+    Pix2RepTrainer,
+    Pix2RepV2Trainer,
+    PixelGlobalTrainer,
+    RepRecContrastiveTrainer,
+    RepRecGenerativeTrainer,
+)
 
 __all__ = [
     "FinetuneTrainer",
@@ -11,6 +17,7 @@ __all__ = [
     "MeanTeacherTrainer",
     "Pix2RepTrainer",
     "Pix2RepV2Trainer",
+    "PixelGlobalTrainer",
     "RepRecContrastiveTrainer",
     "RepRecGenerativeTrainer",
 ]

@@ -1,0 +1,420 @@
+"""Pixel-global: a teacher and a student agree on whole images and on every voxel that both see.
+
+Source: "Pixel-global self-supervised learning with uncertainty-aware context stabilizer" (2022), equations 2 to 6. No code
+of the authors is public.
+
+Student and teacher (its moving average) see two crops of a patch. Global: encoder features pooled to one vector, teacher and
+student compared by the cross-entropy of their softmaxes. Local: the same at every voxel of the student's crop that the
+teacher's crop shows too, found from the drawn parameters. The context stabilizer subtracts the same discrepancy measured on
+another image under the same changes; points of which the teacher is not sure, by the entropy of passes with dropout, weigh
+less. Encoder and decoder of the student leave; heads and teacher do not.
+
+Deviations:
+    * Equation 2 is reversed: as printed the teacher would be 99.6 % student after one step. Here the teacher is kept.
+    * The stabilizer as printed (equation 6) gives no reason to agree: both images are drawn alike, so the signed difference is
+      0 on average, and its absolute value is smallest when all images disagree alike. ``literal`` is equation 6, ``none``
+      equation 4, ``signed_detached`` has the gradient of ``none``, ``added`` is ``CE + beta |CE - CE_delta|``. The
+      cross-entropy itself is logged beside the loss. The default is equation 4, until a comparison on data says otherwise.
+    * The two images are two of the batch that get the same draws: images are taken in pairs, which costs no further pass.
+    * Sums over voxels become means over drawn voxels; weights are ``1 - U``, at least ``least_weight``: a fresh teacher is sure
+      of nothing, and nothing would be learned.
+    * The entropy is divided by the log of the number of dimensions, so that ``1 - U`` lies between 0 and 1.
+    * Dropout is in the heads, so the teacher's network runs once and its head ``uncertainty_passes`` times. The target is
+      a pass without dropout.
+    * Against collapse the paper has batch normalisation, which these networks do not have: here the last layer of both heads
+      is standardised over the batch, and the teacher's softmax is sharper than the student's (DINO).
+    * LARS with a rate of 0.2 at batch 8 is out of its regime: here AdamW.
+    * Teacher probabilities are interpolated, not its features: each corner voxel is projected and normalised before.
+    * The paper samples nothing; crops share at least ``least_overlap`` of the smaller one.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from nnssl.collapse import retrieval_top1
+from nnssl.distributed import world_size
+from nnssl.errors import UserError
+from nnssl.losses.distillation import (
+    Stabilizer,
+    distillation_cross_entropy,
+    normalised_entropy,
+    stabilise,
+    weighted_mean,
+)
+from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, split_by_decay
+from nnssl.methods.settings import TrainingSettings
+from nnssl.momentum import copy_to_teacher, cosine_momentum, momentum_for_run
+from nnssl.networks.dense import decoder_maps
+from nnssl.networks.heads import PointAssignment, PooledAssignment
+from nnssl.schema import STRICT
+from nnssl.views.intensity import IntensityRange, apply_intensity, draw_intensity, restrict_to
+from nnssl.views.points import corner_points, draw_points, interpolate_at
+from nnssl.views.spatial import (
+    AffineParams,
+    AffineRange,
+    apply_affine,
+    check_affine,
+    draw_overlapping,
+    map_points,
+    valid_mask,
+)
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+ENCODER_AND_DECODER = ("encoder.", "decoder.encoder.", "decoder.transpconvs.", "decoder.stages.")
+MONITORED_POINTS = 256
+"""Points of a step that retrieval is measured on."""
+
+
+@dataclass(frozen=True)
+class PixelGlobalSettings:
+    """The paper's numbers [P], DINO's or BYOL's, which it builds on [D], or recommended ones where it is silent [R]."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    training: TrainingSettings
+    stabilizer: Stabilizer = "none"  # the paper's is literal
+    stabilizer_share: Annotated[float, Field(ge=0)] = 0.5  # [R], of ``added`` only
+    uncertainty_passes: Annotated[int, Field(ge=0)] = 20  # [P]
+    """Passes of the teacher's head with dropout; 0 for equal weights."""
+    least_weight: Share = 0.05  # [R]
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2  # not stated
+    global_weight: Annotated[float, Field(ge=0)] = 1.0  # [P]
+    local_weight: Annotated[float, Field(ge=0)] = 1.0  # [P]
+    points: Annotated[int, Field(ge=2)] = 8192  # [R]; all shared voxels in the paper
+    """Points in a step, over all processes; the same number of each image."""
+    hidden_dimensions: Annotated[int, Field(ge=1)] = 256  # not stated
+    global_dimensions: Annotated[int, Field(ge=2)] = 256  # [R]
+    local_dimensions: Annotated[int, Field(ge=2)] = 64  # [R]
+    teacher_temperature: Positive = 0.04  # [D] DINO
+    student_temperature: Positive = 0.1  # [D] DINO
+    teacher_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.996  # [P] rises to 1
+    crop_fraction: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.25, 1.0)  # [R]
+    """Share of the patch's area or volume that a view shows."""
+    least_overlap: Share = 0.3  # [R]
+    """Share of the smaller crop that both have in common at least."""
+    rotation_deg: tuple[Annotated[float, Field(ge=0, le=180)], ...] = (30.0,)  # [R]
+    flip_axes: tuple[int, ...] = (0, 1)  # [P]
+    flip_probability: Share = 0.5  # [R]
+    intensity_views: tuple[str, ...] = ("contrast", "gamma")  # [P]
+    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.3  # [R]
+    gamma: tuple[Positive, Positive] = (0.7, 1.5)  # [R]
+    gamma_probability: Share = 1.0
+
+
+@dataclass(frozen=True)
+class CorrespondingViews:
+    """Two crops of each patch and the points that both show.
+
+    Attributes:
+        student: (batch, channel, *shape), what the student sees.
+        teacher: what the teacher sees.
+        points_student: (batch, points, d), voxels of the student's crop, zyx.
+        points_teacher: the same points in the teacher's crop.
+        valid: (batch, points), 1 where both crops show the point and 0 where no such point was left.
+        partner: (batch,), of each image the one that got the same draws; itself where it is alone.
+        seeds: of dropout, one per image; partners have the same.
+    """
+
+    student: Float[Tensor, "batch channel *shape"]
+    teacher: Float[Tensor, "batch channel *shape"]
+    points_student: Float[Tensor, "batch points d"]
+    points_teacher: Float[Tensor, "batch points d"]
+    valid: Float[Tensor, "batch points"]
+    partner: Int[Tensor, " batch"]
+    seeds: tuple[int, ...]
+
+
+class PixelGlobal(PretextMethod):
+    """Global and local distillation with the context stabilizer.
+
+    Args:
+        network: the plan's U-Net.
+        settings: resolved.
+        configuration: the plan's pretext configuration.
+
+    Raises:
+        UserError: the stabilizer compares images of a batch, and there is only one.
+    """
+
+    defaults: ClassVar[PixelGlobalSettings] = PixelGlobalSettings(
+        training=TrainingSettings(
+            epochs=500,  # [P]
+            iterations_per_epoch=250,
+            batch_size=8,  # [P]
+            optimizer="adamw",  # [R]; LARS in the paper
+            learning_rate=3e-4,  # [R]
+            momentum=(0.9, 0.999),
+            weight_decay=1e-6,  # [D] BYOL's 1.5e-6
+            learning_rate_schedule="cosine",  # [P]
+            warmup_epochs=2,  # [P]
+            gradient_clip=12.0,  # nnU-Net's
+        )
+    )
+
+    def __init__(self, network: Any, settings: PixelGlobalSettings, configuration: Any) -> None:
+        super().__init__()
+        if settings.stabilizer != "none" and settings.training.batch_size < 2 * world_size():
+            raise UserError(
+                f"stabilizer={settings.stabilizer}: compares the images of a batch, and batch_size "
+                f"{settings.training.batch_size} gives fewer than two to a process; --set batch_size={2 * world_size()}"
+            )
+        check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
+        intensity_range(settings)
+        self.settings = settings
+        self.configuration = configuration
+        network.requires_grad_(True)
+        network.decoder.seg_layers.requires_grad_(False)
+        self.network = network
+        channels = network.encoder.output_channels
+        self.global_head = PooledAssignment(channels[-1], settings.hidden_dimensions, settings.global_dimensions)
+        self.local_head = PointAssignment(
+            channels[0], settings.hidden_dimensions, settings.local_dimensions, settings.dropout
+        )
+        self.teacher = copy.deepcopy(network)
+        self.teacher_global_head = copy.deepcopy(self.global_head)
+        self.teacher_local_head = copy.deepcopy(self.local_head)
+        for student, teacher in self.momentum_pairs():
+            copy_to_teacher(student, teacher)
+        self.teacher.requires_grad_(False)
+        self._momentum = momentum_for_run(settings.teacher_momentum, settings.training.total_steps)
+
+    @classmethod
+    def from_plan(cls, configuration: Any) -> dict[str, Any]:
+        """Return crop, rotation, flips and intensity views as the plan has them."""
+        kept = ("contrast", "gamma")  # the paper's
+        return {
+            "crop_fraction": configuration.crop_fraction,
+            "rotation_deg": configuration.rotation_deg,
+            "flip_axes": configuration.flip_axes,
+            "intensity_views": tuple(name for name in configuration.intensity_views if name in kept),
+        }
+
+    def make_views(
+        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
+    ) -> CorrespondingViews:
+        """Return two crops of each patch, the same draws for partners, and the points that both crops show."""
+        return make_corresponding_views(volumes, generators, self.settings, self.configuration.spacing_mm)
+
+    def losses(self, views: CorrespondingViews, progress: float) -> StepOutput:
+        """Return both losses, and the cross-entropy per voxel, uncertainty and retrieval as monitors."""
+        own = self.settings
+        student_maps = decoder_maps(self.network, views.student)
+        with torch.no_grad():
+            teacher_maps = decoder_maps(self.teacher, views.teacher)
+            target = (self.teacher_global_head(teacher_maps[0]) / own.teacher_temperature).softmax(dim=1)
+            local_target = self.local_target(teacher_maps[-1], views)
+            uncertainty = self.uncertainty(teacher_maps[-1], views)
+        embeddings = self.global_head(student_maps[0])
+        shape = views.student.shape[2:]
+        local = self.local_head(interpolate_at(student_maps[-1], views.points_student, shape), views.seeds)
+
+        whole = distillation_cross_entropy(target, embeddings / own.student_temperature).mean()
+        per_point = distillation_cross_entropy(local_target, local / own.student_temperature)
+        weights = views.valid * (1 - uncertainty).clamp_min(own.least_weight)
+        stabilised = stabilise(per_point, views.partner, own.stabilizer, own.stabilizer_share)
+        losses = {
+            "global": own.global_weight * whole,
+            "local": own.local_weight * weighted_mean(stabilised, weights),
+        }
+        return StepOutput(
+            losses,
+            local.detach().flatten(0, 1)[:: self._every(local)],
+            self._monitors(per_point, uncertainty, local, local_target, views),
+        )
+
+    def local_target(
+        self, teacher_map: Float[Tensor, "batch channel *shape"], views: CorrespondingViews
+    ) -> Float[Tensor, "batch points d"]:
+        """Return the teacher's probabilities at the points: those of the voxels around each, linearly weighted."""
+        shape = views.teacher.shape[2:]
+        corners, weights = corner_points(views.points_teacher, shape)
+        features = interpolate_at(teacher_map, corners.flatten(1, 2), shape)
+        logits = self.teacher_local_head(features) / self.settings.teacher_temperature
+        probabilities = logits.softmax(dim=2).unflatten(1, corners.shape[1:3])
+        return (probabilities * weights[..., None]).sum(dim=2)
+
+    def uncertainty(
+        self, teacher_map: Float[Tensor, "batch channel *shape"], views: CorrespondingViews
+    ) -> Float[Tensor, "batch points"]:
+        """Return the normalised entropy of the mean of passes with dropout, 0 to 1; 0 without passes."""
+        passes = self.settings.uncertainty_passes
+        if not passes:
+            return torch.zeros_like(views.valid)
+        features = interpolate_at(teacher_map, views.points_teacher, views.teacher.shape[2:])
+        return point_uncertainty(
+            self.teacher_local_head, features, views.seeds, passes, self.settings.teacher_temperature
+        )
+
+    def _every(self, local: Tensor) -> int:
+        return max(1, local.shape[0] * local.shape[1] // MONITORED_POINTS)
+
+    @torch.no_grad()
+    def _monitors(
+        self, per_point: Tensor, uncertainty: Tensor, local: Tensor, target: Tensor, views: CorrespondingViews
+    ) -> dict[str, Tensor]:
+        """Return what tells whether views are aligned, whatever the stabilizer does to the loss."""
+        every = self._every(local)
+        chosen = views.valid.flatten()[::every] > 0
+        first, second = local.flatten(0, 1)[::every][chosen], target.flatten(0, 1)[::every][chosen]
+        return {
+            "voxel_cross_entropy": weighted_mean(per_point, views.valid),
+            "target_entropy": weighted_mean(normalised_entropy(target), views.valid) * math.log(target.shape[-1]),
+            "uncertainty": weighted_mean(uncertainty, views.valid),
+            "valid_share": views.valid.mean(),
+            "retrieval_top1": retrieval_top1(first.float(), (second + 1e-6).log()),
+        }
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Return student and heads, biases and norms without weight decay."""
+        teacher = {id(p) for _, module in self.momentum_pairs() for p in module.parameters()}
+        return split_by_decay([p for p in self.parameters() if id(p) not in teacher])
+
+    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Return network and heads with their teachers."""
+        return [
+            (self.network, self.teacher),
+            (self.global_head, self.teacher_global_head),
+            (self.local_head, self.teacher_local_head),
+        ]
+
+    def momentum(self, progress: float) -> float:
+        """Return the share of the teacher that is kept: rises to 1 by a cosine."""
+        total = self.settings.training.total_steps
+        return cosine_momentum(round(progress * total), total, self._momentum)
+
+    def exported(self) -> Exported:
+        """Return encoder and decoder of the student."""
+        return Exported(pretrained=ENCODER_AND_DECODER)
+
+
+def point_uncertainty(
+    head: nn.Module,
+    features: Float[Tensor, "batch points channel"],
+    seeds: Sequence[int],
+    passes: int,
+    temperature: float,
+) -> Float[Tensor, "batch points"]:
+    """Return the entropy of the mean prediction over passes with dropout, divided by its largest value.
+
+    Source: section on uncertainty; Gal and Ghahramani, ICML 2016 (Monte-Carlo dropout).
+
+    Args:
+        head: of the teacher.
+        features: of points.
+        seeds: one per sample; each pass adds to them.
+        passes: number of passes, 1 or more.
+        temperature: of the teacher's softmax.
+    """
+    total = torch.zeros(())
+    for each in range(passes):
+        logits = head(features, [seed + 2 * (each + 1) for seed in seeds])
+        total = total.to(logits.device) + (logits / temperature).softmax(dim=2)
+    return normalised_entropy(total / passes)
+
+
+def pair_up(count: int) -> tuple[list[int], list[int]]:
+    """Return for every sample of a batch whose draws it gets, and its partner: neighbours in twos, an odd last one in a three.
+
+    Args:
+        count: samples.
+
+    Returns:
+        Index of the sample that gives the draws, and index of the partner; a single sample is its own.
+    """
+    leader = [index - index % 2 for index in range(count)]
+    if count % 2 and count > 1:
+        leader[-1] = count - 3
+    members = {first: [index for index in range(count) if leader[index] == first] for first in leader}
+    partner = [
+        group[(group.index(index) + 1) % len(group)] for index in range(count) for group in [members[leader[index]]]
+    ]
+    return leader, partner
+
+
+def make_corresponding_views(
+    volumes: Float[Tensor, "batch channel *shape"],
+    generators: Sequence[torch.Generator],
+    settings: PixelGlobalSettings,
+    spacing_mm: Sequence[float],
+) -> CorrespondingViews:
+    """Return two crops of each patch, the same draws for partners, and points that both crops show.
+
+    Args:
+        volumes: raw patches.
+        generators: one per sample; partners get the numbers of the first of them.
+        settings: of the method.
+        spacing_mm: of the patches' voxels.
+    """
+    leader, partner = pair_up(len(volumes))
+    shared = [torch.Generator().set_state(generators[index].get_state()) for index in leader]
+    shape = volumes.shape[2:]
+    first, second = draw_overlapping(shared, affine_range(settings), shape, spacing_mm, settings.least_overlap)
+    intensity = intensity_range(settings)
+    channels = volumes.shape[1]
+    views = [
+        apply_affine(apply_intensity(volumes, draw_intensity(shared, intensity, channels)), params)
+        for params in (first, second)
+    ]
+    shown = shown_by_both(first, second, shape, volumes.device)
+    count = max(1, min(settings.points // settings.training.batch_size, math.prod(shape)))
+    points = draw_points(shared, shown, shown, count, 0.0).float()
+    valid = shown.flatten(1).gather(1, _flat_index(points, shape)).float()
+    seeds = tuple(int(torch.randint(2**60, (1,), generator=each)) for each in shared)
+    return CorrespondingViews(
+        student=views[0],
+        teacher=views[1],
+        points_student=points,
+        points_teacher=map_points(map_points(points, first, "to_input"), second, "to_output"),
+        valid=valid,
+        partner=torch.tensor(partner, device=volumes.device),
+        seeds=seeds,
+    )
+
+
+def affine_range(settings: PixelGlobalSettings) -> AffineRange:
+    """Return what crops, rotations and flips are drawn from."""
+    return AffineRange(settings.crop_fraction, settings.rotation_deg, settings.flip_axes, settings.flip_probability)
+
+
+def intensity_range(settings: PixelGlobalSettings) -> IntensityRange:
+    """Return the intensity changes of the settings: contrast and gamma."""
+    ranges = IntensityRange(
+        contrast=settings.contrast,
+        contrast_probability=1.0,
+        gamma=settings.gamma,
+        gamma_probability=settings.gamma_probability,
+    )
+    return restrict_to(ranges, settings.intensity_views)
+
+
+def shown_by_both(first: AffineParams, second: AffineParams, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Return which voxels of the first view show what the second view shows too: (batch, *shape), bool."""
+    axes = [torch.arange(length, device=device, dtype=torch.float32) for length in shape]
+    voxels = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+    voxels = voxels.expand(len(first.linear), *voxels.shape)
+    there = map_points(map_points(voxels, first, "to_input"), second, "to_output")
+    last = torch.tensor([length - 1 for length in shape], device=device)
+    inside = ((there >= 0) & (there <= last)).all(dim=2).unflatten(1, tuple(shape))
+    return inside & valid_mask(first, shape, device) & valid_of_points(second, there, shape, device)
+
+
+def valid_of_points(params: AffineParams, points: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Return which points of a view lie on voxels whose source is inside the patch: (batch, *shape) in the points' order."""
+    mask = valid_mask(params, shape, device)[:, None].float()
+    return (interpolate_at(mask, points, shape)[..., 0] > 1 - 1e-4).unflatten(1, tuple(shape))
+
+
+def _flat_index(points: Tensor, shape: Sequence[int]) -> Tensor:
+    index = torch.zeros_like(points[..., 0], dtype=torch.long)
+    for axis, length in enumerate(shape):
+        index = index * length + points[..., axis].long()
+    return index

@@ -1,0 +1,368 @@
+"""Properties of Pixel-global (methods 5.11 of the specification) on tiny networks, in 2D and in anisotropic 3D."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from nnssl.draws import sample_generators
+from nnssl.errors import UserError
+from nnssl.losses.distillation import normalised_entropy
+from nnssl.methods.pixelglobal import CorrespondingViews, PixelGlobal, intensity_range, pair_up, point_uncertainty
+from nnssl.methods.settings import resolve_stage
+from nnssl.momentum import cosine_momentum, update_teacher
+from nnssl.networks.backbone import build_network
+from nnssl.networks.heads import PointAssignment, PooledAssignment
+from nnssl.views.points import corner_points, interpolate_at
+from nnssl.views.spatial import common_share
+from tests.nnssl.methods.tiny_configuration import make_configuration
+from tests.nnssl.networks.test_hybrid import PATCHES, architecture
+
+CHANNELS = 2
+dims = pytest.mark.parametrize("dim", [2, 3])
+STABILIZERS = ("none", "literal", "signed_detached", "added")
+
+
+def make_stage(dim: int, *overrides: str, residual: bool = False) -> PixelGlobal:
+    configuration = make_configuration(dim)
+    settings, _ = resolve_stage(PixelGlobal, configuration, "pixelglobal.distillation", ("points=200", *overrides))
+    network = build_network(architecture(dim, residual, False), CHANNELS, 3, seed=0)
+    torch.manual_seed(0)
+    return PixelGlobal(network, settings, configuration)
+
+
+def still(dim: int) -> tuple[str, ...]:
+    """Settings under which both views are the patch itself."""
+    rotation = ",".join(["0"] * (1 if dim == 2 else 3))
+    return ("intensity_views=", "crop_fraction=1,1", "flip_probability=0", f"rotation_deg={rotation}")
+
+
+def make_batch(dim: int, batch: int = 4) -> torch.Tensor:
+    return torch.randn(batch, CHANNELS, *PATCHES[dim], generator=torch.Generator().manual_seed(1))
+
+
+def generators(step: int = 0, batch: int = 4) -> list[torch.Generator]:
+    return sample_generators(0, "test", step, range(batch))
+
+
+# views
+
+
+def test_partners_are_neighbours():
+    assert pair_up(4) == ([0, 0, 2, 2], [1, 0, 3, 2])
+    assert pair_up(5) == ([0, 0, 2, 2, 2], [1, 0, 3, 4, 2])
+    assert pair_up(3) == ([0, 0, 0], [1, 2, 0])
+    assert pair_up(1) == ([0], [0])
+
+
+@dims
+def test_partners_get_the_same_draws_and_others_do_not(dim):
+    """The same patch in all four places: partners give the same views and points to the bit."""
+    method = make_stage(dim)
+    batch = make_batch(dim, 1).expand(4, *[-1] * (dim + 1)).clone()
+    views = method.make_views(batch, generators())
+    for name in ("student", "teacher", "points_student", "points_teacher", "valid"):
+        first, second, third, fourth = getattr(views, name)
+        assert torch.equal(first, second), name
+        assert torch.equal(third, fourth), name
+        assert name == "valid" or not torch.equal(first, third), name
+    assert views.partner.tolist() == [1, 0, 3, 2]
+    assert views.seeds[0] == views.seeds[1] != views.seeds[2]
+
+
+@dims
+def test_a_pair_is_the_same_in_any_batch_and_replays(dim):
+    method = make_stage(dim)
+    batch = make_batch(dim)
+    kept = batch.clone()
+    whole, part = method.make_views(batch, generators()), method.make_views(batch[2:], generators()[2:])
+    again = method.make_views(batch, generators())
+    assert torch.equal(batch, kept)
+    for name in ("student", "teacher", "points_student", "points_teacher", "valid"):
+        torch.testing.assert_close(getattr(whole, name)[2:], getattr(part, name), atol=1e-5, rtol=1e-5)
+        assert torch.equal(getattr(whole, name), getattr(again, name))
+    assert whole.seeds[2:] == part.seeds
+
+
+@dims
+def test_points_show_the_same_tissue_in_both_views(dim):
+    """Voxels that hold their own place: reading both views at the points gives the same places."""
+    method = make_stage(dim, "intensity_views=")
+    axes = [torch.arange(n, dtype=torch.float32) for n in PATCHES[dim]]
+    places = torch.stack(torch.meshgrid(*axes, indexing="ij"))[-CHANNELS:]
+    batch = places.expand(4, *places.shape).clone()
+    for step in range(3):
+        views = method.make_views(batch, generators(step))
+        shape = PATCHES[dim]
+        ours, theirs = (
+            interpolate_at(side, points, shape)
+            for side, points in ((views.student, views.points_student), (views.teacher, views.points_teacher))
+        )
+        seen = views.valid > 0
+        assert seen.float().mean() > 0.9
+        torch.testing.assert_close(ours[seen], theirs[seen], atol=2e-3, rtol=1e-3)
+        last = torch.tensor(shape) - 1
+        assert (views.points_teacher[seen] >= -1e-3).all()
+        assert (views.points_teacher[seen] <= last + 1e-3).all()
+
+
+@dims
+def test_crops_overlap(dim, monkeypatch):
+    """At least the wanted share of the smaller crop, also where chance alone gives much less."""
+    import nnssl.methods.pixelglobal as module
+
+    drawn = []
+    original = module.draw_overlapping
+    monkeypatch.setattr(module, "draw_overlapping", lambda *a: drawn.append(original(*a)) or drawn[-1])
+    method = make_stage(dim, "crop_fraction=0.1,0.15", "flip_probability=0")
+    for step in range(10):
+        method.make_views(make_batch(dim), generators(step))
+    shares = torch.cat([common_share(first, second) for first, second in drawn])
+    assert shares.min() >= method.settings.least_overlap == 0.3
+
+
+# heads, uncertainty, teacher
+
+
+@dims
+def test_interpolated_probabilities_are_those_of_the_corners(dim):
+    points = torch.rand(2, 30, dim, generator=torch.Generator().manual_seed(0)) * (torch.tensor(PATCHES[dim]) - 1)
+    corners, weights = corner_points(points, PATCHES[dim])
+    torch.testing.assert_close(weights.sum(dim=2), torch.ones(2, 30))
+    torch.testing.assert_close((corners * weights[..., None]).sum(dim=2), points, atol=1e-5, rtol=1e-5)
+    assert torch.equal(corners, corners.round())
+    field = torch.randn(2, 3, *PATCHES[dim])
+    read = interpolate_at(field, corners.flatten(1, 2), PATCHES[dim]).unflatten(1, corners.shape[1:3])
+    torch.testing.assert_close(
+        (read * weights[..., None]).sum(dim=2), interpolate_at(field, points, PATCHES[dim]), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_uncertainty_of_certain_and_uniform_predictions():
+    """Property 2: 1 for uniform probabilities, near 0 for one class, the plain entropy without dropout; no gradient."""
+
+    class Fixed(nn.Module):
+        def __init__(self, logits):
+            super().__init__()
+            self.logits = logits
+
+        def forward(self, features, seeds):
+            return self.logits.expand(*features.shape[:2], -1)
+
+    features = torch.randn(2, 5, 4)
+    uniform = point_uncertainty(Fixed(torch.zeros(7)), features, (1, 2), 3, 1.0)
+    torch.testing.assert_close(uniform, torch.ones(2, 5))
+    assert point_uncertainty(Fixed(torch.tensor([90.0, 0, 0])), features, (1, 2), 3, 1.0).max() < 1e-6
+    head = PointAssignment(4, 8, 6, dropout=0.0)
+    single = normalised_entropy((head(features) / 0.5).softmax(dim=2))
+    torch.testing.assert_close(point_uncertainty(head, features, (1, 2), 20, 0.5), single, atol=1e-5, rtol=1e-5)
+    dropped = PointAssignment(4, 8, 6, dropout=0.5)
+    found = point_uncertainty(dropped, features, (1, 2), 20, 0.5)
+    assert not torch.allclose(found, normalised_entropy((dropped(features) / 0.5).softmax(dim=2)), atol=1e-3)
+    assert ((found >= 0) & (found <= 1)).all()
+
+
+def test_passes_with_dropout_differ_and_replay():
+    head, features = PointAssignment(4, 8, 6, dropout=0.3), torch.randn(2, 50, 4)
+    assert torch.equal(head(features, (3, 4)), head(features, (3, 4)))
+    assert not torch.allclose(head(features, (3, 4)), head(features, (5, 6)))
+    kept = torch.ones(1, 20000, 4)
+    assert float((head._drop(kept, (1,), 0) == 0).float().mean()) == pytest.approx(0.3, abs=0.02)
+    assert float(head._drop(kept, (1,), 0).mean()) == pytest.approx(1.0, abs=0.03)
+
+
+@pytest.mark.parametrize("head", [PooledAssignment(4, 8, 6), PointAssignment(4, 8, 6, 0.0)])
+def test_no_output_can_win_for_all(head):
+    """Standardised over the batch: every dimension has mean 0, rows have a length of about 1."""
+    torch.manual_seed(0)
+    rows = (
+        head(torch.randn(64, 4, 5, 7))
+        if isinstance(head, PooledAssignment)
+        else head(torch.randn(8, 40, 4)).flatten(0, 1)
+    )
+    torch.testing.assert_close(rows.mean(dim=0), torch.zeros(6), atol=1e-5, rtol=0)
+    assert float(rows.square().sum(dim=1).mean()) == pytest.approx(1.0, abs=0.03)
+
+
+@dims
+def test_no_gradient_reaches_the_teacher(dim):
+    """Property 3, for all stabilizers; and it reaches every part of the student but the segmentation layers."""
+    for stabilizer in STABILIZERS:
+        method = make_stage(dim, f"stabilizer={stabilizer}", "uncertainty_passes=2")
+        views = method.make_views(make_batch(dim), generators())
+        sum(method.losses(views, 0.0).losses.values()).backward()
+        for _, teacher in method.momentum_pairs():
+            assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+        for name, parameter in method.network.named_parameters():
+            expected = ".seg_layers." not in name
+            found = parameter.grad is not None and parameter.grad.abs().sum() > 0
+            # a bias before an instance norm has no effect
+            assert found == expected or name.endswith("conv.bias"), (stabilizer, name)
+        trained = {id(p) for group in method.parameter_groups() for p in group.parameters}
+        assert not trained & {id(p) for _, teacher in method.momentum_pairs() for p in teacher.parameters()}
+        assert trained >= {id(p) for p in method.local_head.parameters()}
+
+
+def test_the_teacher_is_kept_not_replaced():
+    """Property 1: with a momentum of 1 it never moves, with 0.996 by 0.004 of the gap; equation 2 as printed would swap them."""
+    method = make_stage(2)
+    student, teacher = method.momentum_pairs()[2]
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(1.0)
+    before = [p.clone() for p in teacher.parameters()]
+    update_teacher(student, teacher, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
+    update_teacher(student, teacher, 0.996)
+    for a, b in zip(before, teacher.parameters(), strict=True):
+        torch.testing.assert_close(b - a, torch.full_like(a, 0.004), atol=1e-6, rtol=1e-4)
+    assert method.momentum(1.0) == 1.0
+    assert method.momentum(0.0) == cosine_momentum(0, 500, method._momentum) == pytest.approx(0.96)
+
+
+# losses
+
+
+def uniform_method(dim: int, *overrides: str) -> PixelGlobal:
+    method = make_stage(dim, *overrides)
+    for head in (method.global_head, method.local_head, method.teacher_global_head, method.teacher_local_head):
+        nn.init.zeros_(head.project.weight)
+        nn.init.zeros_(head.project.bias)
+    return method
+
+
+@dims
+def test_uniform_outputs_cost_the_log_of_the_dimensions(dim):
+    """Property 8."""
+    method = uniform_method(dim, "global_dimensions=32", "local_dimensions=16")
+    output = method.losses(method.make_views(make_batch(dim), generators()), 0.0)
+    assert output.losses["global"].item() == pytest.approx(math.log(32), abs=1e-4)
+    assert output.losses["local"].item() == pytest.approx(math.log(16), abs=1e-4)
+    assert output.monitors["voxel_cross_entropy"].item() == pytest.approx(math.log(16), abs=1e-4)
+    assert output.monitors["uncertainty"].item() == pytest.approx(1.0, abs=1e-4)
+
+
+@dims
+def test_equal_partners_cost_nothing_under_the_printed_formula(dim):
+    """Property 4: the other image is the image, so equation 6 is 0, while the cross-entropy that is logged is not."""
+    method = make_stage(dim, "stabilizer=literal", "uncertainty_passes=0")
+    batch = make_batch(dim, 2)[[0, 0, 1, 1]]
+    output = method.losses(method.make_views(batch, generators()), 0.0)
+    assert output.losses["local"].item() == pytest.approx(0.0, abs=1e-5)
+    assert output.monitors["voxel_cross_entropy"].item() > 0.1
+
+
+@dims
+def test_signed_and_detached_has_the_gradient_of_none(dim):
+    """Property 7, through the whole network."""
+    gradients = []
+    for stabilizer in ("none", "signed_detached", "literal"):
+        method = make_stage(dim, f"stabilizer={stabilizer}", "uncertainty_passes=2")
+        views = method.make_views(make_batch(dim), generators())
+        method.losses(views, 0.0).losses["local"].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in method.parameters() if p.grad is not None]))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=0)
+    assert not torch.allclose(gradients[0], gradients[2], atol=1e-5)
+
+
+def test_the_local_loss_in_loops():
+    """Equation 4 with weights 1 - U, from the probabilities of both sides, point by point."""
+    method = make_stage(2, "uncertainty_passes=3", "least_weight=0.1", "dropout=0.3")
+    views = method.make_views(make_batch(2), generators())
+    captured = {}
+    target, uncertain = method.local_target, method.uncertainty
+    method.local_target = lambda *a: captured.setdefault("target", target(*a))
+    method.uncertainty = lambda *a: captured.setdefault("uncertainty", uncertain(*a))
+    found = method.losses(views, 0.0).losses["local"]
+    from nnssl.networks.dense import decoder_maps
+
+    local = method.local_head(
+        interpolate_at(decoder_maps(method.network, views.student)[-1], views.points_student, PATCHES[2]), views.seeds
+    )
+    probabilities = (local / method.settings.student_temperature).softmax(dim=2)
+    total, weights = 0.0, 0.0
+    for b in range(4):
+        for i in range(probabilities.shape[1]):
+            cost = -sum(
+                float(captured["target"][b, i, c]) * math.log(max(float(probabilities[b, i, c]), 1e-38))
+                for c in range(probabilities.shape[2])
+            )
+            weight = float(views.valid[b, i]) * max(1 - float(captured["uncertainty"][b, i]), 0.1)
+            total, weights = total + weight * cost, weights + weight
+    assert found.item() == pytest.approx(total / weights, rel=1e-4)
+
+
+@dims
+def test_identical_views_have_identical_targets(dim):
+    """Property 5: without changes the teacher's probabilities at the points are its own at those voxels."""
+    method = make_stage(dim, *still(dim))
+    views = method.make_views(make_batch(dim), generators())
+    assert torch.equal(views.student, views.teacher)
+    torch.testing.assert_close(views.points_student, views.points_teacher, atol=1e-4, rtol=0)
+    assert views.valid.min() == 1
+
+
+@dims
+def test_what_is_not_in_both_views_does_not_matter(dim):
+    """Property 6: for pointwise networks, voxels of the teacher's view that no point reads may be anything."""
+    method = make_stage(dim, "crop_fraction=0.3,0.5", "uncertainty_passes=0")
+    views = method.make_views(make_batch(dim), generators())
+    conv = {2: nn.Conv2d, 3: nn.Conv3d}[dim](CHANNELS, 4, 1)
+    outside = torch.ones(4, *PATCHES[dim], dtype=torch.bool)
+    corners, _ = corner_points(views.points_teacher, PATCHES[dim])
+    for sample, places in enumerate(corners.long().flatten(1, 2)):
+        outside[(sample, *places.T)] = False
+    assert outside.any()
+    spoiled = torch.where(outside[:, None], 1e4, views.teacher)
+    clean, dirty = (method.local_target(conv(side), views) for side in (views.teacher, spoiled))
+    assert torch.equal(clean, dirty)
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+def test_a_batch_is_learned(residual):
+    """The cross-entropy per voxel falls on one batch, and so it is not the moving target that makes the loss small."""
+    method = make_stage(2, "uncertainty_passes=2", "points=400", residual=residual)
+    views = method.make_views(make_batch(2), generators())
+    optimizer = torch.optim.Adam([p for g in method.parameter_groups() for p in g.parameters], lr=3e-3)
+    costs = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        output = method.losses(views, 0.0)
+        sum(output.losses.values()).backward()
+        optimizer.step()
+        costs.append(output.monitors["voxel_cross_entropy"].item())
+        assert output.monitors["retrieval_top1"] >= 0
+    assert costs[-1] < math.log(64) - 0.2 < costs[0]  # chance is the log of the dimensions
+
+
+def test_one_image_has_no_partner():
+    with pytest.raises(UserError, match="stabilizer=literal: compares the images of a batch"):
+        make_stage(2, "stabilizer=literal", "batch_size=1")
+    method = make_stage(2, "stabilizer=none", "batch_size=1")
+    views = method.make_views(make_batch(2, 1), generators(batch=1))
+    assert isinstance(views, CorrespondingViews)
+    assert views.partner.tolist() == [0]
+
+
+@pytest.mark.parametrize("override", ["rotation_deg=90", "flip_axes=5", "crop_fraction=0.9,0.2", "intensity_views=foo"])
+def test_ranges_that_do_not_fit_the_patch_are_refused_before_training(override):
+    with pytest.raises(UserError, match=r"rotation|flip|crop|foo"):
+        make_stage(3, override)
+
+
+def test_only_contrast_and_gamma_are_drawn():
+    """The paper's changes: settings of the plan that name others are cut to these, and noise is never on."""
+    method = make_stage(2)
+    assert method.settings.intensity_views == ("contrast", "gamma")
+    ranges = intensity_range(method.settings)
+    assert (ranges.noise_probability, ranges.brightness_probability, ranges.contrast_probability) == (0.0, 0.0, 1.0)
+
+
+def test_what_leaves():
+    method = make_stage(3)
+    exported = method.exported()
+    for name in method.network.state_dict():
+        assert name.startswith(exported.pretrained) == (".seg_layers." not in name), name
+    assert copy.deepcopy(method).state_dict().keys() == method.state_dict().keys()
