@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnssl.cli.command import add_device_argument, choose_device, natural_int, run_command, say
+from nnssl.cli.command import add_device_argument, choose_device, natural_int, positive_int, run_command, say
 
 if TYPE_CHECKING:
     from nnssl.data.case_store import CaseStore
@@ -40,6 +40,17 @@ def make_parser() -> argparse.ArgumentParser:
     embedding.add_argument(
         "--slice", type=natural_int, metavar="Z", help="of a 2D network (default: the one with the most body)"
     )
+    for each in (similarity, embedding):
+        _add_feature_arguments(each)
+    uncertainty = _add_picture(
+        pictures, "uncertainty", _uncertainty, "where the teacher of pixelglobal is not sure, by passes with dropout"
+    )
+    uncertainty.add_argument(
+        "--slice", type=natural_int, metavar="Z", help="of a 2D network (default: the one with the most body)"
+    )
+    uncertainty.add_argument(
+        "--passes", type=positive_int, metavar="N", help="with dropout (default: as in pretraining)"
+    )
     return parser
 
 
@@ -61,6 +72,14 @@ def _add_picture(pictures: Any, name: str, function: Callable[[argparse.Namespac
         "-o", "--output", type=Path, default=Path(f"nnssl_{name}.png"), metavar="FILE.png",
         help=f"the picture (default: ./nnssl_{name}.png)",
     )  # fmt: skip
+    add_device_argument(parser)
+    parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")
+    parser.set_defaults(function=function)
+    return parser
+
+
+def _add_feature_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of pictures that compare features of voxels."""
     parser.add_argument(
         "--features",
         choices=("single", "pyramid"),
@@ -70,10 +89,6 @@ def _add_picture(pictures: Any, name: str, function: Callable[[argparse.Namespac
     parser.add_argument(
         "--seed", type=int, default=0, help="of the sample that features are standardised over (default: 0)"
     )
-    add_device_argument(parser)
-    parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")
-    parser.set_defaults(function=function)
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -110,6 +125,29 @@ def _embedding(args: argparse.Namespace) -> None:
     network, store, described = _open(args)
     embedding = embed_case(network, find_case(store, args.case or store.names[0]), args.slice, args.seed)
     write_picture(args.output, embedding_figure(embedding, described))
+    say(f"picture: {args.output}")
+
+
+def _uncertainty(args: argparse.Namespace) -> None:
+    from nnssl.data.raw import find_dataset
+    from nnssl.evaluation.dense_network import find_case, open_cases
+    from nnssl.evaluation.pictures import check_picture_path, uncertainty_figure, write_picture
+    from nnssl.evaluation.teacher_uncertainty import measure_uncertainty, open_teacher
+    from nnssl.paths import resolve_folders
+    from trainers.pretrained_weights import open_weights
+
+    check_picture_path(args.output)
+    folders = resolve_folders(say)
+    weights = open_weights(args.weights, folders, say)
+    teacher, provenance = open_teacher(weights.path, args.passes, choose_device(args.device, say), say)
+    dataset = provenance.dataset_name if args.dataset is None else find_dataset(args.dataset, folders)
+    store = open_cases(provenance, dataset, folders, say)
+    uncertainty = measure_uncertainty(teacher, find_case(store, args.case or store.names[0]), args.slice)
+    described = (
+        f"{provenance.stage}, step {provenance.step} of {provenance.total_steps}; {teacher.passes} passes\n"
+        f"pretrained on {provenance.dataset_name} ({provenance.configuration}); case of {dataset}"
+    )
+    write_picture(args.output, uncertainty_figure(uncertainty, described))
     say(f"picture: {args.output}")
 
 

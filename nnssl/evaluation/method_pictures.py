@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from nnssl.data.patients import patient_in_name
 from nnssl.evaluation.dense_network import open_cases, open_dense_network
 from nnssl.evaluation.dense_similarity import compare_cases, embed_case
-from nnssl.evaluation.pictures import DPI, embedding_figure, similarity_figure
+from nnssl.evaluation.pictures import DPI, embedding_figure, similarity_figure, uncertainty_figure
 from nnssl.evaluation.report import Picture
+from nnssl.evaluation.teacher_uncertainty import measure_uncertainty, open_teacher
 from nnssl.paths import Folders
 
 Maker = Callable[[Path, Folders, torch.device, Callable[[str], None]], tuple[Picture, ...]]
@@ -64,7 +65,30 @@ def dense_pictures(
     return similarity, colours
 
 
-MAKERS: dict[str, Maker] = {"pix2rep": dense_pictures, "pix2rep_v2": dense_pictures}
+def uncertainty_pictures(
+    checkpoint: Path, folders: Folders, device: torch.device, say: Callable[[str], None]
+) -> tuple[Picture, ...]:
+    """Return where Pixel-global's teacher is not sure of a case, and what dense features show.
+
+    Raises:
+        UserError: as ``open_teacher`` and ``open_cases``.
+    """
+    teacher, provenance = open_teacher(checkpoint, None, device, say)
+    store = open_cases(provenance, provenance.dataset_name, folders, say)
+    case = store.case(store.names[0])
+    picture = picture_of(
+        uncertainty_figure(measure_uncertainty(teacher, case, None), f"{provenance.method}: how sure the teacher is"),
+        f"A slice of {case.name} with the uncertainty of the teacher over it",
+        f"Entropy of {teacher.passes} passes with dropout: bright where the teacher does not know what it sees.",
+    )
+    return picture, *dense_pictures(checkpoint, folders, device, say)
+
+
+MAKERS: dict[str, Maker] = {
+    "pix2rep": dense_pictures,
+    "pix2rep_v2": dense_pictures,
+    "pixelglobal": uncertainty_pictures,
+}
 """By method; a method without an entry shows nothing of its own."""
 
 

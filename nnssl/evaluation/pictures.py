@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from nnssl.errors import UserError
 from nnssl.evaluation.dense_similarity import Comparison, Embedding
+from nnssl.evaluation.teacher_uncertainty import Uncertainty
 from nnssl.evaluation.tiles import Voxel
 from nnssl.files import write_atomically
 
@@ -102,6 +103,38 @@ def embedding_figure(embedding: Embedding, title: str) -> Figure:
     shares = ", ".join(f"{100 * share:.0f} %" for share in embedding.share)
     _head(panels[0, 0], embedding.case.name)
     _head(panels[0, len(planes)], f"components 1, 2, 3 as red, green, blue:\n{shares} of the variance")
+    return figure
+
+
+def uncertainty_figure(uncertainty: Uncertainty, title: str) -> Figure:
+    """Draw the image beside the uncertainty of the teacher over it.
+
+    Args:
+        uncertainty: what to draw.
+        title: of the figure.
+    """
+    case, centre = uncertainty.case, uncertainty.centre_vox
+    figure, panels = _make_panels([case], uncertainty.two_dimensional, title)
+    planes = _planes(uncertainty.two_dimensional)
+    volume = case.read_box((0, 0, 0), case.shape)[0]
+    bounds = _window(volume, centre, planes)
+    shown = np.concatenate([uncertainty.values.take(centre[axis], axis).ravel() for axis in planes])
+    scale = Normalize(*np.nanpercentile(shown, (1, 99)))
+    for place, axis in enumerate(planes):
+        for axes in (panels[0, place], panels[0, place + len(planes)]):
+            _draw_plane(axes, volume, axis, centre, case.spacing_mm, bounds)
+        overlay = panels[0, place + len(planes)]
+        values = uncertainty.values.take(centre[axis], axis)
+        aspect = _aspect(axis, case.spacing_mm)
+        overlay.imshow(values, norm=scale, cmap=COLOUR_MAP, alpha=OVERLAY, aspect=aspect, origin="lower")
+        _orient(overlay, axis)
+    _head(panels[0, 0], case.name)
+    _head(panels[0, len(planes)], f"mean uncertainty {np.nanmean(shown):.3f}")
+    bar = figure.colorbar(
+        ScalarMappable(scale, COLOUR_MAP), ax=panels.ravel().tolist(), extend="both", alpha=OVERLAY, aspect=40
+    )
+    bar.set_label("uncertainty: 0 sure, 1 no idea", fontsize=FONT_SIZE)
+    bar.ax.tick_params(labelsize=FONT_SIZE)
     return figure
 
 

@@ -13,10 +13,16 @@ from nnssl.cli import show
 from nnssl.environment import variables
 from nnssl.evaluation import pictures
 from nnssl.evaluation.dense_network import open_dense_network, planned_configuration
+from nnssl.evaluation.teacher_uncertainty import open_teacher, tile_uncertainty
+from nnssl.losses.distillation import normalised_entropy
+from nnssl.methods.pixelglobal import PixelGlobal
+from nnssl.methods.settings import resolve_stage
 from nnssl.networks.backbone import build_network
 from nnssl.paths import Folders
 from planners.plan import Plan
 from tests.trainers.conftest import NAME, SHAPE, plan_toy
+from trainers.continuation import plain_settings
+from trainers.run_state import method_state
 
 OTHER = "Dataset502_Other"
 DECODER = ("encoder.", "decoder.encoder.", "decoder.transpconvs.", "decoder.stages.")
@@ -34,6 +40,28 @@ def write_weights(path: Path, plan: Plan, configuration: str, pretrained=DECODER
     return path
 
 
+def write_teacher(path: Path, plan: Plan, configuration: str) -> Path:
+    """Write a checkpoint of Pixel-global whose teacher is not its student."""
+    planned = planned_configuration(plan, configuration)
+    network = build_network(planned["architecture"], 1, 2, 0)
+    pretext = plan.configuration(configuration)
+    settings, origins = resolve_stage(PixelGlobal, pretext, "pixelglobal.distillation", ("uncertainty_passes=3",))
+    method = PixelGlobal(network, settings, pretext)
+    with torch.no_grad():
+        for parameter in (*method.teacher.parameters(), *method.teacher_local_head.parameters()):
+            parameter.add_(
+                0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+            )
+    provenance = Provenance(
+        nnssl_version="0", method="pixelglobal", stage="pixelglobal.distillation", dataset_name=NAME, plans_name=plan.name,
+        configuration=configuration, plans=plan.nnunet, dataset_json={}, settings=plain_settings(settings, origins), seed=0,
+        step=3, total_steps=4, finished=False, pretrained=DECODER, init=None,
+    )  # fmt: skip
+    state = {"method": method_state(network, method)}
+    write_checkpoint(path, {"network_weights": network.state_dict()}, provenance, state)
+    return path
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> dict[str, Path]:
     """A planned toy data set with weights for both dimensions, made once."""
@@ -47,6 +75,8 @@ def workspace(tmp_path_factory) -> dict[str, Path]:
         "root": root,
         "2d": write_weights(root / "2d.pth", plan, "2d", features="single"),
         "3d": write_weights(root / "3d.pth", plan, "3d_fullres", features="pyramid"),
+        "teacher": write_teacher(root / "teacher.pth", plan, "2d"),
+        "teacher3d": write_teacher(root / "teacher3d.pth", plan, "3d_fullres"),
         "hybrid": write_weights(root / "hybrid.pth", plan, "2d_hybrid", ("encoder.", "transformer.embed.")),
     }
 
@@ -124,6 +154,40 @@ def test_embedding(files, drawn):
     assert len(drawn[1].axes) == 6
     assert heads(drawn[0])[0] == "toy_02"
     assert heads(drawn[0])[1].startswith("components 1, 2, 3 as red, green, blue")
+
+
+def test_uncertainty(files, drawn, capsys):
+    run("uncertainty", "-w", files["teacher"], "--case", "toy_02", "--slice", 4, "-o", "a.png")
+    run("uncertainty", "-w", files["teacher3d"], "--passes", 2, "-o", "b.png")
+    assert [axes.get_xlabel() for axes in drawn[0].axes[:2]] == ["z = 4", "z = 4"]
+    assert len(drawn[1].axes) == 6 + 1
+    assert "3 passes" in drawn[0].get_suptitle()
+    assert "2 passes" in drawn[1].get_suptitle()
+    assert heads(drawn[0])[1].startswith("mean uncertainty 0.")
+    assert "is of pix2rep, which has no teacher" in fails(capsys, "uncertainty", "-w", files["2d"])
+    assert "slice 3: these weights are 3D" in fails(capsys, "uncertainty", "-w", files["teacher3d"], "--slice", 3)
+
+
+@pytest.mark.parametrize("name", ["teacher", "teacher3d"])
+def test_uncertainty_is_that_of_the_teacher(files, name):
+    """Of its network and its head, not of the student's: recomputed from the weights in the file."""
+    say = [].append
+    teacher, _ = open_teacher(files[name], None, torch.device("cpu"), say)
+    state = read_checkpoint(files[name])[0]["nnssl"]["state"]["method"]
+    for key, value in teacher.network.network.state_dict().items():
+        assert torch.equal(value, state[f"teacher.{key}"])
+    for key, value in teacher.head.state_dict().items():
+        assert torch.equal(value, state[f"teacher_local_head.{key}"])
+    feature_map = torch.randn(1, teacher.head.hidden.in_features, *teacher.network.shape)
+    found = tile_uncertainty(teacher, feature_map, "a")
+    assert found.shape == (1, *teacher.network.shape)
+    assert ((found >= 0) & (found <= 1)).all()
+    assert torch.equal(found, tile_uncertainty(teacher, feature_map, "a"))
+    # without dropout: the entropy of every voxel, at its own place though they are drawn in random order
+    teacher.head.dropout = 0.0
+    logits = teacher.head(feature_map.flatten(2).transpose(1, 2))[0] / teacher.temperature
+    expected = normalised_entropy(logits.softmax(dim=1)).view(1, *teacher.network.shape)
+    torch.testing.assert_close(tile_uncertainty(teacher, feature_map, "a"), expected, atol=1e-4, rtol=1e-3)
 
 
 def test_features_of_the_weights_or_as_asked_for(files):

@@ -1,0 +1,155 @@
+"""Where the teacher of Pixel-global is not sure: the entropy of its passes with dropout, voxel by voxel (the paper's figure 2).
+
+Source: "Pixel-global self-supervised learning with uncertainty-aware context stabilizer" (2022).
+
+Deviations: the head is standardised over the points that it is given together. In training these are the points of a step;
+here they are all voxels of a tile, in random order and so many at a time as memory allows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from nnssl.checkpoint import Provenance, read_checkpoint
+from nnssl.data.case_store import StoredCase
+from nnssl.draws import draw_seed, make_generator
+from nnssl.errors import UserError
+from nnssl.evaluation.dense_network import DenseNetwork, open_dense_network
+from nnssl.evaluation.dense_similarity import check_point, fullest_slice, middle_of
+from nnssl.evaluation.tiles import Voxel, average_over_tiles, tile_corners
+from nnssl.methods.pixelglobal import point_uncertainty
+from nnssl.networks.heads import PointAssignment
+
+METHOD = "pixelglobal"
+POINTS_AT_ONCE = 2**15
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The teacher's network and the head whose passes are compared."""
+
+    network: DenseNetwork
+    head: PointAssignment
+    temperature: float
+    passes: int
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """How unsure the teacher is of the voxels of a case.
+
+    Attributes:
+        case: the case.
+        centre_vox: the voxel that the shown planes run through.
+        values: (z, y, x), 0 to 1; NaN away from the planes.
+        two_dimensional: whether one slice is shown.
+    """
+
+    case: StoredCase
+    centre_vox: Voxel
+    values: Float32[np.ndarray, "z y x"]
+    two_dimensional: bool
+
+
+def open_teacher(
+    path: Path, passes: int | None, device: torch.device, say: Callable[[str], None]
+) -> tuple[Teacher, Provenance]:
+    """Build the teacher of a checkpoint of Pixel-global.
+
+    Args:
+        path: of the checkpoint.
+        passes: with dropout; None for the setting of the pretraining, or the paper's 20 where that is 0.
+        device: where to compute.
+        say: called with lines for the user.
+
+    Raises:
+        UserError: the checkpoint is of another method, or as ``open_dense_network``.
+    """
+    content, provenance = read_checkpoint(path)
+    if provenance.method != METHOD:
+        raise UserError(
+            f"{path}: is of {provenance.method}, which has no teacher that says how sure it is; take {METHOD}'s"
+        )
+    network, _ = open_dense_network(path, "single", device, say)
+    state = content["nnssl"]["state"]["method"]
+    inner: Any = network.network
+    weights = {name: _teacher_weight(state, content["network_weights"], name) for name in inner.state_dict()}
+    inner.load_state_dict(weights)
+    settings = provenance.settings
+    head = PointAssignment(
+        inner.encoder.output_channels[0],
+        settings["hidden_dimensions"],
+        settings["local_dimensions"],
+        settings["dropout"],
+    )
+    prefix = "teacher_local_head."
+    head.load_state_dict({name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)})
+    wanted = passes or settings["uncertainty_passes"] or 20  # the paper's
+    head = head.requires_grad_(False).to(device)
+    return Teacher(replace(network, kind="single"), head, settings["teacher_temperature"], wanted), provenance
+
+
+def _teacher_weight(state: dict[str, Tensor], student: dict[str, Tensor], name: str) -> Tensor:
+    """Return a weight of the teacher; the segmentation layers, which it does not use, are the student's."""
+    return state.get(f"teacher.{name}", student[name])
+
+
+def measure_uncertainty(teacher: Teacher, case: StoredCase, slice_vox: int | None) -> Uncertainty:
+    """Compute the uncertainty of a case where three planes or one slice show it.
+
+    Args:
+        teacher: whose passes are compared.
+        case: the case.
+        slice_vox: z of the slice for a 2D network; None for the one with the most body.
+
+    Raises:
+        UserError: the slice lies outside the case, or the network is not 2D.
+    """
+    network = teacher.network
+    if slice_vox is not None and not network.two_dimensional:
+        raise UserError(f"slice {slice_vox}: these weights are 3D and show three planes; leave the slice out")
+    centre = middle_of(case)
+    if network.two_dimensional:
+        centre = (fullest_slice(case) if slice_vox is None else slice_vox, centre[1], centre[2])
+    check_point(case, centre)
+    axes = (0,) if network.two_dimensional else (0, 1, 2)
+    lowers = [
+        lower
+        for lower in tile_corners(case.shape, network.tile_vox)
+        if any(lower[axis] <= centre[axis] < lower[axis] + network.tile_vox[axis] for axis in axes)
+    ]
+    values = average_over_tiles(network, case, lowers, 1, lambda maps: tile_uncertainty(teacher, maps[-1], case.name))
+    return Uncertainty(case, centre, values[0], network.two_dimensional)
+
+
+@torch.inference_mode()
+def tile_uncertainty(
+    teacher: Teacher, feature_map: Float[Tensor, "1 channel *shape"], name: str
+) -> Float[Tensor, " 1 *shape"]:
+    """Return the uncertainty of all voxels of a tile, 0 to 1.
+
+    Args:
+        teacher: whose head is used.
+        feature_map: of full resolution.
+        name: of the case; decides the draws.
+    """
+    features = feature_map.flatten(2)[0].T
+    order = torch.randperm(len(features), generator=make_generator(0, "uncertainty", name)).to(features.device)
+    values = torch.empty(len(features), device=features.device)
+    for place, chosen in enumerate(_even_chunks(order)):
+        seed = draw_seed(0, "uncertainty", name, place) % 2**60
+        values[chosen] = point_uncertainty(
+            teacher.head, features[chosen][None], (seed,), teacher.passes, teacher.temperature
+        )[0]
+    return values.view(1, *feature_map.shape[2:])
+
+
+def _even_chunks(order: Tensor) -> Sequence[Tensor]:
+    """Split an order into parts of about the same length, none longer than ``POINTS_AT_ONCE``."""
+    return order.tensor_split(-(-len(order) // POINTS_AT_ONCE))
