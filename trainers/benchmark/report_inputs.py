@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from nnssl.evaluation.statistics import case_scores, tabulate
 
 from nnssl.checkpoint import read_checkpoint
 from nnssl.data.raw import read_volume
@@ -26,6 +25,7 @@ from nnssl.evaluation.report import (
     write_report,
 )
 from nnssl.evaluation.segmentation_pictures import SegmentedCase, choose_cases, segmentation_figure
+from nnssl.evaluation.statistics import case_scores, tabulate
 from nnssl.evaluation.study_table import Cell, StudyTable
 from nnssl.files import read_json, write_atomically
 from trainers.benchmark.estimate import cell_seconds, format_duration

@@ -9,9 +9,9 @@ from io import BytesIO
 import matplotlib as mpl
 import numpy as np
 import pytest
-from nnssl.evaluation.metrics import CaseMetrics
 
 from nnssl.errors import UserError
+from nnssl.evaluation.metrics import CaseMetrics
 from nnssl.evaluation.report import (
     Picture,
     PretrainingCurve,
