@@ -91,8 +91,9 @@ class PixelGlobalSettings:
     local_weight: Annotated[float, Field(ge=0)] = 1.0  # [P]
     points: Annotated[int, Field(ge=2)] = 8192  # [R]; all shared voxels in the paper
     """Points in a step, over all processes; the same number of each image."""
-    hidden_dimensions: Annotated[int, Field(ge=1)] = 256  # not stated
+    global_hidden: Annotated[int, Field(ge=1)] = 256  # not stated
     global_dimensions: Annotated[int, Field(ge=2)] = 256  # [R]
+    local_hidden: Annotated[int, Field(ge=1)] = 64  # [R]; what the passes cost
     local_dimensions: Annotated[int, Field(ge=2)] = 64  # [R]
     teacher_temperature: Positive = 0.04  # [D] DINO
     student_temperature: Positive = 0.1  # [D] DINO
@@ -175,9 +176,9 @@ class PixelGlobal(PretextMethod):
         network.decoder.seg_layers.requires_grad_(False)
         self.network = network
         channels = network.encoder.output_channels
-        self.global_head = PooledAssignment(channels[-1], settings.hidden_dimensions, settings.global_dimensions)
+        self.global_head = PooledAssignment(channels[-1], settings.global_hidden, settings.global_dimensions)
         self.local_head = PointAssignment(
-            channels[0], settings.hidden_dimensions, settings.local_dimensions, settings.dropout
+            channels[0], settings.local_hidden, settings.local_dimensions, settings.dropout
         )
         self.teacher = copy.deepcopy(network)
         self.teacher_global_head = copy.deepcopy(self.global_head)

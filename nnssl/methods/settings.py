@@ -90,8 +90,13 @@ def resolve_stage(
         The settings and the origin of every value, as ``resolve_settings``.
 
     Raises:
-        UserError: as ``resolve_settings``.
+        UserError: as ``resolve_settings``, or the plan is older than the method.
     """
+    if stage not in configuration.schedules:
+        raise UserError(
+            f"The plan has no schedule for {stage}: it was made before this method was there; plan again with the "
+            "same command (nnssl_plan_and_preprocess), weights that are there stay"
+        )
     schedule = configuration.schedules[stage]
     planned = {**asdict(schedule), **implementation.from_plan(configuration)}
     settings, origins = resolve_settings(implementation.defaults, planned, overrides)

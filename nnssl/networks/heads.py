@@ -75,7 +75,7 @@ class PointAssignment(nn.Module):
         channels: features of a point.
         hidden: width of the hidden layer.
         dimensions: of the output.
-        dropout: probability that a value is dropped.
+        dropout: probability that a value is dropped, in steps of 1/256.
     """
 
     def __init__(self, channels: int, hidden: int, dimensions: int, dropout: float) -> None:
@@ -101,15 +101,16 @@ class PointAssignment(nn.Module):
     def _drop(self, values: Tensor, seeds: Sequence[int] | None, layer: int) -> Tensor:
         if seeds is None or not self.dropout:
             return values
-        kept = [
-            torch.rand(
-                values.shape[1:],
-                generator=torch.Generator(values.device).manual_seed(seed + layer),
-                device=values.device,
-            )
-            for seed in seeds
-        ]
-        return values * (torch.stack(kept) >= self.dropout) / (1 - self.dropout)
+        dropped = round(self.dropout * 256)
+        kept = torch.stack([_random_bytes(values[0], seed + layer) for seed in seeds]) >= dropped
+        return values * (256 / (256 - dropped)) * kept
+
+
+def _random_bytes(like: Tensor, seed: int) -> Tensor:
+    """Return uniform bytes of a tensor's shape; eight of a drawn integer, since drawing is what dropout costs."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    drawn = torch.randint(-(2**63), 2**63 - 1, (-(-like.numel() // 8),), generator=generator, device=like.device)
+    return drawn.view(torch.uint8)[: like.numel()].view(like.shape)
 
 
 class PointProjection(nn.Module):

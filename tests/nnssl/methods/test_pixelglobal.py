@@ -327,7 +327,7 @@ def test_a_batch_is_learned(residual):
     views = method.make_views(make_batch(2), generators())
     optimizer = torch.optim.Adam([p for g in method.parameter_groups() for p in g.parameters], lr=3e-3)
     costs = []
-    for _ in range(30):
+    for _ in range(80):
         optimizer.zero_grad()
         output = method.losses(views, 0.0)
         sum(output.losses.values()).backward()

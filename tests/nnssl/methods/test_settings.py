@@ -101,6 +101,11 @@ def test_warm_up_shrinks_with_the_run_unless_given():
     assert settings.training.warmup_epochs == 5
 
 
+def test_a_plan_older_than_the_method_says_to_plan_again():
+    with pytest.raises(UserError, match=r"no schedule for toy\.second: .*nnssl_plan_and_preprocess"):
+        resolve_stage(Implementation, Configuration, "toy.second", [])
+
+
 def test_overrides_go_to_the_stages_that_have_the_key():
     @dataclass(frozen=True)
     class Other:
