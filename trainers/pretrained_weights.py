@@ -1,10 +1,11 @@
 """Weights of pretraining: found, opened safely, and loaded into a network by nnU-Net's own loader."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
 from nnssl.checkpoint import Provenance, load_tensors, read_checkpoint
@@ -44,6 +45,24 @@ def open_weights(weights: str | Path, folders: Folders, say: Callable[[str], Non
         while block := file.read(1 << 20):
             digest.update(block)
     return Weights(path, digest.hexdigest(), provenance)
+
+
+def start_digest(path: Path, names: Iterable[str]) -> str:
+    """Return a digest of the tensors that a network takes from a checkpoint; two with the same digest start it alike.
+
+    Args:
+        path: a checkpoint of nnssl.
+        names: of the network's tensors; those that the file lacks are left out.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    tensors = load_tensors(path)["network_weights"]
+    digest = hashlib.blake2b(digest_size=8)
+    for name in sorted(set(names) & set(tensors)):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def find_latest(folders: Folders) -> Path:

@@ -11,7 +11,6 @@ import torch
 
 from nnssl.checkpoint import load_tensors
 from nnssl.methods.settings import resolve_stage
-from nnssl.networks.backbone import build_network
 from trainers.benchmark.arms import Pretraining, stage_options
 from trainers.finetune_result import FILE_NAME
 from trainers.pretrained_weights import FINAL
@@ -84,13 +83,11 @@ def time_bare_step(runner: "Runner", batch_size: int | None) -> float:
         batch_size: None for the plan's.
     """
     study = runner.study
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
     from trainers.precision import choose_precision
 
-    configuration = PlansManager(study.plan.nnunet).get_configuration(study.configuration).configuration
+    configuration = study.nnunet_configuration
     channels = len(configuration["normalization_schemes"])
-    network = build_network(configuration["architecture"], channels, 2, 0).to(study.device)
+    network = study.build_network().to(study.device)
     precision = choose_precision(study.device)
     precision.lay_out(network, len(configuration["patch_size"]))
     batch_size = batch_size or configuration["batch_size"]

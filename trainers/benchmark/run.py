@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -35,7 +36,7 @@ from trainers.benchmark.study import CellKey, Study
 from trainers.finetune_result import FILE_NAME, SCRATCH, read_result
 from trainers.finetune_run import arm_folder, run_arm
 from trainers.labelled_data import prepare_data
-from trainers.pretrained_weights import Weights, open_weights
+from trainers.pretrained_weights import Weights, open_weights, start_digest
 
 Say = Callable[[str], None]
 
@@ -73,6 +74,8 @@ class Runner:
         self.folder = make_writable(folder)
         self.say = say
         self.opened: dict[str, Weights] = {}
+        self.starts: dict[str, str] = {}
+        """The arm that was opened first, by what the network takes from its weights."""
         self.labels = foreground_labels(study.dataset_json)
 
     def weights(self, arm: str) -> Weights | None:
@@ -85,8 +88,21 @@ class Runner:
         if path is None:
             return None
         if arm not in self.opened:
-            self.opened[arm] = open_weights(path, self.study.folders, self.say)
+            weights = open_weights(path, self.study.folders, self.say)
+            first = self.starts.setdefault(start_digest(path, self.taken), arm)
+            if first != arm:
+                self.say(
+                    f"{arm}: gives {self.study.configuration} the same weights as {first}, so its cells are those of {first}; "
+                    f"what else it trained has a place in {weights.provenance.configuration} only"
+                )
+                weights = self.opened[first]
+            self.opened[arm] = weights
         return self.opened[arm]
+
+    @cached_property
+    def taken(self) -> list[str]:
+        """Names of the tensors that the fine-tuned network takes from pretraining: all but the segmentation layers."""
+        return [name for name in self.study.build_network().state_dict() if ".seg_layers." not in name]
 
     def has_weights(self, arm: str) -> bool:
         """Whether the weights of an arm are there."""

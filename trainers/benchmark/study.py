@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from nnssl.data.patients import find_patients
 from nnssl.data.raw import RawDataset, find_dataset, read_dataset
 from nnssl.errors import UserError
 from nnssl.files import read_json, read_names, some
+from nnssl.networks.backbone import build_network
 from nnssl.paths import Folders
 from planners.finetune_planner import AdoptedPlan, adopt_plan
 from planners.plan import PLANS_NAME, Plan, plan_from_dict, read_plan
@@ -124,6 +126,18 @@ class Study:
             return None
         chosen = next(each for each in self.arms if each.name == arm)
         return chosen.checkpoint or self.pretrainings[arm].final
+
+    @cached_property
+    def nnunet_configuration(self) -> dict[str, Any]:
+        """nnU-Net's section of the configuration that is fine-tuned, with what it inherits."""
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        return PlansManager(self.plan.nnunet).get_configuration(self.configuration).configuration
+
+    def build_network(self) -> Any:
+        """Return the network that is fine-tuned, with two classes and random weights."""
+        configuration = self.nnunet_configuration
+        return build_network(configuration["architecture"], len(configuration["normalization_schemes"]), 2, seed=0)
 
     def schedule(self, mode: str, epochs: int) -> FinetuneSchedule:
         """Return the schedule of a cell."""

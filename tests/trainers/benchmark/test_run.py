@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nnssl.checkpoint import load_tensors
 from nnssl.cli.benchmark import main
 from nnssl.draws import make_generator
 from nnssl.environment import variables
@@ -202,6 +203,24 @@ def test_a_larger_study_takes_over_the_cells_of_a_smaller(folders, pretend, tmp_
     assert len(pretend.trained) == 8
     assert all("pix2rep-v2" in name for name in pretend.trained)
     assert re.search(r"pix2rep_v2 +finetune +1 +2/2 +2/2", "\n".join(describe_matrix(Runner(large, tmp_path, print))))
+
+
+def test_weights_that_start_the_network_alike_share_their_cells(folders, pretend, tmp_path):
+    """What an arm trained beside the network that is fine-tuned makes no difference, and is said and not trained again."""
+    first = make_study(folders).weights_path("pix2rep")
+    content = load_tensors(first)
+    for name, changed in (("twin", "transformer.gate"), ("other", "encoder.stages.0.0.convs.0.conv.weight")):
+        tensors = dict(content["network_weights"])
+        tensors[changed] = torch.ones_like(tensors[changed]) if changed in tensors else torch.ones(1)
+        torch.save({**content, "network_weights": tensors}, tmp_path / f"{name}.pth")
+    study = make_study(folders, ("pix2rep", f"twin={tmp_path / 'twin.pth'}", f"other={tmp_path / 'other.pth'}"))
+    said: list[str] = []
+    runner = Runner(study, tmp_path, said.append)
+    runner.run_cells(Part())
+    assert all(map(runner.is_finished, study.cells))
+    assert len(study.cells) == 4 * 8
+    assert len(pretend.trained) == len(set(pretend.trained)) == 3 * 8
+    assert [line[:5] for line in said if "the same weights as pix2rep" in line] == ["twin:"]
 
 
 def test_networks_of_other_labels_are_refused(folders, pretend, tmp_path):
