@@ -84,7 +84,7 @@ def open_teacher(
     settings = provenance.settings
     head = PointAssignment(
         inner.encoder.output_channels[0],
-        settings["hidden_dimensions"],
+        settings["local_hidden"],
         settings["local_dimensions"],
         settings["dropout"],
     )
