@@ -2,7 +2,8 @@
 
 Bare is what no implementation of the stage can do without. RepRec, contrastive: the encoder forward and backward on one view
 and forward on the other; generative: the encoder forward, the transformer and the token decoder forward and backward.
-Pix2Rep: encoder and decoder forward and backward on both views. Both are timed in turns in one process, under the same
+Pix2Rep: encoder and decoder forward and backward on both views. Pixel-global: both forward on both views, backward on one.
+Both are timed in turns in one process, under the same
 precision, so that a busy machine slows both.
 """
 
@@ -55,11 +56,22 @@ def bare_dense(trainer: PretrainTrainer, views: Any) -> None:
     output.float().square().mean().backward()
 
 
+def bare_distillation(trainer: PretrainTrainer, views: Any) -> None:
+    """Encoder and decoder on both views, backward through one."""
+    method: Any = trainer.method
+    with trainer.precision.autocast(trainer.device):
+        output = decoder_maps(method.network, views.student)[-1]
+        with torch.no_grad():
+            decoder_maps(method.teacher, views.teacher)
+    output.float().square().mean().backward()
+
+
 BARE = {
     "reprec.contrastive": bare_contrastive,
     "reprec.generative": bare_generative,
     "pix2rep.dense": bare_dense,
     "pix2rep_v2.dense": bare_dense,
+    "pixelglobal.distillation": bare_distillation,
 }
 
 
@@ -78,6 +90,7 @@ def main() -> None:
     parser.add_argument("--configuration", help="(default: the method's first)")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings, as in nnssl_pretrain")
     args = parser.parse_args()
     args.configuration = args.configuration or METHODS[args.method].configurations[0]
     folders = resolve_folders()
@@ -120,7 +133,7 @@ def make_trainer(path: Any, name: str, args: argparse.Namespace) -> PretrainTrai
     plans = {**read_json(path, "plan"), "continue_training": False}
     dataset_json = read_json(path.parent / "dataset.json", "description of the data set")
     trainer: PretrainTrainer = trainer_class(plans, args.configuration, "all", dataset_json, torch.device("cpu"))
-    trainer.options = RunOptions(overrides=(f"batch_size={args.batch_size}",))
+    trainer.options = RunOptions(overrides=(f"batch_size={args.batch_size}", *args.set))
     trainer.disable_checkpointing = True
     trainer.initialize()
     return trainer
