@@ -162,21 +162,29 @@ def change_gamma(rows: Rows, gamma: Float[Tensor, " rows"]) -> Rows:
     return low + extent * share ** _per_row(gamma, rows)
 
 
-def invert_contrast(rows: Rows) -> Rows:
-    """Return ``p1 + p99 - x`` with the percentiles 1 and 99 of the row.
+def percentiles(rows: Rows, shares: Sequence[float]) -> Float[Tensor, "rows shares"]:
+    """Return percentiles of each row, from at most 131,072 of its voxels at a constant stride.
 
-    Percentiles are those of at most 131,072 voxels at a constant stride.
+    Args:
+        rows: one per sample and channel.
+        shares: of the voxels that are smaller, 0 to 1.
     """
     flat = rows.flatten(1)
     # an odd stride does not fall into step with the even sides of patches
     stride = max(1, flat.shape[1] // PERCENTILE_VOXELS) | 1
     ordered = flat[:, ::stride].sort(dim=1).values
     last = ordered.shape[1] - 1
-    total = torch.zeros_like(ordered[:, 0])
-    for percentile in (0.01, 0.99):
-        below = min(int(percentile * last), max(last - 1, 0))
-        total = total + torch.lerp(ordered[:, below], ordered[:, min(below + 1, last)], percentile * last - below)
-    return _per_row(total, rows) - rows
+    found = []
+    for share in shares:
+        below = min(int(share * last), max(last - 1, 0))
+        found.append(torch.lerp(ordered[:, below], ordered[:, min(below + 1, last)], share * last - below))
+    return torch.stack(found, dim=1)
+
+
+def invert_contrast(rows: Rows) -> Rows:
+    """Return ``p1 + p99 - x`` with the percentiles 1 and 99 of the row."""
+    low, high = percentiles(rows, (0.01, 0.99)).unbind(dim=1)
+    return _per_row(low + high, rows) - rows
 
 
 def jitter_window(rows: Rows, shifts_std: Float[Tensor, "rows 2"]) -> Rows:
