@@ -12,7 +12,7 @@ from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
 from nnssl.schema import STRICT, parse
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 PLANS_NAME = "nnsslPlans"
 
 
@@ -88,6 +88,19 @@ class DenseSampling:
 
 
 @dataclass(frozen=True)
+class ContextChoices:
+    """How crops may be turned without leaving their grid, and how large the attention is that is told of it."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    turn_plane: tuple[int, int]
+    """Axes of the plane."""
+    quarter_turns: bool
+    """False where only half turns keep the grid."""
+    attention_rank: int
+
+
+@dataclass(frozen=True)
 class PretextConfiguration:
     """What the pretext methods take from the data for one configuration of the plan."""
 
@@ -112,6 +125,7 @@ class PretextConfiguration:
     """None without a transformer."""
     transformer: TransformerSize | None
     dense: DenseSampling
+    context: ContextChoices
     queue_length: int
     """Keys that a momentum-contrast queue holds."""
     teacher_momentum: float
@@ -183,12 +197,40 @@ def plan_from_dict(content: Any, source: str) -> Plan:
     if not isinstance(content, dict) or "pretext" not in content:
         raise UserError(f"{source}: has no 'pretext' section, so it is no plan of nnssl; run nnssl_plan_and_preprocess")
     version = content["pretext"].get("schema_version") if isinstance(content["pretext"], dict) else None
+    if version == 2:
+        content = _from_second_schema(content, source)
+        version = SCHEMA_VERSION
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{source}: pretext.schema_version is {version}, this nnssl reads {SCHEMA_VERSION}; "
             "run nnssl_plan_and_preprocess again"
         )
     return Plan(nnunet=content, pretext=parse(Pretext, content["pretext"], f"{source}: pretext"))
+
+
+def _from_second_schema(content: dict[str, Any], source: str) -> dict[str, Any]:
+    """Add what the second schema did not have: ``context``, which follows from patch and network."""
+    from planners.context_rules import decide_context
+
+    try:
+        configurations = {
+            name: {
+                **own,
+                "context": asdict(
+                    decide_context(
+                        content["configurations"][name]["architecture"],
+                        own["patch_size"],
+                        own["spacing_mm"],
+                        own["thick_axis"],
+                    )[0]
+                ),
+            }
+            for name, own in content["pretext"]["configurations"].items()
+        }
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"{source}: is an incomplete plan of an older nnssl ({error}); plan again") from error
+    pretext = {**content["pretext"], "schema_version": SCHEMA_VERSION, "configurations": configurations}
+    return {**content, "pretext": pretext}
 
 
 def read_plan(path: Path) -> Plan:

@@ -15,9 +15,18 @@ from nnunetv2.configuration import ANISO_THRESHOLD
 from nnssl.methods import METHODS, Stage
 from nnssl.momentum import momentum_for_run
 from nnssl.networks.backbone import build_network, encoder_strides
+from planners.context_rules import decide_context
 from planners.dense_rules import decide_dense
 from planners.fingerprint import Fingerprint
-from planners.plan import Decision, DenseSampling, PretextConfiguration, StageSchedule, TokenGrid, TransformerSize
+from planners.plan import (
+    ContextChoices,
+    Decision,
+    DenseSampling,
+    PretextConfiguration,
+    StageSchedule,
+    TokenGrid,
+    TransformerSize,
+)
 from planners.presets import VIT_SIZES, Preset
 
 TOKENS_WANTED = 196
@@ -83,7 +92,8 @@ class PretextRules:
             self._explain_network(name, base)
             features = self._feature_sizes(base["architecture"], base["patch_size"])
             budget = self.budgets.get(name, sum(features) * base["batch_size"])
-            views = {**self._decide_views(name, base), "dense": self._decide_dense(name, base)}
+            views = self._decide_views(name, base)
+            views |= {"dense": self._decide_dense(name, base), "context": self._decide_context(name, base, views)}
             self._decide_run(name, base, views, None, None, features, budget)
             hybrid = f"{name}_hybrid"
             tokens = self._decide_tokens(hybrid, base)
@@ -316,6 +326,14 @@ class PretextRules:
         for decision in decisions:
             self._say(name, *decision)
         return sampling
+
+    def _decide_context(self, name: str, base: dict[str, Any], views: dict[str, Any]) -> ContextChoices:
+        chosen, decisions = decide_context(
+            base["architecture"], views["patch_size"], views["spacing_mm"], views["thick_axis"]
+        )
+        for decision in decisions:
+            self._say(name, *decision)
+        return chosen
 
     def _decide_run(
         self,

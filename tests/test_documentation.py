@@ -186,6 +186,7 @@ def test_every_key_of_the_plan_is_documented():
         "PretextConfiguration",
         "TokenGrid",
         "DenseSampling",
+        "ContextChoices",
         "TransformerSize",
         "StageSchedule",
         "Decision",

@@ -34,7 +34,7 @@ ALLOWED = {
         "nnssl.checkpoint",
         "planners",
     },
-    "planners": {"nnssl.methods", "nnssl.networks", "nnssl.data", "nnssl.momentum", "nnssl.checkpoint"},
+    "planners": {"nnssl.methods", "nnssl.networks", "nnssl.views", "nnssl.data", "nnssl.momentum", "nnssl.checkpoint"},
     "trainers": {
         "nnssl.methods",
         "nnssl.networks",

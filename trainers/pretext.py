@@ -27,6 +27,12 @@ class Pix2RepV2Trainer(PretrainTrainer):
     stage = "pix2rep_v2.dense"
 
 
+class PCRLTrainer(PretrainTrainer):
+    """PCRL: contrast and reconstruction of diverse contexts, for encoder and decoder."""
+
+    stage = "pcrl.contexts"
+
+
 class PixelGlobalTrainer(PretrainTrainer):
     """Pixel-global: distillation of whole images and of shared voxels, for encoder and decoder."""
 

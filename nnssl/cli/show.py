@@ -51,6 +51,13 @@ def make_parser() -> argparse.ArgumentParser:
     uncertainty.add_argument(
         "--passes", type=positive_int, metavar="N", help="with dropout (default: as in pretraining)"
     )
+    reconstruction = _add_picture(
+        pictures, "reconstruction", _reconstruction, "what the decoder of pcrl makes of a patch for its three encoders"
+    )
+    reconstruction.add_argument(
+        "--slice", type=natural_int, metavar="Z", help="of a 2D network (default: the one with the most body)"
+    )
+    reconstruction.add_argument("--seed", type=int, default=0, help="of crops, corruption and turns (default: 0)")
     return parser
 
 
@@ -148,6 +155,32 @@ def _uncertainty(args: argparse.Namespace) -> None:
         f"pretrained on {provenance.dataset_name} ({provenance.configuration}); case of {dataset}"
     )
     write_picture(args.output, uncertainty_figure(uncertainty, described))
+    say(f"picture: {args.output}")
+
+
+def _reconstruction(args: argparse.Namespace) -> None:
+    from nnssl.data.raw import find_dataset
+    from nnssl.evaluation.dense_network import find_case, open_cases
+    from nnssl.evaluation.pictures import check_picture_path, reconstruction_figure, write_picture
+    from nnssl.evaluation.reconstructions import open_reconstructor, reconstruct_case
+    from nnssl.paths import resolve_folders
+    from trainers.pretrained_weights import open_weights
+
+    check_picture_path(args.output)
+    folders = resolve_folders(say)
+    device = choose_device(args.device, say)
+    method, provenance = open_reconstructor(open_weights(args.weights, folders, say).path, device)
+    dataset = provenance.dataset_name if args.dataset is None else find_dataset(args.dataset, folders)
+    store = open_cases(provenance, dataset, folders, say)
+    case = find_case(store, args.case or store.names[0])
+    made = reconstruct_case(method, case, args.slice, args.seed, device)
+    described = (
+        f"{provenance.stage}, step {provenance.step} of {provenance.total_steps}; {case.name} of {dataset}\n"
+        f"pretrained on {provenance.dataset_name} ({provenance.configuration})"
+    )
+    write_picture(args.output, reconstruction_figure(made, method.configuration.spacing_mm, described))
+    for each in made:
+        say(f"{each.model}: mean squared error {each.error:.3f}, of the mean {each.error_of_mean:.3f}")
     say(f"picture: {args.output}")
 
 

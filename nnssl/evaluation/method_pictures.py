@@ -11,8 +11,16 @@ from matplotlib.figure import Figure
 from nnssl.data.patients import patient_in_name
 from nnssl.evaluation.dense_network import open_cases, open_dense_network
 from nnssl.evaluation.dense_similarity import compare_cases, embed_case
-from nnssl.evaluation.pictures import DPI, embedding_figure, similarity_figure, uncertainty_figure
+from nnssl.evaluation.pictures import (
+    DPI,
+    embedding_figure,
+    reconstruction_figure,
+    similarity_figure,
+    uncertainty_figure,
+)
+from nnssl.evaluation.reconstructions import reconstruct_case
 from nnssl.evaluation.report import Picture
+from nnssl.evaluation.restored_method import restore_method
 from nnssl.evaluation.teacher_uncertainty import measure_uncertainty, open_teacher
 from nnssl.paths import Folders
 
@@ -84,9 +92,34 @@ def uncertainty_pictures(
     return picture, *dense_pictures(checkpoint, folders, device, say)
 
 
+def reconstruction_pictures(
+    checkpoint: Path, folders: Folders, device: torch.device, say: Callable[[str], None]
+) -> tuple[Picture, ...]:
+    """Return what PCRL's decoder makes of a patch, and what dense features show.
+
+    Raises:
+        UserError: as ``restore_method`` and ``open_cases``.
+    """
+    method, provenance = restore_method(checkpoint, device)
+    dense = dense_pictures(checkpoint, folders, device, say)
+    if not provenance.settings["reconstruction_weight"]:
+        return dense
+    store = open_cases(provenance, provenance.dataset_name, folders, say)
+    name = store.names[0]
+    made = reconstruct_case(method, store.case(name), None, 0, device)
+    picture = picture_of(
+        reconstruction_figure(made, method.configuration.spacing_mm, f"{provenance.method}: reconstructions"),
+        f"For each encoder the corrupted crop of {name}, the turned clean crop that is asked for, and what the decoder makes; "
+        + "; ".join(f"{each.model}: mean squared error {each.error:.2f}" for each in made),
+        "Input, asked for, made: for the encoder, its moving average and the hybrid of both.",
+    )
+    return picture, *dense
+
+
 MAKERS: dict[str, Maker] = {
     "pix2rep": dense_pictures,
     "pix2rep_v2": dense_pictures,
+    "pcrl": reconstruction_pictures,
     "pixelglobal": uncertainty_pictures,
 }
 """By method; a method without an entry shows nothing of its own."""

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from nnssl.errors import UserError
 from nnssl.evaluation.dense_similarity import Comparison, Embedding
+from nnssl.evaluation.reconstructions import Reconstruction
 from nnssl.evaluation.teacher_uncertainty import Uncertainty
 from nnssl.evaluation.tiles import Voxel
 from nnssl.files import write_atomically
@@ -34,6 +35,7 @@ LEAST_INCHES = 6.5
 FONT_SIZE = 8
 DPI = 120
 AXES = "zyx"
+MODEL_NAMES = {"o": "encoder", "m": "moving average", "h": "hybrid"}
 
 
 def similarity_figure(comparison: Comparison, title: str) -> Figure:
@@ -135,6 +137,33 @@ def uncertainty_figure(uncertainty: Uncertainty, title: str) -> Figure:
     )
     bar.set_label("uncertainty: 0 sure, 1 no idea", fontsize=FONT_SIZE)
     bar.ax.tick_params(labelsize=FONT_SIZE)
+    return figure
+
+
+def reconstruction_figure(reconstructions: Sequence[Reconstruction], spacing_mm: Sequence[float], title: str) -> Figure:
+    """Draw what each model sees, what is asked for and what the decoder makes, one row for each.
+
+    Args:
+        reconstructions: of one patch.
+        spacing_mm: of its voxels.
+        title: of the figure.
+    """
+    down, across = spacing_mm[-2:]
+    rows, columns = reconstructions[0].seen.shape
+    width = PANEL_INCHES * columns * across / (rows * down)
+    size = (max(3 * width + 0.4, LEAST_INCHES), (PANEL_INCHES + 0.4) * len(reconstructions) + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize=FONT_SIZE + 1)
+    panels = figure.subplots(len(reconstructions), 3, squeeze=False)
+    low, high = np.percentile(np.stack([each.target for each in reconstructions]), (1, 99))
+    for row, each in zip(panels, reconstructions, strict=True):
+        for axes, image in zip(row, (each.seen, each.target, each.output), strict=True):
+            axes.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=down / across, interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+        _head(row[0], f"{MODEL_NAMES[each.model]}: input")
+        _head(row[1], "asked for")
+        _head(row[2], f"made: error {each.error:.2f}, of the mean {each.error_of_mean:.2f}")
     return figure
 
 

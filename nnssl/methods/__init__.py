@@ -120,6 +120,27 @@ METHODS = {
             ),
         ),
     ),
+    "pcrl": Method(
+        name="pcrl",
+        title="PCRL: momentum contrast, and reconstruction of transformed crops by a shared decoder",
+        source=(
+            "Zhou et al., Preservational Learning Improves Self-supervised Medical Image Models by Reconstructing Diverse "
+            "Contexts, ICCV 2021"
+        ),
+        backbone="a convolutional U-Net",
+        configurations=("3d_fullres", "2d"),
+        stages=(
+            Stage(
+                name="pcrl.contexts",
+                trainer="PCRLTrainer",
+                implementation="nnssl.methods.pcrl:PCRL",
+                encoder_graphs=1,
+                encoder_passes=1,
+                decoder_graphs=3,
+                useful_batch=8,
+            ),
+        ),
+    ),
     "pixelglobal": Method(
         name="pixelglobal",
         title="Pixel-global: a teacher and a student agree on whole images and on every shared voxel",

@@ -47,7 +47,7 @@ from nnssl.losses.barlow_twins import barlow_twins
 from nnssl.losses.nt_xent import nt_xent
 from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput
 from nnssl.methods.settings import TrainingSettings
-from nnssl.networks.dense import DenseKind, dense_channels, dense_maps
+from nnssl.networks.dense import ENCODER_AND_DECODER, DenseKind, dense_channels, dense_maps, trained_up_to_segmentation
 from nnssl.networks.heads import PointProjection
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, draw_intensity, restrict_to
@@ -55,7 +55,6 @@ from nnssl.views.points import draw_points, foreground_mask, interpolate_at
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine, map_points, valid_mask
 
 Share = Annotated[float, Field(ge=0, le=1)]
-ENCODER_AND_DECODER = ("encoder.", "decoder.encoder.", "decoder.transpconvs.", "decoder.stages.")
 MONITORED_POINTS = 256
 """Points of a step that retrieval is measured on, at even places."""
 
@@ -234,13 +233,6 @@ class Pix2RepV2(DensePoints):
 def affine_range(settings: DenseSettings) -> AffineRange:
     """Return what ``phi`` is drawn from."""
     return AffineRange(settings.crop_fraction, settings.rotation_deg, settings.flip_axes, settings.flip_probability)
-
-
-def trained_up_to_segmentation(network: Any) -> Any:
-    """Return the network with the gradient on for all but its segmentation layers."""
-    network.requires_grad_(True)
-    network.decoder.seg_layers.requires_grad_(False)
-    return network
 
 
 def make_equivariant_views(

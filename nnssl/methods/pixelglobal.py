@@ -52,7 +52,7 @@ from nnssl.losses.distillation import (
 from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, split_by_decay
 from nnssl.methods.settings import TrainingSettings
 from nnssl.momentum import copy_to_teacher, cosine_momentum, momentum_for_run
-from nnssl.networks.dense import decoder_maps
+from nnssl.networks.dense import ENCODER_AND_DECODER, decoder_maps, trained_up_to_segmentation
 from nnssl.networks.heads import PointAssignment, PooledAssignment
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, draw_intensity, restrict_to
@@ -69,7 +69,6 @@ from nnssl.views.spatial import (
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
-ENCODER_AND_DECODER = ("encoder.", "decoder.encoder.", "decoder.transpconvs.", "decoder.stages.")
 MONITORED_POINTS = 256
 """Points of a step that retrieval is measured on."""
 
@@ -172,9 +171,7 @@ class PixelGlobal(PretextMethod):
         intensity_range(settings)
         self.settings = settings
         self.configuration = configuration
-        network.requires_grad_(True)
-        network.decoder.seg_layers.requires_grad_(False)
-        self.network = network
+        self.network = trained_up_to_segmentation(network)
         channels = network.encoder.output_channels
         self.global_head = PooledAssignment(channels[-1], settings.global_hidden, settings.global_dimensions)
         self.local_head = PointAssignment(

@@ -1,14 +1,14 @@
 """Settings of a stage, resolved once from three origins: method defaults (paper), plan (data), command line (user)."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from nnssl.errors import UserError
-from nnssl.schema import STRICT
+from nnssl.schema import STRICT, parse
 
 S = TypeVar("S")
 
@@ -105,6 +105,23 @@ def resolve_stage(
         planned["warmup_epochs"] = round(schedule.warmup_epochs * settings.training.epochs / schedule.epochs)
         settings, origins = resolve_settings(implementation.defaults, planned, overrides)
     return settings, origins
+
+
+def settings_of_run(defaults: S, stored: Mapping[str, Any], source: str) -> S:
+    """Return the settings of a finished run from what its checkpoint says of them.
+
+    Args:
+        defaults: of the stage.
+        stored: flat, by key, as in a checkpoint's provenance.
+        source: of the checkpoint, for the error message.
+
+    Raises:
+        UserError: a key is missing, unknown or wrong, as in a checkpoint of another version.
+    """
+    own = {field.name for field in fields(TrainingSettings)}
+    training = {key: value for key, value in stored.items() if key in own}
+    others = {key: value for key, value in stored.items() if key not in own}
+    return parse(type(defaults), {**others, "training": training}, f"{source}: settings")
 
 
 def split_overrides(overrides: Sequence[str], stages: dict[str, Any]) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 nnU-Net's forward pass returns the segmentations only.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 DenseKind = Literal["single", "pyramid"]
+ENCODER_AND_DECODER = ("encoder.", "decoder.encoder.", "decoder.transpconvs.", "decoder.stages.")
+"""Prefixes of all but the segmentation layers of a U-Net; its decoder holds the encoder under a second name."""
+ENCODER = ENCODER_AND_DECODER[:2]
+
+
+def trained_up_to_segmentation(network: Any) -> Any:
+    """Return the network with the gradient on for all but its segmentation layers."""
+    network.requires_grad_(True)
+    network.decoder.seg_layers.requires_grad_(False)
+    return network
 
 
 def decoder_maps(network: Any, volumes: Float[Tensor, "batch channel *shape"]) -> list[Tensor]:
@@ -22,8 +33,16 @@ def decoder_maps(network: Any, volumes: Float[Tensor, "batch channel *shape"]) -
     Returns:
         Maps (batch, channel, *grid).
     """
-    skips = network.encoder(volumes)
-    decoder = network.decoder
+    return decode(network.decoder, network.encoder(volumes))
+
+
+def decode(decoder: Any, skips: Sequence[Tensor]) -> list[Tensor]:
+    """Return the bottleneck and the output of every decoder stage, coarsest first, from the maps of an encoder.
+
+    Args:
+        decoder: of a U-Net.
+        skips: maps (batch, channel, *grid) of the encoder's stages, full resolution first.
+    """
     maps = [skips[-1]]
     for level, (upsample, stage) in enumerate(zip(decoder.transpconvs, decoder.stages, strict=True)):
         maps.append(stage(torch.cat((upsample(maps[-1]), skips[-(level + 2)]), dim=1)))

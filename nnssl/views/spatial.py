@@ -123,25 +123,33 @@ def draw_overlapping(
     ranges: AffineRange,
     shape: Sequence[int],
     spacing_mm: Sequence[float],
-    least_share: float,
+    least: float,
+    measure: Literal["share", "iou"] = "share",
 ) -> tuple[AffineParams, AffineParams]:
-    """Draw two crops of each patch that have a wanted share of the smaller one in common.
+    """Draw two crops of each patch that overlap as much as wanted.
 
     The second is drawn until it overlaps enough, eight times at most; then its centre is moved to that of the first,
-    as far as the patch leaves room.
+    as far as the patch leaves room, and for ``iou`` it gets the zoom of the first.
 
     Args:
         generators: one per sample; each gives the same number of random numbers whatever is drawn.
         ranges: what may be drawn, for both.
         shape: voxels of the patch, (z, y, x) or (y, x).
         spacing_mm: of the patch's voxels.
-        least_share: of the smaller crop that both have in common, 0 to 1.
+        least: overlap that is wanted, 0 to 1.
+        measure: ``share`` of the smaller crop that both have in common, or ``iou``, what both have in common over what
+            either covers; both by volume in mm.
     """
     first = draw_affine(generators, ranges, shape, spacing_mm)
     tries = [draw_affine(generators, ranges, shape, spacing_mm) for _ in range(OVERLAP_TRIES)]
-    second = _moved_to(tries[-1], first)
+    second = tries[-1]
+    if measure == "iou":
+        ratio = (_volume_share(first) / _volume_share(second)) ** (1 / len(shape))
+        second = replace(second, linear=second.linear * ratio[:, None, None])
+    second = _moved_to(second, first)
     for each in reversed(tries):
-        enough = common_share(first, each) >= least_share
+        overlap = common_share(first, each) if measure == "share" else crop_iou(first, each)
+        enough = overlap >= least
         second = AffineParams(
             second.shape,
             second.spacing_mm,
@@ -259,9 +267,24 @@ def common_share(first: AffineParams, second: AffineParams) -> Float[Tensor, " b
         reached = map_points(map_points(lattice, one, "to_input"), other, "to_output")
         return contains(whole, reached).double().mean(dim=1)
 
-    first_is_smaller = torch.linalg.det(first.linear).abs() <= torch.linalg.det(second.linear).abs()
+    first_is_smaller = _volume_share(first) <= _volume_share(second)
     counted = torch.where(first_is_smaller, share_inside(first, second), share_inside(second, first))
     return torch.where(turned, counted, straight)
+
+
+def crop_iou(first: AffineParams, second: AffineParams) -> Float[Tensor, " batch"]:
+    """Return the volume that two crops of the same patch have in common over the volume that either covers, 0 to 1.
+
+    Exact where ``common_share`` is.
+    """
+    one, other = _volume_share(first), _volume_share(second)
+    common = common_share(first, second) * torch.minimum(one, other)
+    return common / (one + other - common)
+
+
+def _volume_share(params: AffineParams) -> Tensor:
+    """Return the share of the patch that each crop covers, (batch,)."""
+    return torch.linalg.det(params.linear).abs()
 
 
 def _rotation(angle_rad: Tensor, dimensions: int) -> Tensor:

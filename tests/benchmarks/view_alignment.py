@@ -9,7 +9,6 @@ predictions, and by the features of the last decoder stage of the student alone,
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,42 +19,14 @@ from nnssl.data.case_store import CaseStore
 from nnssl.data.loader import make_loader
 from nnssl.distributed import standardise_over_ranks
 from nnssl.draws import sample_generators
-from nnssl.evaluation.dense_network import planned_configuration
-from nnssl.methods import find_stage
+from nnssl.evaluation.restored_method import restore_method
 from nnssl.methods.pixelglobal import MONITORED_POINTS, CorrespondingViews, PixelGlobal
-from nnssl.methods.settings import resolve_stage
-from nnssl.networks.backbone import build_network, seeded
 from nnssl.networks.dense import decoder_maps
 from nnssl.paths import resolve_folders
 from nnssl.views.points import interpolate_at
-from planners.plan import plan_from_dict
 
 NAMES = ("voxel_cross_entropy", "target_entropy", "retrieval_top1", "decoder_retrieval")
 NEW_SEED = 20_261
-
-
-def build(path: Path, trained: bool) -> tuple[PixelGlobal, Any, Any]:
-    """Return the method of a checkpoint, as it started or as it ended, its plan and where its weights are from."""
-    content, provenance = read_checkpoint(path)
-    plan = plan_from_dict(provenance.plans, str(path))
-    configuration = plan.configuration(provenance.configuration)
-    stage = find_stage(provenance.stage)[1]
-    given = [f"{name}={_typed(value)}" for name, value in provenance.settings.items()]
-    settings, _ = resolve_stage(stage.load(), configuration, stage.name, given)
-    planned = planned_configuration(plan, provenance.configuration)
-    weights = content["network_weights"]
-    classes = weights["decoder.seg_layers.0.weight"].shape[0]
-    network = build_network(planned["architecture"], len(planned["normalization_schemes"]), classes, provenance.seed)
-    method = seeded(lambda: PixelGlobal(network, settings, configuration), provenance.seed, stage.name)
-    if trained:
-        network.load_state_dict(weights)
-        missing = method.load_state_dict(content["nnssl"]["state"]["method"], strict=False)
-        assert all(name.startswith("network.") or "seg_layers" in name for name in missing.missing_keys)
-    return method.eval().requires_grad_(False), plan, provenance
-
-
-def _typed(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
 def decoder_retrieval(method: PixelGlobal, views: CorrespondingViews) -> torch.Tensor:
@@ -71,8 +42,8 @@ def decoder_retrieval(method: PixelGlobal, views: CorrespondingViews) -> torch.T
 
 def measure(path: Path, trained: bool, steps: int) -> dict[str, float]:
     """Return the means over some batches of new draws."""
-    method, plan, provenance = build(path, trained)
-    configuration = plan.configuration(provenance.configuration)
+    method, provenance = restore_method(path, torch.device("cpu"), trained)
+    configuration = method.configuration
     store = CaseStore(resolve_folders().preprocessed / provenance.dataset_name / configuration.case_folder)
     batch = method.settings.training.batch_size
     sums = dict.fromkeys(NAMES, 0.0)

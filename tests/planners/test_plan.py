@@ -6,6 +6,7 @@ import pytest
 from nnssl.errors import UserError
 from planners.plan import (
     SCHEMA_VERSION,
+    ContextChoices,
     Decision,
     DenseSampling,
     Pretext,
@@ -32,6 +33,7 @@ def make_pretext() -> Pretext:
         tokens=TokenGrid(stage=1, grid=(8, 12, 10), size_vox=(2, 2, 2), size_mm=(6.0, 2.0, 3.0), mask_block=(1, 2, 2)),
         transformer=TransformerSize(width=16, depth=1, heads=2, decoder_depth=1),
         dense=DenseSampling(features="pyramid", channels=24, contrast_points=1000, correlation_points=4096),
+        context=ContextChoices(turn_plane=(1, 2), quarter_turns=False, attention_rank=16),
         queue_length=64,
         teacher_momentum=0.99,
         schedules={"reprec.contrastive": StageSchedule(2, 3, 4, 0)},

@@ -12,13 +12,15 @@ from nnssl.checkpoint import Provenance, read_checkpoint, write_checkpoint
 from nnssl.cli import show
 from nnssl.environment import variables
 from nnssl.evaluation import pictures
-from nnssl.evaluation.dense_network import open_dense_network, planned_configuration
+from nnssl.evaluation.dense_network import open_cases, open_dense_network, planned_configuration
+from nnssl.evaluation.reconstructions import reconstruct_case
+from nnssl.evaluation.restored_method import restore_method
 from nnssl.evaluation.teacher_uncertainty import open_teacher, tile_uncertainty
 from nnssl.losses.distillation import normalised_entropy
-from nnssl.methods.pixelglobal import PixelGlobal
+from nnssl.methods import METHODS
 from nnssl.methods.settings import resolve_stage
-from nnssl.networks.backbone import build_network
-from nnssl.paths import Folders
+from nnssl.networks.backbone import build_network, seeded
+from nnssl.paths import Folders, resolve_folders
 from planners.plan import Plan
 from tests.trainers.conftest import NAME, SHAPE, plan_toy
 from trainers.continuation import plain_settings
@@ -40,20 +42,21 @@ def write_weights(path: Path, plan: Plan, configuration: str, pretrained=DECODER
     return path
 
 
-def write_teacher(path: Path, plan: Plan, configuration: str) -> Path:
-    """Write a checkpoint of Pixel-global whose teacher is not its student."""
+def write_method(path: Path, plan: Plan, configuration: str, name: str, *overrides: str) -> Path:
+    """Write a checkpoint of a method with a teacher that is not its student."""
     planned = planned_configuration(plan, configuration)
     network = build_network(planned["architecture"], 1, 2, 0)
     pretext = plan.configuration(configuration)
-    settings, origins = resolve_stage(PixelGlobal, pretext, "pixelglobal.distillation", ("uncertainty_passes=3",))
-    method = PixelGlobal(network, settings, pretext)
+    (stage,) = METHODS[name].stages
+    settings, origins = resolve_stage(stage.load(), pretext, stage.name, overrides)
+    method = seeded(lambda: stage.load()(network, settings, pretext), 0, stage.name)
     with torch.no_grad():
-        for parameter in (*method.teacher.parameters(), *method.teacher_local_head.parameters()):
-            parameter.add_(
-                0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
-            )
+        for _, teacher in method.momentum_pairs():
+            for parameter in teacher.parameters():
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
+                parameter.add_(0.1 * noise)
     provenance = Provenance(
-        nnssl_version="0", method="pixelglobal", stage="pixelglobal.distillation", dataset_name=NAME, plans_name=plan.name,
+        nnssl_version="0", method=name, stage=stage.name, dataset_name=NAME, plans_name=plan.name,
         configuration=configuration, plans=plan.nnunet, dataset_json={}, settings=plain_settings(settings, origins), seed=0,
         step=3, total_steps=4, finished=False, pretrained=DECODER, init=None,
     )  # fmt: skip
@@ -75,8 +78,10 @@ def workspace(tmp_path_factory) -> dict[str, Path]:
         "root": root,
         "2d": write_weights(root / "2d.pth", plan, "2d", features="single"),
         "3d": write_weights(root / "3d.pth", plan, "3d_fullres", features="pyramid"),
-        "teacher": write_teacher(root / "teacher.pth", plan, "2d"),
-        "teacher3d": write_teacher(root / "teacher3d.pth", plan, "3d_fullres"),
+        "teacher": write_method(root / "teacher.pth", plan, "2d", "pixelglobal", "uncertainty_passes=3"),
+        "teacher3d": write_method(root / "teacher3d.pth", plan, "3d_fullres", "pixelglobal", "uncertainty_passes=3"),
+        "pcrl": write_method(root / "pcrl.pth", plan, "2d", "pcrl"),
+        "pcrl3d": write_method(root / "pcrl3d.pth", plan, "3d_fullres", "pcrl", "mixup=false"),
         "hybrid": write_weights(root / "hybrid.pth", plan, "2d_hybrid", ("encoder.", "transformer.embed.")),
     }
 
@@ -188,6 +193,50 @@ def test_uncertainty_is_that_of_the_teacher(files, name):
     logits = teacher.head(feature_map.flatten(2).transpose(1, 2))[0] / teacher.temperature
     expected = normalised_entropy(logits.softmax(dim=1)).view(1, *teacher.network.shape)
     torch.testing.assert_close(tile_uncertainty(teacher, feature_map, "a"), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_reconstruction(files, drawn, capsys):
+    run("reconstruction", "-w", files["pcrl"], "--case", "toy_02", "--slice", 4, "--seed", 1, "-o", "a.png")
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[-4:]] == ["o", "m", "h", "picture"]
+    run("reconstruction", "-w", files["pcrl3d"], "-o", "b.png")
+    assert [len(figure.axes) for figure in drawn] == [3 * 3, 2 * 3]
+    assert "asked for" in heads(drawn[0])
+    assert "is of pix2rep and reconstructs nothing" in fails(capsys, "reconstruction", "-w", files["2d"])
+    assert "slice 3: these weights are 3D" in fails(capsys, "reconstruction", "-w", files["pcrl3d"], "--slice", 3)
+    assert "99" in fails(capsys, "reconstruction", "-w", files["pcrl"], "--slice", 99)
+
+
+@pytest.mark.parametrize("name", ["pcrl", "pcrl3d", "teacher"])
+def test_a_method_is_restored_as_it_was(files, name):
+    """Every tensor of network and state is that of the file; untrained, it is the seeded start."""
+    content = read_checkpoint(files[name])[0]
+    method, _ = restore_method(files[name], torch.device("cpu"))
+    stored = content["nnssl"]["state"]["method"]
+    own = method.state_dict()
+    assert stored
+    assert all(torch.equal(own[key], value) for key, value in stored.items())
+    assert all(torch.equal(method.network.state_dict()[k], v) for k, v in content["network_weights"].items())
+    start, _ = restore_method(files[name], torch.device("cpu"), trained=False)
+    (key,) = [key for key in stored if key.startswith("teacher.") and key.endswith("stages.0.0.convs.0.conv.weight")][
+        :1
+    ]
+    student = start.network.encoder if name.startswith("pcrl") else start.network
+    assert torch.equal(start.state_dict()[key], student.state_dict()[key.removeprefix("teacher.")])
+    assert not torch.equal(start.state_dict()[key], stored[key])
+
+
+def test_a_reconstruction_is_what_the_decoder_makes(files):
+    """Recomputed from the restored method with the same draws: error and picture of every model."""
+    method, provenance = restore_method(files["pcrl"], torch.device("cpu"))
+    case = open_cases(provenance, NAME, resolve_folders(), print).case("toy_01")
+    made = reconstruct_case(method, case, 4, 3, torch.device("cpu"))
+    again = reconstruct_case(method, case, 4, 4, torch.device("cpu"))
+    assert [each.model for each in made] == ["o", "m", "h"]
+    for each in made:
+        assert each.seen.shape == each.target.shape == each.output.shape == method.configuration.patch_size
+        assert each.error == pytest.approx(float(((each.output - each.target) ** 2).mean()), rel=1e-4)
+        assert each.error_of_mean == pytest.approx(float(each.target.var()), rel=1e-4)
+    assert not (made[0].target == again[0].target).all()
 
 
 def test_features_of_the_weights_or_as_asked_for(files):

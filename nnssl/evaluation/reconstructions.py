@@ -1,0 +1,103 @@
+"""What PCRL's decoder makes of a patch of a case: what the encoders see, what is asked for, and the answer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+
+from nnssl.checkpoint import Provenance, read_checkpoint
+from nnssl.data.case_store import StoredCase
+from nnssl.draws import make_generator
+from nnssl.errors import UserError
+from nnssl.evaluation.dense_similarity import check_point, fullest_slice, middle_of
+from nnssl.evaluation.restored_method import restore_method
+from nnssl.methods.pcrl import error_of_mean, mix, reconstruction_targets
+
+METHOD = "pcrl"
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """One model's input, what its code asks for, and what the decoder makes; the middle slice of the patch, channel 0.
+
+    Attributes:
+        model: ``o``, ``m`` or ``h``.
+        seen: (y, x), the corrupted crop; of the hybrid the mix of both crops.
+        target: the clean crop, flipped and turned.
+        output: of the decoder.
+        error: mean squared error over the patch, all channels.
+        error_of_mean: that of answering with the mean of the target.
+    """
+
+    model: str
+    seen: Float32[np.ndarray, "y x"]
+    target: Float32[np.ndarray, "y x"]
+    output: Float32[np.ndarray, "y x"]
+    error: float
+    error_of_mean: float
+
+
+def open_reconstructor(path: Path, device: torch.device) -> tuple[Any, Provenance]:
+    """Restore PCRL from a checkpoint.
+
+    Raises:
+        UserError: the checkpoint is of another method, reconstructs nothing, or as ``restore_method``.
+    """
+    provenance = read_checkpoint(path)[1]
+    if provenance.method != METHOD or not provenance.settings["reconstruction_weight"]:
+        raise UserError(f"{path}: is of {provenance.method} and reconstructs nothing; take {METHOD}'s")
+    return restore_method(path, device)
+
+
+@torch.no_grad()
+def reconstruct_case(
+    method: Any, case: StoredCase, slice_vox: int | None, seed: int, device: torch.device
+) -> list[Reconstruction]:
+    """Reconstruct a patch in the middle of the body, for all models.
+
+    Args:
+        method: PCRL.
+        case: the case.
+        slice_vox: z of the slice for a 2D network; None for the one with the most body.
+        seed: of crops, corruption and transformations.
+        device: where to compute.
+
+    Raises:
+        UserError: the slice lies outside the case, or the network is not 2D.
+    """
+    patch = method.configuration.patch_size
+    flat = len(patch) == 2
+    if slice_vox is not None and not flat:
+        raise UserError(f"slice {slice_vox}: these weights are 3D and show the middle of a patch; leave the slice out")
+    centre = middle_of(case)
+    if flat:
+        centre = (fullest_slice(case) if slice_vox is None else slice_vox, centre[1], centre[2])
+    check_point(case, centre)
+    size = (1, *patch) if flat else patch
+    box = case.read_box([place - length // 2 for place, length in zip(centre, size, strict=True)], size)
+    volume = torch.from_numpy(box).to(device)
+    volumes = (volume.squeeze(1) if flat else volume)[None]
+    views = method.make_views(volumes, [make_generator(seed, "reconstructions", case.name)])
+    outputs = method.reconstruct(method.network.encoder(views.seen_o), method.teacher(views.seen_m), views)
+    targets = reconstruction_targets(views, method.settings.hybrid_target)
+    seen = {"o": views.seen_o, "m": views.seen_m, "h": mix(views.seen_o, views.seen_m, views.mixing)}
+    return [
+        Reconstruction(
+            model,
+            _middle(seen[model]),
+            _middle(targets[model]),
+            _middle(output),
+            float((output.float() - targets[model]).square().mean()),
+            float(error_of_mean(targets[model])),
+        )
+        for model, output in outputs.items()
+    ]
+
+
+def _middle(volumes: torch.Tensor) -> Float32[np.ndarray, "y x"]:
+    """Return the middle slice of the first channel of the first sample."""
+    volume = volumes[0, 0].float().cpu().numpy()
+    return volume if volume.ndim == 2 else volume[len(volume) // 2]

@@ -1,0 +1,52 @@
+"""A pretext method as a checkpoint left it, with everything that does not leave with the weights: heads, teacher, queue."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnssl.checkpoint import Provenance, read_checkpoint
+from nnssl.errors import UserError
+from nnssl.evaluation.dense_network import planned_configuration
+from nnssl.methods import find_stage
+from nnssl.methods.settings import settings_of_run
+from nnssl.networks.backbone import build_network, seeded
+from planners.plan import plan_from_dict
+
+
+def restore_method(path: Path, device: torch.device, trained: bool = True) -> tuple[Any, Provenance]:
+    """Build the method of a checkpoint and load its state.
+
+    Args:
+        path: of a checkpoint of nnssl pretraining.
+        device: where to compute.
+        trained: False for the method as the run started, before any weights of an earlier stage.
+
+    Returns:
+        The method in evaluation mode, without gradients, and where its weights come from.
+
+    Raises:
+        UserError: it is no checkpoint of nnssl pretraining, or its state does not fit the method.
+    """
+    content, provenance = read_checkpoint(path)
+    plan = plan_from_dict(provenance.plans, str(path))
+    stage = find_stage(provenance.stage)[1]
+    implementation = stage.load()
+    settings = settings_of_run(implementation.defaults, provenance.settings, str(path))
+    planned = planned_configuration(plan, provenance.configuration)
+    weights = content["network_weights"]
+    classes = [value.shape[0] for name, value in weights.items() if name == "decoder.seg_layers.0.weight"]
+    channels = len(planned["normalization_schemes"])
+    network = build_network(planned["architecture"], channels, classes[0] if classes else 1, provenance.seed)
+    configuration = plan.configuration(provenance.configuration)
+    method: Any = seeded(lambda: implementation(network, settings, configuration), provenance.seed, stage.name)
+    if trained:
+        state = content["nnssl"]["state"]["method"]
+        try:
+            network.load_state_dict(weights)
+            own = method.state_dict()
+            method.load_state_dict({**own, **state})
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(f"{path}: its state does not fit {provenance.stage} ({reason}); pretrain again") from error
+    return method.eval().requires_grad_(False).to(device), provenance

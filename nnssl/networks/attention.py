@@ -1,0 +1,61 @@
+"""Channel gates that tell a shared decoder which transformed version of its input to make (PCRL)."""
+
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+AttentionKind = Literal["outer", "gate"]
+GATE_WIDTH = 256
+"""Hidden width of the gate of PCRL's code."""
+
+
+class TransformationAttention(nn.Module):
+    """Transformation-conditioned attention: the code of a transformation gates the channels of a feature map.
+
+    Source: Zhou et al., PCRL, ICCV 2021, section 3.2: ``f_p`` from the code, ``f_l`` the mean of the map, their outer
+    product, ``ReLU(W flat(M))``, a sigmoid, a convolution of the gated map.
+    Deviations:
+        * ``W`` has C^3 parameters in the paper, 134 million for 512 channels. Here ``f_p`` and ``f_l`` are projected to
+          ``rank`` numbers each before their product.
+        * ``gate`` is what the authors' code has: two linear layers on the code and a sigmoid; no product, no mean of the
+          map, no convolution.
+
+    Args:
+        channels: of the feature map.
+        bits: of the code.
+        kind: ``outer`` or ``gate``.
+        rank: of the product's factors; of no use to ``gate``.
+        kernel_size: of the convolution, one odd number per axis.
+    """
+
+    def __init__(self, channels: int, bits: int, kind: AttentionKind, rank: int, kernel_size: tuple[int, ...]) -> None:
+        super().__init__()
+        self.kind = kind
+        if kind == "gate":
+            self.of_code = nn.Sequential(nn.Linear(bits, GATE_WIDTH), nn.ReLU(), nn.Linear(GATE_WIDTH, channels))
+            return
+        self.of_code = nn.Sequential(nn.Linear(bits, channels), nn.ReLU(), nn.Linear(channels, rank))
+        self.of_map = nn.Linear(channels, rank)
+        self.weigh = nn.Linear(rank * rank, channels)
+        convolution: Any = {2: nn.Conv2d, 3: nn.Conv3d}[len(kernel_size)]
+        self.mix = convolution(channels, channels, kernel_size, padding=tuple(n // 2 for n in kernel_size))
+
+    def gates(
+        self, feature_map: Float[Tensor, "batch channel *grid"], code: Float[Tensor, "batch bits"]
+    ) -> Float[Tensor, "batch channel"]:
+        """Return the factor of every channel: 0.5 to 1 for ``outer``, whose ReLU comes before the sigmoid, else 0 to 1."""
+        if self.kind == "gate":
+            return torch.sigmoid(self.of_code(code))
+        of_map = self.of_map(feature_map.flatten(2).mean(dim=2))  # (batch, rank)
+        product = self.of_code(code)[:, :, None] * of_map[:, None, :]  # (batch, rank, rank)
+        return torch.sigmoid(nn.functional.relu(self.weigh(product.flatten(1))))
+
+    def forward(
+        self, feature_map: Float[Tensor, "batch channel *grid"], code: Float[Tensor, "batch bits"]
+    ) -> Float[Tensor, "batch channel *grid"]:
+        """Return the gated map, after a convolution for ``outer``."""
+        gates = self.gates(feature_map, code)
+        gated = feature_map * gates.view(*gates.shape, *(1,) * (feature_map.ndim - 2))
+        return gated if self.kind == "gate" else self.mix(gated)
