@@ -3,10 +3,33 @@
 Some losses cannot show it: a cosine loss is 0, its best value, for constant embeddings.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+COLLAPSED_RANK = 1.5
+"""Effective rank below which a representation counts as collapsed."""
+COLLAPSED_SPREAD = 0.05
+"""The same for ``feature_std``, as a share of its value for directions that spread over the sphere."""
+
+
+def collapse_warning(std: float, rank: float, dimensions: int) -> str | None:
+    """Return a warning about embeddings that have collapsed, None for others.
+
+    Args:
+        std: ``feature_std`` of the embeddings.
+        rank: their ``effective_rank``.
+        dimensions: of an embedding.
+    """
+    if rank >= COLLAPSED_RANK and std * math.sqrt(dimensions) >= COLLAPSED_SPREAD:
+        return None
+    return (
+        f"WARNING: effective rank {rank:.2f}, standard deviation {std:.2g}: all embeddings point the same way, the "
+        "representation has collapsed; try a lower learning rate or a larger batch"
+    )
 
 
 @torch.no_grad()
@@ -38,7 +61,7 @@ def effective_rank(embeddings: Float[Tensor, "sample d"]) -> Float[Tensor, ""]:
 def retrieval_top1(a: Float[Tensor, "sample d"], b: Float[Tensor, "sample d"]) -> Float[Tensor, ""]:
     """Return the share of rows of ``a`` whose nearest row of ``b`` by cosine is the one at the same place.
 
-    ``1 / sample`` when all embeddings are equal.
+    ``1 / sample`` when all embeddings are equal, 0 when there are none.
 
     Args:
         a: embeddings in one view.
@@ -46,5 +69,7 @@ def retrieval_top1(a: Float[Tensor, "sample d"], b: Float[Tensor, "sample d"]) -
     """
     with torch.autocast(a.device.type, enabled=False):
         similarity = F.normalize(a.float(), dim=1) @ F.normalize(b.float(), dim=1).T
+    if not len(a):
+        return torch.zeros((), device=a.device)
     nearest = similarity.argmax(dim=1)
     return (nearest == torch.arange(len(a), device=a.device)).float().mean()

@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import nnssl
 from nnssl.checkpoint import Provenance, read_checkpoint, to_plain, write_checkpoint
-from nnssl.collapse import effective_rank, feature_std
+from nnssl.collapse import collapse_warning, effective_rank, feature_std
 from nnssl.data.case_store import CaseStore
 from nnssl.data.loader import PatchBatch, make_loader
 from nnssl.distributed import is_distributed, mean_over_ranks, rank, world_size
@@ -50,8 +50,6 @@ EMBEDDINGS_KEPT = 1024
 """Embeddings of an epoch's last steps that the collapse monitors look at."""
 SAVING_SHARE = 0.05
 """Writing checkpoints may take this share of the time."""
-COLLAPSED_RANK = 1.5
-"""Effective rank below which a warning says that the representation has collapsed."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +116,7 @@ class PretrainTrainer(nnUNetTrainer):
         self.records: list[dict[str, Any]] = []
         self.embeddings: list[Tensor] = []
         self._last_save = time()
+        self._collapse: str | None = None
         self._save_seconds = 0.0
 
     # ---------------------------------------------------------------- set-up
@@ -408,6 +407,7 @@ class PretrainTrainer(nnUNetTrainer):
             embeddings = torch.cat(self.embeddings)
             values["feature_std"] = float(feature_std(embeddings))
             values["effective_rank"] = float(effective_rank(embeddings))
+            self._collapse = collapse_warning(values["feature_std"], values["effective_rank"], embeddings.shape[1])
         logged = self.logger.local_logger.my_fantastic_logging
         if self.options.probe is not None or KEY in logged:
             logged.setdefault(KEY, [math.nan] * self.current_epoch)
@@ -426,11 +426,8 @@ class PretrainTrainer(nnUNetTrainer):
         last = {key: values[-1] for key, values in metrics.items()}
         shown = ", ".join(f"{key} {last[key]:.4g}" for key in last if key != "loss")
         self.print_to_log_file(f"Epoch {self.current_epoch}: loss {last['loss']:.4f} ({shown})")
-        if last.get("effective_rank", math.inf) < COLLAPSED_RANK:
-            self.print_to_log_file(
-                f"WARNING: effective rank {last['effective_rank']:.2f}: all embeddings point the same way, the representation "
-                "has collapsed; try a lower learning rate or a larger batch"
-            )
+        if self._collapse:
+            self.print_to_log_file(self._collapse)
         if self.local_rank == 0:
             write_metrics(Path(self.output_folder) / "metrics.csv", metrics)
         due = time() - self._last_save > self._save_seconds / SAVING_SHARE

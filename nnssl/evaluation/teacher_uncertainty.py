@@ -9,7 +9,6 @@ here they are all voxels of a tile, in random order and so many at a time as mem
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from nnssl.draws import draw_seed, make_generator
 from nnssl.errors import UserError
 from nnssl.evaluation.dense_network import DenseNetwork, open_dense_network
 from nnssl.evaluation.dense_similarity import check_point, fullest_slice, middle_of
+from nnssl.evaluation.restored_method import restore_method
 from nnssl.evaluation.tiles import Voxel, average_over_tiles, tile_corners
 from nnssl.methods.pixelglobal import point_uncertainty
 from nnssl.networks.heads import PointAssignment
@@ -71,33 +71,16 @@ def open_teacher(
     Raises:
         UserError: the checkpoint is of another method, or as ``open_dense_network``.
     """
-    content, provenance = read_checkpoint(path)
+    provenance = read_checkpoint(path)[1]
     if provenance.method != METHOD:
         raise UserError(
             f"{path}: is of {provenance.method}, which has no teacher that says how sure it is; take {METHOD}'s"
         )
     network, _ = open_dense_network(path, "single", device, say)
-    state = content["nnssl"]["state"]["method"]
-    inner: Any = network.network
-    weights = {name: _teacher_weight(state, content["network_weights"], name) for name in inner.state_dict()}
-    inner.load_state_dict(weights)
-    settings = provenance.settings
-    head = PointAssignment(
-        inner.encoder.output_channels[0],
-        settings["local_hidden"],
-        settings["local_dimensions"],
-        settings["dropout"],
-    )
-    prefix = "teacher_local_head."
-    head.load_state_dict({name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)})
-    wanted = passes or settings["uncertainty_passes"] or 20  # the paper's
-    head = head.requires_grad_(False).to(device)
-    return Teacher(replace(network, kind="single"), head, settings["teacher_temperature"], wanted), provenance
-
-
-def _teacher_weight(state: dict[str, Tensor], student: dict[str, Tensor], name: str) -> Tensor:
-    """Return a weight of the teacher; the segmentation layers, which it does not use, are the student's."""
-    return state.get(f"teacher.{name}", student[name])
+    method, _ = restore_method(path, device)
+    wanted = passes or method.settings.uncertainty_passes or 20  # the paper's
+    teacher = replace(network, network=method.teacher)
+    return Teacher(teacher, method.teacher_local_head, method.settings.teacher_temperature, wanted), provenance
 
 
 def measure_uncertainty(teacher: Teacher, case: StoredCase, slice_vox: int | None) -> Uncertainty:

@@ -155,7 +155,7 @@ METHODS = {
                 encoder_graphs=1,
                 encoder_passes=1,
                 decoder_graphs=1,
-                useful_batch=2,
+                useful_batch=8,
             ),
         ),
     ),

@@ -45,7 +45,7 @@ from nnssl.networks.dense import ENCODER, ENCODER_AND_DECODER, decode, trained_u
 from nnssl.networks.heads import PooledProjection
 from nnssl.schema import STRICT
 from nnssl.views.corruption import CorruptionRange, apply_corruption, draw_corruption
-from nnssl.views.intensity import IntensityRange, apply_intensity, draw_intensity, restrict_to
+from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_overlapping
 from nnssl.views.turns import TurnParams, apply_turns, draw_turns, no_turns, turn_code
 
@@ -147,6 +147,7 @@ class PCRL(PretextMethod):
         super().__init__()
         shape, spacing_mm = configuration.patch_size, configuration.spacing_mm
         check_affine(affine_range(settings), shape, spacing_mm)
+        check_intensity(blur_range(settings, spacing_mm))
         self.settings = settings
         self.configuration = configuration
         self.network = trained_up_to_segmentation(network)

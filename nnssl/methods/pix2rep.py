@@ -50,7 +50,7 @@ from nnssl.methods.settings import TrainingSettings
 from nnssl.networks.dense import ENCODER_AND_DECODER, DenseKind, dense_channels, dense_maps, trained_up_to_segmentation
 from nnssl.networks.heads import PointProjection
 from nnssl.schema import STRICT
-from nnssl.views.intensity import IntensityRange, apply_intensity, draw_intensity, restrict_to
+from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
 from nnssl.views.points import draw_points, foreground_mask, interpolate_at
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine, map_points, valid_mask
 
@@ -151,7 +151,7 @@ class DensePoints(PretextMethod):
     def __init__(self, network: Any, settings: Any, configuration: Any) -> None:
         super().__init__()
         check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
-        intensity_range(settings, configuration.spacing_mm)
+        check_intensity(intensity_range(settings, configuration.spacing_mm))
         self.settings = settings
         self.configuration = configuration
         self.network = trained_up_to_segmentation(network)

@@ -17,12 +17,13 @@ Deviations:
       cross-entropy itself is logged beside the loss. The default is equation 4, until a comparison on data says otherwise.
     * The two images are two of the batch that get the same draws: images are taken in pairs, which costs no further pass.
     * Sums over voxels become means over drawn voxels; weights are ``1 - U``, at least ``least_weight``: a fresh teacher is sure
-      of nothing, and nothing would be learned.
+      of nothing, and a few points would decide.
     * The entropy is divided by the log of the number of dimensions, so that ``1 - U`` lies between 0 and 1.
     * Dropout is in the heads, so the teacher's network runs once and its head ``uncertainty_passes`` times. The target is
       a pass without dropout.
     * Against collapse the paper has batch normalisation, which these networks do not have: here the last layer of both heads
-      is standardised over the batch, and the teacher's softmax is sharper than the student's (DINO).
+      is standardised (``networks.heads.standardised_rows``), and the teacher's softmax is sharper than the student's (DINO).
+    * Student and teacher are not exchanged: each crop is seen by one of them. The student's head drops values too.
     * LARS with a rate of 0.2 at batch 8 is out of its regime: here AdamW.
     * Teacher probabilities are interpolated, not its features: each corner voxel is projected and normalised before.
     * The paper samples nothing; crops share at least ``least_overlap`` of the smaller one.
@@ -55,7 +56,7 @@ from nnssl.momentum import copy_to_teacher, cosine_momentum, momentum_for_run
 from nnssl.networks.dense import ENCODER_AND_DECODER, decoder_maps, trained_up_to_segmentation
 from nnssl.networks.heads import PointAssignment, PooledAssignment
 from nnssl.schema import STRICT
-from nnssl.views.intensity import IntensityRange, apply_intensity, draw_intensity, restrict_to
+from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
 from nnssl.views.points import corner_points, draw_points, interpolate_at
 from nnssl.views.spatial import (
     AffineParams,
@@ -64,13 +65,16 @@ from nnssl.views.spatial import (
     check_affine,
     draw_overlapping,
     map_points,
-    valid_mask,
 )
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 MONITORED_POINTS = 256
 """Points of a step that retrieval is measured on."""
+
+
+ON_VOXEL = 1e-3
+"""Voxels by which rounding may move a point."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ class PixelGlobalSettings:
     uncertainty_passes: Annotated[int, Field(ge=0)] = 20  # [P]
     """Passes of the teacher's head with dropout; 0 for equal weights."""
     least_weight: Share = 0.05  # [R]
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.2  # not stated
+    dropout: Annotated[float, Field(ge=0, le=0.9)] = 0.2  # not stated
     global_weight: Annotated[float, Field(ge=0)] = 1.0  # [P]
     local_weight: Annotated[float, Field(ge=0)] = 1.0  # [P]
     points: Annotated[int, Field(ge=2)] = 8192  # [R]; all shared voxels in the paper
@@ -99,7 +103,7 @@ class PixelGlobalSettings:
     teacher_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.996  # [P] rises to 1
     crop_fraction: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.25, 1.0)  # [R]
     """Share of the patch's area or volume that a view shows."""
-    least_overlap: Share = 0.3  # [R]
+    least_overlap: Annotated[float, Field(gt=0, le=1)] = 0.3  # [R]
     """Share of the smaller crop that both have in common at least."""
     rotation_deg: tuple[Annotated[float, Field(ge=0, le=180)], ...] = (30.0,)  # [R]
     flip_axes: tuple[int, ...] = (0, 1)  # [P]
@@ -119,7 +123,8 @@ class CorrespondingViews:
         teacher: what the teacher sees.
         points_student: (batch, points, d), voxels of the student's crop, zyx.
         points_teacher: the same points in the teacher's crop.
-        valid: (batch, points), 1 where both crops show the point and 0 where no such point was left.
+        valid: (batch, points), 1; 0 for all points of an image whose crops have no voxel in common. Where there are fewer
+            voxels than points, they are repeated.
         partner: (batch,), of each image the one that got the same draws; itself where it is alone.
         seeds: of dropout, one per image; partners have the same.
     """
@@ -142,7 +147,7 @@ class PixelGlobal(PretextMethod):
         configuration: the plan's pretext configuration.
 
     Raises:
-        UserError: the stabilizer compares images of a batch, and there is only one.
+        UserError: the batch is too small to compare images in it, or cannot be shared out in pairs.
     """
 
     defaults: ClassVar[PixelGlobalSettings] = PixelGlobalSettings(
@@ -162,13 +167,9 @@ class PixelGlobal(PretextMethod):
 
     def __init__(self, network: Any, settings: PixelGlobalSettings, configuration: Any) -> None:
         super().__init__()
-        if settings.stabilizer != "none" and settings.training.batch_size < 2 * world_size():
-            raise UserError(
-                f"stabilizer={settings.stabilizer}: compares the images of a batch, and batch_size "
-                f"{settings.training.batch_size} gives fewer than two to a process; --set batch_size={2 * world_size()}"
-            )
+        check_batch(settings, world_size())
         check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
-        intensity_range(settings)
+        check_intensity(intensity_range(settings))
         self.settings = settings
         self.configuration = configuration
         self.network = trained_up_to_segmentation(network)
@@ -208,26 +209,27 @@ class PixelGlobal(PretextMethod):
         student_maps = decoder_maps(self.network, views.student)
         with torch.no_grad():
             teacher_maps = decoder_maps(self.teacher, views.teacher)
-            target = (self.teacher_global_head(teacher_maps[0]) / own.teacher_temperature).softmax(dim=1)
+            global_target = (self.teacher_global_head(teacher_maps[0]) / own.teacher_temperature).softmax(dim=1)
             local_target = self.local_target(teacher_maps[-1], views)
             uncertainty = self.uncertainty(teacher_maps[-1], views)
-        embeddings = self.global_head(student_maps[0])
-        shape = views.student.shape[2:]
-        local = self.local_head(interpolate_at(student_maps[-1], views.points_student, shape), views.seeds)
+        whole = self.global_head(student_maps[0])
+        features = interpolate_at(student_maps[-1], views.points_student, views.student.shape[2:])
+        local = self.local_head(features, views.seeds)
 
-        whole = distillation_cross_entropy(target, embeddings / own.student_temperature).mean()
+        per_image = distillation_cross_entropy(global_target, whole / own.student_temperature)
         per_point = distillation_cross_entropy(local_target, local / own.student_temperature)
         weights = views.valid * (1 - uncertainty).clamp_min(own.least_weight)
         stabilised = stabilise(per_point, views.partner, own.stabilizer, own.stabilizer_share)
         losses = {
-            "global": own.global_weight * whole,
+            "global": own.global_weight * per_image.mean(),
             "local": own.local_weight * weighted_mean(stabilised, weights),
         }
-        return StepOutput(
-            losses,
-            local.detach().flatten(0, 1)[:: self._every(local)],
-            self._monitors(per_point, uncertainty, local, local_target, views),
-        )
+        with torch.no_grad():
+            # without dropout, whose masks alone would look like variety
+            answers = (self.local_head(features, None) / own.student_temperature).softmax(dim=2)
+            monitors = self._monitors(per_point, uncertainty, answers, local_target, views)
+            monitors["global_retrieval_top1"] = retrieval_top1(whole, (global_target + 1e-6).log())
+        return StepOutput(losses, answers.flatten(0, 1)[:: self._every(answers)], monitors)
 
     def local_target(
         self, teacher_map: Float[Tensor, "batch channel *shape"], views: CorrespondingViews
@@ -252,23 +254,23 @@ class PixelGlobal(PretextMethod):
             self.teacher_local_head, features, views.seeds, passes, self.settings.teacher_temperature
         )
 
-    def _every(self, local: Tensor) -> int:
-        return max(1, local.shape[0] * local.shape[1] // MONITORED_POINTS)
+    def _every(self, answers: Tensor) -> int:
+        return max(1, answers.shape[0] * answers.shape[1] // MONITORED_POINTS)
 
     @torch.no_grad()
     def _monitors(
-        self, per_point: Tensor, uncertainty: Tensor, local: Tensor, target: Tensor, views: CorrespondingViews
+        self, per_point: Tensor, uncertainty: Tensor, answers: Tensor, target: Tensor, views: CorrespondingViews
     ) -> dict[str, Tensor]:
         """Return what tells whether views are aligned, whatever the stabilizer does to the loss."""
-        every = self._every(local)
+        every = self._every(answers)
         chosen = views.valid.flatten()[::every] > 0
-        first, second = local.flatten(0, 1)[::every][chosen], target.flatten(0, 1)[::every][chosen]
+        first, second = ((side.flatten(0, 1)[::every][chosen] + 1e-6).log() for side in (answers, target))
         return {
             "voxel_cross_entropy": weighted_mean(per_point, views.valid),
             "target_entropy": weighted_mean(normalised_entropy(target), views.valid) * math.log(target.shape[-1]),
             "uncertainty": weighted_mean(uncertainty, views.valid),
             "valid_share": views.valid.mean(),
-            "retrieval_top1": retrieval_top1(first.float(), (second + 1e-6).log()),
+            "retrieval_top1": retrieval_top1(first, second),
         }
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -317,6 +319,29 @@ def point_uncertainty(
         logits = head(features, [seed + 2 * (each + 1) for seed in seeds])
         total = total.to(logits.device) + (logits / temperature).softmax(dim=2)
     return normalised_entropy(total / passes)
+
+
+def check_batch(settings: PixelGlobalSettings, processes: int) -> None:
+    """Check that images of a batch can be compared, and that pairs stay in one process.
+
+    Args:
+        settings: of the method.
+        processes: that share the batch.
+
+    Raises:
+        UserError: they cannot.
+    """
+    batch = settings.training.batch_size
+    if batch < 2 and (settings.global_weight or settings.stabilizer != "none"):
+        raise UserError(
+            f"batch_size={batch}: the global loss and stabilizer={settings.stabilizer} compare the images of a batch; "
+            "--set batch_size=2, or global_weight=0 stabilizer=none"
+        )
+    if processes > 1 and batch // processes % 2:
+        raise UserError(
+            f"batch_size={batch}: {processes} processes get {batch // processes} images each, and images go in pairs; "
+            f"--set batch_size={(batch // processes + 1) * processes}"
+        )
 
 
 def pair_up(count: int) -> tuple[list[int], list[int]]:
@@ -395,20 +420,27 @@ def intensity_range(settings: PixelGlobalSettings) -> IntensityRange:
 
 
 def shown_by_both(first: AffineParams, second: AffineParams, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Return which voxels of the first view show what the second view shows too: (batch, *shape), bool."""
+    """Return which voxels of the first view show what the second view shows too: (batch, *shape), bool.
+
+    They and all voxels of the second view around their place there show what lies in the patch.
+    """
     axes = [torch.arange(length, device=device, dtype=torch.float32) for length in shape]
     voxels = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
-    voxels = voxels.expand(len(first.linear), *voxels.shape)
-    there = map_points(map_points(voxels, first, "to_input"), second, "to_output")
+    places = map_points(voxels.expand(len(first.linear), *voxels.shape), first, "to_input")
+    there = map_points(places, second, "to_output")
+    there = torch.where((there - there.round()).abs() < ON_VOXEL, there.round(), there)
     last = torch.tensor([length - 1 for length in shape], device=device)
-    inside = ((there >= 0) & (there <= last)).all(dim=2).unflatten(1, tuple(shape))
-    return inside & valid_mask(first, shape, device) & valid_of_points(second, there, shape, device)
-
-
-def valid_of_points(params: AffineParams, points: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Return which points of a view lie on voxels whose source is inside the patch: (batch, *shape) in the points' order."""
-    mask = valid_mask(params, shape, device)[:, None].float()
-    return (interpolate_at(mask, points, shape)[..., 0] > 1 - 1e-4).unflatten(1, tuple(shape))
+    inside = ((there >= 0) & (there <= last) & (places >= -ON_VOXEL) & (places <= last + ON_VOXEL)).all(dim=2)
+    # the furthest that the voxels around a place in the second view lie from it in the patch, axis by axis
+    spacing = torch.tensor(second.spacing_mm, dtype=torch.float64)
+    matrix = (second.linear * spacing / spacing[:, None]).to(places)  # (batch, patch axis, view axis)
+    below, above = there.floor() - there, there.ceil() - there
+    for axis, length in enumerate(shape):
+        steps = [matrix[:, axis, None] * side for side in (below, above)]
+        least, most = (extreme(*steps).sum(dim=2) for extreme in (torch.minimum, torch.maximum))
+        place = places[..., axis]
+        inside &= (place + least >= -ON_VOXEL) & (place + most <= length - 1 + ON_VOXEL)
+    return inside.unflatten(1, tuple(shape))
 
 
 def _flat_index(points: Tensor, shape: Sequence[int]) -> Tensor:

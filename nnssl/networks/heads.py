@@ -41,9 +41,8 @@ class PooledAssignment(nn.Module):
 
     Source: "Pixel-global self-supervised learning with uncertainty-aware context stabilizer" (2022): pooled features of the
     encoder are projected and a softmax follows; dimensions and depth are not stated.
-    Deviations: the hidden layer comes before the mean, as in ``PooledProjection``. The last layer is standardised over the
-    batch and divided by the root of its width, so that no output can win for all images and rows have a length of about
-    1, for which DINO's temperatures were chosen (Caron et al., ICCV 2021).
+    Deviations: the hidden layer comes before the mean, as in ``PooledProjection``. The last layer is standardised
+    (``standardised_rows``).
 
     Args:
         channels: of the feature map.
@@ -57,11 +56,10 @@ class PooledAssignment(nn.Module):
         self.project = nn.Linear(hidden, dimensions)
 
     def forward(self, feature_map: Float[Tensor, "batch channel *grid"]) -> Float[Tensor, "batch dimension"]:
-        """Return one row of logits per sample, in float32."""
-        positions = nn.functional.relu(self.hidden(map_to_tokens(feature_map)))
-        return standardise_over_ranks(self.project(positions.mean(dim=1)).float()) / math.sqrt(
-            self.project.out_features
-        )
+        """Return one row of logits per sample, in float32 throughout."""
+        with torch.autocast(feature_map.device.type, enabled=False):
+            positions = nn.functional.relu(self.hidden(map_to_tokens(feature_map).float()))
+            return standardised_rows(self.project(positions.mean(dim=1)))
 
 
 class PointAssignment(nn.Module):
@@ -87,16 +85,16 @@ class PointAssignment(nn.Module):
     def forward(
         self, features: Float[Tensor, "batch points channel"], seeds: Sequence[int] | None = None
     ) -> Float[Tensor, "batch points dimension"]:
-        """Return a row of logits for every point, in float32.
+        """Return a row of logits for every point, in float32 throughout.
 
         Args:
             features: of points of each sample.
             seeds: of the dropout of each sample; None for no dropout.
         """
-        hidden = nn.functional.relu(self.hidden(self._drop(features, seeds, 0)))
-        logits = self.project(self._drop(hidden, seeds, 1)).float()
-        rows = standardise_over_ranks(logits.flatten(0, 1)).unflatten(0, logits.shape[:2])
-        return rows / math.sqrt(self.project.out_features)
+        with torch.autocast(features.device.type, enabled=False):
+            hidden = nn.functional.relu(self.hidden(self._drop(features.float(), seeds, 0)))
+            logits = self.project(self._drop(hidden, seeds, 1))
+            return standardised_rows(logits.flatten(0, 1)).unflatten(0, logits.shape[:2])
 
     def _drop(self, values: Tensor, seeds: Sequence[int] | None, layer: int) -> Tensor:
         if seeds is None or not self.dropout:
@@ -104,6 +102,20 @@ class PointAssignment(nn.Module):
         dropped = round(self.dropout * 256)
         kept = torch.stack([_random_bytes(values[0], seed + layer) for seed in seeds]) >= dropped
         return values * (256 / (256 - dropped)) * kept
+
+
+def standardised_rows(logits: Float[Tensor, "row dimension"]) -> Float[Tensor, "row dimension"]:
+    """Return logits of which no output can win for all rows and not all outputs can be alike, of a length of about 1.
+
+    What all outputs of a row have in common, which a softmax does not see, is taken away; then every output is standardised over
+    the rows of all processes, and divided by the root of the width. Standardised alone, a head could put all variance into
+    what the outputs have in common, and answer every row with a uniform softmax.
+
+    Source: batch normalisation against collapse, as in the Pixel-global paper; none for the rest.
+    """
+    own = logits - logits.mean(dim=1, keepdim=True)
+    # pooled features of different images differ by some thousandths: the epsilon must not swallow that
+    return standardise_over_ranks(own, epsilon=1e-10) / math.sqrt(logits.shape[1])
 
 
 def _random_bytes(like: Tensor, seed: int) -> Tensor:

@@ -108,6 +108,18 @@ def draw_intensity(generators: Sequence[torch.Generator], ranges: IntensityRange
     return IntensityParams(len(generators), channels, (radius_z, radius_y, radius_x), drawn)
 
 
+def check_intensity(ranges: IntensityRange) -> None:
+    """Check ranges that a user may have set, before anything is drawn.
+
+    Raises:
+        UserError: a range is not usable; names it.
+    """
+    try:
+        _check(ranges)
+    except ValueError as error:
+        raise UserError(f"{error}; --set another") from error
+
+
 def apply_intensity(
     volumes: Float[Tensor, "batch channel *shape"], params: IntensityParams
 ) -> Float[Tensor, "batch channel *shape"]:

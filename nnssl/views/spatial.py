@@ -129,7 +129,8 @@ def draw_overlapping(
     """Draw two crops of each patch that overlap as much as wanted.
 
     The second is drawn until it overlaps enough, eight times at most; then its centre is moved to that of the first,
-    as far as the patch leaves room, and for ``iou`` it gets the zoom of the first.
+    as far as the patch leaves room, and for ``iou`` it gets the zoom of the first. Turned crops near the size of the patch may
+    still overlap a little less than wanted.
 
     Args:
         generators: one per sample; each gives the same number of random numbers whatever is drawn.
@@ -147,15 +148,15 @@ def draw_overlapping(
         ratio = (_volume_share(first) / _volume_share(second)) ** (1 / len(shape))
         second = replace(second, linear=second.linear * ratio[:, None, None])
     second = _moved_to(second, first)
-    for each in reversed(tries):
+    missing = torch.ones(len(generators), dtype=torch.bool)
+    for each in tries:
         overlap = common_share(first, each) if measure == "share" else crop_iou(first, each)
-        enough = overlap >= least
-        second = AffineParams(
-            second.shape,
-            second.spacing_mm,
-            torch.where(enough[:, None, None], each.linear, second.linear),
-            torch.where(enough[:, None], each.centre_mm, second.centre_mm),
-        )
+        taken = missing & (overlap >= least)
+        linear = torch.where(taken[:, None, None], each.linear, second.linear)
+        second = replace(second, linear=linear, centre_mm=torch.where(taken[:, None], each.centre_mm, second.centre_mm))
+        missing &= ~taken
+        if not missing.any():
+            break
     return first, second
 
 

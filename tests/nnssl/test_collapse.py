@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nnssl.collapse import effective_rank, feature_std, retrieval_top1
+from nnssl.collapse import collapse_warning, effective_rank, feature_std, retrieval_top1
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -42,3 +42,22 @@ def test_retrieval():
     assert retrieval_top1(a, half).item() == 0.5
     same = normal(1, 8).expand(40, -1)
     assert retrieval_top1(same, same).item() == pytest.approx(1 / 40)
+
+
+def test_warning_of_equal_and_of_all_but_equal_embeddings():
+    """Noise around one direction has a high rank, which is why the spread counts too."""
+
+    def warned(rows: torch.Tensor) -> str | None:
+        return collapse_warning(float(feature_std(rows)), float(effective_rank(rows)), rows.shape[1])
+
+    assert warned(normal(500, 16)) is None
+    assert "effective rank 0.00" in (warned(normal(1, 16).expand(500, -1)) or "")
+    nearly = normal(1, 16) + 1e-3 * normal(500, 16, seed=1)
+    assert effective_rank(nearly) > 10
+    assert "has collapsed" in (warned(nearly) or "")
+    line = normal(500, 1) * normal(1, 16)
+    assert "effective rank 1.0" in (warned(line) or "")
+
+
+def test_retrieval_among_none_is_zero():
+    assert retrieval_top1(torch.zeros(0, 4), torch.zeros(0, 4)) == 0
