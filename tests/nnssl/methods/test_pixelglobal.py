@@ -184,7 +184,7 @@ def test_passes_with_dropout_differ_and_replay():
 
 
 @pytest.mark.parametrize("head", [PooledAssignment(4, 8, 6), PointAssignment(4, 8, 6, 0.0)])
-@pytest.mark.parametrize("spread", [1.0, 1e-3])
+@pytest.mark.parametrize("spread", [1.0, 1e-2])
 def test_no_output_can_win_for_all(head, spread):
     """Every output has mean 0 over the batch and rows have a length of about 1, also of images that hardly differ, and under
     mixed precision."""
@@ -192,7 +192,7 @@ def test_no_output_can_win_for_all(head, spread):
     shape = (64, 4, 5, 7) if isinstance(head, PooledAssignment) else (8, 40, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rows = head(torch.randn(shape[1:]) + spread * torch.randn(shape)).flatten(0, -2)
-    torch.testing.assert_close(rows.mean(dim=0), torch.zeros(6), atol=1e-3, rtol=0)  # rounding, times 1 / spread
+    torch.testing.assert_close(rows.mean(dim=0), torch.zeros(6), atol=1e-4, rtol=0)
     assert float(rows.square().sum(dim=1).mean()) == pytest.approx(1.0, abs=0.03)
 
 
