@@ -78,8 +78,21 @@ def summarise(table: StudyTable, dataset_name: str, source_name: str) -> tuple[s
         claims.append("No gain over scratch can be claimed.")
     if outcomes[LOSS]:
         claims.append(f"Pretraining harms{_list_claims(outcomes[LOSS], len(judged))}.")
+    if _two_lengths_only(table, outcomes[GAIN]):
+        claims.append(
+            "Scratch was seen at two lengths only; a third, longer one would show whether it has stopped improving."
+        )
     sentences = [_describe(table, dataset_name, source_name), " ".join(claims), _describe_rest(judged)]
     return tuple(sentence for sentence in sentences if sentence)
+
+
+def _two_lengths_only(table: StudyTable, gains: Iterable[Row]) -> bool:
+    """Whether some gain rests on two lengths of scratch, which may both be too early for it to have begun to learn."""
+    lengths: dict[tuple[str, int], set[int]] = {}
+    for row in table.rows:
+        if row.arm == SCRATCH:
+            lengths.setdefault((row.mode, row.labels), set()).add(row.steps)
+    return any(len(lengths.get((row.mode, row.labels), ())) == 2 for row in gains)
 
 
 def _longest(rows: Iterable[Row]) -> list[Row]:

@@ -356,6 +356,15 @@ def test_summary_of_a_gain():
     )
 
 
+@pytest.mark.parametrize(("lengths", "said"), [((150, 450), True), ((150, 450, 1350), False)])
+def test_summary_warns_of_a_gain_that_two_lengths_show(lengths, said):
+    scratch = [make_row(steps=steps) for steps in lengths]
+    gain = make_row("pix2rep", steps=lengths[-1], gain=0.1, verdict="gain")
+    assert ("two lengths only" in summarise(make_table(*scratch, gain), "A", "B")[1]) is said
+    none = make_row("pix2rep", steps=lengths[-1], gain=0.0, verdict="no difference seen")
+    assert "two lengths" not in " ".join(summarise(make_table(*scratch, none), "A", "B"))
+
+
 def test_summary_of_a_loss():
     assert summary_of(make_row("pix2rep", gain=-0.039, verdict="loss", mode="linear"))[1:] == (
         "No gain over scratch can be claimed. "
