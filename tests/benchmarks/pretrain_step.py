@@ -3,11 +3,15 @@
 Bare is what no implementation of the stage can do without. RepRec, contrastive: the encoder forward and backward on one view
 and forward on the other; generative: the encoder forward, the transformer and the token decoder forward and backward.
 Pix2Rep: encoder and decoder forward and backward on both views. Pixel-global: both forward on both views, backward on one.
-Both are timed in turns in one process, under the same
-precision, so that a busy machine slows both.
+PCRL: the encoder forward on both views and the decoder on three times the batch, backward through all but one encoder.
+Both are timed in turns in one process, under the same precision, so that a busy machine slows both. ``--memory`` gives the
+largest resident memory instead, of processes that do nothing but steps and nothing but the bare network.
 """
 
 import argparse
+import concurrent.futures
+import multiprocessing
+import resource
 import statistics
 from collections.abc import Callable
 from time import perf_counter
@@ -17,7 +21,7 @@ import torch
 
 from nnssl.data.raw import find_dataset
 from nnssl.methods import METHODS
-from nnssl.networks.dense import decoder_maps
+from nnssl.networks.dense import decode, decoder_maps
 from nnssl.paths import resolve_folders
 from tests.benchmarks.machine import describe
 from trainers import pretext
@@ -66,12 +70,25 @@ def bare_distillation(trainer: PretrainTrainer, views: Any) -> None:
     output.float().square().mean().backward()
 
 
+def bare_contexts(trainer: PretrainTrainer, views: Any) -> None:
+    """Encoder on both views, decoder on three times the batch, backward through all but the second encoder."""
+    method: Any = trainer.method
+    with trainer.precision.autocast(trainer.device):
+        features = method.network.encoder(views.seen_o)
+        with torch.no_grad():
+            taught = method.teacher(views.seen_m)
+        pairs = zip(features, taught, strict=True)
+        output = decode(method.network.decoder, [torch.cat([own, other, own]) for own, other in pairs])[-1]
+    output.float().square().mean().backward()
+
+
 BARE = {
     "reprec.contrastive": bare_contrastive,
     "reprec.generative": bare_generative,
     "pix2rep.dense": bare_dense,
     "pix2rep_v2.dense": bare_dense,
     "pixelglobal.distillation": bare_distillation,
+    "pcrl.contexts": bare_contexts,
 }
 
 
@@ -91,38 +108,72 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings, as in nnssl_pretrain")
+    parser.add_argument("--memory", action="store_true", help="largest memory instead of seconds")
     args = parser.parse_args()
     args.configuration = args.configuration or METHODS[args.method].configurations[0]
     folders = resolve_folders()
     path = find_plan(folders, find_dataset(args.dataset, folders), "nnsslPlans", print)
     print(describe())
+    stages = METHODS[args.method].stages
+    if args.memory:
+        print("| stage | batch | step (GB) | bare (GB) | ratio |\n|---|---|---|---|---|")
+        for stage in stages:
+            step, own = (in_own_process(largest_memory, path, stage, args, bare) for bare in (False, True))
+            print(f"| {stage.name} | {args.batch_size} | {step:.2f} | {own:.2f} | {step / own:.2f} |", flush=True)
+        return
     print("| stage | batch | step (s) | bare (s) | ratio | waiting for data |\n|---|---|---|---|---|---|")
-    for stage in METHODS[args.method].stages:
-        bare = BARE[stage.name]
-        trainer = make_trainer(path, stage.trainer, args)
-        trainer.dataloader_train, _ = trainer.get_dataloaders()
-        trainer.method.train()
-        steps, bares, waits = [], [], []
-        for repeat in range(args.repeats + 2):
-            started = perf_counter()
-            batch = next(trainer.dataloader_train)
-            waited = perf_counter() - started
-            seconds = timed(lambda batch=batch, trainer=trainer: trainer.train_step(batch))
-            trainer.current_step += 1
-            generators = [torch.Generator().manual_seed(i) for i in range(len(batch.samples))]
-            views = trainer.method.make_views(batch.volumes, generators)
-            own = timed(lambda views=views, trainer=trainer, bare=bare: bare(trainer, views))
+    for stage in stages:
+        step, own, ratio, wait = time_stage(path, stage, args)
+        print(f"| {stage.name} | {args.batch_size} | {step:.3f} | {own:.3f} | {ratio:.2f} | {wait:.1%} |", flush=True)
+
+
+def time_stage(path: Any, stage: Any, args: argparse.Namespace) -> tuple[float, float, float, float]:
+    """Return medians: seconds of a step, of the bare network, their ratio, and the share of a step that waits for data."""
+    trainer = make_trainer(path, stage.trainer, args)
+    steps, bares, waits = [], [], []
+    for repeat in range(args.repeats + 2):
+        started = perf_counter()
+        batch = next(trainer.dataloader_train)
+        waited = perf_counter() - started
+        seconds = timed(lambda batch=batch: trainer.train_step(batch))
+        trainer.current_step += 1
+        views = views_of(trainer, batch)
+        own = timed(lambda views=views: BARE[stage.name](trainer, views))
+        trainer.optimizer.zero_grad(set_to_none=True)
+        if repeat >= 2:  # the first two warm caches
+            steps.append(seconds)
+            bares.append(own)
+            waits.append(waited / (waited + seconds))
+    trainer._end_readers()
+    ratio = statistics.median([a / b for a, b in zip(steps, bares, strict=True)])
+    return statistics.median(steps), statistics.median(bares), ratio, statistics.median(waits)
+
+
+def largest_memory(path: Any, stage: Any, args: argparse.Namespace, bare: bool) -> float:
+    """Return the largest resident memory of this process in GB after some steps, or as many runs of the bare network."""
+    trainer = make_trainer(path, stage.trainer, args)
+    for _ in range(4):
+        batch = next(trainer.dataloader_train)
+        if bare:
+            BARE[stage.name](trainer, views_of(trainer, batch))
             trainer.optimizer.zero_grad(set_to_none=True)
-            if repeat >= 2:  # the first two warm caches
-                steps.append(seconds)
-                bares.append(own)
-                waits.append(waited / (waited + seconds))
-        ratio = statistics.median([a / b for a, b in zip(steps, bares, strict=True)])
-        print(
-            f"| {stage.name} | {args.batch_size} | {statistics.median(steps):.3f} | {statistics.median(bares):.3f} | "
-            f"{ratio:.2f} | {statistics.median(waits):.1%} |"
-        )
-        trainer._end_readers()
+        else:
+            trainer.train_step(batch)
+            trainer.current_step += 1
+    trainer._end_readers()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns in a fresh process, whose memory nothing else has used."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def views_of(trainer: PretrainTrainer, batch: Any) -> Any:
+    """Return the views of a batch, drawn anew."""
+    generators = [torch.Generator().manual_seed(i) for i in range(len(batch.samples))]
+    return trainer.method.make_views(batch.volumes, generators)
 
 
 def make_trainer(path: Any, name: str, args: argparse.Namespace) -> PretrainTrainer:
@@ -136,6 +187,8 @@ def make_trainer(path: Any, name: str, args: argparse.Namespace) -> PretrainTrai
     trainer.options = RunOptions(overrides=(f"batch_size={args.batch_size}", *args.set))
     trainer.disable_checkpointing = True
     trainer.initialize()
+    trainer.dataloader_train, _ = trainer.get_dataloaders()
+    trainer.method.train()
     return trainer
 
 
