@@ -13,6 +13,7 @@ import torch
 
 from nnssl.cli import finetune, info, plan_and_preprocess, pretrain
 from nnssl.data.phantoms import write_phantom_dataset
+from nnssl.methods import METHODS
 
 SHAPE, SPACING_MM = (16, 24, 20), (2.5, 1.5, 1.7)
 NAME = "Dataset501_Phantoms"
@@ -181,7 +182,7 @@ def test_pretraining_refuses(planned, capsys):
     def refuses(*argv: str) -> str:
         return fails(capsys, pretrain, "--device", "cpu", *argv)
 
-    assert "there is no method 'simclr'; nnssl has pix2rep, pix2rep_v2, reprec" in refuses("-m", "simclr")
+    assert f"there is no method 'simclr'; nnssl has {', '.join(sorted(METHODS))}" in refuses("-m", "simclr")
     line = refuses("-m", "reprec", "--set", "temprature=1")
     assert "no setting 'temprature'" in line
     assert "temperature" in line

@@ -17,6 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnssl.checkpoint import read_checkpoint
 from nnssl.cli.info import explain_checkpoint, explain_installation
 from nnssl.errors import UserError
+from nnssl.methods import METHODS
 from nnssl.paths import resolve_folders
 from planners.plan import read_plan
 from tests.trainers.conftest import NAME, plan_toy
@@ -258,7 +259,7 @@ def test_wrong_inputs_are_one_line(toy, tmp_path):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "there is no method 'simclr'; nnssl has pix2rep, pix2rep_v2, reprec" in message(
+    assert f"there is no method 'simclr'; nnssl has {', '.join(sorted(METHODS))}" in message(
         pretrain, "simclr", toy, NAME
     )
     assert "run nnssl_plan_and_preprocess -d Dataset777_No" in message(pretrain, "reprec", toy, "Dataset777_No")
