@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnssl.errors import UserError
 from nnssl.methods.protocol import Exported, PretextMethod
+from nnssl.methods.state import load_method_state, method_state
 
 
 def network_weights(network: nn.Module, exported: Exported | None) -> dict[str, Tensor]:
@@ -19,12 +19,6 @@ def network_weights(network: nn.Module, exported: Exported | None) -> dict[str, 
         name: torch.full_like(value, exported.fixed[name]) if name in exported.fixed else value
         for name, value in weights.items()
     }
-
-
-def method_state(network: nn.Module, method: PretextMethod) -> dict[str, Tensor]:
-    """Return the state of what a method adds to the network: heads, teacher, queue."""
-    in_network = {value.data_ptr() for value in network.state_dict().values()}
-    return {name: value for name, value in method.state_dict().items() if value.data_ptr() not in in_network}
 
 
 def run_state(
@@ -46,11 +40,6 @@ def read_state(
     Raises:
         UserError: the method of the checkpoint has other parts than this one.
     """
-    network.load_state_dict(content["network_weights"])
+    load_method_state(path, content, network, method)
     state = content["nnssl"]["state"]
-    if set(method_state(network, method)) != set(state["method"]):
-        raise UserError(f"{path}: its heads differ from those of this nnssl; start again with --restart")
-    # what the method shares with the network is loaded already, so only unexpected keys would be a mistake
-    result = method.load_state_dict(state["method"], strict=False)
-    assert not result.unexpected_keys
     return list(state["epoch_records"]), [value.to(device) for value in state["epoch_embeddings"]]

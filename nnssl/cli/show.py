@@ -11,6 +11,7 @@ from nnssl.cli.command import add_device_argument, choose_device, natural_int, p
 if TYPE_CHECKING:
     from nnssl.data.case_store import CaseStore
     from nnssl.evaluation.dense_network import DenseNetwork
+    from trainers.pretrained_weights import Weights
 
 NAME = "nnssl_show"
 OTHERS = 2
@@ -37,16 +38,10 @@ def make_parser() -> argparse.ArgumentParser:
     embedding = _add_picture(
         pictures, "embedding", _embedding, "the three main directions of the features of a case as red, green and blue"
     )
-    embedding.add_argument(
-        "--slice", type=natural_int, metavar="Z", help="of a 2D network (default: the one with the most body)"
-    )
     for each in (similarity, embedding):
         _add_feature_arguments(each)
     uncertainty = _add_picture(
         pictures, "uncertainty", _uncertainty, "where the teacher of pixelglobal is not sure, by passes with dropout"
-    )
-    uncertainty.add_argument(
-        "--slice", type=natural_int, metavar="Z", help="of a 2D network (default: the one with the most body)"
     )
     uncertainty.add_argument(
         "--passes", type=positive_int, metavar="N", help="with dropout (default: as in pretraining)"
@@ -54,9 +49,10 @@ def make_parser() -> argparse.ArgumentParser:
     reconstruction = _add_picture(
         pictures, "reconstruction", _reconstruction, "what the decoder of pcrl makes of a patch for its three encoders"
     )
-    reconstruction.add_argument(
-        "--slice", type=natural_int, metavar="Z", help="of a 2D network (default: the one with the most body)"
-    )
+    for each in (embedding, uncertainty, reconstruction):
+        each.add_argument(
+            "--slice", type=natural_int, metavar="Z", help="of a 2D network (default: the one with the most body)"
+        )
     reconstruction.add_argument("--seed", type=int, default=0, help="of crops, corruption and turns (default: 0)")
     return parser
 
@@ -136,58 +132,50 @@ def _embedding(args: argparse.Namespace) -> None:
 
 
 def _uncertainty(args: argparse.Namespace) -> None:
-    from nnssl.data.raw import find_dataset
-    from nnssl.evaluation.dense_network import find_case, open_cases
-    from nnssl.evaluation.pictures import check_picture_path, uncertainty_figure, write_picture
+    from nnssl.evaluation.dense_network import find_case
+    from nnssl.evaluation.pictures import uncertainty_figure, write_picture
     from nnssl.evaluation.teacher_uncertainty import measure_uncertainty, open_teacher
-    from nnssl.paths import resolve_folders
-    from trainers.pretrained_weights import open_weights
 
-    check_picture_path(args.output)
-    folders = resolve_folders(say)
-    weights = open_weights(args.weights, folders, say)
-    teacher, provenance = open_teacher(weights.path, args.passes, choose_device(args.device, say), say)
-    dataset = provenance.dataset_name if args.dataset is None else find_dataset(args.dataset, folders)
-    store = open_cases(provenance, dataset, folders, say)
-    uncertainty = measure_uncertainty(teacher, find_case(store, args.case or store.names[0]), args.slice)
-    described = (
-        f"{provenance.stage}, step {provenance.step} of {provenance.total_steps}; {teacher.passes} passes\n"
-        f"pretrained on {provenance.dataset_name} ({provenance.configuration}); case of {dataset}"
-    )
+    weights, store = _open_weights(args)
+    teacher, _ = open_teacher(weights.path, args.passes, choose_device(args.device, say), say)
+    case = find_case(store, args.case or store.names[0])
+    uncertainty = measure_uncertainty(teacher, case, args.slice)
+    described = _describe(weights, f"{teacher.passes} passes", store)
     write_picture(args.output, uncertainty_figure(uncertainty, described))
     say(f"picture: {args.output}")
 
 
 def _reconstruction(args: argparse.Namespace) -> None:
-    from nnssl.data.raw import find_dataset
-    from nnssl.evaluation.dense_network import find_case, open_cases
-    from nnssl.evaluation.pictures import check_picture_path, reconstruction_figure, write_picture
+    from nnssl.evaluation.dense_network import find_case
+    from nnssl.evaluation.pictures import reconstruction_figure, write_picture
     from nnssl.evaluation.reconstructions import open_reconstructor, reconstruct_case
-    from nnssl.paths import resolve_folders
-    from trainers.pretrained_weights import open_weights
 
-    check_picture_path(args.output)
-    folders = resolve_folders(say)
+    weights, store = _open_weights(args)
     device = choose_device(args.device, say)
-    method, provenance = open_reconstructor(open_weights(args.weights, folders, say).path, device)
-    dataset = provenance.dataset_name if args.dataset is None else find_dataset(args.dataset, folders)
-    store = open_cases(provenance, dataset, folders, say)
+    method, _ = open_reconstructor(weights.path, device)
     case = find_case(store, args.case or store.names[0])
     made = reconstruct_case(method, case, args.slice, args.seed, device)
-    described = (
-        f"{provenance.stage}, step {provenance.step} of {provenance.total_steps}; {case.name} of {dataset}\n"
-        f"pretrained on {provenance.dataset_name} ({provenance.configuration})"
-    )
+    described = _describe(weights, case.name, store)
     write_picture(args.output, reconstruction_figure(made, method.configuration.spacing_mm, described))
     for each in made:
-        say(f"{each.model}: mean squared error {each.error:.3f}, of the mean {each.error_of_mean:.3f}")
+        say(f"{each.model}: mean squared error {each.error:.3f}, at best without the code {each.error_untold:.3f}")
     say(f"picture: {args.output}")
 
 
 def _open(args: argparse.Namespace) -> "tuple[DenseNetwork, CaseStore, str]":
     """Return the network of the weights, the cases to show it, and what it is in words."""
+    from nnssl.evaluation.dense_network import open_dense_network
+
+    weights, store = _open_weights(args)
+    network, _ = open_dense_network(weights.path, args.features, choose_device(args.device, say), say)
+    say(f"Features: {network.kind}")
+    return network, store, _describe(weights, f"features: {network.kind}", store)
+
+
+def _open_weights(args: argparse.Namespace) -> "tuple[Weights, CaseStore]":
+    """Return the weights and the cases to show them, once it is sure that the picture can be written."""
     from nnssl.data.raw import find_dataset
-    from nnssl.evaluation.dense_network import open_cases, open_dense_network
+    from nnssl.evaluation.dense_network import open_cases
     from nnssl.evaluation.pictures import check_picture_path
     from nnssl.paths import resolve_folders
     from trainers.pretrained_weights import open_weights
@@ -197,14 +185,16 @@ def _open(args: argparse.Namespace) -> "tuple[DenseNetwork, CaseStore, str]":
     weights = open_weights(args.weights, folders, say)
     provenance = weights.provenance
     dataset = provenance.dataset_name if args.dataset is None else find_dataset(args.dataset, folders)
-    store = open_cases(provenance, dataset, folders, say)
-    network, _ = open_dense_network(weights.path, args.features, choose_device(args.device, say), say)
-    say(f"Features: {network.kind}")
-    described = (
-        f"{provenance.stage}, step {provenance.step} of {provenance.total_steps}; features: {network.kind}\n"
-        f"pretrained on {provenance.dataset_name} ({provenance.configuration}); cases of {dataset}"
+    return weights, open_cases(provenance, dataset, folders, say)
+
+
+def _describe(weights: "Weights", detail: str, store: "CaseStore") -> str:
+    """Return the two lines above a picture: what made it, and of which data."""
+    own = weights.provenance
+    return (
+        f"{own.stage}, step {own.step} of {own.total_steps}; {detail}\n"
+        f"pretrained on {own.dataset_name} ({own.configuration}); cases of {store.folder.parent.name}"
     )
-    return network, store, described
 
 
 if __name__ == "__main__":

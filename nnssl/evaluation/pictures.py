@@ -163,7 +163,7 @@ def reconstruction_figure(reconstructions: Sequence[Reconstruction], spacing_mm:
             axes.set_yticks([])
         _head(row[0], f"{MODEL_NAMES[each.model]}: input")
         _head(row[1], "asked for")
-        _head(row[2], f"made: error {each.error:.2f}, of the mean {each.error_of_mean:.2f}")
+        _head(row[2], f"made: error {each.error:.2f}, untold {each.error_untold:.2f}")
     return figure
 
 

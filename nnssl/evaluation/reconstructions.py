@@ -14,7 +14,7 @@ from nnssl.draws import make_generator
 from nnssl.errors import UserError
 from nnssl.evaluation.dense_similarity import check_point, fullest_slice, middle_of
 from nnssl.evaluation.restored_method import restore_method
-from nnssl.methods.pcrl import error_of_mean, mix, reconstruction_targets
+from nnssl.methods.pcrl import errors_untold, mix, reconstruction_targets
 
 METHOD = "pcrl"
 
@@ -29,7 +29,7 @@ class Reconstruction:
         target: the clean crop, flipped and turned.
         output: of the decoder.
         error: mean squared error over the patch, all channels.
-        error_of_mean: that of answering with the mean of the target.
+        error_untold: the least error of an answer that does not listen to the code; without attention, that of the mean.
     """
 
     model: str
@@ -37,7 +37,7 @@ class Reconstruction:
     target: Float32[np.ndarray, "y x"]
     output: Float32[np.ndarray, "y x"]
     error: float
-    error_of_mean: float
+    error_untold: float
 
 
 def open_reconstructor(path: Path, device: torch.device) -> tuple[Any, Provenance]:
@@ -47,8 +47,10 @@ def open_reconstructor(path: Path, device: torch.device) -> tuple[Any, Provenanc
         UserError: the checkpoint is of another method, reconstructs nothing, or as ``restore_method``.
     """
     provenance = read_checkpoint(path)[1]
-    if provenance.method != METHOD or not provenance.settings["reconstruction_weight"]:
+    if provenance.method != METHOD:
         raise UserError(f"{path}: is of {provenance.method} and reconstructs nothing; take {METHOD}'s")
+    if not provenance.settings["reconstruction_weight"]:
+        raise UserError(f"{path}: was pretrained with reconstruction_weight=0; take weights that reconstruct")
     return restore_method(path, device)
 
 
@@ -83,6 +85,7 @@ def reconstruct_case(
     views = method.make_views(volumes, [make_generator(seed, "reconstructions", case.name)])
     outputs = method.reconstruct(method.network.encoder(views.seen_o), method.teacher(views.seen_m), views)
     targets = reconstruction_targets(views, method.settings.hybrid_target)
+    untold = errors_untold(views, method.settings)
     seen = {"o": views.seen_o, "m": views.seen_m, "h": mix(views.seen_o, views.seen_m, views.mixing)}
     return [
         Reconstruction(
@@ -91,7 +94,7 @@ def reconstruct_case(
             _middle(targets[model]),
             _middle(output),
             float((output.float() - targets[model]).square().mean()),
-            float(error_of_mean(targets[model])),
+            float(untold[model]),
         )
         for model, output in outputs.items()
     ]

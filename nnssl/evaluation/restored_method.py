@@ -6,10 +6,10 @@ from typing import Any
 import torch
 
 from nnssl.checkpoint import Provenance, read_checkpoint
-from nnssl.errors import UserError
 from nnssl.evaluation.dense_network import planned_configuration
 from nnssl.methods import find_stage
 from nnssl.methods.settings import settings_of_run
+from nnssl.methods.state import load_method_state
 from nnssl.networks.backbone import build_network, seeded
 from planners.plan import plan_from_dict
 
@@ -41,12 +41,5 @@ def restore_method(path: Path, device: torch.device, trained: bool = True) -> tu
     configuration = plan.configuration(provenance.configuration)
     method: Any = seeded(lambda: implementation(network, settings, configuration), provenance.seed, stage.name)
     if trained:
-        state = content["nnssl"]["state"]["method"]
-        try:
-            network.load_state_dict(weights)
-            own = method.state_dict()
-            method.load_state_dict({**own, **state})
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise UserError(f"{path}: its state does not fit {provenance.stage} ({reason}); pretrain again") from error
+        load_method_state(path, content, network, method)
     return method.eval().requires_grad_(False).to(device), provenance

@@ -18,6 +18,9 @@ Deviations:
     * Equation 8's hybrid target: the mixed crop, turned. ``hybrid_target=turned_then_mixed`` mixes separately conditioned
       features and turned crops, as the code does.
     * Quarter turns only in a plane of equal sides and spacing, else half turns: others would not keep the voxel grid.
+    * Negatives are the other keys of the batch. With a queue, as in paper and code, the loss falls below chance while no image
+      is told from another: positives and queue differ in age (measured for RepRec, and here).
+    * The attention's factor of the map, and what normalises both factors: see ``networks.attention``.
     * Crops lie in the plan's patch and cover the plan's share of it; in the code they are between half and 1.75 times the
       input's size. Both overlap by the code's intersection over union, drawn in every step instead of 16 pairs in advance.
     * No sigmoid at the end: the data are standardised, not scaled to [0, 1].
@@ -35,7 +38,9 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor, nn
 
+from nnssl.collapse import retrieval_top1
 from nnssl.distributed import gather, rank
+from nnssl.errors import UserError
 from nnssl.losses.contrastive import info_nce_in_batch, info_nce_with_queue
 from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput
 from nnssl.methods.settings import TrainingSettings
@@ -47,7 +52,16 @@ from nnssl.schema import STRICT
 from nnssl.views.corruption import CorruptionRange, apply_corruption, draw_corruption
 from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_overlapping
-from nnssl.views.turns import TurnParams, apply_turns, draw_turns, no_turns, turn_code
+from nnssl.views.turns import (
+    TurnParams,
+    TurnSteps,
+    apply_turns,
+    draw_turns,
+    keeps_grid,
+    mean_over_turns,
+    no_turns,
+    turn_code,
+)
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -68,7 +82,7 @@ class PCRLSettings:
     """0 leaves the contrast alone: the decoder is neither run nor trained."""
     temperature: Positive = 0.2  # [P] [C]
     embedding_dimensions: Annotated[int, Field(ge=2)] = 128  # [C]
-    negatives: Literal["batch", "queue", "both"] = "queue"  # [P]
+    negatives: Literal["batch", "queue", "both"] = "batch"  # [R]; queue in the paper
     queue_length: Annotated[int, Field(ge=1)] = 16_384  # [C]
     teacher_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99  # [P]; 0.999 in the code
     attention: Literal["outer", "gate", "none"] = "outer"  # [P]; gate in the code
@@ -84,12 +98,14 @@ class PCRLSettings:
     )  # [C] 2D
     least_iou: Share = 0.25  # [C]
     rotation_deg: tuple[Annotated[float, Field(ge=0, le=180)], ...] = (10.0,)  # [C]
-    flip_axes: tuple[int, ...] = (0, 1)  # [P]
-    """Axes that a code may flip, and that the crop may be flipped along before."""
+    flip_axes: tuple[int, ...] = (0, 1)  # [C]
+    """Axes that the crop may be flipped along."""
     flip_probability: Share = 0.5  # [C]
+    asked_flips: tuple[int, ...] = (0, 1)  # [P] all axes
+    """Axes that a code may flip."""
+    asked_turns: TurnSteps = "quarter"  # [P]
+    """Whether a code may turn the plane by quarters, by halves, or not at all."""
     turn_plane: tuple[int, int] = (0, 1)  # [P] the first two axes
-    quarter_turns: bool = True  # [P]
-    """Whether the plane may be turned by 90 and 270 degrees."""
     blur_vox: Weight = 2.0  # [C]
     """Largest sigma along the finest axis, and as many mm along the others."""
     blur_probability: Share = 1.0  # [C]
@@ -108,6 +124,7 @@ class ContextViews:
         seen_o: ``clean_o``, corrupted.
         seen_m: ``clean_m``, corrupted.
         turns: the transformation that is asked for, by model; no ``h`` without mixup.
+        codes: (batch, bits), what says so to the decoder, by model.
         mixing: (batch,), share of ``o`` in the hybrid, 0 to 1.
     """
 
@@ -116,6 +133,7 @@ class ContextViews:
     seen_o: Float[Tensor, "batch channel *shape"]
     seen_m: Float[Tensor, "batch channel *shape"]
     turns: dict[str, TurnParams]
+    codes: dict[str, Tensor]
     mixing: Float[Tensor, " batch"]
 
 
@@ -146,6 +164,8 @@ class PCRL(PretextMethod):
     def __init__(self, network: Any, settings: PCRLSettings, configuration: Any) -> None:
         super().__init__()
         shape, spacing_mm = configuration.patch_size, configuration.spacing_mm
+        check_losses(settings)
+        check_turns(settings, shape, spacing_mm)
         check_affine(affine_range(settings), shape, spacing_mm)
         check_intensity(blur_range(settings, spacing_mm))
         self.settings = settings
@@ -177,15 +197,19 @@ class PCRL(PretextMethod):
 
     @classmethod
     def from_plan(cls, configuration: Any) -> dict[str, Any]:
-        """Return crop, rotation, flips, turns, rank of the attention and length of the queue as the plan has them."""
+        """Return crop, rotation, flips, turns, rank of the attention and length of the queue as the plan has them.
+
+        A code may flip every axis, the thick one too: that keeps the grid, and it is told.
+        """
         small = 10.0  # [C] degrees
         return {
             "queue_length": configuration.queue_length,
             "crop_fraction": configuration.crop_fraction,
             "rotation_deg": tuple(min(small, each) for each in configuration.rotation_deg),
             "flip_axes": configuration.flip_axes,
+            "asked_flips": tuple(range(len(configuration.patch_size))),
+            "asked_turns": "quarter" if configuration.context.quarter_turns else "half",
             "turn_plane": configuration.context.turn_plane,
-            "quarter_turns": configuration.context.quarter_turns,
             "attention_rank": configuration.context.attention_rank,
         }
 
@@ -205,14 +229,18 @@ class PCRL(PretextMethod):
             keys = self.teacher_head(taught[-1])
             all_keys = gather(keys)
         losses = {"contrast": own.contrast_weight * self._contrast(queries, keys, all_keys)}
-        monitors = {"positive_similarity": (queries * keys).sum(dim=1).mean().detach()}
+        monitors = {
+            "positive_similarity": (queries * keys).sum(dim=1).mean().detach(),
+            "retrieval_top1": retrieval_top1(queries, keys),
+        }
         if own.reconstruction_weight:
+            for model, errors in errors_untold(views, own).items():
+                monitors[f"untold_{model}"] = own.reconstruction_weight * errors.mean()
             outputs = self.reconstruct(features, taught, views)
             targets = reconstruction_targets(views, own.hybrid_target)
             for model, output in outputs.items():
                 error = F.mse_loss(output.float(), targets[model].float())
                 losses[f"reconstruction_{model}"] = own.reconstruction_weight * error
-            monitors["error_of_mean"] = error_of_mean(targets["o"])
         return StepOutput(losses, queries.detach(), monitors, carry=all_keys)
 
     def _contrast(self, queries: Tensor, keys: Tensor, all_keys: Tensor) -> Tensor:
@@ -233,11 +261,11 @@ class PCRL(PretextMethod):
             views: of the step.
         """
         maps = {"o": list(features), "m": list(taught)}
-        gated = {model: self._attend(maps[model][-1], views.turns[model]) for model in ("o", "m")}
+        gated = {model: self._attend(maps[model][-1], views.codes[model]) for model in ("o", "m")}
         if "h" in views.turns:
             maps["h"] = [mix(first, second, views.mixing) for first, second in zip(features, taught, strict=True)]
             if self.settings.hybrid_target == "mixed_then_turned":
-                gated["h"] = self._attend(maps["h"][-1], views.turns["h"])
+                gated["h"] = self._attend(maps["h"][-1], views.codes["h"])
             else:
                 gated["h"] = mix(gated["o"], gated["m"], views.mixing)
         models = list(maps)
@@ -248,10 +276,8 @@ class PCRL(PretextMethod):
         last = decode(self.network.decoder, [*skips, torch.cat([gated[model] for model in models])])[-1]
         return dict(zip(models, self.output(last).chunk(len(models)), strict=True))
 
-    def _attend(self, bottleneck: Tensor, turns: TurnParams) -> Tensor:
-        if self.settings.attention == "none":
-            return bottleneck
-        return self.attention(bottleneck, turn_code(turns).to(bottleneck.device))
+    def _attend(self, bottleneck: Tensor, code: Tensor) -> Tensor:
+        return bottleneck if self.settings.attention == "none" else self.attention(bottleneck, code)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return encoder, decoder, attention, projection and output layer; all decay."""
@@ -304,27 +330,24 @@ def make_context_views(
         painted = draw_corruption(generators, corruption, shape, spacing_mm, paint_like=painted)
         clean.append(apply_affine(volumes, crop))
         seen.append(apply_corruption(apply_intensity(clean[-1], blurred), painted))
-    plane, axes = settings.turn_plane, settings.flip_axes
-    turns = {model: draw_turns(generators, len(shape), plane, settings.quarter_turns, axes) for model in MODELS}
+    asked = (len(shape), settings.turn_plane, settings.asked_turns, settings.asked_flips)
+    turns = {model: draw_turns(generators, *asked) for model in MODELS}
     if settings.attention == "none":
-        turns = dict.fromkeys(MODELS, no_turns(len(volumes), len(shape), plane))
+        turns = dict.fromkeys(MODELS, no_turns(len(volumes), len(shape), settings.turn_plane))
     mixing = torch.cat([torch.rand(1, generator=each) for each in generators])  # Beta(1, 1)
     if not settings.mixup:
         del turns["h"]
-    return ContextViews(clean[0], clean[1], seen[0], seen[1], turns, mixing.to(volumes.device))
+    codes = {model: turn_code(each).to(volumes.device, non_blocking=True) for model, each in turns.items()}
+    return ContextViews(clean[0], clean[1], seen[0], seen[1], turns, codes, mixing.to(volumes.device))
 
 
 def reconstruction_targets(
     views: ContextViews, hybrid_target: Literal["mixed_then_turned", "turned_then_mixed"]
 ) -> dict[str, Float[Tensor, "batch channel *shape"]]:
     """Return what the decoder is asked for, by model: the clean crops, flipped and turned (equation 8)."""
-    clean = {"o": views.clean_o, "m": views.clean_m}
-    targets = {model: apply_turns(volumes, views.turns[model]) for model, volumes in clean.items()}
-    if "h" in views.turns:
-        if hybrid_target == "mixed_then_turned":
-            targets["h"] = apply_turns(mix(views.clean_o, views.clean_m, views.mixing), views.turns["h"])
-        else:
-            targets["h"] = mix(targets["o"], targets["m"], views.mixing)
+    targets = {model: apply_turns(clean_crop(model, views), turns) for model, turns in views.turns.items()}
+    if "h" in targets and hybrid_target == "turned_then_mixed":
+        targets["h"] = mix(targets["o"], targets["m"], views.mixing)
     return targets
 
 
@@ -334,10 +357,65 @@ def mix(first: Tensor, second: Tensor, share: Float[Tensor, " batch"]) -> Tensor
     return share * first + (1 - share) * second
 
 
+def clean_crop(model: str, views: ContextViews) -> Float[Tensor, "batch channel *shape"]:
+    """Return the clean crop of a model, as it is before it is turned; of the hybrid the mix of both."""
+    if model == "h":
+        return mix(views.clean_o, views.clean_m, views.mixing)
+    return views.clean_o if model == "o" else views.clean_m
+
+
 @torch.no_grad()
-def error_of_mean(target: Float[Tensor, "batch channel *shape"]) -> Float[Tensor, ""]:
-    """Return the mean squared error of answering every channel of every image by its mean."""
-    return target.float().flatten(2).var(dim=2, unbiased=False).mean()
+def errors_untold(views: ContextViews, settings: PCRLSettings) -> dict[str, Float[Tensor, " batch"]]:
+    """Return by model the least mean squared error of an answer that knows the clean crop and not the code.
+
+    A decoder that does not listen to the code is no better. Without attention there is no code; then it is the error of
+    answering every channel of an image by its mean.
+    """
+
+    def untold(clean: Tensor) -> Tensor:
+        clean = clean.float()
+        if settings.attention == "none":
+            return clean.flatten(2).var(dim=2, unbiased=False).mean(dim=1)
+        answer = mean_over_turns(clean, settings.turn_plane, settings.asked_turns, settings.asked_flips)
+        return (clean.square() - answer.square()).flatten(1).mean(dim=1)
+
+    if "h" in views.turns and settings.hybrid_target == "turned_then_mixed" and settings.attention != "none":
+        first, second = untold(views.clean_o), untold(views.clean_m)  # turned apart, so that errors add up
+        mixed = views.mixing.square() * first + (1 - views.mixing).square() * second
+        return {"o": first, "m": second, "h": mixed}
+    return {model: untold(clean_crop(model, views)) for model in views.turns}
+
+
+def check_losses(settings: PCRLSettings) -> None:
+    """Check that something is learned.
+
+    Raises:
+        UserError: no loss has a weight, or a contrast has nothing to compare with.
+    """
+    if not settings.contrast_weight and not settings.reconstruction_weight:
+        raise UserError("contrast_weight=0 reconstruction_weight=0: nothing would be learned; --set one of them")
+    if settings.contrast_weight and settings.negatives == "batch" and settings.training.batch_size < 2:
+        raise UserError(
+            "batch_size=1: negatives=batch compares the images of a batch; --set batch_size=2, or negatives=queue"
+        )
+
+
+def check_turns(settings: PCRLSettings, shape: Sequence[int], spacing_mm: Sequence[float]) -> None:
+    """Check that codes can be asked for in a patch and keep its grid.
+
+    Raises:
+        UserError: they cannot, or would not.
+    """
+    plane, steps = settings.turn_plane, settings.asked_turns
+    try:
+        draw_turns([torch.Generator()], len(shape), plane, steps, settings.asked_flips)
+    except ValueError as error:
+        raise UserError(f"turn_plane or asked_flips: {error}; --set others, or plan again") from error
+    if steps == "quarter" and not keeps_grid(shape, spacing_mm, plane):
+        sides = " and ".join(f"{shape[axis]} voxels of {spacing_mm[axis]:g} mm" for axis in plane)
+        raise UserError(
+            f"asked_turns=quarter: a quarter turn in plane {plane} exchanges {sides}; --set asked_turns=half"
+        )
 
 
 def affine_range(settings: PCRLSettings) -> AffineRange:

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nnssl.networks.hybrid import map_to_tokens
+
 AttentionKind = Literal["outer", "gate"]
 GATE_WIDTH = 256
 """Hidden width of the gate of PCRL's code."""
@@ -19,6 +21,9 @@ class TransformationAttention(nn.Module):
     Deviations:
         * ``W`` has C^3 parameters in the paper, 134 million for 512 channels. Here ``f_p`` and ``f_l`` are projected to
           ``rank`` numbers each before their product.
+        * ``f_l`` is the mean of a perceptron at every position, not of the map: instance normalisation gives every channel of
+          every image the same mean. Both factors are normalised (layer norm): without it most gates stay at 0.5, where the
+          ReLU has no gradient.
         * ``gate`` is what the authors' code has: two linear layers on the code and a sigmoid; no product, no mean of the
           map, no convolution.
 
@@ -38,6 +43,7 @@ class TransformationAttention(nn.Module):
             return
         self.of_code = nn.Sequential(nn.Linear(bits, channels), nn.ReLU(), nn.Linear(channels, rank))
         self.of_map = nn.Linear(channels, rank)
+        self.norms = nn.ModuleList([nn.LayerNorm(rank), nn.LayerNorm(rank)])
         self.weigh = nn.Linear(rank * rank, channels)
         convolution: Any = {2: nn.Conv2d, 3: nn.Conv3d}[len(kernel_size)]
         self.mix = convolution(channels, channels, kernel_size, padding=tuple(n // 2 for n in kernel_size))
@@ -45,12 +51,17 @@ class TransformationAttention(nn.Module):
     def gates(
         self, feature_map: Float[Tensor, "batch channel *grid"], code: Float[Tensor, "batch bits"]
     ) -> Float[Tensor, "batch channel"]:
-        """Return the factor of every channel: 0.5 to 1 for ``outer``, whose ReLU comes before the sigmoid, else 0 to 1."""
-        if self.kind == "gate":
-            return torch.sigmoid(self.of_code(code))
-        of_map = self.of_map(feature_map.flatten(2).mean(dim=2))  # (batch, rank)
-        product = self.of_code(code)[:, :, None] * of_map[:, None, :]  # (batch, rank, rank)
-        return torch.sigmoid(nn.functional.relu(self.weigh(product.flatten(1))))
+        """Return the factor of every channel: 0.5 to 1 for ``outer``, whose ReLU comes before the sigmoid, else 0 to 1.
+
+        In float32 throughout: pooled maps of different images differ by little.
+        """
+        with torch.autocast(feature_map.device.type, enabled=False):
+            if self.kind == "gate":
+                return torch.sigmoid(self.of_code(code))
+            positions = nn.functional.relu(self.of_map(map_to_tokens(feature_map).float()))
+            of_code, of_map = self.norms[0](self.of_code(code)), self.norms[1](positions.mean(dim=1))
+            product = of_code[:, :, None] * of_map[:, None, :]  # (batch, rank, rank)
+            return torch.sigmoid(nn.functional.relu(self.weigh(product.flatten(1))))
 
     def forward(
         self, feature_map: Float[Tensor, "batch channel *grid"], code: Float[Tensor, "batch bits"]

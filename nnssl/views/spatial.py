@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nnssl.errors import UserError
@@ -148,16 +148,21 @@ def draw_overlapping(
         ratio = (_volume_share(first) / _volume_share(second)) ** (1 / len(shape))
         second = replace(second, linear=second.linear * ratio[:, None, None])
     second = _moved_to(second, first)
-    missing = torch.ones(len(generators), dtype=torch.bool)
+    linear, centre_mm = second.linear.clone(), second.centre_mm.clone()
+    missing = torch.arange(len(generators))
     for each in tries:
-        overlap = common_share(first, each) if measure == "share" else crop_iou(first, each)
-        taken = missing & (overlap >= least)
-        linear = torch.where(taken[:, None, None], each.linear, second.linear)
-        second = replace(second, linear=linear, centre_mm=torch.where(taken[:, None], each.centre_mm, second.centre_mm))
-        missing &= ~taken
-        if not missing.any():
+        one, other = pick(first, missing), pick(each, missing)
+        enough = (common_share(one, other) if measure == "share" else crop_iou(one, other)) >= least
+        taken, missing = missing[enough], missing[~enough]
+        linear[taken], centre_mm[taken] = each.linear[taken], each.centre_mm[taken]
+        if not len(missing):
             break
-    return first, second
+    return first, replace(second, linear=linear, centre_mm=centre_mm)
+
+
+def pick(params: AffineParams, samples: Int[Tensor, " picked"]) -> AffineParams:
+    """Return the records of some samples."""
+    return replace(params, linear=params.linear[samples], centre_mm=params.centre_mm[samples])
 
 
 def _moved_to(params: AffineParams, other: AffineParams) -> AffineParams:
@@ -254,23 +259,26 @@ def common_share(first: AffineParams, second: AffineParams) -> Float[Tensor, " b
     """
     if (first.shape, first.spacing_mm) != (second.shape, second.spacing_mm):
         raise ValueError("crops of patches that differ in shape or spacing have no common share")
-    straight = overlap_share(crop_boxes(first), crop_boxes(second))
-    turned = ~(_is_straight(first) & _is_straight(second))
-    if not turned.any():
-        return straight
+    share = overlap_share(crop_boxes(first), crop_boxes(second))
+    turned = (~(_is_straight(first) & _is_straight(second))).nonzero()[:, 0]
+    share[turned] = _counted_share(pick(first, turned), pick(second, turned))
+    return share
+
+
+def _counted_share(first: AffineParams, second: AffineParams) -> Float[Tensor, " batch"]:
+    """Return the share of a lattice in the smaller crop that lies in the other crop too."""
     axes = [(torch.arange(LATTICE_POINTS).double() + 0.5) / LATTICE_POINTS * n - 0.5 for n in first.shape]
     lattice = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
-    lattice = lattice.expand(len(straight), *lattice.shape)
-    voxels = torch.tensor(first.shape, dtype=torch.float64).expand(len(straight), -1)
-    whole = Boxes(torch.full_like(voxels, -0.5), voxels)
-
-    def share_inside(one: AffineParams, other: AffineParams) -> Tensor:
-        reached = map_points(map_points(lattice, one, "to_input"), other, "to_output")
-        return contains(whole, reached).double().mean(dim=1)
-
+    voxels = torch.tensor(first.shape, dtype=torch.float64)
+    share = torch.empty(len(first.linear), dtype=torch.float64)
     first_is_smaller = _volume_share(first) <= _volume_share(second)
-    counted = torch.where(first_is_smaller, share_inside(first, second), share_inside(second, first))
-    return torch.where(turned, counted, straight)
+    for smaller, larger, chosen in ((first, second, first_is_smaller), (second, first, ~first_is_smaller)):
+        rows = chosen.nonzero()[:, 0]
+        places = map_points(lattice.expand(len(rows), *lattice.shape), pick(smaller, rows), "to_input")
+        reached = map_points(places, pick(larger, rows), "to_output")
+        whole = Boxes(torch.full((len(rows), len(voxels)), -0.5), voxels.expand(len(rows), -1))
+        share[rows] = contains(whole, reached).double().mean(dim=1)
+    return share
 
 
 def crop_iou(first: AffineParams, second: AffineParams) -> Float[Tensor, " batch"]:

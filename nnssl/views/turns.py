@@ -12,6 +12,7 @@ differ in what they do. The paper and the code have this too.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 SPACING_TOLERANCE = 1e-3
+TurnSteps = Literal["none", "half", "quarter"]
+TURN_STEPS: dict[TurnSteps, tuple[int, ...]] = {"none": (0,), "half": (0, 2), "quarter": (0, 1, 2, 3)}
+"""Numbers of quarter turns that may be drawn."""
 PLANES = {2: ((0, 1),), 3: ((1, 2), (0, 2), (0, 1))}
 """Where to turn, in order of preference, by the number of axes; zyx, counted without batch and channel."""
 
@@ -54,27 +58,33 @@ def turn_plane(
     if len(shape) not in PLANES or len(spacing_mm) != len(shape):
         raise ValueError(f"no plane to turn in: shape {tuple(shape)}, spacing {tuple(spacing_mm)}")
     planes = PLANES[len(shape)]
-    for first, second in planes:
-        same_size = math.isclose(spacing_mm[first], spacing_mm[second], rel_tol=SPACING_TOLERANCE)
-        if thick_axis not in (first, second) and shape[first] == shape[second] and same_size:
-            return (first, second), True
+    for plane in planes:
+        if thick_axis not in plane and keeps_grid(shape, spacing_mm, plane):
+            return plane, True
     return planes[0], False
+
+
+def keeps_grid(shape: Sequence[int], spacing_mm: Sequence[float], plane: tuple[int, int]) -> bool:
+    """Return whether a quarter turn in a plane keeps the number of voxels and their size along every axis."""
+    first, second = plane
+    same_size = math.isclose(spacing_mm[first], spacing_mm[second], rel_tol=SPACING_TOLERANCE)
+    return shape[first] == shape[second] and same_size
 
 
 def draw_turns(
     generators: Sequence[torch.Generator],
     dimensions: int,
     plane: tuple[int, int],
-    quarter: bool,
+    steps: TurnSteps,
     flip_axes: Sequence[int],
 ) -> TurnParams:
-    """Draw flips, each with probability 1/2, and a uniform number of quarter turns for each sample.
+    """Draw flips, each with probability 1/2, and a uniform number of the quarter turns there are, for each sample.
 
     Args:
         generators: one per sample; each gives the same number of random numbers whatever may be drawn.
         dimensions: axes of the patch, 2 or 3.
         plane: the axes to turn in, as from ``turn_plane``.
-        quarter: whether to turn by 0 to 3 quarters; else by 0 or 2.
+        steps: whether to turn by quarters, by halves, or not at all.
         flip_axes: those that may be flipped; 0 is z, or y in 2D.
 
     Raises:
@@ -85,10 +95,10 @@ def draw_turns(
         raise ValueError(f"flip_axes {tuple(flip_axes)} are not all below {dimensions}")
     uniform = torch.stack([torch.rand(dimensions + 1, generator=each, dtype=torch.float64) for each in generators])
     may_flip = torch.tensor([axis in flip_axes for axis in range(dimensions)])
-    turn = uniform[:, -1]
+    choices = torch.tensor(TURN_STEPS[steps])
     return TurnParams(
         flips=(uniform[:, :-1] < 0.5) & may_flip,
-        quarter_turns=(4 * turn).long() if quarter else 2 * (2 * turn).long(),
+        quarter_turns=choices[(len(choices) * uniform[:, -1]).long()],
         plane=plane,
     )
 
@@ -148,6 +158,23 @@ def undo_turns(
     for volume, axes, swap in zip(volumes, *_flips_and_swap(params), strict=True):
         moved.append((volume.transpose(first, second) if swap else volume).flip(axes))
     return torch.stack(moved)
+
+
+@torch.no_grad()
+def mean_over_turns(
+    volumes: Float[Tensor, "batch channel *shape"], plane: tuple[int, int], steps: TurnSteps, flip_axes: Sequence[int]
+) -> Float[Tensor, "batch channel *shape"]:
+    """Return the mean of all versions of each volume that ``draw_turns`` may ask for, by their probability.
+
+    It is the answer of least mean squared error that is the same for all of them; its own is the mean square of the volumes
+    less that of the answer.
+    """
+    mean = volumes.float()
+    for axis in flip_axes:
+        mean = (mean + mean.flip(axis + 2)) / 2
+    first, second = (axis + 2 for axis in plane)
+    versions = [torch.rot90(mean, turn, (first, second)) for turn in TURN_STEPS[steps]]
+    return torch.stack(versions).mean(dim=0)
 
 
 def turn_code(params: TurnParams) -> Float[Tensor, "batch bits"]:

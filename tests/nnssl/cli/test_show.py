@@ -5,12 +5,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from nnssl.checkpoint import Provenance, read_checkpoint, write_checkpoint
 from nnssl.cli import show
 from nnssl.environment import variables
+from nnssl.errors import UserError
 from nnssl.evaluation import pictures
 from nnssl.evaluation.dense_network import open_cases, open_dense_network, planned_configuration
 from nnssl.evaluation.reconstructions import reconstruct_case
@@ -19,12 +21,12 @@ from nnssl.evaluation.teacher_uncertainty import open_teacher, tile_uncertainty
 from nnssl.losses.distillation import normalised_entropy
 from nnssl.methods import METHODS
 from nnssl.methods.settings import resolve_stage
+from nnssl.methods.state import method_state
 from nnssl.networks.backbone import build_network, seeded
 from nnssl.paths import Folders, resolve_folders
 from planners.plan import Plan
 from tests.trainers.conftest import NAME, SHAPE, plan_toy
 from trainers.continuation import plain_settings
-from trainers.run_state import method_state
 
 OTHER = "Dataset502_Other"
 DECODER = ("encoder.", "decoder.encoder.", "decoder.transpconvs.", "decoder.stages.")
@@ -225,6 +227,16 @@ def test_a_method_is_restored_as_it_was(files, name):
     assert not torch.equal(start.state_dict()[key], stored[key])
 
 
+def test_a_state_with_other_parts_is_refused(files, tmp_path):
+    """Parts that are missing must not be the random start instead."""
+    content, provenance = read_checkpoint(files["pcrl"])
+    state = {"method": dict(content["nnssl"]["state"]["method"])}
+    del state["method"]["output.weight"]
+    write_checkpoint(tmp_path / "part.pth", {"network_weights": content["network_weights"]}, provenance, state)
+    with pytest.raises(UserError, match=r"heads differ .*1 tensors on one side only, first output\.weight"):
+        restore_method(tmp_path / "part.pth", torch.device("cpu"))
+
+
 def test_a_reconstruction_is_what_the_decoder_makes(files):
     """Recomputed from the restored method with the same draws: error and picture of every model."""
     method, provenance = restore_method(files["pcrl"], torch.device("cpu"))
@@ -235,7 +247,9 @@ def test_a_reconstruction_is_what_the_decoder_makes(files):
     for each in made:
         assert each.seen.shape == each.target.shape == each.output.shape == method.configuration.patch_size
         assert each.error == pytest.approx(float(((each.output - each.target) ** 2).mean()), rel=1e-4)
-        assert each.error_of_mean == pytest.approx(float(each.target.var()), rel=1e-4)
+        versions = [np.rot90(np.flip(each.target, axes), turn) for axes in ((), 0, 1, (0, 1)) for turn in (0, 2)]
+        blind = float(((each.target - np.mean(versions, axis=0)) ** 2).mean())
+        assert each.error_untold == pytest.approx(blind, rel=1e-4)
     assert not (made[0].target == again[0].target).all()
 
 

@@ -96,15 +96,15 @@ def test_codes_differ_and_name_half_as_many_maps(dimensions, plane, distinct):
 @pytest.mark.parametrize(("shape", "plane"), CASES)
 def test_a_sample_does_not_depend_on_its_batch(shape, plane):
     axes = range(len(shape))
-    together = draw_turns(generators(range(12)), len(shape), plane, True, axes)
+    together = draw_turns(generators(range(12)), len(shape), plane, "quarter", axes)
     given = numbered(shape, 12)
     turned = apply_turns(given, together)
     assert len(turn_code(together).unique(dim=0)) > 4
     for sample in range(12):
-        alone = draw_turns(generators([sample]), len(shape), plane, True, axes)
+        alone = draw_turns(generators([sample]), len(shape), plane, "quarter", axes)
         assert torch.equal(turn_code(alone)[0], turn_code(together)[sample])
         assert torch.equal(apply_turns(given[sample : sample + 1], alone)[0], turned[sample])
-    other = draw_turns(generators(range(12), step=1), len(shape), plane, True, axes)
+    other = draw_turns(generators(range(12), step=1), len(shape), plane, "quarter", axes)
     assert not torch.equal(turn_code(other), turn_code(together))
 
 
@@ -117,7 +117,7 @@ def test_gradient_returns_to_the_voxel_it_came_from():
 
 
 def test_draws_are_uniform_and_keep_to_what_is_allowed():
-    params = draw_turns(generators(range(2000)), 3, (1, 2), True, (0, 2))
+    params = draw_turns(generators(range(2000)), 3, (1, 2), "quarter", (0, 2))
     share = params.flips.double().mean(0)
     assert share[1] == 0
     # five standard deviations of a share of 2000
@@ -129,12 +129,12 @@ def test_draws_are_uniform_and_keep_to_what_is_allowed():
 
 
 def test_half_turns_only_and_what_else_is_drawn_stays():
-    quarters = draw_turns(generators(range(200)), 3, (1, 2), True, (0, 1, 2))
+    quarters = draw_turns(generators(range(200)), 3, (1, 2), "quarter", (0, 1, 2))
     first, second = generators([0]), generators([0])
-    draw_turns(first, 3, (1, 2), True, (0, 1, 2))
-    draw_turns(second, 3, (1, 2), False, ())
+    draw_turns(first, 3, (1, 2), "quarter", (0, 1, 2))
+    draw_turns(second, 3, (1, 2), "half", ())
     assert torch.equal(first[0].get_state(), second[0].get_state())
-    halves = draw_turns(generators(range(200)), 3, (1, 2), False, (0, 1, 2))
+    halves = draw_turns(generators(range(200)), 3, (1, 2), "half", (0, 1, 2))
     assert torch.equal(halves.flips, quarters.flips)
     assert set(halves.quarter_turns.tolist()) == {0, 2}
     assert 70 < (halves.quarter_turns == 2).sum() < 130
@@ -183,11 +183,11 @@ def test_errors():
         with pytest.raises(ValueError, match="drawn for"):
             change(numbered((5, 5), 4), half)
     with pytest.raises(ValueError, match="flip_axes"):
-        draw_turns(generators(), 2, (0, 1), True, (0, 2))
+        draw_turns(generators(), 2, (0, 1), "quarter", (0, 2))
     for dimensions, plane in ((2, (1, 2)), (3, (2, 1)), (4, (0, 1))):
         with pytest.raises(ValueError, match="plane"):
             no_turns(2, dimensions, plane)
         with pytest.raises(ValueError, match="plane"):
-            draw_turns(generators(), dimensions, plane, True, ())
+            draw_turns(generators(), dimensions, plane, "quarter", ())
     with pytest.raises(ValueError, match="no plane"):
         turn_plane((4, 5, 6), (1.0, 1.0), None)
