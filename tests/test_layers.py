@@ -26,7 +26,9 @@ ALLOWED = {
         "nnssl.distributed",
     },
     "nnssl.data": {"planners.plan", "planners.fingerprint"},
+    "nnssl.matching": {"nnssl.data", "nnssl.networks"},
     "nnssl.evaluation": {
+        "nnssl.matching",
         "nnssl.methods",
         "nnssl.data",
         "nnssl.networks",

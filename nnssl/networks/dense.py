@@ -36,15 +36,17 @@ def decoder_maps(network: Any, volumes: Float[Tensor, "batch channel *shape"]) -
     return decode(network.decoder, network.encoder(volumes))
 
 
-def decode(decoder: Any, skips: Sequence[Tensor]) -> list[Tensor]:
+def decode(decoder: Any, skips: Sequence[Tensor], last_level: int = 0) -> list[Tensor]:
     """Return the bottleneck and the output of every decoder stage, coarsest first, from the maps of an encoder.
 
     Args:
         decoder: of a U-Net.
         skips: maps (batch, channel, *grid) of the encoder's stages, full resolution first.
+        last_level: encoder stage whose resolution is the finest that is wanted; stages beyond it are not run.
     """
     maps = [skips[-1]]
-    for level, (upsample, stage) in enumerate(zip(decoder.transpconvs, decoder.stages, strict=True)):
+    stages = list(zip(decoder.transpconvs, decoder.stages, strict=True))
+    for level, (upsample, stage) in enumerate(stages[: len(stages) - last_level]):
         maps.append(stage(torch.cat((upsample(maps[-1]), skips[-(level + 2)]), dim=1)))
     return maps
 

@@ -1,0 +1,48 @@
+"""What every way of matching points offers, and the check that any of them can be put to."""
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Float
+
+
+class Matches(NamedTuple):
+    """Where points were found.
+
+    Attributes:
+        points_mm: zyx from the centre of the first voxel of the preprocessed key case.
+        score: how much the two places are alike, at most 1; NaN where the way of matching has no such number.
+    """
+
+    points_mm: Float[np.ndarray, "point 3"]
+    score: Float[np.ndarray, " point"]
+
+
+class PointMatcher(Protocol):
+    """Finds the places of one case in another."""
+
+    def match_points(self, query: str, points_mm: Float[np.ndarray, "point 3"], key: str) -> Matches:
+        """Return where points of a case lie in another case.
+
+        Args:
+            query: name of the case that the points belong to.
+            points_mm: zyx from the centre of the first voxel of the preprocessed query case.
+            key: name of the other case.
+        """
+        ...
+
+
+def cycle_error_mm(
+    matcher: PointMatcher, query: str, points_mm: Float[np.ndarray, "point 3"], key: str, matches: Matches
+) -> Float[np.ndarray, " point"]:
+    """Return how far from each point one ends when its match is looked for in the query case again.
+
+    Args:
+        matcher: that made the matches.
+        query: name of the case that the points belong to.
+        points_mm: zyx.
+        key: name of the other case.
+        matches: of the points in the key case.
+    """
+    back = matcher.match_points(key, matches.points_mm, query)
+    return np.linalg.norm(back.points_mm - points_mm, axis=1)

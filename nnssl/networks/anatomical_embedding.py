@@ -1,0 +1,71 @@
+"""Anatomical embeddings: for every place of a patch, a vector that names the place in the body.
+
+Source: Yan et al., SAM: Self-supervised Learning of Pixel-wise Anatomical Embeddings in Radiological Images, TMI 2022.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nnssl.networks.dense import decode
+
+
+class Embeddings(NamedTuple):
+    """Maps of unit vectors, in float32.
+
+    Attributes:
+        fine: where exactly; of the resolution of an early stage.
+        coarse: which part of the body; of the resolution of a late one.
+    """
+
+    fine: Float[Tensor, "batch dimension *fine_grid"]
+    coarse: Float[Tensor, "batch dimension *coarse_grid"]
+
+
+class AnatomicalEmbedding(nn.Module):
+    """A U-Net with two heads: fine embeddings from its decoder, coarse ones from its encoder.
+
+    Source: SAM, section III-A: fine from a feature pyramid at half the resolution, coarse from the last stage; convolutions of
+    3 voxels, 128 dimensions, unit norm.
+    Deviations: SAM's backbone is a ResNet-18 with batch normalisation, inflated from ImageNet. The decoder of the U-Net
+    takes the place of the pyramid.
+
+    Args:
+        network: a U-Net of dynamic-network-architectures.
+        fine_stage: encoder stage whose resolution the fine embeddings have; not the last.
+        coarse_stage: encoder stage that the coarse embeddings are made of.
+        dimensions: of both.
+    """
+
+    def __init__(self, network: Any, fine_stage: int, coarse_stage: int, dimensions: int) -> None:
+        super().__init__()
+        self.network = network
+        self.fine_stage, self.coarse_stage = fine_stage, coarse_stage
+        channels = network.encoder.output_channels
+        convolution: Any = network.encoder.conv_op
+        self.fine = convolution(channels[fine_stage], dimensions, 3, padding=1)
+        self.coarse = nn.Sequential(
+            convolution(channels[coarse_stage], dimensions, 1), convolution(dimensions, dimensions, 3, padding=1)
+        )
+
+    def forward(self, volumes: Float[Tensor, "batch channel *shape"]) -> Embeddings:
+        """Return both embeddings of every place."""
+        skips = self.network.encoder(volumes)
+        fine = self.fine(decode(self.network.decoder, skips, self.fine_stage)[-1])
+        coarse = self.coarse(skips[self.coarse_stage])
+        return Embeddings(F.normalize(fine.float(), dim=1), F.normalize(coarse.float(), dim=1))
+
+
+def cell_centres_vox(
+    grid: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"
+) -> Float[Tensor, "cell d"]:
+    """Return the centres of a map's cells in voxels of the patch that it covers, the last axis fastest."""
+    axes = [
+        (torch.arange(cells, device=device, dtype=torch.float32) + 0.5) * (voxels / cells) - 0.5
+        for cells, voxels in zip(grid, shape, strict=True)
+    ]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)

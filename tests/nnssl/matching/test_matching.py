@@ -1,0 +1,131 @@
+"""Matching of points: by the body's box, and by embeddings of whole scans that are made of tiles."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nnssl.data.case_store import CaseProperties, CaseStore, SourceFile, write_case
+from nnssl.matching.body_box import BodyBoxMatcher
+from nnssl.matching.embedded import EmbeddingMatcher, best_cells, tile_corners
+from nnssl.matching.points import cycle_error_mm
+from nnssl.networks.anatomical_embedding import Embeddings
+
+SPACING = (3.0, 1.0, 1.5)
+SHAPE = (20, 44, 52)
+TILE = (8, 16, 16)
+
+
+class Places(torch.nn.Module):
+    """Says where a voxel is by its own intensities: what it embeds is the mean of the channels over a cell."""
+
+    network = SimpleNamespace(encoder=SimpleNamespace(strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2]]))
+
+    def forward(self, volumes: torch.Tensor) -> Embeddings:
+        fine, coarse = F.avg_pool3d(volumes, (1, 2, 2)), F.avg_pool3d(volumes, (2, 4, 4))
+        return Embeddings(F.normalize(fine, dim=1), F.normalize(coarse, dim=1))
+
+
+def make_image(shape=SHAPE, shift=(0, 0, 0)) -> np.ndarray:
+    """Channels that are different everywhere, and alike for neighbours."""
+    z, y, x = np.meshgrid(*[np.arange(n) - s for n, s in zip(shape, shift, strict=True)], indexing="ij")
+    angles = [z / 9, y / 17, x / 19]
+    return np.stack([f(a) for a in angles for f in (np.cos, np.sin)]).astype(np.float32)
+
+
+def store_of(folder, **images: np.ndarray) -> CaseStore:
+    for name, (image, body) in images.items():
+        properties = CaseProperties(1, image.shape[1:], len(image), SPACING, (SourceFile("a", 1, 1),), "digest", 0.5)
+        write_case(folder, name, image, body, properties, TILE)
+    return CaseStore(folder)
+
+
+def everywhere(shape=SHAPE) -> np.ndarray:
+    return np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), axis=-1).reshape(-1, 3)
+
+
+def body_points(shape=SHAPE, count=200, margin=4) -> np.ndarray:
+    low, high = [margin] * 3, np.array(shape) - margin
+    return np.random.default_rng(0).integers(low, high, size=(count, 3)) * np.array(SPACING)
+
+
+def test_the_same_scan_gives_the_same_place(tmp_path):
+    store = store_of(tmp_path, a=(make_image(), everywhere()))
+    matcher = EmbeddingMatcher(Places(), store, TILE, torch.device("cpu"))
+    points = body_points()
+    matches = matcher.match_points("a", points, "a")
+    cell_mm = np.array([1, 2, 2]) * np.array(SPACING)
+    assert (np.abs(matches.points_mm - points) <= cell_mm / 2 + 1e-6).all(axis=1).mean() >= 0.99
+    assert matches.score.min() > 0.99
+    assert cycle_error_mm(matcher, "a", points, "a", matches).max() <= np.linalg.norm(cell_mm / 2) + 1e-6
+
+
+def test_a_shift_by_whole_cells_shifts_the_matches(tmp_path):
+    shift = (2, 8, 4)
+    bodies = everywhere()
+    store = store_of(tmp_path, a=(make_image(), bodies), b=(make_image(shift=shift), bodies))
+    matcher = EmbeddingMatcher(Places(), store, TILE, torch.device("cpu"))
+    points = body_points(margin=6) - np.array([0.0, 8.0, 6.0])
+    points = points[(points >= 4 * np.array(SPACING)).all(axis=1)]
+    own, other = (matcher.match_points("a", points, name).points_mm for name in "ab")
+    inside = (other < (np.array(SHAPE) - 6) * np.array(SPACING)).all(axis=1)
+    assert inside.sum() > 50
+    np.testing.assert_allclose((other - own)[inside], np.array(shift) * np.array(SPACING) + np.zeros((inside.sum(), 3)))
+
+
+def test_embeddings_of_a_scan_do_not_depend_on_its_tiles(tmp_path):
+    """This network looks at nothing beyond a cell, so tiles must join without a seam; borders of the scan are its own."""
+    store = store_of(tmp_path, a=(make_image(), everywhere()))
+    tiled = EmbeddingMatcher(Places(), store, TILE, torch.device("cpu")).embedded("a")
+    whole = EmbeddingMatcher(Places(), store, SHAPE, torch.device("cpu")).embedded("a")
+    for first, second in zip((tiled.fine, tiled.coarse), (whole.fine, whole.coarse), strict=True):
+        assert first.shape == second.shape == (6, 20, 22, 26)
+        torch.testing.assert_close(first, second, atol=5e-3, rtol=0)
+        norms = first.float().norm(dim=0)
+        torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-3, rtol=0)
+    assert tiled.inside.all()
+
+
+def test_cells_beyond_the_scan_are_no_match(tmp_path):
+    """A scan of odd size: its last cells are half outside, their centres too where two voxels make one."""
+    shape = (7, 21, 23)
+    store = store_of(tmp_path, a=(make_image(shape), everywhere(shape)))
+    case = EmbeddingMatcher(Places(), store, TILE, torch.device("cpu")).embedded("a")
+    assert case.fine.shape[1:] == case.inside.shape == (7, 11, 12)
+    assert case.inside[:, :10, :11].all()
+    assert not case.inside[:, 10].any()
+    assert not case.inside[:, :, 11].any()
+    vectors = torch.stack([each[:, 3, 10, 11][None].float() for each in (case.fine, case.coarse)])
+    cells, _ = best_cells(vectors, case)
+    assert np.unravel_index(cells[0], (7, 11, 12))[1:] == (9, 10)
+
+
+@pytest.mark.parametrize("shape", [(5, 9, 9), (8, 16, 16), (9, 17, 40), (31, 50, 23)])
+def test_tiles_cover_a_scan_and_begin_with_cells(shape):
+    seen = np.zeros(shape, dtype=bool)
+    for corner in tile_corners(shape, TILE, (2, 4, 4)):
+        assert all(first % unit == 0 for first, unit in zip(corner, (2, 4, 4), strict=True))
+        seen[tuple(slice(first, first + size) for first, size in zip(corner, TILE, strict=True))] = True
+    assert seen.all()
+
+
+def test_the_body_s_box(tmp_path):
+    """Boxes of other sizes at other places: corners go to corners, the middle to the middle, outliers aside."""
+    first, second = everywhere((10, 20, 30)), everywhere((15, 20, 15)) + [3, 10, 20]
+    outlier = np.repeat([[19, 43, 51]], 5, axis=0)
+    empty = np.zeros((0, 3), dtype=int)
+    image = make_image()
+    store = store_of(tmp_path, a=(image, first), b=(image, np.concatenate([second, outlier])), c=(image, empty))
+    matcher = BodyBoxMatcher(store)
+    low, high = (np.percentile(first, q, axis=0) * SPACING for q in (1, 99))
+    found = matcher.match_points("a", np.stack([low, high, (low + high) / 2]), "b").points_mm
+    key_low, key_high = (np.percentile(second, q, axis=0) * SPACING for q in (1, 99))
+    np.testing.assert_allclose(found, np.stack([key_low, key_high, (key_low + key_high) / 2]), atol=1.5)
+    points = body_points()
+    matches = matcher.match_points("a", points, "b")
+    np.testing.assert_allclose(cycle_error_mm(matcher, "a", points, "b", matches), 0, atol=1e-9)
+    assert np.isnan(matches.score).all()
+    whole = matcher.match_points("c", np.array([[0.0, 0.0, 0.0]]), "c").points_mm
+    np.testing.assert_allclose(whole, 0, atol=1e-9)
