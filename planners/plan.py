@@ -12,7 +12,7 @@ from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
 from nnssl.schema import STRICT, parse
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 PLANS_NAME = "nnsslPlans"
 
 
@@ -101,6 +101,18 @@ class ContextChoices:
 
 
 @dataclass(frozen=True)
+class AnatomyChoices:
+    """Which stages of the encoder have the resolution of anatomical embeddings."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    fine_stage: int
+    """Of those that say where exactly."""
+    coarse_stage: int
+    """Of those that say in which part of the body."""
+
+
+@dataclass(frozen=True)
 class PretextConfiguration:
     """What the pretext methods take from the data for one configuration of the plan."""
 
@@ -126,6 +138,7 @@ class PretextConfiguration:
     transformer: TransformerSize | None
     dense: DenseSampling
     context: ContextChoices
+    anatomy: AnatomyChoices
     queue_length: int
     """Keys that a momentum-contrast queue holds."""
     teacher_momentum: float
@@ -197,8 +210,8 @@ def plan_from_dict(content: Any, source: str) -> Plan:
     if not isinstance(content, dict) or "pretext" not in content:
         raise UserError(f"{source}: has no 'pretext' section, so it is no plan of nnssl; run nnssl_plan_and_preprocess")
     version = content["pretext"].get("schema_version") if isinstance(content["pretext"], dict) else None
-    if version == 2:
-        content = _from_second_schema(content, source)
+    if version in (2, 3):
+        content = _from_older_schema(content, source)
         version = SCHEMA_VERSION
     if version != SCHEMA_VERSION:
         raise UserError(
@@ -208,25 +221,19 @@ def plan_from_dict(content: Any, source: str) -> Plan:
     return Plan(nnunet=content, pretext=parse(Pretext, content["pretext"], f"{source}: pretext"))
 
 
-def _from_second_schema(content: dict[str, Any], source: str) -> dict[str, Any]:
-    """Add what the second schema did not have: ``context``, which follows from patch and network."""
+def _from_older_schema(content: dict[str, Any], source: str) -> dict[str, Any]:
+    """Add what earlier schemas did not have, and what follows from patch and network: ``context`` (2), ``anatomy`` (3)."""
+    from planners.anatomy_rules import decide_anatomy
     from planners.context_rules import decide_context
 
+    configurations = {}
     try:
-        configurations = {
-            name: {
-                **own,
-                "context": asdict(
-                    decide_context(
-                        content["configurations"][name]["architecture"],
-                        own["patch_size"],
-                        own["spacing_mm"],
-                        own["thick_axis"],
-                    )[0]
-                ),
-            }
-            for name, own in content["pretext"]["configurations"].items()
-        }
+        for name, own in content["pretext"]["configurations"].items():
+            network = content["configurations"][name]["architecture"]
+            patch, spacing_mm = own["patch_size"], own["spacing_mm"]
+            context = decide_context(network, patch, spacing_mm, own["thick_axis"])[0]
+            anatomy = decide_anatomy(network, patch, spacing_mm)[0]
+            configurations[name] = {"context": asdict(context), "anatomy": asdict(anatomy), **own}
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{source}: is an incomplete plan of an older nnssl ({error}); plan again") from error
     pretext = {**content["pretext"], "schema_version": SCHEMA_VERSION, "configurations": configurations}

@@ -15,10 +15,12 @@ from nnunetv2.configuration import ANISO_THRESHOLD
 from nnssl.methods import METHODS, Stage
 from nnssl.momentum import momentum_for_run
 from nnssl.networks.backbone import build_network, encoder_strides
+from planners.anatomy_rules import decide_anatomy
 from planners.context_rules import decide_context
 from planners.dense_rules import decide_dense
 from planners.fingerprint import Fingerprint
 from planners.plan import (
+    AnatomyChoices,
     ContextChoices,
     Decision,
     DenseSampling,
@@ -93,7 +95,11 @@ class PretextRules:
             features = self._feature_sizes(base["architecture"], base["patch_size"])
             budget = self.budgets.get(name, sum(features) * base["batch_size"])
             views = self._decide_views(name, base)
-            views |= {"dense": self._decide_dense(name, base), "context": self._decide_context(name, base, views)}
+            views |= {
+                "dense": self._decide_dense(name, base),
+                "context": self._decide_context(name, base, views),
+                "anatomy": self._decide_anatomy(name, base, views),
+            }
             self._decide_run(name, base, views, None, None, features, budget)
             hybrid = f"{name}_hybrid"
             tokens = self._decide_tokens(hybrid, base)
@@ -332,6 +338,12 @@ class PretextRules:
             base["architecture"], views["patch_size"], views["spacing_mm"], views["thick_axis"]
         )
         for decision in decisions:
+            self._say(name, *decision)
+        return chosen
+
+    def _decide_anatomy(self, name: str, base: dict[str, Any], views: dict[str, Any]) -> AnatomyChoices:
+        chosen, decisions = decide_anatomy(base["architecture"], views["patch_size"], views["spacing_mm"])
+        for decision in decisions if len(views["patch_size"]) == 3 else ():  # no method looks for places in slices
             self._say(name, *decision)
         return chosen
 

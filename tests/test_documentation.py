@@ -187,6 +187,7 @@ def test_every_key_of_the_plan_is_documented():
         "TokenGrid",
         "DenseSampling",
         "ContextChoices",
+        "AnatomyChoices",
         "TransformerSize",
         "StageSchedule",
         "Decision",

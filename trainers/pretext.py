@@ -37,3 +37,9 @@ class PixelGlobalTrainer(PretrainTrainer):
     """Pixel-global: distillation of whole images and of shared voxels, for encoder and decoder."""
 
     stage = "pixelglobal.distillation"
+
+
+class SAMTrainer(PretrainTrainer):
+    """SAM: anatomical embeddings of every voxel."""
+
+    stage = "sam.embedding"

@@ -202,11 +202,7 @@ class PretrainTrainer(nnUNetTrainer):
 
     def get_dataloaders(self) -> tuple[Iterator[PatchBatch], None]:
         """Return the patches from the current step to the end of the stage; there is no validation part."""
-        store = CaseStore(Path(self.preprocessed_dataset_folder_base) / self.configuration.case_folder)
-        if not store.names:
-            raise UserError(
-                f"{store.folder}: holds no preprocessed case; run nnssl_plan_and_preprocess -d {self.plan.dataset_name}"
-            )
+        store = self._store()
         self.cases = tuple(sorted({*self.cases, *store.names}))
         workers = self.options.workers
         if workers is None:
@@ -226,6 +222,9 @@ class PretrainTrainer(nnUNetTrainer):
                 pin_memory=self.device.type == "cuda",
             )
         ), None
+
+    def _store(self) -> CaseStore:
+        return CaseStore(Path(self.preprocessed_dataset_folder_base) / self.configuration.case_folder)
 
     # ---------------------------------------------------------------- the loop
 
@@ -445,12 +444,25 @@ class PretrainTrainer(nnUNetTrainer):
             plot_progress(Path(self.output_folder) / "progress.png", title, self.metrics())
 
     def on_train_end(self) -> None:
-        """Write the final checkpoint, from which the weights leave."""
+        """Write the final checkpoint, from which the weights leave, after what the stage says of itself."""
         self._draw_progress()
+        self._examine()
         self.save_checkpoint(str(Path(self.output_folder) / FINAL))
         if self.local_rank == 0:
             (Path(self.output_folder) / LATEST).unlink(missing_ok=True)
         self.print_to_log_file(f"Stage {self.stage} done: {Path(self.output_folder) / FINAL}")
+
+    def _examine(self) -> None:
+        examine = self.stage_entry.load_examination()
+        if examine is None or self.local_rank != 0:
+            return
+        self.save_checkpoint(str(Path(self.output_folder) / LATEST))  # nothing of the training is lost if this fails
+        self.method.eval()
+        autocast = lambda: self.precision.autocast(self.device)  # noqa: E731
+        content, lines = examine(self.method, self._store(), self.options.seed, self.device, autocast)
+        write_json(Path(self.output_folder) / "examination.json", to_plain(content))
+        for line in lines:
+            self.print_to_log_file(line)
 
     def _save_and_exit(self) -> None:
         self.save_checkpoint(str(Path(self.output_folder) / LATEST))

@@ -11,7 +11,7 @@ Deviations:
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -71,3 +71,33 @@ def info_nce_in_batch(
     with torch.autocast(queries.device.type, enabled=False):
         logits = queries.float() @ keys.float().T / temperature  # (batch, keys)
         return F.cross_entropy(logits, first_row + torch.arange(len(queries), device=logits.device))
+
+
+def info_nce_with_negatives(
+    queries: Float[Tensor, "query d"],
+    positives: Float[Tensor, "query d"],
+    negatives: Float[Tensor, "query negative d"],
+    present: Bool[Tensor, "query negative"],
+    temperature: float,
+) -> Float[Tensor, " query"]:
+    """Return InfoNCE of every query against negatives of its own.
+
+    Source: Yan et al., SAM: Self-supervised Learning of Pixel-wise Anatomical Embeddings, TMI 2022, equation 2.
+    Deviations: none.
+
+    Args:
+        queries: embeddings of unit norm.
+        positives: one for each query, of unit norm.
+        negatives: of unit norm. The gradient flows into all three.
+        present: negatives that count.
+        temperature: above 0.
+
+    Returns:
+        The loss of each query in float32, also under mixed precision; 0 for one without negatives.
+    """
+    with torch.autocast(queries.device.type, enabled=False):
+        queries = queries.float()
+        positive = (queries * positives.float()).sum(dim=1, keepdim=True)
+        negative = (negatives.float() @ queries[:, :, None])[..., 0].masked_fill(~present, -torch.inf * temperature)
+        logits = torch.cat([positive, negative], dim=1) / temperature
+        return logits.logsumexp(dim=1) - logits[:, 0]

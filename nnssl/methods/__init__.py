@@ -19,6 +19,8 @@ class Stage:
         encoder_passes: passes through the encoder per patch without a graph.
         decoder_graphs: passes through the decoder per patch that keep a graph.
         useful_batch: batch size below which the planner warns; 1 where the batch does not matter.
+        examination: ``module:function`` that measures what a finished stage is good for (``nnssl.evaluation``); None for no such
+            thing.
     """
 
     name: str
@@ -28,11 +30,20 @@ class Stage:
     encoder_passes: int
     decoder_graphs: int
     useful_batch: int
+    examination: str | None = None
 
     def load(self) -> Any:
         """Import and return the class that implements the stage."""
-        module, name = self.implementation.split(":")
-        return getattr(importlib.import_module(module), name)
+        return _find(self.implementation)
+
+    def load_examination(self) -> Any:
+        """Import and return the function that examines the finished stage; None without one."""
+        return self.examination and _find(self.examination)
+
+
+def _find(reference: str) -> Any:
+    module, name = reference.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 @dataclass(frozen=True)
@@ -138,6 +149,27 @@ METHODS = {
                 encoder_passes=1,
                 decoder_graphs=3,
                 useful_batch=8,
+            ),
+        ),
+    ),
+    "sam": Method(
+        name="sam",
+        title="SAM: anatomical embeddings, which find the same place in other scans",
+        source=(
+            "Yan et al., SAM: Self-supervised Learning of Pixel-wise Anatomical Embeddings in Radiological Images, TMI 2022"
+        ),
+        backbone="a convolutional U-Net for volumes",
+        configurations=("3d_fullres",),
+        stages=(
+            Stage(
+                name="sam.embedding",
+                trainer="SAMTrainer",
+                implementation="nnssl.methods.sam:SAM",
+                encoder_graphs=2,
+                encoder_passes=0,
+                decoder_graphs=1,
+                useful_batch=2,
+                examination="nnssl.evaluation.anatomical_sanity:examine",
             ),
         ),
     ),

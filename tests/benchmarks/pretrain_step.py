@@ -4,6 +4,7 @@ Bare is what no implementation of the stage can do without. RepRec, contrastive:
 and forward on the other; generative: the encoder forward, the transformer and the token decoder forward and backward.
 Pix2Rep: encoder and decoder forward and backward on both views. Pixel-global: both forward on both views, backward on one.
 PCRL: the encoder forward on both views and the decoder on three times the batch, backward through all but one encoder.
+SAM: encoder, decoder and heads down to the fine embeddings, forward and backward on both views.
 Both are timed in turns in one process, under the same precision, so that a busy machine slows both. ``--memory`` gives the
 largest resident memory instead, of processes that do nothing but steps and nothing but the bare network.
 """
@@ -82,6 +83,14 @@ def bare_contexts(trainer: PretrainTrainer, views: Any) -> None:
     output.float().square().mean().backward()
 
 
+def bare_embedding(trainer: PretrainTrainer, views: Any) -> None:
+    """Encoder and both heads on both views, decoder down to the fine embeddings, with backward."""
+    method: Any = trainer.method
+    with trainer.precision.autocast(trainer.device):
+        maps = method.embedding(torch.cat([views.first, views.second]))
+    (maps.fine.square().mean() + maps.coarse.square().mean()).backward()
+
+
 BARE = {
     "reprec.contrastive": bare_contrastive,
     "reprec.generative": bare_generative,
@@ -89,6 +98,7 @@ BARE = {
     "pix2rep_v2.dense": bare_dense,
     "pixelglobal.distillation": bare_distillation,
     "pcrl.contexts": bare_contexts,
+    "sam.embedding": bare_embedding,
 }
 
 

@@ -47,8 +47,9 @@ def test_a_plan_of_the_second_schema_is_read(tmp_path):
     pretext = json.loads(json.dumps(asdict(make_pretext())))
     pretext["schema_version"] = 2
     (configuration,) = pretext["configurations"].values()
-    del configuration["context"]
+    del configuration["context"], configuration["anatomy"]
     own = {"architecture": architecture([8, 64], [[3, 3, 3]] * 2)}
+    own["architecture"]["arch_kwargs"]["strides"] = [[1, 1, 1], [1, 2, 2]]
     path = tmp_path / "plan.json"
     path.write_text(json.dumps({**NNUNET, "configurations": {"3d_fullres_hybrid": own}, "pretext": pretext}))
     context = read_plan(path).configuration("3d_fullres_hybrid").context

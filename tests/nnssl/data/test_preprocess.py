@@ -18,7 +18,7 @@ from nnssl.data.recipe import Recipe, digest_case, find_sources, plan_targets
 from nnssl.errors import UserError
 from nnssl.paths import resolve_folders
 from planners.fingerprint import extract_fingerprint
-from planners.plan import ContextChoices, DenseSampling, Plan, Pretext, PretextConfiguration
+from planners.plan import AnatomyChoices, ContextChoices, DenseSampling, Plan, Pretext, PretextConfiguration
 
 NAME = "Dataset501_Phantoms"
 RESAMPLING = "resample_data_or_seg_to_shape"
@@ -52,6 +52,7 @@ def section(case_folder, patch_size, spacing_mm) -> PretextConfiguration:
         transformer=None,
         dense=DenseSampling("single", 8, 10, 10),
         context=ContextChoices((0, 1), True, 8),
+        anatomy=AnatomyChoices(1, 2),
         queue_length=8,
         teacher_momentum=0.99,
         schedules={},

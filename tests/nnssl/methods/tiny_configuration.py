@@ -1,7 +1,15 @@
 """What a plan says of the tiny networks of ``tests.nnssl.networks.test_hybrid``: thick slices, sides that all differ."""
 
 from nnssl.methods import METHODS
-from planners.plan import ContextChoices, DenseSampling, PretextConfiguration, StageSchedule, TokenGrid, TransformerSize
+from planners.plan import (
+    AnatomyChoices,
+    ContextChoices,
+    DenseSampling,
+    PretextConfiguration,
+    StageSchedule,
+    TokenGrid,
+    TransformerSize,
+)
 from tests.nnssl.networks.test_hybrid import PATCHES
 
 
@@ -30,6 +38,7 @@ def make_configuration(dim: int) -> PretextConfiguration:
         transformer=TransformerSize(width=16, depth=2, heads=2, decoder_depth=1),
         dense=DenseSampling(features="pyramid", channels=24, contrast_points=64, correlation_points=64),
         context=ContextChoices(turn_plane=(dim - 2, dim - 1), quarter_turns=False, attention_rank=8),
+        anatomy=AnatomyChoices(fine_stage=1, coarse_stage=2),
         queue_length=10,
         teacher_momentum=0.9,
         schedules={

@@ -1,0 +1,241 @@
+"""Do anatomical embeddings find the same place? Measured without labels, after SAM's training.
+
+Source: the sanity checks that follow from Yan et al., SAM, TMI 2022; thresholds are this project's.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import spearmanr
+
+from nnssl.data.case_store import CaseStore
+from nnssl.data.loader import draw_box
+from nnssl.draws import make_generator
+from nnssl.matching.body_box import BodyBoxMatcher
+from nnssl.matching.embedded import EmbeddingMatcher
+from nnssl.matching.points import PointMatcher, cycle_error_mm
+from nnssl.views.spatial import map_points
+
+PATCHES = 16
+PAIRS = 50
+POINTS_PER_PAIR = 20
+HIT_MM = 10.0
+LEAST_HIT_SHARE = 0.8
+LARGEST_CYCLE_MM = 20.0
+LEAST_CORRELATION = (0.95, 0.9, 0.9)
+"""Of the place of a point and of its match along z, y and x, by ranks."""
+
+
+@dataclass(frozen=True)
+class Sanity:
+    """How well places are found; lengths in mm, medians.
+
+    Attributes:
+        self_error_mm: between the true place of a point in another crop of the same scan and the one found.
+        self_hit_share: of points that are found within 10 mm.
+        permuted_error_mm: the same with the other crop's embeddings shuffled: chance.
+        cycle_error_mm: from a point to the place that its match in another scan is found at in the first one.
+        rank_correlation: Spearman's, of the place of points and of their matches in other scans, along z, y, x.
+        likeness: mean correlation of the voxels around a point and around its match.
+        box_likeness: the same with the body box instead of embeddings.
+        usable: whether the embeddings pass every check.
+        reasons: what does not pass, empty if usable.
+    """
+
+    self_error_mm: float
+    self_hit_share: float
+    permuted_error_mm: float
+    cycle_error_mm: float
+    rank_correlation: tuple[float, float, float]
+    likeness: float
+    box_likeness: float
+    usable: bool
+    reasons: tuple[str, ...]
+
+
+def examine(
+    method: Any,
+    store: CaseStore,
+    seed: int,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[dict[str, Any], list[str]]:
+    """Measure how well the embeddings of a finished run find places.
+
+    Args:
+        method: SAM, in evaluation mode.
+        store: the preprocessed cases.
+        seed: of the points.
+        device: where to compute.
+        autocast: gives the context of mixed precision.
+
+    Returns:
+        The content of ``Sanity``, and lines for the user.
+    """
+    with torch.no_grad():
+        sanity = measure(method, store, seed, device, autocast)
+    return asdict(sanity), describe(sanity)
+
+
+def measure(
+    method: Any, store: CaseStore, seed: int, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]
+) -> Sanity:
+    """Return all checks of a method's embeddings; see ``examine``."""
+    errors, permuted = self_match(method, store, seed, device, autocast)
+    matcher = EmbeddingMatcher(method.embedding, store, method.configuration.patch_size, device, autocast)
+    box = BodyBoxMatcher(store)
+    cycles, places, found, own, other = [], [], [], [], []
+    for query, key, points_mm in draw_pairs(store, seed):
+        matches = matcher.match_points(query, points_mm, key)
+        cycles.append(cycle_error_mm(matcher, query, points_mm, key, matches))
+        places.append(points_mm)
+        found.append(matches.points_mm)
+        own.append(likeness(store, query, points_mm, key, matches.points_mm))
+        other.append(likeness(store, query, points_mm, key, match_by(box, query, points_mm, key)))
+    # within each pair: scans that are larger or begin elsewhere say nothing of how well places are found
+    correlation = tuple(
+        float(np.nanmean([spearmanr(a[:, axis], b[:, axis]).statistic for a, b in zip(places, found, strict=True)]))
+        for axis in range(3)
+    )
+    numbers: dict[str, Any] = {
+        "self_error_mm": float(np.median(errors)),
+        "self_hit_share": float((errors <= HIT_MM).mean()),
+        "permuted_error_mm": float(np.median(permuted)),
+        "cycle_error_mm": float(np.median(np.concatenate(cycles))),
+        "rank_correlation": (correlation[0], correlation[1], correlation[2]),
+        "likeness": float(np.nanmean(np.concatenate(own))),
+        "box_likeness": float(np.nanmean(np.concatenate(other))),
+    }
+    reasons = what_fails(numbers)
+    return Sanity(**numbers, usable=not reasons, reasons=tuple(reasons))
+
+
+def what_fails(numbers: dict[str, Any]) -> list[str]:
+    """Return the checks that measured numbers do not pass, in words."""
+    failing = []
+    if numbers["self_hit_share"] < LEAST_HIT_SHARE:
+        failing.append(
+            f"only {numbers['self_hit_share']:.0%} of points found within {HIT_MM:g} mm in another crop of the scan"
+        )
+    if not numbers["cycle_error_mm"] <= LARGEST_CYCLE_MM:
+        failing.append(f"matches lead back to a place {numbers['cycle_error_mm']:.0f} mm away")
+    for axis, value, least in zip("zyx", numbers["rank_correlation"], LEAST_CORRELATION, strict=True):
+        if not value >= least:
+            failing.append(f"order of places along {axis} kept with a correlation of {value:.2f} only")
+    if not numbers["likeness"] > numbers["box_likeness"]:
+        failing.append(
+            f"tissue around matches is no more alike ({numbers['likeness']:.2f}) than at the same place of the body box "
+            f"({numbers['box_likeness']:.2f})"
+        )
+    return failing
+
+
+def describe(sanity: Sanity) -> list[str]:
+    """Return the checks as lines for the user."""
+    z, y, x = sanity.rank_correlation
+    lines = [
+        f"Places found in another crop of the same scan: {sanity.self_hit_share:.0%} within {HIT_MM:g} mm, median error "
+        f"{sanity.self_error_mm:.1f} mm (chance {sanity.permuted_error_mm:.1f} mm)",
+        f"Places found in other scans: back within {sanity.cycle_error_mm:.1f} mm, correlation of places {z:.2f} {y:.2f} {x:.2f} "
+        f"(z y x), likeness of the tissue {sanity.likeness:.2f} (body box {sanity.box_likeness:.2f})",
+    ]
+    if sanity.usable:
+        return [*lines, "The embeddings pass every check: they pair the patches of different scans"]
+    return [
+        *lines,
+        f"The embeddings are NOT used to pair patches of different scans, the body box is: {'; '.join(sanity.reasons)}",
+    ]
+
+
+def match_by(matcher: PointMatcher, query: str, points_mm: np.ndarray, key: str) -> np.ndarray:
+    """Return matched places only."""
+    return matcher.match_points(query, points_mm, key).points_mm
+
+
+def self_match(
+    method: Any, store: CaseStore, seed: int, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the errors in mm of points that are looked for in another crop of their patch, and those of chance."""
+    from nnssl.networks.anatomical_embedding import cell_centres_vox
+
+    patch = method.configuration.patch_size
+    spacing = torch.tensor(method.configuration.spacing_mm)
+    errors: list[np.ndarray] = []
+    permuted: list[np.ndarray] = []
+    for index in range(PATCHES):
+        case = store.case(store.names[index % len(store.names)])
+        generator = make_generator(seed, "sanity/patches", index)
+        lower = draw_box(case.shape, patch, case.foreground_vox, 1.0, generator)
+        volume = torch.from_numpy(case.read_box(lower, patch))[None].to(device)
+        views = method.make_views(volume, [generator])
+        with autocast():
+            maps = method.embedding(torch.cat([views.first, views.second]))
+        here, there, valid = (each[0].cpu() for each in views.fine[0])
+        cells = maps.fine.shape[2:]
+        wide = torch.nn.functional.interpolate(maps.coarse, cells, mode="trilinear", align_corners=False)
+        joined = torch.cat([maps.fine, torch.nn.functional.normalize(wide, dim=1)], dim=1).float().cpu()
+        place = (here + 0.5) / torch.tensor(patch) * torch.tensor(cells) - 0.5
+        z, y, x = place.round().long().T
+        similarity = joined[0][:, z, y, x].T @ joined[1].flatten(1)
+        centres = cell_centres_vox(cells, patch)
+        second = views.params[1]
+        truth_mm = map_points(there[None], second, "to_input")[0] * spacing
+        cells_mm = map_points(centres[None], second, "to_input")[0] * spacing
+        shuffled = torch.randperm(len(centres), generator=generator)
+        for results, order in ((errors, torch.arange(len(centres))), (permuted, shuffled)):
+            distance = (cells_mm[similarity[:, order].argmax(dim=1)] - truth_mm).norm(dim=1)
+            results.append(distance[valid > 0].numpy())
+    return np.concatenate(errors), np.concatenate(permuted)
+
+
+def draw_pairs(store: CaseStore, seed: int) -> list[tuple[str, str, np.ndarray]]:
+    """Return pairs of different cases with points in mm in the body of the first; of a single case with itself."""
+    pairs = []
+    for index in range(PAIRS):
+        rng = np.random.default_rng([seed, index])
+        first = index % len(store.names)
+        second = (first + 1 + int(rng.integers(max(1, len(store.names) - 1)))) % len(store.names)
+        case = store.case(store.names[first])
+        body = case.foreground_vox
+        if len(body):
+            points = body[rng.integers(len(body), size=POINTS_PER_PAIR)]
+            pairs.append((case.name, store.names[second], points * np.array(case.spacing_mm)))
+    return sorted(pairs, key=lambda pair: pair[:2])  # so that embeddings that were made are used again
+
+
+def likeness(store: CaseStore, query: str, points_mm: np.ndarray, key: str, found_mm: np.ndarray) -> np.ndarray:
+    """Return the correlation of the voxels around points and around their matches, -1 to 1, the mean over channels.
+
+    Voxels that lie outside either scan are left out; NaN where nothing is left that varies.
+    """
+    values = []
+    for pair_mm in zip(points_mm, found_mm, strict=True):
+        boxes, common = [], np.array(True)
+        for name, place_mm in zip((query, key), pair_mm, strict=True):
+            case = store.case(name)
+            size = surroundings_vox(case.spacing_mm)
+            lower = np.round(place_mm / np.array(case.spacing_mm)).astype(int) - np.array(size) // 2
+            boxes.append(case.read_box(lower.tolist(), size))
+            axes = [
+                (np.arange(n) + first >= 0) & (np.arange(n) + first < length)
+                for first, n, length in zip(lower, size, case.shape, strict=True)
+            ]
+            common = common & axes[0][:, None, None] & axes[1][:, None] & axes[2]
+        values.append(np.nanmean([_correlation(a[common], b[common]) for a, b in zip(*boxes, strict=True)]))
+    return np.array(values)
+
+
+def _correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Return Pearson's correlation; NaN where one side does not vary."""
+    if not len(first) or min(first.std(), second.std()) == 0:
+        return float("nan")
+    return float(np.corrcoef(first, second)[0, 1])
+
+
+def surroundings_vox(spacing_mm: Sequence[float], reach_mm: float = 15.0) -> tuple[int, ...]:
+    """Return the voxels of a box that reaches so far to every side; cases of a plan have one spacing."""
+    return tuple(2 * max(1, round(reach_mm / mm)) + 1 for mm in spacing_mm)

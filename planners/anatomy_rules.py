@@ -1,0 +1,53 @@
+"""What anatomical embeddings need of a plan: which stages of the encoder name a place exactly, and which roughly."""
+
+from collections.abc import Mapping, Sequence
+from math import ceil, prod
+from typing import Any
+
+from nnssl.networks.backbone import encoder_strides
+from planners.plan import AnatomyChoices
+
+LARGEST_STRIDE = 16
+"""SAM's coarse cells are 16 voxels long."""
+LEAST_COARSE_CELLS = 27
+"""Fewer cells leave a query without others that are farther away than its neighbours."""
+
+
+def decide_anatomy(
+    architecture: Mapping[str, Any], shape: Sequence[int], spacing_mm: Sequence[float]
+) -> tuple[AnatomyChoices, list[tuple[str, str, str]]]:
+    """Choose the stages of the fine and of the coarse embeddings.
+
+    Args:
+        architecture: of the plan's network.
+        shape: voxels of the patch.
+        spacing_mm: of its voxels.
+
+    Returns:
+        The choice, and (what, value, reason) for every decision.
+    """
+    total, strides = [1] * len(shape), []
+    for stage in encoder_strides(dict(architecture)):
+        total = [a * b for a, b in zip(total, stage, strict=True)]
+        strides.append(tuple(total))
+    grids = [[ceil(n / step) for n, step in zip(shape, stride, strict=True)] for stride in strides]
+    halved = [stage for stage, stride in enumerate(strides[:-1]) if max(stride) <= 2]
+    fine = halved[-1]
+    wide = [
+        stage
+        for stage in range(fine + 1, len(strides))
+        if max(strides[stage]) <= LARGEST_STRIDE and prod(grids[stage]) >= LEAST_COARSE_CELLS
+    ]
+    coarse = wide[-1] if wide else fine + 1
+
+    def cell(stage: int) -> str:
+        return " x ".join(f"{step * mm:.4g}" for step, mm in zip(strides[stage], spacing_mm, strict=True)) + " mm"
+
+    return AnatomyChoices(fine_stage=fine, coarse_stage=coarse), [
+        (
+            "anatomical embeddings",
+            f"fine at stage {fine}, cells of {cell(fine)}; coarse at stage {coarse}, cells of {cell(coarse)}",
+            f"SAM's are at a half and a sixteenth of the resolution; the coarse one needs {LEAST_COARSE_CELLS} cells in a patch, "
+            f"and has {prod(grids[coarse])}",
+        )
+    ]
