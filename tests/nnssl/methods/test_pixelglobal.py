@@ -37,7 +37,8 @@ STABILIZERS = ("none", "literal", "signed_detached", "added")
 
 def make_stage(dim: int, *overrides: str, residual: bool = False) -> PixelGlobal:
     configuration = make_configuration(dim)
-    settings, _ = resolve_stage(PixelGlobal, configuration, "pixelglobal.distillation", ("points=200", *overrides))
+    given = ("points=200", "stabilizer=none", *overrides)
+    settings, _ = resolve_stage(PixelGlobal, configuration, "pixelglobal.distillation", given)
     network = build_network(architecture(dim, residual, False), CHANNELS, 3, seed=0)
     torch.manual_seed(0)
     return PixelGlobal(network, settings, configuration)
