@@ -17,7 +17,8 @@ from nnssl.data.loader import draw_box
 from nnssl.draws import make_generator
 from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import EmbeddingMatcher
-from nnssl.matching.points import PointMatcher, cycle_error_mm
+from nnssl.matching.points import cycle_error_mm
+from nnssl.networks.anatomical_embedding import cell_centres_vox
 from nnssl.views.spatial import map_points
 
 PATCHES = 16
@@ -95,7 +96,7 @@ def measure(
         places.append(points_mm)
         found.append(matches.points_mm)
         own.append(likeness(store, query, points_mm, key, matches.points_mm))
-        other.append(likeness(store, query, points_mm, key, match_by(box, query, points_mm, key)))
+        other.append(likeness(store, query, points_mm, key, box.match_points(query, points_mm, key).points_mm))
     # within each pair: scans that are larger or begin elsewhere say nothing of how well places are found
     correlation = tuple(
         float(np.nanmean([spearmanr(a[:, axis], b[:, axis]).statistic for a, b in zip(places, found, strict=True)]))
@@ -144,24 +145,17 @@ def describe(sanity: Sanity) -> list[str]:
         f"(z y x), likeness of the tissue {sanity.likeness:.2f} (body box {sanity.box_likeness:.2f})",
     ]
     if sanity.usable:
-        return [*lines, "The embeddings pass every check: they pair the patches of different scans"]
+        return [*lines, "The embeddings pass every check: they may find places in other scans"]
     return [
         *lines,
-        f"The embeddings are NOT used to pair patches of different scans, the body box is: {'; '.join(sanity.reasons)}",
+        f"The embeddings do NOT find places in other scans; take the place in the body box instead: {'; '.join(sanity.reasons)}",
     ]
-
-
-def match_by(matcher: PointMatcher, query: str, points_mm: np.ndarray, key: str) -> np.ndarray:
-    """Return matched places only."""
-    return matcher.match_points(query, points_mm, key).points_mm
 
 
 def self_match(
     method: Any, store: CaseStore, seed: int, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the errors in mm of points that are looked for in another crop of their patch, and those of chance."""
-    from nnssl.networks.anatomical_embedding import cell_centres_vox
-
     patch = method.configuration.patch_size
     spacing = torch.tensor(method.configuration.spacing_mm)
     errors: list[np.ndarray] = []
@@ -193,7 +187,7 @@ def self_match(
 
 
 def draw_pairs(store: CaseStore, seed: int) -> list[tuple[str, str, np.ndarray]]:
-    """Return pairs of different cases with points in mm in the body of the first; of a single case with itself."""
+    """Return pairs of different cases with points in mm in the body of the first; a single case with itself."""
     pairs = []
     for index in range(PAIRS):
         rng = np.random.default_rng([seed, index])
@@ -201,9 +195,10 @@ def draw_pairs(store: CaseStore, seed: int) -> list[tuple[str, str, np.ndarray]]
         second = (first + 1 + int(rng.integers(max(1, len(store.names) - 1)))) % len(store.names)
         case = store.case(store.names[first])
         body = case.foreground_vox
-        if len(body):
-            points = body[rng.integers(len(body), size=POINTS_PER_PAIR)]
-            pairs.append((case.name, store.names[second], points * np.array(case.spacing_mm)))
+        if not len(body):  # nothing brighter than the rest was found: anywhere will do
+            body = rng.integers(case.shape, size=(POINTS_PER_PAIR, 3))
+        points = body[rng.integers(len(body), size=POINTS_PER_PAIR)]
+        pairs.append((case.name, store.names[second], points * np.array(case.spacing_mm)))
     return sorted(pairs, key=lambda pair: pair[:2])  # so that embeddings that were made are used again
 
 

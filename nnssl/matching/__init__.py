@@ -1,1 +1,1 @@
-"""Where a place of one scan lies in another: ``PointMatcher`` and its two ways, and pairs of patches that follow from it."""
+"""Where a place of one scan lies in another: ``PointMatcher`` and two ways of finding it."""

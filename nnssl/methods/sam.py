@@ -177,8 +177,7 @@ class SAM(PretextMethod):
         self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
     ) -> PlacedViews:
         """Return two crops of each patch and the places that are compared."""
-        with torch.no_grad():
-            grids = map_grids(self.network, self.settings, volumes.shape[2:])
+        grids = map_grids(self.network, self.settings, volumes.shape[2:])
         return make_placed_views(volumes, generators, self.settings, self.configuration.spacing_mm, *grids)
 
     def losses(self, views: PlacedViews, progress: float) -> StepOutput:

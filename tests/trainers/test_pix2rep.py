@@ -1,7 +1,5 @@
 """Pix2Rep in the loop: resume, two processes, and what stock nnU-Net loads, for v1 and v2, in 2D and 3D."""
 
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,8 @@ from nnssl.checkpoint import read_checkpoint
 from nnssl.errors import UserError
 from planners.plan import read_plan
 from tests.trainers.conftest import NAME
+from tests.trainers.stopping import stopped_at
 from tests.trainers.test_pretrain import assert_same, tensors_of
-from trainers import pretrain_trainer
 from trainers.pretrain import pretrain
 
 VERSIONS = ("pix2rep", "pix2rep_v2")
@@ -64,17 +62,8 @@ def test_two_processes_equal_one(toy, method):
 def test_stopped_run_ends_bit_identical(toy, monkeypatch):
     final = run(toy, "pix2rep")
     expected = tensors_of(final)
-    original = pretrain_trainer.PretrainTrainer.train_step
-
-    def interrupted(self, batch):
-        if self.current_step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batch)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(pretrain_trainer.PretrainTrainer, "train_step", interrupted)
-        with pytest.raises(SystemExit):
-            run(toy, "pix2rep", restart=True)
+    with stopped_at(monkeypatch, 3):
+        run(toy, "pix2rep", restart=True)
     assert not final.exists()
     assert read_checkpoint(final.with_name("checkpoint_latest.pth"))[1].step == 4
     run(toy, "pix2rep")

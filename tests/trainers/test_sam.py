@@ -1,8 +1,6 @@
 """SAM in the loop: what it leaves, what it says of itself, resume, two processes, what stock nnU-Net loads."""
 
 import json
-import os
-import signal
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from nnssl.checkpoint import read_checkpoint
 from nnssl.errors import UserError
 from planners.plan import read_plan
 from tests.trainers.conftest import NAME
+from tests.trainers.stopping import stopped_at
 from tests.trainers.test_pix2rep import run
 from tests.trainers.test_pretrain import assert_same, tensors_of
 from trainers import pretrain_trainer
@@ -77,17 +76,8 @@ def test_two_processes_equal_one(toy):
 def test_stopped_run_ends_bit_identical(toy, monkeypatch):
     final = run(toy, "sam", *SMALL)
     expected = tensors_of(final)
-    original = pretrain_trainer.PretrainTrainer.train_step
-
-    def interrupted(self, batch):
-        if self.current_step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batch)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(pretrain_trainer.PretrainTrainer, "train_step", interrupted)
-        with pytest.raises(SystemExit):
-            run(toy, "sam", *SMALL, restart=True)
+    with stopped_at(monkeypatch, 3):
+        run(toy, "sam", *SMALL, restart=True)
     run(toy, "sam", *SMALL)
     assert_same(tensors_of(final), expected)
 

@@ -1,8 +1,5 @@
 """Methods with a moving average of a whole U-Net, in the loop: resume, two processes, what stock nnU-Net loads, 2D and 3D."""
 
-import os
-import signal
-
 import pytest
 import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
@@ -12,9 +9,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnssl.checkpoint import read_checkpoint
 from planners.plan import read_plan
 from tests.trainers.conftest import NAME
+from tests.trainers.stopping import stopped_at
 from tests.trainers.test_pix2rep import run
 from tests.trainers.test_pretrain import assert_same, tensors_of
-from trainers import pretrain_trainer
 
 SMALL = {"pixelglobal": ("points=64", "uncertainty_passes=2"), "pcrl": ("queue_length=12",)}
 TRAINERS = {"pixelglobal": "PixelGlobalTrainer", "pcrl": "PCRLTrainer"}
@@ -88,16 +85,7 @@ def test_stopped_run_ends_bit_identical(toy, monkeypatch, method):
     options = (*SMALL[method], *(LONGER if method == "pcrl" else ()))
     final = run(toy, method, *options)
     expected = tensors_of(final)
-    original = pretrain_trainer.PretrainTrainer.train_step
-
-    def interrupted(self, batch):
-        if self.current_step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, batch)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(pretrain_trainer.PretrainTrainer, "train_step", interrupted)
-        with pytest.raises(SystemExit):
-            run(toy, method, *options, restart=True)
+    with stopped_at(monkeypatch, 3):
+        run(toy, method, *options, restart=True)
     run(toy, method, *options)
     assert_same(tensors_of(final), expected)

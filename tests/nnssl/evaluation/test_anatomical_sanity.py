@@ -134,6 +134,14 @@ def test_likeness_is_the_correlation_of_what_both_scans_have(tmp_path):
     assert likeness(store, "a", places_mm[0], "b", places_mm[1])[0] == pytest.approx(expected, abs=1e-4)
 
 
+def test_scans_without_a_body_are_examined_too(method, tmp_path):
+    image = np.random.default_rng(0).standard_normal((4, 6, 24, 40)).astype(np.float32)
+    properties = CaseProperties(1, image.shape[1:], 4, SPACING, (SourceFile("a", 1, 1),), "digest", 0.0)
+    write_case(tmp_path, "a", image, np.zeros((0, 3), dtype=int), properties, (4, 12, 20))
+    content, _ = examine(method, CaseStore(tmp_path), 0, torch.device("cpu"))
+    assert not content["usable"]
+
+
 def test_pairs_are_of_different_cases_and_points_in_the_body(tmp_path):
     store = make_store(tmp_path)
     pairs = draw_pairs(store, 0)
