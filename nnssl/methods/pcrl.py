@@ -46,6 +46,7 @@ from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, Step
 from nnssl.methods.settings import TrainingSettings
 from nnssl.momentum import FeatureQueue, copy_to_teacher, momentum_for_run
 from nnssl.networks.attention import TransformationAttention
+from nnssl.networks.backbone import input_channels
 from nnssl.networks.dense import ENCODER, ENCODER_AND_DECODER, decode, trained_up_to_segmentation
 from nnssl.networks.heads import PooledProjection
 from nnssl.schema import STRICT
@@ -433,9 +434,3 @@ def widest_kernel(stage: nn.Module, dimensions: int) -> tuple[int, ...]:
     """Return the largest kernel of a stage of the encoder, which is 1 along axes that it does not look along."""
     kernels = [each.kernel_size for each in stage.modules() if isinstance(each, (nn.Conv2d, nn.Conv3d))]
     return tuple(max(kernel[axis] for kernel in kernels) for axis in range(dimensions))
-
-
-def input_channels(encoder: nn.Module) -> int:
-    """Return the channels of the images that an encoder takes."""
-    first = next(each for each in encoder.modules() if isinstance(each, (nn.Conv2d, nn.Conv3d)))
-    return first.in_channels

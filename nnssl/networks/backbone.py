@@ -55,6 +55,22 @@ def seeded(build: Callable[[], M], seed: int, purpose: str) -> M:
         return build()
 
 
+def parts_to_compile(network: nn.Module) -> list[nn.Module]:
+    """Return the parts of a plan's network that methods call one by one; a compiled whole would not cover them."""
+    blocks = getattr(getattr(network, "eva", None), "blocks", None)
+    if blocks is not None:
+        return list(blocks)
+    decoder = network.get_submodule("decoder")
+    stages = [*decoder.get_submodule("transpconvs").children(), *decoder.get_submodule("stages").children()]
+    return [network.get_submodule("encoder"), *stages]
+
+
+def input_channels(encoder: nn.Module) -> int:
+    """Return the channels of the images that an encoder takes."""
+    first = next(each for each in encoder.modules() if isinstance(each, (nn.Conv2d, nn.Conv3d)))
+    return first.in_channels
+
+
 def encoder_strides(architecture: dict[str, Any]) -> list[list[int]]:
     """Return the stride per axis of every encoder stage, full resolution first."""
     dim = len(architecture["arch_kwargs"]["kernel_sizes"][0])
