@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nnssl.data.case_store import CaseStore
+from nnssl.data.patch_pairs import PairTable
 from nnssl.draws import make_generator
 from nnssl.errors import UserError
 
@@ -60,6 +61,7 @@ def make_loader(
     num_workers: int = 0,
     foreground_share: float = FOREGROUND_SHARE,
     pin_memory: bool = False,
+    pairs: PairTable | None = None,
 ) -> DataLoader:
     """Return a loader that gives one ``PatchBatch`` per step.
 
@@ -76,13 +78,15 @@ def make_loader(
         num_workers: processes that read; 0 reads in this process.
         foreground_share: share of the patches that are centred near a voxel inside the body, 0 to 1.
         pin_memory: put batches into page-locked memory, for asynchronous copies to a GPU.
+        pairs: places of which two neighbours of a batch are the two sides; None for patches that have nothing to do with one
+            another.
 
     Returns:
         A loader of ``last_step - first_step`` batches.
 
     Raises:
-        UserError: the batch cannot be shared out evenly.
-        ValueError: a patch size that is neither 2D nor 3D.
+        UserError: the batch cannot be shared out evenly, or in pairs.
+        ValueError: a patch size that is neither 2D nor 3D, or pairs of slices.
     """
     if batch_size % world_size:
         raise UserError(
@@ -92,8 +96,15 @@ def make_loader(
     if len(patch_size) not in (2, 3):
         raise ValueError(f"a patch has 2 or 3 axes, not {len(patch_size)}")
     part = batch_size // world_size
+    if pairs is not None and part % 2:
+        raise UserError(
+            f"batch size {batch_size}: {world_size} process(es) get {part} patches each, and patches go in pairs"
+        )
+    if pairs is not None and len(patch_size) != 3:
+        raise ValueError("places of slices are not paired")
+    patches = PatchDataset(store, patch_size, batch_size, seed, stage, foreground_share)
     return DataLoader(
-        PatchDataset(store, patch_size, batch_size, seed, stage, foreground_share),
+        patches if pairs is None else PairDataset(store, patch_size, batch_size, seed, stage, pairs),
         batch_sampler=StepSampler(range(first_step, last_step), range(rank * part, (rank + 1) * part)),
         num_workers=num_workers,
         collate_fn=_collate,
@@ -144,6 +155,56 @@ class PatchDataset(Dataset):
         volume = torch.from_numpy(case.read_box(lower, size))
         if flat:
             volume = volume.squeeze(1)
+        return PatchBatch(volume[None], [sample], step, [name], torch.tensor([lower]))
+
+
+class PairDataset(Dataset):
+    """Patches around both places of a pair, keyed by (step, place in the global batch); neighbours are of one pair.
+
+    Args:
+        store: the cases, those of the table.
+        patch_size: (z, y, x).
+        batch_size: global, even.
+        seed: the run's seed.
+        stage: the pretext stage.
+        pairs: of places.
+    """
+
+    def __init__(
+        self, store: CaseStore, patch_size: Sequence[int], batch_size: int, seed: int, stage: str, pairs: PairTable
+    ) -> None:
+        self.store = store
+        self.patch_size = tuple(patch_size)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.stage = stage
+        self.pairs = pairs
+
+    def __getitem__(self, key: tuple[int, int]) -> PatchBatch:
+        """Return one sample as a batch of one.
+
+        The first patch is moved into its scan where it would reach beyond; the second one by as much, so that both places stay
+        at the same place of their patches.
+        """
+        step, sample = key
+        case = draw_case(len(self.pairs.cases), self.batch_size // 2, self.seed, self.stage, step, sample // 2)
+        rows = self.pairs.of_case(case)
+        choice = float(torch.rand((), generator=make_generator(self.seed, f"{self.stage}/pairs", step, sample // 2)))
+        row = rows[int(choice * len(rows))]
+        query = self.store.case(self.pairs.cases[case])
+        lower, moved = [], []
+        for place, extent, length in zip(self.pairs.query_vox[row], query.shape, self.patch_size, strict=True):
+            wanted = round(float(place)) - length // 2
+            room = extent - length
+            taken = -(-room // 2) if room < 0 else min(max(wanted, 0), room)
+            lower.append(taken)
+            moved.append(taken - wanted)
+        name = query.name
+        if sample % 2:
+            name = self.pairs.cases[self.pairs.key[row]]
+            places = zip(self.pairs.key_vox[row], moved, self.patch_size, strict=True)
+            lower = [round(float(place)) - length // 2 + move for place, move, length in places]
+        volume = torch.from_numpy(self.store.case(name).read_box(lower, self.patch_size))
         return PatchBatch(volume[None], [sample], step, [name], torch.tensor([lower]))
 
 

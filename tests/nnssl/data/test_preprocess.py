@@ -52,7 +52,7 @@ def section(case_folder, patch_size, spacing_mm) -> PretextConfiguration:
         transformer=None,
         dense=DenseSampling("single", 8, 10, 10),
         context=ContextChoices((0, 1), True, 8),
-        anatomy=AnatomyChoices(1, 2),
+        anatomy=AnatomyChoices(1, 2, "sam"),
         queue_length=8,
         teacher_momentum=0.99,
         schedules={},
