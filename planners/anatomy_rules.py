@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from math import ceil, prod
-from typing import Any
+from typing import Any, Literal
 
 from nnssl.networks.backbone import encoder_strides
 from planners.plan import AnatomyChoices
@@ -11,17 +11,23 @@ LARGEST_STRIDE = 16
 """SAM's coarse cells are 16 voxels long."""
 LEAST_COARSE_CELLS = 27
 """Fewer cells leave a query without others that are farther away than its neighbours."""
+LEAST_PATCHES = 1.5
+"""A scan hardly longer than a patch holds no other part of the body that a place could be taken for."""
 
 
 def decide_anatomy(
-    architecture: Mapping[str, Any], shape: Sequence[int], spacing_mm: Sequence[float]
+    architecture: Mapping[str, Any],
+    shape: Sequence[int],
+    spacing_mm: Sequence[float],
+    scan_mm: Sequence[float] | None = None,
 ) -> tuple[AnatomyChoices, list[tuple[str, str, str]]]:
-    """Choose the stages of the fine and of the coarse embeddings.
+    """Choose the stages of the fine and of the coarse embeddings, and what pairs places of different scans.
 
     Args:
         architecture: of the plan's network.
         shape: voxels of the patch.
         spacing_mm: of its voxels.
+        scan_mm: size of the median scan; None if it is not known.
 
     Returns:
         The choice, and (what, value, reason) for every decision.
@@ -43,11 +49,20 @@ def decide_anatomy(
     def cell(stage: int) -> str:
         return " x ".join(f"{step * mm:.4g}" for step, mm in zip(strides[stage], spacing_mm, strict=True)) + " mm"
 
-    return AnatomyChoices(fine_stage=fine, coarse_stage=coarse), [
+    patches = (
+        None if scan_mm is None else max(mm / (n * s) for mm, n, s in zip(scan_mm, shape, spacing_mm, strict=True))
+    )
+    pairs: Literal["sam", "body_box"] = "sam" if patches is None or patches >= LEAST_PATCHES else "body_box"
+    return AnatomyChoices(fine_stage=fine, coarse_stage=coarse, partners=pairs), [
         (
             "anatomical embeddings",
             f"fine at stage {fine}, cells of {cell(fine)}; coarse at stage {coarse}, cells of {cell(coarse)}",
             f"SAM's are at a half and a sixteenth of the resolution; the coarse one needs {LEAST_COARSE_CELLS} cells in a patch, "
             f"and has {prod(grids[coarse])}",
-        )
+        ),
+        (
+            "places in other scans",
+            "anatomical embeddings" if pairs == "sam" else "the place in the body's box",
+            f"the median scan is {patches or 0:.1f} patches long; embeddings are worth their training from {LEAST_PATCHES} on",
+        ),
     ]

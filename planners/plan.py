@@ -12,7 +12,7 @@ from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
 from nnssl.schema import STRICT, parse
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 PLANS_NAME = "nnsslPlans"
 
 
@@ -31,12 +31,13 @@ class Decision:
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """How a feature map of the encoder is cut into tokens for a transformer."""
+    """How a patch is cut into tokens."""
 
     __pydantic_config__: ClassVar = STRICT
 
-    stage: int
-    """Encoder stage whose feature map gives the tokens; 0 is full resolution. One position is one token."""
+    stage: int | None
+    """Encoder stage of a U-Net whose feature map gives the tokens; 0 is full resolution. One position is one token. None where
+    voxels become tokens at once (Primus)."""
     grid: tuple[int, ...]
     """Tokens per axis for the plan's patch."""
     size_vox: tuple[int, ...]
@@ -47,7 +48,7 @@ class TokenGrid:
 
 @dataclass(frozen=True)
 class TransformerSize:
-    """Size of the transformer of a hybrid network."""
+    """Size of the transformer of a hybrid network or of Primus."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -102,7 +103,7 @@ class ContextChoices:
 
 @dataclass(frozen=True)
 class AnatomyChoices:
-    """Which stages of the encoder have the resolution of anatomical embeddings."""
+    """Which stages of the encoder have the resolution of anatomical embeddings, and whether there is a use for them."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -110,6 +111,9 @@ class AnatomyChoices:
     """Of those that say where exactly."""
     coarse_stage: int
     """Of those that say in which part of the body."""
+    partners: Literal["sam", "body_box"]
+    """What pairs the places of different scans: embeddings, or the place in the body's box where scans are hardly larger than a
+    patch."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,9 @@ class PretextConfiguration:
     intensity_views: tuple[str, ...]
     """Names of the intensity changes that suit the modality."""
     tokens: TokenGrid | None
-    """None without a transformer."""
+    """None where no stage of the encoder has enough positions, and where no method looks at tokens."""
     transformer: TransformerSize | None
+    """None for a U-Net without one."""
     dense: DenseSampling
     context: ContextChoices
     anatomy: AnatomyChoices
@@ -144,6 +149,11 @@ class PretextConfiguration:
     teacher_momentum: float
     schedules: dict[str, StageSchedule]
     """By stage, named ``method.stage``."""
+
+    @property
+    def has_feature_maps(self) -> bool:
+        """Whether the network is a U-Net: one whose voxels become tokens at once has no maps of several resolutions."""
+        return self.tokens is None or self.tokens.stage is not None
 
 
 @dataclass(frozen=True)
@@ -210,7 +220,7 @@ def plan_from_dict(content: Any, source: str) -> Plan:
     if not isinstance(content, dict) or "pretext" not in content:
         raise UserError(f"{source}: has no 'pretext' section, so it is no plan of nnssl; run nnssl_plan_and_preprocess")
     version = content["pretext"].get("schema_version") if isinstance(content["pretext"], dict) else None
-    if version in (2, 3):
+    if version in (2, 3, 4):
         content = _from_older_schema(content, source)
         version = SCHEMA_VERSION
     if version != SCHEMA_VERSION:
@@ -222,7 +232,7 @@ def plan_from_dict(content: Any, source: str) -> Plan:
 
 
 def _from_older_schema(content: dict[str, Any], source: str) -> dict[str, Any]:
-    """Add what earlier schemas did not have, and what follows from patch and network: ``context`` (2), ``anatomy`` (3)."""
+    """Add what earlier schemas did not have: ``context`` (2) and ``anatomy`` (3, 4 without ``partners``)."""
     from planners.anatomy_rules import decide_anatomy
     from planners.context_rules import decide_context
 
@@ -232,8 +242,9 @@ def _from_older_schema(content: dict[str, Any], source: str) -> dict[str, Any]:
             network = content["configurations"][name]["architecture"]
             patch, spacing_mm = own["patch_size"], own["spacing_mm"]
             context = decide_context(network, patch, spacing_mm, own["thick_axis"])[0]
-            anatomy = decide_anatomy(network, patch, spacing_mm)[0]
-            configurations[name] = {"context": asdict(context), "anatomy": asdict(anatomy), **own}
+            anatomy = asdict(decide_anatomy(network, patch, spacing_mm)[0])
+            anatomy |= own.get("anatomy", {})
+            configurations[name] = {"context": asdict(context), **own, "anatomy": anatomy}
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{source}: is an incomplete plan of an older nnssl ({error}); plan again") from error
     pretext = {**content["pretext"], "schema_version": SCHEMA_VERSION, "configurations": configurations}

@@ -17,6 +17,7 @@ class Preset:
         base_features: channels of the first stage.
         max_features: largest number of channels in 2D and in 3D.
         transformer: largest transformer of a hybrid network.
+        primus: largest Primus.
         largest_batch: no pretext batch grows beyond this.
         epochs_share: share of a method's published epochs.
     """
@@ -26,6 +27,7 @@ class Preset:
     base_features: int
     max_features: tuple[int, int]
     transformer: TransformerSize
+    primus: TransformerSize
     largest_batch: int
     epochs_share: float
 
@@ -38,12 +40,20 @@ VIT_SIZES = (
 )
 """From a tiny transformer to RepRec's ViT-Base with 12 blocks and a decoder of 4 (Dosovitskiy et al. 2021, table 1)."""
 
+PRIMUS_SIZES = (
+    TransformerSize(width=192, depth=4, heads=4, decoder_depth=2),
+    TransformerSize(width=396, depth=12, heads=6, decoder_depth=2),
+    TransformerSize(width=792, depth=12, heads=12, decoder_depth=4),
+    TransformerSize(width=864, depth=16, heads=12, decoder_depth=4),
+)
+"""From a tiny one to Primus S, B and M (Wald et al. 2025, table 1); nnU-Net's own trainers build the last three."""
+
 PRESETS = {
-    "cpu": Preset(0.5, "plain", 16, (128, 128), VIT_SIZES[0], 16, 0.1),
-    "8gb": Preset(8.0, "plain", 32, (512, 320), VIT_SIZES[2], 256, 1.0),
-    "24gb": Preset(24.0, "residual L", 32, (512, 320), VIT_SIZES[3], 256, 1.0),
-    "40gb": Preset(40.0, "residual XL", 32, (512, 320), VIT_SIZES[3], 256, 1.0),
-    "80gb": Preset(80.0, "residual XL", 32, (512, 320), VIT_SIZES[3], 256, 1.0),
+    "cpu": Preset(0.5, "plain", 16, (128, 128), VIT_SIZES[0], PRIMUS_SIZES[0], 16, 0.1),
+    "8gb": Preset(8.0, "plain", 32, (512, 320), VIT_SIZES[2], PRIMUS_SIZES[1], 256, 1.0),
+    "24gb": Preset(24.0, "residual L", 32, (512, 320), VIT_SIZES[3], PRIMUS_SIZES[2], 256, 1.0),
+    "40gb": Preset(40.0, "residual XL", 32, (512, 320), VIT_SIZES[3], PRIMUS_SIZES[3], 256, 1.0),
+    "80gb": Preset(80.0, "residual XL", 32, (512, 320), VIT_SIZES[3], PRIMUS_SIZES[3], 256, 1.0),
 }
 
 

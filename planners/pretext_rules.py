@@ -30,6 +30,7 @@ from planners.plan import (
     TransformerSize,
 )
 from planners.presets import VIT_SIZES, Preset
+from planners.primus_rules import decide_primus
 
 TOKENS_WANTED = 196
 """Tokens of RepRec's 14 x 14 grid (224 pixels at stride 16), the length ViT-B/16 was made for."""
@@ -100,15 +101,17 @@ class PretextRules:
                 "context": self._decide_context(name, base, views),
                 "anatomy": self._decide_anatomy(name, base, views),
             }
-            self._decide_run(name, base, views, None, None, features, budget)
             hybrid = f"{name}_hybrid"
-            tokens = self._decide_tokens(hybrid, base)
-            if tokens is None:
-                continue
-            self._say(hybrid, "views", f"as {name}", "same patches")
-            size = self._decide_transformer(hybrid, tokens)
-            self._add_hybrid(name, hybrid, base, tokens, size, budget)
-            self._decide_run(hybrid, base, views, tokens, size, features, budget)
+            # nothing looks at the tokens of a U-Net for slices
+            tokens = self._decide_tokens(name if len(views["patch_size"]) == 3 else hybrid, base)
+            self._decide_run(name, views, tokens if len(views["patch_size"]) == 3 else None, None, features, budget)
+            if tokens is not None:
+                self._say(hybrid, "views", f"as {name}", "same patches")
+                size = self._decide_transformer(hybrid, tokens)
+                self._add_hybrid(name, hybrid, base, tokens, size, budget)
+                self._decide_run(hybrid, views, tokens, size, features, budget)
+            if len(views["patch_size"]) == 3:
+                self._add_primus(name, base, views, budget)
 
     def _say(self, configuration: str, what: str, value: Any, reason: str) -> None:
         self.decisions.append(Decision(configuration, what, str(value), reason))
@@ -298,6 +301,28 @@ class PretextRules:
             f"that of {name} with the transformer's memory",
         )
 
+    def _add_primus(self, name: str, base: dict[str, Any], views: dict[str, Any], budget: float) -> None:
+        primus = f"{name}_primus"
+        chosen, decisions = decide_primus(
+            base["patch_size"], base["spacing"], self.channels, budget, base["batch_size"], self.preset
+        )
+        for decision in decisions:
+            self._say(primus, *decision)
+        if chosen is None:
+            return
+        self.nnunet["configurations"][primus] = {
+            "inherits_from": name,
+            "patch_size": list(chosen.patch),
+            "batch_size": chosen.batch,
+            "architecture": chosen.architecture,
+        }
+        if chosen.patch == views["patch_size"]:
+            self._say(primus, "views", f"as {name}", "same patches")
+        else:
+            crop, overlap = self._decide_crop(primus, chosen.patch)
+            views = {**views, "patch_size": chosen.patch, "crop_fraction": crop, "crop_overlap": overlap}
+        self._decide_run(primus, views, chosen.tokens, chosen.size, (chosen.values, 0.0), budget)
+
     def _feature_sizes(self, architecture: dict[str, Any], patch: Sequence[int]) -> tuple[float, float]:
         network = build_network(architecture, self.channels, 2, seed=0)
         size = tuple(patch)
@@ -342,7 +367,8 @@ class PretextRules:
         return chosen
 
     def _decide_anatomy(self, name: str, base: dict[str, Any], views: dict[str, Any]) -> AnatomyChoices:
-        chosen, decisions = decide_anatomy(base["architecture"], views["patch_size"], views["spacing_mm"])
+        scan_mm = np.median(self.shapes * self.spacings_mm, axis=0)[-len(views["patch_size"]) :]
+        chosen, decisions = decide_anatomy(base["architecture"], views["patch_size"], views["spacing_mm"], scan_mm)
         for decision in decisions if len(views["patch_size"]) == 3 else ():  # no method looks for places in slices
             self._say(name, *decision)
         return chosen
@@ -350,7 +376,6 @@ class PretextRules:
     def _decide_run(
         self,
         name: str,
-        base: dict[str, Any],
         views: dict[str, Any],
         tokens: TokenGrid | None,
         size: TransformerSize | None,
@@ -358,12 +383,22 @@ class PretextRules:
         budget: float,
     ) -> None:
         patches = self._distinct_patches(views["patch_size"], views["spacing_mm"])
-        stages = [stage for method in METHODS.values() if name in method.configurations for stage in method.stages]
+        stages = [
+            stage
+            for method in METHODS.values()
+            if name in method.configurations
+            for stage in method.stages
+            if stage.configuration in (None, name) and not (stage.reads_tokens and tokens is None)
+        ]
         schedules = {
             stage.name: self._decide_schedule(name, stage, features, budget, tokens, size, patches) for stage in stages
         }
         # a teacher sees what its student sees, without a graph
-        taught = [schedules[stage.name] for stage in stages if stage.encoder_graphs and stage.encoder_passes]
+        taught = [
+            schedules[stage.name]
+            for stage in stages
+            if stage.encoder_graphs and stage.encoder_passes and not stage.reads_tokens
+        ]
         queue, momentum = self._decide_teacher(name, patches, taught)
         self.configurations[name] = PretextConfiguration(
             **views,
@@ -460,19 +495,27 @@ class PretextRules:
         patches: int,
     ) -> StageSchedule:
         encoder, decoder = features
-        cost = (stage.encoder_graphs + NO_GRAD_SHARE * stage.encoder_passes) * encoder + stage.decoder_graphs * decoder
-        if tokens is not None and size is not None and stage.encoder_graphs == 0:
+        graphs = stage.encoder_graphs
+        masked = stage.reads_tokens and tokens is not None and size is not None
+        cost = (NO_GRAD_SHARE * stage.encoder_passes + (0 if masked else graphs)) * encoder
+        cost += stage.decoder_graphs * decoder
+        if masked:
+            assert tokens is not None
+            assert size is not None
             # the token decoder sees all tokens, the encoder at most a quarter of them
             blocks = size.depth / 4 + size.decoder_depth
             cost += math.prod(tokens.grid) * 9 * size.width * blocks
         fits = int(budget // cost)
-        batch = max(2, min(fits, self.preset.largest_batch, patches // 2))
+        most = max(2, min(fits, self.preset.largest_batch, patches // 2))
+        batch = most // stage.batch_multiple * stage.batch_multiple
         limit = {
             fits: "memory target",
             self.preset.largest_batch: "largest useful batch",
             patches // 2: "half of the distinct patches",
         }
-        reason = f"{fits} fit, {patches} distinct patches: limited by the {limit.get(batch, 'least batch')}"
+        reason = f"{fits} fit, {patches} distinct patches: limited by the {limit.get(most, 'least batch')}"
+        if batch < most:
+            reason += f", a multiple of {stage.batch_multiple}"
         if batch < stage.useful_batch:
             reason += (
                 f"; WARNING: contrast is weak below {stage.useful_batch}, take a larger memory target or more data"

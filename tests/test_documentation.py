@@ -220,6 +220,7 @@ def test_presets_are_those_of_the_code():
             str(preset.base_features),
             ", ".join(map(str, preset.max_features)),
             f"{size.depth}, {size.width}, {size.heads}, {size.decoder_depth}",
+            f"{preset.primus.depth}, {preset.primus.width}, {preset.primus.heads}",
             str(preset.largest_batch),
             f"{preset.epochs_share:g}",
         ]

@@ -46,6 +46,7 @@ ALLOWED = {
         "nnssl.checkpoint",
         "nnssl.distributed",
         "nnssl.evaluation",
+        "nnssl.matching",
         "planners",
     },
     "nnssl.cli": {"nnssl", "planners", "trainers"},

@@ -43,3 +43,9 @@ class SAMTrainer(PretrainTrainer):
     """SAM: anatomical embeddings of every voxel."""
 
     stage = "sam.embedding"
+
+
+class AliceTrainer(PretrainTrainer):
+    """Alice: masked modelling, and the same anatomy in different patients."""
+
+    stage = "alice.alignment"

@@ -3,7 +3,7 @@
 import os
 import shutil
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from nnssl.paths import Folders
 from planners.plan import PLANS_NAME, Plan, read_plan
 from trainers import pretext
 from trainers.pretrain_trainer import FINAL, LATEST, PretrainTrainer, RunOptions, check_same_run, plain_settings
-from trainers.probe_run import CASES, prepare_probe
+from trainers.probe_run import CASES, ProbeOptions, prepare_probe
 
 
 def pretrain(
@@ -55,7 +55,7 @@ def pretrain(
         configuration: of the plan; None for the first one of the plan that the method can use.
         plans_name: identifier of the plan.
         overrides: settings as ``key=value``, or ``stage.key=value`` for one stage only.
-        init: checkpoint whose weights the first stage starts from.
+        init: checkpoint whose weights the first stage starts from, among those whose weights are handed on.
         seed: of weights and of every draw.
         workers: processes that read patches; None to choose.
         device: where to train.
@@ -79,39 +79,87 @@ def pretrain(
     plan = read_plan(path)
     configuration = choose_configuration(method, plan, configuration)
     given = split_overrides(overrides, {stage.name: stage.load() for stage in method.stages})
-    chosen = [stage for stage in method.stages if stages is None or stage.name in stages]
+    wanted = [stage for stage in method.stages if stages is None or stage.name in stages]
+    chosen = needed_stages(wanted, plan, configuration, given)
+    for stage in wanted:
+        if stage not in chosen:
+            say(f"{stage.name}: left out, nothing asks for it with these settings")
     if init is not None:
         read_checkpoint(init)
-    launched = "TORCHELASTIC_RUN_ID" in os.environ  # by torchrun, perhaps over several nodes
-    if restart and (not launched or os.environ["RANK"] == "0"):
-        for stage in chosen:
-            folder = stage_folder(folders, plan, stage, configuration)
-            if folder.exists():
-                say(f"--restart: removing {folder}")
-                shutil.rmtree(folder)
+    # what only prepares another stage does not hand its weights on
+    begun = next((stage for stage in reversed(chosen) if stage.fresh), chosen[0])
+    if restart and (not launched() or os.environ["RANK"] == "0"):
+        _remove([stage_folder(folders, plan, stage, configuration) for stage in chosen], say)
     probed = None
     if probe is not None:
-        cores = max(1, min(8, os.cpu_count() or 1))
-        name = find_dataset(probe, folders)
-        probed = prepare_probe(name, plan, configuration, folders, probe_cases, probe_every, cores, say)
+        probed = _prepare_probe(probe, plan, configuration, folders, probe_cases, probe_every, say)
     for index, stage in enumerate(chosen):
-        alone = index == 0 and stage != method.stages[0]
-        options = RunOptions(tuple(given[stage.name]), init if index == 0 else None, seed, workers, alone, probed)
+        own = stage.runs_in(configuration)
+        options = RunOptions(
+            tuple(given[stage.name]),
+            init if stage == begun else None,
+            seed,
+            workers,
+            alone=index == 0 and stage != method.stages[0],
+            probe=probed if own == configuration else None,
+        )
         folder = stage_folder(folders, plan, stage, configuration)
         if is_finished(folder, plan, stage, configuration, options):
             say(f"{stage.name}: finished before, {folder / FINAL}")
             continue
         say(f"{stage.name}: {folder}")
-        if launched:
-            own_rank, local_rank, all_ranks = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-            check_batch(plan, stage, configuration, options, all_ranks)
-            run_in_group(own_rank, local_rank, all_ranks, path, stage.trainer, configuration, options, device)
-        elif processes > 1:
-            check_batch(plan, stage, configuration, options, processes)
-            _spawn(processes, path, stage.trainer, configuration, options, device)
-        else:
-            run_stage(path, stage.trainer, configuration, options, device)
+        _launch(path, plan, stage, own, options, device, processes)
     return stage_folder(folders, plan, chosen[-1], configuration) / FINAL
+
+
+def launched() -> bool:
+    """Return whether torchrun started this process, perhaps on several nodes."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _remove(results: Sequence[Path], say: Callable[[str], None]) -> None:
+    for folder in results:
+        if folder.exists():
+            say(f"--restart: removing {folder}")
+            shutil.rmtree(folder)
+
+
+def _prepare_probe(
+    probe: str | int,
+    plan: Plan,
+    configuration: str,
+    folders: Folders,
+    cases: int,
+    every: int | None,
+    say: Callable[[str], None],
+) -> ProbeOptions:
+    if not plan.configuration(configuration).has_feature_maps:
+        raise UserError(
+            f"--probe {probe}: reads feature maps of a U-Net, which {configuration} has not; leave it out or take another -c"
+        )
+    cores = max(1, min(8, os.cpu_count() or 1))
+    return prepare_probe(find_dataset(probe, folders), plan, configuration, folders, cases, every, cores, say)
+
+
+def _launch(
+    path: Path,
+    plan: Plan,
+    stage: Stage,
+    configuration: str,
+    options: RunOptions,
+    device: torch.device,
+    processes: int,
+) -> None:
+    """Run a stage in this process, in the group that torchrun made, or in processes of its own."""
+    if launched():
+        own_rank, local_rank, all_ranks = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        check_batch(plan, stage, configuration, options, all_ranks)
+        run_in_group(own_rank, local_rank, all_ranks, path, stage.trainer, configuration, options, device)
+    elif processes > 1:
+        check_batch(plan, stage, configuration, options, processes)
+        _spawn(processes, path, stage.trainer, configuration, options, device)
+    else:
+        run_stage(path, stage.trainer, configuration, options, device)
 
 
 def find_plan(folders: Folders, dataset_name: str | None, plans_name: str, say: Callable[[str], None]) -> Path:
@@ -161,13 +209,37 @@ def choose_configuration(method: Method, plan: Plan, wanted: str | None) -> str:
     return wanted
 
 
+def needed_stages(
+    stages: Sequence[Stage], plan: Plan, configuration: str, given: Mapping[str, Sequence[str]]
+) -> list[Stage]:
+    """Return the stages without those that later ones have no use for under their settings.
+
+    Args:
+        stages: of one method, in order.
+        plan: of the data set.
+        configuration: that the method was asked to run in.
+        given: overrides by stage.
+
+    Raises:
+        UserError: a setting is wrong, or the plan has no schedule for a stage.
+    """
+    spared: set[str] = set()
+    for stage in stages:
+        implementation = stage.load()
+        planned = plan.configuration(stage.runs_in(configuration))
+        settings, _ = resolve_stage(implementation, planned, stage.name, given[stage.name])
+        spared.update(implementation.spares(settings))
+    return [stage for stage in stages if stage.name not in spared]
+
+
 def stage_folder(folders: Folders, plan: Plan, stage: Stage, configuration: str) -> Path:
-    """Return the results folder of a stage."""
-    return folders.results / plan.dataset_name / f"{stage.trainer}__{plan.name}__{configuration}" / "fold_all"
+    """Return the results folder of a stage of a method that was asked to run in a configuration."""
+    name = f"{stage.trainer}__{plan.name}__{stage.runs_in(configuration)}"
+    return folders.results / plan.dataset_name / name / "fold_all"
 
 
 def is_finished(folder: Path, plan: Plan, stage: Stage, configuration: str, options: RunOptions) -> bool:
-    """Return whether a stage's folder holds its final checkpoint.
+    """Return whether a stage's folder holds its final checkpoint; arguments as ``stage_folder``.
 
     Raises:
         UserError: it does, of a run with another plan or other settings.
@@ -176,8 +248,9 @@ def is_finished(folder: Path, plan: Plan, stage: Stage, configuration: str, opti
     if not final.exists():
         return False
     _, provenance = read_checkpoint(final)
-    settings = resolve_stage(stage.load(), plan.configuration(configuration), stage.name, options.overrides)
-    check_same_run(final, provenance, plan, configuration, stage.name, plain_settings(*settings), options.seed)
+    own = stage.runs_in(configuration)
+    settings = resolve_stage(stage.load(), plan.configuration(own), stage.name, options.overrides)
+    check_same_run(final, provenance, plan, own, stage.name, plain_settings(*settings), options.seed)
     return True
 
 
@@ -189,10 +262,13 @@ def check_batch(plan: Plan, stage: Stage, configuration: str, options: RunOption
     """
     settings, _ = resolve_stage(stage.load(), plan.configuration(configuration), stage.name, options.overrides)
     batch = settings.training.batch_size
-    if batch % processes:
-        nearest = max(processes, batch - batch % processes)
+    unit = processes * stage.batch_multiple
+    if batch % unit:
+        nearest = max(unit, batch - batch % unit)
+        each = "" if stage.batch_multiple == 1 else f", a multiple of {stage.batch_multiple} for each"
         raise UserError(
-            f"batch_size {batch} of {stage.name} cannot be shared evenly by {processes} processes; --set batch_size={nearest}"
+            f"batch_size {batch} of {stage.name} cannot be shared evenly by {processes} processes{each}; "
+            f"--set batch_size={nearest}"
         )
 
 

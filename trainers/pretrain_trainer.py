@@ -27,18 +27,20 @@ from nnssl.checkpoint import Provenance, read_checkpoint, to_plain, write_checkp
 from nnssl.collapse import collapse_warning, effective_rank, feature_std
 from nnssl.data.case_store import CaseStore
 from nnssl.data.loader import PatchBatch, make_loader
+from nnssl.data.patch_pairs import PairTable
 from nnssl.distributed import is_distributed, mean_over_ranks, rank, world_size
 from nnssl.draws import sample_generators
 from nnssl.errors import UserError
 from nnssl.files import write_json
-from nnssl.methods import find_stage
+from nnssl.methods import SAM, Stage, find_stage
 from nnssl.methods.protocol import PretextMethod, StepOutput
 from nnssl.methods.settings import describe_settings, resolve_stage
 from nnssl.momentum import update_teacher
-from nnssl.networks.backbone import build_network, seeded
+from nnssl.networks.backbone import build_network, parts_to_compile, seeded
 from planners.plan import plan_from_dict
 from trainers.continuation import check_same_run, plain_settings
 from trainers.optimisation import learning_rate_factor, make_optimizer, set_learning_rate
+from trainers.pairing import EXAMINATION, pairs_of_run
 from trainers.precision import choose_precision
 from trainers.probe_run import BEST, KEY, ProbeOptions, ProbeRun
 from trainers.progress import collect_metrics, plot_progress, write_metrics
@@ -156,9 +158,13 @@ class PretrainTrainer(nnUNetTrainer):
         """Return where the stage before this one left its weights; None for the first stage, and for one that runs alone."""
         stages = self.method_entry.stages
         index = stages.index(self.stage_entry)
-        if index == 0 or self.options.alone:
+        if index == 0 or self.options.alone or self.stage_entry.fresh:
             return None
-        name = f"{stages[index - 1].trainer}__{self.plans_manager.plans_name}__{self.configuration_name}"
+        return self.checkpoint_of(stages[index - 1])
+
+    def checkpoint_of(self, stage: Stage) -> Path:
+        """Return where another stage of this plan leaves its weights."""
+        name = f"{stage.trainer}__{self.plans_manager.plans_name}__{stage.runs_in(self.configuration_name)}"
         return Path(self.output_folder_base).parent / name / "fold_all" / FINAL
 
     def _load_initial_weights(self) -> str | None:
@@ -188,10 +194,7 @@ class PretrainTrainer(nnUNetTrainer):
     def _compile(self) -> None:
         # a graph that cannot be compiled runs as it is, and torch says so once
         torch._dynamo.config.suppress_errors = True
-        decoder = self.network.get_submodule("decoder")
-        # dense methods call the decoder's stages one by one, which its own compiled pass would not cover
-        stages = [*decoder.get_submodule("transpconvs").children(), *decoder.get_submodule("stages").children()]
-        for part in (self.network.get_submodule("encoder"), *stages):
+        for part in parts_to_compile(self.network):
             part.compile()
 
     def _wrap_for_processes(self) -> torch.nn.Module:
@@ -220,8 +223,24 @@ class PretrainTrainer(nnUNetTrainer):
                 world_size=world_size(),
                 num_workers=workers,
                 pin_memory=self.device.type == "cuda",
+                pairs=self._pairs(store),
             )
         ), None
+
+    def _pairs(self, store: CaseStore) -> PairTable | None:
+        partners = self.method.partners()
+        if partners is None:
+            return None
+        return pairs_of_run(
+            Path(self.output_folder),
+            store,
+            None if partners == "body_box" else self.checkpoint_of(find_stage(SAM)[1]),
+            self.options.seed,
+            anew=self.current_step == 0,
+            device=self.device,
+            autocast=lambda: self.precision.autocast(self.device),
+            say=self.print_to_log_file,
+        )
 
     def _store(self) -> CaseStore:
         return CaseStore(Path(self.preprocessed_dataset_folder_base) / self.configuration.case_folder)
@@ -460,7 +479,7 @@ class PretrainTrainer(nnUNetTrainer):
         self.method.eval()
         autocast = lambda: self.precision.autocast(self.device)  # noqa: E731
         content, lines = examine(self.method, self._store(), self.options.seed, self.device, autocast)
-        write_json(Path(self.output_folder) / "examination.json", to_plain(content))
+        write_json(Path(self.output_folder) / EXAMINATION, to_plain(content))
         for line in lines:
             self.print_to_log_file(line)
 

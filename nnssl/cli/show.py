@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from nnssl.evaluation.dense_network import DenseNetwork
     from trainers.pretrained_weights import Weights
 
+UNTOLD = dict.fromkeys("omh", "at best without the code") | {"s": "by the mean of what is visible"}
+"""What a reconstruction is compared with, by model."""
 NAME = "nnssl_show"
 OTHERS = 2
 """Cases that a query is looked for in unless they are named."""
@@ -47,8 +49,19 @@ def make_parser() -> argparse.ArgumentParser:
         "--passes", type=positive_int, metavar="N", help="with dropout (default: as in pretraining)"
     )
     reconstruction = _add_picture(
-        pictures, "reconstruction", _reconstruction, "what the decoder of pcrl makes of a patch for its three encoders"
+        pictures, "reconstruction", _reconstruction, "what the decoder of pcrl or alice makes of a patch"
     )
+    matches = _add_picture(
+        pictures,
+        "matches",
+        _matches,
+        "where points of a case lie in another one, by the embeddings of sam and by the body's box",
+    )
+    matches.add_argument("--other", metavar="CASE", help="the case to look in (default: the next of the data set)")
+    matches.add_argument(
+        "--points", type=positive_int, default=4, metavar="N", help="points, drawn in the body (default: 4)"
+    )
+    matches.add_argument("--seed", type=int, default=0, help="of the points (default: 0)")
     for each in (embedding, uncertainty, reconstruction):
         each.add_argument(
             "--slice", type=natural_int, metavar="Z", help="of a 2D network (default: the one with the most body)"
@@ -158,7 +171,33 @@ def _reconstruction(args: argparse.Namespace) -> None:
     described = _describe(weights, case.name, store)
     write_picture(args.output, reconstruction_figure(made, method.configuration.spacing_mm, described))
     for each in made:
-        say(f"{each.model}: mean squared error {each.error:.3f}, at best without the code {each.error_untold:.3f}")
+        say(f"{each.model}: mean squared error {each.error:.3f}, {UNTOLD[each.model]} {each.error_untold:.3f}")
+    say(f"picture: {args.output}")
+
+
+def _matches(args: argparse.Namespace) -> None:
+    from nnssl.errors import UserError
+    from nnssl.evaluation.dense_network import find_case
+    from nnssl.evaluation.matches import find_matches, open_matcher
+    from nnssl.evaluation.pictures import matches_figure, write_picture
+
+    weights, store = _open_weights(args)
+    matcher, method = open_matcher(weights.path, store, choose_device(args.device, say))
+    if len(store.names) < 2:
+        raise UserError(f"{store.folder}: has one case only, and nothing to look in; give another data set with -d")
+    case = find_case(store, args.case or store.names[0]).name
+    following = store.names[(store.names.index(case) + 1) % len(store.names)]
+    other = find_case(store, args.other or following).name
+    found = find_matches(matcher, store, case, other, args.points, args.seed, method.configuration.patch_size)
+    described = _describe(weights, f"{case}, found in {other}", store)
+    write_picture(args.output, matches_figure(found, method.configuration.spacing_mm, described))
+    for each in found:
+        place, by_embedding, by_box = (
+            " ".join(map(str, vox)) for vox in (each.query_vox, each.found_vox, each.box_vox)
+        )
+        say(
+            f"{place}: {by_embedding}, similarity {each.score:.3f}, back within {each.cycle_mm:.1f} mm; body's box {by_box}"
+        )
     say(f"picture: {args.output}")
 
 

@@ -8,12 +8,15 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from nnssl.checkpoint import read_checkpoint
 from nnssl.data.patients import patient_in_name
 from nnssl.evaluation.dense_network import open_cases, open_dense_network
 from nnssl.evaluation.dense_similarity import compare_cases, embed_case
+from nnssl.evaluation.matches import find_matches, open_matcher
 from nnssl.evaluation.pictures import (
     DPI,
     embedding_figure,
+    matches_figure,
     reconstruction_figure,
     similarity_figure,
     uncertainty_figure,
@@ -25,6 +28,8 @@ from nnssl.evaluation.teacher_uncertainty import measure_uncertainty, open_teach
 from nnssl.paths import Folders
 
 Maker = Callable[[Path, Folders, torch.device, Callable[[str], None]], tuple[Picture, ...]]
+MATCHES = 4
+"""Places that are looked for."""
 COMPARED_CASES = 3
 """The query's case and two of other patients."""
 
@@ -116,11 +121,62 @@ def reconstruction_pictures(
     return picture, *dense
 
 
+def recovery_pictures(
+    checkpoint: Path, folders: Folders, device: torch.device, say: Callable[[str], None]
+) -> tuple[Picture, ...]:
+    """Return what Alice's decoder makes of masked tokens; nothing without a loss for them.
+
+    Raises:
+        UserError: as ``restore_method`` and ``open_cases``.
+    """
+    method, provenance = restore_method(checkpoint, device)
+    if not provenance.settings["reconstruction_weight"]:
+        return ()
+    store = open_cases(provenance, provenance.dataset_name, folders, say)
+    name = store.names[0]
+    made = reconstruct_case(method, store.case(name), None, 0, device)
+    return (
+        picture_of(
+            reconstruction_figure(made, method.configuration.spacing_mm, f"{provenance.method}: recovered tokens"),
+            f"The visible tokens of a patch of {name}, the patch, and the patch with its masked tokens recovered; mean squared "
+            f"error {made[0].error:.2f}, by the mean of what is visible {made[0].error_untold:.2f}",
+            "Visible tokens, the patch, and the masked tokens recovered beside the visible ones.",
+        ),
+    )
+
+
+def match_pictures(
+    checkpoint: Path, folders: Folders, device: torch.device, say: Callable[[str], None]
+) -> tuple[Picture, ...]:
+    """Return where SAM finds places of a case in another case, and what dense features show; the latter alone for one case.
+
+    Raises:
+        UserError: as ``open_matcher`` and ``open_cases``.
+    """
+    dense = dense_pictures(checkpoint, folders, device, say)
+    provenance = read_checkpoint(checkpoint)[1]
+    store = open_cases(provenance, provenance.dataset_name, folders, say)
+    if len(store.names) < 2:
+        return dense
+    matcher, method = open_matcher(checkpoint, store, device)
+    query, key = store.names[:2]
+    found = find_matches(matcher, store, query, key, MATCHES, 0, method.configuration.patch_size)
+    picture = picture_of(
+        matches_figure(found, method.configuration.spacing_mm, f"{provenance.method}: {query}, found in {key}"),
+        f"Places of {query} beside where embeddings and the body's box find them in {key}; "
+        + "; ".join(f"similarity {each.score:.2f}, back within {each.cycle_mm:.0f} mm" for each in found),
+        "A place, where embeddings find it in another case, and the same place of the body's box.",
+    )
+    return picture, *dense
+
+
 MAKERS: dict[str, Maker] = {
     "pix2rep": dense_pictures,
     "pix2rep_v2": dense_pictures,
     "pcrl": reconstruction_pictures,
     "pixelglobal": uncertainty_pictures,
+    "sam": match_pictures,
+    "alice": recovery_pictures,
 }
 """By method; a method without an entry shows nothing of its own."""
 

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from nnssl.errors import UserError
 from nnssl.evaluation.dense_similarity import Comparison, Embedding
+from nnssl.evaluation.matches import PlaceMatch
 from nnssl.evaluation.reconstructions import Reconstruction
 from nnssl.evaluation.teacher_uncertainty import Uncertainty
 from nnssl.evaluation.tiles import Voxel
@@ -24,8 +25,8 @@ from nnssl.files import write_atomically
 
 COLOUR_MAP = "inferno"
 """Even steps of brightness, which also read without colour."""
-QUERY_COLOUR, NEAREST_COLOUR = "#56B4E9", "#009E73"
-"""Sky blue and bluish green of Okabe and Ito's palette for colour-blind readers; the shapes of the markers differ too."""
+QUERY_COLOUR, NEAREST_COLOUR, BOX_COLOUR = "#56B4E9", "#009E73", "#E69F00"
+"""Sky blue, bluish green and orange of Okabe and Ito's palette for colour-blind readers; the shapes of the markers differ too."""
 OVERLAY = 0.65
 """Opacity of the similarity over the image."""
 PANEL_INCHES = 2.6
@@ -35,7 +36,7 @@ LEAST_INCHES = 6.5
 FONT_SIZE = 8
 DPI = 120
 AXES = "zyx"
-MODEL_NAMES = {"o": "encoder", "m": "moving average", "h": "hybrid"}
+MODEL_NAMES = {"o": "encoder", "m": "moving average", "h": "hybrid", "s": "student"}
 
 
 def similarity_figure(comparison: Comparison, title: str) -> Figure:
@@ -164,6 +165,36 @@ def reconstruction_figure(reconstructions: Sequence[Reconstruction], spacing_mm:
         _head(row[0], f"{MODEL_NAMES[each.model]}: input")
         _head(row[1], "asked for")
         _head(row[2], f"made: error {each.error:.2f}, untold {each.error_untold:.2f}")
+    return figure
+
+
+def matches_figure(matches: Sequence[PlaceMatch], spacing_mm: Sequence[float], title: str) -> Figure:
+    """Draw each place in its case, where embeddings find it in the other case, and where the body's box has it.
+
+    Args:
+        matches: one row for each.
+        spacing_mm: of the voxels.
+        title: of the figure.
+    """
+    down, across = spacing_mm[-2:]
+    rows, columns = matches[0].query.shape
+    width = PANEL_INCHES * columns * across / (rows * down)
+    size = (max(3 * width + 0.4, LEAST_INCHES), (PANEL_INCHES + 0.4) * len(matches) + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize=FONT_SIZE + 1)
+    panels = figure.subplots(len(matches), 3, squeeze=False)
+    shown = np.stack([image for each in matches for image in (each.query, each.found, each.box)])
+    low, high = np.percentile(shown, (1, 99))
+    for row, each in zip(panels, matches, strict=True):
+        crops = ((each.query, "+", QUERY_COLOUR), (each.found, "o", NEAREST_COLOUR), (each.box, "s", BOX_COLOUR))
+        for axes, (image, marker, colour) in zip(row, crops, strict=True):
+            axes.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=down / across, interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+            _mark(axes, 0, (0, rows // 2, columns // 2), marker, colour)
+        _head(row[0], f"place {_name(each.query_vox)}")
+        _head(row[1], f"embeddings: similarity {each.score:.2f}, back within {each.cycle_mm:.0f} mm")
+        _head(row[2], "the same place of the body's box")
     return figure
 
 

@@ -1,4 +1,4 @@
-"""What PCRL's decoder makes of a patch of a case: what the encoders see, what is asked for, and the answer."""
+"""What the decoder of a method makes of a patch of a case: what the encoder sees, what is asked for, and the answer."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +14,10 @@ from nnssl.draws import make_generator
 from nnssl.errors import UserError
 from nnssl.evaluation.dense_similarity import check_point, fullest_slice, middle_of
 from nnssl.evaluation.restored_method import restore_method
+from nnssl.methods.alice import Alice, PairedViews
 from nnssl.methods.pcrl import errors_untold, mix, reconstruction_targets
 
-METHOD = "pcrl"
+METHODS = ("alice", "pcrl")
 
 
 @dataclass(frozen=True)
@@ -24,12 +25,13 @@ class Reconstruction:
     """One model's input, what its code asks for, and what the decoder makes; the middle slice of the patch, channel 0.
 
     Attributes:
-        model: ``o``, ``m`` or ``h``.
-        seen: (y, x), the corrupted crop; of the hybrid the mix of both crops.
-        target: the clean crop, flipped and turned.
-        output: of the decoder.
-        error: mean squared error over the patch, all channels.
-        error_untold: the least error of an answer that does not listen to the code; without attention, that of the mean.
+        model: ``o``, ``m`` or ``h`` of PCRL; ``s`` of Alice.
+        seen: (y, x), the corrupted crop; of the hybrid the mix of both crops; of Alice the visible tokens.
+        target: the clean crop, flipped and turned where a code asks for it.
+        output: of the decoder; of Alice that of masked tokens, in the contrast that each has, beside the visible ones.
+        error: mean squared error over the patch, all channels; of Alice over the masked tokens, each standardised.
+        error_untold: the least error of an answer that does not listen to the code, without attention that of the mean; of Alice
+            that of the mean of the visible tokens.
     """
 
     model: str
@@ -41,14 +43,16 @@ class Reconstruction:
 
 
 def open_reconstructor(path: Path, device: torch.device) -> tuple[Any, Provenance]:
-    """Restore PCRL from a checkpoint.
+    """Restore a method that reconstructs from a checkpoint.
 
     Raises:
         UserError: the checkpoint is of another method, reconstructs nothing, or as ``restore_method``.
     """
     provenance = read_checkpoint(path)[1]
-    if provenance.method != METHOD:
-        raise UserError(f"{path}: is of {provenance.method} and reconstructs nothing; take {METHOD}'s")
+    if provenance.method not in METHODS:
+        raise UserError(
+            f"{path}: is of {provenance.method} and reconstructs nothing; take those of {' or '.join(METHODS)}"
+        )
     if not provenance.settings["reconstruction_weight"]:
         raise UserError(f"{path}: was pretrained with reconstruction_weight=0; take weights that reconstruct")
     return restore_method(path, device)
@@ -61,7 +65,7 @@ def reconstruct_case(
     """Reconstruct a patch in the middle of the body, for all models.
 
     Args:
-        method: PCRL.
+        method: that reconstructs.
         case: the case.
         slice_vox: z of the slice for a 2D network; None for the one with the most body.
         seed: of crops, corruption and transformations.
@@ -83,6 +87,16 @@ def reconstruct_case(
     volume = torch.from_numpy(box).to(device)
     volumes = (volume.squeeze(1) if flat else volume)[None]
     views = method.make_views(volumes, [make_generator(seed, "reconstructions", case.name)])
+    return _of_tokens(method, views) if isinstance(method, Alice) else _of_contexts(method, views)
+
+
+def _of_tokens(method: Alice, views: PairedViews) -> list[Reconstruction]:
+    made = method.recover(views)
+    seen, target, output = (_middle(each) for each in (made.seen, views.patches, made.output))
+    return [Reconstruction("s", seen, target, output, float(made.error), float(made.error_of_mean))]
+
+
+def _of_contexts(method: Any, views: Any) -> list[Reconstruction]:
     outputs = method.reconstruct(method.network.encoder(views.seen_o), method.teacher(views.seen_m), views)
     targets = reconstruction_targets(views, method.settings.hybrid_target)
     untold = errors_untold(views, method.settings)

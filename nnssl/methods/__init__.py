@@ -19,6 +19,11 @@ class Stage:
         encoder_passes: passes through the encoder per patch without a graph.
         decoder_graphs: passes through the decoder per patch that keep a graph.
         useful_batch: batch size below which the planner warns; 1 where the batch does not matter.
+        batch_multiple: the batch of every process is a multiple of this.
+        reads_tokens: whether it needs a grid of tokens from the plan, of which an encoder that is a transformer sees the visible
+            ones only.
+        configuration: where it runs, whatever the method's other stages run in; None for where they do.
+        fresh: whether it starts from random weights, not from those of the stage before, which serves it in another way.
         examination: ``module:function`` that measures what a finished stage is good for (``nnssl.evaluation``); None for no such
             thing.
     """
@@ -30,7 +35,15 @@ class Stage:
     encoder_passes: int
     decoder_graphs: int
     useful_batch: int
+    batch_multiple: int = 1
+    reads_tokens: bool = False
+    configuration: str | None = None
+    fresh: bool = False
     examination: str | None = None
+
+    def runs_in(self, configuration: str) -> str:
+        """Return the configuration that the stage runs in when its method is asked to run in one."""
+        return self.configuration or configuration
 
     def load(self) -> Any:
         """Import and return the class that implements the stage."""
@@ -56,7 +69,7 @@ class Method:
         source: the paper.
         backbone: what it needs, in words.
         configurations: names of the plan's configurations that have it, the default first.
-        stages: run in this order; each starts from the weights of the one before.
+        stages: run in this order; each starts from the weights of the one before, unless it is ``fresh``.
     """
 
     name: str
@@ -66,6 +79,20 @@ class Method:
     configurations: tuple[str, ...]
     stages: tuple[Stage, ...]
 
+
+SAM = "sam.embedding"
+"""The stage whose embeddings say which places of different scans are the same."""
+SAM_STAGE = Stage(
+    name=SAM,
+    trainer="SAMTrainer",
+    implementation="nnssl.methods.sam:SAM",
+    encoder_graphs=2,
+    encoder_passes=0,
+    decoder_graphs=1,
+    useful_batch=2,
+    configuration="3d_fullres",
+    examination="nnssl.evaluation.anatomical_sanity:examine",
+)
 
 METHODS = {
     "reprec": Method(
@@ -92,6 +119,7 @@ METHODS = {
                 encoder_passes=1,
                 decoder_graphs=0,
                 useful_batch=1,
+                reads_tokens=True,
             ),
         ),
     ),
@@ -160,16 +188,30 @@ METHODS = {
         ),
         backbone="a convolutional U-Net for volumes",
         configurations=("3d_fullres",),
+        stages=(SAM_STAGE,),
+    ),
+    "alice": Method(
+        name="alice",
+        title="Alice: masked modelling, and the same anatomy in different patients",
+        source=(
+            "Jiang et al., Anatomical Invariance Modeling and Semantic Alignment for Self-supervised Learning in 3D Medical "
+            "Image Analysis, ICCV 2023"
+        ),
+        backbone="Primus, or a convolutional U-Net for volumes",
+        configurations=("3d_fullres_primus", "3d_fullres"),
         stages=(
+            SAM_STAGE,
             Stage(
-                name="sam.embedding",
-                trainer="SAMTrainer",
-                implementation="nnssl.methods.sam:SAM",
-                encoder_graphs=2,
-                encoder_passes=0,
-                decoder_graphs=1,
-                useful_batch=2,
-                examination="nnssl.evaluation.anatomical_sanity:examine",
+                name="alice.alignment",
+                trainer="AliceTrainer",
+                implementation="nnssl.methods.alice:Alice",
+                encoder_graphs=1,
+                encoder_passes=1,
+                decoder_graphs=0,
+                useful_batch=4,
+                batch_multiple=2,
+                reads_tokens=True,
+                fresh=True,
             ),
         ),
     ),

@@ -58,6 +58,18 @@ class PretextMethod(nn.Module):
         """Return the settings that the plan decides, by key (the schedule's are added by the trainer)."""
         raise NotImplementedError
 
+    @classmethod
+    def spares(cls, settings: Any) -> tuple[str, ...]:
+        """Return the names of earlier stages that are of no use to this one under its settings."""
+        return ()
+
+    def partners(self) -> str | None:
+        """Return what pairs the patches of a batch, neighbours then showing the same place of two scans; None for single patches.
+
+        ``sam`` asks SAM's embeddings (``nnssl.matching``), ``body_box`` the place in the box around the body.
+        """
+        return None
+
     def make_views(self, volumes: Tensor, generators: Sequence[torch.Generator]) -> Any:
         """Return the views of a batch of raw patches (batch, channel, *shape), made on its device.
 

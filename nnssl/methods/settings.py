@@ -94,8 +94,9 @@ def resolve_stage(
     """
     if stage not in configuration.schedules:
         raise UserError(
-            f"The plan has no schedule for {stage}: it was made before this method was there; plan again with the "
-            "same command (nnssl_plan_and_preprocess), weights that are there stay"
+            f"The plan has no schedule for {stage} with this configuration: either the plan was made before this method was "
+            "there; then plan again with the same command (nnssl_plan_and_preprocess), weights that are there stay. Or the "
+            "planner left it out; its reasons (nnssl_info) say why"
         )
     schedule = configuration.schedules[stage]
     planned = {**asdict(schedule), **implementation.from_plan(configuration)}

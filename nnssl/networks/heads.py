@@ -183,7 +183,16 @@ class TokenDecoder(nn.Module):
         visible: Int[Tensor, "batch visible"],
         positions: Float[Tensor, "tokens width"],
     ) -> Float[Tensor, "batch tokens channel"]:
-        """Return a prediction for every token.
+        """Return a prediction for every token; arguments as in ``decode``."""
+        return self.predict(self.decode(encoded, visible, positions))
+
+    def decode(
+        self,
+        encoded: Float[Tensor, "batch visible encoder_width"],
+        visible: Int[Tensor, "batch visible"],
+        positions: Float[Tensor, "tokens width"],
+    ) -> Float[Tensor, "batch tokens width"]:
+        """Return what a prediction is made of, for every token.
 
         Args:
             encoded: the visible tokens as the encoder gives them.
@@ -193,4 +202,4 @@ class TokenDecoder(nn.Module):
         known = self.embed(encoded)
         tokens = self.mask_token.to(known.dtype).expand(len(known), len(positions), -1)
         tokens = tokens.scatter(1, visible[..., None].expand(-1, -1, self.width), known)
-        return self.predict(self.blocks(tokens + positions))
+        return self.blocks(tokens + positions)

@@ -35,7 +35,7 @@ def make_pretext() -> Pretext:
         transformer=TransformerSize(width=16, depth=1, heads=2, decoder_depth=1),
         dense=DenseSampling(features="pyramid", channels=24, contrast_points=1000, correlation_points=4096),
         context=ContextChoices(turn_plane=(1, 2), quarter_turns=False, attention_rank=16),
-        anatomy=AnatomyChoices(fine_stage=1, coarse_stage=2),
+        anatomy=AnatomyChoices(fine_stage=1, coarse_stage=2, partners="sam"),
         queue_length=64,
         teacher_momentum=0.99,
         schedules={"reprec.contrastive": StageSchedule(2, 3, 4, 0)},

@@ -3,24 +3,30 @@
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from nnssl.checkpoint import read_checkpoint
 from nnssl.environment import variables
 from nnssl.errors import UserError
-from nnssl.methods import METHODS, Method, find_method, find_stage
+from nnssl.methods import METHODS, Method, Stage, find_method, find_stage
+from nnssl.methods.settings import split_overrides
 from nnssl.paths import Folders
 from planners.plan import Plan
 from trainers.finetune_result import SCRATCH
-from trainers.pretrain import choose_configuration, is_finished, pretrain, stage_folder
+from trainers.pretrain import choose_configuration, is_finished, needed_stages, pretrain, stage_folder
 from trainers.pretrain_trainer import FINAL, RunOptions
 
 OWN_FOLDER = "nnssl_arms"
 """Below nnU-Net's results: pretraining with values of an arm, or of a stage alone, which must not share the method's folder."""
+
+HYBRID = "_hybrid"
+"""End of the name of a configuration whose U-Net is that of the configuration without it."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Source:
     Attributes:
         plan: of the data set without labels.
         plan_path: its file.
-        dimensions: of the configuration that is fine-tuned, 2 or 3.
+        configuration: that is fine-tuned.
         overrides: settings for every method, as ``key=value``.
         folders: nnU-Net's folders.
         device: where to train.
@@ -58,7 +64,7 @@ class Source:
 
     plan: Plan
     plan_path: Path
-    dimensions: int
+    configuration: str
     overrides: tuple[str, ...]
     folders: Folders
     device: torch.device
@@ -91,9 +97,10 @@ class Pretraining:
     def stage_folders(self) -> tuple[Path, ...]:
         """Results folders of the stages that are run."""
         base = self.final.parents[2]
-        _, plans, configuration = self.final.parents[1].name.split("__")
-        trainers = [stage.trainer for stage in self.method.stages if stage.name in self.stages]
-        return tuple(base / f"{trainer}__{plans}__{configuration}" / "fold_all" for trainer in trainers)
+        plans = self.final.parents[1].name.split("__")[1]
+        chosen = [stage for stage in self.method.stages if stage.name in self.stages]
+        names = (f"{stage.trainer}__{plans}__{stage.runs_in(self.configuration)}" for stage in chosen)
+        return tuple(base / name / "fold_all" for name in names)
 
 
 def parse_arm(text: str) -> Arm:
@@ -111,14 +118,15 @@ def parse_arm(text: str) -> Arm:
             )
         return Arm(name=name or f"{file.parent.parent.name}/{file.stem}", checkpoint=file)
     head, *overrides = text.split(":")
-    stages = {stage.name: method for method in METHODS.values() for stage in method.stages}
+    stages = {stage.name for method in METHODS.values() for stage in method.stages}
     if head in stages:
-        return Arm(text, stages[head].name, (head,), tuple(overrides))
+        return Arm(text, find_stage(head)[0].name, (head,), tuple(overrides))
     if head == SCRATCH:
         raise UserError("-m scratch: is always trained; leave it out")
     if head not in METHODS:
         raise UserError(
-            f"-m {text}: is no method ({', '.join(METHODS)}), no stage ({', '.join(stages)}) and no file that ends in .pth"
+            f"-m {text}: is no method ({', '.join(METHODS)}), no stage ({', '.join(sorted(stages))}) and no file that ends "
+            "in .pth"
         )
     return Arm(text, head, tuple(stage.name for stage in find_method(head).stages), tuple(overrides))
 
@@ -148,7 +156,7 @@ def locate(arm: Arm, source: Source) -> Pretraining:
     """
     assert arm.method is not None
     method = find_method(arm.method)
-    configuration = configuration_for(method, source.plan, source.dimensions)
+    configuration = configuration_for(method, source.plan, source.configuration)
     overrides = (*source.overrides, *arm.overrides)
     last = find_stage(arm.stages[-1])[1]
     shared = stage_folder(source.folders, source.plan, last, configuration) / FINAL
@@ -168,6 +176,10 @@ def locate(arm: Arm, source: Source) -> Pretraining:
 def make_weights(pretraining: Pretraining, source: Source, say: Callable[[str], None]) -> None:
     """Run the pretraining of an arm, or what is left of it."""
     pretraining.results.mkdir(parents=True, exist_ok=True)
+    if pretraining.results != source.folders.results:
+        for stage, options in stage_options(pretraining.method, pretraining.stages, pretraining.overrides, source):
+            if stage.configuration is not None and len(pretraining.stages) > 1:
+                _share_stage(pretraining, stage, options, source, say)
     with variables(nnUNet_results=str(pretraining.results)):
         pretrain(
             pretraining.method.name,
@@ -183,18 +195,52 @@ def make_weights(pretraining: Pretraining, source: Source, say: Callable[[str], 
         )
 
 
-def configuration_for(method: Method, plan: Plan, dimensions: int) -> str:
-    """Return the configuration to pretrain a method with: the first of its own with as many dimensions as fine-tuning.
+def _share_stage(
+    pretraining: Pretraining, stage: Stage, options: RunOptions, source: Source, say: Callable[[str], None]
+) -> None:
+    """Let arms that are prepared by the same stage with the same settings run it once."""
+    own = stage_folder(
+        replace(source.folders, results=pretraining.results), source.plan, stage, pretraining.configuration
+    )
+    if (own / FINAL).exists():
+        return
+    key = json.dumps([stage.name, options.overrides, source.plan.name, source.seed])
+    root = (
+        source.folders.results / OWN_FOLDER / f"{stage.name}-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}"
+    )
+    folders = replace(source.folders, results=root)
+    shared = stage_folder(folders, source.plan, stage, pretraining.configuration)
+    root.mkdir(parents=True, exist_ok=True)
+    method = find_stage(stage.name)[0]
+    with FileLock(root / "preparing.lock"), variables(nnUNet_results=str(root)):
+        pretrain(
+            method.name,
+            folders,
+            source.plan.dataset_name,
+            stage.runs_in(pretraining.configuration),
+            source.plan.name,
+            overrides=options.overrides,
+            seed=source.seed,
+            device=source.device,
+            stages=(stage.name,),
+            say=say,
+        )
+    say(f"{stage.name}: taken from {shared}")
+    shutil.copytree(shared, own, dirs_exist_ok=True)
+
+
+def configuration_for(method: Method, plan: Plan, wanted: str) -> str:
+    """Return the configuration to pretrain a method with: the one that is fine-tuned, or the hybrid whose weights fit it.
 
     Raises:
-        UserError: the plan has none.
+        UserError: the method or the plan has neither.
     """
-    for name in method.configurations:
-        if name in plan.pretext.configurations and len(plan.configuration(name).patch_size) == dimensions:
+    for name in (wanted, f"{wanted}{HYBRID}"):
+        if name in method.configurations and name in plan.pretext.configurations:
             return choose_configuration(method, plan, name)
     raise UserError(
-        f"-m {method.name}: needs {method.backbone} in {dimensions}D, and plan {plan.name} of {plan.dataset_name} has only "
-        f"{', '.join(sorted(plan.pretext.configurations))}; take another -c"
+        f"-m {method.name}: needs {method.backbone} ({', '.join(method.configurations)}), whose weights do not fit {wanted}; "
+        f"plan {plan.name} of {plan.dataset_name} has {', '.join(sorted(plan.pretext.configurations))}; take another -c"
     )
 
 
@@ -209,18 +255,21 @@ def _same_run(arm: Arm, method: Method, source: Source, configuration: str, over
                 configuration,
                 options,
             )
-            for stage, options in stage_options(method, arm.stages, overrides, source.seed)
+            for stage, options in stage_options(method, arm.stages, overrides, source)
         )
     except UserError:
         return False
 
 
-def stage_options(method: Method, stages: Sequence[str], overrides: Sequence[str], seed: int) -> list[tuple]:
+def stage_options(
+    method: Method, stages: Sequence[str], overrides: Sequence[str], source: Source
+) -> list[tuple[Stage, RunOptions]]:
     """Return the stages that are run and the options of each."""
-    from nnssl.methods.settings import split_overrides
-
     given = split_overrides(overrides, {stage.name: stage.load() for stage in method.stages})
-    return [(stage, RunOptions(tuple(given[stage.name]), seed=seed)) for stage in method.stages if stage.name in stages]
+    configuration = configuration_for(method, source.plan, source.configuration)
+    wanted = [stage for stage in method.stages if stage.name in stages]
+    needed = needed_stages(wanted, source.plan, configuration, given)
+    return [(stage, RunOptions(tuple(given[stage.name]), seed=source.seed)) for stage in needed]
 
 
 def cases_seen(checkpoint: Path) -> tuple[str, tuple[str, ...] | None]:

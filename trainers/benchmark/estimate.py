@@ -111,9 +111,10 @@ def estimate_pretraining(runner: "Runner", pretraining: Pretraining) -> tuple[fl
     study = runner.study
     assert study.source is not None
     seconds, source = 0.0, "epochs that were measured"
-    options = stage_options(pretraining.method, pretraining.stages, pretraining.overrides, study.source.seed)
-    for (stage, run), folder in zip(options, pretraining.stage_folders, strict=True):
-        configuration = study.plan.configuration(pretraining.configuration)
+    folders = dict(zip(pretraining.stages, pretraining.stage_folders, strict=True))
+    for stage, run in stage_options(pretraining.method, pretraining.stages, pretraining.overrides, study.source):
+        folder = folders[stage.name]
+        configuration = study.plan.configuration(stage.runs_in(pretraining.configuration))
         training = resolve_stage(stage.load(), configuration, stage.name, run.overrides)[0].training
         epochs = _measured_epochs(folder / "metrics.csv")
         if epochs:

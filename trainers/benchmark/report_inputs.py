@@ -204,6 +204,8 @@ def _pretraining_commands(runner: "Runner") -> list[str]:
             continue
         given: list[str] = []
         for stage, folder in zip(pretraining.stages, pretraining.stage_folders, strict=True):
+            if not (folder / "run.json").exists():
+                continue  # left out, since nothing asked for it
             run = read_json(folder / "run.json", "settings of a run")
             name = stage.rpartition(".")[2]
             given += [

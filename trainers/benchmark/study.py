@@ -200,8 +200,7 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
     configuration = choose_finetuning(settings, arms, plan)
     source = None
     if plan_path is not None:
-        dimensions = len(plan.configuration(configuration).patch_size)
-        source = Source(plan, plan_path, dimensions, settings.pretrain_overrides, folders, device)
+        source = Source(plan, plan_path, configuration, settings.pretrain_overrides, folders, device)
     pretrainings = {arm.name: locate(arm, source) for arm in arms if arm.method is not None and source is not None}
     for arm in arms:
         if arm.checkpoint is not None:
@@ -293,10 +292,11 @@ def choose_finetuning(settings: StudySettings, arms: Sequence[Arm], plan: Plan) 
             continue
         assert arm.method is not None
         usable = [name for name in find_method(arm.method).configurations if name in plan.pretext.configurations]
-        wanted.append(usable[0] if usable else configuration_for(find_method(arm.method), plan, 3))
+        wanted.append(usable[0] if usable else configuration_for(find_method(arm.method), plan, "3d_fullres"))
     if len(set(wanted)) == 1:
         return wanted[0]
-    plain = wanted[0].removesuffix(HYBRID)
+    # a method that knows several networks is fine-tuned with the one that others know too
+    plain = min((name.removesuffix(HYBRID) for name in wanted), key=len)
     plan.configuration(plain)
     return plain
 

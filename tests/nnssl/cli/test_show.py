@@ -11,10 +11,12 @@ import torch
 
 from nnssl.checkpoint import Provenance, read_checkpoint, write_checkpoint
 from nnssl.cli import show
+from nnssl.draws import sample_generators
 from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.evaluation import pictures
 from nnssl.evaluation.dense_network import open_cases, open_dense_network, planned_configuration
+from nnssl.evaluation.matches import find_matches, open_matcher
 from nnssl.evaluation.reconstructions import reconstruct_case
 from nnssl.evaluation.restored_method import restore_method
 from nnssl.evaluation.teacher_uncertainty import open_teacher, tile_uncertainty
@@ -29,6 +31,7 @@ from tests.trainers.conftest import NAME, SHAPE, plan_toy
 from trainers.continuation import plain_settings
 
 OTHER = "Dataset502_Other"
+ALICE = ("projection_hidden=8", "projection_bottleneck=8", "projection_dimensions=8", "alignment_heads=2")
 DECODER = ("encoder.", "decoder.encoder.", "decoder.transpconvs.", "decoder.stages.")
 
 
@@ -49,7 +52,7 @@ def write_method(path: Path, plan: Plan, configuration: str, name: str, *overrid
     planned = planned_configuration(plan, configuration)
     network = build_network(planned["architecture"], 1, 2, 0)
     pretext = plan.configuration(configuration)
-    (stage,) = METHODS[name].stages
+    stage = METHODS[name].stages[-1]
     settings, origins = resolve_stage(stage.load(), pretext, stage.name, overrides)
     method = seeded(lambda: stage.load()(network, settings, pretext), 0, stage.name)
     with torch.no_grad():
@@ -84,6 +87,9 @@ def workspace(tmp_path_factory) -> dict[str, Path]:
         "teacher3d": write_method(root / "teacher3d.pth", plan, "3d_fullres", "pixelglobal", "uncertainty_passes=3"),
         "pcrl": write_method(root / "pcrl.pth", plan, "2d", "pcrl"),
         "pcrl3d": write_method(root / "pcrl3d.pth", plan, "3d_fullres", "pcrl", "mixup=false"),
+        "sam": write_method(root / "sam.pth", plan, "3d_fullres", "sam", "dimensions=8"),
+        "primus": write_method(root / "primus.pth", plan, "3d_fullres_primus", "alice", *ALICE),
+        "alice": write_method(root / "alice.pth", plan, "3d_fullres", "alice", *ALICE),
         "hybrid": write_weights(root / "hybrid.pth", plan, "2d_hybrid", ("encoder.", "transformer.embed.")),
     }
 
@@ -206,6 +212,58 @@ def test_reconstruction(files, drawn, capsys):
     assert "is of pix2rep and reconstructs nothing" in fails(capsys, "reconstruction", "-w", files["2d"])
     assert "slice 3: these weights are 3D" in fails(capsys, "reconstruction", "-w", files["pcrl3d"], "--slice", 3)
     assert "99" in fails(capsys, "reconstruction", "-w", files["pcrl"], "--slice", 99)
+
+
+@pytest.mark.parametrize("name", ["primus", "alice"])
+def test_recovered_tokens(files, drawn, capsys, name):
+    """Visible tokens as they are, masked ones of the answer, with the mean and the deviation that they have in truth."""
+    run("reconstruction", "-w", files[name], "--case", "toy_02", "-o", "a.png")
+    assert "s: mean squared error" in capsys.readouterr().out
+    assert len(drawn[0].axes) == 3
+    method, provenance = restore_method(files[name], torch.device("cpu"))
+    case = open_cases(provenance, NAME, resolve_folders(), print).case("toy_02")
+    patch = torch.from_numpy(case.read_box((0, 0, 0), method.configuration.patch_size))[None]
+    views = method.make_views(patch, sample_generators(0, "test", 0, [0]))
+    made = method.recover(views)
+    token, grid = method.student.token_vox, method.student.grid
+    answers = method.decoder(method.student(patch, views.visible), views.visible, method.positions)
+    errors = []
+    for index, place in enumerate(np.ndindex(*grid)):
+        where = (0, 0, *(slice(n * size, (n + 1) * size) for n, size in zip(place, token, strict=True)))
+        truth = patch[where]
+        if not views.mask[0, index]:
+            assert torch.equal(made.seen[where], truth)
+            assert torch.equal(made.output[where], truth)
+            continue
+        assert not made.seen[where].any()
+        answer = answers[0, index].reshape(truth.shape)
+        assert torch.allclose(made.output[where], answer * truth.std(correction=0) + truth.mean(), atol=1e-3)
+        errors.append((answer - (truth - truth.mean()) / truth.std(correction=0)).square().mean())
+    assert float(made.error) == pytest.approx(float(torch.stack(errors).mean()), rel=1e-3)
+
+
+def test_matches(files, drawn, capsys):
+    run("matches", "-w", files["sam"], "--case", "toy_01", "--other", "toy_03", "--points", 3, "-o", "a.png")
+    out = capsys.readouterr().out
+    assert out.count("back within") == 3
+    assert len(drawn[0].axes) == 9
+    assert "found in toy_03" in drawn[0].get_suptitle()
+    assert "has no embeddings of places" in fails(capsys, "matches", "-w", files["3d"])
+    assert "toy_99" in fails(capsys, "matches", "-w", files["sam"], "--other", "toy_99")
+
+
+def test_a_case_is_found_in_itself_and_its_crops_lie_where_it_says(files):
+    _, provenance = restore_method(files["sam"], torch.device("cpu"))
+    store = open_cases(provenance, NAME, resolve_folders(), print)
+    matcher, method = open_matcher(files["sam"], store, torch.device("cpu"))
+    patch = method.configuration.patch_size
+    volume = store.case("toy_01").read_box((0, 0, 0), store.case("toy_01").shape)[0]
+    for each in find_matches(matcher, store, "toy_01", "toy_01", 12, 0, patch):
+        assert np.abs(np.subtract(each.found_vox, each.query_vox)).max() <= 1
+        assert each.box_vox == each.query_vox
+        assert each.score > 0.999
+        middle = each.query[patch[1] // 2, patch[2] // 2]
+        assert middle == volume[each.query_vox]
 
 
 @pytest.mark.parametrize("name", ["pcrl", "pcrl3d", "teacher"])

@@ -3,13 +3,19 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from scipy.ndimage import map_coordinates
 
+from nnssl.data.case_store import CaseProperties, CaseStore, SourceFile, write_case
+from nnssl.data.phantoms import make_phantom
 from nnssl.draws import sample_generators
 from nnssl.errors import UserError
 from nnssl.losses.contrastive import info_nce_with_negatives
 from nnssl.losses.negatives import draw_hard_negatives
+from nnssl.matching.body_box import BodyBoxMatcher
+from nnssl.matching.embedded import EmbeddingMatcher
 from nnssl.methods.sam import SAM, check_settings, map_grids, read_unit_vectors
 from nnssl.methods.settings import resolve_stage
 from nnssl.networks.anatomical_embedding import cell_centres_vox
@@ -262,6 +268,50 @@ def test_places_are_learned():
         tops.append(float(output.monitors["fine_top1"]))
     assert sum(tops[:5]) / 5 < sum(tops[-5:]) / 5
     assert sum(tops[-5:]) / 5 > 0.3
+
+
+def test_a_known_displacement_is_found(tmp_path):
+    """A phantom and the same one deformed by a known field: matches lie within a cell, nearer than by the body's box."""
+    shape, spacing, patch = (24, 48, 48), (2.0, 1.5, 1.5), (16, 32, 32)
+    volume, labels = make_phantom(3, shape, spacing, "CT")
+    volume = (volume - volume.mean()) / volume.std()
+    z, y, x = grid = np.stack(np.meshgrid(*[np.arange(n, dtype=float) for n in shape], indexing="ij"))
+    moved = grid + np.stack([1.5 * np.sin(y / 8), 4 * np.sin(x / 9 + 1), 4 * np.cos(z / 7)])
+    deformed = map_coordinates(volume, moved, order=1, mode="nearest").astype(np.float32)
+    body = np.argwhere(map_coordinates(labels, moved, order=0, mode="nearest") > 0)
+    for name, image, inside in (("still", volume, np.argwhere(labels > 0)), ("moved", deformed, body)):
+        properties = CaseProperties(1, shape, 1, spacing, (SourceFile("a", 1, 1),), "digest", 0.5)
+        write_case(tmp_path, name, image[None], inside.astype(np.int16), properties, patch)
+    store = CaseStore(tmp_path)
+    configuration = replace(
+        make_configuration(3), patch_size=patch, spacing_mm=spacing, thick_axis=None, rotation_deg=(10.0,) * 3
+    )
+    overrides = ("dimensions=32", "fine_queries=40", "fine_pool=200", "fine_negatives=100", "coarse_queries=12",
+                 "coarse_pool=60", "coarse_negatives=40", "other_negatives=30", "temperature=0.2")  # fmt: skip
+    settings, _ = resolve_stage(SAM, configuration, "sam.embedding", (*overrides, "batch_size=2"))
+    method = SAM(build_network(architecture(3, False, False), 1, 3, seed=0), settings, configuration)
+    optimizer = torch.optim.AdamW([p for g in method.parameter_groups() for p in g.parameters], lr=3e-3)
+    rng = np.random.default_rng(0)
+    for step in range(40):
+        corners = rng.integers(0, np.array(shape) - patch + 1, size=(2, 3)).tolist()
+        boxes = [store.case(store.names[i % 2]).read_box(low, patch) for i, low in enumerate(corners)]
+        volumes = torch.from_numpy(np.stack(boxes))
+        losses = method.losses(method.make_views(volumes, generators(step, 2)), 0.0).losses
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        optimizer.step()
+    points = body[rng.integers(len(body), size=300)]
+    truth = moved[(slice(None), *points.T)].T
+    points, truth = (each[((truth >= 0) & (truth <= np.array(shape) - 1)).all(axis=1)] for each in (points, truth))
+    matcher = EmbeddingMatcher(method.embedding.eval(), store, patch, torch.device("cpu"))
+    learned, box = (
+        np.linalg.norm(
+            each.match_points("moved", points * np.array(spacing), "still").points_mm - truth * spacing, axis=1
+        )
+        for each in (matcher, BodyBoxMatcher(store))
+    )
+    assert np.median(learned) < 3.0  # a cell is 2 x 3 x 3 mm
+    assert np.median(learned) < 0.8 * np.median(box)
 
 
 def test_settings_that_do_not_fit():

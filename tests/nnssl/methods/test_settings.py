@@ -102,7 +102,7 @@ def test_warm_up_shrinks_with_the_run_unless_given():
 
 
 def test_a_plan_older_than_the_method_says_to_plan_again():
-    with pytest.raises(UserError, match=r"no schedule for toy\.second: .*nnssl_plan_and_preprocess"):
+    with pytest.raises(UserError, match=r"no schedule for toy\.second with .*nnssl_plan_and_preprocess"):
         resolve_stage(Implementation, Configuration, "toy.second", [])
 
 

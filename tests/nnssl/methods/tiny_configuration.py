@@ -38,7 +38,7 @@ def make_configuration(dim: int) -> PretextConfiguration:
         transformer=TransformerSize(width=16, depth=2, heads=2, decoder_depth=1),
         dense=DenseSampling(features="pyramid", channels=24, contrast_points=64, correlation_points=64),
         context=ContextChoices(turn_plane=(dim - 2, dim - 1), quarter_turns=False, attention_rank=8),
-        anatomy=AnatomyChoices(fine_stage=1, coarse_stage=2),
+        anatomy=AnatomyChoices(fine_stage=1, coarse_stage=2, partners="sam"),
         queue_length=10,
         teacher_momentum=0.9,
         schedules={

@@ -8,9 +8,18 @@ import torch
 
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
+from nnssl.methods import find_method
 from planners.plan import read_plan
 from tests.trainers.phantom_study import LABELLED, SOURCE
-from trainers.benchmark.arms import OWN_FOLDER, Source, locate, make_weights, parse_arm, parse_arms
+from trainers.benchmark.arms import (
+    OWN_FOLDER,
+    Source,
+    configuration_for,
+    locate,
+    make_weights,
+    parse_arm,
+    parse_arms,
+)
 from trainers.benchmark.leaks import check_disjoint, seen_in_pretraining
 from trainers.benchmark.study import StudySettings, prepare_study
 
@@ -182,7 +191,7 @@ def test_wrong_settings(folders, changes, message):
 def test_where_weights_of_an_arm_are(folders):
     """A method's own folder serves it as it is, and an arm with values only if it holds just that run."""
     path = folders.preprocessed / SOURCE / "nnsslPlans.json"
-    source = Source(read_plan(path), path, 3, (), folders, CPU)
+    source = Source(read_plan(path), path, "3d_fullres", (), folders, CPU)
     own = folders.results / SOURCE / "Pix2RepTrainer__nnsslPlans__3d_fullres" / "fold_all" / "checkpoint_final.pth"
     plain, changed = parse_arm("pix2rep"), parse_arm("pix2rep:temperature=0.2")
     assert (locate(plain, source).final, locate(plain, source).finished) == (own, False)
@@ -197,10 +206,57 @@ def test_where_weights_of_an_arm_are(folders):
     assert locate(parse_arm("pix2rep:epochs=2"), source).final != own
 
 
+@pytest.mark.parametrize(
+    ("method", "wanted", "expected"),
+    [
+        ("reprec", "3d_fullres", "3d_fullres_hybrid"),
+        ("reprec", "3d_fullres_hybrid", "3d_fullres_hybrid"),
+        ("pix2rep", "2d", "2d"),
+        ("alice", "3d_fullres", "3d_fullres"),
+        ("alice", "3d_fullres_primus", "3d_fullres_primus"),
+        ("pix2rep", "3d_fullres_primus", None),
+        ("pix2rep", "3d_fullres_hybrid", None),
+        ("alice", "2d", None),
+    ],
+)
+def test_weights_fit_the_network_that_is_fine_tuned(folders, method, wanted, expected):
+    plan = read_plan(folders.preprocessed / SOURCE / "nnsslPlans.json")
+    if expected is None:
+        with pytest.raises(UserError, match=f"-m {method}: .*do not fit {wanted}"):
+            configuration_for(find_method(method), plan, wanted)
+        return
+    assert configuration_for(find_method(method), plan, wanted) == expected
+
+
+def test_arms_prepared_alike_share_the_preparation(folders):
+    """SAM is trained once for both arms, and not at all for the third."""
+    path = folders.preprocessed / SOURCE / "nnsslPlans.json"
+    source = Source(read_plan(path), path, "3d_fullres_primus", (), folders, CPU)
+    sam = "alice:partners=sam:dimensions=8:fine_queries=10:coarse_queries=4:coarse_pool=10"
+    small = "projection_hidden=8:projection_bottleneck=8:projection_dimensions=8:alignment_heads=2"
+    lines: list[str] = []
+    finals = []
+    for own in (f"{sam}:{small}", f"{sam}:{small}:intra_weight=0", f"alice:{small}:inter_weight=0"):
+        made = locate(parse_arm(own), source)
+        make_weights(made, source, lines.append)
+        finals.append(made.final)
+    assert all(final.exists() for final in finals)
+    prepared = list((folders.results / OWN_FOLDER).glob("sam.embedding-*"))
+    assert len(prepared) == 1
+    trained = [
+        line for line in lines if line.startswith("sam.embedding: ") and "finished" not in line and "taken" not in line
+    ]
+    assert len([line for line in trained if str(prepared[0]) in line]) == 1
+    assert sum("sam.embedding: finished before" in line and str(prepared[0]) not in line for line in lines) == 2
+    assert any("sam.embedding: left out" in line for line in lines)
+    kept = [(final.parents[2] / "SAMTrainer__nnsslPlans__3d_fullres").exists() for final in finals]
+    assert kept == [True, True, False]
+
+
 def test_arms_must_share_the_plan(folders, tmp_path):
     """A checkpoint of another plan would differ from the other arms in more than its weights."""
     path = folders.preprocessed / SOURCE / "nnsslPlans.json"
-    source = Source(read_plan(path), path, 3, (), folders, CPU)
+    source = Source(read_plan(path), path, "3d_fullres", (), folders, CPU)
     made = locate(parse_arm("pix2rep"), source)
     make_weights(made, source, print)
     checkpoint = f"mine={made.final}"

@@ -1,0 +1,356 @@
+"""Alice: masked modelling, and the same anatomy in different patients.
+
+Source: Jiang et al., Anatomical Invariance Modeling and Semantic Alignment for Self-supervised Learning in 3D Medical Image
+Analysis (Alice), ICCV 2023, and the authors' code (alibaba-damo-academy/alice), whose losses are others than the paper's.
+
+Patches come in pairs, around the same place of two scans (``nnssl.matching``). A student sees a quarter of the tokens of each
+and recovers the others' voxels; a teacher, its moving average, sees all of them in a strong view. The student's mean over
+tokens has to say what the teacher's says of the *other* scan. Within a scan, the student's and the teacher's tokens are
+compared by how they answer the same visible tokens (CASA). The encoder leaves.
+
+Deviations:
+    * Losses are the paper's, with what the paper leaves out against collapse: a predictor on the student's side, a running mean
+      that is taken from the teacher's vector of an image, answers that are standardised over the batch, CASA's moving average on
+      the teacher's side and no residual in it. ``similarity=info_nce`` is the paper's other choice.
+    * The decoder is as wide as the encoder, so that the projection of encoder tokens can be the moving average of that of
+      decoder tokens.
+    * Masked tokens are drawn at random (MAE); the code extrudes 16 x 16 columns through all slices.
+    * Teacher views are turned by up to 15 degrees and zoomed, and change in intensity; never flipped: left is not right.
+    * Pairs lie around matched places of the plan's patch size; those without a reliable match around the same place of the
+      body's box. The code takes any match above a similarity of 0.7.
+    * With a U-Net, one stage of the encoder gives the tokens (``networks.token_encoders``); a token decoder recovers voxels
+      there too.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from pydantic import Field
+from torch import Tensor, nn
+
+from nnssl.collapse import retrieval_top1
+from nnssl.distributed import gather, rank, standardise_over_ranks, world_size
+from nnssl.errors import UserError
+from nnssl.losses.contrastive import info_nce_in_batch
+from nnssl.losses.reconstruction import masked_token_mse, standardise_tokens, visible_mean_baseline
+from nnssl.losses.similarity import cosine_distance
+from nnssl.methods import SAM
+from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, split_by_decay
+from nnssl.methods.settings import TrainingSettings
+from nnssl.momentum import copy_to_teacher, cosine_momentum, momentum_for_run
+from nnssl.networks.backbone import input_channels
+from nnssl.networks.heads import TokenDecoder
+from nnssl.networks.hybrid import sine_cosine_positions
+from nnssl.networks.token_alignment import ConditionalAlignment, Predictor, TokenProjection
+from nnssl.networks.token_encoders import cut_into_tokens, join_tokens, token_encoder
+from nnssl.schema import STRICT
+from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
+from nnssl.views.masking import draw_block_mask, split_tokens
+from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine
+
+Weight = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+CENTRE_MOMENTUM = 0.9
+"""Of the running mean of the teacher's vectors, as in DINO."""
+
+
+@dataclass(frozen=True)
+class AliceSettings:
+    """The paper's numbers [P], those of the authors' code [C], of MAE, DINO or BYOL [D], or recommended ones [R]."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    training: TrainingSettings
+    reconstruction_weight: Weight = 1.0  # [P]
+    inter_weight: Weight = 1.0  # [P], of the loss between scans
+    intra_weight: Weight = 1.0  # [P], of the loss within a scan
+    similarity: Literal["cosine", "info_nce"] = "cosine"  # [P]
+    """Of the loss between scans."""
+    temperature: Annotated[float, Field(gt=0)] = 0.2  # [R], of info_nce
+    partners: Literal["sam", "body_box"] = "sam"  # [P]
+    """What pairs the patches of different scans; SAM's only where it passes its own examination."""
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # [D] MAE
+    mask_block: tuple[Count, ...] = (1, 1, 1)  # [D] MAE: single tokens
+    decoder_depth: Count = 2  # [R]
+    projection_hidden: Count = 2048  # [D] DINO
+    projection_bottleneck: Count = 256  # [D] DINO
+    projection_dimensions: Annotated[int, Field(ge=2)] = 512  # [C]
+    alignment_heads: Count = 8  # [C]
+    predictor: bool = True  # [D] BYOL
+    teacher_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.996  # [C] rises to 1
+    crop_fraction: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.6, 1.0)  # [R]
+    """Share of the patch that the teacher's view shows."""
+    rotation_deg: tuple[Annotated[float, Field(ge=0, le=180)], ...] = (15.0,)  # [C]
+    intensity_views: tuple[str, ...] = ("contrast", "brightness")  # [P]
+
+
+@dataclass(frozen=True)
+class PairedViews:
+    """Patches in pairs: neighbours show the same place of two scans.
+
+    Attributes:
+        patches: (batch, channel, *shape), what the student sees the visible tokens of.
+        mask: (batch, tokens), True where a token is masked.
+        visible: (batch, visible), tokens that are not, ascending.
+        strong: (batch, channel, *shape), what the teacher sees.
+        partner: (batch,), place of the other patch of a pair.
+    """
+
+    patches: Float[Tensor, "batch channel *shape"]
+    mask: Bool[Tensor, "batch tokens"]
+    visible: Int[Tensor, "batch visible"]
+    strong: Float[Tensor, "batch channel *shape"]
+    partner: Int[Tensor, " batch"]
+
+
+class Recovered(NamedTuple):
+    """What masked modelling makes of patches.
+
+    Attributes:
+        seen: (batch, channel, *shape), with 0 in masked tokens.
+        output: (batch, channel, *shape), masked tokens recovered, the others as they are.
+        error: mean squared error of masked tokens, standardised.
+        error_of_mean: that of the mean of the visible tokens.
+    """
+
+    seen: Float[Tensor, "batch channel *shape"]
+    output: Float[Tensor, "batch channel *shape"]
+    error: Float[Tensor, ""]
+    error_of_mean: Float[Tensor, ""]
+
+
+class Alice(PretextMethod):
+    """Masked modelling and self-distillation between and within scans.
+
+    Args:
+        network: the plan's: Primus, or a U-Net.
+        settings: resolved.
+        configuration: the plan's pretext configuration.
+
+    Raises:
+        UserError: the batch cannot be shared out in pairs, or no loss has a weight.
+    """
+
+    defaults: ClassVar[AliceSettings] = AliceSettings(
+        training=TrainingSettings(
+            epochs=400,  # [P] 100,000 steps
+            iterations_per_epoch=250,
+            batch_size=16,  # [P] 8 pairs
+            optimizer="adamw",  # [P]
+            learning_rate=1.5e-4,  # [R]; 5e-5 in the paper
+            momentum=(0.9, 0.95),  # [P]
+            weight_decay=0.04,  # [C]
+            learning_rate_schedule="cosine",  # [P]
+            warmup_epochs=40,  # [P] a tenth
+            gradient_clip=3.0,  # [C]
+        )
+    )
+
+    def __init__(self, network: Any, settings: AliceSettings, configuration: Any) -> None:
+        super().__init__()
+        check_settings(settings, world_size())
+        check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
+        check_intensity(intensity_range(settings))
+        self.settings = settings
+        self.configuration = configuration
+        network.requires_grad_(False)
+        self.student = token_encoder(network, configuration.tokens.stage, configuration.patch_size).requires_grad_(True)
+        width, dimensions = self.student.width, settings.projection_dimensions
+        self.positions: Tensor
+        self.register_buffer("positions", sine_cosine_positions(self.student.grid, width), persistent=False)
+        values = math.prod(self.student.token_vox) * input_channels(self.student)
+        heads = next(n for n in (8, 6, 4, 3, 2, 1) if width % n == 0)
+        self.decoder = TokenDecoder(width, width, settings.decoder_depth, heads, values)
+        self.compares = bool(settings.inter_weight or settings.intra_weight)
+        if not self.compares:
+            return
+        self.projection = TokenProjection(width, settings.projection_hidden, settings.projection_bottleneck, dimensions)
+        self.teacher = copy.deepcopy(self.student)
+        self.teacher_projection = copy.deepcopy(self.projection)
+        if settings.inter_weight:
+            self.inter_predictor = Predictor(dimensions, 2 * dimensions) if settings.predictor else nn.Identity()
+            self.centre: Tensor
+            self.register_buffer("centre", torch.zeros(dimensions))
+        if settings.intra_weight:
+            self.alignment = ConditionalAlignment(
+                width, dimensions, dimensions, settings.alignment_heads, 2 * dimensions
+            )
+            self.teacher_alignment = copy.deepcopy(self.alignment)
+            self.intra_predictor = Predictor(dimensions, 2 * dimensions) if settings.predictor else nn.Identity()
+        for student, teacher in self.momentum_pairs():
+            copy_to_teacher(student, teacher)
+        self._momentum = momentum_for_run(settings.teacher_momentum, settings.training.total_steps)
+
+    @classmethod
+    def from_plan(cls, configuration: Any) -> dict[str, Any]:
+        """Return rotation, intensity views, mask block, partners and depth of the decoder as the plan has them."""
+        most, kept = 15.0, cls.defaults.intensity_views
+        size = configuration.transformer
+        return {
+            "rotation_deg": tuple(min(most, each) for each in configuration.rotation_deg),
+            "intensity_views": tuple(name for name in configuration.intensity_views if name in kept),
+            "mask_block": (1,) * len(configuration.patch_size),
+            "partners": configuration.anatomy.partners,
+        } | ({} if size is None else {"decoder_depth": size.decoder_depth})
+
+    def make_views(
+        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
+    ) -> PairedViews:
+        """Return masks for the student and strong views for the teacher."""
+        own, spacing = self.settings, self.configuration.spacing_mm
+        mask = draw_block_mask(generators, self.student.grid, own.mask_block, own.mask_ratio)
+        visible, _ = split_tokens(mask)
+        crop = draw_affine(generators, affine_range(own), volumes.shape[2:], spacing)
+        changed = draw_intensity(generators, intensity_range(own), volumes.shape[1])
+        partner = torch.arange(len(volumes), device=volumes.device) ^ 1
+        return PairedViews(
+            patches=volumes,
+            mask=mask.to(volumes.device),
+            visible=visible.to(volumes.device),
+            strong=apply_affine(apply_intensity(volumes, changed), crop),
+            partner=partner,
+        )
+
+    def losses(self, views: PairedViews, progress: float) -> StepOutput:
+        """Return the recovery of masked voxels, and what student and teacher say of the other scan and of the same one."""
+        own = self.settings
+        seen = self.student(views.patches, views.visible)
+        tokens = self.decoder.decode(seen, views.visible, self.positions)
+        losses, monitors, embeddings, centre = {}, {}, tokens.mean(dim=1).detach(), None
+        if own.reconstruction_weight:
+            target = standardise_tokens(cut_into_tokens(views.patches, self.student.token_vox))
+            error = masked_token_mse(self.decoder.predict(tokens), target, views.mask)
+            losses["reconstruction"] = own.reconstruction_weight * error
+            monitors["reconstruction_of_visible_mean"] = own.reconstruction_weight * visible_mean_baseline(
+                target, views.mask
+            )
+        if self.compares:
+            projected = self.projection(tokens)  # H
+            with torch.no_grad():
+                taught = self.teacher_projection(self.teacher(views.strong))  # Y
+            whole, taught_whole = projected.mean(dim=1), taught.mean(dim=1)
+            embeddings = whole.detach()
+            if own.inter_weight:
+                losses["inter"] = own.inter_weight * self._between(whole, taught_whole, views.partner)
+                monitors["partner_top1"] = retrieval_top1(whole, taught_whole[views.partner])
+                centre = gather(taught_whole).mean(dim=0)
+            if own.intra_weight:
+                loss, spread = self._within(seen, projected, taught)
+                losses["intra"] = own.intra_weight * loss
+                monitors["teacher_answer_std"] = spread
+        return StepOutput(losses, embeddings, monitors, carry=centre)
+
+    def recover(self, views: PairedViews) -> Recovered:
+        """Return what the student sees and what it makes of masked tokens, in the contrast that they have."""
+        student = self.student
+        cut = cut_into_tokens(views.patches, student.token_vox)
+        target = standardise_tokens(cut)
+        tokens = self.decoder.decode(student(views.patches, views.visible), views.visible, self.positions)
+        made = self.decoder.predict(tokens).float()
+        deviation = cut.float().var(dim=2, correction=0, keepdim=True).add(1e-6).sqrt()
+        masked = views.mask[..., None]
+        answers = torch.where(masked, made * deviation + cut.mean(dim=2, keepdim=True), cut)
+        seen, recovered = (
+            join_tokens(each, student.grid, student.token_vox, views.patches.shape[1])
+            for each in (cut.masked_fill(masked, 0), answers)
+        )
+        error, mean = masked_token_mse(made, target, views.mask), visible_mean_baseline(target, views.mask)
+        return Recovered(seen, recovered, error, mean)
+
+    def _between(self, whole: Tensor, taught: Tensor, partner: Tensor) -> Tensor:
+        """Return how far a patch's vector is from the teacher's of its partner."""
+        own = self.settings
+        said, wanted = self.inter_predictor(whole), taught[partner]
+        if own.similarity == "cosine":
+            return cosine_distance(said, wanted - self.centre).mean()
+        keys = gather(F.normalize(wanted, dim=1))
+        return info_nce_in_batch(F.normalize(said, dim=1), keys, own.temperature, first_row=rank() * len(whole))
+
+    def _within(self, seen: Tensor, projected: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how far the answers of student and teacher to the visible tokens are apart, and the spread of the latter."""
+        answers = self.alignment(seen, projected)  # S
+        with torch.no_grad():
+            wanted = self.teacher_alignment(seen, taught)  # T
+            rows = F.normalize(wanted.flatten(0, 1), dim=1)
+            spread = rows.std(dim=0).mean() * math.sqrt(rows.shape[1])
+        first, second = (
+            standardise_over_ranks(each.flatten(0, 1), epsilon=1e-10).unflatten(0, each.shape[:2])
+            for each in (answers, wanted)
+        )
+        return cosine_distance(self.intra_predictor(first), second).mean(), spread
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Return encoder, decoder, projection, CASA and predictors; biases, norms and single vectors without decay."""
+        return split_by_decay([p for p in self.parameters() if p.requires_grad])
+
+    def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """Return encoder, projection and CASA with their moving averages; none for masked modelling alone."""
+        if not self.compares:
+            return []
+        pairs: list[tuple[nn.Module, nn.Module]] = [
+            (self.student, self.teacher),
+            (self.projection, self.teacher_projection),
+        ]
+        return [*pairs, (self.alignment, self.teacher_alignment)] if self.settings.intra_weight else pairs
+
+    def momentum(self, progress: float) -> float:
+        """Return BYOL's rising momentum, its start shortened to the length of the run."""
+        total = self.settings.training.total_steps
+        return cosine_momentum(round(progress * total), total, self._momentum)
+
+    def after_step(self, carry: Tensor | None) -> None:
+        """Move the running mean of the teacher's vectors."""
+        if carry is not None:
+            self.centre.lerp_(carry.to(self.centre), 1 - CENTRE_MOMENTUM)
+
+    @classmethod
+    def spares(cls, settings: AliceSettings) -> tuple[str, ...]:
+        """Return SAM's stage where nothing asks which places of other scans are alike."""
+        return () if partners_of(settings) == "sam" else (SAM,)
+
+    def partners(self) -> str | None:
+        """Return what pairs the patches; None where no loss compares scans."""
+        return partners_of(self.settings)
+
+    def exported(self) -> Exported:
+        """Return the encoder."""
+        return Exported(pretrained=self.student.exported)
+
+
+def partners_of(settings: AliceSettings) -> str | None:
+    """Return what pairs the patches; None where no loss compares scans."""
+    return settings.partners if settings.inter_weight else None
+
+
+def check_settings(settings: AliceSettings, processes: int) -> None:
+    """Check that something is learned, and that pairs stay in one process.
+
+    Raises:
+        UserError: no loss has a weight, or patches cannot be shared out in pairs.
+    """
+    if not (settings.reconstruction_weight or settings.inter_weight or settings.intra_weight):
+        raise UserError(
+            "reconstruction_weight=0 inter_weight=0 intra_weight=0: nothing would be learned; --set one of them"
+        )
+    batch = settings.training.batch_size
+    if batch % (2 * processes):
+        wanted = max(1, batch // (2 * processes)) * 2 * processes
+        raise UserError(
+            f"batch_size={batch}: patches go in pairs to {processes} process(es); --set batch_size={wanted}"
+        )
+
+
+def affine_range(settings: AliceSettings) -> AffineRange:
+    """Return what the teacher's crops and rotations are drawn from; nothing is flipped."""
+    return AffineRange(settings.crop_fraction, settings.rotation_deg, (), 0.0)
+
+
+def intensity_range(settings: AliceSettings) -> IntensityRange:
+    """Return the intensity changes of the teacher's view, as the views' defaults have them."""
+    return restrict_to(IntensityRange(), settings.intensity_views)

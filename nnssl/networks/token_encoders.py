@@ -1,0 +1,163 @@
+"""Encoders of visible tokens for masked image modelling: Primus, and a convolutional U-Net's.
+
+Source: He et al., MAE, CVPR 2022 (visible tokens only); Tian et al., SparK, ICLR 2023 (convolutions: features are masked again
+after every stage, so that what is visible does not spread into what is not).
+
+Deviations from SparK: normalisation sees the zeros of masked places; the last stage alone is read.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from nnssl.networks.dense import ENCODER
+from nnssl.networks.hybrid import map_to_tokens
+from nnssl.networks.primus import PlannedPrimus, encode_tokens
+
+
+class TokenEncoder(nn.Module):
+    """What masked modelling needs of an encoder.
+
+    Attributes:
+        token_vox: voxels of a token along each axis.
+        grid: tokens per axis of a patch.
+        width: channels of an encoded token.
+        exported: prefixes of the names that the encoder's parameters have in the plan's network.
+    """
+
+    token_vox: tuple[int, ...]
+    grid: tuple[int, ...]
+    width: int
+    exported: tuple[str, ...]
+
+    def forward(
+        self, volumes: Float[Tensor, "batch channel *shape"], visible: Int[Tensor, "batch visible"] | None = None
+    ) -> Float[Tensor, "batch visible width"]:
+        """Return encoded tokens, those that are visible or all; visible ones say nothing of the voxels of others.
+
+        Args:
+            volumes: patches.
+            visible: which tokens each patch shows, in C order of the grid.
+        """
+        raise NotImplementedError
+
+
+class PrimusTokens(TokenEncoder):
+    """The encoder of Primus, which takes visible tokens only: masked ones cost nothing.
+
+    Args:
+        network: the plan's.
+    """
+
+    exported = ("down_projection.", "eva.")
+
+    def __init__(self, network: PlannedPrimus) -> None:
+        super().__init__()
+        self.down_projection, self.eva = network.down_projection, network.eva
+        self.token_vox, self.grid, self.width = network.token_vox, network.grid, network.embed_dim
+
+    def forward(self, volumes: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Return encoded tokens; see ``TokenEncoder``."""
+        return encode_tokens(self.down_projection, self.eva, volumes, visible)
+
+
+class UNetTokens(TokenEncoder):
+    """The encoder of a U-Net up to one stage, whose positions are tokens.
+
+    Args:
+        encoder: of the plan's network.
+        stage: whose positions are tokens.
+        shape: voxels of a patch; a multiple of the stage's stride along every axis.
+    """
+
+    exported = ENCODER
+
+    def __init__(self, encoder: Any, stage: int, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.stage = stage
+        strides = [_steps(each, len(shape)) for each in encoder.strides[: stage + 1]]
+        self.token_vox = tuple(math.prod(steps) for steps in zip(*strides, strict=True))
+        self.grid = tuple(n // size for n, size in zip(shape, self.token_vox, strict=True))
+        self.width = encoder.output_channels[stage]
+
+    def forward(self, volumes: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Return encoded tokens; see ``TokenEncoder``."""
+        shown = None
+        if visible is not None:
+            shown = torch.zeros(len(volumes), math.prod(self.grid), dtype=torch.bool, device=volumes.device)
+            shown = shown.scatter(1, visible, True).unflatten(1, self.grid)
+        features = _show(volumes, shown)
+        stem = getattr(self.encoder, "stem", None)
+        if stem is not None:
+            features = _show(stem(features), shown)
+        for stage in self.encoder.stages[: self.stage + 1]:
+            features = _show(stage(features), shown)
+        tokens = map_to_tokens(features)
+        return tokens if visible is None else tokens.gather(1, visible[..., None].expand(-1, -1, self.width))
+
+
+def token_encoder(network: Any, stage: int | None, shape: Sequence[int]) -> TokenEncoder:
+    """Return the token encoder of a plan's network.
+
+    Args:
+        network: Primus or a U-Net.
+        stage: of the U-Net whose positions are tokens; None for Primus.
+        shape: voxels of a patch.
+    """
+    if isinstance(network, PlannedPrimus):
+        return PrimusTokens(network)
+    assert stage is not None
+    return UNetTokens(network.encoder, stage, shape)
+
+
+def cut_into_tokens(
+    volumes: Float[Tensor, "batch channel *shape"], token_vox: Sequence[int]
+) -> Float[Tensor, "batch tokens values"]:
+    """Return the voxels of every token, channels first; tokens in C order of the grid.
+
+    Args:
+        volumes: patches whose shape is a multiple of the token's.
+        token_vox: voxels of a token.
+    """
+    cells = volumes
+    for axis, size in enumerate(token_vox):
+        cells = cells.unflatten(2 + 2 * axis, (-1, size))  # (batch, channel, cells, size, cells, size, ...)
+    axes = len(token_vox)
+    order = [0, *(2 + 2 * axis for axis in range(axes)), 1, *(3 + 2 * axis for axis in range(axes))]
+    return cells.permute(order).flatten(1 + axes).flatten(1, axes)
+
+
+def join_tokens(
+    tokens: Float[Tensor, "batch tokens values"], grid: Sequence[int], token_vox: Sequence[int], channels: int
+) -> Float[Tensor, "batch channel *shape"]:
+    """Return volumes from the voxels of every token, what ``cut_into_tokens`` has cut.
+
+    Args:
+        tokens: voxels of each, channels first.
+        grid: tokens per axis.
+        token_vox: voxels of a token.
+        channels: of the volumes.
+    """
+    axes = len(token_vox)
+    cells = tokens.unflatten(2, (channels, *token_vox)).unflatten(1, tuple(grid))
+    order = [0, 1 + axes, *(place for axis in range(axes) for place in (1 + axis, 2 + axes + axis))]
+    shape = [count * size for count, size in zip(grid, token_vox, strict=True)]
+    return cells.permute(order).reshape(len(tokens), channels, *shape)
+
+
+def _show(features: Tensor, shown: Bool[Tensor, " batch *grid"] | None) -> Tensor:
+    """Return a map with 0 where its token is not shown."""
+    if shown is None:
+        return features
+    for axis, length in enumerate(features.shape[2:]):
+        shown = shown.repeat_interleave(length // shown.shape[axis + 1], dim=axis + 1)
+    return features * shown[:, None]
+
+
+def _steps(stride: Any, axes: int) -> list[int]:
+    return list(stride) if isinstance(stride, (list, tuple)) else [stride] * axes

@@ -1,0 +1,183 @@
+"""Size, token and patch of Primus, the vision transformer beside the U-Nets, from data and memory target."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from nnssl.networks.backbone import build_network
+from planners.plan import TokenGrid, TransformerSize
+from planners.presets import PRIMUS_SIZES, Preset
+
+CLASS_NAME = "nnssl.networks.primus.PlannedPrimus"
+TOKEN_VOX = 8
+"""Primus's tokens are 8 voxels long."""
+LONGEST_TOKEN_VOX = 16
+TOKENS = (64, 8000)
+"""Fewer leave nothing to relate; 8000 are those of the largest patch in the Primus paper, 160 voxels along every axis."""
+LEAST_BATCH = 2
+DECODER_FEATURES = 32
+"""Of the map that the segmentation layer reads."""
+
+
+@dataclass(frozen=True)
+class PlannedTransformer:
+    """Primus for one data set and memory target.
+
+    Attributes:
+        architecture: as a plan has it.
+        patch: voxels.
+        tokens: of a patch.
+        size: of the transformer.
+        values: feature values of one patch, by nnU-Net's measure of memory.
+        batch: patches of a fine-tuning step.
+    """
+
+    architecture: dict[str, Any]
+    patch: tuple[int, ...]
+    tokens: TokenGrid
+    size: TransformerSize
+    values: float
+    batch: int
+
+
+def decide_primus(
+    patch: Sequence[int], spacing_mm: Sequence[float], channels: int, budget: float, largest_batch: int, preset: Preset
+) -> tuple[PlannedTransformer | None, list[tuple[str, str, str]]]:
+    """Choose the smallest token that fits, then the largest transformer.
+
+    Args:
+        patch: voxels of the U-Net's patch.
+        spacing_mm: of its voxels.
+        channels: of the input.
+        budget: feature values that fit into the memory target.
+        largest_batch: patches of the U-Net's fine-tuning step.
+        preset: the memory target.
+
+    Returns:
+        The choice, None where nothing fits, and (what, value, reason) for every decision.
+    """
+    problem = what_cannot_run(channels)
+    if problem:
+        return None, [("left out", "-", f"the installed libraries cannot run Primus: {problem}")]
+    sizes = PRIMUS_SIZES[: PRIMUS_SIZES.index(preset.primus) + 1]
+    refused = []
+    for longest in _token_lengths(patch, spacing_mm):
+        token = token_vox(longest, patch, spacing_mm)
+        fitted = fitted_patch(patch, token)
+        grid = tuple(n // size for n, size in zip(fitted, token, strict=True))
+        count = math.prod(grid)
+        if not TOKENS[0] <= count <= TOKENS[1]:
+            refused.append(f"{_times(token)}: {count} tokens")
+            continue
+        for size in reversed(sizes):
+            architecture = primus_architecture(size, token, fitted)
+            values = _feature_values(architecture, channels, fitted)
+            if LEAST_BATCH * values > budget:
+                refused.append(f"{_times(token)} with width {size.width}: {budget / values:.1f} patches fit")
+                continue
+            size_mm = tuple(round(n * float(mm), 6) for n, mm in zip(token, spacing_mm, strict=True))
+            tokens = TokenGrid(stage=None, grid=grid, size_vox=token, size_mm=size_mm, mask_block=(1, 1, 1))
+            batch = max(LEAST_BATCH, min(largest_batch, int(budget // values)))
+            chosen = PlannedTransformer(architecture, fitted, tokens, size, values, batch)
+            return chosen, _explain(chosen, patch, preset, refused)
+    return None, [("left out", "-", f"no token and transformer fit ({'; '.join(refused)})")]
+
+
+def token_vox(longest: int, patch: Sequence[int], spacing_mm: Sequence[float]) -> tuple[int, ...]:
+    """Return a token that is so long along the finest axis, and about as many mm along the others, in powers of two.
+
+    Args:
+        longest: voxels, a power of two.
+        patch: no side of the token is longer than the patch's.
+        spacing_mm: of the voxels.
+    """
+    finest = min(spacing_mm)
+    sides = (max(0, round(math.log2(longest * finest / mm))) for mm in spacing_mm)
+    return tuple(2 ** min(side, int(math.log2(n))) for side, n in zip(sides, patch, strict=True))
+
+
+def fitted_patch(patch: Sequence[int], token: Sequence[int]) -> tuple[int, ...]:
+    """Return the multiple of a token that is nearest to a patch along every axis."""
+    return tuple(max(1, round(n / size)) * size for n, size in zip(patch, token, strict=True))
+
+
+def primus_architecture(size: TransformerSize, token: Sequence[int], patch: Sequence[int]) -> dict[str, Any]:
+    """Return the ``architecture`` of a plan."""
+    arch_kwargs = {
+        "embed_dim": size.width,
+        "eva_depth": size.depth,
+        "eva_numheads": size.heads,
+        "patch_embed_size": list(token),
+        "input_shape": list(patch),
+        "decoder_features": DECODER_FEATURES,
+        "drop_path_rate": 0.2 if size.depth >= 12 else 0.0,  # of nnU-Net's trainers of Primus
+        "strides": [[1] * len(token), list(token)],
+    }
+    return {"network_class_name": CLASS_NAME, "arch_kwargs": arch_kwargs, "_kw_requires_import": []}
+
+
+def _feature_values(architecture: dict[str, Any], channels: int, patch: Sequence[int]) -> float:
+    with torch.device("meta"):  # sizes are enough
+        network = build_network(architecture, channels, 2, seed=0)
+    return float(network.compute_conv_feature_map_size(patch))
+
+
+@lru_cache
+def what_cannot_run(channels: int) -> str | None:
+    """Return what goes wrong when a tiny Primus sees a patch, None if nothing does."""
+    try:
+        network = build_network(primus_architecture(PRIMUS_SIZES[0], (2, 4, 4), (4, 8, 8)), channels, 2, seed=0)
+        with torch.no_grad():
+            network(torch.zeros(1, channels, 4, 8, 8))
+    except Exception as error:  # whatever another version of a library raises
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _token_lengths(patch: Sequence[int], spacing_mm: Sequence[float]) -> list[int]:
+    """Return the lengths of a token's longest side to try, the best first."""
+    small = [TOKEN_VOX]
+    # a patch too small for Primus's tokens gets shorter ones
+    while small[-1] > 2 and math.prod(_grid(patch, token_vox(small[-1], patch, spacing_mm))) < TOKENS[0]:
+        small.append(small[-1] // 2)
+    return [*small, LONGEST_TOKEN_VOX]
+
+
+def _grid(patch: Sequence[int], token: Sequence[int]) -> list[int]:
+    return [n // size for n, size in zip(fitted_patch(patch, token), token, strict=True)]
+
+
+def _explain(
+    chosen: PlannedTransformer, patch: Sequence[int], preset: Preset, refused: Sequence[str]
+) -> list[tuple[str, str, str]]:
+    tokens, size = chosen.tokens, chosen.size
+    longest = max(tokens.size_vox)
+    why = "Primus's" if longest == TOKEN_VOX else "the nearest to Primus's 8 that can be run"
+    fitted = "that of 3d_fullres" if tuple(patch) == chosen.patch else "that of 3d_fullres, at a multiple of the token"
+    memory = f"memory target of {preset.memory_gb:g} GB; tokens first, then width"
+    if refused:
+        memory += f"; does not fit: {', '.join(refused)}"
+    return [
+        ("patch", _times(chosen.patch), fitted),
+        (
+            "token size",
+            f"{_times(tokens.size_vox)} voxels, {' x '.join(f'{mm:.4g}' for mm in tokens.size_mm)} mm",
+            f"{longest} voxels along the finest axis are {why}; about as many mm along the others",
+        ),
+        ("tokens", f"{_times(tokens.grid)} = {math.prod(tokens.grid)}", f"{TOKENS[0]} to {TOKENS[1]} are taken"),
+        ("transformer", f"{size.depth} blocks, width {size.width}, {size.heads} heads", memory),
+        (
+            "backbone",
+            "Primus",
+            "a vision transformer, of whose tokens a masked encoder needs to see the visible ones only",
+        ),
+        ("batch size (fine-tuning)", str(chosen.batch), "memory target, and at most that of 3d_fullres"),
+    ]
+
+
+def _times(values: Sequence[int]) -> str:
+    return "x".join(str(int(v)) for v in values)

@@ -1,0 +1,120 @@
+"""Do matched points lie in the same organ? Labels are read for counting only.
+
+Points are drawn in every organ of each case and looked for in every other case: by SAM's embeddings, by the place in the body's
+box, and by embeddings whose places are shuffled (chance). Reported are the share of the matches that have the label of their
+point, the median distance of matches from the organ, and the median way back to the point::
+
+    python -m tests.benchmarks.organ_retrieval --weights CHECKPOINT --labelled 17 --dataset 518
+"""
+
+import argparse
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk  # noqa: N813  the usual name
+import torch
+import torch.nn.functional as F
+from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+from scipy.ndimage import distance_transform_edt
+
+from nnssl.checkpoint import read_checkpoint
+from nnssl.data.case_store import CaseStore
+from nnssl.data.raw import find_dataset
+from nnssl.evaluation.dense_network import open_cases
+from nnssl.evaluation.matches import open_matcher
+from nnssl.matching.body_box import BodyBoxMatcher
+from nnssl.matching.embedded import EmbeddingMatcher
+from nnssl.matching.points import Matches, PointMatcher, cycle_error_mm
+from nnssl.paths import resolve_folders
+
+POINTS = 10
+"""Of each organ and pair of cases."""
+
+
+class ShuffledMatcher:
+    """Embeddings whose places in the other case are shuffled: what remains is chance."""
+
+    def __init__(self, matcher: EmbeddingMatcher) -> None:
+        self.matcher = matcher
+
+    def match_points(self, query: str, points_mm: np.ndarray, key: str) -> Matches:
+        """Return a random place inside the other case for every point, with the score of its match."""
+        found = self.matcher.match_points(query, points_mm, key)
+        case = self.matcher.embedded(key)
+        inside = case.inside.nonzero().numpy()
+        cells = np.random.default_rng(0).permutation(inside)[np.arange(len(points_mm)) % len(inside)]
+        centres_vox = (cells + 0.5) * np.array(case.cell_vox) - 0.5
+        return Matches(centres_vox * np.array(self.matcher.store.case(key).spacing_mm), found.score)
+
+
+def read_labels(folder: Path, name: str, shape: tuple[int, ...], axes: list[int]) -> np.ndarray:
+    """Return the labels of a raw case on the grid of its preprocessed one, by the nearest voxel."""
+    image, labels = (
+        sitk.GetArrayFromImage(sitk.ReadImage(str(path))).transpose(axes)
+        for path in (folder / "imagesTr" / f"{name}_0000.nii.gz", folder / "labelsTr" / f"{name}.nii.gz")
+    )
+    _, _, bounds = crop_to_nonzero(image[None].astype(np.float32))
+    cut = labels[tuple(slice(low, high) for low, high in bounds)].astype(np.float32)
+    return F.interpolate(torch.from_numpy(cut)[None, None], shape, mode="nearest-exact")[0, 0].numpy().astype(int)
+
+
+def count(matcher: PointMatcher, store: CaseStore, labels: dict[str, np.ndarray]) -> dict[int, list[np.ndarray]]:
+    """Return for every organ whether matches lie in it, how far from it they lie in mm, and how far the way back ends."""
+    found: dict[int, list[list[float]]] = {}
+    for query, key in permutations(store.names, 2):
+        rng = np.random.default_rng([store.names.index(query), store.names.index(key)])
+        spacing, other = (np.array(store.case(name).spacing_mm) for name in (query, key))
+        for organ in sorted(set(np.unique(labels[query])) & set(np.unique(labels[key])) - {0}):
+            inside = np.argwhere(labels[query] == organ)
+            points_mm = inside[rng.integers(len(inside), size=POINTS)] * spacing
+            matches = matcher.match_points(query, points_mm, key)
+            back = cycle_error_mm(matcher, query, points_mm, key, matches)
+            last = np.array(labels[key].shape) - 1
+            z, y, x = np.clip(np.round(matches.points_mm / other).astype(int), 0, last).T
+            away = distance_transform_edt(labels[key] != organ, sampling=other)[z, y, x]
+            rows = np.stack([labels[key][z, y, x] == organ, away, back], axis=1)
+            found.setdefault(int(organ), []).append(rows)
+    return {organ: np.concatenate(rows).T for organ, rows in found.items()}
+
+
+def main() -> None:
+    """Print one row for each organ, and their means."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", type=Path, required=True, help="of sam")
+    parser.add_argument("--labelled", required=True, help="data set with labels of cases of the same names")
+    parser.add_argument("--dataset", help="the preprocessed cases (default: those of the weights)")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    folders = resolve_folders()
+    provenance = read_checkpoint(args.weights)[1]
+    dataset = find_dataset(args.dataset, folders) if args.dataset else provenance.dataset_name
+    store = open_cases(provenance, dataset, folders, print)
+    matcher, _ = open_matcher(args.weights, store, torch.device(args.device))
+    raw = folders.raw / find_dataset(args.labelled, folders)
+    axes = provenance.plans["transpose_forward"]
+    labels = {name: read_labels(raw, name, store.case(name).shape, axes) for name in store.names}
+    matchers = {"embeddings": matcher, "body's box": BodyBoxMatcher(store), "shuffled": ShuffledMatcher(matcher)}
+    results = {name: count(each, store, labels) for name, each in matchers.items()}
+    print(f"{len(store.names)} cases; same organ, mm from the organ, mm back (medians) for {', '.join(matchers)}")
+    columns = [f"{name}: {what}" for name in matchers for what in ("in it", "mm from it", "mm back")]
+    print(f"| organ | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    rows = []
+    for organ in results["embeddings"]:
+        row = [value for each in results.values() for value in _summary(each[organ])]
+        rows.append(row)
+        print(f"| {organ} | {_line(row)} |")
+    print(f"| mean | {_line(np.mean(rows, axis=0))} |")
+
+
+def _summary(columns: np.ndarray) -> tuple[float, float, float]:
+    same, away, back = columns
+    return float(same.mean()), float(np.median(away)), float(np.median(back))
+
+
+def _line(row: np.ndarray) -> str:
+    return " | ".join(f"{value:.2f}" if place % 3 == 0 else f"{value:.1f}" for place, value in enumerate(row))
+
+
+if __name__ == "__main__":
+    main()
