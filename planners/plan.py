@@ -42,6 +42,8 @@ class TokenGrid:
     """Tokens per axis for the plan's patch."""
     size_vox: tuple[int, ...]
     size_mm: tuple[float, ...]
+    width: int
+    """Channels of a token as the encoder gives it."""
     mask_block: tuple[int, ...]
     """Tokens per axis that are masked together."""
 
@@ -232,7 +234,7 @@ def plan_from_dict(content: Any, source: str) -> Plan:
 
 
 def _from_older_schema(content: dict[str, Any], source: str) -> dict[str, Any]:
-    """Add what earlier schemas did not have: ``context`` (2) and ``anatomy`` (3, 4 without ``partners``)."""
+    """Add what earlier schemas did not have: ``context`` (2), ``anatomy`` (3) and its ``partners``, the tokens' ``width`` (4)."""
     from planners.anatomy_rules import decide_anatomy
     from planners.context_rules import decide_context
 
@@ -244,7 +246,10 @@ def _from_older_schema(content: dict[str, Any], source: str) -> dict[str, Any]:
             context = decide_context(network, patch, spacing_mm, own["thick_axis"])[0]
             anatomy = asdict(decide_anatomy(network, patch, spacing_mm)[0])
             anatomy |= own.get("anatomy", {})
-            configurations[name] = {"context": asdict(context), **own, "anatomy": anatomy}
+            tokens = own["tokens"]
+            if tokens is not None:
+                tokens = {"width": network["arch_kwargs"]["features_per_stage"][tokens["stage"]], **tokens}
+            configurations[name] = {"context": asdict(context), **own, "anatomy": anatomy, "tokens": tokens}
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(f"{source}: is an incomplete plan of an older nnssl ({error}); plan again") from error
     pretext = {**content["pretext"], "schema_version": SCHEMA_VERSION, "configurations": configurations}

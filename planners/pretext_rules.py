@@ -243,6 +243,7 @@ class PretextRules:
             grid=tuple(grids[stage]),
             size_vox=tuple(int(s) for s in strides[stage]),
             size_mm=tuple(round(mm, 6) for mm in size_mm),
+            width=base["architecture"]["arch_kwargs"]["features_per_stage"][stage],
             mask_block=tuple(block),
         )
 

@@ -80,7 +80,9 @@ def decide_primus(
                 refused.append(f"{_times(token)} with width {size.width}: {budget / values:.1f} patches fit")
                 continue
             size_mm = tuple(round(n * float(mm), 6) for n, mm in zip(token, spacing_mm, strict=True))
-            tokens = TokenGrid(stage=None, grid=grid, size_vox=token, size_mm=size_mm, mask_block=(1, 1, 1))
+            tokens = TokenGrid(
+                stage=None, grid=grid, size_vox=token, size_mm=size_mm, width=size.width, mask_block=(1, 1, 1)
+            )
             batch = max(LEAST_BATCH, min(largest_batch, int(budget // values)))
             chosen = PlannedTransformer(architecture, fitted, tokens, size, values, batch)
             return chosen, _explain(chosen, patch, preset, refused)

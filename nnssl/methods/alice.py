@@ -56,6 +56,8 @@ from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_af
 
 Weight = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+HIDDEN_SHARE = 4
+"""Largest ratio of a projection's hidden width to a token's: beside narrow tokens DINO's 2048 costs more than the encoder."""
 CENTRE_MOMENTUM = 0.9
 """Of the running mean of the teacher's vectors, as in DINO."""
 
@@ -189,7 +191,7 @@ class Alice(PretextMethod):
 
     @classmethod
     def from_plan(cls, configuration: Any) -> dict[str, Any]:
-        """Return rotation, intensity views, mask block, partners and depth of the decoder as the plan has them."""
+        """Return rotation, intensity views, mask block, partners, and the size of decoder and projection as the plan has them."""
         most, kept = 15.0, cls.defaults.intensity_views
         size = configuration.transformer
         return {
@@ -197,6 +199,7 @@ class Alice(PretextMethod):
             "intensity_views": tuple(name for name in configuration.intensity_views if name in kept),
             "mask_block": (1,) * len(configuration.patch_size),
             "partners": configuration.anatomy.partners,
+            "projection_hidden": min(cls.defaults.projection_hidden, HIDDEN_SHARE * int(configuration.tokens.width)),
         } | ({} if size is None else {"decoder_depth": size.decoder_depth})
 
     def make_views(

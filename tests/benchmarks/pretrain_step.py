@@ -4,7 +4,8 @@ Bare is what no implementation of the stage can do without. RepRec, contrastive:
 and forward on the other; generative: the encoder forward, the transformer and the token decoder forward and backward.
 Pix2Rep: encoder and decoder forward and backward on both views. Pixel-global: both forward on both views, backward on one.
 PCRL: the encoder forward on both views and the decoder on three times the batch, backward through all but one encoder.
-SAM: encoder, decoder and heads down to the fine embeddings, forward and backward on both views.
+SAM: encoder, decoder and heads down to the fine embeddings, forward and backward on both views. Alice: the encoder on the visible
+tokens and the token decoder, forward and backward, and the encoder forward on all tokens; its pairs are by the body's box.
 Both are timed in turns in one process, under the same precision, so that a busy machine slows both. ``--memory`` gives the
 largest resident memory instead, of processes that do nothing but steps and nothing but the bare network.
 """
@@ -20,8 +21,13 @@ from typing import Any
 
 import torch
 
+from nnssl.data.case_store import CaseStore
+from nnssl.data.patch_pairs import PairTable
 from nnssl.data.raw import find_dataset
-from nnssl.methods import METHODS
+from nnssl.matching.body_box import BodyBoxMatcher
+from nnssl.matching.pairs import make_pairs
+from nnssl.methods import METHODS, Stage
+from nnssl.methods.settings import split_overrides
 from nnssl.networks.dense import decode, decoder_maps
 from nnssl.paths import resolve_folders
 from tests.benchmarks.machine import describe
@@ -91,6 +97,17 @@ def bare_embedding(trainer: PretrainTrainer, views: Any) -> None:
     (maps.fine.square().mean() + maps.coarse.square().mean()).backward()
 
 
+def bare_alignment(trainer: PretrainTrainer, views: Any) -> None:
+    """Encoder on visible tokens and token decoder with backward, encoder on all tokens."""
+    method: Any = trainer.method
+    with trainer.precision.autocast(trainer.device):
+        seen = method.student(views.patches, views.visible)
+        output = method.decoder(seen, views.visible, method.positions)
+        with torch.no_grad():
+            method.teacher(views.strong)
+    output.float().square().mean().backward()
+
+
 BARE = {
     "reprec.contrastive": bare_contrastive,
     "reprec.generative": bare_generative,
@@ -99,6 +116,7 @@ BARE = {
     "pixelglobal.distillation": bare_distillation,
     "pcrl.contexts": bare_contexts,
     "sam.embedding": bare_embedding,
+    "alice.alignment": bare_alignment,
 }
 
 
@@ -139,7 +157,7 @@ def main() -> None:
 
 def time_stage(path: Any, stage: Any, args: argparse.Namespace) -> tuple[float, float, float, float]:
     """Return medians: seconds of a step, of the bare network, their ratio, and the share of a step that waits for data."""
-    trainer = make_trainer(path, stage.trainer, args)
+    trainer = make_trainer(path, stage, args)
     steps, bares, waits = [], [], []
     for repeat in range(args.repeats + 2):
         started = perf_counter()
@@ -161,7 +179,7 @@ def time_stage(path: Any, stage: Any, args: argparse.Namespace) -> tuple[float, 
 
 def largest_memory(path: Any, stage: Any, args: argparse.Namespace, bare: bool) -> float:
     """Return the largest resident memory of this process in GB after some steps, or as many runs of the bare network."""
-    trainer = make_trainer(path, stage.trainer, args)
+    trainer = make_trainer(path, stage, args)
     for _ in range(4):
         batch = next(trainer.dataloader_train)
         if bare:
@@ -186,15 +204,26 @@ def views_of(trainer: PretrainTrainer, batch: Any) -> Any:
     return trainer.method.make_views(batch.volumes, generators)
 
 
-def make_trainer(path: Any, name: str, args: argparse.Namespace) -> PretrainTrainer:
+def pairs_of_boxes(trainer: PretrainTrainer, store: CaseStore) -> PairTable | None:
+    """Return pairs by the body's box where a stage wants pairs."""
+    if trainer.method.partners() is None:
+        return None
+    return make_pairs(store, None, BodyBoxMatcher(store), 0, lambda line: None)
+
+
+def make_trainer(path: Any, stage: Stage, args: argparse.Namespace) -> PretrainTrainer:
     """Return a trainer that is set up and writes no results; the generative stage starts from random weights."""
     from nnssl.files import read_json
 
-    trainer_class = type(name, (getattr(pretext, name),), {"previous_stage_checkpoint": lambda self: None})
+    own = {"previous_stage_checkpoint": lambda self: None, "_pairs": pairs_of_boxes}
+    trainer_class = type(stage.trainer, (getattr(pretext, stage.trainer),), own)
     plans = {**read_json(path, "plan"), "continue_training": False}
     dataset_json = read_json(path.parent / "dataset.json", "description of the data set")
-    trainer: PretrainTrainer = trainer_class(plans, args.configuration, "all", dataset_json, torch.device("cpu"))
-    trainer.options = RunOptions(overrides=(f"batch_size={args.batch_size}", *args.set))
+    trainer: PretrainTrainer = trainer_class(
+        plans, stage.runs_in(args.configuration), "all", dataset_json, torch.device("cpu")
+    )
+    given = split_overrides(args.set, {each.name: each.load() for each in METHODS[args.method].stages})
+    trainer.options = RunOptions(overrides=(f"batch_size={args.batch_size}", *given[stage.name]))
     trainer.disable_checkpointing = True
     trainer.initialize()
     trainer.dataloader_train, _ = trainer.get_dataloaders()

@@ -57,3 +57,27 @@ def test_a_plan_of_the_third_schema_is_read(tmp_path):
     read = read_plan(path).configuration("3d_fullres_hybrid")
     assert read.context.attention_rank == 5
     assert (read.anatomy.fine_stage, read.anatomy.coarse_stage) == (1, 2)
+
+
+def test_a_plan_of_the_fourth_schema_is_read(tmp_path):
+    """Partners are SAM's, and a token is as wide as the stage that it is a position of."""
+    pretext = json.loads(json.dumps(asdict(make_pretext())))
+    pretext["schema_version"] = 4
+    (configuration,) = pretext["configurations"].values()
+    del configuration["anatomy"]["partners"], configuration["tokens"]["width"]
+    configuration["anatomy"]["coarse_stage"] = 7
+    own = {"architecture": architecture([[1, 1, 1], [1, 2, 2], [2, 2, 2]])}
+    own["architecture"]["arch_kwargs"] |= {"features_per_stage": [4, 9, 12], "conv_op": "torch.nn.modules.conv.Conv3d"}
+    path = tmp_path / "plan.json"
+    path.write_text(json.dumps({**NNUNET, "configurations": {"3d_fullres_hybrid": own}, "pretext": pretext}))
+    read = read_plan(path).configuration("3d_fullres_hybrid")
+    assert (read.anatomy.coarse_stage, read.anatomy.partners) == (7, "sam")
+    assert (read.tokens.stage, read.tokens.width) == (1, 9)
+
+
+@pytest.mark.parametrize(("scan_mm", "partners"), [((96, 60, 60), "sam"), ((95, 60, 60), "body_box"), (None, "sam")])
+def test_embeddings_are_for_scans_longer_than_a_patch(scan_mm, partners):
+    strides = [[1, 1, 1]] + [[2, 2, 2]] * 4
+    chosen, decisions = decide_anatomy(architecture(strides), (32, 32, 32), (2.0, 2.0, 2.0), scan_mm)
+    assert chosen.partners == partners
+    assert ("body's box" in decisions[1][1]) == (partners == "body_box")

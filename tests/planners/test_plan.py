@@ -31,7 +31,9 @@ def make_pretext() -> Pretext:
         rotation_deg=(30.0, 30.0, 30.0),
         flip_axes=(1, 2),
         intensity_views=("contrast",),
-        tokens=TokenGrid(stage=1, grid=(8, 12, 10), size_vox=(2, 2, 2), size_mm=(6.0, 2.0, 3.0), mask_block=(1, 2, 2)),
+        tokens=TokenGrid(
+            stage=1, grid=(8, 12, 10), size_vox=(2, 2, 2), size_mm=(6.0, 2.0, 3.0), width=8, mask_block=(1, 2, 2)
+        ),
         transformer=TransformerSize(width=16, depth=1, heads=2, decoder_depth=1),
         dense=DenseSampling(features="pyramid", channels=24, contrast_points=1000, correlation_points=4096),
         context=ContextChoices(turn_plane=(1, 2), quarter_turns=False, attention_rank=16),

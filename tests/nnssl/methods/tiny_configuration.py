@@ -33,6 +33,7 @@ def make_configuration(dim: int) -> PretextConfiguration:
             grid=grid,
             size_vox=stride,
             size_mm=tuple(s * mm for s, mm in zip(stride, spacing, strict=True)),
+            width=8,
             mask_block=(1, 2, 2)[-dim:],
         ),
         transformer=TransformerSize(width=16, depth=2, heads=2, decoder_depth=1),
