@@ -183,29 +183,39 @@ class PairDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> PatchBatch:
         """Return one sample as a batch of one.
 
-        The first patch is moved into its scan where it would reach beyond; the second one by as much, so that both places stay
-        at the same place of their patches.
+        Patches that would reach beyond their scans are moved, both by as much, so that both places stay at the same place of
+        their patches, and so that as little as can be lies outside.
         """
         step, sample = key
         case = draw_case(len(self.pairs.cases), self.batch_size // 2, self.seed, self.stage, step, sample // 2)
         rows = self.pairs.of_case(case)
         choice = float(torch.rand((), generator=make_generator(self.seed, f"{self.stage}/pairs", step, sample // 2)))
         row = rows[int(choice * len(rows))]
-        query = self.store.case(self.pairs.cases[case])
-        lower, moved = [], []
-        for place, extent, length in zip(self.pairs.query_vox[row], query.shape, self.patch_size, strict=True):
-            wanted = round(float(place)) - length // 2
-            room = extent - length
-            taken = -(-room // 2) if room < 0 else min(max(wanted, 0), room)
-            lower.append(taken)
-            moved.append(taken - wanted)
-        name = query.name
-        if sample % 2:
-            name = self.pairs.cases[self.pairs.key[row]]
-            places = zip(self.pairs.key_vox[row], moved, self.patch_size, strict=True)
-            lower = [round(float(place)) - length // 2 + move for place, move, length in places]
-        volume = torch.from_numpy(self.store.case(name).read_box(lower, self.patch_size))
-        return PatchBatch(volume[None], [sample], step, [name], torch.tensor([lower]))
+        cases = [self.store.case(self.pairs.cases[index]) for index in (case, self.pairs.key[row])]
+        corners = [
+            [round(float(place)) - length // 2 for place, length in zip(places[row], self.patch_size, strict=True)]
+            for places in (self.pairs.query_vox, self.pairs.key_vox)
+        ]
+        own = cases[sample % 2]
+        lower = []
+        for axis, length in enumerate(self.patch_size):
+            rooms = [each.shape[axis] - length for each in cases]
+            lower.append(corners[sample % 2][axis] + shared_move([each[axis] for each in corners], rooms))
+        volume = torch.from_numpy(own.read_box(lower, self.patch_size))
+        return PatchBatch(volume[None], [sample], step, [own.name], torch.tensor([lower]))
+
+
+def shared_move(corners: Sequence[int], rooms: Sequence[int]) -> int:
+    """Return by how many voxels to move patches of two scans along an axis, so that the least of both lies outside.
+
+    Args:
+        corners: first voxel of each patch.
+        rooms: how many voxels longer than the patch each scan is; below 0 where it is shorter.
+    """
+    # a patch longer than its scan reaches beyond it anyway, by as much wherever it covers all of it
+    ranges = [sorted((-corner, room - corner)) for corner, room in zip(corners, rooms, strict=True)]
+    low, high = max(first for first, _ in ranges), min(last for _, last in ranges)
+    return min(max(0, min(low, high)), max(low, high))  # between two that do not meet all moves cost the same
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):

@@ -3,6 +3,7 @@
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -54,5 +55,5 @@ def read_pairs(path: Path) -> PairTable:
         with np.load(path, allow_pickle=False) as content:
             columns = {name: content[name] for name in ("query", "key", "query_vox", "key_vox", "matched")}
             return PairTable(tuple(content["cases"].tolist()), **columns)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"{path}: cannot be read ({error}); remove it, and it is made again") from error

@@ -23,24 +23,45 @@ from torch import Tensor
 from nnssl.data.case_store import CaseStore
 from nnssl.matching.points import Matches
 
+CPU = torch.device("cpu")
 POINTS_AT_ONCE = 64
-CASES_KEPT = 4
+CELLS_AT_ONCE = 2**18
+"""Cells whose similarity to so many points is held at a time."""
+CASES_KEPT = 3
 
 
 class EmbeddedCase(NamedTuple):
-    """The embeddings of a whole case, both on the fine grid, in half precision.
+    """The embeddings of a whole case, in half precision; coarse ones on their own grid, which starts at the same voxel.
 
     Attributes:
         fine: unit vectors.
         coarse: unit vectors.
-        cell_vox: voxels along each axis of a cell.
-        inside: cells whose centre lies in the scan.
+        cell_vox: voxels along each axis of a fine cell.
+        coarse_vox: voxels along each axis of a coarse cell.
+        inside: fine cells whose centre lies in the scan.
     """
 
     fine: Float[Tensor, "dimension z y x"]
-    coarse: Float[Tensor, "dimension z y x"]
+    coarse: Float[Tensor, "dimension cz cy cx"]
     cell_vox: tuple[float, float, float]
+    coarse_vox: tuple[float, float, float]
     inside: Bool[Tensor, "z y x"]
+
+    def interpolate(self, coarse_map: Float[Tensor, "value cz cy cx"], cells: Tensor) -> Float[Tensor, "value cell"]:
+        """Return values of the coarse grid at fine cells, linearly between coarse ones.
+
+        Args:
+            coarse_map: values.
+            cells: (cell, 3), zyx indices of fine cells.
+        """
+        ratio = torch.tensor([f / c for f, c in zip(self.cell_vox, self.coarse_vox, strict=True)])
+        size = torch.tensor(coarse_map.shape[1:])
+        # from -1 to 1 over the coarse cells, as grid_sample counts
+        places = ((cells + 0.5) * ratio / size * 2 - 1).flip(1).float()
+        sampled = F.grid_sample(
+            coarse_map[None].float(), places[None, :, None, None], align_corners=False, padding_mode="border"
+        )
+        return sampled[0, :, :, 0, 0]
 
 
 class EmbeddingMatcher:
@@ -73,7 +94,7 @@ class EmbeddingMatcher:
         """Return where points of a case lie in another case; the score is the mean of both cosines."""
         vectors = self.vectors(query, points_mm)
         other = self.embedded(key)
-        cells, scores = best_cells(vectors, other)
+        cells, scores = best_cells(vectors, other, self.device)
         spacing = np.array(self.store.case(key).spacing_mm)
         grid = np.stack(np.unravel_index(cells, other.fine.shape[1:]), axis=1)
         centres_vox = (grid + 0.5) * np.array(other.cell_vox) - 0.5
@@ -86,7 +107,9 @@ class EmbeddingMatcher:
         cells = np.floor((points_mm / spacing + 0.5) / np.array(case.cell_vox)).astype(np.int64)
         last = np.array(case.fine.shape[1:]) - 1
         z, y, x = torch.from_numpy(np.clip(cells, 0, last).T)
-        return torch.stack([each[:, z, y, x].T.float() for each in (case.fine, case.coarse)])
+        places = torch.stack([z, y, x], dim=1)
+        coarse = F.normalize(case.interpolate(case.coarse, places), dim=0)
+        return torch.stack([case.fine[:, z, y, x].T.float(), coarse.T])
 
     def embedded(self, name: str) -> EmbeddedCase:
         """Return the embeddings of a case; those used last are kept."""
@@ -112,17 +135,10 @@ class EmbeddingMatcher:
             coarse.add(tile.coarse, lower)
         assert fine is not None
         assert coarse is not None
-        sharp, broad = fine.blended(), coarse.blended()
-        # both grids start at the first voxel, so that cells of the coarse one are cut into cells of the fine one
-        ratio = [c / f for c, f in zip(coarse.cell_vox, fine.cell_vox, strict=True)]
-        size = [round(cells * each) for cells, each in zip(broad.shape[1:], ratio, strict=True)]
-        wide = F.interpolate(broad[None], size, mode="trilinear", align_corners=False)[0]
-        z, y, x = sharp.shape[1:]
-        wide = F.normalize(_extended(wide, (z, y, x))[:, :z, :y, :x], dim=0)
-        centres = [(torch.arange(n) + 0.5) * vox - 0.5 for n, vox in zip((z, y, x), fine.cell_vox, strict=True)]
+        centres = [(torch.arange(n) + 0.5) * vox - 0.5 for n, vox in zip(fine.grid, fine.cell_vox, strict=True)]
         within = [each <= length - 1 for each, length in zip(centres, case.shape, strict=True)]
         inside = within[0][:, None, None] & within[1][:, None] & within[2]
-        return EmbeddedCase(sharp.half().cpu(), wide.half().cpu(), fine.cell_vox, inside)
+        return EmbeddedCase(fine.blended(), coarse.blended(), fine.cell_vox, coarse.cell_vox, inside)
 
     def _coarsest_cell_vox(self) -> tuple[int, ...]:
         """Return the voxels of the longest cell along each axis, so that tiles begin where cells begin."""
@@ -135,19 +151,36 @@ class EmbeddingMatcher:
 
 @torch.no_grad()
 def best_cells(
-    vectors: Float[Tensor, "2 point dimension"], other: EmbeddedCase
+    vectors: Float[Tensor, "2 point dimension"], other: EmbeddedCase, device: torch.device = CPU
 ) -> tuple[np.ndarray, Float[np.ndarray, " point"]]:
-    """Return for each point the cell of another case that is most like it, and the mean of both cosines there."""
-    fine, coarse = (each.flatten(1).float() for each in (other.fine, other.coarse))
-    outside = ~other.inside.flatten()
-    cells, scores = [], []
-    for start in range(0, vectors.shape[1], POINTS_AT_ONCE):
-        part = vectors[:, start : start + POINTS_AT_ONCE]
-        similarity = ((part[0] @ fine + part[1] @ coarse) / 2).masked_fill(outside, -torch.inf)
-        best = similarity.max(dim=1)
-        cells.append(best.indices)
-        scores.append(best.values)
-    return torch.cat(cells).numpy(), torch.cat(scores).numpy()
+    """Return for each point the cell of another case that is most like it, and the mean of both cosines there.
+
+    Args:
+        vectors: fine and coarse, of unit norm.
+        other: where to look.
+        device: where to compute, a part of the cells at a time.
+    """
+    z, y, x = other.fine.shape[1:]
+    slices = max(1, CELLS_AT_ONCE // (y * x))
+    best = torch.full((vectors.shape[1],), -torch.inf)
+    cells = torch.zeros(vectors.shape[1], dtype=torch.int64)
+    for first in range(0, z, slices):
+        part = slice(first, min(first + slices, z))
+        places = torch.cartesian_prod(torch.arange(part.start, part.stop), torch.arange(y), torch.arange(x))
+        fine = other.fine[:, part].to(device).flatten(1).float()
+        length = other.interpolate(other.coarse, places).norm(dim=0)
+        outside = ~other.inside[part].flatten()
+        for start in range(0, vectors.shape[1], POINTS_AT_ONCE):
+            sharp, broad = vectors[:, start : start + POINTS_AT_ONCE]
+            similar = (broad @ other.coarse.flatten(1).float()).unflatten(1, other.coarse.shape[1:])
+            coarse = other.interpolate(similar, places) / length.clamp(min=1e-6)
+            similarity = ((sharp.to(device) @ fine).cpu() + coarse) / 2
+            found = similarity.masked_fill(outside, -torch.inf).max(dim=1)
+            chosen = slice(start, start + len(sharp))
+            better = found.values > best[chosen]
+            cells[chosen] = torch.where(better, found.indices + first * y * x, cells[chosen])
+            best[chosen] = torch.where(better, found.values, best[chosen])
+    return cells.numpy(), best.numpy()
 
 
 def tile_corners(shape: Sequence[int], tile: Sequence[int], cell: Sequence[int]) -> Iterator[tuple[int, ...]]:
@@ -155,16 +188,9 @@ def tile_corners(shape: Sequence[int], tile: Sequence[int], cell: Sequence[int])
     axes = []
     for length, size, unit in zip(shape, tile, cell, strict=True):
         step = max(unit, size // 2 // unit * unit)
-        count = 1 if length <= size else -(-(length - size) // step) + 1
-        axes.append([index * step for index in range(count)])
+        last = -(-max(0, length - size) // unit) * unit  # reaches beyond the volume by less than a cell
+        axes.append([*range(0, last, step), last])
     return itertools.product(*axes)
-
-
-def _extended(volume: Tensor, size: Sequence[int]) -> Tensor:
-    """Return a map at least as large as wanted, its last cells repeated."""
-    missing = [max(0, wanted - have) for wanted, have in zip(size, volume.shape[1:], strict=True)]
-    padding = [amount for each in reversed(missing) for amount in (0, each)]
-    return F.pad(volume[None], padding, mode="replicate")[0] if any(padding) else volume
 
 
 class _Blend:
@@ -181,23 +207,20 @@ class _Blend:
         z, y, x = (voxels / count for voxels, count in zip(tile_vox, cells, strict=True))
         self.cell_vox = (z, y, x)
         self.grid = [-(-length // max(1, round(vox))) for length, vox in zip(shape, self.cell_vox, strict=True)]
-        room = [n + count for n, count in zip(self.grid, cells, strict=True)]
-        self.total = torch.zeros(tile_map.shape[1], *room, device=tile_map.device)
-        ramps = [
-            torch.minimum(torch.arange(count) + 1, count - torch.arange(count)).float().to(tile_map.device)
-            for count in cells
-        ]
+        self.total = torch.zeros(tile_map.shape[1], *self.grid)
+        ramps = [torch.minimum(torch.arange(count) + 1, count - torch.arange(count)).float() for count in cells]
         self.weight = ramps[0][:, None, None] * ramps[1][:, None] * ramps[2]
 
     def add(self, tile_map: Tensor, lower: Sequence[int]) -> None:
         """Add the map of a tile that begins at a voxel."""
-        place = [slice(None)]
-        for first, vox, count in zip(lower, self.cell_vox, tile_map.shape[2:], strict=True):
+        place, shown = [slice(None)], [slice(None)]
+        for first, vox, count, cells in zip(lower, self.cell_vox, tile_map.shape[2:], self.grid, strict=True):
             start = round(first / vox)
             place.append(slice(start, start + count))
-        self.total[tuple(place)] += tile_map[0] * self.weight
+            shown.append(slice(0, cells - start))
+        weighted = tile_map[0].float().cpu() * self.weight
+        self.total[tuple(place)] += weighted[tuple(shown)]
 
     def blended(self) -> Tensor:
-        """Return unit vectors on the grid of the volume."""
-        z, y, x = self.grid
-        return F.normalize(self.total[:, :z, :y, :x], dim=0)
+        """Return unit vectors on the grid of the volume, in half precision."""
+        return torch.stack([F.normalize(part, dim=0).half() for part in self.total.unbind(1)], dim=1)

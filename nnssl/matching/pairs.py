@@ -1,21 +1,24 @@
 """Pairs of places of different scans, found before training: which patches a method that compares patients looks at.
 
 Each pair is a point in the body of one scan and its match in another. Matches are taken whose score is not in the lowest quarter
-and that lead back to within 20 mm of their point; where too few are found, the place in the body's box is.
+of all, and that lead back to within 20 mm of their point; where too few are found, the place in the body's box is.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 from nnssl.data.case_store import CaseStore
 from nnssl.data.patch_pairs import PairTable
+from nnssl.data.patients import patient_in_name
 from nnssl.draws import draw_seed
 from nnssl.matching.points import PointMatcher, cycle_error_mm
 
-PARTNERS = 8
+PARTNERS = 4
 """Other scans that a scan is paired with."""
-POINTS = 32
+POINTS = 64
 """Pairs of places of two scans."""
 TRIES = 3
 """Points that are looked for, for each that is wanted."""
@@ -23,10 +26,32 @@ LARGEST_CYCLE_MM = 20.0
 LEAST_SCORE_RANK = 0.25
 
 
+class Candidates(NamedTuple):
+    """Points of one scan and where they were found in another.
+
+    Attributes:
+        query: index of the scan that the points belong to.
+        key: index of the other.
+        points_vox: zyx in the first scan.
+        found_mm: zyx in the other.
+        boxed_mm: zyx in the other, by the fallback.
+        score: of the match, -inf without one.
+        cycle_mm: how far the way back ends from the point.
+    """
+
+    query: int
+    key: int
+    points_vox: Float[np.ndarray, "point 3"]
+    found_mm: Float[np.ndarray, "point 3"]
+    boxed_mm: Float[np.ndarray, "point 3"]
+    score: Float[np.ndarray, " point"]
+    cycle_mm: Float[np.ndarray, " point"]
+
+
 def make_pairs(
     store: CaseStore, matcher: PointMatcher | None, fallback: PointMatcher, seed: int, say: Callable[[str], None]
 ) -> PairTable:
-    """Pair places of every scan with places of others.
+    """Pair places of every scan with places of other patients' scans.
 
     Args:
         store: the preprocessed cases; of a single one, places are paired with themselves.
@@ -36,31 +61,16 @@ def make_pairs(
         say: called with a line about what was found.
     """
     names = store.names
-    columns: dict[str, list] = {"query": [], "key": [], "query_vox": [], "key_vox": [], "matched": []}
-    for first, name in enumerate(names):
-        case = store.case(name)
-        spacing = np.array(case.spacing_mm)
-        body = case.foreground_vox
-        if not len(body):
-            body = np.array(case.shape)[None] // 2
-        rng = np.random.default_rng(draw_seed(seed, "pairs", name))
-        others = [index for index in rng.permutation(len(names)).tolist() if index != first][:PARTNERS] or [first]
-        for second in others:
-            points = body[rng.integers(len(body), size=TRIES * POINTS)].astype(float)
-            chosen, found_mm, matched = _match(name, points * spacing, names[second], matcher, fallback)
-            columns["query"] += [first] * len(chosen)
-            columns["key"] += [second] * len(chosen)
-            columns["query_vox"].append(points[chosen])
-            columns["key_vox"].append(found_mm / np.array(store.case(names[second]).spacing_mm))
-            columns["matched"].append(matched)
-    table = PairTable(
-        tuple(names),
-        np.array(columns["query"]),
-        np.array(columns["key"]),
-        np.concatenate(columns["query_vox"]),
-        np.concatenate(columns["key_vox"]),
-        np.concatenate(columns["matched"]),
-    )
+    found = []
+    for first, second in choose_partners(names, seed):
+        # both ways at once, while the embeddings of both are there
+        for query, key in ((first, second), (second, first)) if first != second else ((first, second),):
+            found.append(_look(store, query, key, matcher, fallback, seed))
+    least = float(np.quantile(np.concatenate([each.score for each in found]), LEAST_SCORE_RANK)) if matcher else 0.0
+    columns = [_take(each, least) for each in sorted(found, key=lambda each: (each.query, each.key))]
+    spacings = np.array([store.case(name).spacing_mm for name in names])
+    queries, keys, query_vox, key_mm, matched = (np.concatenate(column) for column in zip(*columns, strict=True))
+    table = PairTable(tuple(names), queries, keys, query_vox, key_mm / spacings[keys], matched)
     by = "by embeddings" if matcher else "all by the body's box"
     say(
         f"{len(table.query)} pairs of places of {len(names)} scans, {by}: {table.matched.mean():.0%} with a reliable match"
@@ -68,19 +78,52 @@ def make_pairs(
     return table
 
 
-def _match(
-    query: str, points_mm: np.ndarray, key: str, matcher: PointMatcher | None, fallback: PointMatcher
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return which points are taken, where they lie in the other scan, and which of them were matched."""
-    taken = np.zeros(0, dtype=int)
-    found = np.zeros((0, 3))
-    if matcher is not None:
-        matches = matcher.match_points(query, points_mm, key)
-        cycle = cycle_error_mm(matcher, query, points_mm, key, matches)
-        good = (cycle <= LARGEST_CYCLE_MM) & (matches.score >= np.quantile(matches.score, LEAST_SCORE_RANK))
-        taken = np.nonzero(good)[0][:POINTS]
-        found = matches.points_mm[taken]
-    rest = np.setdiff1d(np.arange(len(points_mm)), taken)[: POINTS - len(taken)]
-    boxed = fallback.match_points(query, points_mm[rest], key).points_mm
-    matched = np.arange(len(taken) + len(rest)) < len(taken)
-    return np.concatenate([taken, rest]), np.concatenate([found, boxed]), matched
+def choose_partners(names: Sequence[str], seed: int) -> list[tuple[int, int]]:
+    """Return which scans are paired, by index and each pair once, in an order in which a scan's pairs are near one another.
+
+    Scans of one patient, as their names tell, are paired only where there is no other patient; a single scan with itself.
+    """
+    order = np.random.default_rng(draw_seed(seed, "partners")).permutation(len(names)).tolist()
+    patients = [patient_in_name(names[index]) for index in order]
+    if len(set(patients)) == 1:
+        patients = [str(place) for place in range(len(order))]
+    pairs: dict[tuple[int, int], None] = {}
+    for place in range(len(order)):
+        ahead = [(place + step) % len(order) for step in range(1, len(order))]
+        others = [other for other in ahead if patients[other] != patients[place]]
+        for other in others[: PARTNERS // 2]:
+            first, second = sorted((order[place], order[other]))
+            pairs.setdefault((first, second))
+    return list(pairs) or [(0, 0)]
+
+
+def _look(
+    store: CaseStore, query: int, key: int, matcher: PointMatcher | None, fallback: PointMatcher, seed: int
+) -> Candidates:
+    name, other = store.names[query], store.names[key]
+    case = store.case(name)
+    body = case.foreground_vox
+    if not len(body):
+        body = np.array(case.shape)[None] // 2
+    rng = np.random.default_rng(draw_seed(seed, "pairs", f"{name}/{other}"))
+    points_vox = body[rng.integers(len(body), size=TRIES * POINTS)].astype(float)
+    points_mm = points_vox * np.array(case.spacing_mm)
+    boxed_mm = fallback.match_points(name, points_mm, other).points_mm
+    if matcher is None:
+        never = np.full(len(points_mm), np.inf)
+        return Candidates(query, key, points_vox, boxed_mm, boxed_mm, -never, never)
+    matches = matcher.match_points(name, points_mm, other)
+    cycle_mm = cycle_error_mm(matcher, name, points_mm, other, matches)
+    return Candidates(query, key, points_vox, matches.points_mm, boxed_mm, matches.score, cycle_mm)
+
+
+def _take(found: Candidates, least: float) -> tuple[np.ndarray, ...]:
+    """Return the columns of a table for the reliable matches, or for the fallback's where they are too few."""
+    good = (found.cycle_mm <= LARGEST_CYCLE_MM) & (found.score >= least)
+    taken = np.nonzero(good)[0][:POINTS]
+    rest = np.setdiff1d(np.arange(len(good)), taken)[: POINTS - len(taken)]
+    places = np.concatenate([taken, rest])
+    matched = np.arange(len(places)) < len(taken)
+    found_mm = np.where(matched[:, None], found.found_mm[places], found.boxed_mm[places])
+    query, key = (np.full(len(places), index) for index in (found.query, found.key))
+    return query, key, found.points_vox[places], found_mm, matched

@@ -34,10 +34,9 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from nnssl.collapse import retrieval_top1
 from nnssl.distributed import gather, rank, standardise_over_ranks, world_size
 from nnssl.errors import UserError
-from nnssl.losses.contrastive import info_nce_in_batch
+from nnssl.losses.contrastive import info_nce_with_negatives
 from nnssl.losses.reconstruction import masked_token_mse, standardise_tokens, visible_mean_baseline
 from nnssl.losses.similarity import cosine_distance
 from nnssl.methods import SAM
@@ -48,7 +47,7 @@ from nnssl.networks.backbone import input_channels
 from nnssl.networks.heads import TokenDecoder
 from nnssl.networks.hybrid import sine_cosine_positions
 from nnssl.networks.token_alignment import ConditionalAlignment, Predictor, TokenProjection
-from nnssl.networks.token_encoders import cut_into_tokens, join_tokens, token_encoder
+from nnssl.networks.token_encoders import cut_into_tokens, join_tokens, token_encoder, trained_up_to_tokens
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
 from nnssl.views.masking import draw_block_mask, split_tokens
@@ -162,13 +161,15 @@ class Alice(PretextMethod):
         self.settings = settings
         self.configuration = configuration
         network.requires_grad_(False)
-        self.student = token_encoder(network, configuration.tokens.stage, configuration.patch_size).requires_grad_(True)
+        encoder = token_encoder(network, configuration.tokens.stage, configuration.patch_size)
+        self.student = trained_up_to_tokens(encoder)
         width, dimensions = self.student.width, settings.projection_dimensions
         self.positions: Tensor
         self.register_buffer("positions", sine_cosine_positions(self.student.grid, width), persistent=False)
         values = math.prod(self.student.token_vox) * input_channels(self.student)
         heads = next(n for n in (8, 6, 4, 3, 2, 1) if width % n == 0)
         self.decoder = TokenDecoder(width, width, settings.decoder_depth, heads, values)
+        self.decoder.predict.requires_grad_(bool(settings.reconstruction_weight))
         self.compares = bool(settings.inter_weight or settings.intra_weight)
         if not self.compares:
             return
@@ -240,9 +241,11 @@ class Alice(PretextMethod):
             whole, taught_whole = projected.mean(dim=1), taught.mean(dim=1)
             embeddings = whole.detach()
             if own.inter_weight:
-                losses["inter"] = own.inter_weight * self._between(whole, taught_whole, views.partner)
-                monitors["partner_top1"] = retrieval_top1(whole, taught_whole[views.partner])
-                centre = gather(taught_whole).mean(dim=0)
+                said = self.inter_predictor(whole)
+                everybody = gather(taught_whole)
+                losses["inter"] = own.inter_weight * self._between(said, taught_whole, everybody, views.partner)
+                monitors["partner_top1"] = self._partner_first(said, everybody, views.partner)
+                centre = everybody.mean(dim=0)
             if own.intra_weight:
                 loss, spread = self._within(seen, projected, taught)
                 losses["intra"] = own.intra_weight * loss
@@ -266,14 +269,40 @@ class Alice(PretextMethod):
         error, mean = masked_token_mse(made, target, views.mask), visible_mean_baseline(target, views.mask)
         return Recovered(seen, recovered, error, mean)
 
-    def _between(self, whole: Tensor, taught: Tensor, partner: Tensor) -> Tensor:
-        """Return how far a patch's vector is from the teacher's of its partner."""
-        own = self.settings
-        said, wanted = self.inter_predictor(whole), taught[partner]
-        if own.similarity == "cosine":
-            return cosine_distance(said, wanted - self.centre).mean()
-        keys = gather(F.normalize(wanted, dim=1))
-        return info_nce_in_batch(F.normalize(said, dim=1), keys, own.temperature, first_row=rank() * len(whole))
+    def _between(self, said: Tensor, taught: Tensor, everybody: Tensor, partner: Tensor) -> Tensor:
+        """Return how far what is said of a patch is from the teacher's vector of its partner.
+
+        Args:
+            said: (batch, dimension).
+            taught: (batch, dimension), the teacher's vectors.
+            everybody: those of all processes.
+            partner: place of each patch's partner in the batch.
+        """
+        if self.settings.similarity == "cosine":
+            return cosine_distance(said, taught[partner] - self.centre).mean()
+        queries, keys = F.normalize(said, dim=1), F.normalize(everybody, dim=1)
+        # the teacher's vector of the patch itself is of the same place, and so no negative
+        negatives, present = keys.expand(len(queries), -1, -1), self._others(partner, len(keys))
+        return info_nce_with_negatives(
+            queries, F.normalize(taught[partner], dim=1), negatives, present, self.settings.temperature
+        ).mean()
+
+    def _others(self, partner: Tensor, keys: int) -> Tensor:
+        """Return which keys of all processes are of other pairs, (batch, key)."""
+        first = rank() * len(partner)
+        places = torch.arange(keys, device=partner.device)
+        own = first + torch.arange(len(partner), device=partner.device)[:, None]
+        return (places != own) & (places != first + partner[:, None])
+
+    @torch.no_grad()
+    def _partner_first(self, said: Tensor, everybody: Tensor, partner: Tensor) -> Tensor:
+        """Return the share of the patches whose partner's vector is more like what is said than those of all other pairs."""
+        centred = F.normalize(everybody - self.centre, dim=1)
+        similarity = F.normalize(said, dim=1) @ centred.T
+        first = rank() * len(partner)
+        own = similarity.gather(1, first + partner[:, None])[:, 0]
+        others = similarity.masked_fill(~self._others(partner, len(centred)), -torch.inf)
+        return (own > others.amax(dim=1)).float().mean()
 
     def _within(self, seen: Tensor, projected: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
         """Return how far the answers of student and teacher to the visible tokens are apart, and the spread of the latter."""
@@ -347,6 +376,8 @@ def check_settings(settings: AliceSettings, processes: int) -> None:
         raise UserError(
             f"batch_size={batch}: patches go in pairs to {processes} process(es); --set batch_size={wanted}"
         )
+    if settings.inter_weight and settings.similarity == "info_nce" and batch < 4:
+        raise UserError(f"batch_size={batch} similarity=info_nce: negatives are of other pairs; --set batch_size=4")
 
 
 def affine_range(settings: AliceSettings) -> AffineRange:

@@ -16,7 +16,7 @@ Deviations:
     * For ranking alone, the coarse similarity at a fine cell is interpolated between coarse cells, not made of interpolated
       embeddings.
     * Crops always overlap; the code also has pairs that do not, a fifth, with each voxel its own positive.
-    * Crops lie in the plan's patch at the plan's spacing and cover half of it or more. They may be turned by up to 10 degrees
+    * Crops lie in the plan's patch at the plan's spacing and cover a third of it or more. They may be turned by up to 10 degrees
       (none in the code); never flipped, since left and right are different places.
     * Optimizer: SGD with a rate of 0.02 in the code; here AdamW.
 """
@@ -79,8 +79,8 @@ class SAMSettings:
     """Coarse cells of other patches of the batch."""
     body_share: Share = 0.9  # [R]
     """Share of the queries that lie in the brighter part of the patch."""
-    crop_fraction: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.5, 1.0)
-    """[C]: scales of 0.8 to 1.2, whose ratio this is."""
+    crop_fraction: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.3, 1.0)
+    """[C]: scales of 0.8 to 1.2; share of the patch's volume, so the cube of their ratio."""
     least_overlap: Annotated[float, Field(gt=0, le=1)] = 0.3  # [R]
     rotation_deg: tuple[Annotated[float, Field(ge=0, le=180)], ...] = (10.0,)  # [R]; none in the code
     intensity_views: tuple[str, ...] = ("contrast", "brightness", "noise", "blur")  # [R]; blur and noise in the code
@@ -218,8 +218,8 @@ class SAM(PretextMethod):
         cells = torch.cat([each[0].flatten(1) for each in maps], dim=1).T  # (cells of both views, dimension)
         allowed = self._far_enough(points, view, sample, views, [each.shape[2:] for each in maps])
         generator = torch.Generator(cells.device).manual_seed(views.seeds[sample] + 2 * view + (kind == "coarse"))
-        with torch.no_grad():
-            ranking = query @ cells.T
+        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+            ranking = query.float() @ cells.float().T
         if kind == "fine":
             ranking += self._coarse_ranking(points, view, sample, pair, shape)
             chosen, present = draw_hard_negatives(ranking, allowed, own.fine_pool, own.fine_negatives, generator)
@@ -232,9 +232,10 @@ class SAM(PretextMethod):
             negatives = torch.cat([cells[chosen], foreign[drawn].expand(len(query), -1, -1)], dim=1)
             present = torch.cat([present, present.new_ones(len(query), len(drawn))], dim=1)
         loss = info_nce_with_negatives(query, positive, negatives, present, own.temperature)
-        with torch.no_grad():
-            best = (negatives @ query[:, :, None])[..., 0].masked_fill(~present, -torch.inf).amax(dim=1)
-            hit = (query * positive).sum(dim=1) > best
+        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+            asked = query.float()
+            best = (negatives.float() @ asked[:, :, None])[..., 0].masked_fill(~present, -torch.inf).amax(dim=1)
+            hit = (asked * positive.float()).sum(dim=1) > best
         return loss * valid[0], hit, query
 
     def _far_enough(

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from nnssl.networks.dense import ENCODER
@@ -49,6 +50,8 @@ class TokenEncoder(nn.Module):
 class PrimusTokens(TokenEncoder):
     """The encoder of Primus, which takes visible tokens only: masked ones cost nothing.
 
+    Its blocks are never left out at random: that is for fine-tuning, and a teacher would give another target each time.
+
     Args:
         network: the plan's.
     """
@@ -59,6 +62,9 @@ class PrimusTokens(TokenEncoder):
         super().__init__()
         self.down_projection, self.eva = network.down_projection, network.eva
         self.token_vox, self.grid, self.width = network.token_vox, network.grid, network.embed_dim
+        for layer in self.eva.modules():
+            if isinstance(layer, DropPath):
+                layer.drop_prob = 0.0
 
     def forward(self, volumes: Tensor, visible: Tensor | None = None) -> Tensor:
         """Return encoded tokens; see ``TokenEncoder``."""
@@ -74,12 +80,12 @@ class UNetTokens(TokenEncoder):
         shape: voxels of a patch; a multiple of the stage's stride along every axis.
     """
 
-    exported = ENCODER
-
     def __init__(self, encoder: Any, stage: int, shape: Sequence[int]) -> None:
         super().__init__()
         self.encoder = encoder
         self.stage = stage
+        used = ["stem.", *(f"stages.{index}." for index in range(stage + 1))]
+        self.exported = tuple(f"{prefix}{part}" for prefix in ENCODER for part in used)
         strides = [_steps(each, len(shape)) for each in encoder.strides[: stage + 1]]
         self.token_vox = tuple(math.prod(steps) for steps in zip(*strides, strict=True))
         self.grid = tuple(n // size for n, size in zip(shape, self.token_vox, strict=True))
@@ -99,6 +105,14 @@ class UNetTokens(TokenEncoder):
             features = _show(stage(features), shown)
         tokens = map_to_tokens(features)
         return tokens if visible is None else tokens.gather(1, visible[..., None].expand(-1, -1, self.width))
+
+
+def trained_up_to_tokens(encoder: TokenEncoder) -> TokenEncoder:
+    """Return a token encoder with the gradient on for what makes tokens, and off for later stages of a U-Net's encoder."""
+    encoder.requires_grad_(True)
+    if isinstance(encoder, UNetTokens):
+        encoder.encoder.stages[encoder.stage + 1 :].requires_grad_(False)
+    return encoder
 
 
 def token_encoder(network: Any, stage: int | None, shape: Sequence[int]) -> TokenEncoder:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from nnssl.data.case_store import CaseProperties, CaseStore, SourceFile, write_case
+from nnssl.matching import embedded
 from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import EmbeddingMatcher, best_cells, tile_corners
 from nnssl.matching.points import cycle_error_mm
@@ -80,8 +81,9 @@ def test_embeddings_of_a_scan_do_not_depend_on_its_tiles(tmp_path):
     store = store_of(tmp_path, a=(make_image(), everywhere()))
     tiled = EmbeddingMatcher(Places(), store, TILE, torch.device("cpu")).embedded("a")
     whole = EmbeddingMatcher(Places(), store, SHAPE, torch.device("cpu")).embedded("a")
-    for first, second in zip((tiled.fine, tiled.coarse), (whole.fine, whole.coarse), strict=True):
-        assert first.shape == second.shape == (6, 20, 22, 26)
+    shapes = ((6, 20, 22, 26), (6, 10, 11, 13))
+    for first, second, shape in zip((tiled.fine, tiled.coarse), (whole.fine, whole.coarse), shapes, strict=True):
+        assert first.shape == second.shape == shape
         torch.testing.assert_close(first, second, atol=5e-3, rtol=0)
         norms = first.float().norm(dim=0)
         torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-3, rtol=0)
@@ -97,9 +99,50 @@ def test_cells_beyond_the_scan_are_no_match(tmp_path):
     assert case.inside[:, :10, :11].all()
     assert not case.inside[:, 10].any()
     assert not case.inside[:, :, 11].any()
-    vectors = torch.stack([each[:, 3, 10, 11][None].float() for each in (case.fine, case.coarse)])
-    cells, _ = best_cells(vectors, case)
+    coarse = F.normalize(case.interpolate(case.coarse, torch.tensor([[3, 10, 11]])), dim=0)
+    cells, _ = best_cells(torch.stack([case.fine[:, 3, 10, 11][None].float(), coarse.T]), case)
     assert np.unravel_index(cells[0], (7, 11, 12))[1:] == (9, 10)
+
+
+def test_coarse_vectors_are_interpolated_and_brought_back_to_unit_norm(tmp_path, monkeypatch):
+    """Against torch's own interpolation of the whole map; and in slabs as at once."""
+    store = store_of(tmp_path, a=(make_image(), everywhere()), b=(make_image(shift=(1, 5, 3)), everywhere()))
+    matcher = EmbeddingMatcher(Places(), store, TILE, torch.device("cpu"))
+    case = matcher.embedded("b")
+    wide = F.interpolate(case.coarse[None].float(), case.fine.shape[1:], mode="trilinear", align_corners=False)[0]
+    wide = F.normalize(wide, dim=0)
+    points = body_points(count=90)
+    vectors = matcher.vectors("a", points)
+    similarity = (vectors[0] @ case.fine.flatten(1).float() + vectors[1] @ wide.flatten(1)) / 2
+    cells, scores = best_cells(vectors, case)
+    assert torch.equal(torch.from_numpy(cells), similarity.argmax(dim=1))
+    torch.testing.assert_close(torch.from_numpy(scores), similarity.amax(dim=1), atol=1e-5, rtol=0)
+    monkeypatch.setattr(embedded, "CELLS_AT_ONCE", 3 * 22 * 26 + 1)
+    again, scores_again = best_cells(vectors, case)
+    assert np.array_equal(again, cells)
+    np.testing.assert_allclose(scores_again, scores, atol=1e-6)
+    own = F.interpolate(matcher.embedded("a").coarse[None].float(), case.fine.shape[1:], mode="trilinear")[0]
+    z, y, x = np.floor((points / np.array(SPACING) + 0.5) / [1, 2, 2]).astype(int).T
+    torch.testing.assert_close(vectors[1], F.normalize(own[:, z, y, x], dim=0).T, atol=1e-5, rtol=0)
+
+
+class Surroundings(Places):
+    """Sees two voxels around: at the border of a tile it sees zeros instead of what is there."""
+
+    def forward(self, volumes: torch.Tensor) -> Embeddings:
+        return super().forward(F.avg_pool3d(volumes, 5, stride=1, padding=2))
+
+
+def test_overlapping_tiles_look_like_the_whole(tmp_path):
+    """The middle of a tile counts more than its border, where the network sees less than there is."""
+    rough = make_image() + 0.8 * np.random.default_rng(0).standard_normal((6, *SHAPE)).astype(np.float32)
+    store = store_of(tmp_path, a=(rough, everywhere()))
+    cpu = torch.device("cpu")
+    tiled = EmbeddingMatcher(Surroundings(), store, TILE, cpu).embedded("a").fine.float()
+    whole = EmbeddingMatcher(Surroundings(), store, SHAPE, cpu).embedded("a").fine.float()
+    inner = (slice(None), slice(3, -3), slice(3, -3), slice(3, -3))
+    cosine = F.cosine_similarity(tiled[inner], whole[inner], dim=0)
+    assert cosine.min() > 0.996  # 0.992 if all of a tile counts alike, 0.966 if tiles do not overlap
 
 
 @pytest.mark.parametrize("shape", [(5, 9, 9), (8, 16, 16), (9, 17, 40), (31, 50, 23)])
@@ -108,6 +151,8 @@ def test_tiles_cover_a_scan_and_begin_with_cells(shape):
     for corner in tile_corners(shape, TILE, (2, 4, 4)):
         assert all(first % unit == 0 for first, unit in zip(corner, (2, 4, 4), strict=True))
         seen[tuple(slice(first, first + size) for first, size in zip(corner, TILE, strict=True))] = True
+        beyond = [first + size - max(n, size) for first, size, n in zip(corner, TILE, shape, strict=True)]
+        assert all(rest < unit for rest, unit in zip(beyond, (2, 4, 4), strict=True))
     assert seen.all()
 
 

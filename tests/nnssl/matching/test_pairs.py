@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from nnssl.data.loader import make_loader
+from nnssl.data.loader import make_loader, shared_move
 from nnssl.data.patch_pairs import PairTable, read_pairs, write_pairs
+from nnssl.data.patients import patient_in_name
 from nnssl.errors import UserError
 from nnssl.matching.body_box import BodyBoxMatcher
-from nnssl.matching.pairs import LARGEST_CYCLE_MM, POINTS, make_pairs
+from nnssl.matching.embedded import CASES_KEPT
+from nnssl.matching.pairs import LARGEST_CYCLE_MM, PARTNERS, POINTS, choose_partners, make_pairs
 from nnssl.matching.points import Matches
 from tests.nnssl.matching.test_matching import SPACING, everywhere, make_image, store_of
 
@@ -59,6 +61,55 @@ def test_low_scores_are_left_out(tmp_path):
     assert table.query_vox[:, 2].max() < np.quantile(everywhere()[:, 2], 0.85)
 
 
+def test_a_pair_of_scans_that_score_low_is_left_to_the_box(tmp_path):
+    """The threshold is one for all pairs of scans: two that have nothing in common have no best quarters of their own."""
+    image = make_image()
+    store = store_of(tmp_path, **{name: (image, everywhere()) for name in "abc"})
+
+    class Strangers:
+        def match_points(self, query, points_mm, key):
+            strange = "c" in (query, key)
+            return Matches(points_mm.copy(), np.full(len(points_mm), 0.1 if strange else 0.9))
+
+    table = make_pairs(store, Strangers(), BodyBoxMatcher(store), 0, lambda line: None)
+    strange = (table.query == 2) | (table.key == 2)
+    assert table.matched[~strange].all()
+    # two thirds of the scores are those of strangers, so the lowest quarter is among them
+    assert table.matched[strange].all()
+
+    class Friends(Strangers):
+        def match_points(self, query, points_mm, key):
+            found = super().match_points(query, points_mm, key)
+            low = {query, key} == {"a", "c"}
+            return Matches(found.points_mm, np.where(low, 0.1 + 1e-3 * np.arange(len(points_mm)), 0.9))
+
+    table = make_pairs(store, Friends(), BodyBoxMatcher(store), 0, lambda line: None)
+    low = (table.query + table.key == 2) & (table.query != 1)
+    assert table.matched[~low].all()
+    assert table.matched[low].mean() < 0.8  # a quarter of all are three quarters of theirs
+
+
+def test_partners_are_other_patients_and_stay_near():
+    names = [f"patient{number:02}_frame{frame}" for number in range(9) for frame in (1, 2)]
+    pairs = choose_partners(names, 0)
+    assert pairs == choose_partners(names, 0) != choose_partners(names, 1)
+    assert all(patient_in_name(names[a]) != patient_in_name(names[b]) for a, b in pairs)
+    counts = np.bincount(np.array(pairs).ravel(), minlength=len(names))
+    assert counts.min() >= PARTNERS // 2
+    assert abs(counts.mean() - PARTNERS) < 0.5
+    assert len(set(pairs)) == len(pairs)
+    kept: list[int] = []
+    made = 0
+    for pair in pairs:  # with the embeddings of so many scans kept, few are made twice
+        for scan in pair:
+            made += scan not in kept
+            kept = [*(each for each in kept if each != scan), scan][-CASES_KEPT:]
+    assert made <= 1.5 * len(names)
+    frames = ["patient01_frame1", "patient01_frame2", "patient01_frame3"]
+    assert {scan for pair in choose_partners(frames, 0) for scan in pair} == {0, 1, 2}
+    assert choose_partners(["only"], 0) == [(0, 0)]
+
+
 def test_without_a_matcher_and_with_one_scan(tmp_path):
     image = make_image()
     store = store_of(tmp_path, only=(image, np.zeros((0, 3), dtype=int)))
@@ -79,13 +130,39 @@ def test_the_file(tmp_path):
     assert read.cases == table.cases
     for name in ("query", "key", "query_vox", "key_vox", "matched"):
         assert np.array_equal(getattr(read, name), getattr(table, name))
-    (tmp_path / "pairs.npz").write_bytes(b"no table")
-    with pytest.raises(UserError, match=r"pairs\.npz: cannot be read .*it is made again"):
-        read_pairs(tmp_path / "pairs.npz")
+    whole = (tmp_path / "pairs.npz").read_bytes()
+    for broken in (b"no table", whole[: len(whole) // 2]):
+        (tmp_path / "pairs.npz").write_bytes(broken)
+        with pytest.raises(UserError, match=r"pairs\.npz: cannot be read .*it is made again"):
+            read_pairs(tmp_path / "pairs.npz")
+
+
+@pytest.mark.parametrize(
+    ("corners", "rooms", "move"),
+    [
+        ((3, 5), (10, 10), 0),
+        ((-2, 5), (10, 10), 2),
+        ((3, 12), (10, 10), -2),
+        ((-2, 9), (10, 10), 1),  # no move keeps both inside; from 1 to 2 they leave as little, 1 is the least move
+        ((3, -4), (-6, 10), 0),  # the first scan is shorter than the patch, which covers it when moved by -9 to -3
+        ((-3, 2), (-6, 10), 0),
+    ],
+)
+def test_pairs_are_moved_by_as_much(corners, rooms, move):
+    assert shared_move(corners, rooms) == move
+
+    def outside(by):
+        lost = 0
+        for corner, room in zip(corners, rooms, strict=True):
+            first = corner + by
+            lost += max(0, -first) + max(0, first - room) - (max(0, -room))
+        return lost
+
+    assert outside(move) == min(outside(by) for by in range(-30, 30))
 
 
 def test_patches_of_a_pair_show_both_places_at_the_same_place(tmp_path):
-    """At every border too: the first patch stays in its scan, the second moves with it."""
+    """At every border too: both are moved by as much, and as far as they can into their scans."""
     image, other = make_image(), make_image(shift=(2, 6, 4))
     store = store_of(tmp_path, a=(image, everywhere()), b=(other, everywhere()))
     rng = np.random.default_rng(0)
@@ -103,7 +180,6 @@ def test_patches_of_a_pair_show_both_places_at_the_same_place(tmp_path):
         for first in (0, 2):
             assert {batch.cases[first], batch.cases[first + 1]} == {"a", "b"}
             lower = batch.lower_vox[first]
-            assert ((lower >= 0) & (lower + torch.tensor([8, 16, 16]) <= torch.tensor(image.shape[1:]))).all()
             assert torch.equal(batch.lower_vox[first + 1] - lower, torch.tensor([2, 6, 4]))
             if batch.cases[first] == "a":
                 shown = batch.volumes[first + 1].abs().sum(dim=0) > 0
