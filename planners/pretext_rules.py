@@ -506,6 +506,8 @@ class PretextRules:
             # the token decoder sees all tokens, the encoder at most a quarter of them
             blocks = size.depth / 4 + size.decoder_depth
             cost += math.prod(tokens.grid) * 9 * size.width * blocks
+        if tokens is not None:
+            cost += math.prod(tokens.grid) * stage.token_values
         fits = int(budget // cost)
         most = max(2, min(fits, self.preset.largest_batch, patches // 2))
         batch = most // stage.batch_multiple * stage.batch_multiple
@@ -517,6 +519,8 @@ class PretextRules:
         reason = f"{fits} fit, {patches} distinct patches: limited by the {limit.get(most, 'least batch')}"
         if batch < most:
             reason += f", a multiple of {stage.batch_multiple}"
+        if fits < batch:
+            reason += "; WARNING: more than the memory target allows, take a larger one or a smaller patch"
         if batch < stage.useful_batch:
             reason += (
                 f"; WARNING: contrast is weak below {stage.useful_batch}, take a larger memory target or more data"

@@ -19,6 +19,8 @@ LONGEST_TOKEN_VOX = 16
 TOKENS = (64, 8000)
 """Fewer leave nothing to relate; 8000 are those of the largest patch in the Primus paper, 160 voxels along every axis."""
 LEAST_BATCH = 2
+LEAST_SHARE = 0.25
+"""Of the U-Net's patch; rather than a smaller one, tokens are longer."""
 DECODER_FEATURES = 32
 """Of the map that the segmentation layer reads."""
 
@@ -47,7 +49,7 @@ class PlannedTransformer:
 def decide_primus(
     patch: Sequence[int], spacing_mm: Sequence[float], channels: int, budget: float, largest_batch: int, preset: Preset
 ) -> tuple[PlannedTransformer | None, list[tuple[str, str, str]]]:
-    """Choose the smallest token that fits, then the largest transformer.
+    """Choose Primus's token, then the largest patch that fits, then the largest transformer.
 
     Args:
         patch: voxels of the U-Net's patch.
@@ -67,26 +69,30 @@ def decide_primus(
     refused = []
     for longest in _token_lengths(patch, spacing_mm):
         token = token_vox(longest, patch, spacing_mm)
-        fitted = fitted_patch(patch, token)
-        grid = tuple(n // size for n, size in zip(fitted, token, strict=True))
-        count = math.prod(grid)
-        if not TOKENS[0] <= count <= TOKENS[1]:
-            refused.append(f"{_times(token)}: {count} tokens")
+        shape = fitted_patch(patch, token)
+        while (
+            math.prod(shape) >= LEAST_SHARE * math.prod(patch)
+            and len(_fitting(sizes, token, shape, channels, budget)) == 0
+        ):
+            shape = thinner_patch(shape, token, spacing_mm)
+        fitting = _fitting(sizes, token, shape, channels, budget)
+        if (
+            not fitting
+            or math.prod(shape) < LEAST_SHARE * math.prod(patch)
+            or math.prod(_grid(shape, token)) < TOKENS[0]
+        ):
+            refused.append(_times(token))
             continue
-        for size in reversed(sizes):
-            architecture = primus_architecture(size, token, fitted)
-            values = _feature_values(architecture, channels, fitted)
-            if LEAST_BATCH * values > budget:
-                refused.append(f"{_times(token)} with width {size.width}: {budget / values:.1f} patches fit")
-                continue
-            size_mm = tuple(round(n * float(mm), 6) for n, mm in zip(token, spacing_mm, strict=True))
-            tokens = TokenGrid(
-                stage=None, grid=grid, size_vox=token, size_mm=size_mm, width=size.width, mask_block=(1, 1, 1)
-            )
-            batch = max(LEAST_BATCH, min(largest_batch, int(budget // values)))
-            chosen = PlannedTransformer(architecture, fitted, tokens, size, values, batch)
-            return chosen, _explain(chosen, patch, preset, refused)
-    return None, [("left out", "-", f"no token and transformer fit ({'; '.join(refused)})")]
+        size, values = fitting[-1]
+        size_mm = tuple(round(n * float(mm), 6) for n, mm in zip(token, spacing_mm, strict=True))
+        grid = tuple(_grid(shape, token))
+        tokens = TokenGrid(
+            stage=None, grid=grid, size_vox=token, size_mm=size_mm, width=size.width, mask_block=(1, 1, 1)
+        )
+        batch = max(LEAST_BATCH, min(largest_batch, int(budget // values)))
+        chosen = PlannedTransformer(primus_architecture(size, token, shape), shape, tokens, size, values, batch)
+        return chosen, _explain(chosen, patch, preset, refused)
+    return None, [("left out", "-", f"nothing fits into memory, with tokens of {', '.join(refused)} voxels")]
 
 
 def token_vox(longest: int, patch: Sequence[int], spacing_mm: Sequence[float]) -> tuple[int, ...]:
@@ -105,6 +111,28 @@ def token_vox(longest: int, patch: Sequence[int], spacing_mm: Sequence[float]) -
 def fitted_patch(patch: Sequence[int], token: Sequence[int]) -> tuple[int, ...]:
     """Return the multiple of a token that is nearest to a patch along every axis."""
     return tuple(max(1, round(n / size)) * size for n, size in zip(patch, token, strict=True))
+
+
+def thinner_patch(patch: Sequence[int], token: Sequence[int], spacing_mm: Sequence[float]) -> tuple[int, ...]:
+    """Return a patch without one layer of tokens, across the axis along which it is longest in mm."""
+    extents = [n * mm if n > size else 0.0 for n, size, mm in zip(patch, token, spacing_mm, strict=True)]
+    axis = extents.index(max(extents))
+    return tuple(n - size * (place == axis) for place, (n, size) in enumerate(zip(patch, token, strict=True)))
+
+
+def _fitting(
+    sizes: Sequence[TransformerSize], token: Sequence[int], patch: Sequence[int], channels: int, budget: float
+) -> list[tuple[TransformerSize, float]]:
+    """Return the transformers of which the least batch fits, each with the values of a patch; ascending."""
+    if math.prod(_grid(patch, token)) > TOKENS[1]:
+        return []
+    fitting = []
+    for size in sizes:
+        values = _feature_values(primus_architecture(size, token, patch), channels, patch)
+        if LEAST_BATCH * values > budget:
+            break
+        fitting.append((size, values))
+    return fitting
 
 
 def primus_architecture(size: TransformerSize, token: Sequence[int], patch: Sequence[int]) -> dict[str, Any]:
@@ -132,9 +160,12 @@ def _feature_values(architecture: dict[str, Any], channels: int, patch: Sequence
 def what_cannot_run(channels: int) -> str | None:
     """Return what goes wrong when a tiny Primus sees a patch, None if nothing does."""
     try:
-        network = build_network(primus_architecture(PRIMUS_SIZES[0], (2, 4, 4), (4, 8, 8)), channels, 2, seed=0)
+        architecture = primus_architecture(PRIMUS_SIZES[0], (2, 4, 4), (4, 8, 8))
+        architecture["arch_kwargs"]["drop_path_rate"] = 0.2
+        network = build_network(architecture, channels, 2, seed=0).train()
         with torch.no_grad():
-            network(torch.zeros(1, channels, 4, 8, 8))
+            network(torch.zeros(2, channels, 4, 8, 8))
+            network.encode(torch.zeros(2, channels, 4, 8, 8), torch.tensor([[0, 3], [1, 2]]))
     except Exception as error:  # whatever another version of a library raises
         return f"{type(error).__name__}: {error}"
     return None
@@ -159,10 +190,14 @@ def _explain(
     tokens, size = chosen.tokens, chosen.size
     longest = max(tokens.size_vox)
     why = "Primus's" if longest == TOKEN_VOX else "the nearest to Primus's 8 that can be run"
-    fitted = "that of 3d_fullres" if tuple(patch) == chosen.patch else "that of 3d_fullres, at a multiple of the token"
-    memory = f"memory target of {preset.memory_gb:g} GB; tokens first, then width"
+    fitted = (
+        "that of 3d_fullres" if tuple(patch) == chosen.patch else "near that of 3d_fullres, a multiple of the token"
+    )
+    if chosen.patch != fitted_patch(patch, tokens.size_vox):
+        fitted = f"as much of that of 3d_fullres as {TOKENS[1]} tokens and the memory target allow"
+    memory = f"the largest for a memory target of {preset.memory_gb:g} GB, with this token and patch"
     if refused:
-        memory += f"; does not fit: {', '.join(refused)}"
+        memory += f"; does not do: tokens of {', '.join(refused)} voxels"
     return [
         ("patch", _times(chosen.patch), fitted),
         (

@@ -40,7 +40,9 @@ from trainers.precision import FullPrecisionLoss, choose_precision
 
 STOCK_TRAINER = "nnUNetTrainer"
 SETTINGS_KEY = "nnssl_finetune"
+Optimizer = Literal["sgd", "adam", "adamw"]
 GRADIENT_NORM = 12  # nnU-Net's
+TRANSFORMER_GRADIENT_NORM = 1  # of nnU-Net's trainers of Primus, whose AdamW is adamw
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,8 @@ class FinetuneSettings:
     """Where they lie preprocessed; None for the folder of the labelled cases."""
     batch_size: int | None = None
     """Patches per step; None for the plan's."""
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """nnU-Net's SGD, or Adam without weight decay; a linear probe is trained by Adam."""
+    optimizer: Optimizer = "sgd"
+    """nnU-Net's SGD, Adam without weight decay, or AdamW as nnU-Net trains Primus; a linear probe is trained by Adam."""
     processes: int = 1
     """Processes that write and evaluate predictions."""
     augmentation_processes: int = 0
@@ -189,10 +191,13 @@ class FinetuneTrainer(nnUNetTrainer):
         return FullPrecisionLoss(super()._build_loss())
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupPolySchedule]:
-        """Return nnU-Net's SGD, or Adam, and the schedule with warm-up."""
+        """Return the optimizer of the settings, and the schedule with warm-up."""
         optimizer, _ = super().configure_optimizers()
         if self.settings.optimizer == "adam":
             optimizer = torch.optim.Adam(self.network.parameters(), lr=self.initial_lr)
+        if self.settings.optimizer == "adamw":
+            parameters = self.network.parameters()
+            optimizer = torch.optim.AdamW(parameters, self.initial_lr, betas=(0.9, 0.98), weight_decay=5e-2)
         return optimizer, WarmupPolySchedule(optimizer, self.initial_lr, self.num_epochs, self.settings.warmup_epochs)
 
     def do_split(self) -> tuple[list[str], list[str]]:
@@ -237,6 +242,7 @@ class FinetuneTrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """Take one optimizer step on a batch and return its loss."""
+        largest = TRANSFORMER_GRADIENT_NORM if self.settings.optimizer == "adamw" else GRADIENT_NORM
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for loss in self.batch_losses(batch):
@@ -244,11 +250,11 @@ class FinetuneTrainer(nnUNetTrainer):
             (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
             total += loss.detach()
         if self.grad_scaler is None:
-            nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM)
+            nn.utils.clip_grad_norm_(self.network.parameters(), largest)
             self.optimizer.step()
         else:
             self.grad_scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), GRADIENT_NORM)
+            nn.utils.clip_grad_norm_(self.network.parameters(), largest)
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         return {"loss": total.cpu().numpy()}

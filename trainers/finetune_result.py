@@ -28,7 +28,7 @@ class FinetuneSchedule:
     learning_rate: float
     batch_size: int | None
     """Patches per step; None for the plan's."""
-    optimizer: Literal["sgd", "adam"]
+    optimizer: Literal["sgd", "adam", "adamw"]
     """nnU-Net's SGD, or Adam without weight decay."""
 
 

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
@@ -27,7 +27,8 @@ from nnssl.errors import UserError
 from nnssl.files import read_json
 from nnssl.paths import Folders, resolve_folders
 from planners.finetune_planner import AdoptedPlan, adopt_plan
-from trainers.finetune import FinetuneSettings, FinetuneTrainer, make_trainer
+from planners.primus_rules import CLASS_NAME as PRIMUS
+from trainers.finetune import FinetuneSettings, FinetuneTrainer, Optimizer, make_trainer
 from trainers.finetune_result import (
     FILE_NAME,
     SCHEMA_VERSION,
@@ -45,7 +46,6 @@ from trainers.mean_teacher import MeanTeacherTrainer
 from trainers.pretrained_weights import FINAL, LATEST, Weights, choose_configuration, load_weights, open_weights
 
 Say = Callable[[str], None]
-Optimizer = Literal["sgd", "adam"]
 RESUMABLE = "checkpoint_latest.pth"
 ARM_PREFIX = "nnssl_"
 
@@ -61,10 +61,12 @@ class Mode:
 
 
 MODES = {
-    "finetune": Mode(FinetuneTrainer, 0.01, ("sgd", "adam")),  # nnU-Net
+    "finetune": Mode(FinetuneTrainer, 0.01, ("sgd", "adam", "adamw")),  # nnU-Net
     "linear": Mode(LinearProbeTrainer, 0.01, ("adam",)),  # Pix2Rep
-    "mean_teacher": Mode(MeanTeacherTrainer, 0.01, ("sgd", "adam")),  # nnU-Net, and UA-MT's too
+    "mean_teacher": Mode(MeanTeacherTrainer, 0.01, ("sgd", "adam", "adamw")),  # nnU-Net, and UA-MT's too
 }
+TRANSFORMER_RATE = 3e-4
+"""Of nnU-Net's own trainers of Primus, which learns little by SGD."""
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,10 @@ def finetune(
         epochs: epochs in all, warm-up included; nnU-Net's default.
         iterations_per_epoch: optimizer steps per epoch.
         warmup_epochs: epochs of rising learning rate; None for one in twenty.
-        learning_rate: the highest one; None for the mode's, 0.01 in each.
+        learning_rate: the highest one; None for the mode's, 0.01 in each, 3e-4 for Primus.
         batch_size: patches per step; None for the plan's.
         optimizer: ``"sgd"`` as nnU-Net, or ``"adam"``, which needs fewer steps and another learning rate; None for the
-            mode's, Adam for ``"linear"`` and else SGD.
+            mode's, Adam for ``"linear"`` and else SGD; ``"adamw"`` as nnU-Net trains Primus, whose default it is.
         device: where to compute; None for the GPU if there is one.
         processes: processes for preprocessing and evaluation; None for as many as there are cores, 8 at most.
         plans_name: name for the plan in the data set's folder; None to choose.
@@ -147,7 +149,7 @@ def finetune(
     """
     if mode not in MODES:
         raise UserError(f"--mode {mode}: is not known; take one of {', '.join(MODES)}")
-    schedule = check_schedule(mode, epochs, iterations_per_epoch, warmup_epochs, learning_rate, batch_size, optimizer)
+    check_schedule(mode, epochs, iterations_per_epoch, warmup_epochs, learning_rate, batch_size, optimizer)
     if unlabelled is not None and mode != "mean_teacher":
         raise UserError(f"--unlabelled {unlabelled}: is for --mode mean_teacher; --mode {mode} learns from labels only")
     processes = processes if processes is not None else min(8, os.cpu_count() or 1)
@@ -159,6 +161,10 @@ def finetune(
     labelled = find_labelled_cases(dataset_name, folders)
     split = split_cases(labelled, seed, labels, cases, test_cases)
     configuration = choose_configuration(configuration, origin)
+    network = origin.provenance.plans["configurations"][configuration].get("architecture", {}).get("network_class_name")
+    schedule = check_schedule(
+        mode, epochs, iterations_per_epoch, warmup_epochs, learning_rate, batch_size, optimizer, network == PRIMUS
+    )
     plan = adopt_plan(origin.provenance.plans, dataset_name, folders, say, plans_name)
     split = split or fold_split(labelled, dataset_name, folders)
     others: tuple[str, ...] = ()
@@ -188,7 +194,7 @@ def finetune(
     )
     also = f", {len(others)} without their labels" if others else ""
     say(f"{dataset_name}: {len(split.train)} cases to train on{also}, {len(split.test)} held out")
-    if mode == "linear" and not any(prefix.startswith("decoder.") for prefix in origin.provenance.pretrained):
+    if mode == "linear" and not any("decoder.stages.".startswith(prefix) for prefix in origin.provenance.pretrained):
         say("Note: these weights have no pretrained decoder; the probe sees features of a random one")
     arms: list[Weights | None] = [origin, None] if scratch else [origin]
     results = [run_arm(task, arm, folders, restart, say) for arm in arms]
@@ -345,14 +351,18 @@ def check_schedule(
     learning_rate: float | None,
     batch_size: int | None,
     optimizer: Optimizer | None,
+    transformer: bool = False,
 ) -> FinetuneSchedule:
-    """Return the schedule of a mode, with the mode's numbers where None is given.
+    """Return the schedule of a mode, with the mode's numbers where None is given, or those of Primus for a transformer.
 
     Raises:
         UserError: a number or the optimizer does not fit.
     """
-    learning_rate = MODES[mode].learning_rate if learning_rate is None else learning_rate
+    if transformer and optimizer is None and "adamw" in MODES[mode].optimizers:
+        optimizer = "adamw"
     optimizer = optimizer or MODES[mode].optimizers[0]
+    if learning_rate is None:
+        learning_rate = TRANSFORMER_RATE if optimizer == "adamw" else MODES[mode].learning_rate
     if optimizer not in MODES[mode].optimizers:
         raise UserError(
             f"--optimizer {optimizer}: --mode {mode} takes {' or '.join(MODES[mode].optimizers)}; leave it out"

@@ -8,15 +8,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nnssl import schema
 from nnssl.data.case_store import CaseStore
 from nnssl.data.patch_pairs import PairTable, read_pairs, write_pairs
 from nnssl.distributed import is_distributed, rank
 from nnssl.errors import UserError
+from nnssl.evaluation.anatomical_sanity import Sanity
 from nnssl.evaluation.restored_method import restore_method
-from nnssl.files import read_json
 from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import EmbeddingMatcher
 from nnssl.matching.pairs import make_pairs
+from planners.plan import Plan
 
 PAIRS, EXAMINATION = "pairs.npz", "examination.json"
 
@@ -25,6 +27,7 @@ def pairs_of_run(
     folder: Path,
     store: CaseStore,
     embeddings: Path | None,
+    plan: Plan,
     seed: int,
     anew: bool,
     device: torch.device,
@@ -37,6 +40,7 @@ def pairs_of_run(
         folder: of the run's results; the pairs lie there as ``pairs.npz``.
         store: the preprocessed cases.
         embeddings: final checkpoint of SAM; None to take the body's box for all places.
+        plan: of the run.
         seed: of the run.
         anew: find them although the file is there.
         device: where to compute.
@@ -48,7 +52,7 @@ def pairs_of_run(
     """
     path = folder / PAIRS
     if rank() == 0 and (anew or not path.exists()):
-        matcher = None if embeddings is None else usable_matcher(embeddings, store, device, autocast, say)
+        matcher = None if embeddings is None else usable_matcher(embeddings, plan, store, device, autocast, say)
         write_pairs(path, make_pairs(store, matcher, BodyBoxMatcher(store), seed, say))
     if is_distributed():
         dist.barrier()
@@ -60,6 +64,7 @@ def pairs_of_run(
 
 def usable_matcher(
     embeddings: Path,
+    plan: Plan,
     store: CaseStore,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
@@ -68,16 +73,21 @@ def usable_matcher(
     """Return a matcher by the embeddings of a checkpoint, None where they did not pass their examination.
 
     Raises:
-        UserError: there is no such checkpoint, or no examination beside it.
+        UserError: there is no such checkpoint, or no examination beside it, or it is of an earlier plan.
     """
     if not embeddings.exists():
         raise UserError(
             f"{embeddings}: says which places of different scans are the same, and is not there; run nnssl_pretrain -m sam, or "
             "do without it, --set partners=body_box"
         )
-    examined = read_json(embeddings.parent / EXAMINATION, "examination of the embeddings")
-    if not examined["usable"]:
-        say(f"The body's box pairs places instead of embeddings: {'; '.join(examined['reasons'])}")
+    examined = schema.read(Sanity, embeddings.parent / EXAMINATION, "examination of the embeddings")
+    if not examined.usable:
+        say(f"The body's box pairs places instead of embeddings: {'; '.join(examined.reasons)}")
         return None
-    method, _ = restore_method(embeddings, device)
+    method, provenance = restore_method(embeddings, device)
+    own = plan.pretext.configurations.get(provenance.configuration)
+    if provenance.dataset_name != plan.dataset_name or own is None or own.spacing_mm != method.configuration.spacing_mm:
+        raise UserError(
+            f"{embeddings}: was trained on another data set or spacing than this plan's; run nnssl_pretrain -m sam --restart"
+        )
     return EmbeddingMatcher(method.embedding, store, method.configuration.patch_size, device, autocast)

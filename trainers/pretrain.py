@@ -5,6 +5,7 @@ import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from planners.plan import PLANS_NAME, Plan, read_plan
 from trainers import pretext
 from trainers.pretrain_trainer import FINAL, LATEST, PretrainTrainer, RunOptions, check_same_run, plain_settings
 from trainers.probe_run import CASES, ProbeOptions, prepare_probe
+
+LONGEST_WAIT = timedelta(hours=24)
+"""Of processes for the first one, which alone pairs and examines whole scans."""
 
 
 def pretrain(
@@ -333,7 +337,8 @@ def run_in_group(
     if device.type == "cuda":
         torch.cuda.set_device(local_rank)
         device = torch.device("cuda", local_rank)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=rank, world_size=processes)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=processes, timeout=LONGEST_WAIT)
     try:
         run_stage(path, trainer, configuration, options, device)
         # the first process has written what the next stage reads

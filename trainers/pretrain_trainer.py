@@ -235,6 +235,7 @@ class PretrainTrainer(nnUNetTrainer):
             Path(self.output_folder),
             store,
             None if partners == "body_box" else self.checkpoint_of(find_stage(SAM)[1]),
+            self.plan,
             self.options.seed,
             anew=self.current_step == 0,
             device=self.device,

@@ -59,11 +59,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=positive_int, metavar="N", help="of fine-tuning (default: the plan's)")
     parser.add_argument(
         "--optimizer",
-        choices=("sgd", "adam"),
-        help="of fine-tuning (default: sgd, as nnU-Net; a linear probe has adam)",
+        choices=("sgd", "adam", "adamw"),
+        help="of fine-tuning (default: sgd, and adamw for Primus, as nnU-Net; a linear probe has adam)",
     )
     parser.add_argument(
-        "--learning-rate", type=float, help="of fine-tuning (default: 0.01; a linear probe keeps its own)"
+        "--learning-rate",
+        type=float,
+        help="of fine-tuning (default: 0.01, 3e-4 for Primus; a linear probe keeps its own)",
     )
     parser.add_argument(
         "-c", dest="configuration", metavar="CONFIG", help="to fine-tune (default: one that fits all arms)"

@@ -45,9 +45,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=1000, help="(default: 1000)")
     parser.add_argument("--iterations-per-epoch", type=int, default=250, help="(default: 250)")
     parser.add_argument("--warmup-epochs", type=int, help="of the epochs (default: one in twenty)")
-    parser.add_argument("--learning-rate", type=float, help="the highest one (default: the mode's, 0.01 in each)")
     parser.add_argument(
-        "--optimizer", choices=("sgd", "adam"), help="(default: sgd, as nnU-Net; adam, and no other, for --mode linear)"
+        "--learning-rate", type=float, help="the highest one (default: 0.01 in each mode; 3e-4 for Primus)"
+    )
+    parser.add_argument(
+        "--optimizer",
+        choices=("sgd", "adam", "adamw"),
+        help="(default: sgd, and adamw for Primus, as nnU-Net; adam, and no other, for --mode linear)",
     )
     parser.add_argument("--batch-size", type=positive_int, metavar="N", help="patches per step (default: the plan's)")
     parser.add_argument(

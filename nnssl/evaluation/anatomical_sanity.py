@@ -6,7 +6,7 @@ Source: the sanity checks that follow from Yan et al., SAM, TMI 2022; thresholds
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -19,8 +19,10 @@ from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import EmbeddingMatcher
 from nnssl.matching.points import cycle_error_mm
 from nnssl.networks.anatomical_embedding import cell_centres_vox
+from nnssl.schema import STRICT
 from nnssl.views.spatial import map_points
 
+SCHEMA_VERSION = 1
 PATCHES = 16
 PAIRS = 50
 POINTS_PER_PAIR = 20
@@ -45,7 +47,10 @@ class Sanity:
         box_likeness: the same with the body box instead of embeddings.
         usable: whether the embeddings pass every check.
         reasons: what does not pass, empty if usable.
+        schema_version: of the file.
     """
+
+    __pydantic_config__: ClassVar = STRICT
 
     self_error_mm: float
     self_hit_share: float
@@ -56,6 +61,7 @@ class Sanity:
     box_likeness: float
     usable: bool
     reasons: tuple[str, ...]
+    schema_version: int = SCHEMA_VERSION
 
 
 def examine(

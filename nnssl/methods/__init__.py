@@ -22,6 +22,7 @@ class Stage:
         batch_multiple: the batch of every process is a multiple of this.
         reads_tokens: whether it needs a grid of tokens from the plan, of which an encoder that is a transformer sees the visible
             ones only.
+        token_values: feature values for each token of a patch that stay in memory beside encoder and token decoder.
         configuration: where it runs, whatever the method's other stages run in; None for where they do.
         fresh: whether it starts from random weights, not from those of the stage before, which serves it in another way.
         examination: ``module:function`` that measures what a finished stage is good for (``nnssl.evaluation``); None for no such
@@ -37,6 +38,7 @@ class Stage:
     useful_batch: int
     batch_multiple: int = 1
     reads_tokens: bool = False
+    token_values: int = 0
     configuration: str | None = None
     fresh: bool = False
     examination: str | None = None
@@ -211,6 +213,7 @@ METHODS = {
                 useful_batch=4,
                 batch_multiple=2,
                 reads_tokens=True,
+                token_values=20_000,  # projection and CASA in float32, of student and teacher
                 fresh=True,
             ),
         ),

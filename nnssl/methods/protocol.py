@@ -106,9 +106,12 @@ class PretextMethod(nn.Module):
 
 
 def split_by_decay(parameters: Sequence[nn.Parameter]) -> list[ParameterGroup]:
-    """Group parameters so that matrices and kernels decay and biases, norms and single vectors do not."""
+    """Group parameters so that matrices and kernels decay and biases, norms and single vectors (1, 1, width) do not."""
     trained = [parameter for parameter in parameters if parameter.requires_grad]
+    single = [parameter.squeeze().ndim <= 1 for parameter in trained]
     return [
-        ParameterGroup([parameter for parameter in trained if parameter.ndim > 1]),
-        ParameterGroup([parameter for parameter in trained if parameter.ndim <= 1], weight_decay=False),
+        ParameterGroup([parameter for parameter, alone in zip(trained, single, strict=True) if not alone]),
+        ParameterGroup(
+            [parameter for parameter, alone in zip(trained, single, strict=True) if alone], weight_decay=False
+        ),
     ]

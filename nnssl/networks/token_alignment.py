@@ -93,8 +93,7 @@ class ConditionalAlignment(nn.Module):
         self, asking: Float[Tensor, "batch visible width"], answering: Float[Tensor, "batch tokens answer"]
     ) -> Float[Tensor, "batch heads visible tokens"]:
         """Return how much each asking token listens to each answering one; rows sum to 1."""
-        query = self._split(self.query(self.norm_query(asking.float())))
-        key = self._split(self.key(self.norm_answer(answering.float())))
+        query, key, _ = self._projected(asking, answering)
         return (query @ key.transpose(2, 3) / math.sqrt(query.shape[3])).softmax(dim=3)
 
     def forward(
@@ -102,9 +101,14 @@ class ConditionalAlignment(nn.Module):
     ) -> Float[Tensor, "batch visible dimension"]:
         """Return the answer for each asking token, in float32 throughout."""
         with torch.autocast(asking.device.type, enabled=False):
-            value = self._split(self.value(self.norm_answer(answering.float())))
-            heard = self.attention(asking, answering) @ value  # (batch, heads, visible, part)
+            query, key, value = self._projected(asking, answering)
+            heard = F.scaled_dot_product_attention(query, key, value)  # (batch, heads, visible, part)
             return self.zeta(heard.transpose(1, 2).flatten(2))
+
+    def _projected(self, asking: Tensor, answering: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return query, key and value, (batch, heads, token, part)."""
+        asks, answers = self.norm_query(asking.float()), self.norm_answer(answering.float())
+        return self._split(self.query(asks)), self._split(self.key(answers)), self._split(self.value(answers))
 
     def _split(self, rows: Tensor) -> Tensor:
         return rows.unflatten(2, (self.heads, -1)).transpose(1, 2)

@@ -25,12 +25,9 @@ PLENTY = 1e15
         ((24, 36, 24), (1.5, 1.5, 1.5), (4, 4, 4), (24, 36, 24)),  # 3 x 4 x 3 tokens of 8 voxels would be too few
         ((100, 100, 100), (1.0, 1.0, 1.0), (8, 8, 8), (96, 96, 96)),  # 12.5 tokens: the even neighbour
         ((3, 256, 256), (1.0, 1.0, 1.0), (2, 8, 8), (4, 256, 256)),  # no token longer than the patch
-        (
-            (192, 192, 192),
-            (1.0, 1.0, 1.0),
-            (16, 16, 16),
-            (192, 192, 192),
-        ),  # 13,824 tokens of 8 voxels would be too many
+        ((192, 192, 192), (1.0, 1.0, 1.0), (8, 8, 8), (160, 160, 160)),  # 24 x 24 x 24 tokens would be too many
+        ((20, 320, 256), (5.0, 0.8, 0.8), (1, 8, 8), (20, 160, 160)),  # 25,600; the longest axes in mm give first
+        ((320, 320, 320), (1.0, 1.0, 1.0), (16, 16, 16), (320, 320, 320)),  # an eighth of the patch would be too little
     ],
 )
 def test_tokens_are_alike_in_mm_and_neither_few_nor_many(patch, spacing, token, fitted):
@@ -56,7 +53,7 @@ def test_every_size_can_be_built_and_run(size):
         assert network(torch.zeros(1, 2, 3, 16, 24))[0].shape == (1, 3, 3, 16, 24)
 
 
-def test_less_memory_takes_a_smaller_transformer_first_then_larger_tokens():
+def test_less_memory_takes_a_smaller_transformer_and_then_a_smaller_patch():
     patch, spacing, preset = (64, 64, 64), (1.0, 1.0, 1.0), PRESETS["24gb"]
     largest, _ = decide_primus(patch, spacing, 1, PLENTY, 4, preset)
     assert largest.size == preset.primus
@@ -64,11 +61,11 @@ def test_less_memory_takes_a_smaller_transformer_first_then_larger_tokens():
     assert smaller.size == PRIMUS_SIZES[PRIMUS_SIZES.index(preset.primus) - 1]
     assert smaller.tokens == replace(largest.tokens, width=smaller.size.width)
     tiny, _ = decide_primus(patch, spacing, 1, PLENTY, 4, PRESETS["cpu"])
-    coarse, decisions = decide_primus(patch, spacing, 1, 2 * tiny.values - 1, 4, preset)
-    assert coarse.tokens.size_vox == (16, 16, 16)
-    assert 2 * coarse.values <= 2 * tiny.values - 1
-    reasons = {what: reason for what, _, reason in decisions}
-    assert "8x8x8 with width 192: 2.0 patches fit" in reasons["transformer"]
+    thinner, _ = decide_primus(patch, spacing, 1, 2 * tiny.values - 1, 4, preset)
+    assert (thinner.size, thinner.tokens.size_vox) == (tiny.size, (8, 8, 8))
+    assert thinner.patch == (56, 64, 64)
+    least = (32, 32, 32)  # an eighth
+    assert decide_primus(patch, spacing, 1, 2 * tiny.values * math.prod(least) / math.prod(patch), 4, preset)[0] is None
 
 
 def test_the_batch_is_what_fits_at_most_that_of_the_u_net():
@@ -83,7 +80,7 @@ def test_nothing_that_fits_is_left_out_with_its_reasons():
     assert chosen is None
     (what, _, reason), *others = decisions
     assert (what, others) == ("left out", [])
-    assert "8x8x8 with width 396" in reason
+    assert "nothing fits into memory, with tokens of 8x8x8, 16x16x16 voxels" in reason
 
 
 def test_what_the_installed_libraries_cannot_run_is_left_out(monkeypatch):

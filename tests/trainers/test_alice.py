@@ -12,6 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnssl.checkpoint import read_checkpoint
 from nnssl.data.patch_pairs import read_pairs
 from nnssl.errors import UserError
+from nnssl.files import read_json, write_json
 from planners.plan import read_plan
 from tests.trainers.conftest import NAME
 from tests.trainers.stopping import stopped_at
@@ -30,9 +31,13 @@ def test_stock_nnunet_takes_the_encoder(toy, configuration):
     final = run(toy, "alice", *SMALL, configuration=configuration)
     content, provenance = read_checkpoint(final)
     assert final.parent.parent.name == f"AliceTrainer__nnsslPlans__{configuration}"
-    encoder = {"3d_fullres_primus": ("down_projection.", "eva."), "3d_fullres": ("encoder.", "decoder.encoder.")}
-    assert provenance.pretrained == encoder[configuration]
-    manager = PlansManager(read_plan(toy.preprocessed / NAME / "nnsslPlans.json").nnunet)
+    plan = read_plan(toy.preprocessed / NAME / "nnsslPlans.json")
+    manager = PlansManager(plan.nnunet)
+    if configuration == "3d_fullres_primus":
+        assert provenance.pretrained == ("down_projection.", "eva.")
+    else:
+        stages = [f"encoder.stages.{index}." for index in range(plan.configuration(configuration).tokens.stage + 1)]
+        assert set(stages) <= set(provenance.pretrained)
     planned = manager.get_configuration(configuration)
     for deep_supervision in (True, False):
         network = nnUNetTrainer.build_network_architecture(manager, planned, 1, 5, deep_supervision)
@@ -101,14 +106,28 @@ def test_initial_weights_go_to_alice_not_to_sam(toy):
     assert read_checkpoint(sam)[1].init is None
 
 
+def take_tokens_of_an_earlier_stage(toy) -> None:
+    """Change the plan so that the U-Net has stages beyond that of its tokens, which are not trained."""
+    path = toy.preprocessed / NAME / "nnsslPlans.json"
+    plan = read_json(path, "plan")
+    tokens = plan["pretext"]["configurations"]["3d_fullres"]["tokens"]
+    network = plan["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    assert tokens["stage"] == 2
+    grid = [n * step for n, step in zip(tokens["grid"], network["strides"][2], strict=True)]
+    size = [n // step for n, step in zip(tokens["size_vox"], network["strides"][2], strict=True)]
+    tokens.update(stage=1, grid=grid, size_vox=size, width=network["features_per_stage"][1])
+    write_json(path, plan)
+
+
 @pytest.mark.parametrize(
     ("configuration", "similarity"),
     [("3d_fullres_primus", "cosine"), ("3d_fullres_primus", "info_nce"), ("3d_fullres", "cosine")],
 )
 def test_two_processes_equal_one(toy, configuration, similarity):
-    """Gradients and moving averages; a pair stays in one process, statistics and keys are of both."""
-    options = ("optimizer=sgd", "epochs=1", "iterations_per_epoch=1", "gradient_clip=1e9", f"similarity={similarity}")
+    """Gradients and moving averages, of two steps; a pair stays in one process, statistics and keys are of both."""
+    options = ("optimizer=sgd", "epochs=1", "iterations_per_epoch=2", "gradient_clip=1e9", f"similarity={similarity}")
     options = (*options, *SMALL)
+    take_tokens_of_an_earlier_stage(toy)
     alone = tensors_of(run(toy, "alice", *options, configuration=configuration))
     together = tensors_of(run(toy, "alice", *options, configuration=configuration, restart=True, processes=2))
     gradients = [value for key, value in alone.items() if key.endswith("momentum_buffer")]

@@ -17,6 +17,7 @@ from nnssl.networks.backbone import build_network
 from nnssl.paths import Folders
 from planners.finetune_planner import AdoptedPlan, adopt_plan
 from planners.plan import PLANS_NAME, Plan, plan_from_dict, read_plan
+from planners.primus_rules import CLASS_NAME as PRIMUS
 from trainers.benchmark.arms import Arm, Pretraining, Source, configuration_for, locate, parse_arms
 from trainers.benchmark.leaks import (
     Seen,
@@ -144,7 +145,10 @@ class Study:
         own = self.settings
         rate = None if mode == "linear" else own.learning_rate
         optimizer = None if mode == "linear" else own.optimizer
-        return check_schedule(mode, epochs, own.iterations_per_epoch, None, rate, own.batch_size, optimizer)
+        transformer = self.nnunet_configuration["architecture"]["network_class_name"] == PRIMUS
+        return check_schedule(
+            mode, epochs, own.iterations_per_epoch, None, rate, own.batch_size, optimizer, transformer
+        )
 
     def split(self, labels: int, seed: int) -> Split:
         """Return the cases that are trained on and those that are held out."""

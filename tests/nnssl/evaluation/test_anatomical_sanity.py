@@ -75,7 +75,8 @@ def test_known_places_are_found_and_shuffled_ones_are_not(method, tmp_path):
     store = make_store(tmp_path)
     method.embedding = Known(method)
     errors, permuted = self_match(method, store, 0, torch.device("cpu"), torch.no_grad)
-    assert np.median(errors) < np.median(permuted)
+    assert np.median(errors) <= np.linalg.norm([3.0, 1.0, 1.5])  # half a cell of 6 x 2 x 3 mm along every axis
+    assert np.median(permuted) > 10
     content, lines = examine(method, store, 0, torch.device("cpu"))
     assert content["cycle_error_mm"] < 6
     assert min(content["rank_correlation"]) > 0.9
