@@ -100,6 +100,22 @@ class Queries(NamedTuple):
     valid: Float[Tensor, "batch query"]
 
 
+class Cells(NamedTuple):
+    """The cells of both views of one sample.
+
+    Attributes:
+        embeddings: (cell, dimension).
+        places_mm: (cell, d), in the patch that the views are crops of.
+        shown: cells that show the patch; others lie outside it.
+        cell_mm: length of a cell.
+    """
+
+    embeddings: Float[Tensor, "cell dimension"]
+    places_mm: Float[Tensor, "cell d"]
+    shown: Bool[Tensor, " cell"]
+    cell_mm: float
+
+
 @dataclass(frozen=True)
 class PlacedViews:
     """Two crops of each patch, and the places where their embeddings are compared.
@@ -191,8 +207,9 @@ class SAM(PretextMethod):
         queries = []
         for sample in range(count):
             for kind in ("fine", "coarse"):
+                cells = self._cells(kind, sample, pair, views)
                 for view in (0, 1):
-                    loss, hit, embedded = self._compare(kind, view, sample, pair, views, others)
+                    loss, hit, embedded = self._compare(kind, view, sample, pair, views, cells, others)
                     losses[kind].append(loss)
                     hits[kind].append(hit)
                     if kind == "fine" and view == 0:
@@ -206,8 +223,37 @@ class SAM(PretextMethod):
         cells = torch.cat([each.coarse.flatten(2) for each in pair], dim=2).transpose(1, 2)
         return gather_with_gradient(cells)
 
+    def _cells(self, kind: str, sample: int, pair: Sequence[Embeddings], views: PlacedViews) -> Cells:
+        """Return the cells of both views of one sample."""
+        maps = [getattr(each, kind)[sample] for each in pair]
+        embeddings = torch.cat([each.flatten(1) for each in maps], dim=1).T
+        return Cells(embeddings, *self._places(sample, views, [each.shape[1:] for each in maps]))
+
+    def _places(
+        self, sample: int, views: PlacedViews, grids: Sequence[Sequence[int]]
+    ) -> tuple[Float[Tensor, "cell d"], Bool[Tensor, " cell"], float]:
+        """Return where the cells of both views lie in mm, which of them show the patch, and the length of a cell in mm."""
+        shape, params = views.first.shape[2:], [pick(each, torch.tensor([sample])) for each in views.params]
+        device = views.first.device
+        spacing, last = (torch.tensor(each, device=device) for each in (self.configuration.spacing_mm, shape))
+        centres = [
+            map_points(cell_centres_vox(grid, shape, device)[None], each, "to_input")[0]
+            for grid, each in zip(grids, params, strict=True)
+        ]
+        places = torch.cat(centres)
+        shown = ((places >= 0) & (places <= last - 1)).all(dim=1)  # what lies outside the patch is empty
+        cell_mm = max(mm * voxels / cells for mm, voxels, cells in zip(spacing.tolist(), shape, grids[0], strict=True))
+        return places * spacing, shown, cell_mm
+
     def _compare(
-        self, kind: str, view: int, sample: int, pair: Sequence[Embeddings], views: PlacedViews, others: Tensor
+        self,
+        kind: str,
+        view: int,
+        sample: int,
+        pair: Sequence[Embeddings],
+        views: PlacedViews,
+        both: Cells,
+        others: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return for one sample the loss of a view's queries, which found their positive first, and their embeddings."""
         own, shape = self.settings, views.first.shape[2:]
@@ -215,8 +261,8 @@ class SAM(PretextMethod):
         maps = [getattr(each, kind)[sample : sample + 1] for each in pair]
         query = read_unit_vectors(maps[view], points, shape)
         positive = read_unit_vectors(maps[1 - view], there, shape)
-        cells = torch.cat([each[0].flatten(1) for each in maps], dim=1).T  # (cells of both views, dimension)
-        allowed = self._far_enough(points, view, sample, views, [each.shape[2:] for each in maps])
+        cells = both.embeddings
+        allowed = self._far_enough(points, view, sample, views, both.places_mm, both.shown, both.cell_mm)
         generator = torch.Generator(cells.device).manual_seed(views.seeds[sample] + 2 * view + (kind == "coarse"))
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             ranking = query.float() @ cells.float().T
@@ -239,20 +285,20 @@ class SAM(PretextMethod):
         return loss * valid[0], hit, query
 
     def _far_enough(
-        self, points: Tensor, view: int, sample: int, views: PlacedViews, grids: Sequence[Sequence[int]]
+        self,
+        points: Tensor,
+        view: int,
+        sample: int,
+        views: PlacedViews,
+        places_mm: Float[Tensor, "cell d"],
+        shown: Bool[Tensor, " cell"],
+        cell_mm: float,
     ) -> Bool[Tensor, "query cell"]:
         """Return which cells of both views lie farther from each query than the length of a cell, in mm."""
-        shape, params = views.first.shape[2:], [pick(each, torch.tensor([sample])) for each in views.params]
         spacing = torch.tensor(self.configuration.spacing_mm, device=points.device)
-        place_mm = map_points(points, params[view], "to_input")[0] * spacing
-        cell_mm = max(mm * voxels / cells for mm, voxels, cells in zip(spacing.tolist(), shape, grids[0], strict=True))
-        inside = []
-        for grid, each in zip(grids, params, strict=True):
-            centres = map_points(cell_centres_vox(grid, shape, points.device)[None], each, "to_input")[0]
-            last = torch.tensor(shape, device=points.device) - 1
-            shown = ((centres >= 0) & (centres <= last)).all(dim=1)  # what lies outside the patch is empty
-            inside.append((torch.cdist(place_mm, centres * spacing) > cell_mm) & shown)
-        return torch.cat(inside, dim=1)
+        params = pick(views.params[view], torch.tensor([sample]))
+        place_mm = map_points(points, params, "to_input")[0] * spacing
+        return (torch.cdist(place_mm, places_mm) > cell_mm) & shown
 
     @torch.no_grad()
     def _coarse_ranking(
