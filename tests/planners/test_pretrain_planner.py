@@ -12,12 +12,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.data.raw import RawCase, RawDataset
 from nnssl.errors import UserError
+from nnssl.methods import find_stage
 from nnssl.paths import resolve_folders
 from nnssl.views.spatial import AffineRange, common_share, draw_affine
 from planners.fingerprint import CaseRecord, Fingerprint, IntensityStatistics
-from planners.plan import read_plan
+from planners.plan import TokenGrid, TransformerSize, read_plan
 from planners.presets import PRESETS, find_preset, preset_for_gpu
-from planners.pretext_rules import _mean_overlap
+from planners.pretext_rules import PretextRules, _mean_overlap
 from planners.pretrain_planner import plan_pretraining
 from planners.reasons import format_decisions
 
@@ -274,3 +275,28 @@ def test_command_and_planner_know_the_same_presets():
 def test_plan_file_is_read_back(nnunet_folders):
     plan = make_plan("two_channels")
     assert read_plan(nnunet_folders / "preprocessed" / "Dataset501_Toy" / "nnsslPlans.json") == plan
+
+
+@pytest.mark.parametrize(
+    ("stage", "transformer", "values_of_a_patch"),
+    [
+        # the teacher without a graph; a quarter of the encoder's blocks and the decoder's on all tokens; what is kept per token
+        ("alice.alignment", True, 0.15 * 1e6 + 100 * 9 * 40 * (8 / 4 + 2) + 100 * 20_000),
+        ("alice.alignment", False, 1.15 * 1e6 + 100 * 20_000),
+        ("reprec.generative", True, 0.15 * 1e6 + 100 * 9 * 40 * (8 / 4 + 2)),
+        ("sam.embedding", False, 2 * 1e6 + 3e5),
+    ],
+)
+def test_the_batch_is_what_fits(stage, transformer, values_of_a_patch):
+    rules = PretextRules.__new__(PretextRules)
+    rules.preset, rules.decisions = PRESETS["24gb"], []
+    size = TransformerSize(width=40, depth=8, heads=2, decoder_depth=2) if transformer else None
+    tokens = TokenGrid(stage=2, grid=(4, 5, 5), size_vox=(8, 8, 8), size_mm=(8.0,) * 3, width=40, mask_block=(1, 1, 1))
+    entry = find_stage(stage)[1]
+    for fits in (1, 9, 10):
+        budget = (fits + 0.5) * values_of_a_patch
+        schedule = rules._decide_schedule("3d_fullres", entry, (1e6, 3e5), budget, tokens, size, 10**6)
+        assert schedule.batch_size == max(2, fits // entry.batch_multiple * entry.batch_multiple)
+        reason = rules.decisions[-2].reason
+        assert reason.startswith(f"{fits} fit")
+        assert ("more than the memory target allows" in reason) == (fits == 1)

@@ -151,7 +151,8 @@ def test_losses_between_and_within_scans_against_loops(name, similarity):
     method = make_stage(name, f"similarity={similarity}")
     method.centre.normal_(std=0.02)
     views = views_of(method, name)
-    output = method.losses(views, 0.0).losses
+    whole_output = method.losses(views, 0.0)
+    output = whole_output.losses
     with torch.no_grad():
         seen = method.student(views.patches, views.visible)
         projected = method.projection(method.decoder.decode(seen, views.visible, method.positions))
@@ -177,6 +178,9 @@ def test_losses_between_and_within_scans_against_loops(name, similarity):
             2 - 2 * float(F.cosine_similarity(method.intra_predictor(a), b, dim=0))
             for a, b in zip(first, second, strict=True)
         ]
+        directions = torch.stack([row / row.norm() for row in truths])
+        spread = sum(float(column.std()) for column in directions.T) / 12 * math.sqrt(12)
+    assert whole_output.monitors["teacher_answer_std"].item() == pytest.approx(spread, rel=1e-3)
     assert output["inter"].item() == pytest.approx(sum(between) / 4, rel=1e-4)
     assert output["intra"].item() == pytest.approx(sum(within) / len(within), rel=1e-3)
 
