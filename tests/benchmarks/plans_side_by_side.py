@@ -13,7 +13,7 @@ def table(plans: list[Plan]) -> list[str]:
     """Return one Markdown table per configuration: what was decided, for each plan, with its reason."""
     found = {(d.configuration, d.what): None for plan in plans for d in plan.pretext.decisions}
     lines: list[str] = []
-    order = ["data set", "3d_fullres", "3d_fullres_hybrid", "2d", "2d_hybrid"]
+    order = ["data set", "3d_fullres", "3d_fullres_hybrid", "3d_fullres_primus", "2d", "2d_hybrid"]
     for configuration in order:
         names = [plan.dataset_name.partition("_")[2] for plan in plans]
         lines += ["", f"## {configuration}", "", f"| | {' | '.join(names)} |", f"|---|{'---|' * len(plans)}"]
