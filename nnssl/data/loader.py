@@ -158,7 +158,7 @@ class PatchDataset(Dataset):
         return PatchBatch(volume[None], [sample], step, [name], torch.tensor([lower]))
 
 
-class PairDataset(Dataset):
+class PairDataset(PatchDataset):
     """Patches around both places of a pair, keyed by (step, place in the global batch); neighbours are of one pair.
 
     Args:
@@ -167,17 +167,13 @@ class PairDataset(Dataset):
         batch_size: global, even.
         seed: the run's seed.
         stage: the pretext stage.
-        pairs: of places.
+        pairs: of places; they say where patches lie.
     """
 
     def __init__(
         self, store: CaseStore, patch_size: Sequence[int], batch_size: int, seed: int, stage: str, pairs: PairTable
     ) -> None:
-        self.store = store
-        self.patch_size = tuple(patch_size)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.stage = stage
+        super().__init__(store, patch_size, batch_size, seed, stage, FOREGROUND_SHARE)
         self.pairs = pairs
 
     def __getitem__(self, key: tuple[int, int]) -> PatchBatch:

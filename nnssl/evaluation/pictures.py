@@ -150,18 +150,11 @@ def reconstruction_figure(reconstructions: Sequence[Reconstruction], spacing_mm:
         title: of the figure.
     """
     down, across = spacing_mm[-2:]
-    rows, columns = reconstructions[0].seen.shape
-    width = PANEL_INCHES * columns * across / (rows * down)
-    size = (max(3 * width + 0.4, LEAST_INCHES), (PANEL_INCHES + 0.4) * len(reconstructions) + 0.5)
-    figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title, fontsize=FONT_SIZE + 1)
-    panels = figure.subplots(len(reconstructions), 3, squeeze=False)
+    figure, panels = _rows_of_three(len(reconstructions), reconstructions[0].seen.shape, spacing_mm, title)
     low, high = np.percentile(np.stack([each.target for each in reconstructions]), (1, 99))
     for row, each in zip(panels, reconstructions, strict=True):
         for axes, image in zip(row, (each.seen, each.target, each.output), strict=True):
             axes.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=down / across, interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
         _head(row[0], f"{MODEL_NAMES[each.model]}: input")
         _head(row[1], "asked for")
         _head(row[2], f"made: error {each.error:.2f}, untold {each.error_untold:.2f}")
@@ -178,19 +171,13 @@ def matches_figure(matches: Sequence[PlaceMatch], spacing_mm: Sequence[float], t
     """
     down, across = spacing_mm[-2:]
     rows, columns = matches[0].query.shape
-    width = PANEL_INCHES * columns * across / (rows * down)
-    size = (max(3 * width + 0.4, LEAST_INCHES), (PANEL_INCHES + 0.4) * len(matches) + 0.5)
-    figure = Figure(figsize=size, layout="constrained")
-    figure.suptitle(title, fontsize=FONT_SIZE + 1)
-    panels = figure.subplots(len(matches), 3, squeeze=False)
+    figure, panels = _rows_of_three(len(matches), (rows, columns), spacing_mm, title)
     shown = np.stack([image for each in matches for image in (each.query, each.found, each.box)])
     low, high = np.percentile(shown, (1, 99))
     for row, each in zip(panels, matches, strict=True):
         crops = ((each.query, "+", QUERY_COLOUR), (each.found, "o", NEAREST_COLOUR), (each.box, "s", BOX_COLOUR))
         for axes, (image, marker, colour) in zip(row, crops, strict=True):
             axes.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=down / across, interpolation="nearest")
-            axes.set_xticks([])
-            axes.set_yticks([])
             _mark(axes, 0, (0, rows // 2, columns // 2), marker, colour)
         _head(row[0], f"place {_name(each.query_vox)}")
         _head(row[1], f"embeddings: similarity {each.score:.2f}, back within {each.cycle_mm:.0f} mm")
@@ -239,6 +226,20 @@ def _make_panels(cases: Sequence[Any], two_dimensional: bool, title: str) -> tup
     figure = Figure(figsize=(width, (PANEL_INCHES + 0.55) * len(cases) + 0.6), layout="constrained")
     figure.suptitle(title, fontsize=FONT_SIZE + 1)
     panels = figure.subplots(len(cases), len(widths), squeeze=False, width_ratios=widths)
+    for axes in panels.ravel():
+        axes.set_xticks([])
+        axes.set_yticks([])
+    return figure, panels
+
+
+def _rows_of_three(count: int, shape: Sequence[int], spacing_mm: Sequence[float], title: str) -> tuple[Figure, Any]:
+    """Return a figure and its axes (row, 3) for crops of one shape, in their proportions in mm, without ticks."""
+    down, across = spacing_mm[-2:]
+    width = PANEL_INCHES * shape[1] * across / (shape[0] * down)
+    size = (max(3 * width + 0.4, LEAST_INCHES), (PANEL_INCHES + 0.4) * count + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize=FONT_SIZE + 1)
+    panels = figure.subplots(count, 3, squeeze=False)
     for axes in panels.ravel():
         axes.set_xticks([])
         axes.set_yticks([])
