@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from timm.layers import DropPath
 from torch import Tensor, nn
 
 from nnssl.networks.dense import ENCODER
@@ -63,7 +62,7 @@ class PrimusTokens(TokenEncoder):
         self.down_projection, self.eva = network.down_projection, network.eva
         self.token_vox, self.grid, self.width = network.token_vox, network.grid, network.embed_dim
         for layer in self.eva.modules():
-            if isinstance(layer, DropPath):
+            if hasattr(layer, "drop_prob"):  # that of a whole block, as Primus's library calls it
                 layer.drop_prob = 0.0
 
     def forward(self, volumes: Tensor, visible: Tensor | None = None) -> Tensor:
