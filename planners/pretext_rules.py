@@ -384,13 +384,14 @@ class PretextRules:
         budget: float,
     ) -> None:
         patches = self._distinct_patches(views["patch_size"], views["spacing_mm"])
-        stages = [
+        found = (
             stage
             for method in METHODS.values()
             if name in method.configurations
             for stage in method.stages
-            if stage.configuration in (None, name) and not (stage.reads_tokens and tokens is None)
-        ]
+            if stage.runs_in(name) == name and not (stage.reads_tokens and tokens is None)
+        )
+        stages = list(dict.fromkeys(found))  # a stage may serve several methods
         schedules = {
             stage.name: self._decide_schedule(name, stage, features, budget, tokens, size, patches) for stage in stages
         }

@@ -169,6 +169,13 @@ def test_tokens_are_within_bounds_and_blocks_within_the_grid(kind, nnunet_folder
         assert tokens.size_mm == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_nothing_is_decided_twice(kind, nnunet_folders):
+    """Also where a stage serves two methods, as SAM's does."""
+    decided = [(each.configuration, each.what) for each in make_plan(kind).pretext.decisions]
+    assert len(set(decided)) == len(decided)
+
+
 def test_memory_target_decides_encoder_width_and_batch(nnunet_folders):
     cpu, small, large = (make_plan("ct", preset) for preset in ("cpu", "8gb", "24gb"))
 

@@ -1,6 +1,8 @@
 """Alice in the loop: which stages run, who is paired, resume, two processes, what stock nnU-Net loads, Primus and U-Net."""
 
 import json
+from contextlib import nullcontext
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.checkpoint import read_checkpoint
+from nnssl.data.case_store import CaseStore
 from nnssl.data.patch_pairs import read_pairs
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
@@ -19,6 +22,7 @@ from tests.trainers.stopping import stopped_at
 from tests.trainers.test_pix2rep import run
 from tests.trainers.test_pretrain import assert_same, tensors_of
 from tests.trainers.test_sam import SMALL as SMALL_SAM
+from trainers.pairing import usable_matcher
 
 SMALL = ("projection_hidden=16", "projection_bottleneck=8", "projection_dimensions=16", "alignment_heads=2")
 CONFIGURATIONS = ("3d_fullres_primus", "3d_fullres")
@@ -88,6 +92,21 @@ def test_embeddings_that_pass_pair_places(toy):
     pairs = read_pairs(final.parent / "pairs.npz")
     assert pairs.matched.any()
     assert (pairs.query != pairs.key).all()
+
+
+def test_embeddings_of_another_plan_are_refused(toy):
+    """A plan that was made again may have another spacing under the same name."""
+    final = run(toy, "sam", *SMALL_SAM)
+    path = final.parent / "examination.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "usable": True}))
+    plan = read_plan(toy.preprocessed / NAME / "nnsslPlans.json")
+    store = CaseStore(toy.preprocessed / NAME / plan.configuration("3d_fullres").case_folder)
+    arguments = (store, torch.device("cpu"), nullcontext, print)
+    assert usable_matcher(final, plan, *arguments) is not None
+    own = plan.configuration("3d_fullres")
+    changed = {**plan.pretext.configurations, "3d_fullres": replace(own, spacing_mm=(9.0, 1.0, 1.25))}
+    with pytest.raises(UserError, match="another data set or spacing than this plan's"):
+        usable_matcher(final, replace(plan, pretext=replace(plan.pretext, configurations=changed)), *arguments)
 
 
 def test_a_stage_alone_says_what_it_misses(toy):
