@@ -1,4 +1,5 @@
 # ruff: noqa: NPY002 (the global random state is what is tested)
+import copy
 import os
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from trainers.finetune import (
     learning_rate,
 )
 from trainers.finetune_result import FinetuneSchedule, comparison, read_dice, read_result
-from trainers.finetune_run import finetune
+from trainers.finetune_run import check_schedule, finetune
 from trainers.labelled_cases import Split, find_labelled_cases, fold_split, label_order, split_cases
 from trainers.labelled_data import is_preprocessed
 from trainers.pretrained_weights import load_weights, open_weights
@@ -534,3 +535,43 @@ def test_help_imports_nothing_heavy():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--test-cases" in result.stdout
     assert result.stderr.strip() == "[]"
+
+
+def test_primus_is_trained_by_nnunet_s_recipe_unless_told_otherwise():
+    """AdamW at 3e-4 in the modes that train all weights; what a user gives wins, and other networks keep theirs."""
+
+    def chosen(mode, transformer, rate=None, optimizer=None):
+        schedule = check_schedule(mode, 10, 5, None, rate, None, optimizer, transformer)
+        return schedule.optimizer, schedule.learning_rate
+
+    assert chosen("finetune", True) == chosen("mean_teacher", True) == ("adamw", 3e-4)
+    assert chosen("finetune", True, rate=0.001) == ("adamw", 0.001)
+    assert chosen("finetune", True, optimizer="sgd") == ("sgd", 0.01)
+    assert chosen("finetune", False, optimizer="adamw") == ("adamw", 3e-4)
+    assert chosen("finetune", False) == ("sgd", 0.01)
+    assert chosen("linear", True) == ("adam", 0.01)
+
+
+def test_adamw_by_hand(run, tmp_path, monkeypatch):
+    """A whole training with nnU-Net's numbers for Primus: betas, weight decay, and gradients clipped at 1."""
+    monkeypatch.setenv("NNSSL_PRECISION", "float32")
+    trainer = trainer_of(run, tmp_path / "model", optimizer="adamw", learning_rate=3e-4)
+    trainer.initialize()
+    network = copy.deepcopy(trainer.network)
+    batches = list(copy.copy(trainer).get_dataloaders()[0])
+    clip, limits = torch.nn.utils.clip_grad_norm_, []
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.utils, "clip_grad_norm_", lambda p, limit: limits.append(limit) or clip(p, limit))
+        trainer.run_training()
+    assert limits == [1] * len(batches)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.05)
+    epochs, warmup = trainer.num_epochs, trainer.settings.warmup_epochs
+    for step, batch in enumerate(batches):
+        rate = learning_rate(step // trainer.num_iterations_per_epoch, 3e-4, epochs, warmup)
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.zero_grad()
+        trainer.loss(network(batch["data"]), batch["target"]).backward()
+        clip(network.parameters(), 1)
+        optimizer.step()
+    for found, expected in zip(trainer.network.parameters(), network.parameters(), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
