@@ -142,6 +142,15 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], Provenance]:
         UserError: as ``load_tensors``; or the file is not a checkpoint of this nnssl.
     """
     content = load_tensors(path)
+    return content, parse_provenance(path, content)
+
+
+def parse_provenance(path: Path, content: dict[str, Any]) -> Provenance:
+    """Return where the weights of a loaded checkpoint come from.
+
+    Raises:
+        UserError: it is not a checkpoint of this nnssl.
+    """
     section = content.get("nnssl")
     if not isinstance(section, dict) or "network_weights" not in content:
         raise UserError(f"{path}: is no checkpoint of nnssl pretraining; take checkpoint_final.pth of nnssl_pretrain")
@@ -149,4 +158,4 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], Provenance]:
         raise UserError(
             f"{path}: has checkpoint schema {section.get('schema_version')}, this nnssl reads {SCHEMA_VERSION}"
         )
-    return content, parse(Provenance, section["provenance"], f"{path}: provenance")
+    return parse(Provenance, section["provenance"], f"{path}: provenance")

@@ -26,6 +26,7 @@ ALLOWED = {
         "nnssl.distributed",
     },
     "nnssl.data": {"planners.plan", "planners.fingerprint"},
+    "nnssl.export": {"nnssl.checkpoint", "nnssl.data", "nnssl.methods", "nnssl.networks"},
     "nnssl.matching": {"nnssl.data", "nnssl.networks"},
     "nnssl.evaluation": {
         "nnssl.matching",

@@ -1,0 +1,119 @@
+"""``nnssl_export``: pretrained weights for other plans, other channels, a model hub, or as a bare encoder."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from nnssl.cli.command import natural_int, run_command, say
+from nnssl.errors import UserError
+
+NAME = "nnssl_export"
+FORMATS = ("nnunet", "hub", "encoder")
+POLICIES = ("mean", "repeat", "named")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = argparse.ArgumentParser(
+        NAME,
+        description="Make pretrained weights fit a network and write them for nnU-Net, for a model hub or as a bare encoder. "
+        "What nnU-Net is to load is tried with its own loader first.",
+    )
+    parser.add_argument("checkpoint", type=Path, help="of nnssl, or with an adaptation plan, from elsewhere")
+    parser.add_argument(
+        "--for-plans",
+        metavar="PLANS",
+        help="whose network: a plans file (.json), or a planned data set, number or name (default: the weights' own plan)",
+    )
+    parser.add_argument("-p", dest="plans_name", metavar="PLANS", help="plans of that data set (default: nnUNetPlans)")
+    parser.add_argument(
+        "-c", dest="configuration", metavar="CONFIG", help="of the plans (default: the one that was pretrained)"
+    )
+    parser.add_argument(
+        "--trainer", help="nnU-Net trainer that builds a network of its own, e.g. nnUNet_Primus_S_Trainer"
+    )
+    parser.add_argument(
+        "--channels", nargs="+", metavar="NAME", help="of the target, or their number (default: its dataset.json's)"
+    )
+    parser.add_argument(
+        "--input-policy",
+        choices=POLICIES,
+        help="what a changed input layer is made from: the mean of all channels (default), each in turn, or those of the "
+        "same name",
+    )
+    parser.add_argument("--format", dest="form", choices=FORMATS, default="nnunet", help="(default: nnunet)")
+    parser.add_argument(
+        "-o", dest="out", type=Path, metavar="PATH", help="file or folder (default: beside the checkpoint)"
+    )
+    parser.add_argument(
+        "--least-share",
+        type=float,
+        default=0.5,
+        metavar="SHARE",
+        help="of the target's encoder that must come from the checkpoint (default: 0.5)",
+    )
+    parser.add_argument("--license", default="unknown", metavar="SPDX", help="of the weights, for hub and encoder")
+    parser.add_argument(
+        "--results", nargs="+", type=Path, default=[], metavar="FILE", help="finetune.json of arms, for the hub's card"
+    )
+    parser.add_argument("--seed", type=natural_int, default=0, help="of what stays random (default: 0)")
+    parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    args = make_parser().parse_args(argv)
+    return run_command(NAME, _run, args, args.verbose)
+
+
+def _run(args: argparse.Namespace) -> None:
+    from nnssl.export.export import export
+    from nnssl.paths import resolve_folders
+
+    if args.results and args.form != "hub":
+        raise UserError(f"--results: are for the card of --format hub, not for {args.form}")
+    exported = export(
+        args.checkpoint.expanduser(),
+        resolve_folders(say),
+        for_plans=args.for_plans,
+        plans_name=args.plans_name,
+        configuration=args.configuration,
+        channels=args.channels,
+        policy=args.input_policy,
+        trainer=args.trainer,
+        form=args.form,
+        out=args.out,
+        least_share=args.least_share,
+        licence=args.license,
+        results=[_result(path) for path in args.results],
+        seed=args.seed,
+        say=say,
+    )
+    if args.form == "nnunet":
+        target = exported.target
+        trainer = f" -tr {target.trainer}" if target.trainer else ""
+        data = target.plans["dataset_name"].removeprefix("Dataset").split("_")[0]
+        say(
+            f"next: nnUNetv2_train {data} {target.configuration} 0 -p {target.plans['plans_name']}{trainer} "
+            f"-pretrained_weights {exported.path}"
+        )
+
+
+def _result(path: Path) -> dict[str, object]:
+    """Return the row of a card that tells of one arm of a fine-tuning."""
+    from trainers.finetune_result import read_result
+
+    arm = read_result(path)
+    steps = arm.schedule.epochs * arm.schedule.iterations_per_epoch
+    return {
+        "dataset": arm.dataset_name,
+        "arm": arm.arm,
+        "labels": len(arm.train_cases),
+        "steps": steps,
+        "dice": arm.mean_dice,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

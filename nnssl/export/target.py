@@ -1,0 +1,239 @@
+"""The network that weights are made for: that of a user's own nnU-Net plans, built as nnU-Net builds it."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nnssl.data.raw import find_dataset
+from nnssl.errors import UserError
+from nnssl.files import read_json
+from nnssl.networks.backbone import build_network, seeded
+from nnssl.paths import Folders
+
+DEFAULT_CLASSES = 2
+"""Of a target whose labels nothing names; nnU-Net starts the last layer anew in any case."""
+
+
+@dataclass(frozen=True)
+class TargetNetwork:
+    """A network to fill with weights.
+
+    Attributes:
+        network: with a seeded random start.
+        label: what it is, for a sentence.
+        architecture: as the configuration names it; of a trainer with a network of its own it is that of the plan.
+        plans: content of the plans file.
+        configuration: its name in the plans.
+        settings: of the configuration, with what it inherits.
+        dataset_json: of the data set, completed where there is none.
+        channel_names: of the images; None where nothing names them.
+        num_channels: of the network's input; a cascade's holds labels too.
+        trainer: name of nnU-Net's trainer whose network it is; None for that of the plan.
+    """
+
+    network: nn.Module
+    label: str
+    architecture: dict[str, Any]
+    plans: dict[str, Any]
+    configuration: str
+    settings: dict[str, Any]
+    dataset_json: dict[str, Any]
+    channel_names: tuple[str, ...] | None
+    num_channels: int
+    trainer: str | None = None
+
+    @property
+    def patch_vox(self) -> tuple[int, ...]:
+        """Of the patches, (z, y, x) or (y, x)."""
+        return tuple(self.settings["patch_size"])
+
+    @property
+    def spacing_mm(self) -> tuple[float, ...]:
+        """Of the patches, (z, y, x) or (y, x)."""
+        return tuple(self.settings["spacing"])
+
+
+def open_target(
+    wanted: str,
+    folders: Folders,
+    *,
+    plans_name: str | None = None,
+    configuration: str | None = None,
+    usual_configuration: str = "3d_fullres",
+    channels: Sequence[str] | None = None,
+    trainer: str | None = None,
+    seed: int = 0,
+) -> TargetNetwork:
+    """Build the network of a plans file, or of a data set's.
+
+    Args:
+        wanted: a plans file, or a data set (number or name) that nnU-Net or nnssl has planned.
+        folders: nnU-Net's folders.
+        plans_name: which plans of the data set; None for the only ones, or ``nnUNetPlans``.
+        configuration: of the plans; None for the usual one, or the only one.
+        usual_configuration: taken if the plans have it and none is asked for.
+        channels: names of the images' channels, or one number; None for those of ``dataset.json``.
+        trainer: name of one of nnU-Net's trainers that builds a network of its own, such as ``nnUNet_Primus_S_Trainer``.
+        seed: of the random start.
+
+    Raises:
+        UserError: there is no such file, configuration or trainer, or the channels are not known.
+    """
+    path = _find_plans(wanted, folders, plans_name)
+    plans = read_json(path, "plans file")
+    if not isinstance(plans, dict) or not {"configurations", "dataset_name", "plans_name"} <= set(plans):
+        raise UserError(f"{path}: is no plans file of nnU-Net; it names no configurations, plans or data set")
+    chosen = _choose_configuration(path, list(plans["configurations"]), configuration, usual_configuration)
+    dataset_json = _dataset_json(path, plans, folders, channels)
+    return build_target(plans, chosen, dataset_json, f"{chosen} of {path}", trainer, seed)
+
+
+def build_target(
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    label: str,
+    trainer: str | None = None,
+    seed: int = 0,
+) -> TargetNetwork:
+    """Build the network of a configuration, with a seeded random start.
+
+    Args:
+        plans: content of a plans file.
+        configuration: one of them.
+        dataset_json: names channels and labels.
+        label: what it is, for a sentence.
+        trainer: see ``open_target``.
+        seed: of the random start.
+
+    Raises:
+        UserError: the configuration names no network, or the trainer cannot build one.
+    """
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # slow to import
+
+    manager = PlansManager(plans)
+    resolved = manager.get_configuration(configuration)
+    if "architecture" not in resolved.configuration:
+        raise UserError(f"{label}: names no network, as plans of nnU-Net before version 2.3; plan again")
+    names = dataset_json["channel_names"]
+    architecture = resolved.configuration["architecture"]
+    num_channels = len(names) + _channels_of_previous_stage(manager, resolved, dataset_json)
+    classes = manager.get_label_manager(dataset_json).num_segmentation_heads
+    if trainer is None:
+        network = build_network(architecture, num_channels, classes, seed)
+    else:
+        network = seeded(lambda: _build_by_trainer(trainer, manager, resolved, num_channels, classes), seed, "network")
+    numbered = all(str(name).isdecimal() for name in names.values())
+    return TargetNetwork(
+        network=network,
+        label=label + (f" with {trainer}" if trainer else ""),
+        architecture=architecture,
+        plans=plans,
+        configuration=configuration,
+        settings=resolved.configuration,
+        dataset_json=dataset_json,
+        channel_names=None if numbered else tuple(str(names[key]) for key in sorted(names, key=int)),
+        num_channels=num_channels,
+        trainer=trainer,
+    )
+
+
+def _find_plans(wanted: str, folders: Folders, plans_name: str | None) -> Path:
+    if wanted.endswith(".json"):
+        if plans_name is not None:
+            raise UserError(f"-p {plans_name}: {wanted} is a plans file already; leave -p out")
+        return Path(wanted).expanduser().absolute()
+    folder = folders.preprocessed / find_dataset(wanted, folders)
+    present = sorted(path.stem for path in folder.glob("*.json") if "plans" in path.stem.lower())
+    if plans_name is None and len(present) > 1 and "nnUNetPlans" in present:
+        plans_name = "nnUNetPlans"
+    if plans_name is None and len(present) == 1:
+        plans_name = present[0]
+    if plans_name not in present:
+        there = ", ".join(present) or "none"
+        asked = f"no plans {plans_name}" if plans_name else "not one plans file"
+        raise UserError(
+            f"{folder}: has {asked} (there: {there}); name one with -p, or run nnUNetv2_plan_and_preprocess"
+        )
+    return folder / f"{plans_name}.json"
+
+
+def _choose_configuration(path: Path, present: list[str], wanted: str | None, usual: str) -> str:
+    if wanted is not None:
+        if wanted not in present:
+            raise UserError(f"-c {wanted}: {path} has no such configuration; it has {', '.join(sorted(present))}")
+        return wanted
+    if usual in present:
+        return usual
+    if len(present) == 1:
+        return present[0]
+    raise UserError(f"{path}: has {', '.join(sorted(present))}, none of them {usual}; choose one with -c")
+
+
+def _dataset_json(
+    path: Path, plans: dict[str, Any], folders: Folders, channels: Sequence[str] | None
+) -> dict[str, Any]:
+    """Return the data set's own description, with other channels if the user names some."""
+    name = plans["dataset_name"]
+    found = [
+        path.parent / "dataset.json",
+        folders.preprocessed / name / "dataset.json",
+        folders.raw / name / "dataset.json",
+    ]
+    present = next((each for each in found if each.is_file()), None)
+    content = {} if present is None else read_json(present, "dataset.json")
+    if channels is not None:
+        content = {**content, "channel_names": _named(channels)}
+    if "channel_names" not in content:
+        raise UserError(f"{path}: there is no dataset.json beside it that names channels; say them with --channels")
+    if "labels" not in content:
+        content = {**content, "labels": {"background": 0, "foreground": DEFAULT_CLASSES - 1}}
+    return {"file_ending": ".nii.gz", "numTraining": 0, **content}
+
+
+def _named(channels: Sequence[str]) -> dict[str, str]:
+    if len(channels) == 1 and channels[0].isdecimal():
+        if int(channels[0]) < 1:
+            raise UserError(f"--channels {channels[0]}: a network needs 1 or more")
+        return {str(channel): str(channel) for channel in range(int(channels[0]))}
+    if len(set(channels)) != len(channels):
+        raise UserError(f"--channels {' '.join(channels)}: names one twice")
+    return {str(channel): name for channel, name in enumerate(channels)}
+
+
+def _channels_of_previous_stage(manager: Any, settings: Any, dataset_json: dict[str, Any]) -> int:
+    from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+
+    return determine_num_input_channels(manager, settings, dataset_json) - len(dataset_json["channel_names"])
+
+
+def _build_by_trainer(name: str, manager: Any, settings: Any, channels: int, classes: int) -> nn.Module:
+    """Build the network that one of nnU-Net's trainers makes, with the arguments that its version of nnU-Net passes."""
+    import nnunetv2
+    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
+
+    folder = Path(nnunetv2.__path__[0]) / "training" / "nnUNetTrainer"
+    cls: Any = recursive_find_python_class(str(folder), name, "nnunetv2.training.nnUNetTrainer")
+    if cls is None:
+        raise UserError(f"--trainer {name}: nnU-Net has no such trainer; its names are those of nnUNetv2_train -tr")
+    if "plans_manager" in inspect.signature(cls.build_network_architecture).parameters:
+        arguments: tuple[Any, ...] = (manager, settings, channels, classes)
+    else:
+        arguments = (
+            settings.network_arch_class_name,
+            settings.network_arch_init_kwargs,
+            settings.network_arch_init_kwargs_req_import,
+            channels,
+            classes,
+        )
+    try:
+        network: nn.Module = cls.build_network_architecture(*arguments, enable_deep_supervision=True)
+    except (AssertionError, ValueError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f"--trainer {name}: cannot build its network for {manager.plans_name}, patch {list(settings.patch_size)} ({error})"
+        ) from error
+    return network
