@@ -47,6 +47,7 @@ ALLOWED = {
         "nnssl.checkpoint",
         "nnssl.distributed",
         "nnssl.evaluation",
+        "nnssl.export",
         "nnssl.matching",
         "planners",
     },

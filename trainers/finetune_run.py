@@ -28,6 +28,7 @@ from nnssl.files import read_json
 from nnssl.paths import Folders, resolve_folders
 from planners.finetune_planner import AdoptedPlan, adopt_plan
 from planners.primus_rules import CLASS_NAME as PRIMUS
+from trainers.adapted_weights import adapt_if_made_elsewhere
 from trainers.finetune import FinetuneSettings, FinetuneTrainer, Optimizer, make_trainer
 from trainers.finetune_result import (
     FILE_NAME,
@@ -116,7 +117,8 @@ def finetune(
 
     Args:
         dataset: number or name of a labelled data set in nnU-Net's raw format.
-        weights: a checkpoint of nnssl, or ``"latest"`` for the newest finished pretraining.
+        weights: a checkpoint of nnssl, or one made elsewhere in the adaptation-plan format, around which the data set is then
+            planned; or ``"latest"`` for the newest finished pretraining.
         configuration: configuration of the weights' plan; None for the one they were pretrained with.
         scratch: also train the same from random weights.
         labels: number of training cases, drawn by ``seed`` so that smaller numbers are subsets of larger ones; all
@@ -157,6 +159,7 @@ def finetune(
         raise UserError(f"--processes {processes}: at least one process does the work; give 1 or more")
     folders = resolve_folders(say)
     dataset_name = find_dataset(dataset, folders)
+    weights = adapt_if_made_elsewhere(weights, dataset_name, folders, processes, say)
     origin = open_weights(weights, folders, say)
     labelled = find_labelled_cases(dataset_name, folders)
     split = split_cases(labelled, seed, labels, cases, test_cases)

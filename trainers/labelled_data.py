@@ -41,20 +41,14 @@ def prepare_data(
     Raises:
         UserError: nnU-Net cannot do it; names the log.
     """
-    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     folder = folders.preprocessed / dataset_name
     labels_changed = _copy_dataset_json(folders.raw / dataset_name / "dataset.json", folder / "dataset.json")
     data = folder / PlansManager(plan.content).get_configuration(configuration).data_identifier
     log = folder / "nnssl_finetune_log.txt"
+    make_fingerprint(dataset_name, folders, processes, say)
     try:
-        if not (folder / "dataset_fingerprint.json").exists():
-            say(f"Fingerprint of {dataset_name} ...")
-            with quiet(log):
-                extractor = DatasetFingerprintExtractor(dataset_name, processes)
-                extractor.show_progress_bar = sys.stderr.isatty()
-                extractor.run()
         if not labels_changed and is_preprocessed(data, folder / "gt_segmentations", labelled):
             say(f"Preprocessed cases: all {len(labelled)} there already ({data})")
         else:
@@ -62,10 +56,39 @@ def prepare_data(
             with quiet(log):
                 _preprocess(dataset_name, plan.name, configuration, processes)
     except RuntimeError as error:
-        raise UserError(
-            f"{dataset_name}: nnU-Net cannot prepare it ({str(error).splitlines()[0]}); see {log}, and take fewer "
-            "--processes if memory ran out"
-        ) from error
+        raise _failed(dataset_name, error, log) from error
+
+
+def make_fingerprint(dataset_name: str, folders: Folders, processes: int, say: Callable[[str], None]) -> Path:
+    """Let nnU-Net make the fingerprint of a labelled data set, unless it is there, and return its file.
+
+    Raises:
+        UserError: nnU-Net cannot do it; names the log.
+    """
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+
+    folder = folders.preprocessed / dataset_name
+    path = folder / "dataset_fingerprint.json"
+    if path.exists():
+        return path
+    folder.mkdir(parents=True, exist_ok=True)
+    say(f"Fingerprint of {dataset_name} ...")
+    log = folder / "nnssl_finetune_log.txt"
+    try:
+        with quiet(log):
+            extractor = DatasetFingerprintExtractor(dataset_name, processes)
+            extractor.show_progress_bar = sys.stderr.isatty()
+            extractor.run()
+    except RuntimeError as error:
+        raise _failed(dataset_name, error, log) from error
+    return path
+
+
+def _failed(dataset_name: str, error: RuntimeError, log: Path) -> UserError:
+    return UserError(
+        f"{dataset_name}: nnU-Net cannot prepare it ({str(error).splitlines()[0]}); see {log}, and take fewer --processes if "
+        "memory ran out"
+    )
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from nnssl.checkpoint import read_checkpoint
 from nnssl.data.raw import find_dataset
 from nnssl.errors import UserError
+from nnssl.export.source import open_source
 from nnssl.files import read_json
 from nnssl.methods import Method, Stage, find_method
 from nnssl.methods.settings import resolve_stage, split_overrides
@@ -89,7 +90,7 @@ def pretrain(
         if stage not in chosen:
             say(f"{stage.name}: left out, nothing asks for it with these settings")
     if init is not None:
-        read_checkpoint(init)
+        open_source(init)
     # what only prepares another stage does not hand its weights on
     begun = next((stage for stage in reversed(chosen) if stage.fresh), chosen[0])
     if restart and (not launched() or os.environ["RANK"] == "0"):

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import nnssl
-from nnssl.checkpoint import Provenance, read_checkpoint, to_plain, write_checkpoint
+from nnssl.checkpoint import Provenance, load_tensors, parse_provenance, read_checkpoint, to_plain, write_checkpoint
 from nnssl.collapse import collapse_warning, effective_rank, feature_std
 from nnssl.data.case_store import CaseStore
 from nnssl.data.loader import PatchBatch, make_loader
@@ -38,6 +38,7 @@ from nnssl.methods.settings import describe_settings, resolve_stage
 from nnssl.momentum import update_teacher
 from nnssl.networks.backbone import build_network, parts_to_compile, seeded
 from planners.plan import plan_from_dict
+from trainers.adapted_weights import start_network
 from trainers.continuation import check_same_run, plain_settings
 from trainers.optimisation import learning_rate_factor, make_optimizer, set_learning_rate
 from trainers.pairing import EXAMINATION, pairs_of_run
@@ -176,19 +177,28 @@ class PretrainTrainer(nnUNetTrainer):
                 f"{source}: {self.stage} starts from these weights; run nnssl_pretrain -m {self.method_entry.name}, or name "
                 "other weights with --init"
             )
-        content, provenance = read_checkpoint(source)
-        wanted = {name: value.shape for name, value in self.network.state_dict().items() if ".seg_layers." not in name}
-        found = {name: value.shape for name, value in content["network_weights"].items()}
-        wrong = [name for name, shape in wanted.items() if found.get(name) != shape]
-        if wrong:
-            raise UserError(
-                f"{source}: was pretrained with {provenance.configuration} of plan {provenance.plans_name} of "
-                f"{provenance.dataset_name} and does not fit {self.configuration_name} of {self.plan.dataset_name} "
-                f"({len(wrong)} of {len(wanted)} tensors differ, first {wrong[0]}); plan with --like or start without it"
+        content = load_tensors(source)
+        found = content["network_weights"] if "nnssl" in content else {}
+        wanted = {name: value for name, value in self.network.state_dict().items() if ".seg_layers." not in name}
+        if all(name in found and found[name].shape == value.shape for name, value in wanted.items()):
+            parse_provenance(source, content)
+            missing = self.network.load_state_dict({name: found[name] for name in wanted}, strict=False)
+            assert not missing.unexpected_keys
+        elif self.options.init is not None:
+            start_network(
+                source,
+                self.network,
+                self.plans_manager.plans,
+                self.configuration_name,
+                self.configuration_manager.configuration,
+                self.dataset_json,
+                self.print_to_log_file,
             )
-        weights = {name: content["network_weights"][name] for name in wanted}
-        missing = self.network.load_state_dict(weights, strict=False)
-        assert not missing.unexpected_keys
+        else:
+            raise UserError(
+                f"{source}: does not fit {self.configuration_name} of {self.plan.dataset_name}; --restart pretrains the stage "
+                "before again"
+            )
         return str(source)
 
     def _compile(self) -> None:

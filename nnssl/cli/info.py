@@ -2,11 +2,14 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from nnssl.cli.command import run_command, say
 
 NAME = "nnssl_info"
+MOST_PARTS = 20
+"""More prefixes than these are counted instead of listed; an exported file names single tensors."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -76,30 +79,47 @@ def explain_checkpoint(path: Path) -> list[str]:
     """Return lines on where the weights of a checkpoint come from and what they fit.
 
     Raises:
-        UserError: the file is no checkpoint of nnssl.
+        UserError: the file is no checkpoint of nnssl, nor one in the adaptation-plan format.
     """
-    from nnssl.checkpoint import read_checkpoint
+    from nnssl.export.source import count_values, open_source
 
-    content, provenance = read_checkpoint(path)
-    network = provenance.plans["configurations"][provenance.configuration]["architecture"]["network_class_name"]
-    pretext = provenance.plans["pretext"]["configurations"][provenance.configuration]
-    weights = content["network_weights"]
-    unique = {value.data_ptr(): value.numel() for value in weights.values()}
+    source = open_source(path)
+    spacing = f", spacing {_by(source.spacing_mm)} mm" if source.spacing_mm else ""
+    channels = f" ({', '.join(source.channel_names)})" if source.channel_names else ""
+    network = [
+        f"  network {source.architecture['network_class_name']}, "
+        f"{count_values(source.tensors) / 1e6:.2f} M pretrained parameters, {source.untrained / 1e6:.2f} M others",
+        f"  {source.num_channels} channel(s){channels}, patch {_by(source.patch_vox)}{spacing}",
+    ]
+    if source.provenance is None:
+        return [
+            str(path),
+            "  made elsewhere: a checkpoint in the adaptation-plan format",
+            *network,
+            f"next: nnssl_finetune -d LABELLED_ID -w {path}, nnssl_pretrain --init {path}, or",
+            f"      nnssl_export {path} --for-plans PLANS.json",
+        ]
+    provenance = source.provenance
     state = "finished" if provenance.finished else "unfinished"
+    prefixes = provenance.pretrained
+    parts = ", ".join(prefixes) if len(prefixes) <= MOST_PARTS else f"{len(prefixes)} tensors, named one by one"
     lines = [
-        f"{path}",
+        str(path),
         f"  {provenance.stage}, {state}: step {provenance.step} of {provenance.total_steps}, seed {provenance.seed}, "
         f"nnssl {provenance.nnssl_version}",
-        f"  pretrained on {provenance.dataset_name}, plan {provenance.plans_name}, configuration {provenance.configuration}",
-        f"  network {network}, {sum(unique.values()) / 1e6:.2f} M parameters",
-        f"  patch {pretext['patch_size']}, spacing {pretext['spacing_mm']} mm",
-        f"  pretrained parts: {', '.join(provenance.pretrained)}; all else is a seeded initialisation",
+        f"  pretrained on {provenance.dataset_name}; plan {provenance.plans_name}, configuration {provenance.configuration}",
+        *network,
+        f"  pretrained parts: {parts}; all else is a seeded initialisation",
         f"  started from: {provenance.init or 'random weights'}",
         "  settings:",
     ]
     lines += [f"    {key} = {value}" for key, value in provenance.settings.items()]
-    lines.append(f"next: nnssl_finetune -d LABELLED_ID -w {path}")
+    lines.append(f"next: nnssl_finetune -d LABELLED_ID -w {path}, or nnssl_export {path} --for-plans PLANS.json")
     return lines
+
+
+def _by(sizes: Sequence[float]) -> str:
+    return " x ".join(map(str, sizes))
 
 
 if __name__ == "__main__":

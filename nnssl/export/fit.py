@@ -26,7 +26,10 @@ SEGMENTATION = ".seg_layers."
 """What nnU-Net's loader passes over and starts anew."""
 
 ENCODER = ("encoder.", "eva.", "down_projection.", "transformer.")
-"""Prefixes of the parts that every method hands over."""
+"""Prefixes of the parts that methods hand over."""
+
+COUNTED = ("encoder.", "eva.", "down_projection.")
+"""Those of which a share is asked for: a transformer at the bottleneck begins by changing nothing, and may be missing."""
 
 POSITIONS = "eva.pos_embed"
 
@@ -58,19 +61,26 @@ class FitReport:
     __pydantic_config__: ClassVar = STRICT
 
     tensors: tuple[Fitted, ...]
+    first: str
+    """Name of the layer that sees the images."""
 
     def count(self, *statuses: Status, encoder: bool = False) -> int:
         """Return the values of tensors with one of these statuses, of all or of the target's encoder."""
         return sum(
             each.values
             for each in self.tensors
-            if each.status in statuses and (not encoder or each.name.startswith(ENCODER))
+            if each.status in statuses and (not encoder or each.name.startswith(COUNTED))
         )
 
     def share(self, encoder: bool = False) -> float:
         """Return the share of the target's parameters that come from the checkpoint, segmentation layers aside."""
         taken = self.count("transferred", "adapted", encoder=encoder)
         return taken / max(taken + self.count("random", encoder=encoder), 1)
+
+    def sees_as_before(self) -> bool:
+        """Whether the layer that sees the images comes from the checkpoint: on another one, what follows is worth nothing."""
+        taken = [each.name for each in self.tensors if each.status in ("transferred", "adapted")]
+        return f"{self.first}.weight" in taken
 
     def table(self) -> list[str]:
         """Return lines for the user: what became of each part of the network, and why."""
@@ -153,7 +163,7 @@ def fit_weights(source: SourceWeights, target: TargetNetwork, policy: ChannelPol
         if taken.isdisjoint(names):
             reason = "has no place in the target"
             fitted.append(Fitted(names[0], "dropped", source.tensors[names[0]].numel(), reason))
-    return FitReport(tuple(fitted))
+    return FitReport(tuple(fitted), next(name for name, layer in layers.items() if layer is first))
 
 
 def _fit_tensor(
@@ -284,14 +294,22 @@ def refuse_below(report: FitReport, least_share: float, what: str, say: Callable
     """Print a report's table, and refuse weights of which too little arrives.
 
     Raises:
-        UserError: less than ``least_share`` of the target's encoder comes from the checkpoint.
+        UserError: less than ``least_share`` of the target's encoder comes from the checkpoint, or, unless that is 0, its
+            first layer does not.
     """
     for line in report.table():
         say(line)
     share = report.share(encoder=True)
+    advice = (
+        "the table says why. Take a configuration or plans whose network is like the pretrained one, plan with --like, or lower "
+        "--least-share"
+    )
     if share < least_share:
         raise UserError(
             f"{what}: only {share:.1%} of the encoder's parameters come from the checkpoint, less than {least_share:.0%}; "
-            "the table says why. Take a configuration or plans whose network is like the pretrained one, plan with --like, "
-            "or lower --least-share"
+            f"{advice}"
+        )
+    if least_share > 0 and not report.sees_as_before():
+        raise UserError(
+            f"{what}: the layer that sees the images ({report.first}) stays random, so what follows has no use; {advice} to 0"
         )

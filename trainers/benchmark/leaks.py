@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnssl.checkpoint import read_checkpoint
+from nnssl.checkpoint import load_tensors, parse_provenance
 from nnssl.data.image_files import CaseError
 from nnssl.data.patients import patient_in_name, read_patients
 from nnssl.data.raw import RawDataset, read_volume
 from nnssl.errors import UserError
+from nnssl.export.adaptation_plan import KEY
+from nnssl.export.formats import ELSEWHERE
 from nnssl.files import some
 from nnssl.paths import Folders
 from nnssl.schema import read
@@ -67,10 +69,13 @@ def seen_in_pretraining(dataset_name: str, folders: Folders, patients: Path | No
     )
 
 
-def seen_by_checkpoint(path: Path, folders: Folders, patients: Path | None) -> list[Seen]:
+def seen_by_checkpoint(
+    path: Path, folders: Folders, patients: Path | None, say: Callable[[str], None] = lambda line: None
+) -> list[Seen]:
     """Return what the weights of a checkpoint have seen, those that they started from included.
 
-    Labelled cases of an online probe count where they have chosen the weights.
+    Labelled cases of an online probe count where they have chosen the weights. What weights that were made elsewhere have
+    seen is not known; ``say`` is told.
 
     Raises:
         UserError: a checkpoint or a fingerprint is not there.
@@ -78,7 +83,12 @@ def seen_by_checkpoint(path: Path, folders: Folders, patients: Path | None) -> l
     found = []
     source: Path | None = path
     while source is not None:
-        content, provenance = read_checkpoint(source)
+        content = load_tensors(source)
+        made_here = KEY not in content or "nnssl" in content
+        provenance = parse_provenance(source, content) if made_here else None
+        if provenance is None or provenance.dataset_name == ELSEWHERE:
+            say(f"{source}: was made elsewhere, so whether it has seen held-out cases cannot be checked")
+            break
         probe = content["nnssl"]["state"].get("probe")  # earlier versions had none
         if probe is not None and probe["chose_weights"]:
             table = read_patients(patients) if patients else {}

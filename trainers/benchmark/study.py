@@ -209,7 +209,7 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
     for arm in arms:
         if arm.checkpoint is not None:
             check_plan(arm.checkpoint, plan, configuration)
-    seen = find_seen(arms, pretrainings, plan, source, settings, folders)
+    seen = find_seen(arms, pretrainings, plan, source, settings, folders, say)
     test = choose_test(settings, dataset, labelled, patients, seen, say)
     orders = order_patients(settings, labelled, patients, test)
     cells = tuple(
@@ -326,12 +326,13 @@ def find_seen(
     source: Source | None,
     settings: StudySettings,
     folders: Folders,
+    say: Say,
 ) -> list[Seen]:
     """Return all that the weights of the arms have seen, or will have once they are pretrained."""
     seen = [] if source is None else [seen_in_pretraining(plan.dataset_name, folders, settings.patients)]
     finished = [pretraining.final for pretraining in pretrainings.values() if pretraining.finished]
     for path in (*finished, *(arm.checkpoint for arm in arms if arm.checkpoint is not None)):
-        seen += seen_by_checkpoint(path, folders, settings.patients)
+        seen += seen_by_checkpoint(path, folders, settings.patients, say)
     return seen
 
 

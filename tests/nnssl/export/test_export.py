@@ -10,7 +10,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnssl.errors import UserError
 from nnssl.export.export import export
-from nnssl.export.fit import fit_weights
+from nnssl.export.fit import fit_weights, refuse_below
 from nnssl.export.source import open_source
 from nnssl.export.target import build_target
 from nnssl.networks.backbone import build_network
@@ -183,6 +183,10 @@ def test_tokens_of_another_size_stay_random(tmp_path):
     assert "no faithful way" in status(report, "down_projection.proj.weight").reason
     assert status(report, "down_projection.proj.bias").status == "transferred"
     assert "2 x 3 x 2" in status(report, "eva.pos_embed").reason
+    assert report.share(encoder=True) > 0.5
+    with pytest.raises(UserError, match=r"layer that sees the images \(down_projection.proj\) stays random"):
+        refuse_below(report, 0.5, "a.pth", lambda line: None)
+    refuse_below(report, 0.0, "a.pth", lambda line: None)
 
 
 def test_a_volume_that_does_not_change_along_z_is_answered_like_its_slice(tmp_path):

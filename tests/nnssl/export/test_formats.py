@@ -1,0 +1,260 @@
+"""What an export leaves: the adaptation plan key by key, a folder for a hub, an encoder for plain PyTorch; and reading them."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nnssl.cli.export import main
+from nnssl.errors import UserError
+from nnssl.export.adaptation_plan import KEY, RESENC_L, read_adaptation_plan, write_adaptation_plan
+from nnssl.export.export import export
+from nnssl.export.source import open_source
+from nnssl.files import write_json
+from nnssl.networks.backbone import build_network
+from nnssl.paths import Folders
+from tests.nnssl.export.tiny_networks import architecture, plans, primus, unet, write_plans, write_source
+
+ENDS = ("PlainConvUNet", "ResidualEncoderUNet", "Primus", "PrimusS", "PrimusM", "PrimusL", "PrimusB", "ResEncL")
+
+
+@pytest.fixture
+def folders(tmp_path):
+    return Folders(*(tmp_path / name for name in ("raw", "preprocessed", "results")))
+
+
+def exported(tmp_path, folders, kind="residual", dim=3, **options):
+    write_source(tmp_path / "a.pth", architecture(kind, dim), dim, ["CT"])
+    path = write_plans(tmp_path / "user", plans(architecture(kind, dim), dim, 2), ["CT", "PET"])
+    return export(tmp_path / "a.pth", folders, for_plans=str(path), **options).path
+
+
+@pytest.mark.parametrize(("kind", "dim"), [("plain", 2), ("plain", 3), ("residual", 3), ("hybrid", 3), ("primus", 3)])
+def test_adaptation_plan_key_by_key(tmp_path, folders, kind, dim):
+    """Keys and types are those that nnU-Net's main branch reads, from a file that opens with ``weights_only``."""
+    path = exported(tmp_path, folders, kind, dim, out=tmp_path / "out.pth")
+    content = torch.load(path, weights_only=True)
+    for each in content["citations"]:
+        assert set(each) == {"type", "name", "apa_citations"}
+        assert all(isinstance(text, str) for text in each["apa_citations"])
+    plan = content[KEY]
+    network = build_network(architecture(kind, dim), 2, 3, 0)
+    names = plan["architecture_plans"]
+    assert set(names) == {"arch_class_name", "arch_kwargs", "arch_kwargs_requiring_import"}
+    assert names["arch_class_name"].endswith(ENDS)
+    assert type(names["arch_kwargs"]) is dict
+    assert type(names["arch_kwargs_requiring_import"]) is list
+    for key in names["arch_kwargs_requiring_import"]:
+        assert names["arch_kwargs"][key] is None or type(names["arch_kwargs"][key]) is str
+    (first,) = plan["pretrain_plan"]["configurations"].values()
+    assert [type(n) for n in first["patch_size"]] == [int] * dim
+    assert [type(mm) for mm in first["spacing"]] == [float] * dim
+    assert plan["pretrain_num_input_channels"] == 2
+    assert plan["recommended_downstream_patchsize"] == plan["pretrain_patch_size"] == first["patch_size"]
+    assert plan["architecture_kwargs"] == names["arch_kwargs"]
+    parts = [plan["key_to_encoder"], plan["key_to_stem"], *plan["keys_to_in_proj"]]
+    for part in parts:
+        network.get_submodule(part)
+    weights = {content["network_weights"][f"{key}.weight"].data_ptr() for key in plan["keys_to_in_proj"]}
+    assert len(weights) == 1
+    assert plan["key_to_lpe"] is None or plan["key_to_lpe"] in content["network_weights"]
+    assert (plan["key_to_lpe"] == "eva.pos_embed") == (kind == "primus")
+    assert set(plan) == {
+        "architecture_plans", "pretrain_plan", "pretrain_num_input_channels", "recommended_downstream_patchsize",
+        "key_to_encoder", "key_to_stem", "keys_to_in_proj", "key_to_lpe", "pretrain_patch_size", "architecture_kwargs",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "hybrid"])
+def test_the_network_of_an_adaptation_plan_holds_the_encoder(tmp_path, folders, kind):
+    """Built from what the plan says alone, its stem and encoder load strictly."""
+    content = torch.load(exported(tmp_path, folders, kind, out=tmp_path / "out.pth"), weights_only=True)
+    plan = content[KEY]
+    named = plan["architecture_plans"]
+    described = {
+        "network_class_name": named["arch_class_name"],
+        "arch_kwargs": named["arch_kwargs"],
+        "_kw_requires_import": named["arch_kwargs_requiring_import"],
+    }
+    network = build_network(described, 2, 3, 1)
+    for part in (plan["key_to_encoder"], plan["key_to_stem"]):
+        weights = {
+            name.removeprefix(f"{part}."): value
+            for name, value in content["network_weights"].items()
+            if name.startswith(f"{part}.")
+        }
+        network.get_submodule(part).load_state_dict(weights, strict=True)
+
+
+def test_sizes_with_a_name():
+    stock = primus(embed_dim=864, eva_depth=16, eva_numheads=12, patch_embed_size=[8, 8, 8])
+    plan, remark = write_adaptation_plan(stock, "3d_fullres_primus", [8, 24, 16], [1, 1, 1], 1)
+    assert plan["architecture_plans"] == {
+        "arch_class_name": "PrimusM", "arch_kwargs": None, "arch_kwargs_requiring_import": None,
+    }  # fmt: skip
+    assert remark == ""
+    assert "four sizes" in write_adaptation_plan(primus(), "3d", [8, 24, 16], [1, 1, 1], 1)[1]
+    assert "transformer" in write_adaptation_plan(unet("hybrid", 3), "3d", [8, 24, 16], [1, 1, 1], 1)[1]
+
+
+def elsewhere(tmp_path, folders, kind="residual"):
+    """A checkpoint as other programs write it: the adaptation plan and nothing of nnssl."""
+    content = torch.load(exported(tmp_path, folders, kind, out=tmp_path / "out.pth"), weights_only=True)
+    del content["nnssl"], content[KEY]["architecture_kwargs"], content[KEY]["pretrain_patch_size"]
+    torch.save(content, tmp_path / "elsewhere.pth")
+    return tmp_path / "elsewhere.pth", content["network_weights"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "residual", "primus"])
+def test_a_checkpoint_made_elsewhere_is_read(tmp_path, folders, kind):
+    path, weights = elsewhere(tmp_path, folders, kind)
+    source = open_source(path)
+    assert source.num_channels == 2
+    assert source.provenance is None
+    assert not any(name.startswith(("decoder.stages", "up_projection")) for name in source.tensors)
+    target = write_plans(tmp_path / "third", plans(architecture(kind, 3), 3, 1), ["CT"])
+    done = export(path, folders, for_plans=str(target), out=tmp_path / "third.pth")
+    state = torch.load(done.path, weights_only=True)["network_weights"]
+    first = {"primus": "down_projection.proj.weight", "plain": "encoder.stages.0.0.convs.0.conv.weight"}
+    name = first.get(kind, "encoder.stem.convs.0.conv.weight")
+    torch.testing.assert_close(state[name], weights[name].sum(1, keepdim=True))
+    name = "eva.pos_embed" if kind == "primus" else "encoder.stages.1.0.convs.0.conv.weight"
+    if name in weights:
+        assert torch.equal(state[name], weights[name])
+    with pytest.raises(UserError, match="made elsewhere and has no plans"):
+        export(path, folders, out=tmp_path / "x.pth")
+
+
+def test_names_of_networks_made_elsewhere(tmp_path):
+    """ResEncL and the sizes of Primus come without arguments."""
+    base = {
+        "architecture_plans": {"arch_class_name": "ResEncL"},
+        "pretrain_plan": {"configurations": {"onemmiso": {"patch_size": [160, 160, 160]}, "second": {}}},
+        "pretrain_num_input_channels": 1,
+        "key_to_encoder": "encoder.stages",
+        "key_to_stem": "encoder.stem",
+    }
+    content = {"network_weights": {}, KEY: base}
+    read = read_adaptation_plan(tmp_path / "a.pth", content)
+    assert read.arch_kwargs == RESENC_L
+    assert read.spacing_mm is None
+    assert read.patch_vox == (160, 160, 160)
+    base["architecture_plans"] = {"arch_class_name": "PrimusB", "arch_kwargs": None}
+    read = read_adaptation_plan(tmp_path / "a.pth", content)
+    assert (read.arch_kwargs["embed_dim"], read.arch_kwargs["eva_depth"], read.arch_kwargs["eva_numheads"]) == (
+        792,
+        12,
+        12,
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key_to_stem": None}, "has no 'key_to_stem'"),
+        ({"architecture_plans": {"arch_class_name": "SwinUNETR", "arch_kwargs": {}}}, "SwinUNETR is no PlainConvUNet"),
+        ({"architecture_plans": {"arch_class_name": "PlainConvUNet", "arch_kwargs": None}}, "says nothing of its size"),
+        ({"pretrain_plan": {"configurations": {}}}, "cannot be read"),
+    ],
+)
+def test_adaptation_plans_that_say_too_little(tmp_path, folders, change, message):
+    path = elsewhere(tmp_path, folders)[0]
+    content = torch.load(path, weights_only=True)
+    content[KEY] = {key: value for key, value in (content[KEY] | change).items() if value is not None}
+    torch.save(content, path)
+    with pytest.raises(UserError, match=message):
+        open_source(path)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
+
+    torch.save({"network_weights": {}, KEY: Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(UserError, match="could run code"):
+        open_source(tmp_path / "evil.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_folder_for_a_hub(tmp_path, folders):
+    rows = [{"dataset": "Dataset004_Labelled", "arm": "pix2rep", "labels": 5, "steps": 300, "dice": 0.8125}]
+    path = exported(tmp_path, folders, form="hub", licence="CC-BY-4.0", results=rows, out=tmp_path / "hub")
+    assert sorted(each.name for each in path.iterdir()) == [
+        "README.md", "adaptation_plan.json", "checkpoint_final.json", "checkpoint_final.pth", "config.json",
+    ]  # fmt: skip
+    content = torch.load(path / "checkpoint_final.pth", weights_only=True)
+    assert json.loads((path / "adaptation_plan.json").read_text()) == json.loads(json.dumps(content[KEY]))
+    config = json.loads((path / "config.json").read_text())
+    assert config["license"] == "CC-BY-4.0"
+    assert config["pretraining_cases"] == 2
+    card = (path / "README.md").read_text()
+    assert card.startswith("---\nlicense: CC-BY-4.0\n")
+    for line in (
+        "| Dataset004_Labelled | pix2rep | 5 | 300 | 0.812 |",
+        "| `temperature` | `0.1` |",
+        "## Limits",
+        "Pix2Rep",
+    ):
+        assert line in card, line
+    with pytest.raises(UserError, match="holds something already"):
+        exported(tmp_path, folders, form="hub", out=tmp_path / "hub")
+
+
+@pytest.mark.parametrize(("kind", "dim"), [("plain", 2), ("residual", 3), ("primus", 3)])
+def test_encoder_alone_in_plain_pytorch(tmp_path, folders, kind, dim):
+    """Every tensor under one name; the example runs as it is and nothing of nnssl is imported but the network of Primus."""
+    path = exported(tmp_path, folders, kind, dim, form="encoder", out=tmp_path / "encoder")
+    tensors = load_file(path / "encoder.safetensors")
+    network = build_network(architecture(kind, dim), 2, 3, 0)
+    parts = [network.encoder] if kind != "primus" else [network.eva, network.down_projection]
+    assert sum(value.numel() for value in tensors.values()) == sum(
+        parameter.numel() for part in parts for parameter in part.parameters()
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(path)!r}); import torch; from pathlib import Path;"
+        "from load_encoder import load_encoder;"
+        f"network, spec = load_encoder(Path({str(path)!r}));"
+        "torch.save({k: v for k, v in network.state_dict().items()}, sys.argv[1]);"
+        "sys.exit(('nnssl' in sys.modules) != spec['architecture']['network_class_name'].startswith('nnssl'))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "loaded.pth")], check=True)
+    loaded = torch.load(tmp_path / "loaded.pth", weights_only=True)
+    expected = torch.load(exported(tmp_path, folders, kind, dim, out=tmp_path / "o.pth"), weights_only=True)
+    for name in tensors:
+        assert torch.equal(loaded[name], expected["network_weights"][name]), name
+
+
+def test_command(tmp_path, nnunet_folders, capsys):
+    write_source(tmp_path / "a.pth", unet("plain", 3), 3, ["CT"])
+    folder = nnunet_folders / "preprocessed" / "Dataset004_Labelled"
+    write_plans(folder, plans(unet("plain", 3), 3, 2), ["T1", "T2"])
+    assert main([str(tmp_path / "a.pth"), "--for-plans", "4", "--input-policy", "repeat"]) == 0
+    printed = capsys.readouterr().out
+    out = tmp_path / "for_Dataset004_Labelled_nnUNetPlans_3d_fullres.pth"
+    assert f"nnUNetv2_train 004 3d_fullres 0 -p nnUNetPlans -pretrained_weights {out}" in printed
+    assert "1 to 2 channels by repeat" in printed
+    assert out.exists()
+    write_json(folder / "otherPlans.json", plans(unet("plain", 3), 3, 2, "otherPlans"))
+    (folder / "nnUNetPlans.json").rename(folder / "thirdPlans.json")
+    wrong = [
+        (["--for-plans", "4"], "has not one plans file (there: otherPlans, thirdPlans)"),
+        (["--for-plans", "4", "-p", "nope"], "has no plans nope"),
+        (["--for-plans", "4", "-p", "otherPlans", "-c", "2d"], "-c 2d"),
+        (["--for-plans", str(tmp_path / "nope.json")], "there is no such plans file"),
+        (["--channels", "CT"], "needs --for-plans"),
+        (["--for-plans", "4", "-p", "otherPlans", "--trainer", "Nope"], "nnU-Net has no such trainer"),
+        (["--for-plans", "4", "-p", "otherPlans", "--channels", "CT", "CT"], "names one twice"),
+        (["--results", "x.json"], "are for the card"),
+        (["--least-share", "2"], "is a share"),
+    ]
+    for arguments, message in wrong:
+        assert main([str(tmp_path / "a.pth"), *arguments]) == 2, arguments
+        assert message in capsys.readouterr().err, arguments
+    for file in ("nothing.pth", "broken.pth"):
+        (tmp_path / "broken.pth").write_bytes(b"PK not a checkpoint")
+        assert main([str(tmp_path / file)]) == 2
+        assert file in capsys.readouterr().err
