@@ -130,7 +130,8 @@ def check_channels(plan: Mapping[str, Any], target_dataset: str, dataset_json: M
         pretrained = " or ".join(map(str, sorted(planned)))
         raise UserError(
             f"{target_dataset}: has {found} channel(s) ({names}), but the weights were pretrained on {pretrained} "
-            f"({plan['dataset_name']}); take weights pretrained on as many channels"
+            f"({plan['dataset_name']}); take weights pretrained on as many channels, or make these fit the data set's own plans "
+            "with nnssl_export --for-plans"
         )
 
 

@@ -30,7 +30,7 @@ from nnssl.methods import METHODS
 ELSEWHERE = "elsewhere"
 """Method and data set of weights that were not made here."""
 
-NNSSL_CITATION = "nnssl: self-configuring self-supervised pretraining for nnU-Net."
+NNSSL_CITATION = "Self-configuring self-supervised pretraining for nnU-Net."
 
 
 def write_for_nnunet(path: Path, source: SourceWeights, target: TargetNetwork, report: FitReport) -> str:

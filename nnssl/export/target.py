@@ -74,8 +74,8 @@ def open_target(
         wanted: a plans file, or a data set (number or name) that nnU-Net or nnssl has planned.
         folders: nnU-Net's folders.
         plans_name: which plans of the data set; None for the only ones, or ``nnUNetPlans``.
-        configuration: of the plans; None for the usual one, or the only one.
-        usual_configuration: taken if the plans have it and none is asked for.
+        configuration: of the plans; None for the usual one, or the only one there is.
+        usual_configuration: taken if the plans have it, or the U-Net's of the same name, and none is asked for.
         channels: names of the images' channels, or one number; None for those of ``dataset.json``.
         trainer: name of one of nnU-Net's trainers that builds a network of its own, such as ``nnUNet_Primus_S_Trainer``.
         seed: of the random start.
@@ -167,8 +167,10 @@ def _choose_configuration(path: Path, present: list[str], wanted: str | None, us
         if wanted not in present:
             raise UserError(f"-c {wanted}: {path} has no such configuration; it has {', '.join(sorted(present))}")
         return wanted
-    if usual in present:
-        return usual
+    # a configuration of nnssl's own that a U-Net's plan does not have: 3d_fullres_hybrid, 3d_fullres_primus
+    for name in (usual, usual.removesuffix("_hybrid").removesuffix("_primus")):
+        if name in present:
+            return name
     if len(present) == 1:
         return present[0]
     raise UserError(f"{path}: has {', '.join(sorted(present))}, none of them {usual}; choose one with -c")
