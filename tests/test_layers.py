@@ -93,6 +93,18 @@ def test_imports_stay_in_their_layer(name):
     assert not foreign, f"{name} imports {sorted(foreign)}"
 
 
+def test_nothing_is_unpickled():
+    """Ruff refuses pickle itself; torch and numpy unpickle too unless they are told not to."""
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.load", "np.load", "joblib.load"):
+                arguments = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                safe = arguments.get("weights_only") == "True" or (
+                    ast.unparse(node.func) == "np.load" and arguments.get("allow_pickle", "False") == "False"
+                )
+                assert safe, f"{name}, line {node.lineno}"
+
+
 def test_methods_do_not_import_one_another():
     shared = {"nnssl.methods", "nnssl.methods.protocol", "nnssl.methods.settings"}
     for name, path in modules().items():

@@ -95,3 +95,12 @@ def test_networks_of_nnssl_need_the_package_nnssl_alone(run, images, tmp_path, n
     done = predict(model, images, tmp_path / "out", {"planners", "trainers"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out" / f"{TEST_CASES[0]}.nii.gz").exists()
+
+
+def test_every_file_of_a_comparison_opens_without_running_code(run):
+    paths = sorted(run.folder.rglob("*.pth"))
+    assert len(paths) >= 3  # the pretrained weights and both arms
+    for path in paths:
+        torch.load(path, weights_only=True)
+    pickles = [path for path in run.folder.rglob("*.pkl") if DATASET not in path.parts]
+    assert not pickles  # nnU-Net leaves its own beside the cases that it preprocesses
