@@ -47,6 +47,13 @@ class Provenance:
     """Checkpoint that the stage started from, None for random weights."""
     cases: tuple[str, ...] | None = None
     """Names of the cases that the stage was shown; None where an earlier version wrote the file."""
+    origin: dict[str, Any] | None = None
+    """Of an exported file, whose plan is another's: ``spacing_mm``, ``patch_vox`` and ``channel_names`` of the pretraining, and
+    its ``plans_name`` and ``configuration``; None where ``plans`` says it."""
+
+    def pretrains(self, part: str) -> bool:
+        """Whether a part of the network, such as ``decoder.stages.``, was pretrained, or some of it."""
+        return any(part.startswith(prefix) or prefix.startswith(part) for prefix in self.pretrained)
 
 
 def to_plain(value: Any, copied: dict[Any, torch.Tensor] | None = None) -> Any:

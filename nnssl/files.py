@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -60,6 +61,15 @@ def read_json(path: Path, what: str) -> Any:
         raise UserError(f"{path}: there is no such {what}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not a readable {what} ({error}); write it again") from error
+
+
+def file_digest(path: Path) -> str:
+    """Return a digest of a file's bytes, 16 hexadecimal digits."""
+    digest = hashlib.blake2b(digest_size=8)
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_names(path: Path) -> list[str]:

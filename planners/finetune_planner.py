@@ -115,9 +115,7 @@ def check_channels(plan: Mapping[str, Any], target_dataset: str, dataset_json: M
     Raises:
         UserError: it has not, or its ``dataset.json`` names no channels or labels.
     """
-    for key in ("channel_names", "labels", "file_ending"):
-        if key not in dataset_json:
-            raise UserError(f"{target_dataset}: dataset.json has no {key!r}, so it cannot be trained on; add it")
+    check_described(target_dataset, dataset_json)
     found = len(dataset_json["channel_names"])
     # a configuration that inherits has no schemes of its own
     planned = {
@@ -133,6 +131,17 @@ def check_channels(plan: Mapping[str, Any], target_dataset: str, dataset_json: M
             f"({plan['dataset_name']}); take weights pretrained on as many channels, or make these fit the data set's own plans "
             "with nnssl_export --for-plans"
         )
+
+
+def check_described(dataset_name: str, dataset_json: Mapping[str, Any]) -> None:
+    """Check that a ``dataset.json`` names what nnU-Net needs to train.
+
+    Raises:
+        UserError: it does not.
+    """
+    for key in ("channel_names", "labels", "file_ending"):
+        if key not in dataset_json:
+            raise UserError(f"{dataset_name}: dataset.json has no {key!r}, so it cannot be trained on; add it")
 
 
 def _name_by_source(plan: Mapping[str, Any]) -> str:

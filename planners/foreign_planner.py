@@ -1,5 +1,6 @@
 """The plan for a network that was not planned here: nnU-Net's own for the data, but for network, patch and spacing."""
 
+import math
 import tempfile
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -12,6 +13,7 @@ import numpy as np
 from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
+from nnssl.networks.backbone import encoder_strides
 from nnssl.paths import Folders
 from planners.plan import TransformerSize
 from planners.primus_rules import primus_architecture
@@ -71,23 +73,26 @@ def plan_for_network(
         shape = np.array(configuration["median_image_size_in_voxels"]) * scale
         configuration["median_image_size_in_voxels"] = [float(n) for n in np.round(shape, 2)]
         configuration["spacing"] = [float(mm) for mm in spacing_mm]
-    multiple = _multiple(architecture)
+    steps = _steps(architecture)
+    median = configuration["median_image_size_in_voxels"]
     patch = [
-        int(min(n, step * np.ceil(median / step)))
-        for n, median, step in zip(patch_vox, configuration["median_image_size_in_voxels"], multiple, strict=True)
+        min(n // step, math.ceil(size / step)) * step for n, size, step in zip(patch_vox, median, steps, strict=True)
     ]
+    if min(patch) < 1:
+        raise UserError(
+            f"{dataset_name}: a patch of {list(patch_vox)} voxels is shorter than the network's strides, {steps}"
+        )
     configuration |= {"patch_size": patch, "batch_size": BATCH_SIZE, "architecture": _planned(architecture, patch)}
     plan["configurations"] = {CONFIGURATION: configuration}
     return plan
 
 
-def _multiple(architecture: dict[str, Any]) -> list[int]:
+def _steps(architecture: dict[str, Any]) -> list[int]:
     """Return what a patch is a multiple of, per axis."""
     kwargs = architecture["arch_kwargs"]
     if "patch_embed_size" in kwargs:
         return list(kwargs["patch_embed_size"])
-    strides = [stride if isinstance(stride, (list, tuple)) else [stride] * 3 for stride in kwargs["strides"]]
-    return [int(n) for n in np.prod(strides, axis=0)]
+    return [math.prod(stride) for stride in zip(*encoder_strides(architecture), strict=True)]
 
 
 def _planned(architecture: dict[str, Any], patch: Sequence[int]) -> dict[str, Any]:
@@ -95,5 +100,7 @@ def _planned(architecture: dict[str, Any], patch: Sequence[int]) -> dict[str, An
     kwargs = architecture["arch_kwargs"]
     if "patch_embed_size" not in kwargs:
         return architecture
-    size = TransformerSize(kwargs["embed_dim"], kwargs["eva_depth"], kwargs["eva_numheads"], decoder_depth=2)
+    size = TransformerSize(
+        kwargs["embed_dim"], kwargs["eva_depth"], kwargs["eva_numheads"], decoder_depth=2
+    )  # the last is of pretraining
     return primus_architecture(size, kwargs["patch_embed_size"], patch)

@@ -1,6 +1,5 @@
 """Weights that were made elsewhere, adapted to a labelled data set or to a network that is about to be pretrained."""
 
-import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +10,14 @@ from torch import nn
 from nnssl.checkpoint import load_tensors
 from nnssl.errors import UserError
 from nnssl.export.adaptation_plan import KEY
-from nnssl.export.export import LEAST_SHARE, export
+from nnssl.export.export import LEAST_SHARE
 from nnssl.export.fit import fit_weights, refuse_below
+from nnssl.export.formats import write_for_nnunet
 from nnssl.export.source import open_source
-from nnssl.export.target import TargetNetwork
-from nnssl.files import read_json, write_json
+from nnssl.export.target import build_target
+from nnssl.files import file_digest, read_json, write_json
 from nnssl.paths import Folders
+from planners.finetune_planner import check_described
 from planners.foreign_planner import CONFIGURATION, plan_for_network
 from trainers.labelled_data import make_fingerprint
 from trainers.pretrained_weights import LATEST
@@ -42,36 +43,38 @@ def adapt_if_made_elsewhere(
     Raises:
         UserError: the file cannot be read, the data set cannot be planned, or too little fits.
     """
-    path = Path(weights).expanduser().absolute()
-    if weights == LATEST:
+    if str(weights) == LATEST:
         return weights
+    path = Path(weights).expanduser().absolute()
     content = load_tensors(path)
     if "nnssl" in content or KEY not in content:
         return weights
     source = open_source(path)
     assert source.adaptation is not None
-    digest = hashlib.blake2b(path.read_bytes(), digest_size=3).hexdigest()
-    name = f"nnsslPlansOf{re.sub(r'[^A-Za-z0-9]+', '', path.stem)[:24]}{digest}"
+    raw = folders.raw / dataset_name / "dataset.json"
+    dataset_json = read_json(raw, "dataset.json of a labelled data set")
+    check_described(dataset_name, dataset_json)
+    name = f"nnsslPlansOf{re.sub(r'[^A-Za-z0-9]+', '', path.stem)[:24]}{file_digest(path)[:6]}"
     folder = folders.preprocessed / dataset_name
-    weights = folder / f"{name}_weights.pth"
+    plans_file, out = folder / f"{name}.json", folder / f"{name}_weights.pth"
     say(f"{path}: made elsewhere; {dataset_name} is planned around its network")
     make_fingerprint(dataset_name, folders, processes, say)
     patch = source.adaptation.recommended_patch_vox or source.patch_vox
-    plan = plan_for_network(source.architecture, patch, source.spacing_mm, dataset_name, name, folders)
-    plans_file = folder / f"{name}.json"
+    plan = plan_for_network(source.architecture, patch, source.adaptation.spacing_mm, dataset_name, name, folders)
     if plans_file.exists() and read_json(plans_file, "plan") != plan:
         raise UserError(
             f"{plans_file}: is another plan than the one these weights need now; delete it, and what was preprocessed with it"
         )
-    if not plans_file.exists():
-        write_json(plans_file, plan)
-        say(
-            f"Plan {name} for {dataset_name}: patch {plan['configurations'][CONFIGURATION]['patch_size']} ({plans_file})"
-        )
-    if weights.exists():
-        say(f"Weights for this plan: there already ({weights})")
-        return weights
-    return export(path, folders, for_plans=str(plans_file), out=weights, say=say).path
+    if plans_file.exists() and out.exists():
+        say(f"Plan and weights: there already ({out})")
+        return out
+    target = build_target(plan, CONFIGURATION, dataset_json, f"{CONFIGURATION} of {name}")
+    report = fit_weights(source, target)
+    refuse_below(report, LEAST_SHARE, str(path), say)
+    write_for_nnunet(out, source, target, report)
+    write_json(plans_file, plan)
+    say(f"Plan {name} for {dataset_name}: patch {plan['configurations'][CONFIGURATION]['patch_size']} ({plans_file})")
+    return out
 
 
 def start_network(
@@ -79,7 +82,6 @@ def start_network(
     network: nn.Module,
     plans: dict[str, Any],
     configuration: str,
-    settings: dict[str, Any],
     dataset_json: dict[str, Any],
     say: Callable[[str], None],
 ) -> None:
@@ -90,24 +92,13 @@ def start_network(
         network: changed in place.
         plans: content of its plans file.
         configuration: of the plans.
-        settings: of the configuration, with what it inherits.
         dataset_json: names its channels.
         say: called with lines of a table.
 
     Raises:
         UserError: the file cannot be read, or less than half of the encoder comes from it.
     """
-    names = dataset_json["channel_names"]
-    target = TargetNetwork(
-        network=network,
-        label=f"{configuration} of {plans['plans_name']}",
-        architecture=settings["architecture"],
-        plans=plans,
-        configuration=configuration,
-        settings=settings,
-        dataset_json=dataset_json,
-        channel_names=tuple(str(names[key]) for key in sorted(names, key=int)),
-        num_channels=len(names),
-    )
+    label = f"{configuration} of {plans['plans_name']}"
+    target = build_target(plans, configuration, dataset_json, label, network=network)
     report = fit_weights(open_source(path), target)
     refuse_below(report, LEAST_SHARE, str(path), say)

@@ -197,7 +197,7 @@ def finetune(
     )
     also = f", {len(others)} without their labels" if others else ""
     say(f"{dataset_name}: {len(split.train)} cases to train on{also}, {len(split.test)} held out")
-    if mode == "linear" and not any("decoder.stages.".startswith(prefix) for prefix in origin.provenance.pretrained):
+    if mode == "linear" and not origin.provenance.pretrains("decoder.stages."):
         say("Note: these weights have no pretrained decoder; the probe sees features of a random one")
     arms: list[Weights | None] = [origin, None] if scratch else [origin]
     results = [run_arm(task, arm, folders, restart, say) for arm in arms]

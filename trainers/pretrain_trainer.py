@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import nnssl
-from nnssl.checkpoint import Provenance, load_tensors, parse_provenance, read_checkpoint, to_plain, write_checkpoint
+from nnssl.checkpoint import Provenance, read_checkpoint, to_plain, write_checkpoint
 from nnssl.collapse import collapse_warning, effective_rank, feature_std
 from nnssl.data.case_store import CaseStore
 from nnssl.data.loader import PatchBatch, make_loader
@@ -177,28 +177,26 @@ class PretrainTrainer(nnUNetTrainer):
                 f"{source}: {self.stage} starts from these weights; run nnssl_pretrain -m {self.method_entry.name}, or name "
                 "other weights with --init"
             )
-        content = load_tensors(source)
-        found = content["network_weights"] if "nnssl" in content else {}
-        wanted = {name: value for name, value in self.network.state_dict().items() if ".seg_layers." not in name}
-        if all(name in found and found[name].shape == value.shape for name, value in wanted.items()):
-            parse_provenance(source, content)
-            missing = self.network.load_state_dict({name: found[name] for name in wanted}, strict=False)
-            assert not missing.unexpected_keys
-        elif self.options.init is not None:
+        if self.options.init is not None:
+            # positions and channels may differ where all shapes agree, so these are always fitted
             start_network(
                 source,
                 self.network,
                 self.plans_manager.plans,
                 self.configuration_name,
-                self.configuration_manager.configuration,
                 self.dataset_json,
                 self.print_to_log_file,
             )
-        else:
+            return str(source)
+        found = read_checkpoint(source)[0]["network_weights"]
+        wanted = {name: value for name, value in self.network.state_dict().items() if ".seg_layers." not in name}
+        if not all(name in found and found[name].shape == value.shape for name, value in wanted.items()):
             raise UserError(
                 f"{source}: does not fit {self.configuration_name} of {self.plan.dataset_name}; --restart pretrains the stage "
                 "before again"
             )
+        missing = self.network.load_state_dict({name: found[name] for name in wanted}, strict=False)
+        assert not missing.unexpected_keys
         return str(source)
 
     def _compile(self) -> None:

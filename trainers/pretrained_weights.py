@@ -10,6 +10,7 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
 from nnssl.checkpoint import Provenance, load_tensors, read_checkpoint
 from nnssl.errors import UserError
+from nnssl.files import file_digest
 from nnssl.paths import Folders
 from trainers.finetune import FinetuneTrainer
 from trainers.finetune_result import FILE_NAME
@@ -40,11 +41,7 @@ def open_weights(weights: str | Path, folders: Folders, say: Callable[[str], Non
         f"Weights: {path} ({provenance.method}, stage {provenance.stage}, pretrained on {provenance.dataset_name} with "
         f"{provenance.configuration}{state})"
     )
-    digest = hashlib.blake2b(digest_size=8)
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return Weights(path, digest.hexdigest(), provenance)
+    return Weights(path, file_digest(path), provenance)
 
 
 def start_digest(path: Path, names: Iterable[str]) -> str:
@@ -71,7 +68,8 @@ def find_latest(folders: Folders) -> Path:
     Raises:
         UserError: there is none.
     """
-    found = [path for path in folders.results.rglob(FINAL) if not (path.parents[1] / FILE_NAME).exists()]
+    finals = folders.results.rglob(f"fold_all/{FINAL}")  # of pretraining; an export has the name too
+    found = [path for path in finals if not (path.parents[1] / FILE_NAME).exists()]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         # an arm that is being trained has no finetune.json yet, and stock nnU-Net's models lie here too
         try:

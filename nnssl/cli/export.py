@@ -38,12 +38,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--input-policy",
         choices=POLICIES,
-        help="what a changed input layer is made from: the mean of all channels (default), each in turn, or those of the "
-        "same name",
+        help="what a changed input layer is made from: the mean of all channels, each in turn, or those of the same name "
+        "(default: named where both sides have names in common, else mean)",
     )
     parser.add_argument("--format", dest="form", choices=FORMATS, default="nnunet", help="(default: nnunet)")
     parser.add_argument(
-        "-o", dest="out", type=Path, metavar="PATH", help="file or folder (default: beside the checkpoint)"
+        "-o", dest="out", type=Path, metavar="PATH", help="file or folder (default: in the working folder)"
     )
     parser.add_argument(
         "--least-share",

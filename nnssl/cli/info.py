@@ -4,10 +4,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nnssl.cli.command import run_command, say
 
+if TYPE_CHECKING:
+    from nnssl.export.source import SourceWeights
+
 NAME = "nnssl_info"
+CHECKPOINT, ENCODER = "checkpoint_final.pth", "encoder.safetensors"
+"""Of the folders that nnssl_export writes."""
 MOST_PARTS = 20
 """More prefixes than these are counted instead of listed; an exported file names single tensors."""
 
@@ -78,42 +84,86 @@ def explain_installation() -> list[str]:
 def explain_checkpoint(path: Path) -> list[str]:
     """Return lines on where the weights of a checkpoint come from and what they fit.
 
-    Raises:
-        UserError: the file is no checkpoint of nnssl, nor one in the adaptation-plan format.
-    """
-    from nnssl.export.source import count_values, open_source
+    Args:
+        path: a checkpoint of nnssl, one with an adaptation plan, a file or folder of ``nnssl_export``.
 
-    source = open_source(path)
-    spacing = f", spacing {_by(source.spacing_mm)} mm" if source.spacing_mm else ""
-    channels = f" ({', '.join(source.channel_names)})" if source.channel_names else ""
-    network = [
-        f"  network {source.architecture['network_class_name']}, "
-        f"{count_values(source.tensors) / 1e6:.2f} M pretrained parameters, {source.untrained / 1e6:.2f} M others",
-        f"  {source.num_channels} channel(s){channels}, patch {_by(source.patch_vox)}{spacing}",
-    ]
-    if source.provenance is None:
+    Raises:
+        UserError: it is none of these.
+    """
+    from nnssl.checkpoint import load_tensors
+    from nnssl.export.source import EXPORT_KEY, open_source
+
+    if path.is_dir() and (path / CHECKPOINT).exists():
+        path = path / CHECKPOINT
+    if path.suffix == ".safetensors" or (path / ENCODER).exists():
+        return _explain_encoder(path / ENCODER if path.is_dir() else path)
+    content = load_tensors(path)
+    if EXPORT_KEY in content:
+        spec = content[EXPORT_KEY]
         return [
             str(path),
-            "  made elsewhere: a checkpoint in the adaptation-plan format",
-            *network,
-            f"next: nnssl_finetune -d LABELLED_ID -w {path}, nnssl_pretrain --init {path}, or",
-            f"      nnssl_export {path} --for-plans PLANS.json",
+            f"  exported for nnU-Net's {spec['trainer']}, configuration {spec['configuration']} of plans {spec['plans']}, from",
+            f"  {spec['checkpoint']} ({spec['stage']}, pretrained on {spec['pretraining_data']})",
         ]
+    source = open_source(path)
+    return [str(path), *(_explain_elsewhere(source) if source.provenance is None else _explain_own(source))]
+
+
+def _explain_encoder(path: Path) -> list[str]:
+    from nnssl.files import read_json
+
+    spec = read_json(path.with_name("encoder.json"), "description of an encoder")
+    return [
+        str(path),
+        f"  the encoder of {spec['architecture']['network_class_name']}: {spec['stage']}, pretrained on "
+        f"{spec['pretraining_data']}",
+        f"  {spec['num_inputs']} input(s), patch {_by(spec['patch_size'])}, spacing {_by(spec['spacing_mm'])} mm",
+        f"next: python {path.with_name('load_encoder.py')}",
+    ]
+
+
+def _explain_network(source: "SourceWeights") -> list[str]:
+    from nnssl.export.source import count_values
+
+    channels = f" ({', '.join(source.channel_names)})" if source.channel_names else ""
+    made_on = source.pretraining
+    lines = [
+        f"  network {source.architecture['network_class_name']}, "
+        f"{count_values(source.tensors) / 1e6:.2f} M pretrained parameters, {source.untrained / 1e6:.2f} M others",
+        f"  {source.num_channels} channel(s){channels}, patch {_by(source.patch_vox)}",
+    ]
+    spacing = f", spacing {_by(made_on['spacing_mm'])} mm" if made_on["spacing_mm"] else ""
+    named = f", channels {', '.join(made_on['channel_names'])}" if made_on["channel_names"] else ""
+    return [*lines, f"  pretrained with patch {_by(made_on['patch_vox'])}{spacing}{named}"]
+
+
+def _explain_elsewhere(source: "SourceWeights") -> list[str]:
+    return [
+        "  made elsewhere: a checkpoint in the adaptation-plan format",
+        *_explain_network(source),
+        f"next: nnssl_finetune -d LABELLED_ID -w {source.path}, nnssl_pretrain --init {source.path}, or",
+        f"      nnssl_export {source.path} --for-plans PLANS.json",
+    ]
+
+
+def _explain_own(source: "SourceWeights") -> list[str]:
     provenance = source.provenance
+    assert provenance is not None
     state = "finished" if provenance.finished else "unfinished"
     prefixes = provenance.pretrained
     parts = ", ".join(prefixes) if len(prefixes) <= MOST_PARTS else f"{len(prefixes)} tensors, named one by one"
     lines = [
-        str(path),
         f"  {provenance.stage}, {state}: step {provenance.step} of {provenance.total_steps}, seed {provenance.seed}, "
         f"nnssl {provenance.nnssl_version}",
-        f"  pretrained on {provenance.dataset_name}; plan {provenance.plans_name}, configuration {provenance.configuration}",
-        *network,
+        f"  pretrained on {provenance.dataset_name}; made for plan {provenance.plans_name}, configuration "
+        f"{provenance.configuration}",
+        *_explain_network(source),
         f"  pretrained parts: {parts}; all else is a seeded initialisation",
         f"  started from: {provenance.init or 'random weights'}",
         "  settings:",
     ]
     lines += [f"    {key} = {value}" for key, value in provenance.settings.items()]
+    path = source.path
     lines.append(f"next: nnssl_finetune -d LABELLED_ID -w {path}, or nnssl_export {path} --for-plans PLANS.json")
     return lines
 

@@ -88,7 +88,7 @@ def open_dense_network(
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: its weights do not fit the network of its plan ({reason}); pretrain again") from error
-    if not any("decoder.stages.".startswith(prefix) for prefix in provenance.pretrained):
+    if not provenance.pretrains("decoder.stages."):
         say(
             f"Warning: {provenance.method} does not pretrain the decoder, whose features are shown as they were "
             f"initialised; pretrained are only {', '.join(provenance.pretrained)}"

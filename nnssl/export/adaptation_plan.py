@@ -18,7 +18,7 @@ PLAIN = f"{NETWORKS}.unet.PlainConvUNet"
 RESIDUAL = f"{NETWORKS}.unet.ResidualEncoderUNet"
 PRIMUS = f"{NETWORKS}.primus.Primus"
 
-PRIMUS_SIZES = {"PrimusS": (396, 12, 6), "PrimusB": (792, 12, 12), "PrimusM": (864, 16, 12), "PrimusL": (1056, 24, 16)}
+NAMED_PRIMUS = {"PrimusS": (396, 12, 6), "PrimusB": (792, 12, 12), "PrimusM": (864, 16, 12), "PrimusL": (1056, 24, 16)}
 """Width, depth and heads by the names that nnU-Net knows; tokens of 8 x 8 x 8 voxels. Source: Primus, table 1."""
 
 RESENC_L: dict[str, Any] = {
@@ -114,9 +114,9 @@ def network_kind(class_name: str) -> str:
     last = class_name.rpartition(".")[2]
     if "Primus" in last:
         return PRIMUS
-    if "Residual" in last or last == "ResEncL":
+    if last == "ResEncL" or last.endswith("ResidualEncoderUNet"):
         return RESIDUAL
-    if last in ("PlainConvUNet", "HybridUNet"):
+    if last.endswith(("PlainConvUNet", "HybridUNet")):
         return PLAIN
     raise ValueError(f"{class_name} is no PlainConvUNet, ResidualEncoderUNet or Primus")
 
@@ -138,8 +138,8 @@ def write_adaptation_plan(
         architecture: of the network, as a configuration of a plan names it.
         configuration: its name.
         patch_vox: of the patches.
-        spacing_mm: of the patches.
-        channels: of the images.
+        spacing_mm: of pretraining.
+        channels: of the network's input.
 
     Returns:
         The plan, and what a reader has to know; empty where all is said.
@@ -154,7 +154,7 @@ def write_adaptation_plan(
     requires: list[str] | None = list(architecture["_kw_requires_import"])
     if kind == PRIMUS:
         size = (kwargs["embed_dim"], kwargs["eva_depth"], kwargs["eva_numheads"])
-        named = [each for each, numbers in PRIMUS_SIZES.items() if numbers == size]
+        named = [each for each, numbers in NAMED_PRIMUS.items() if numbers == size]
         if named and tuple(kwargs["patch_embed_size"]) == (8, 8, 8):
             name, written, requires = named[0], None, None
         else:
@@ -206,7 +206,8 @@ def read_adaptation_plan(path: Path, content: Mapping[str, Any]) -> AdaptationPl
         architecture = plan["architecture_plans"]
         name = architecture["arch_class_name"]
         first = next(iter(plan["pretrain_plan"]["configurations"].values()))
-        patch = tuple(int(n) for n in first["patch_size"])
+        # what was pretrained may be cut smaller than the plan says, and then this key says so
+        patch = tuple(int(n) for n in plan.get("pretrain_patch_size") or first["patch_size"])
         spacing = first.get("spacing")
         recommended = plan.get("recommended_downstream_patchsize")
         network, kwargs, requires = _network(name, architecture, patch)
@@ -224,28 +225,33 @@ def read_adaptation_plan(path: Path, content: Mapping[str, Any]) -> AdaptationPl
         )
     except KeyError as error:
         raise UserError(f"{path}: its {KEY} has no {error}; it cannot be used without") from error
-    except (TypeError, ValueError, StopIteration) as error:
-        raise UserError(f"{path}: its {KEY} cannot be read ({error})") from error
+    except (TypeError, ValueError, AttributeError, StopIteration) as error:
+        raise UserError(f"{path}: its {KEY} cannot be read ({error}); ask where the file came from") from error
 
 
 def _network(
     name: str, architecture: Mapping[str, Any], patch_vox: tuple[int, ...]
 ) -> tuple[str, dict[str, Any], tuple[str, ...]]:
     """Return class, arguments and which of them are classes, of a network by its name."""
-    if name in PRIMUS_SIZES:
-        width, depth, heads = PRIMUS_SIZES[name]
+    last = name.rpartition(".")[2]
+    if last in NAMED_PRIMUS:
+        width, depth, heads = NAMED_PRIMUS[last]
         sizes = {"embed_dim": width, "eva_depth": depth, "eva_numheads": heads, "patch_embed_size": [8, 8, 8]}
         return PRIMUS, {**sizes, "input_shape": list(patch_vox)}, ()
-    if name == "ResEncL":
+    if last == "ResEncL":
         return RESIDUAL, dict(RESENC_L), CLASSES
     kind = network_kind(name)
     kwargs = architecture["arch_kwargs"]
     if not kwargs:
         raise ValueError(f"{name} without arch_kwargs says nothing of its size")
-    if kind != PRIMUS:
-        requires = architecture["arch_kwargs_requiring_import"] or CLASSES
-        return kind, dict(kwargs), tuple(requires)
-    return kind, dict(kwargs), ()
+    kwargs = {key: _plain(value) for key, value in kwargs.items()}
+    if kind == PRIMUS:
+        for key in ("embed_dim", "eva_depth", "eva_numheads", "patch_embed_size"):
+            if key not in kwargs:
+                raise KeyError(key)
+        return kind, kwargs, ()
+    requires = architecture.get("arch_kwargs_requiring_import") or [key for key in CLASSES if key in kwargs]
+    return kind, kwargs, tuple(requires)
 
 
 def _plain(value: Any) -> Any:

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from nnssl.errors import UserError
-from nnssl.export.fit import FitReport, fit_weights, refuse_below
-from nnssl.export.formats import write_encoder, write_for_hub, write_for_nnunet
+from nnssl.export.fit import FitReport, check_policy, fit_weights, refuse_below
+from nnssl.export.formats import check_output, table_of, write_encoder, write_for_hub, write_for_nnunet
 from nnssl.export.kernels import ChannelPolicy
 from nnssl.export.source import SourceWeights, open_source
 from nnssl.export.target import TargetNetwork, build_target, open_target
@@ -18,6 +18,9 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 LEAST_SHARE = 0.5
 """Of the parameters of the target's encoder that have to come from the checkpoint."""
+
+
+ADVICE = ", or lower --least-share (0 lets everything through)"
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def export(
         policy: for other channels than the source's (``fit_input_channels``); None to choose.
         trainer: one of nnU-Net's trainers with a network of its own, such as ``nnUNet_Primus_S_Trainer``.
         form: ``nnunet``, one file for ``-pretrained_weights``; ``hub``, a folder to upload; ``encoder``, the encoder alone.
-        out: file or folder to write; None for one beside the checkpoint.
+        out: file or folder to write; None for one in the working folder.
         least_share: of the target encoder's parameters that have to come from the checkpoint.
         licence: of the weights, for hub and encoder.
         results: of fine-tuning, for the hub's card.
@@ -77,25 +80,30 @@ def export(
     """
     if not 0 <= least_share <= 1:
         raise UserError(f"--least-share {least_share}: is a share, 0 to 1")
-    if trainer is not None and form == "encoder":
-        raise UserError("--format encoder: describes the network of a plan, so --trainer has no place with it")
+    if form not in FORMATS:
+        raise UserError(f"--format {form}: is not known; take {', '.join(FORMATS)}")
+    if trainer is not None and form != "nnunet":
+        raise UserError(f"--format {form}: describes the network of a plan, so --trainer has no place with it")
+    check_policy(policy)
     source = open_source(checkpoint)
     say(f"Weights: {checkpoint} ({source.label}), channels {_channel_text(source)}")
     target = _open(source, folders, for_plans, plans_name, configuration, channels, trainer, seed)
     names = f" ({', '.join(target.channel_names)})" if target.channel_names else ""
     say(f"Target: {target.label}, {target.num_channels} channel(s){names}")
+    path = (out or _default_output(target, form)).expanduser().absolute()
+    if form == "nnunet":
+        check_output(path, source)
     report = fit_weights(source, target, policy)
-    refuse_below(report, least_share, str(checkpoint), say)
-    path = (out or _beside(checkpoint, target, form)).expanduser().absolute()
+    refuse_below(report, least_share, str(checkpoint), say, ADVICE)
     remark = ""
     if form == "nnunet":
         remark = write_for_nnunet(path, source, target, report)
-        say(f"Written and read back by nnU-Net's own loader: {path} (table: {path.with_suffix('.json').name})")
+        say(f"Written and read back by nnU-Net's own loader: {path} (table: {table_of(path).name})")
     elif form == "hub":
         remark = write_for_hub(path, source, target, report, licence, results)
         say(f"Written, and its checkpoint read back by nnU-Net's own loader: {path}")
     else:
-        count = write_encoder(path, source, target, licence)
+        count = write_encoder(path, source, target, report, licence)
         say(f"Written: {path}, {count:,} parameters; python {path / 'load_encoder.py'} loads them")
     if remark:
         say(f"Adaptation plan: {remark}")
@@ -148,13 +156,10 @@ def _open(
     )
 
 
-def _beside(checkpoint: Path, target: TargetNetwork, form: Format) -> Path:
-    name = "_".join(
-        part
-        for part in (target.plans["dataset_name"], target.plans["plans_name"], target.configuration, target.trainer)
-        if part
-    )
-    return checkpoint.parent / (f"for_{name}.pth" if form == "nnunet" else f"{form}_{name}")
+def _default_output(target: TargetNetwork, form: Format) -> Path:
+    parts = (target.plans["dataset_name"], target.plans["plans_name"], target.configuration, target.trainer)
+    name = "_".join(part for part in parts if part)
+    return Path(f"for_{name}.pth" if form == "nnunet" else f"{form}_{name}")
 
 
 def _channel_text(source: SourceWeights) -> str:

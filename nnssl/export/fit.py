@@ -5,8 +5,9 @@ it, so that in networks of different depth a decoder's stage meets the one of it
 no faithful way to be made to stays as it was initialised.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,22 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from nnssl.errors import UserError
-from nnssl.export.kernels import ChannelPolicy, fit_input_channels, fit_kernel
-from nnssl.export.source import SourceWeights, names_by_tensor
+from nnssl.export.kernels import CHANNEL_POLICIES, ChannelPolicy, fit_input_channels, fit_kernel
+from nnssl.export.source import SEGMENTATION, SourceWeights, names_by_tensor
 from nnssl.export.target import TargetNetwork
 from nnssl.networks.primus import resample_positions
 from nnssl.schema import STRICT
 
 Status = Literal["transferred", "adapted", "random", "dropped", "segmentation"]
 
-SEGMENTATION = ".seg_layers."
-"""What nnU-Net's loader passes over and starts anew."""
-
 ENCODER = ("encoder.", "eva.", "down_projection.", "transformer.")
 """Prefixes of the parts that methods hand over."""
 
 COUNTED = ("encoder.", "eva.", "down_projection.")
-"""Those of which a share is asked for: a transformer at the bottleneck begins by changing nothing, and may be missing."""
+"""Those of which a share is asked for. A transformer at the bottleneck may be missing: unless it comes whole it begins by
+changing nothing."""
+
+TRANSFORMER, GATE = "transformer.", "transformer.gate"
 
 POSITIONS = "eva.pos_embed"
 
@@ -126,44 +127,56 @@ def fit_weights(source: SourceWeights, target: TargetNetwork, policy: ChannelPol
     Args:
         source: the weights.
         target: its ``network`` is changed in place.
-        policy: for other channels than the source's (``fit_input_channels``); None for ``named`` where both sides name the
-            same channels in another order, and else ``mean``.
+        policy: for the input channels (``fit_input_channels``); None for ``named`` where both sides name their channels and have
+            some in common, else as they are where they are as many, else ``mean``.
 
     Returns:
         What became of every tensor of both.
 
     Raises:
-        UserError: the channels cannot be matched by name.
+        UserError: the channels cannot be matched by name, or the policy is not known.
     """
+    check_policy(policy)
     network = target.network
     stages = _decoder_stages(source.architecture["arch_kwargs"]), _decoder_stages(target.architecture["arch_kwargs"])
-    layers = dict(_named_layers(network))
-    first = _first_layer(network)
+    layers = dict(network.named_modules(remove_duplicate=False))
+    first = next(each for each in network.modules() if isinstance(each, (nn.Conv2d, nn.Conv3d)))
+    state = network.state_dict(keep_vars=True)
     fitted = []
     taken: set[str] = set()
-    for names in names_by_tensor(network.state_dict(keep_vars=True)):
-        value = network.state_dict(keep_vars=True)[names[0]]
+    for names in names_by_tensor(state):
+        value = state[names[0]]
         if any(SEGMENTATION in f".{name}" for name in names):
             fitted.append(Fitted(names[0], "segmentation", value.numel(), "nnU-Net starts it anew"))
             continue
-        found = next((name for name in (_source_name(each, *stages) for each in names) if name in source.tensors), None)
-        if found is None:
-            fitted.append(_without_source(network, names, value, source))
+        there = [name for name in (_source_name(each, *stages) for each in names) if name in source.tensors]
+        if not there:
+            fitted.append(_without_source(names, value, source))
             continue
-        old = source.tensors[found]
         layer = layers.get(names[0].rpartition(".")[0])
-        new, how = _fit_tensor(old, value, names, layer, layer is first, source, target, policy)
+        new, how = _fit_tensor(source.tensors[there[0]], value, names, layer, layer is first, source, target, policy)
         if new is None:
             fitted.append(Fitted(names[0], "random", value.numel(), how))
             continue
-        taken.add(found)
+        taken.update(there)
         value.copy_(new)
         fitted.append(Fitted(names[0], "adapted" if how else "transferred", value.numel(), how))
+    fitted = _close_gate(fitted, state, source, target)
     for names in names_by_tensor(source.tensors):
         if taken.isdisjoint(names):
             reason = "has no place in the target"
             fitted.append(Fitted(names[0], "dropped", source.tensors[names[0]].numel(), reason))
     return FitReport(tuple(fitted), next(name for name, layer in layers.items() if layer is first))
+
+
+def check_policy(policy: str | None) -> None:
+    """Check that a policy for input channels is one, or None.
+
+    Raises:
+        UserError: it is none.
+    """
+    if policy is not None and policy not in CHANNEL_POLICIES:
+        raise UserError(f"--input-policy {policy}: is not known; take {', '.join(CHANNEL_POLICIES)}")
 
 
 def _fit_tensor(
@@ -179,6 +192,7 @@ def _fit_tensor(
     """Return the tensor for the target, None if there is none, and what was done to it or why not."""
     if POSITIONS in names:
         return _fit_positions(old, value, source, target)
+    other = f"{_by(old.shape)} in the source, {_by(value.shape)} here"
     how = []
     if is_first and names[0].endswith(".weight"):
         old, what = _fit_channels(old, source, target, policy)
@@ -188,36 +202,53 @@ def _fit_tensor(
     if convolution and old.ndim >= 4 and old.shape[2:] != value.shape[2:] and old.shape[:2] == value.shape[:2]:
         kernel = [*value.shape[2:]]
         if not transposed and _cuts_into_tokens(layer):
-            return None, f"tokens of {list(old.shape[2:])} voxels in the source, {kernel} here: no faithful way"
+            return None, f"tokens of {_by(old.shape[2:])} voxels in the source, {_by(kernel)} here: no faithful way"
         new = fit_kernel(old, kernel, transposed)
         if new is None:
-            return None, f"kernel {list(old.shape[2:])} in the source, {kernel} here: no faithful way"
+            return None, f"kernel {_by(old.shape[2:])} in the source, {_by(kernel)} here: no faithful way"
         how.append(f"kernel {_by(old.shape[2:])} to {_by(kernel)}")
         old = new
     if old.shape != value.shape:
-        return None, f"{_by(old.shape)} in the source, {_by(value.shape)} here"
+        return None, other
     return old.to(value.dtype), ", ".join(how)
 
 
 def _fit_channels(
     old: Tensor, source: SourceWeights, target: TargetNetwork, policy: ChannelPolicy | None
 ) -> tuple[Tensor, str]:
+    """Return the weights of the first layer for the target's images, and 0 for labels that a cascade puts behind them."""
     names, wanted = source.channel_names, target.channel_names
+    labels = old.shape[1] - source.num_channels
+    images, behind = old[:, : source.num_channels], target.num_inputs - target.num_channels
     if policy is None:
-        same = names is not None and wanted is not None and sorted(names) == sorted(wanted) and names != wanted
-        policy = "named" if same and len(set(names or ())) == len(names or ()) else "mean"
-        if not same and old.shape[1] == target.num_channels:
-            return old, ""
-    try:
-        fitted = fit_input_channels(old, target.num_channels, policy, names, wanted)
-    except ValueError as error:
-        raise UserError(
-            f"--input-policy named: {error} (source: {_names(names)}; target: {_names(wanted)}); name them with --channels "
-            "as the source does, or take mean or repeat"
-        ) from error
-    if torch.equal(fitted, old):
-        return old, ""
-    return fitted, f"{old.shape[1]} to {target.num_channels} channels by {policy}"
+        policy = "named" if _share_names(names, wanted) else "mean"
+        if policy == "mean" and source.num_channels == target.num_channels:
+            policy = None
+    fitted, how = images, []
+    if policy is not None:
+        try:
+            fitted = fit_input_channels(images, target.num_channels, policy, names, wanted)
+        except ValueError as error:
+            raise UserError(
+                f"--input-policy named: {error} (source: {_names(names)}; target: {_names(wanted)}); name them with --channels "
+                "as the source does, or take mean or repeat"
+            ) from error
+        if not torch.equal(fitted, images):
+            how.append(f"{source.num_channels} to {target.num_channels} channels by {policy}")
+    if behind != labels:
+        how.append(f"{behind} inputs of the stage before begin at 0")
+        fitted = torch.cat([fitted, fitted.new_zeros(len(fitted), behind, *fitted.shape[2:])], dim=1)
+    elif labels:
+        fitted = torch.cat([fitted, old[:, source.num_channels :]], dim=1)
+    return fitted, ", ".join(how)
+
+
+def _share_names(names: tuple[str, ...] | None, wanted: tuple[str, ...] | None) -> bool:
+    """Whether both sides name their channels, no two alike, and have some in common, upper and lower case aside."""
+    if names is None or wanted is None:
+        return False
+    theirs, ours = ({name.casefold() for name in each} for each in (names, wanted))
+    return len(theirs) == len(names) and len(ours) == len(wanted) and bool(theirs & ours)
 
 
 def _fit_positions(
@@ -225,42 +256,50 @@ def _fit_positions(
 ) -> tuple[Tensor | None, str]:
     if old.shape[-1] != value.shape[-1]:
         return None, f"tokens of width {old.shape[-1]} in the source, {value.shape[-1]} here"
-    token = getattr(target.network, "down_projection").proj.kernel_size  # noqa: B009  not every network has it
+    token = target.network.get_submodule("down_projection.proj").kernel_size
+    assert isinstance(token, tuple)
     grid = tuple(n // size for n, size in zip(target.patch_vox, token, strict=True))
     old_token = source.architecture["arch_kwargs"]["patch_embed_size"]
     old_grid = tuple(n // size for n, size in zip(source.patch_vox, old_token, strict=True))
+    if math.prod(old_grid) != old.shape[1]:
+        return None, f"{old.shape[1]} positions in the source, {_by(old_grid)} by its patch and tokens: no faithful way"
     resampled = resample_positions(old, old_grid, grid)
     return resampled, "" if resampled is old else f"positions of {_by(old_grid)} tokens resampled to {_by(grid)}"
 
 
-def _without_source(network: nn.Module, names: tuple[str, ...], value: Tensor, source: SourceWeights) -> Fitted:
+def _close_gate(
+    fitted: list[Fitted], state: Mapping[str, Tensor], source: SourceWeights, target: TargetNetwork
+) -> list[Fitted]:
+    """Let a transformer at the bottleneck begin by changing nothing, unless it comes whole and stands on the same stage."""
+    parts = [each for each in fitted if each.name.startswith(TRANSFORMER)]
+    stages = [each.architecture["arch_kwargs"].get("token_stage") for each in (source, target)]
+    if not parts or (stages[0] == stages[1] and all(each.status != "random" for each in parts)):
+        return fitted
+    state[GATE].zero_()
+    reason = "the transformer does not come whole, so it begins by changing nothing"
+    return [Fitted(GATE, "random", each.values, reason) if each.name == GATE else each for each in fitted]
+
+
+def _without_source(names: tuple[str, ...], value: Tensor, source: SourceWeights) -> Fitted:
     """Say what becomes of a tensor that the source lacks: one more residual block begins as one that changes nothing."""
-    size = value.numel()
-    if any(_begins_block(name, source.tensors) for name in names):
-        if any(re.search(r"(\.conv2\.norm\.(weight|bias)|\.gamma_[12])$", name) for name in names):
+    blocks = [match for match in (re.match(r"(.*\bblocks\.)(\d+)\.", name) for name in names) if match]
+    theirs = {f"{match[1]}{number}." for match in blocks for number in (0, match[2])}
+    present = {start for start in theirs if any(name.startswith(start) for name in source.tensors)}
+    scale = any(re.search(r"\.gamma_[12]$", name) for name in names)
+    if blocks and len(present) == len(theirs) and scale:
+        value.fill_(1.0)
+        return Fitted(names[0], "adapted", value.numel(), "the source has no layer scale, which is a scale of 1")
+    if blocks and present and len(present) < len(theirs):
+        if scale or any(re.search(r"\.conv2\.norm\.(weight|bias)$", name) for name in names):
             value.zero_()
-            return Fitted(names[0], "random", size, "one more residual block, which begins by changing nothing")
-        return Fitted(names[0], "random", size, "one more residual block")
-    return Fitted(names[0], "random", size, "the source has none")
-
-
-def _begins_block(name: str, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor is of a residual block in a stage of which the source has fewer blocks, but has some."""
-    match = re.match(r"(.*\bblocks\.)(\d+)\.", name)
-    return bool(match) and any(each.startswith(f"{match[1]}0.") for each in tensors) if match else False
+            reason = "one more residual block, which begins by changing nothing"
+            return Fitted(names[0], "random", value.numel(), reason)
+        return Fitted(names[0], "random", value.numel(), "one more residual block")
+    return Fitted(names[0], "random", value.numel(), "the source has none")
 
 
 def _cuts_into_tokens(layer: Any) -> bool:
     return max(layer.stride) > 1 and tuple(layer.stride) == tuple(layer.kernel_size)
-
-
-def _named_layers(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return network.named_modules(remove_duplicate=False)
-
-
-def _first_layer(network: nn.Module) -> nn.Module:
-    """Return the convolution that sees the images."""
-    return next(each for each in network.modules() if isinstance(each, (nn.Conv2d, nn.Conv3d)))
 
 
 def _decoder_stages(arch_kwargs: Mapping[str, Any]) -> int:
@@ -290,26 +329,30 @@ def _names(names: tuple[str, ...] | None) -> str:
     return ", ".join(names) if names else "not named"
 
 
-def refuse_below(report: FitReport, least_share: float, what: str, say: Callable[[str], None]) -> None:
+def refuse_below(
+    report: FitReport, least_share: float, what: str, say: Callable[[str], None], advice: str = ""
+) -> None:
     """Print a report's table, and refuse weights of which too little arrives.
 
+    Args:
+        report: of the fit.
+        least_share: of the target's encoder that has to come from the checkpoint; 0 lets everything through.
+        what: the checkpoint.
+        say: called with the lines of the table.
+        advice: more that a user can do about it.
+
     Raises:
-        UserError: less than ``least_share`` of the target's encoder comes from the checkpoint, or, unless that is 0, its
-            first layer does not.
+        UserError: less than ``least_share`` comes from the checkpoint, or its first layer does not.
     """
     for line in report.table():
         say(line)
     share = report.share(encoder=True)
-    advice = (
-        "the table says why. Take a configuration or plans whose network is like the pretrained one, plan with --like, or lower "
-        "--least-share"
-    )
+    hint = f"the table says why. Take plans whose network is like the pretrained one, or plan with --like{advice}"
     if share < least_share:
         raise UserError(
-            f"{what}: only {share:.1%} of the encoder's parameters come from the checkpoint, less than {least_share:.0%}; "
-            f"{advice}"
+            f"{what}: only {share:.1%} of the encoder's parameters come from the checkpoint, less than {least_share:.0%}; {hint}"
         )
     if least_share > 0 and not report.sees_as_before():
         raise UserError(
-            f"{what}: the layer that sees the images ({report.first}) stays random, so what follows has no use; {advice} to 0"
+            f"{what}: the layer that sees the images ({report.first}) stays random, so what follows has no use; {hint}"
         )

@@ -5,10 +5,10 @@ Every file is tried before it has its name: nnU-Net's own loader has to find in 
 
 import copy
 import io
-import json
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,58 +17,121 @@ import torch
 from torch import Tensor, nn
 
 import nnssl
-from nnssl.checkpoint import Provenance, write_checkpoint
+from nnssl.checkpoint import Provenance, load_tensors, to_plain, write_checkpoint
 from nnssl.errors import UserError
 from nnssl.export.adaptation_plan import KEY, write_adaptation_plan
-from nnssl.export.fit import ENCODER, SEGMENTATION, FitReport
+from nnssl.export.description import ELSEWHERE, citations, describe
+from nnssl.export.fit import ENCODER, FitReport
 from nnssl.export.model_card import write_model_card
-from nnssl.export.source import SourceWeights, names_by_tensor
+from nnssl.export.source import EXPORT_KEY, SEGMENTATION, SourceWeights, names_by_tensor
 from nnssl.export.target import TargetNetwork
 from nnssl.files import write_atomically, write_json
-from nnssl.methods import METHODS
-
-ELSEWHERE = "elsewhere"
-"""Method and data set of weights that were not made here."""
-
-NNSSL_CITATION = "Self-configuring self-supervised pretraining for nnU-Net."
 
 
 def write_for_nnunet(path: Path, source: SourceWeights, target: TargetNetwork, report: FitReport) -> str:
     """Write one file that ``nnUNetv2_train -pretrained_weights`` takes, with adaptation plan and citations.
 
     Args:
-        path: the file; its folder is made.
+        path: the file, whose name ends in .pth; its folder is made. A former export is replaced.
         source: the weights.
         target: the network that was filled with them.
-        report: of the filling; written beside the file, as ``<name>.json``.
+        report: of the filling; written beside the file, as ``<name>.pth.table.json``.
 
     Returns:
         A remark on the adaptation plan, empty where there is nothing to say.
 
     Raises:
-        UserError: nnU-Net's loader does not find in the file what was put there, or it cannot be written.
+        UserError: nnU-Net's loader does not find in the file what was put there; another file has the name; or it cannot be
+            written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content: dict[str, Any] = {
-        "network_weights": target.network.state_dict(),
-        "citations": citations(source),
-    }
+    check_output(path, source)
+    content: dict[str, Any] = {"network_weights": target.network.state_dict(), "citations": citations(source)}
     remark = ""
-    if target.trainer is None:
-        content[KEY], remark = write_adaptation_plan(
-            target.architecture, target.configuration, target.patch_vox, target.spacing_mm, target.num_channels
-        )
+    if target.trainer is not None:
+        # no plan names this network, so nothing that reads plans may take the file for one of them
+        content[EXPORT_KEY] = {
+            "trainer": target.trainer,
+            "checkpoint": str(source.path),
+            **describe(source, target, "unknown"),
+        }
+        remark = f"none, as the network is that of {target.trainer}, which plans do not name; for nnU-Net only"
     else:
-        remark = f"without an adaptation plan: the network is that of {target.trainer}, which plans do not name"
+        try:
+            content[KEY], remark = write_adaptation_plan(
+                target.architecture,
+                target.configuration,
+                target.patch_vox,
+                _spacing_mm(source, target),
+                target.num_inputs,
+            )
+        except ValueError as error:
+            remark = f"none, as {error}"
+    make_folder(path.parent)
     untested = path.with_name(f".{path.name}.{os.getpid()}.untested")
     try:
-        write_checkpoint(untested, content, _provenance(source, target, report), {})
-        check_loads(target.network, untested)
+        if target.trainer is None:
+            write_checkpoint(untested, content, _provenance(source, target, report), {})
+        else:
+            plain = to_plain(content)
+            write_atomically(untested, lambda file: torch.save(plain, file))
+        check_loads(target.network, untested, path)
         os.replace(untested, path)
     finally:
         untested.unlink(missing_ok=True)
-    write_json(path.with_suffix(".json"), report.plain())
+    write_json(table_of(path), report.plain())
     return remark
+
+
+def table_of(path: Path) -> Path:
+    """Return the file beside an export that says what became of each tensor."""
+    return path.with_name(f"{path.name}.table.json")
+
+
+def check_output(path: Path, source: SourceWeights) -> None:
+    """Check that a file may be written: a name that nnU-Net's users expect, and nothing there but a former export.
+
+    Raises:
+        UserError: it may not.
+    """
+    if path.suffix not in (".pth", ".pt"):
+        raise UserError(f"-o {path}: is to hold weights; give it a name that ends in .pth")
+    other = path.is_dir() or path.resolve() == source.path.resolve()
+    if path.exists() and (other or "citations" not in load_tensors(path)):
+        raise UserError(f"-o {path}: is there already and is no former export; choose another name")
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be made ({error.strerror or error}); choose another folder with -o"
+        ) from error
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Fill a folder under a temporary name, which becomes its own when all is there.
+
+    Raises:
+        UserError: there is something of that name already, or it cannot be made.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"-o {folder}: is there already and not an empty folder; name a new one")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    make_folder(temporary)
+    try:
+        yield temporary
+        if folder.exists():
+            folder.rmdir()
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_for_hub(
@@ -79,9 +142,10 @@ def write_for_hub(
     licence: str,
     results: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Write a folder that can be uploaded to a model hub as it is.
+    """Write a folder that can be uploaded to a model hub as it is, whole or not at all.
 
-    It holds ``checkpoint_final.pth`` (as ``write_for_nnunet``), ``adaptation_plan.json``, ``config.json`` and a model card.
+    It holds ``checkpoint_final.pth`` (as ``write_for_nnunet``), ``adaptation_plan.json``, ``config.json``, the plans and
+    ``dataset.json`` that the weights go with, and a model card.
 
     Args:
         folder: made here; it must not hold anything yet.
@@ -89,7 +153,7 @@ def write_for_hub(
         target: the network that was filled with them.
         report: of the filling.
         licence: of the weights, an SPDX name.
-        results: of fine-tuning, for the card: data set, labels, steps and Dice of each.
+        results: of fine-tuning, for the card: ``dataset``, ``arm``, ``labels``, ``steps`` and ``dice`` of each.
 
     Returns:
         A remark, as ``write_for_nnunet``.
@@ -97,25 +161,31 @@ def write_for_hub(
     Raises:
         UserError: as ``write_for_nnunet``; or the folder holds something.
     """
-    _start_folder(folder)
-    checkpoint = folder / "checkpoint_final.pth"
-    remark = write_for_nnunet(checkpoint, source, target, report)
-    adaptation = torch.load(checkpoint, weights_only=True)
-    if KEY in adaptation:
-        write_json(folder / "adaptation_plan.json", adaptation[KEY])
-    write_json(folder / "config.json", describe(source, target, licence))
-    card = write_model_card(describe(source, target, licence), report.table(), citations(source), results, remark)
-    write_atomically(folder / "README.md", lambda file: file.write(card.encode()))
+    with new_folder(folder) as temporary:
+        checkpoint = temporary / "checkpoint_final.pth"
+        remark = write_for_nnunet(checkpoint, source, target, report)
+        content = load_tensors(checkpoint)
+        if KEY in content:
+            write_json(temporary / "adaptation_plan.json", content[KEY])
+        write_json(temporary / f"{target.plans['plans_name']}.json", _without_pretext(target.plans))
+        write_json(temporary / "dataset.json", target.dataset_json)
+        spec = describe(source, target, licence)
+        write_json(temporary / "config.json", spec)
+        card = write_model_card(spec, report.table(), citations(source), results, remark)
+        write_atomically(temporary / "README.md", lambda file: file.write(card.encode()))
     return remark
 
 
-def write_encoder(folder: Path, source: SourceWeights, target: TargetNetwork, licence: str) -> int:
-    """Write the encoder alone, for use outside nnU-Net: ``encoder.safetensors``, ``encoder.json`` and ``load_encoder.py``.
+def write_encoder(folder: Path, source: SourceWeights, target: TargetNetwork, report: FitReport, licence: str) -> int:
+    """Write the encoder alone, for use outside nnU-Net, whole or not at all.
+
+    The folder holds ``encoder.safetensors``, ``encoder.json``, ``load_encoder.py``, and the table of what became of each tensor.
 
     Args:
         folder: made here; it must not hold anything yet.
         source: the weights.
         target: the network that was filled with them.
+        report: of the filling.
         licence: of the weights, an SPDX name.
 
     Returns:
@@ -126,15 +196,14 @@ def write_encoder(folder: Path, source: SourceWeights, target: TargetNetwork, li
     """
     from safetensors.torch import save
 
-    _start_folder(folder)
     tensors = encoder_tensors(target.network)
-    write_atomically(folder / "encoder.safetensors", lambda file: file.write(save(tensors)))
-    spec = describe(source, target, licence)
-    spec["deep_supervision"] = True
-    spec["num_classes"] = _classes(target)
-    write_json(folder / "encoder.json", spec)
     example = (Path(__file__).parent / "load_encoder.py").read_bytes()
-    write_atomically(folder / "load_encoder.py", lambda file: file.write(example))
+    with new_folder(folder) as temporary:
+        weights = temporary / "encoder.safetensors"
+        write_atomically(weights, lambda file: file.write(save(tensors)))
+        write_json(temporary / "encoder.json", describe(source, target, licence))
+        write_json(table_of(weights), report.plain())
+        write_atomically(temporary / "load_encoder.py", lambda file: file.write(example))
     return sum(tensor.numel() for tensor in tensors.values())
 
 
@@ -145,8 +214,13 @@ def encoder_tensors(network: nn.Module) -> dict[str, Tensor]:
     return {name: state[name].detach().contiguous() for name in chosen}
 
 
-def check_loads(network: nn.Module, path: Path) -> None:
+def check_loads(network: nn.Module, path: Path, name: Path) -> None:
     """Load a file with nnU-Net's own loader into a copy of a network, and compare what arrived.
+
+    Args:
+        network: as it was written.
+        path: the file.
+        name: that the file will have.
 
     Raises:
         UserError: the loader refuses the file, or a tensor did not arrive.
@@ -162,52 +236,27 @@ def check_loads(network: nn.Module, path: Path) -> None:
         with redirect_stdout(io.StringIO()):
             load_pretrained_weights(other, str(path), verbose=False)
     except (AssertionError, RuntimeError) as error:
-        raise UserError(f"{path}: nnU-Net's loader refuses it ({str(error).splitlines()[0]}); report this") from error
+        raise UserError(f"{name}: nnU-Net's loader refuses it ({str(error).splitlines()[0]}); report this") from error
     arrived = other.state_dict()
-    for name, value in network.state_dict().items():
-        if SEGMENTATION not in f".{name}" and not torch.equal(arrived[name], value):
-            raise UserError(f"{path}: nnU-Net's loader does not bring {name} back as it was written; report this")
+    for key, value in network.state_dict().items():
+        if SEGMENTATION not in f".{key}" and not torch.equal(arrived[key], value):
+            raise UserError(f"{name}: nnU-Net's loader does not bring {key} back as it was written; report this")
 
 
-def describe(source: SourceWeights, target: TargetNetwork, licence: str) -> dict[str, Any]:
-    """Return what somebody who loads the weights has to know, as JSON takes it."""
-    origin = source.provenance
-    return {
-        "library": f"nnssl {nnssl.__version__}",
-        "method": origin.method if origin else ELSEWHERE,
-        "stage": origin.stage if origin else ELSEWHERE,
-        "steps": origin.step if origin else None,
-        "settings": origin.settings if origin else {},
-        "pretraining_data": origin.dataset_name if origin else ELSEWHERE,
-        "pretraining_cases": len(origin.cases) if origin and origin.cases is not None else None,
-        "pretraining_spacing_mm": None if source.spacing_mm is None else list(source.spacing_mm),
-        "pretraining_channels": None if source.channel_names is None else list(source.channel_names),
-        "plans": target.plans["plans_name"],
-        "configuration": target.configuration,
-        "trainer": target.trainer,
-        "architecture": json.loads(json.dumps(target.architecture)),
-        "num_channels": target.num_channels,
-        "channel_names": None if target.channel_names is None else list(target.channel_names),
-        "normalization": target.settings["normalization_schemes"],
-        "patch_size": list(target.patch_vox),
-        "spacing_mm": list(target.spacing_mm),
-        "license": licence,
-    }
+def _spacing_mm(source: SourceWeights, target: TargetNetwork) -> Sequence[float]:
+    """Return the spacing of pretraining, or the target's where that is not known or has other axes."""
+    known = source.pretraining["spacing_mm"]
+    return known if known is not None and len(known) == len(target.spacing_mm) else target.spacing_mm
 
 
-def citations(source: SourceWeights) -> list[dict[str, Any]]:
-    """Return what to cite, in the form that nnU-Net prints when training starts."""
-    listed = [{"type": "Framework", "name": "nnssl", "apa_citations": [NNSSL_CITATION]}]
-    if source.provenance is not None and source.provenance.method in METHODS:
-        method = METHODS[source.provenance.method]
-        listed.insert(0, {"type": "Method", "name": method.title, "apa_citations": [method.source]})
-    return listed
+def _without_pretext(plans: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in plans.items() if key != "pretext"}
 
 
 def _provenance(source: SourceWeights, target: TargetNetwork, report: FitReport) -> Provenance:
     """Return the provenance of an exported file: the weights' own, with the network that they were made for."""
     taken = tuple(each.name for each in report.tensors if each.status in ("transferred", "adapted"))
-    plans = {key: value for key, value in target.plans.items() if key != "pretext"}
+    plans = _without_pretext(target.plans)
     if source.provenance is not None:
         return replace(
             source.provenance,
@@ -216,6 +265,7 @@ def _provenance(source: SourceWeights, target: TargetNetwork, report: FitReport)
             plans=plans,
             dataset_json=target.dataset_json,
             pretrained=taken,
+            origin=source.pretraining,
         )
     return Provenance(
         nnssl_version=nnssl.__version__,
@@ -233,14 +283,5 @@ def _provenance(source: SourceWeights, target: TargetNetwork, report: FitReport)
         finished=True,
         pretrained=taken,
         init=str(source.path),
+        origin=source.pretraining,
     )
-
-
-def _start_folder(folder: Path) -> None:
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: holds something already; name a new folder with -o")
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def _classes(target: TargetNetwork) -> int:
-    return len(target.dataset_json["labels"])

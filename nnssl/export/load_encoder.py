@@ -1,6 +1,7 @@
-"""Loads an encoder that nnssl exported, with PyTorch, safetensors and dynamic-network-architectures; nnssl is not needed.
+"""Loads an encoder that nnssl exported, with PyTorch, safetensors and dynamic-network-architectures.
 
-``python load_encoder.py`` prints the shapes that the encoder gives for a patch of zeros.
+nnssl itself has to be installed only for the networks that are its own, Primus and those with a transformer at the bottleneck:
+``encoder.json`` names the class. ``python load_encoder.py`` prints the shapes that the encoder gives for a patch of zeros.
 """
 
 import json
@@ -22,15 +23,12 @@ def load_encoder(folder: Path) -> tuple[Any, dict[str, Any]]:
     for key in architecture["_kw_requires_import"]:
         kwargs[key] = locate(kwargs[key]) if kwargs[key] is not None else None
     network_class: Any = locate(architecture["network_class_name"])
-    network = network_class(input_channels=spec["num_channels"], num_classes=spec["num_classes"], **kwargs)
+    network = network_class(input_channels=spec["num_inputs"], num_classes=spec["num_classes"], **kwargs)
     weights = load_file(folder / "encoder.safetensors")
     result = network.load_state_dict(weights, strict=False)
-    loaded = {network.state_dict()[name].data_ptr() for name in weights}
-    left_out = [
-        name
-        for name in result.missing_keys
-        if name.startswith(PARTS) and network.state_dict()[name].data_ptr() not in loaded
-    ]
+    state = network.state_dict()
+    loaded = {state[name].data_ptr() for name in weights}
+    left_out = [name for name in result.missing_keys if name.startswith(PARTS) and state[name].data_ptr() not in loaded]
     if result.unexpected_keys or left_out:
         raise RuntimeError(f"the encoder does not fit: {result.unexpected_keys + left_out}")
     return network, spec
@@ -38,10 +36,11 @@ def load_encoder(folder: Path) -> tuple[Any, dict[str, Any]]:
 
 if __name__ == "__main__":
     network, spec = load_encoder(Path(__file__).parent)
-    patch = torch.zeros(1, spec["num_channels"], *spec["patch_size"])
+    patch = torch.zeros(1, spec["num_inputs"], *spec["patch_size"])
     with torch.no_grad():
         if hasattr(network, "encoder"):
+            # with a transformer at the bottleneck, network.transformer goes on from the features of its stage
             for features in network.eval().encoder(patch):
                 print(tuple(features.shape))
         else:
-            print(tuple(network.eval().down_projection(patch).shape))
+            print(tuple(network.eval().encode(patch).shape))

@@ -14,8 +14,8 @@ from nnssl.files import read_json
 from nnssl.networks.backbone import build_network, seeded
 from nnssl.paths import Folders
 
-DEFAULT_CLASSES = 2
-"""Of a target whose labels nothing names; nnU-Net starts the last layer anew in any case."""
+PLACEHOLDER_LABELS = {"background": 0, "foreground": 1}
+"""Of a target whose labels nothing names: nnU-Net starts the last layer of a plan's network anew in any case."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class TargetNetwork:
         settings: of the configuration, with what it inherits.
         dataset_json: of the data set, completed where there is none.
         channel_names: of the images; None where nothing names them.
-        num_channels: of the network's input; a cascade's holds labels too.
+        num_channels: of the images.
+        num_inputs: of the network; after the images' channels a cascade's has one for each label of the stage before.
+        num_classes: outputs of the network.
         trainer: name of nnU-Net's trainer whose network it is; None for that of the plan.
     """
 
@@ -44,6 +46,8 @@ class TargetNetwork:
     dataset_json: dict[str, Any]
     channel_names: tuple[str, ...] | None
     num_channels: int
+    num_inputs: int
+    num_classes: int
     trainer: str | None = None
 
     @property
@@ -85,11 +89,20 @@ def open_target(
     """
     path = _find_plans(wanted, folders, plans_name)
     plans = read_json(path, "plans file")
-    if not isinstance(plans, dict) or not {"configurations", "dataset_name", "plans_name"} <= set(plans):
+    if not is_plans(plans):
         raise UserError(f"{path}: is no plans file of nnU-Net; it names no configurations, plans or data set")
     chosen = _choose_configuration(path, list(plans["configurations"]), configuration, usual_configuration)
-    dataset_json = _dataset_json(path, plans, folders, channels)
+    dataset_json = _dataset_json(path, plans, folders, channels, labels_matter=trainer is not None)
     return build_target(plans, chosen, dataset_json, f"{chosen} of {path}", trainer, seed)
+
+
+def is_plans(content: Any) -> bool:
+    """Whether a JSON file's content is that of a plans file."""
+    return (
+        isinstance(content, dict)
+        and isinstance(content.get("configurations"), dict)
+        and all(isinstance(content.get(key), str) for key in ("dataset_name", "plans_name"))
+    )
 
 
 def build_target(
@@ -99,6 +112,7 @@ def build_target(
     label: str,
     trainer: str | None = None,
     seed: int = 0,
+    network: nn.Module | None = None,
 ) -> TargetNetwork:
     """Build the network of a configuration, with a seeded random start.
 
@@ -109,37 +123,65 @@ def build_target(
         label: what it is, for a sentence.
         trainer: see ``open_target``.
         seed: of the random start.
+        network: that is there already, of this configuration; None to build it.
 
     Raises:
-        UserError: the configuration names no network, or the trainer cannot build one.
+        UserError: nnU-Net cannot build a network from the plan, or the trainer cannot; or the plan normalises another
+            number of channels.
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # slow to import
 
-    manager = PlansManager(plans)
-    resolved = manager.get_configuration(configuration)
-    if "architecture" not in resolved.configuration:
-        raise UserError(f"{label}: names no network, as plans of nnU-Net before version 2.3; plan again")
-    names = dataset_json["channel_names"]
-    architecture = resolved.configuration["architecture"]
-    num_channels = len(names) + _channels_of_previous_stage(manager, resolved, dataset_json)
-    classes = manager.get_label_manager(dataset_json).num_segmentation_heads
-    if trainer is None:
-        network = build_network(architecture, num_channels, classes, seed)
-    else:
-        network = seeded(lambda: _build_by_trainer(trainer, manager, resolved, num_channels, classes), seed, "network")
+    try:
+        manager = PlansManager(plans)
+        resolved = manager.get_configuration(configuration)
+        architecture = resolved.configuration["architecture"]
+        names = dataset_json["channel_names"]
+        num_inputs = len(names) + _channels_of_previous_stage(manager, resolved, dataset_json)
+        num_classes = manager.get_label_manager(dataset_json).num_segmentation_heads
+        schemes = resolved.configuration["normalization_schemes"]
+        assert resolved.patch_size
+        if network is None and trainer is None:
+            network = build_network(architecture, num_inputs, num_classes, seed)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+        raise UserError(
+            f"{label}: nnU-Net cannot build a network from it ({type(error).__name__}: {error}); check plans and dataset.json, "
+            "or plan again"
+        ) from error
+    if len(schemes) != len(names):
+        raise UserError(
+            f"{label}: normalises {len(schemes)} channel(s), but {len(names)} are named ({', '.join(map(str, names.values()))}); "
+            "name those of the plan's data set"
+        )
+    if network is None:
+        assert trainer is not None
+        network = seeded(
+            lambda: _build_by_trainer(trainer, manager, resolved, num_inputs, num_classes), seed, "network"
+        )
     numbered = all(str(name).isdecimal() for name in names.values())
+    written = plans
+    if not _names_architecture(plans, configuration):  # as plans of nnU-Net before version 2.3; it reconstructs them
+        written = {**plans, "configurations": {**plans["configurations"], configuration: resolved.configuration}}
     return TargetNetwork(
         network=network,
         label=label + (f" with {trainer}" if trainer else ""),
         architecture=architecture,
-        plans=plans,
+        plans=written,
         configuration=configuration,
         settings=resolved.configuration,
         dataset_json=dataset_json,
         channel_names=None if numbered else tuple(str(names[key]) for key in sorted(names, key=int)),
-        num_channels=num_channels,
+        num_channels=len(names),
+        num_inputs=num_inputs,
+        num_classes=num_classes,
         trainer=trainer,
     )
+
+
+def _names_architecture(plans: dict[str, Any], configuration: str) -> bool:
+    content = plans["configurations"][configuration]
+    if "architecture" in content:
+        return True
+    return "inherits_from" in content and _names_architecture(plans, content["inherits_from"])
 
 
 def _find_plans(wanted: str, folders: Folders, plans_name: str | None) -> Path:
@@ -148,7 +190,8 @@ def _find_plans(wanted: str, folders: Folders, plans_name: str | None) -> Path:
             raise UserError(f"-p {plans_name}: {wanted} is a plans file already; leave -p out")
         return Path(wanted).expanduser().absolute()
     folder = folders.preprocessed / find_dataset(wanted, folders)
-    present = sorted(path.stem for path in folder.glob("*.json") if "plans" in path.stem.lower())
+    candidates = [path for path in sorted(folder.glob("*.json")) if "plans" in path.stem.lower()]
+    present = [path.stem for path in candidates if is_plans(read_json(path, "plans file"))]
     if plans_name is None and len(present) > 1 and "nnUNetPlans" in present:
         plans_name = "nnUNetPlans"
     if plans_name is None and len(present) == 1:
@@ -177,7 +220,7 @@ def _choose_configuration(path: Path, present: list[str], wanted: str | None, us
 
 
 def _dataset_json(
-    path: Path, plans: dict[str, Any], folders: Folders, channels: Sequence[str] | None
+    path: Path, plans: dict[str, Any], folders: Folders, channels: Sequence[str] | None, labels_matter: bool
 ) -> dict[str, Any]:
     """Return the data set's own description, with other channels if the user names some."""
     name = plans["dataset_name"]
@@ -188,12 +231,25 @@ def _dataset_json(
     ]
     present = next((each for each in found if each.is_file()), None)
     content = {} if present is None else read_json(present, "dataset.json")
+    if not isinstance(content, dict):
+        raise UserError(f"{present}: is no dataset.json; it starts with {{")
     if channels is not None:
         content = {**content, "channel_names": _named(channels)}
     if "channel_names" not in content:
         raise UserError(f"{path}: there is no dataset.json beside it that names channels; say them with --channels")
-    if "labels" not in content:
-        content = {**content, "labels": {"background": 0, "foreground": DEFAULT_CLASSES - 1}}
+    names = content["channel_names"]
+    if not isinstance(names, dict) or not names or not all(str(key).isdecimal() for key in names):
+        raise UserError(
+            f'{present}: channel_names is not {{"0": NAME, ...}}; mend it, or say the channels with --channels'
+        )
+    labels = content.get("labels")
+    if not isinstance(labels, dict) or "background" not in labels:
+        if labels_matter:
+            raise UserError(
+                f"{path}: no dataset.json names its labels, which decide the shape of this trainer's network; put the data set's "
+                "dataset.json beside the plans"
+            )
+        content = {**content, "labels": PLACEHOLDER_LABELS}
     return {"file_ending": ".nii.gz", "numTraining": 0, **content}
 
 

@@ -15,7 +15,7 @@ from nnssl.data.patients import patient_in_name, read_patients
 from nnssl.data.raw import RawDataset, read_volume
 from nnssl.errors import UserError
 from nnssl.export.adaptation_plan import KEY
-from nnssl.export.formats import ELSEWHERE
+from nnssl.export.description import ELSEWHERE
 from nnssl.files import some
 from nnssl.paths import Folders
 from nnssl.schema import read

@@ -8,10 +8,12 @@ import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
+from nnssl.cli.info import explain_checkpoint
 from nnssl.errors import UserError
 from nnssl.export.export import export
 from nnssl.export.fit import fit_weights, refuse_below
-from nnssl.export.source import open_source
+from nnssl.export.formats import table_of
+from nnssl.export.source import count_values, open_source
 from nnssl.export.target import build_target
 from nnssl.networks.backbone import build_network
 from nnssl.paths import Folders
@@ -72,7 +74,6 @@ def test_matrix(tmp_path, folders, kind, dim, source_channels, channels):
                 changed.append(name)
                 torch.testing.assert_close(value, mean_of_channels(weights[name], channels))
         assert bool(changed) == (source_channels != channels)
-        assert len({target.state_dict()[name].data_ptr() for name in changed}) <= 1  # the input layer, by all its names
 
 
 @pytest.mark.parametrize(("kind", "dim"), [("plain", 2), ("residual", 3), ("hybrid", 3)])
@@ -87,7 +88,7 @@ def test_what_was_not_pretrained_is_a_seeded_start(tmp_path, folders, kind, dim)
         # nnU-Net registers the encoder in the decoder too
         expected = weights if name.startswith(("encoder.", "decoder.encoder.", "transformer.")) else fresh
         assert torch.equal(value, expected[name]), name
-    report = json.loads(done.path.with_suffix(".json").read_text())
+    report = json.loads(table_of(done.path).read_text())
     assert report["share_of_encoder"] == 1.0
     counted = {each["name"]: each for each in report["tensors"]}
     assert counted["decoder.stages.0.convs.0.conv.weight"]["status"] == "random"
@@ -144,8 +145,18 @@ def test_a_deeper_decoder_meets_stages_of_its_own_resolution(tmp_path):
     )
 
 
-def test_one_more_residual_block_changes_nothing_at_first(tmp_path):
+def test_one_more_residual_block_changes_nothing_at_first(tmp_path, monkeypatch):
     deep = unet("residual", 3, n_blocks_per_stage=[1, 2, 3])
+    build = build_target
+
+    def build_perturbed(*arguments):  # nnU-Net's own start has zeros there too
+        built = build(*arguments)
+        with torch.no_grad():
+            for parameter in built.network.parameters():
+                parameter.add_(0.1)
+        return built
+
+    monkeypatch.setattr("tests.nnssl.export.test_export.build_target", build_perturbed)
     network, report = fitted(tmp_path, unet("residual", 3), deep)
     same, _ = fitted(tmp_path, unet("residual", 3), unet("residual", 3))
     volume = torch.randn(1, 1, 8, 24, 16, generator=torch.Generator().manual_seed(0))
@@ -207,6 +218,66 @@ def test_a_volume_that_does_not_change_along_z_is_answered_like_its_slice(tmp_pa
     torch.testing.assert_close(deflated.encoder.stages[0][0].convs[0].conv(image), first, rtol=1e-4, atol=1e-5)
 
 
+def test_a_transformer_that_does_not_come_whole_begins_by_changing_nothing(tmp_path):
+    """The gate alone has the same shape in all hybrids, and pretraining opens it."""
+    write_source(tmp_path / "a.pth", unet("hybrid", 3), 3, ["CT"])
+    assert torch.load(tmp_path / "a.pth", weights_only=True)["network_weights"]["transformer.gate"] != 0
+    volume = torch.randn(1, 1, 8, 24, 16, generator=torch.Generator().manual_seed(0))
+    plain, _ = fitted(tmp_path, unet("hybrid", 3), unet("plain", 3))
+    for change in ({"transformer_width": 24}, {"transformer_depth": 2}, {"token_stage": 1}):
+        network, report = fitted(tmp_path, unet("hybrid", 3), unet("hybrid", 3, **change))
+        assert status(report, "transformer.gate").status == "random"
+        skips = network.encoder(volume)
+        stage = change.get("token_stage", 2)
+        assert torch.equal(network.transformer(skips[stage]), plain.encoder(volume)[stage]), change
+    network, report = fitted(tmp_path, unet("hybrid", 3), unet("hybrid", 3))
+    assert status(report, "transformer.gate").status == "transferred"
+    assert network.transformer.gate != 0
+
+
+def test_labels_that_a_cascade_puts_behind_the_images_begin_at_zero(tmp_path, folders):
+    network = unet("plain", 3)
+    weights = write_source(tmp_path / "a.pth", network, 3, ["CT"])
+    content = plans(network, 3, 1)
+    content["configurations"]["3d_lowres"] = dict(content["configurations"]["3d_fullres"])
+    content["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    path = write_plans(tmp_path / "user", content, ["CT"], classes=4)
+    options = {"for_plans": str(path), "configuration": "3d_cascade_fullres", "out": tmp_path / "o.pth"}
+    done = export(tmp_path / "a.pth", folders, **options)
+    first = "encoder.stages.0.0.convs.0.conv.weight"
+    found = torch.load(done.path, weights_only=True)["network_weights"][first]
+    assert torch.equal(found[:, :1], weights[first])
+    assert found.shape[1] == 4
+    assert not found[:, 1:].any()
+    assert status(done.report, first).reason == "3 inputs of the stage before begin at 0"
+
+
+def test_primus_without_layer_scale_keeps_its_blocks(tmp_path):
+    write_source(tmp_path / "a.pth", primus(), 3, ["c0"])
+    content = torch.load(tmp_path / "a.pth", weights_only=True)
+    for name in [name for name in content["network_weights"] if ".gamma_" in name]:
+        del content["network_weights"][name]
+    torch.save(content, tmp_path / "a.pth")
+    built = build_target(plans(primus(), 3, 1), "3d_fullres", dataset_json(["c0"]), "target")
+    report = fit_weights(open_source(tmp_path / "a.pth"), built)
+    assert status(report, "eva.blocks.1.gamma_2").status == "adapted"
+    assert torch.equal(built.network.eva.blocks[1].gamma_2, torch.ones(36))
+
+
+def test_names_that_were_copied_apart_are_still_one_tensor(tmp_path):
+    """As a conversion to float16 does."""
+    write_source(tmp_path / "a.pth", unet("residual", 3), 3, ["c0"])
+    content = torch.load(tmp_path / "a.pth", weights_only=True)
+    content["network_weights"] = {name: value.half() for name, value in content["network_weights"].items()}
+    torch.save(content, tmp_path / "b.pth")
+    built = build_target(plans(unet("residual", 3), 3, 1), "3d_fullres", dataset_json(["c0"]), "target")
+    whole, halved = (fit_weights(open_source(tmp_path / name), built) for name in ("a.pth", "b.pth"))
+    assert whole == halved
+    assert count_values(open_source(tmp_path / "a.pth").tensors) == count_values(
+        open_source(tmp_path / "b.pth").tensors
+    )
+
+
 def test_named_channels(tmp_path, folders):
     network = unet("plain", 3)
     weights = write_source(tmp_path / "a.pth", network, 3, ["T1", "T2", "FLAIR"])
@@ -222,6 +293,11 @@ def test_named_channels(tmp_path, folders):
     assert torch.equal(exported(["FLAIR", "T1", "T2"]), weights[first][:, [2, 0, 1]])
     found = exported(["t2", "DWI"], "named")
     assert torch.equal(found, torch.stack([weights[first][:, 1], zeros], dim=1))
+    # names in common are enough, upper and lower case aside
+    assert torch.equal(exported(["t2", "t1", "flair"]), weights[first][:, [1, 0, 2]])
+    assert torch.equal(
+        exported(["T2", "DWI", "T1"]), torch.stack([weights[first][:, 1], zeros, weights[first][:, 0]], 1)
+    )
     # other names, as many: nothing tells which is which, so they are taken as they are
     assert torch.equal(exported(["a", "b", "c"]), weights[first])
     with pytest.raises(UserError, match=r"no channel of one has the name .*source: T1, T2, FLAIR; target: CT"):
@@ -257,6 +333,13 @@ def test_stock_trainers_of_primus(tmp_path, folders):
     )
     written = torch.load(done.path, weights_only=True)
     assert "nnssl_adaptation_plan" not in written
+    assert "nnssl" not in written  # its plan is not that of this network
+    assert any(name in line for line in explain_checkpoint(done.path))
+    with pytest.raises(UserError, match=f"was made for nnU-Net's {name}"):
+        open_source(done.path)
+    (tmp_path / "user" / "dataset.json").unlink()
+    with pytest.raises(UserError, match="decide the shape of this trainer's network"):
+        export(tmp_path / "a.pth", folders, for_plans=str(path), channels=["CT"], trainer=name, out=tmp_path / "p.pth")
     state = written["network_weights"]
     assert torch.equal(state["eva.blocks.0.mlp.fc2.weight"], weights["eva.blocks.0.mlp.fc2.weight"])
     assert state["eva.pos_embed"].shape == (1, 12, 396)

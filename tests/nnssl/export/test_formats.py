@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from nnssl.cli.export import main
+from nnssl.cli.info import explain_checkpoint
 from nnssl.errors import UserError
 from nnssl.export.adaptation_plan import KEY, RESENC_L, read_adaptation_plan, write_adaptation_plan
 from nnssl.export.export import export
@@ -184,7 +185,8 @@ def test_folder_for_a_hub(tmp_path, folders):
     rows = [{"dataset": "Dataset004_Labelled", "arm": "pix2rep", "labels": 5, "steps": 300, "dice": 0.8125}]
     path = exported(tmp_path, folders, form="hub", licence="CC-BY-4.0", results=rows, out=tmp_path / "hub")
     assert sorted(each.name for each in path.iterdir()) == [
-        "README.md", "adaptation_plan.json", "checkpoint_final.json", "checkpoint_final.pth", "config.json",
+        "README.md", "adaptation_plan.json", "checkpoint_final.pth", "checkpoint_final.pth.table.json", "config.json",
+        "dataset.json", "nnUNetPlans.json",
     ]  # fmt: skip
     content = torch.load(path / "checkpoint_final.pth", weights_only=True)
     assert json.loads((path / "adaptation_plan.json").read_text()) == json.loads(json.dumps(content[KEY]))
@@ -200,8 +202,12 @@ def test_folder_for_a_hub(tmp_path, folders):
         "Pix2Rep",
     ):
         assert line in card, line
-    with pytest.raises(UserError, match="holds something already"):
+    assert any("pretrained with patch" in line for line in explain_checkpoint(path))
+    with pytest.raises(UserError, match="is there already and not an empty folder"):
         exported(tmp_path, folders, form="hub", out=tmp_path / "hub")
+    with pytest.raises(TypeError):  # a row without a number: nothing half-made is left
+        exported(tmp_path, folders, form="hub", results=[{**rows[0], "dice": None}], out=tmp_path / "second")
+    assert not [each for each in tmp_path.iterdir() if "second" in each.name]
 
 
 @pytest.mark.parametrize(("kind", "dim"), [("plain", 2), ("residual", 3), ("primus", 3)])
@@ -222,13 +228,150 @@ def test_encoder_alone_in_plain_pytorch(tmp_path, folders, kind, dim):
         "sys.exit(('nnssl' in sys.modules) != spec['architecture']['network_class_name'].startswith('nnssl'))"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "loaded.pth")], check=True)
+    printed = subprocess.run(
+        [sys.executable, str(path / "load_encoder.py")], check=True, capture_output=True, text=True
+    )
+    assert printed.stdout.splitlines()[0] == {"plain": "(1, 4, 16, 24)", "residual": "(1, 4, 8, 24, 16)"}.get(
+        kind, "(1, 24, 36)"
+    )
+    assert any("encoder of" in line for line in explain_checkpoint(path))
     loaded = torch.load(tmp_path / "loaded.pth", weights_only=True)
     expected = torch.load(exported(tmp_path, folders, kind, dim, out=tmp_path / "o.pth"), weights_only=True)
     for name in tensors:
         assert torch.equal(loaded[name], expected["network_weights"][name]), name
 
 
-def test_command(tmp_path, nnunet_folders, capsys):
+def test_nothing_of_the_users_is_replaced(tmp_path, folders):
+    path = exported(tmp_path, folders, out=tmp_path / "user" / "nnUNetPlans.pth")  # beside nnUNetPlans.json
+    assert "configurations" in json.loads((tmp_path / "user" / "nnUNetPlans.json").read_text())
+    exported(tmp_path, folders, out=path)  # a former export may be
+    for out, message in [
+        (tmp_path / "w.json", "a name that ends in .pth"),
+        (tmp_path / "a.pth", "is there already and is no former export"),
+        (tmp_path / "user.pth", "is there already"),
+        (tmp_path / "a.pth" / "x.pth", "cannot be made"),
+    ]:
+        (tmp_path / "user.pth").mkdir(exist_ok=True)
+        with pytest.raises(UserError, match=message):
+            exported(tmp_path, folders, out=out)
+    for form in ("hub", "encoder"):
+        with pytest.raises(UserError, match="not an empty folder"):
+            exported(tmp_path, folders, form=form, out=tmp_path / "a.pth")
+    with pytest.raises(UserError, match="--format safetensors: is not known"):
+        exported(tmp_path, folders, form="safetensors")
+    with pytest.raises(UserError, match="--input-policy average: is not known"):
+        exported(tmp_path, folders, policy="average")
+
+
+def test_an_exported_file_remembers_its_pretraining(tmp_path, folders):
+    """Its plans are the target's; spacing, patch and channels of the pretraining stay those of the source."""
+    network = unet("plain", 3)
+    write_source(tmp_path / "a.pth", network, 3, ["T1", "T2"], spacing=[2.0, 1.0, 1.0])
+    first = write_plans(tmp_path / "first", plans(network, 3, 1), ["CT"])
+    once = export(tmp_path / "a.pth", folders, for_plans=str(first), out=tmp_path / "once.pth").path
+    second = write_plans(tmp_path / "second", plans(network, 3, 2), ["CT", "PET"])
+    twice = export(once, folders, for_plans=str(second), out=tmp_path / "twice.pth").path
+    source = open_source(twice)
+    assert source.pretraining["spacing_mm"] == [2.0, 1.0, 1.0]
+    assert source.pretraining["channel_names"] == ["T1", "T2"]
+    assert source.channel_names == ("CT", "PET")
+    assert torch.load(twice, weights_only=True)[KEY]["pretrain_plan"]["configurations"]["3d_fullres"]["spacing"] == [
+        2,
+        1,
+        1,
+    ]
+    assert source.provenance.pretrains("decoder.stages.")
+    assert not source.provenance.pretrains("eva.")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"), [("encoder.", "online_encoder."), ("", "module."), ("", "_orig_mod.module.")]
+)
+def test_prefixes_of_other_programs(tmp_path, folders, ours, theirs):
+    path, weights = elsewhere(tmp_path, folders)
+    content = torch.load(path, weights_only=True)
+    content["network_weights"] = {
+        theirs + name.removeprefix(ours): value for name, value in weights.items() if name.startswith(ours)
+    }
+    if ours:
+        content[KEY] |= {"key_to_encoder": "online_encoder.stages", "key_to_stem": "online_encoder.stem"}
+    torch.save(content, path)
+    tensors = open_source(path).tensors
+    assert set(tensors) == {name for name in weights if name.startswith(("encoder.stages", "encoder.stem"))}
+    assert all(torch.equal(value, weights[name]) for name, value in tensors.items())
+
+
+def test_a_patch_that_was_cut_smaller_than_the_plan_says(tmp_path, folders):
+    path, weights = elsewhere(tmp_path, folders, "primus")
+    content = torch.load(path, weights_only=True)
+    content[KEY]["pretrain_patch_size"] = [8, 24, 16]
+    content[KEY]["pretrain_plan"]["configurations"]["3d_fullres"]["patch_size"] = [16, 48, 32]
+    torch.save(content, path)
+    target = write_plans(tmp_path / "third", plans(primus(), 3, 1), ["CT"])
+    done = export(path, folders, for_plans=str(target), out=tmp_path / "third.pth")
+    state = torch.load(done.path, weights_only=True)["network_weights"]
+    assert torch.equal(state["eva.pos_embed"], weights["eva.pos_embed"])
+    del content[KEY]["pretrain_patch_size"]  # then the positions do not fit what the plan says
+    torch.save(content, path)
+    report = export(path, folders, for_plans=str(target), out=tmp_path / "third.pth").report
+    assert (
+        "24 positions in the source, 8 x 6 x 4" in next(t for t in report.tensors if t.name == "eva.pos_embed").reason
+    )
+
+
+def test_citations_come_along(tmp_path, folders):
+    path = elsewhere(tmp_path, folders)[0]
+    content = torch.load(path, weights_only=True)
+    theirs = {"type": "Pretraining Method", "name": "MAE", "apa_citations": ["He et al., 2022"]}
+    content["citations"] = [theirs]
+    torch.save(content, path)
+    target = write_plans(tmp_path / "third", plans(architecture("residual", 3), 3, 1), ["CT"])
+    hub = export(path, folders, for_plans=str(target), form="hub", out=tmp_path / "hub").path
+    assert theirs in torch.load(hub / "checkpoint_final.pth", weights_only=True)["citations"]
+    card = (hub / "README.md").read_text()
+    assert "He et al., 2022" in card
+    assert "without labels" not in card  # nothing here knows that
+
+
+@pytest.mark.parametrize(
+    ("change", "described", "message"),
+    [
+        ({"configurations": []}, {}, "is no plans file of nnU-Net"),
+        ({"dataset_name": 4}, {}, "is no plans file of nnU-Net"),
+        ({"configurations": {"3d_fullres": {"inherits_from": "nope"}}}, {}, "cannot build a network"),
+        (
+            {"configurations": {"3d_fullres": {"architecture": {"network_class_name": "x"}}}},
+            {},
+            "cannot build a network",
+        ),
+        ({}, {"channel_names": ["CT"]}, "channel_names is not"),
+        ({}, {"channel_names": {}}, "channel_names is not"),
+        ({}, {"channel_names": {"c0": "CT"}}, "channel_names is not"),
+        ({}, {"channel_names": {"0": "CT", "1": "PET"}}, r"normalises 1 channel\(s\), but 2 are named"),
+    ],
+)
+def test_plans_and_descriptions_that_cannot_be_used(tmp_path, folders, change, described, message):
+    write_source(tmp_path / "a.pth", unet("plain", 3), 3, ["CT"])
+    path = write_plans(tmp_path / "user", plans(unet("plain", 3), 3, 1) | {"dataset_name": "Dataset004_X"}, ["CT"])
+    write_json(path, json.loads(path.read_text()) | change)
+    dataset = path.with_name("dataset.json")
+    write_json(dataset, json.loads(dataset.read_text()) | described)
+    with pytest.raises(UserError, match=message):
+        export(tmp_path / "a.pth", folders, for_plans=str(path), out=tmp_path / "o.pth")
+    assert not (tmp_path / "o.pth").exists()
+
+
+def test_weights_with_nan_are_refused_by_name(tmp_path, folders):
+    write_source(tmp_path / "a.pth", unet("plain", 3), 3, ["CT"])
+    content = torch.load(tmp_path / "a.pth", weights_only=True)
+    content["network_weights"]["encoder.stages.1.0.convs.0.norm.bias"][0] = float("nan")
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"encoder.stages.1.0.convs.0.norm.bias holds NaN"):
+        export(tmp_path / "a.pth", folders, out=tmp_path / "o.pth")
+
+
+def test_command(tmp_path, nnunet_folders, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     write_source(tmp_path / "a.pth", unet("plain", 3), 3, ["CT"])
     folder = nnunet_folders / "preprocessed" / "Dataset004_Labelled"
     write_plans(folder, plans(unet("plain", 3), 3, 2), ["T1", "T2"])
