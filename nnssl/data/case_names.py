@@ -63,11 +63,10 @@ def subject_labels(identifiers: Iterable[str]) -> dict[str, str]:
 
 def common_stem(stems: Sequence[str]) -> str:
     """Return what the names of a case's files begin with in common, in whole words; the first name if nothing."""
-    words = [re.split(r"[_.\s-]+", stem) for stem in stems]
-    count = 0
-    while all(len(each) > count for each in words) and len({each[count] for each in words}) == 1:
-        count += 1
-    if count == 0 or len(stems) == 1:
-        return stems[0]
-    match = re.match(r"(?:[^_.\s-]*[_.\s-]+){%d}[^_.\s-]*" % (count - 1), stems[0])
-    return match.group() if match else stems[0]
+    words = [re.findall(r"[^_.\s-]+[_.\s-]*", stem) for stem in stems]
+    common = ""
+    for same in zip(*words, strict=False):
+        if len({word.rstrip("_.- ") for word in same}) > 1:
+            break
+        common += same[0]
+    return common.rstrip("_.- ") or stems[0]

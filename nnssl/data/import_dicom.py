@@ -7,7 +7,7 @@ SimpleITK's geometry of the series is that of every voxel.
 
 import fnmatch
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,26 +101,13 @@ def find_series(source: Path, choices: Choices) -> Found:
             "--modality: DICOM series have grids of their own and make no channels; name one or add --mixed"
         )
     found = Found()
-    series: dict[str, list[SliceHeader]] = defaultdict(list)
-    for file in walk_files(source):
-        if file.name == "DICOMDIR" or not is_dicom(file):
-            found.passed_over[file.suffix or file.name] += 1
-            continue
-        try:
-            header = read_header(file)
-        except CaseError as error:
-            found.refuse(error.file, error.reason)
-        else:
-            series[header.series_uid].append(header)
-    volumes: dict[str, list[SliceHeader]] = {}
-    for uid, slices in series.items():
+    volumes = {}
+    for uid, slices in _collect_slices(source, found).items():
         try:
             volumes[uid] = order_slices(_drop_copies(slices, found), choices.min_slices or MIN_SLICES)
         except CaseError as error:
             found.refuse(error.file, f"series {_title(slices[0])}: {error.reason}")
-    counts: dict[str, int] = defaultdict(int)
-    for slices in volumes.values():
-        counts[slices[0].modality] += 1
+    counts = Counter(slices[0].modality for slices in volumes.values())
     wanted = choose_modalities(counts, choices, source) if volumes else ()
     taken = {}
     for uid, slices in volumes.items():
@@ -135,6 +122,22 @@ def find_series(source: Path, choices: Choices) -> Found:
     found.channel_names = (CHANNEL_OF_MODALITY[min(left)],) if len(left) == 1 else ("mixed",)
     found.candidates = _name_series(taken, source)
     return found
+
+
+def _collect_slices(source: Path, found: Found) -> dict[str, list[SliceHeader]]:
+    """Return the readable slices below a folder by their series; the other files are noted."""
+    series: dict[str, list[SliceHeader]] = defaultdict(list)
+    for file in walk_files(source):
+        if file.name == "DICOMDIR" or not is_dicom(file):
+            found.passed_over[file.suffix or file.name] += 1
+            continue
+        try:
+            header = read_header(file)
+        except CaseError as error:
+            found.refuse(error.file, error.reason)
+        else:
+            series[header.series_uid].append(header)
+    return series
 
 
 def read_header(file: Path) -> SliceHeader:
@@ -159,13 +162,7 @@ def read_header(file: Path) -> SliceHeader:
         raise CaseError(str(file), "is a colour image")
     if header.GetSize()[2:] not in ((), (1,)):
         raise CaseError(str(file), "holds several slices; convert the series to NIfTI")
-    try:
-        position = np.array([float(value) for value in tag("0020|0032").split("\\")])
-        directions = np.array([float(value) for value in tag("0020|0037").split("\\")])
-    except ValueError:
-        position = directions = np.empty(0)
-    if position.shape != (3,) or directions.shape != (6,):
-        raise CaseError(str(file), "has no position and direction in space, so it is a single 2D image")
+    position, directions = _read_placement(file, tag("0020|0032"), tag("0020|0037"))
     if not tag("0020|000e"):
         raise CaseError(str(file), "has no series (tag 0020,000e)")
     if not tag("0028|0030"):
@@ -189,6 +186,22 @@ def read_header(file: Path) -> SliceHeader:
         position_mm=position,
         directions=directions,
     )
+
+
+def _read_placement(file: Path, position_tag: str, directions_tag: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return position in mm and direction cosines of a slice, checked."""
+    try:
+        position = np.array([float(value) for value in position_tag.split("\\")])
+        directions = np.array([float(value) for value in directions_tag.split("\\")])
+    except ValueError:
+        position = directions = np.empty(0)
+    placed = position.shape == (3,) and directions.shape == (6,)
+    if not placed or not np.isfinite(np.concatenate((position, directions))).all():
+        raise CaseError(str(file), "has no position and direction in space, so it is a single 2D image")
+    axes = directions.reshape(2, 3)
+    if np.abs(axes @ axes.T - np.eye(2)).max() > PARALLEL:
+        raise CaseError(str(file), "has rows and columns that are not at right angles (tag 0020,0037)")
+    return position, directions
 
 
 def _media_storage_class(file: Path) -> str | None:
@@ -276,13 +289,12 @@ def _check_distances(ordered: Sequence[SliceHeader], normal: np.ndarray, where: 
     tilt_deg = float(np.degrees(np.arccos(np.clip(whole @ normal / np.linalg.norm(whole), -1, 1))))
     if tilt_deg > LARGEST_TILT_DEG:
         raise CaseError(where, f"has slices shifted against one another (gantry tilt of {tilt_deg:.1f} degrees)")
+    # small differences of distance add up along a series, and SimpleITK puts slices evenly between first and last
     line = positions[0] + np.linspace(0, 1, len(positions))[:, None] * whole
-    # distances that may each differ by a rounding add up along the series, so the line is allowed a whole voxel less
-    aside = np.linalg.norm((positions - line) - np.outer((positions - line) @ normal, normal), axis=1)
+    aside = np.linalg.norm(positions - line, axis=1)
     if aside.max() > max(allowed, 0.1 * min(ordered[0].spacing_mm)):
-        raise CaseError(
-            where, f"has a slice {aside.max():.2f} mm aside of the others ({ordered[aside.argmax()].file.name})"
-        )
+        off = ordered[int(aside.argmax())].file.name
+        raise CaseError(where, f"has a slice {aside.max():.2f} mm off the grid of the others ({off})")
 
 
 def _title(header: SliceHeader) -> str:

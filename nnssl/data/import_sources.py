@@ -123,21 +123,23 @@ def detect_kind(source: Path) -> str:
     """
     if not source.exists():
         raise UserError(f"{source}: there is no such file or folder; mend the path")
-    if source.is_file():
-        if source.name.lower().endswith(".json"):
-            return "collection"
-        if source.name.lower().endswith(LIST_ENDINGS):
-            return "list"
-        raise UserError(f"{source}: is no list (.txt) and no collection (.json); give the folder of the images")
-    if (source / COLLECTION_FILE).is_file():
+    if source.is_dir():
+        return "collection" if (source / COLLECTION_FILE).is_file() else _kind_of_folder(source)
+    if source.name.lower().endswith(".json"):
         return "collection"
+    if source.name.lower().endswith(LIST_ENDINGS):
+        return "list"
+    raise UserError(f"{source}: is no list (.txt) and no collection (.json); give the folder of the images")
+
+
+def _kind_of_folder(source: Path) -> str:
     volumes = dicoms = bids = 0
     for path in walk_files(source):
         if ending_of(path, (*VOLUME_ENDINGS, *FOREIGN_ENDINGS)):
             volumes += 1
             bids += path.relative_to(source).parts[0].startswith("sub-") and path.name.startswith("sub-")
-        elif is_dicom(path):
-            dicoms += 1
+        else:
+            dicoms += is_dicom(path)
     if volumes and dicoms:
         raise UserError(
             f"{source}: holds {volumes} image files and {dicoms} DICOM files; choose with --kind folder or --kind dicom"
@@ -146,7 +148,8 @@ def detect_kind(source: Path) -> str:
         return "dicom"
     if not volumes:
         raise UserError(f"{source}: holds no image ({' '.join(VOLUME_ENDINGS)} or DICOM); give another folder")
-    return "bids" if bids or (source / "dataset_description.json").is_file() else "folder"
+    in_folders = any(path.is_dir() for path in source.glob("sub-*"))
+    return "bids" if in_folders and (bids or (source / "dataset_description.json").is_file()) else "folder"
 
 
 def walk_files(folder: Path, leave_out: tuple[str, ...] = ()) -> Iterator[Path]:
