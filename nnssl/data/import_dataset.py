@@ -164,10 +164,10 @@ def format_import(record: ImportRecord, shown: int = 10) -> list[str]:
         record: of the import.
         shown: cases and refusals to list at most; all are in ``import.json``.
     """
-    endings = Counter(ending_of(image) or SERIES_ENDING for case in record.taken for image in case.images)
+    endings = Counter(ending_of(image) or "DICOM series" for case in record.taken for image in case.images)
     files = ", ".join(f"{count} {ending}" for ending, count in sorted(endings.items()))
     channels = ", ".join(record.channel_names)
-    lines = [f"taken: {len(record.taken)} cases of {len(record.channel_names)} channel(s) ({channels}), {files} files"]
+    lines = [f"taken: {len(record.taken)} cases of {len(record.channel_names)} channel(s) ({channels}), from {files}"]
     width = max(len(case.case) for case in record.taken[:shown])
     for case in record.taken[:shown]:
         shape = " x ".join(map(str, case.shape))

@@ -506,7 +506,7 @@ def test_the_command_prints_the_table_and_ends_errors_in_one_line(folders, sourc
     (source / "b.nii.gz").write_text("no image")
     assert main([str(source), "-d", "7", "-n", "Scans", "--channels", "CT"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert "taken: 1 cases of 1 channel(s) (CT), 1 .nii.gz files" in out
+    assert "taken: 1 cases of 1 channel(s) (CT), from 1 .nii.gz" in out
     assert "refused: 1" in out
     assert out[-1] == "next: nnssl_plan_and_preprocess -d 7"
     assert read_dataset(7, folders, silent).channel_names == ("CT",)
