@@ -151,10 +151,10 @@ def read_header(file: Path) -> SliceHeader:
         kind = OTHER_CLASSES.get(sop_class, f"of the SOP class {sop_class}")
         raise CaseError(str(file), f"is {kind}; CT, MR and PET images of one slice per file are taken")
     header = read_slice_header(file)
-    tags = {key: header.GetMetaData(key).strip(" \0") for key in header.GetMetaDataKeys()}
 
     def tag(key: str) -> str:
-        return tags.get(key, "")  # an absent tag and an empty one mean the same in DICOM
+        # an absent tag and an empty one mean the same in DICOM
+        return _decode(header.GetMetaData(key)).strip(" \0") if header.HasMetaDataKey(key) else ""
 
     if tag("0008|0016") not in IMAGE_CLASSES:
         raise CaseError(str(file), f"is of the SOP class {tag('0008|0016') or 'unknown'}; CT, MR and PET are taken")
@@ -186,6 +186,15 @@ def read_header(file: Path) -> SliceHeader:
         position_mm=position,
         directions=directions,
     )
+
+
+def _decode(text: str) -> str:
+    """Return a text that may hold bytes of another character set than UTF-8, those read as Latin-1."""
+    content = text.encode("utf-8", "surrogateescape")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content.decode("latin-1")
 
 
 def _read_placement(file: Path, position_tag: str, directions_tag: str) -> tuple[np.ndarray, np.ndarray]:

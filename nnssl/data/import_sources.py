@@ -158,9 +158,16 @@ def walk_files(folder: Path, leave_out: tuple[str, ...] = ()) -> Iterator[Path]:
     Args:
         folder: where to start.
         leave_out: names of folders directly below it that are not entered.
+
+    Raises:
+        UserError: a folder cannot be opened.
     """
+
+    def stop(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be opened ({error.strerror}); make it readable or leave it out")
+
     entered: set[str] = set()
-    for here, folders, files in os.walk(folder, followlinks=True):
+    for here, folders, files in os.walk(folder, onerror=stop, followlinks=True):
         real = os.path.realpath(here)
         if real in entered:  # a link back up, or a second way to the same folder
             folders.clear()

@@ -178,6 +178,11 @@ def make_uneven(folder):
     write_series(folder, make_values(), directions=np.eye(3), positions=[np.array([0, 0, z]) for z in places])
 
 
+def make_aside(folder):
+    positions = [np.array([0.5 * (k == 3), 0, 3.3 * k]) for k in range(7)]
+    write_series(folder, make_values(), directions=np.eye(3), positions=positions)
+
+
 def make_secondary_capture(folder):
     write_series(folder, make_values(), tags={"0008|0016": "1.2.840.10008.5.1.4.1.1.7"})
 
@@ -199,6 +204,7 @@ def make_sizes(folder):
         (make_time_points, "several slices at one place"),
         (make_tilt, r"gantry tilt of 6\.9 degrees"),
         (make_uneven, r"unequal distances: 3\.80 mm"),
+        (make_aside, r"a slice 0\.50 mm off the grid of the others"),
         (make_secondary_capture, "is a secondary capture"),
         (make_sizes, "slices of several sizes"),
     ],
@@ -269,6 +275,34 @@ def test_a_series_copied_into_a_second_folder_and_one_split_over_two(source):
     assert len(found.candidates) == 1
     assert len(found.candidates[0].series.slices) == 7
     assert sum("same slice" in refusal.reason for refusal in found.refused) == 7
+
+
+def test_a_description_in_another_character_set(folders, source):
+    for file in write_series(source, make_values(), description="Schaedel"):
+        file.write_bytes(file.read_bytes().replace(b"Schaedel", b"Sch\xe4del "))
+    record = run(source, folders)
+    assert [case.case for case in record.taken] == ["sub-Anna1_Schadel_series-4"]
+    assert read_dataset(501, folders, silent).cases[0].name == "sub-Anna1_Schadel_series-4"
+    assert import_again(source, folders)
+
+
+def import_again(source, folders) -> bool:
+    said = []
+    import_dataset(source, 501, "Scans", folders, said.append)
+    return "nothing to do" in said[-1]
+
+
+def test_the_same_import_again_sees_the_slices(folders, source):
+    files = write_series(source, make_values())
+    run(source, folders)
+    assert import_again(source, folders)
+    files[2].rename(source / "renamed")
+    with pytest.raises(UserError, match="--restart to replace it"):
+        run(source, folders)
+    run(source, folders, restart=True)
+    assert import_again(source, folders)
+    dataset = read_dataset(501, folders, silent)
+    np.testing.assert_array_equal(read_volume(dataset.cases[0], dataset.reader)[0][0], make_values())
 
 
 def test_modalities_are_chosen(folders, source):
