@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +36,8 @@ from nnssl.schema import STRICT, read, write
 
 SCHEMA_VERSION = 1
 RECORD_FILE = "import.json"
+FILES_PER_REASON = 3
+"""Files that the printed table names for each reason."""
 VOLUME_READER = "SimpleITKIO"
 """Reads all endings that are imported, also when a data set mixes them."""
 
@@ -119,6 +121,8 @@ def import_dataset(
     folder = folders.raw / dataset_name
     _check_target(folder, number, folders)
     source = Path(os.path.abspath(source.expanduser()))
+    if Found().refuse_name(source):
+        raise UserError(f"{ascii(str(source))}: is no UTF-8 path, which SimpleITK cannot open; rename it")
     if kind is not None and not source.exists():
         raise UserError(f"{source}: there is no such file or folder; mend the path")
     kind = kind or detect_kind(source)
@@ -162,7 +166,7 @@ def format_import(record: ImportRecord, shown: int = 10) -> list[str]:
 
     Args:
         record: of the import.
-        shown: cases and refusals to list at most; all are in ``import.json``.
+        shown: cases and reasons to list at most; all are in ``import.json``.
     """
     endings = Counter(ending_of(image) or "DICOM series" for case in record.taken for image in case.images)
     files = ", ".join(f"{count} {ending}" for ending, count in sorted(endings.items()))
@@ -176,11 +180,26 @@ def format_import(record: ImportRecord, shown: int = 10) -> list[str]:
     if len(record.taken) > shown:
         lines.append(f"  and {len(record.taken) - shown} more")
     lines.append(f"refused: {len(record.refused)}")
-    lines += [f"  {refusal.file}  {refusal.reason}" for refusal in record.refused[:shown]]
-    if len(record.refused) > shown:
-        lines.append(f"  and {len(record.refused) - shown} more, all in {RECORD_FILE}")
+    lines += _format_refused(record.refused, shown)
     if record.passed_over:
         lines.append("passed over: " + ", ".join(f"{count} {what}" for what, count in record.passed_over.items()))
+    return lines
+
+
+def _format_refused(refused: tuple[Refusal, ...], shown: int) -> list[str]:
+    """Return the reasons, the most frequent first, each with the first files that it holds for."""
+    by_reason: dict[str, list[str]] = defaultdict(list)
+    for refusal in refused:
+        by_reason[refusal.reason].append(refusal.file)
+    reasons = sorted(by_reason, key=lambda reason: -len(by_reason[reason]))
+    lines = []
+    for reason in reasons[:shown]:
+        files = by_reason[reason]
+        lines += [f"  {len(files)} x {reason}", *(f"      {file}" for file in files[:FILES_PER_REASON])]
+        if len(files) > FILES_PER_REASON:
+            lines.append(f"      and {len(files) - FILES_PER_REASON} more")
+    if len(reasons) > shown:
+        lines.append(f"  and for {len(reasons) - shown} more reasons, all in {RECORD_FILE}")
     return lines
 
 

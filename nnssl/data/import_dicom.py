@@ -128,6 +128,8 @@ def _collect_slices(source: Path, found: Found) -> dict[str, list[SliceHeader]]:
     """Return the readable slices below a folder by their series; the other files are noted."""
     series: dict[str, list[SliceHeader]] = defaultdict(list)
     for file in walk_files(source):
+        if found.refuse_name(file):
+            continue
         if file.name == "DICOMDIR" or not is_dicom(file):
             found.passed_over[file.suffix or file.name] += 1
             continue
@@ -233,7 +235,8 @@ def _drop_copies(slices: Sequence[SliceHeader], found: Found) -> list[SliceHeade
     """Return the slices without second copies of one file, which are refused."""
     first_with: dict[str, SliceHeader] = {}
     for header in slices:
-        same = first_with.setdefault(header.instance_uid, header)
+        # without an identifier, which some anonymisers take away, nothing says that two files are one slice
+        same = first_with.setdefault(header.instance_uid or str(header.file), header)
         if same is not header:
             found.refuse(header.file, f"is the same slice (SOP instance) as {same.file}")
     return list(first_with.values())

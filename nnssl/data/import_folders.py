@@ -125,6 +125,8 @@ def _list_images(source: Path, found: Found, pattern: str | None, leave_out: tup
     files = []
     for file in walk_files(source, leave_out):
         below = file.relative_to(source)
+        if found.refuse_name(file):
+            continue
         if not ending_of(file):
             foreign = ending_of(file, FOREIGN_ENDINGS)
             if foreign:

@@ -99,7 +99,16 @@ class Found:
 
     def refuse(self, file: Path | str, reason: str) -> None:
         """Note a file that is not imported."""
-        self.refused.append(Refusal(str(file), reason))
+        self.refused.append(Refusal(os.fsencode(file).decode("utf-8", "replace"), reason))
+
+    def refuse_name(self, file: Path) -> bool:
+        """Refuse a file whose path is not UTF-8, and return whether that was so: ITK ends the process on such a path."""
+        try:
+            str(file).encode("utf-8")
+        except UnicodeEncodeError:
+            self.refuse(file, "has a path that is not UTF-8, which SimpleITK cannot open; rename it")
+            return True
+        return False
 
 
 def check_choices(kind: str, choices: Choices) -> None:

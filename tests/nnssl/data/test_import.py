@@ -1,6 +1,7 @@
 import gzip
 import json
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -189,8 +190,31 @@ def test_unusable_files_are_refused_with_the_reason(folders, source):
     assert all(refusal.reason in table and refusal.file in table for refusal in record.refused)
     assert "taken: 1 cases of 1 channel(s)" in table
     assert "5 x 7 x 11 voxels of 4 x 1.25 x 0.5 mm" in table
-    shortened = format_import(record, shown=2)
-    assert "  and 5 more, all in import.json" in shortened
+    assert "  and for 4 more reasons, all in import.json" in format_import(record, shown=2)
+
+
+def test_the_table_counts_refusals_by_reason(folders, source):
+    write_image(source / "a.mha")
+    (source / "z.mha").write_text("no image")
+    for number in range(5):
+        write_image(source / f"a{number}_seg.mha")
+    lines = format_import(run(source, folders))
+    start = lines.index("refused: 6")
+    assert lines[start + 1].startswith("  5 x is a segmentation by its name")
+    assert lines[start + 2] == f"      {source}/a0_seg.mha"
+    assert lines[start + 5] == "      and 2 more"
+    assert lines[start + 6].startswith("  1 x its header cannot be read")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_not_utf8_is_refused(folders, source):
+    write_image(source / "a.nii.gz")
+    write_image(source / "b.nii.gz").rename(os.fsdecode(os.fsencode(source / "sch") + b"\xe4del.nii.gz"))
+    record = run(source, folders)
+    assert cases_of(record) == ["a"]
+    assert record.refused[0].file.endswith("sch\ufffddel.nii.gz")
+    assert "not UTF-8" in record.refused[0].reason
+    json.dumps(record.refused[0].file, ensure_ascii=False).encode("utf-8")
 
 
 def test_four_axes_are_channels_when_they_are_named(folders, source):

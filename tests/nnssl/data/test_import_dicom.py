@@ -2,6 +2,8 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +13,8 @@ from nnssl.data.case_store import CaseStore
 from nnssl.data.dicom_reader import DicomSeriesIO
 from nnssl.data.dicom_series import DICOM_READER, SERIES_ENDING
 from nnssl.data.import_dataset import import_dataset
-from nnssl.data.import_dicom import MIN_SLICES, find_series
-from nnssl.data.import_sources import Choices
+from nnssl.data.import_dicom import MIN_SLICES, _drop_copies, find_series
+from nnssl.data.import_sources import Choices, Found
 from nnssl.data.patients import patient_in_name
 from nnssl.data.preprocess import preprocess_dataset
 from nnssl.data.raw import CaseError, RawCase, read_dataset, read_header, read_volume
@@ -303,6 +305,13 @@ def test_the_same_import_again_sees_the_slices(folders, source):
     assert import_again(source, folders)
     dataset = read_dataset(501, folders, silent)
     np.testing.assert_array_equal(read_volume(dataset.cases[0], dataset.reader)[0][0], make_values())
+
+
+def test_slices_without_an_identifier_are_no_copies():
+    headers = [SimpleNamespace(instance_uid="", file=Path(str(k))) for k in range(3)]
+    found = Found()
+    assert _drop_copies(headers, found) == headers
+    assert found.refused == []
 
 
 def test_modalities_are_chosen(folders, source):
