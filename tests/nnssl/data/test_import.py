@@ -190,7 +190,7 @@ def test_unusable_files_are_refused_with_the_reason(folders, source):
     assert all(refusal.reason in table and refusal.file in table for refusal in record.refused)
     assert "taken: 1 cases of 1 channel(s)" in table
     assert "5 x 7 x 11 voxels of 4 x 1.25 x 0.5 mm" in table
-    assert "  and for 4 more reasons, all in import.json" in format_import(record, shown=2)
+    assert "  and for 5 more reasons, all in import.json" in format_import(record, shown=2)
 
 
 def test_the_table_counts_refusals_by_reason(folders, source):
