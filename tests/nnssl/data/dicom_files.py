@@ -1,5 +1,8 @@
 """DICOM series written slice by slice, for tests of the import."""
 
+import contextlib
+import locale
+
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 
@@ -10,6 +13,16 @@ CLASSES = {
 }
 SPACING_XYZ = (0.7, 0.9, 3.3)
 ORIGIN = (-12.5, 30.25, 7.125)
+
+
+@contextlib.contextmanager
+def kept_locale():
+    """Undo what GDCM does when it writes (not when it reads): it leaves the process in the locale "C", without UTF-8."""
+    before = locale.setlocale(locale.LC_ALL)
+    try:
+        yield
+    finally:
+        locale.setlocale(locale.LC_ALL, before)
 
 
 def oblique_directions() -> np.ndarray:
@@ -76,6 +89,7 @@ def write_series(
             image.SetMetaData(key, text)
         file = folder / names[k]
         writer.SetFileName(str(file))
-        writer.Execute(image)
+        with kept_locale():
+            writer.Execute(image)
         files.append(file)
     return files

@@ -1,4 +1,5 @@
 import json
+import locale
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from nnssl.errors import UserError
 from nnssl.paths import resolve_folders
 from planners.fingerprint import digest_sources, extract_fingerprint
 from planners.pretrain_planner import plan_pretraining
-from tests.nnssl.data.dicom_files import ORIGIN, SPACING_XYZ, make_values, oblique_directions, write_series
+from tests.nnssl.data.dicom_files import ORIGIN, SPACING_XYZ, kept_locale, make_values, oblique_directions, write_series
 from tests.nnssl.data.test_preprocess import make_phantom
 
 CASE = "sub-Anna1_thorax-1.0-B30f_series-4"
@@ -81,6 +82,15 @@ def test_an_oblique_series_in_shuffled_order_keeps_geometry_and_voxels(folders, 
     np.testing.assert_allclose(np.reshape(geometry["direction"], (3, 3)), oblique_directions(), atol=1e-6)
 
 
+def test_reading_leaves_the_locale_alone(folders, source):
+    write_series(source, make_values())
+    before = locale.setlocale(locale.LC_ALL)
+    run(source, folders)
+    dataset = read_dataset(501, folders, silent)
+    read_volume(dataset.cases[0], dataset.reader)
+    assert locale.setlocale(locale.LC_ALL) == before
+
+
 def test_a_sagittal_series_is_oriented_as_simpleitk_says(folders, source):
     directions = np.array([[0.0, 0, -1], [1, 0, 0], [0, -1, 0]])  # x along P, y along I, z along R
     write_series(source, make_values((6, 9, 11)), directions=directions)
@@ -111,7 +121,8 @@ def test_each_slice_keeps_its_own_rescale_values(folders, source):
         rescaled = sitk.Cast(image, sitk.sitkFloat64) * (1 + 0.25 * k)
         for key in image.GetMetaDataKeys():
             rescaled.SetMetaData(key, image.GetMetaData(key))
-        writer.Execute(rescaled)
+        with kept_locale():
+            writer.Execute(rescaled)
     run(source, folders)
     dataset = read_dataset(501, folders, silent)
     volume, _ = read_volume(dataset.cases[0], dataset.reader)
