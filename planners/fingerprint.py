@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float32
 from skimage.filters import threshold_otsu
 
-from nnssl.data.image_files import check_finite
+from nnssl.data.image_files import check_finite, find_source_state
 from nnssl.data.raw import UNKNOWN_CHANNEL, CaseError, RawCase, RawDataset, SetAside, read_header, read_volume
 from nnssl.draws import draw_seed
 from nnssl.errors import UserError
@@ -301,11 +301,11 @@ def digest_sources(dataset: RawDataset) -> str:
     for case in dataset.cases:
         for file in case.images:
             try:
-                status = file.stat()
-            except OSError:
+                size_bytes, mtime_ns = find_source_state(file)
+            except (OSError, CaseError):
                 digest.update(repr((case.name, file.name, "missing")).encode())
             else:
-                digest.update(repr((case.name, file.name, status.st_size, status.st_mtime_ns)).encode())
+                digest.update(repr((case.name, file.name, size_bytes, mtime_ns)).encode())
     return digest.hexdigest()
 
 

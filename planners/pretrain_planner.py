@@ -25,6 +25,7 @@ from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
 import nnssl
+from nnssl.data.dicom_series import stock_reader
 from nnssl.data.raw import RawDataset
 from nnssl.environment import variables
 from nnssl.errors import UserError
@@ -167,7 +168,7 @@ def _plan_from_data(
                 plans_name=plans_name,
                 overwrite_target_spacing=None if spacing_mm is None else [float(mm) for mm in spacing_mm],
             )
-        planner.reader_name = dataset.reader
+        planner.reader_name = stock_reader(dataset.reader)
         planner.UNet_base_num_features = preset.base_features
         planner.UNet_max_features_2d, planner.UNet_max_features_3d = preset.max_features
         plans = planner.plan_experiment()
@@ -239,7 +240,7 @@ def _plan_like(like: Path, dataset: RawDataset, fingerprint: Fingerprint, plans_
         dataset_name=dataset.name,
         plans_name=plans_name,
         configurations=kept,
-        image_reader_writer=dataset.reader,
+        image_reader_writer=stock_reader(dataset.reader),
         original_median_spacing_after_transp=[float(value) for value in np.median(spacings, axis=0)],
         original_median_shape_after_transp=[round(float(value)) for value in np.median(shapes, axis=0)],
     )

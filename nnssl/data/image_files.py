@@ -7,6 +7,7 @@ ITK says nothing when a NIfTI or GIPL file is cut short or damaged: it returns z
 import contextlib
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,25 +15,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nnssl.data.case_error import CaseError
+from nnssl.data.dicom_series import DICOM_READER, SERIES_ENDING, find_slices, measure_series, read_series
+
 CHUNK_BYTES = 1 << 20
 GIPL_HEADER_BYTES = 256
-
-
-class CaseError(Exception):
-    """A case that cannot be used.
-
-    Attributes:
-        file: the image file at fault.
-        reason: what is wrong with it.
-    """
-
-    def __init__(self, file: str, reason: str) -> None:
-        super().__init__(file, reason)
-        self.file = file
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.file}: {self.reason}"
 
 
 class Header(NamedTuple):
@@ -48,11 +35,11 @@ class Header(NamedTuple):
 
 
 def read_images(files: Sequence[Path], reader: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """Call nnU-Net's reader on whole files, silently.
+    """Call nnU-Net's reader, or that for DICOM series, on whole files, silently.
 
     Args:
         files: one per channel.
-        reader: name of nnU-Net's reader class.
+        reader: name of nnU-Net's reader class, or ``DICOM_READER``.
 
     Returns:
         What the reader returns: intensities and properties.
@@ -60,15 +47,13 @@ def read_images(files: Sequence[Path], reader: str) -> tuple[np.ndarray, dict[st
     Raises:
         CaseError: a file is missing, truncated, damaged or unreadable, or the files do not fit together.
     """
-    from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name  # slow to import
-
     for file in files:
         check_whole(file)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-            return recursive_find_reader_writer_by_name(reader)().read_images([str(file) for file in files])
-    except MemoryError:
+            return _find_reader(reader)().read_images([str(file) for file in files])
+    except (MemoryError, CaseError):
         raise
     except Exception as error:  # the readers let through whatever ITK, nibabel, tifffile and PIL raise
         # a mismatch of channels is printed by nnU-Net and raised without a message
@@ -76,10 +61,26 @@ def read_images(files: Sequence[Path], reader: str) -> tuple[np.ndarray, dict[st
         raise CaseError(str(files[0]), f"cannot be read ({reason or type(error).__name__})") from error
 
 
-def check_whole(file: Path) -> None:
-    """Check that a NIfTI or GIPL file holds all the voxels that its header announces.
+def _find_reader(reader: str) -> Any:
+    """Return a reader class by its name."""
+    if reader == DICOM_READER:
+        from nnssl.data.dicom_reader import DicomSeriesIO  # brings nnU-Net
+
+        return DicomSeriesIO
+    from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name  # slow to import
+
+    return recursive_find_reader_writer_by_name(reader)
+
+
+def check_whole(file: Path, trust_length: bool = False) -> None:
+    """Check that a NIfTI or GIPL file holds all the voxels that its header announces, a DICOM series all its slices.
 
     A compressed file is decompressed once in small pieces, which compares its checksum too.
+
+    Args:
+        file: the image file.
+        trust_length: take a compressed file for whole if the length that gzip writes at its end is the expected one,
+            without decompressing it; what is damaged in the middle is found when the file is read.
 
     Raises:
         CaseError: the file is missing, cut short or damaged.
@@ -90,7 +91,12 @@ def check_whole(file: Path) -> None:
     try:
         if name.endswith((".nii", ".nii.gz")):
             expected = _nifti_bytes(file)
+            if trust_length and _noted_bytes(file) == expected % 2**32:
+                return
             present = _unpacked_bytes(file)
+        elif name.endswith(SERIES_ENDING):
+            find_slices(file)
+            return
         elif name.endswith(".gipl"):
             expected = _gipl_bytes(file)
             present = file.stat().st_size
@@ -134,6 +140,15 @@ def _unpacked_bytes(file: Path) -> int:
     return length
 
 
+def _noted_bytes(file: Path) -> int | None:
+    """Return the decompressed length, modulo 2^32, that a gzip file notes in its last 4 bytes; None if it is none."""
+    with open(file, "rb") as raw:
+        if raw.read(2) != b"\x1f\x8b":
+            return None
+        raw.seek(-4, os.SEEK_END)
+        return int.from_bytes(raw.read(4), "little")
+
+
 def _nifti_bytes(file: Path) -> int:
     import nibabel  # slow to import
 
@@ -152,6 +167,19 @@ def _gipl_bytes(file: Path) -> int:
     return GIPL_HEADER_BYTES + int(np.prod(header.GetSize(), dtype=np.int64)) * bytes_per_value
 
 
+def find_source_state(file: Path) -> tuple[int, int]:
+    """Return the size in bytes and the time of the last change in ns of an image: of a series, of all its slices.
+
+    Raises:
+        OSError: the file is not there.
+        CaseError: a slice is not there.
+    """
+    status = [file.stat()]
+    if file.name.endswith(SERIES_ENDING):
+        status += [path.stat() for path in find_slices(file)]
+    return sum(each.st_size for each in status), max(each.st_mtime_ns for each in status)
+
+
 def read_file_header(file: Path, reader: str) -> Header:
     """Return the geometry of one image file as nnU-Net's reader gives it.
 
@@ -162,6 +190,8 @@ def read_file_header(file: Path, reader: str) -> Header:
     """
     if not file.is_file():
         raise CaseError(str(file), "is not there")
+    if reader == DICOM_READER:
+        return Header(1, *measure_series(read_series(file)))
     if reader.startswith("SimpleITKIO"):
         header = _read_itk_header(file)
     elif reader.startswith("NibabelIO"):

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 from jaxtyping import Float32
 
+from nnssl.data.dicom_series import DICOM_READER, SERIES_ENDING
 from nnssl.data.image_files import CaseError, read_file_header, read_images
 from nnssl.errors import UserError
 from nnssl.files import read_json, read_names
@@ -68,7 +69,7 @@ class RawDataset:
     cases: tuple[RawCase, ...]
     """Sorted by name."""
     reader: str
-    """Name of nnU-Net's reader class."""
+    """Name of nnU-Net's reader class, or of the one for DICOM series."""
     dataset_json: dict[str, Any]
     """A valid dataset.json for nnU-Net, completed where the data set's own is missing or leaves things out."""
     set_aside: tuple[SetAside, ...]
@@ -289,7 +290,7 @@ def _decide_ending(content: dict[str, Any], images: Path, files: list[Path], say
 
 def _ending_of(name: str) -> str:
     """Return the readable file ending that a file has, as it is written there; empty if it has none."""
-    for ending in ENDINGS:
+    for ending in (*ENDINGS, SERIES_ENDING):
         if name.lower().endswith(ending):
             return name[-len(ending) :]
     return ""
@@ -301,6 +302,8 @@ def _choose_reader(
     """Return the name of the reader that nnU-Net takes: the first of its classes that reads an example."""
     from nnunetv2.imageio import reader_writer_registry as registry  # slow to import
 
+    if ending == SERIES_ENDING:
+        return DICOM_READER
     wanted = content.get("overwrite_image_reader_writer", "None")
     if wanted != "None":
         try:

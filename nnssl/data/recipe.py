@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl.data.case_store import SCHEMA_VERSION, SourceFile, read_properties
-from nnssl.data.image_files import CaseError
+from nnssl.data.image_files import CaseError, find_source_state
 from nnssl.data.raw import RawCase
 from nnssl.errors import UserError
 from planners.plan import Plan
@@ -127,15 +127,15 @@ def find_sources(case: RawCase) -> tuple[SourceFile, ...]:
     """Return the image files of a case as they are now.
 
     Raises:
-        CaseError: a file is not there.
+        CaseError: a file, or a slice of a series, is not there.
     """
     sources = []
     for image in case.images:
         try:
-            status = image.stat()
+            state = find_source_state(image)
         except OSError as error:
             raise CaseError(str(image), f"cannot be found ({error.strerror})") from error
-        sources.append(SourceFile(str(image), status.st_size, status.st_mtime_ns))
+        sources.append(SourceFile(str(image), *state))
     return tuple(sources)
 
 
