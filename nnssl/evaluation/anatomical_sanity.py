@@ -226,7 +226,9 @@ def likeness(store: CaseStore, query: str, points_mm: np.ndarray, key: str, foun
                 for first, n, length in zip(lower, size, case.shape, strict=True)
             ]
             common = common & axes[0][:, None, None] & axes[1][:, None] & axes[2]
-        values.append(np.nanmean([_correlation(a[common], b[common]) for a, b in zip(*boxes, strict=True)]))
+        of_channels = [_correlation(a[common], b[common]) for a, b in zip(*boxes, strict=True)]
+        varying = [value for value in of_channels if not np.isnan(value)]
+        values.append(np.mean(varying) if varying else np.nan)
     return np.array(values)
 
 

@@ -83,7 +83,8 @@ class UNetTokens(TokenEncoder):
         super().__init__()
         self.encoder = encoder
         self.stage = stage
-        used = ["stem.", *(f"stages.{index}." for index in range(stage + 1))]
+        stem = ["stem."] if hasattr(encoder, "stem") else []
+        used = [*stem, *(f"stages.{index}." for index in range(stage + 1))]
         self.exported = tuple(f"{prefix}{part}" for prefix in ENCODER for part in used)
         strides = [_steps(each, len(shape)) for each in encoder.strides[: stage + 1]]
         self.token_vox = tuple(math.prod(steps) for steps in zip(*strides, strict=True))

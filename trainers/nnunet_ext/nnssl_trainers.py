@@ -4,20 +4,26 @@ from trainers.finetune import FinetuneTrainer
 from trainers.linear_probe import LinearProbeTrainer
 from trainers.mean_teacher import MeanTeacherTrainer
 from trainers.pretext import (
+    AliceTrainer,
+    PCRLTrainer,
     Pix2RepTrainer,
     Pix2RepV2Trainer,
     PixelGlobalTrainer,
     RepRecContrastiveTrainer,
     RepRecGenerativeTrainer,
+    SAMTrainer,
 )
 
 __all__ = [
+    "AliceTrainer",
     "FinetuneTrainer",
     "LinearProbeTrainer",
     "MeanTeacherTrainer",
+    "PCRLTrainer",
     "Pix2RepTrainer",
     "Pix2RepV2Trainer",
     "PixelGlobalTrainer",
     "RepRecContrastiveTrainer",
     "RepRecGenerativeTrainer",
+    "SAMTrainer",
 ]
