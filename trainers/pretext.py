@@ -49,3 +49,9 @@ class AliceTrainer(PretrainTrainer):
     """Alice: masked modelling, and the same anatomy in different patients."""
 
     stage = "alice.alignment"
+
+
+class SimCLRTrainer(PretrainTrainer):
+    """SimCLR: contrast of two views of a patch within the batch."""
+
+    stage = "simclr.contrast"

@@ -218,6 +218,24 @@ METHODS = {
             ),
         ),
     ),
+    "simclr": Method(
+        name="simclr",
+        title="SimCLR: contrast of two views of a patch with all other patches of the batch, the baseline",
+        source="Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, ICML 2020",
+        backbone="a convolutional U-Net",
+        configurations=("3d_fullres", "2d"),
+        stages=(
+            Stage(
+                name="simclr.contrast",
+                trainer="SimCLRTrainer",
+                implementation="nnssl.methods.simclr:SimCLR",
+                encoder_graphs=2,
+                encoder_passes=0,
+                decoder_graphs=0,
+                useful_batch=8,
+            ),
+        ),
+    ),
     "pixelglobal": Method(
         name="pixelglobal",
         title="Pixel-global: a teacher and a student agree on whole images and on every shared voxel",

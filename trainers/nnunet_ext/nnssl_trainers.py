@@ -12,6 +12,7 @@ from trainers.pretext import (
     RepRecContrastiveTrainer,
     RepRecGenerativeTrainer,
     SAMTrainer,
+    SimCLRTrainer,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "RepRecContrastiveTrainer",
     "RepRecGenerativeTrainer",
     "SAMTrainer",
+    "SimCLRTrainer",
 ]
