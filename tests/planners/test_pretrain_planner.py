@@ -18,9 +18,10 @@ from nnssl.views.spatial import AffineRange, common_share, draw_affine
 from planners.fingerprint import CaseRecord, Fingerprint, IntensityStatistics
 from planners.plan import TokenGrid, TransformerSize, read_plan
 from planners.presets import PRESETS, find_preset, preset_for_gpu
-from planners.pretext_rules import PretextRules, _mean_overlap
 from planners.pretrain_planner import plan_pretraining
 from planners.reasons import format_decisions
+from planners.schedule_rules import decide_schedule
+from planners.view_rules import mean_overlap
 
 STATISTICS = IntensityStatistics(1.0, 1.0, 1.0, 0.0, 2.0, 0.1, 1.9)
 KINDS = {
@@ -259,7 +260,7 @@ def test_overlap_agrees_with_the_crops_that_are_drawn():
     ranges = AffineRange(crop_fraction=(0.2, 1.0), rotation_deg=(0.0, 0.0, 0.0), flip_axes=())
     generators = [torch.Generator().manual_seed(i) for i in range(400)]
     first, second = (draw_affine(generators, ranges, (32, 48, 40), (1.0, 1.0, 1.0)) for _ in range(2))
-    assert _mean_overlap(0.2, 3) == pytest.approx(float(common_share(first, second).mean()), abs=0.06)
+    assert mean_overlap(0.2, 3) == pytest.approx(float(common_share(first, second).mean()), abs=0.06)
 
 
 def test_presets():
@@ -295,15 +296,13 @@ def test_plan_file_is_read_back(nnunet_folders):
     ],
 )
 def test_the_batch_is_what_fits(stage, transformer, values_of_a_patch):
-    rules = PretextRules.__new__(PretextRules)
-    rules.preset, rules.decisions = PRESETS["24gb"], []
     size = TransformerSize(width=40, depth=8, heads=2, decoder_depth=2) if transformer else None
     tokens = TokenGrid(stage=2, grid=(4, 5, 5), size_vox=(8, 8, 8), size_mm=(8.0,) * 3, width=40, mask_block=(1, 1, 1))
     entry = find_stage(stage)[1]
     for fits in (1, 9, 10):
         budget = (fits + 0.5) * values_of_a_patch
-        schedule = rules._decide_schedule("3d_fullres", entry, (1e6, 3e5), budget, tokens, size, 10**6)
+        schedule, reasons = decide_schedule(entry, (1e6, 3e5), budget, tokens, size, 10**6, PRESETS["24gb"])
         assert schedule.batch_size == max(2, fits // entry.batch_multiple * entry.batch_multiple)
-        reason = rules.decisions[-2].reason
+        reason = reasons[0][2]
         assert reason.startswith(f"{fits} fit")
         assert ("more than the memory target allows" in reason) == (fits == 1)

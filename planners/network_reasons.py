@@ -1,0 +1,94 @@
+"""Why the plan of the networks is as it is: what nnU-Net's rules decided for spacing, axes, patch and network, in words."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from nnunetv2.configuration import ANISO_THRESHOLD
+
+from planners.presets import Preset
+from planners.token_rules import in_mm, times
+from planners.view_rules import Reasons
+
+
+def explain_data_set(
+    nnunet: dict[str, Any],
+    spacings_mm: Float[np.ndarray, "case 3"],
+    modalities: Sequence[str],
+    preset: Preset,
+    like: Path | None,
+    spacing_given: bool,
+) -> Reasons:
+    """Return what all configurations share, and why.
+
+    Args:
+        nnunet: the plans file.
+        spacings_mm: of the cases, in the plan's order of axes.
+        modalities: of the channels.
+        preset: the memory target.
+        like: the plans file that was taken over, None for a plan from the data.
+        spacing_given: whether the user chose the spacing.
+    """
+    source = f"taken over from {like.parent.name}/{like.name}" if like else None
+    base = nnunet["configurations"].get("3d_fullres", nnunet["configurations"]["2d"])
+    median = np.median(spacings_mm, axis=0)
+    low, high = spacings_mm.min(axis=0), spacings_mm.max(axis=0)
+    cases = len(spacings_mm)
+    if np.allclose(low, high):
+        rule = f"the same in all {cases} cases"
+    else:
+        rule = f"median over {cases} cases, {in_mm(low)} to {in_mm(high)} mm"
+    if not like and len(base["spacing"]) == 3 and base["spacing"][0] < 0.99 * median[0]:
+        rule += "; 10th percentile along the thick slices, so that thin ones are not thrown away"
+    if spacing_given:
+        rule = f"given with --spacing; {rule}"
+    forward = tuple(nnunet["transpose_forward"])
+    order = "as stored" if forward == (0, 1, 2) else "axis of the largest spacing first"
+    slices = f"{median.max():g} mm against {median.min():g} mm"
+    if float(median.max() / median.min()) > ANISO_THRESHOLD:
+        axis = ("treated apart", f"thick slices: {slices} is more than a factor of {ANISO_THRESHOLD}")
+    else:
+        axis = ("like the others", f"{slices} is within a factor of {ANISO_THRESHOLD}")
+    reasons = [
+        ("spacing", f"{in_mm(base['spacing'])} mm", source or rule),
+        ("axis order", str(forward), source or order),
+        ("slice axis", *axis),
+    ]
+    for channel, (modality, scheme) in enumerate(zip(modalities, base["normalization_schemes"], strict=True)):
+        why = {
+            "CTNormalization": "clipped to the 0.5 to 99.5 percentile of the body, one mean and deviation for all images",
+            "ZScoreNormalization": "in arbitrary units: each image by its own mean and deviation",
+        }.get(scheme, "nnU-Net's rule for this channel name")
+        reasons.append((f"normalisation of channel {channel}", scheme, source or f"{modality}; {why}"))
+    features = f"encoder {preset.encoder}, {preset.base_features} features in the first stage"
+    return [*reasons, ("memory target", f"{preset.memory_gb:g} GB", features)]
+
+
+def explain_network(base: dict[str, Any], preset: Preset, like: Path | None) -> Reasons:
+    """Return patch, network and batch size of a configuration, and why.
+
+    Args:
+        base: the configuration in the plans file.
+        preset: the memory target.
+        like: the plans file that was taken over, None for a plan from the data.
+    """
+    source = f"taken over from {like.parent.name}/{like.name}" if like else None
+    arch = base["architecture"]["arch_kwargs"]
+    median = times([round(float(v)) for v in base["median_image_size_in_voxels"]])
+    thin = any(1 in (k if isinstance(k, (list, tuple)) else [k]) for k in arch["kernel_sizes"])
+    patch = f"aspect of the median image {median} at this spacing, as large as the memory target allows"
+    strides = "an axis is halved while its spacing is within a factor of 2 of the finest and 4 voxels remain"
+    kernels = "1 along thick slices until the spacings are within a factor of 2" if thin else "spacings are alike"
+    backbone = f"{preset.encoder} encoder for a memory target of {preset.memory_gb:g} GB"
+    batch = "nnU-Net's rule: memory target"
+    if preset.encoder == "plain":
+        batch += ", and at most 5 % of the data set's voxels in a step"
+    return [
+        ("patch", times(base["patch_size"]), source or patch),
+        ("strides", " ".join(times(s) for s in arch["strides"]), source or strides),
+        ("kernels", " ".join(times(k) for k in arch["kernel_sizes"]), source or kernels),
+        ("backbone", base["architecture"]["network_class_name"].rsplit(".", 1)[-1], source or backbone),
+        ("batch size (fine-tuning)", str(base["batch_size"]), source or batch),
+    ]

@@ -1,0 +1,118 @@
+"""How long a stage is trained and on how many patches at a time, from memory target and amount of data, with the reasons."""
+
+import math
+from collections.abc import Sequence
+
+from nnssl.methods import Stage
+from nnssl.momentum import momentum_for_run
+from planners.plan import StageSchedule, TokenGrid, TransformerSize
+from planners.presets import Preset
+from planners.view_rules import Reasons
+
+NO_GRAD_SHARE = 0.15
+"""Memory of a pass without a graph over one that keeps it: two feature maps of one stage live at a time."""
+STEPS_PER_EPOCH = (25, 250)
+"""Fewest and most steps of an epoch; 250 is nnU-Net's."""
+
+
+def values_of_patch(
+    stage: Stage, features: tuple[float, float], tokens: TokenGrid | None, size: TransformerSize | None
+) -> float:
+    """Return the feature values that one patch of a stage keeps in memory.
+
+    Args:
+        stage: of a method.
+        features: values of one pass through encoder and decoder that keeps its graph.
+        tokens: that the stage reads; None if it reads none.
+        size: of a transformer that sees them; None for a U-Net's encoder.
+    """
+    encoder, decoder = features
+    masked = stage.reads_tokens and tokens is not None and size is not None
+    graphs = 0 if masked else stage.encoder_graphs
+    values = (NO_GRAD_SHARE * stage.encoder_passes + graphs) * encoder + stage.decoder_graphs * decoder
+    if masked:
+        assert tokens is not None
+        assert size is not None
+        # the token decoder sees all tokens, the encoder at most a quarter of them
+        blocks = size.depth / 4 + size.decoder_depth
+        values += math.prod(tokens.grid) * 9 * size.width * blocks
+    if tokens is not None:
+        values += math.prod(tokens.grid) * stage.token_values
+    return values
+
+
+def decide_schedule(
+    stage: Stage,
+    features: tuple[float, float],
+    budget: float,
+    tokens: TokenGrid | None,
+    size: TransformerSize | None,
+    patches: int,
+    preset: Preset,
+) -> tuple[StageSchedule, Reasons]:
+    """Choose batch size and length of a stage.
+
+    Args:
+        stage: of a method.
+        features: see ``values_of_patch``.
+        budget: feature values that fit into the memory target.
+        tokens: see ``values_of_patch``.
+        size: see ``values_of_patch``.
+        patches: distinct ones in the data set.
+        preset: the memory target.
+    """
+    fits = int(budget // values_of_patch(stage, features, tokens, size))
+    most = max(2, min(fits, preset.largest_batch, patches // 2))
+    batch = most // stage.batch_multiple * stage.batch_multiple
+    limit = {
+        fits: "memory target",
+        preset.largest_batch: "largest useful batch",
+        patches // 2: "half of the distinct patches",
+    }
+    reason = f"{fits} fit, {patches} distinct patches: limited by the {limit.get(most, 'least batch')}"
+    if batch < most:
+        reason += f", a multiple of {stage.batch_multiple}"
+    if fits < batch:
+        reason += "; WARNING: more than the memory target allows, take a larger one or a smaller patch"
+    if batch < stage.useful_batch:
+        reason += f"; WARNING: contrast is weak below {stage.useful_batch}, take a larger memory target or more data"
+    defaults = stage.load().defaults.training
+    iterations = min(max(math.ceil(patches / batch), STEPS_PER_EPOCH[0]), STEPS_PER_EPOCH[1])
+    epochs = max(1, round(defaults.epochs * preset.epochs_share))
+    warmup = round(defaults.warmup_epochs * preset.epochs_share)
+    length = (
+        f"one pass over {patches} distinct patches is an epoch (25 to 250 steps); {preset.epochs_share:.0%} of "
+        f"the paper's {defaults.epochs} epochs"
+    )
+    return StageSchedule(batch_size=batch, epochs=epochs, iterations_per_epoch=iterations, warmup_epochs=warmup), [
+        (f"batch size ({stage.name})", str(batch), reason),
+        (f"length ({stage.name})", f"{epochs} epochs of {iterations} steps, {warmup} to warm up", length),
+    ]
+
+
+def decide_teacher(patches: int, taught: Sequence[StageSchedule]) -> tuple[int, float, Reasons]:
+    """Choose the length of a queue of keys and the momentum of a teacher.
+
+    Args:
+        patches: distinct ones in the data set.
+        taught: schedules of the stages that have a teacher.
+
+    Returns:
+        Keys in the queue, share of itself that a teacher keeps in a step, and the reasons; none without such a stage.
+    """
+    batch = max((schedule.batch_size for schedule in taught), default=2)
+    queue = min(max(2 ** int(math.log2(max(2, patches / 4))), 64, 2 * batch), 4096)
+    steps = min((schedule.epochs * schedule.iterations_per_epoch for schedule in taught), default=None)
+    if steps is None:
+        return queue, 0.999, []
+    momentum = momentum_for_run(0.999, steps)
+    why_queue = f"a quarter of {patches} distinct patches, 64 to 4096, at least two batches (for negatives=queue)"
+    why_momentum = f"averages over at most a twentieth of {steps} steps; MoCo's 0.999 in a long run"
+    return (
+        queue,
+        momentum,
+        [
+            ("queue", str(queue), why_queue),
+            ("teacher momentum", f"{momentum:.4f}", why_momentum),
+        ],
+    )

@@ -1,0 +1,115 @@
+"""The hybrid network of a data set: which feature map becomes tokens, how large the transformer on it is, with the reasons."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nnssl.networks.backbone import encoder_strides
+from planners.plan import TokenGrid, TransformerSize
+from planners.presets import VIT_SIZES, Preset
+from planners.view_rules import Reasons
+
+TOKENS_WANTED = 196
+"""Tokens of RepRec's 14 x 14 grid (224 pixels at stride 16), the length ViT-B/16 was made for."""
+TOKENS_MIN, TOKENS_MAX = 64, 2000
+"""Fewer tokens leave nothing to relate; more make attention the costliest part of the network."""
+FEW_TOKENS = 128
+"""Below this many tokens the next smaller transformer is taken."""
+HYBRID_CLASSES = {"PlainConvUNet": "HybridUNet", "ResidualEncoderUNet": "HybridResidualEncoderUNet"}
+
+
+def decide_tokens(
+    architecture: dict[str, Any], patch: Sequence[int], spacing_mm: Sequence[float]
+) -> tuple[TokenGrid | None, Reasons]:
+    """Choose the encoder stage whose positions become tokens, and the block of them that is masked at once.
+
+    Args:
+        architecture: of the U-Net.
+        patch: voxels.
+        spacing_mm: of its voxels.
+
+    Returns:
+        The grid, None if no stage has a useful number of positions; and the reasons.
+    """
+    strides = np.cumprod(np.array(encoder_strides(architecture)), axis=0)
+    grids = [[math.ceil(n / s) for n, s in zip(patch, stride, strict=True)] for stride in strides]
+    counts = [math.prod(grid) for grid in grids]
+    listed = ", ".join(map(str, counts))
+    fitting = [stage for stage, count in enumerate(counts) if TOKENS_MIN <= count <= TOKENS_MAX and stage > 0]
+    if not fitting:
+        reason = f"no stage of the encoder has {TOKENS_MIN} to {TOKENS_MAX} positions (it has {listed})"
+        return None, [("left out", "-", reason)]
+    stage = min(fitting, key=lambda s: abs(math.log(counts[s] / TOKENS_WANTED)))
+    size_mm = [s * float(mm) for s, mm in zip(strides[stage], spacing_mm, strict=True)]
+    block_mm = 2 * float(np.median(size_mm))
+    block = [max(1, min(round(block_mm / mm), n // 2)) for mm, n in zip(size_mm, grids[stage], strict=True)]
+    block_size_mm = [n * mm for n, mm in zip(block, size_mm, strict=True)]
+    grid = TokenGrid(
+        stage=stage,
+        grid=tuple(grids[stage]),
+        size_vox=tuple(int(s) for s in strides[stage]),
+        size_mm=tuple(round(mm, 6) for mm in size_mm),
+        width=architecture["arch_kwargs"]["features_per_stage"][stage],
+        mask_block=tuple(block),
+    )
+    why_block = (
+        f"near {block_mm:.0f} mm, at most half of the grid: neighbours of a single masked token have seen most of it"
+    )
+    return grid, [
+        (
+            "tokens",
+            f"{times(grids[stage])} = {counts[stage]} at stage {stage}",
+            f"of {listed} positions the nearest to RepRec's {TOKENS_WANTED}",
+        ),
+        ("token size", f"{times(strides[stage])} voxels, {in_mm(size_mm)} mm", "one position of that feature map"),
+        ("mask block", f"{times(block)} tokens, {in_mm(block_size_mm)} mm", why_block),
+    ]
+
+
+def decide_transformer(tokens: TokenGrid, preset: Preset) -> tuple[TransformerSize, Reasons]:
+    """Choose the size of the transformer from the memory target, one smaller for few tokens."""
+    size = preset.transformer
+    count = math.prod(tokens.grid)
+    reason = f"memory target of {preset.memory_gb:g} GB"
+    index = VIT_SIZES.index(size)
+    if count < FEW_TOKENS and index > 0:
+        size = VIT_SIZES[index - 1]
+        reason += f", one size smaller for {count} tokens"
+    if size == VIT_SIZES[-1]:
+        reason += "; ViT-Base as in the paper"
+    text = f"{size.depth} blocks, width {size.width}, {size.heads} heads; decoder {size.decoder_depth} blocks"
+    return size, [("transformer", text, reason)]
+
+
+def hybrid_architecture(architecture: Mapping[str, Any], tokens: TokenGrid, size: TransformerSize) -> dict[str, Any]:
+    """Return the ``architecture`` of a plan for a U-Net with a transformer on one stage.
+
+    Args:
+        architecture: of the U-Net.
+        tokens: whose stage it stands on.
+        size: of the transformer.
+    """
+    stock = architecture["network_class_name"].rsplit(".", 1)[-1]
+    return {
+        "network_class_name": f"nnssl.networks.hybrid.{HYBRID_CLASSES[stock]}",
+        "arch_kwargs": {
+            **architecture["arch_kwargs"],
+            "token_stage": tokens.stage,
+            "transformer_width": size.width,
+            "transformer_depth": size.depth,
+            "transformer_heads": size.heads,
+        },
+        "_kw_requires_import": architecture["_kw_requires_import"],
+    }
+
+
+def times(values: Sequence[int] | int) -> str:
+    """Return sizes as ``4x8x8``."""
+    return "x".join(str(int(v)) for v in values) if isinstance(values, (list, tuple, np.ndarray)) else str(values)
+
+
+def in_mm(values: Sequence[float]) -> str:
+    """Return lengths as ``2.5 x 1 x 1``."""
+    return " x ".join(f"{float(v):.4g}" for v in values)

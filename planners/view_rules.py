@@ -1,0 +1,80 @@
+"""What random views take from the data: crop, rotation, flips and intensity changes, each with its reason."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Reasons = list[tuple[str, str, str]]
+"""(what, value, reason) of every decision."""
+
+LEAST_CROP_VOX = 4
+"""A random crop covers at least this many voxels along every axis."""
+
+
+def decide_crop(patch: Sequence[int]) -> tuple[tuple[float, float], float, Reasons]:
+    """Choose the share of a patch that a crop covers.
+
+    Args:
+        patch: voxels.
+
+    Returns:
+        Least and largest share; the share of the smaller of two crops that both have in common, on average; the reasons.
+    """
+    least_zoom = max(0.2 ** (1 / len(patch)), min(1.0, LEAST_CROP_VOX / min(patch)))
+    low = round(least_zoom ** len(patch), 4)
+    overlap = mean_overlap(low, len(patch))
+    reason = "RepRec's 0.2 to 1.0" if low <= 0.2 else f"at least {LEAST_CROP_VOX} voxels along the shortest axis"
+    text = f"{reason}; two crops share {overlap:.0%} of the smaller on average"
+    return (low, 1.0), overlap, [("crop", f"{low:g} to 1 of the patch", text)]
+
+
+def decide_rotation(dimensions: int, thick_axis: int | None) -> tuple[tuple[float, ...], Reasons]:
+    """Choose the largest rotation about each axis, in degrees: none that mixes thick slices.
+
+    Args:
+        dimensions: of the patch.
+        thick_axis: along which voxels are much longer than along the others; None without one.
+    """
+    if dimensions == 2:
+        reason = "single slices: turning them moves no voxel out of the slice"
+        return (180.0,), [("rotation", "up to 180 deg in the plane", reason)]
+    if thick_axis is not None:
+        reason = "thick slices: any other rotation would mix voxels of different slices"
+        angles = tuple(180.0 if axis == thick_axis else 0.0 for axis in range(3))
+        return angles, [("rotation", f"up to 180 deg about axis {thick_axis} only", reason)]
+    return (30.0, 30.0, 30.0), [("rotation", "up to 30 deg about every axis", "spacing alike along all axes")]
+
+
+def decide_flips(dimensions: int) -> tuple[tuple[int, ...], Reasons]:
+    """Choose the axes that may be flipped: those of the fine plane."""
+    axes = tuple(range(dimensions - 2, dimensions))
+    reason = "in the fine plane: RepRec's horizontal flip, and its like along the other axis"
+    return axes, [("flips", f"axes {axes}", reason)]
+
+
+def decide_intensity(is_ct: bool) -> tuple[tuple[str, ...], Reasons]:
+    """Choose the intensity changes that the modality allows."""
+    views: tuple[str, ...]
+    if is_ct:
+        views = ("contrast", "brightness", "noise", "blur", "window")
+        reason = "CT: Hounsfield numbers mean tissue, so the window moves and contrast is never inverted"
+    else:
+        views = ("contrast", "brightness", "noise", "blur", "gamma", "bias_field", "inversion")
+        reason = "MR: units, coil sensitivity and contrast are the scanner's, so all may change"
+    return views, [("intensity views", ", ".join(views), reason)]
+
+
+def mean_overlap(low: float, dimensions: int, draws: int = 4096) -> float:
+    """Return the mean share of the smaller of two random crops that both have in common; a seeded estimate.
+
+    Args:
+        low: least share of the patch that a crop covers.
+        dimensions: of the patch.
+        draws: pairs of crops.
+    """
+    rng = np.random.default_rng(0)
+    zoom = rng.uniform(low, 1.0, size=(2, draws)) ** (1 / dimensions)
+    start = rng.uniform(size=(2, draws, dimensions)) * (1 - zoom[..., None])
+    end = start + zoom[..., None]
+    common = (end.min(axis=0) - start.max(axis=0)).clip(0).prod(axis=1)
+    return round(float((common / zoom.min(axis=0) ** dimensions).mean()), 3)
