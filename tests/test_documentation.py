@@ -20,6 +20,8 @@ from nnssl.methods.settings import resolve_settings, split_overrides
 from planners import plan as plan_module
 from planners.fingerprint import CaseRecord, Fingerprint
 from planners.presets import PRESETS
+from tests.benchmarks.gather_deviations import PAGE, gather, section_of
+from tests.benchmarks.picture_of_stages import COMMANDS
 from tests.test_layers import ALLOWED
 
 if sys.version_info >= (3, 11):
@@ -33,6 +35,24 @@ PAGES = sorted([*ROOT.glob("*.md"), *DOCUMENTATION.rglob("*.md")])
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 OTHERS_FLAGS = {"--help", "--c"}
 """Flags in the text that are no flags of nnssl's own parsers to look up: argparse's, and nnU-Net's."""
+TEMPLATE = (
+    "Idea",
+    "Stages",
+    "What it needs",
+    "Defaults",
+    "Deviations",
+    "What leaves",
+    "How to read the curves",
+    "Trivial baseline",
+    "Known limits",
+    "Results",
+)
+"""Headings of a method's page, in this order; what is a method's own stands below one of them."""
+HEADERS = {
+    "Stages": "| stage | trained | frozen | loss | trainer |",
+    "Defaults": "| key | default | in a run | from |",
+    "Deviations": "| paper or code | here | why |",
+}
 SCHEDULE = {field.name for field in fields(plan_module.StageSchedule)}
 
 
@@ -162,6 +182,67 @@ def test_every_flag_is_documented(command):
             re.search(rf"(?<![\w-]){option}(?![\w-])", text) for option in action.option_strings
         )
         assert shown, f"{command} {flag} is on no page that mentions the command"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_pages_follow_one_template(method):
+    text = (DOCUMENTATION / "methods" / f"{method}.md").read_text()
+    assert tuple(re.findall(r"^## (.+)$", split_code(text)[0], flags=re.MULTILINE)) == TEMPLATE
+    for heading, header in HEADERS.items():
+        tables = re.findall(
+            r"^(\|.*)\n\|---", re.split(r"^### ", section_of(text, heading), flags=re.MULTILINE)[0], flags=re.MULTILINE
+        )
+        assert tables, f"{method}: no table below {heading}"
+        assert set(tables) == {header}, f"{method}: {heading}"
+
+
+def test_no_page_is_of_an_unknown_method():
+    assert {page.stem for page in (DOCUMENTATION / "methods").glob("*.md")} == set(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+def test_stages_and_trainers_are_those_of_the_code(method):
+    rows = table_rows((DOCUMENTATION / "methods" / f"{method.name}.md").read_text(), "## Stages")
+    shown = [(row[0].strip("`"), row[-1].strip("`")) for row in rows]
+    assert shown == [(stage.name, stage.trainer) for stage in method.stages]
+
+
+def test_deviations_are_those_of_the_method_pages():
+    assert PAGE.read_text() == gather(), "python -m tests.benchmarks.gather_deviations writes the page again"
+
+
+def test_methods_are_compared_as_the_index_has_them():
+    rows = table_rows((DOCUMENTATION / "methods.md").read_text())
+    expected = []
+    for method in METHODS.values():
+        passes = [
+            f"encoder {stage.encoder_graphs} + {stage.encoder_passes}, decoder {stage.decoder_graphs}"
+            for stage in method.stages
+        ]
+        batches = [str(stage.useful_batch) for stage in method.stages]
+        expected.append((method.name, method.configurations, ", then ".join(batches), "; then ".join(passes)))
+    shown = [(code_spans(row[0])[0], tuple(code_spans(row[1])), row[3], row[4]) for row in rows]
+    assert sorted(shown) == sorted(expected)
+
+
+def test_readme_lists_the_methods():
+    rows = table_rows((ROOT / "README.md").read_text(), "## Methods")
+    shown = {row[0].strip("`"): tuple(code_spans(row[2])) for row in rows}
+    assert shown == {method.name: method.configurations for method in METHODS.values()}
+
+
+def test_every_stage_says_which_views_it_uses():
+    rows = table_rows((DOCUMENTATION / "views.md").read_text(), "## Who uses what")
+    shown = [stage for row in rows for stage in code_spans(row[0])]
+    assert len(shown) == len(set(shown))
+    assert set(shown) == {stage.name for method in METHODS.values() for stage in method.stages}
+
+
+def test_picture_shows_the_stages_in_order():
+    (line,) = re.findall(r"^raw images -> .*$", (DOCUMENTATION / "architecture.md").read_text(), flags=re.MULTILINE)
+    assert [name for *_, stages in COMMANDS for name, _ in stages] == line.split(" -> ")
+    assert {command for commands, *_ in COMMANDS for command in commands.split(", ")} <= set(SCRIPTS)
+    assert (DOCUMENTATION / "stages.png").stat().st_size < 100_000
 
 
 @pytest.mark.parametrize("stage", [stage.name for method in METHODS.values() for stage in method.stages])
