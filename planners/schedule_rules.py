@@ -75,7 +75,7 @@ def decide_schedule(
     if fits < batch:
         reason += "; WARNING: more than the memory target allows, take a larger one or a smaller patch"
     if batch < stage.useful_batch:
-        reason += f"; WARNING: contrast is weak below {stage.useful_batch}, take a larger memory target or more data"
+        reason += f"; WARNING: little is learned below {stage.useful_batch}, take a larger memory target or more data"
     defaults = stage.load().defaults.training
     iterations = min(max(math.ceil(patches / batch), STEPS_PER_EPOCH[0]), STEPS_PER_EPOCH[1])
     epochs = max(1, round(defaults.epochs * preset.epochs_share))

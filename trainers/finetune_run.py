@@ -66,7 +66,7 @@ MODES = {
     "linear": Mode(LinearProbeTrainer, 0.01, ("adam",)),  # Pix2Rep
     "mean_teacher": Mode(MeanTeacherTrainer, 0.01, ("sgd", "adam", "adamw")),  # nnU-Net, and UA-MT's too
 }
-TRANSFORMER_RATE = 3e-4
+ADAMW_RATE = 3e-4
 """Of nnU-Net's own trainers of Primus, which learns little by SGD."""
 
 
@@ -129,7 +129,7 @@ def finetune(
         epochs: epochs in all, warm-up included; nnU-Net's default.
         iterations_per_epoch: optimizer steps per epoch.
         warmup_epochs: epochs of rising learning rate; None for one in twenty.
-        learning_rate: the highest one; None for the mode's, 0.01 in each, 3e-4 for Primus.
+        learning_rate: the highest one; None for the mode's, 0.01 in each, or 3e-4 with AdamW.
         batch_size: patches per step; None for the plan's.
         optimizer: ``"sgd"`` as nnU-Net, or ``"adam"``, which needs fewer steps and another learning rate; None for the
             mode's, Adam for ``"linear"`` and else SGD; ``"adamw"`` as nnU-Net trains Primus, whose default it is.
@@ -365,7 +365,7 @@ def check_schedule(
         optimizer = "adamw"
     optimizer = optimizer or MODES[mode].optimizers[0]
     if learning_rate is None:
-        learning_rate = TRANSFORMER_RATE if optimizer == "adamw" else MODES[mode].learning_rate
+        learning_rate = ADAMW_RATE if optimizer == "adamw" else MODES[mode].learning_rate
     if optimizer not in MODES[mode].optimizers:
         raise UserError(
             f"--optimizer {optimizer}: --mode {mode} takes {' or '.join(MODES[mode].optimizers)}; leave it out"

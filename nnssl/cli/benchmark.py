@@ -65,7 +65,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--learning-rate",
         type=float,
-        help="of fine-tuning (default: 0.01, 3e-4 for Primus; a linear probe keeps its own)",
+        help="of fine-tuning (default: 0.01, 3e-4 with adamw; a linear probe keeps its own)",
     )
     parser.add_argument(
         "-c", dest="configuration", metavar="CONFIG", help="to fine-tune (default: one that fits all arms)"

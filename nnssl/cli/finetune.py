@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--iterations-per-epoch", type=int, default=250, help="(default: 250)")
     parser.add_argument("--warmup-epochs", type=int, help="of the epochs (default: one in twenty)")
     parser.add_argument(
-        "--learning-rate", type=float, help="the highest one (default: 0.01 in each mode; 3e-4 for Primus)"
+        "--learning-rate", type=float, help="the highest one (default: 0.01 in each mode; 3e-4 with adamw)"
     )
     parser.add_argument(
         "--optimizer",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nnssl.errors import UserError
 from nnssl.export.kernels import CHANNEL_POLICIES, ChannelPolicy, fit_input_channels, fit_kernel
-from nnssl.export.source import SEGMENTATION, SourceWeights, names_by_tensor
+from nnssl.export.source import GATE, SEGMENTATION, SourceWeights, names_by_tensor
 from nnssl.export.target import TargetNetwork
 from nnssl.networks.primus import resample_positions
 from nnssl.schema import STRICT
@@ -30,7 +30,7 @@ COUNTED = ("encoder.", "eva.", "down_projection.")
 """Those of which a share is asked for. A transformer at the bottleneck may be missing: unless it comes whole it begins by
 changing nothing."""
 
-TRANSFORMER, GATE = "transformer.", "transformer.gate"
+TRANSFORMER = "transformer."
 
 POSITIONS = "eva.pos_embed"
 
@@ -273,7 +273,9 @@ def _close_gate(
     """Let a transformer at the bottleneck begin by changing nothing, unless it comes whole and stands on the same stage."""
     parts = [each for each in fitted if each.name.startswith(TRANSFORMER)]
     stages = [each.architecture["arch_kwargs"].get("token_stage") for each in (source, target)]
-    if not parts or (stages[0] == stages[1] and all(each.status != "random" for each in parts)):
+    # what the source holds and did not train either is no loss
+    whole = all(each.status != "random" or each.name in source.seeded for each in parts)
+    if not parts or (stages[0] == stages[1] and whole):
         return fitted
     state[GATE].zero_()
     reason = "the transformer does not come whole, so it begins by changing nothing"
@@ -295,7 +297,8 @@ def _without_source(names: tuple[str, ...], value: Tensor, source: SourceWeights
             reason = "one more residual block, which begins by changing nothing"
             return Fitted(names[0], "random", value.numel(), reason)
         return Fitted(names[0], "random", value.numel(), "one more residual block")
-    return Fitted(names[0], "random", value.numel(), "the source has none")
+    reason = "not pretrained in the source" if source.seeded.intersection(names) else "the source has none"
+    return Fitted(names[0], "random", value.numel(), reason)
 
 
 def _cuts_into_tokens(layer: Any) -> bool:

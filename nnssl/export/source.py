@@ -15,6 +15,9 @@ from nnssl.export.adaptation_plan import KEY, KEYS, AdaptationPlan, network_kind
 SEGMENTATION = ".seg_layers."
 """What nnU-Net's loader passes over and starts anew."""
 
+GATE = "transformer.gate"
+"""How much a hybrid network hears of its transformer; 0 in a random start."""
+
 EXPORT_KEY = "nnssl_export"
 """Of a file for a trainer whose network no plan names: what the file is, for people."""
 
@@ -30,6 +33,7 @@ class SourceWeights:
         path: the file.
         tensors: the pretrained ones, under every name that they have.
         untrained: number of values in the file that are no more than a random initialisation.
+        seeded: names of these.
         architecture: the network, as a configuration of a plan names it.
         channel_names: of the images that the tensors are for; None where the file does not say.
         num_channels: of these images.
@@ -44,6 +48,7 @@ class SourceWeights:
     path: Path
     tensors: dict[str, Tensor]
     untrained: int
+    seeded: frozenset[str]
     architecture: dict[str, Any]
     channel_names: tuple[str, ...] | None
     num_channels: int
@@ -116,10 +121,13 @@ def _first_name(name: str, tensors: Mapping[str, Tensor]) -> str:
 def _of_nnssl(path: Path, content: dict[str, Any], provenance: Provenance) -> SourceWeights:
     weights = _checked(path, content["network_weights"])
     whole = _with_inherited(provenance.plans, provenance.configuration)
+    pretrained = provenance.pretrained
+    if provenance.pretrains("transformer."):
+        pretrained = (*pretrained, GATE)  # set when the weights left, so that the transformer takes part
     trained = {
         name: weights[name]
         for names in names_by_tensor(weights)
-        if any(name.startswith(prefix) for name in names for prefix in provenance.pretrained)
+        if any(name.startswith(prefix) for name in names for prefix in pretrained)
         for name in names
         if SEGMENTATION not in f".{name}"
     }
@@ -129,6 +137,7 @@ def _of_nnssl(path: Path, content: dict[str, Any], provenance: Provenance) -> So
         path=path,
         tensors=trained,
         untrained=count_values(weights) - count_values(trained),
+        seeded=frozenset(set(weights) - set(trained)),
         architecture=whole["architecture"],
         channel_names=channel_names,
         num_channels=len(names),
@@ -165,6 +174,7 @@ def _of_others(path: Path, content: dict[str, Any], plan: AdaptationPlan) -> Sou
         path=path,
         tensors=trained,
         untrained=count_values(weights) - count_values(trained),
+        seeded=frozenset(set(weights) - set(trained)),
         architecture=plan.architecture(),
         channel_names=None,
         num_channels=plan.pretrain_num_input_channels,

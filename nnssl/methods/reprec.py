@@ -3,7 +3,7 @@
 Source: Yan et al., Representation Recovering for Self-Supervised Pre-training on Medical Images, WACV 2023. No code of the
 authors is public. The contrastive stage follows MoCo (He et al., CVPR 2020), to which the paper defers.
 
-Stage 1, contrastive: ``E_c`` (the encoder of the plan's U-Net) sees two crops of a patch; InfoNCE against a queue of keys
+Stage 1, contrastive: ``E_c`` (the encoder of the plan's U-Net) sees two crops of a patch; InfoNCE against keys
 from a momentum encoder (section 4.1). Stage 2, generative: ``E_c`` is frozen; three quarters of the positions of its feature
 map are dropped, ``E_t`` sees the rest, a small decoder predicts the features of the dropped ones (section 4.2).
 ``E_c`` and ``E_t`` leave; the decoder of stage 2, the heads and the queue do not.
@@ -42,6 +42,7 @@ from nnssl.losses.reconstruction import masked_token_mse, standardise_tokens, vi
 from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, split_by_decay
 from nnssl.methods.settings import TrainingSettings
 from nnssl.momentum import FeatureQueue, copy_to_teacher, momentum_for_run
+from nnssl.networks.dense import ENCODER
 from nnssl.networks.heads import PooledProjection, TokenDecoder
 from nnssl.networks.hybrid import map_to_tokens, sine_cosine_positions
 from nnssl.schema import STRICT
@@ -195,7 +196,7 @@ class RepRecContrastive(PretextMethod):
 
     def exported(self) -> Exported:
         """Return the convolutional encoder."""
-        return Exported(pretrained=("encoder.",))
+        return Exported(pretrained=ENCODER)
 
 
 @dataclass(frozen=True)
@@ -300,7 +301,7 @@ class RepRecGenerative(PretextMethod):
     def exported(self) -> Exported:
         """Return encoder and transformer; the gate opens, so that the transformer takes part from the first step on."""
         return Exported(
-            pretrained=("encoder.", "transformer.embed.", "transformer.blocks."), fixed={"transformer.gate": 1.0}
+            pretrained=(*ENCODER, "transformer.embed.", "transformer.blocks."), fixed={"transformer.gate": 1.0}
         )
 
 

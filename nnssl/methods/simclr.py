@@ -27,6 +27,7 @@ from nnssl.collapse import retrieval_top1
 from nnssl.losses.nt_xent import nt_xent
 from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, split_by_decay
 from nnssl.methods.settings import TrainingSettings
+from nnssl.networks.dense import ENCODER
 from nnssl.networks.heads import PooledProjection
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, draw_intensity, restrict_to
@@ -128,7 +129,7 @@ class SimCLR(PretextMethod):
 
     def exported(self) -> Exported:
         """Return the encoder, under both names that nnU-Net gives it."""
-        return Exported(pretrained=("encoder.", "decoder.encoder."))
+        return Exported(pretrained=ENCODER)
 
 
 def affine_range(settings: SimCLRSettings, configuration: Any) -> AffineRange:

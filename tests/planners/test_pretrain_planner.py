@@ -201,7 +201,7 @@ def test_weak_contrast_is_said(nnunet_folders):
         d for d in plan.pretext.decisions if d.what == "batch size (reprec.contrastive)" and "3d" in d.configuration
     ]
     assert batch < 8
-    assert "WARNING: contrast is weak below 8" in said[0].reason
+    assert "WARNING: little is learned below 8" in said[0].reason
 
 
 def test_every_decision_has_a_reason_and_the_table_shows_it(nnunet_folders):

@@ -235,6 +235,19 @@ def test_a_transformer_that_does_not_come_whole_begins_by_changing_nothing(tmp_p
     assert network.transformer.gate != 0
 
 
+def test_the_transformer_of_reprec_stays_open(tmp_path):
+    """Its last layer is a seeded start in the checkpoint too, and the gate is set when the weights leave."""
+    trained = ("encoder.", "transformer.embed.", "transformer.blocks.")
+    hybrid = unet("hybrid", 3)
+    network, report = fitted(tmp_path, hybrid, hybrid, source={"pretrained": trained})
+    weights = torch.load(tmp_path / "a.pth", weights_only=True)["network_weights"]
+    assert torch.equal(network.transformer.gate, weights["transformer.gate"])
+    assert torch.equal(network.transformer.embed.weight, weights["transformer.embed.weight"])
+    assert status(report, "transformer.project.weight").reason == "not pretrained in the source"
+    network, _ = fitted(tmp_path, hybrid, unet("hybrid", 3, transformer_depth=2), source={"pretrained": trained})
+    assert network.transformer.gate == 0
+
+
 def test_labels_that_a_cascade_puts_behind_the_images_begin_at_zero(tmp_path, folders):
     network = unet("plain", 3)
     weights = write_source(tmp_path / "a.pth", network, 3, ["CT"])

@@ -301,7 +301,7 @@ def test_overfits_one_batch_below_the_trivial_baseline():
 
 def test_what_leaves():
     network, contrastive = make_stage("contrastive", 3)
-    assert contrastive.exported().pretrained == ("encoder.",)
+    assert contrastive.exported().pretrained == ("encoder.", "decoder.encoder.")
     network, generative = make_stage("generative", 3)
     exported = generative.exported()
     names = list(network.state_dict())
