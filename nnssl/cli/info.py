@@ -169,7 +169,7 @@ def _explain_own(source: "SourceWeights") -> list[str]:
 
 
 def _by(sizes: Sequence[float]) -> str:
-    return " x ".join(map(str, sizes))
+    return " x ".join(f"{size:g}" for size in sizes)
 
 
 if __name__ == "__main__":
