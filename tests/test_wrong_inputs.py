@@ -182,7 +182,7 @@ def test_pretraining_refuses(planned, capsys):
     def refuses(*argv: str) -> str:
         return fails(capsys, pretrain, "--device", "cpu", *argv)
 
-    assert f"there is no method 'simclr'; nnssl has {', '.join(sorted(METHODS))}" in refuses("-m", "simclr")
+    assert f"there is no method 'nosuch'; nnssl has {', '.join(sorted(METHODS))}" in refuses("-m", "nosuch")
     line = refuses("-m", "reprec", "--set", "temprature=1")
     assert "no setting 'temprature'" in line
     assert "temperature" in line
@@ -240,7 +240,7 @@ def test_malicious_checkpoint_does_not_run(planned, capsys, monkeypatch, tmp_pat
 def test_truncated_missing_and_foreign_checkpoints(planned, capsys, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({"network_weights": {"a": torch.zeros(1000)}}, path)
-    assert "is no checkpoint of nnssl" in fails(capsys, info, str(path))
+    assert "is neither a checkpoint of nnssl nor" in fails(capsys, info, str(path))
     path.write_bytes(path.read_bytes()[:800])
     assert "weights.pth" in fails(capsys, info, str(path))
     assert "there is no such checkpoint" in fails(capsys, info, str(tmp_path / "none.pth"))

@@ -226,7 +226,7 @@ class Alice(PretextMethod):
         own = self.settings
         seen = self.student(views.patches, views.visible)
         tokens = self.decoder.decode(seen, views.visible, self.positions)
-        losses, monitors, embeddings, centre = {}, {}, tokens.mean(dim=1).detach(), None
+        losses, monitors, embeddings, centre = {}, {}, None, None  # masked modelling alone cannot collapse
         if own.reconstruction_weight:
             target = standardise_tokens(cut_into_tokens(views.patches, self.student.token_vox))
             error = masked_token_mse(self.decoder.predict(tokens), target, views.mask)

@@ -6,6 +6,7 @@ Pix2Rep: encoder and decoder forward and backward on both views. Pixel-global: b
 PCRL: the encoder forward on both views and the decoder on three times the batch, backward through all but one encoder.
 SAM: encoder, decoder and heads down to the fine embeddings, forward and backward on both views. Alice: the encoder on the visible
 tokens and the token decoder, forward and backward, and the encoder forward on all tokens; its pairs are by the body's box.
+SimCLR: the encoder forward and backward on both views.
 Both are timed in turns in one process, under the same precision, so that a busy machine slows both. ``--memory`` gives the
 largest resident memory instead, of processes that do nothing but steps and nothing but the bare network.
 """
@@ -108,6 +109,14 @@ def bare_alignment(trainer: PretrainTrainer, views: Any) -> None:
     output.float().square().mean().backward()
 
 
+def bare_views(trainer: PretrainTrainer, views: Any) -> None:
+    """Encoder on both views, backward through both."""
+    method: Any = trainer.method
+    with trainer.precision.autocast(trainer.device):
+        output = torch.cat([method.encoder(volumes)[-1] for volumes in views])
+    output.float().square().mean().backward()
+
+
 BARE = {
     "reprec.contrastive": bare_contrastive,
     "reprec.generative": bare_generative,
@@ -117,6 +126,7 @@ BARE = {
     "pcrl.contexts": bare_contexts,
     "sam.embedding": bare_embedding,
     "alice.alignment": bare_alignment,
+    "simclr.contrast": bare_views,
 }
 
 

@@ -93,7 +93,7 @@ def test_both_stages_and_what_they_leave(toy):
     assert moved
     assert float(first["transformer.gate"]) == 0.0
     assert float(second["transformer.gate"]) == 1.0
-    assert "  pretrained parts: encoder., transformer.embed., transformer.blocks." in "\n".join(
+    assert "  pretrained parts: encoder., decoder.encoder., transformer.embed., transformer.blocks." in "\n".join(
         explain_checkpoint(final)
     )
 
@@ -259,8 +259,8 @@ def test_wrong_inputs_are_one_line(toy, tmp_path):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert f"there is no method 'simclr'; nnssl has {', '.join(sorted(METHODS))}" in message(
-        pretrain, "simclr", toy, NAME
+    assert f"there is no method 'nosuch'; nnssl has {', '.join(sorted(METHODS))}" in message(
+        pretrain, "nosuch", toy, NAME
     )
     assert "run nnssl_plan_and_preprocess -d Dataset777_No" in message(pretrain, "reprec", toy, "Dataset777_No")
     assert "needs a convolutional U-Net with a transformer" in message(pretrain, "reprec", toy, NAME, "3d_fullres")
