@@ -8,7 +8,7 @@ point, the median distance of matches from the organ, and the median way back to
 """
 
 import argparse
-from itertools import permutations
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -59,23 +59,46 @@ def read_labels(folder: Path, name: str, shape: tuple[int, ...], axes: list[int]
     return F.interpolate(torch.from_numpy(cut)[None, None], shape, mode="nearest-exact")[0, 0].numpy().astype(int)
 
 
-def count(matcher: PointMatcher, store: CaseStore, labels: dict[str, np.ndarray]) -> dict[int, list[np.ndarray]]:
-    """Return for every organ whether matches lie in it, how far from it they lie in mm, and how far the way back ends."""
-    found: dict[int, list[list[float]]] = {}
-    for query, key in permutations(store.names, 2):
-        rng = np.random.default_rng([store.names.index(query), store.names.index(key)])
-        spacing, other = (np.array(store.case(name).spacing_mm) for name in (query, key))
-        for organ in sorted(set(np.unique(labels[query])) & set(np.unique(labels[key])) - {0}):
-            inside = np.argwhere(labels[query] == organ)
-            points_mm = inside[rng.integers(len(inside), size=POINTS)] * spacing
-            matches = matcher.match_points(query, points_mm, key)
-            back = cycle_error_mm(matcher, query, points_mm, key, matches)
+Found = dict[int, np.ndarray]
+"""By organ: whether matches lie in it, how far from it they lie in mm, and how far the way back ends in mm."""
+
+
+def count(matchers: dict[str, PointMatcher], store: CaseStore, labels: dict[str, np.ndarray]) -> dict[str, Found]:
+    """Return what every matcher makes of points of every organ, looked for in every other case."""
+    found: dict[str, dict[int, list[np.ndarray]]] = {name: {} for name in matchers}
+    away_from = DistanceMaps(store, labels)
+    # both ways of a pair follow one another, as few embedded scans are kept
+    for pair in combinations(store.names, 2):
+        for query, key in (pair, pair[::-1]):
+            rng = np.random.default_rng([store.names.index(query), store.names.index(key)])
+            spacing, other = (np.array(store.case(name).spacing_mm) for name in (query, key))
             last = np.array(labels[key].shape) - 1
-            z, y, x = np.clip(np.round(matches.points_mm / other).astype(int), 0, last).T
-            away = distance_transform_edt(labels[key] != organ, sampling=other)[z, y, x]
-            rows = np.stack([labels[key][z, y, x] == organ, away, back], axis=1)
-            found.setdefault(int(organ), []).append(rows)
-    return {organ: np.concatenate(rows).T for organ, rows in found.items()}
+            for organ in sorted(set(np.unique(labels[query])) & set(np.unique(labels[key])) - {0}):
+                inside = np.argwhere(labels[query] == organ)
+                points_mm = inside[rng.integers(len(inside), size=POINTS)] * spacing
+                for name, matcher in matchers.items():
+                    matches = matcher.match_points(query, points_mm, key)
+                    back = cycle_error_mm(matcher, query, points_mm, key, matches)
+                    z, y, x = np.clip(np.round(matches.points_mm / other).astype(int), 0, last).T
+                    rows = np.stack([labels[key][z, y, x] == organ, away_from(key, organ)[z, y, x], back], axis=1)
+                    found[name].setdefault(int(organ), []).append(rows)
+    return {name: {organ: np.concatenate(rows).T for organ, rows in each.items()} for name, each in found.items()}
+
+
+class DistanceMaps:
+    """How far every voxel of a case lies from an organ, in mm; made once for each."""
+
+    def __init__(self, store: CaseStore, labels: dict[str, np.ndarray]) -> None:
+        self.store = store
+        self.labels = labels
+        self.maps: dict[tuple[str, int], np.ndarray] = {}
+
+    def __call__(self, case: str, organ: int) -> np.ndarray:
+        """Return the map of a case and an organ, (z, y, x), in float32."""
+        if (case, organ) not in self.maps:
+            away = distance_transform_edt(self.labels[case] != organ, sampling=self.store.case(case).spacing_mm)
+            self.maps[case, organ] = away.astype(np.float32)
+        return self.maps[case, organ]
 
 
 def main() -> None:
@@ -95,7 +118,7 @@ def main() -> None:
     axes = provenance.plans["transpose_forward"]
     labels = {name: read_labels(raw, name, store.case(name).shape, axes) for name in store.names}
     matchers = {"embeddings": matcher, "body's box": BodyBoxMatcher(store), "shuffled": ShuffledMatcher(matcher)}
-    results = {name: count(each, store, labels) for name, each in matchers.items()}
+    results = count(matchers, store, labels)
     print(f"{len(store.names)} cases; same organ, mm from the organ, mm back (medians) for {', '.join(matchers)}")
     columns = [f"{name}: {what}" for name in matchers for what in ("in it", "mm from it", "mm back")]
     print(f"| organ | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
