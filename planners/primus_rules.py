@@ -145,7 +145,8 @@ def primus_architecture(size: TransformerSize, token: Sequence[int], patch: Sequ
         "input_shape": list(patch),
         "decoder_features": DECODER_FEATURES,
         "drop_path_rate": 0.2 if size.depth >= 12 else 0.0,  # of nnU-Net's trainers of Primus
-        "strides": [[1] * len(token), list(token)],
+        # nnU-Net takes from these at which resolutions logits come, and gives the lowest of them no weight
+        "strides": [[1] * len(token), list(token), [1] * len(token)],
     }
     return {"network_class_name": CLASS_NAME, "arch_kwargs": arch_kwargs, "_kw_requires_import": []}
 

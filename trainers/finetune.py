@@ -25,6 +25,7 @@ import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module  # noqa: N813 (a module)
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
@@ -188,7 +189,11 @@ class FinetuneTrainer(nnUNetTrainer):
         self.batch_size: int = self.settings.batch_size or self.configuration_manager.batch_size
 
     def _build_loss(self) -> nn.Module:
-        return FullPrecisionLoss(super()._build_loss())
+        with np.errstate(invalid="ignore"):
+            loss = super()._build_loss()
+        if isinstance(loss, DeepSupervisionWrapper) and len(loss.weight_factors) == 1:
+            loss.weight_factors = (1.0,)  # nnU-Net leaves out the lowest resolution, also where it is the only one
+        return FullPrecisionLoss(loss)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupPolySchedule]:
         """Return the optimizer of the settings, and the schedule with warm-up."""
@@ -258,6 +263,19 @@ class FinetuneTrainer(nnUNetTrainer):
             self.grad_scaler.step(self.optimizer)
             self.grad_scaler.update()
         return {"loss": total.cpu().numpy()}
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Log the mean loss of the epoch.
+
+        Raises:
+            UserError: it is not a number: what follows would be worth nothing.
+        """
+        super().on_train_epoch_end(train_outputs)
+        if not all(np.isfinite(output["loss"]).all() for output in train_outputs):
+            raise UserError(
+                f"{self.output_folder}: the loss of epoch {self.current_epoch} is not a number; take a lower --learning-rate, "
+                "and look for NaN in the images"
+            )
 
     def batch_losses(self, batch: dict) -> Iterator[Tensor]:
         """Yield the terms of the loss of a batch, whose gradients add up; a term is made when the one before is done."""

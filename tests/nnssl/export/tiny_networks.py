@@ -56,7 +56,7 @@ def primus(**changes: Any) -> dict[str, Any]:
         "patch_embed_size": [2, 8, 8],
         "input_shape": PATCH[3],
         "decoder_features": 8,
-        "strides": [[1, 1, 1], [2, 8, 8]],
+        "strides": [[1, 1, 1], [2, 8, 8], [1, 1, 1]],
     }
     return {
         "network_class_name": "nnssl.networks.primus.PlannedPrimus",

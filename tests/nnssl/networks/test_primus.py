@@ -21,7 +21,7 @@ def architecture(**changes) -> dict:
         "patch_embed_size": list(TOKEN),
         "input_shape": list(SHAPE),
         "decoder_features": 8,
-        "strides": [[1, 1, 1], list(TOKEN)],
+        "strides": [[1, 1, 1], list(TOKEN), [1, 1, 1]],
     }
     return {
         "network_class_name": "nnssl.networks.primus.PlannedPrimus",
