@@ -94,11 +94,10 @@ def names_by_tensor(tensors: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
     Tensors that were one and have been copied apart, as a conversion to float16 does, are told by their names.
     """
     groups: dict[Any, list[str]] = {}
-    for name, value in tensors.items():
+    for name in tensors:
         first = _first_name(name, tensors)
-        key = name if value.numel() == 0 else (value.data_ptr(), value.shape, value.stride(), value.dtype)
-        if first != name:
-            key = next(known for known, names in groups.items() if first in names)
+        value = tensors[first]
+        key = first if value.numel() == 0 else (value.data_ptr(), value.shape, value.stride(), value.dtype)
         groups.setdefault(key, []).append(name)
     return [tuple(names) for names in groups.values()]
 
@@ -109,7 +108,7 @@ def count_values(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _first_name(name: str, tensors: Mapping[str, Tensor]) -> str:
-    """Return the other name of a tensor that nnU-Net's U-Nets register twice, if it comes before it."""
+    """Return the first of the names under which nnU-Net's U-Nets register a tensor, if it is there; else the name itself."""
     other = name.removeprefix("decoder.") if name.startswith("decoder.encoder.") else name
     block, middle, rest = other.partition(".all_modules.")
     if middle:
