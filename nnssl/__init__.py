@@ -1,3 +1,3 @@
 """Self-configuring self-supervised pretraining for nnU-Net."""
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
