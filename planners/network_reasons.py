@@ -32,7 +32,8 @@ def explain_data_set(
         spacing_given: whether the user chose the spacing.
     """
     source = f"taken over from {like.parent.name}/{like.name}" if like else None
-    base = nnunet["configurations"].get("3d_fullres", nnunet["configurations"]["2d"])
+    configurations = nnunet["configurations"]
+    base = configurations["3d_fullres" if "3d_fullres" in configurations else "2d"]
     median = np.median(spacings_mm, axis=0)
     low, high = spacings_mm.min(axis=0), spacings_mm.max(axis=0)
     cases = len(spacings_mm)

@@ -239,6 +239,12 @@ def test_like_takes_over_the_plan_of_the_labelled_data(nnunet_folders):
     )
     with pytest.raises(UserError, match="plans for 1 channels, Dataset501_Toy has 2"):
         make_plan("two_channels", like=other)
+    for left, gone in (("3d_fullres", "2d"), ("2d", "3d_fullres")):
+        configurations = {key: value for key, value in source["configurations"].items() if not key.startswith(gone)}
+        other.write_text(json.dumps({**source, "configurations": configurations}))
+        kept = set(make_plan("iso", like=other).pretext.configurations)
+        assert left in kept
+        assert gone not in kept
 
 
 def test_labelled_fingerprint_of_nnunet_is_not_overwritten(nnunet_folders):
