@@ -9,7 +9,9 @@ from jaxtyping import install_import_hook
 
 install_import_hook(["nnssl.losses", "nnssl.views", "nnssl.networks", "nnssl.methods"], "beartype.beartype")
 
-torch.set_num_threads(2)
+# tensors are so small here that threads cost more than they give, and on a busy machine many times more
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ STAGES = {"Contrastive": "reprec.contrastive", "Generative": "reprec.generative"
 def start(root: Path, command: list[str]) -> tuple[subprocess.Popen, list[str]]:
     """Start a command on the folders below ``root``; its lines are collected as they come."""
     environment = {**os.environ, **{f"nnUNet_{n}": str(root / n) for n in ("raw", "preprocessed", "results")}}
-    environment |= {"OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": "1"}
+    environment |= {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", f"nnssl.cli.{command[0]}", *command[1:]],
         env=environment,
