@@ -4,10 +4,13 @@ import argparse
 import ast
 import contextlib
 import importlib
+import importlib.metadata
+import importlib.util
 import io
 import re
 import shlex
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -15,7 +18,7 @@ from unittest.mock import MagicMock
 import pytest
 
 from nnssl.checkpoint import Provenance
-from nnssl.methods import METHODS, find_method
+from nnssl.methods import METHODS, Stage, find_method, find_stage
 from nnssl.methods.settings import resolve_settings, split_overrides
 from planners import plan as plan_module
 from planners.fingerprint import CaseRecord, Fingerprint
@@ -23,6 +26,7 @@ from planners.presets import PRESETS
 from tests.benchmarks.gather_deviations import PAGE, gather, section_of
 from tests.benchmarks.picture_of_stages import COMMANDS
 from tests.test_layers import ALLOWED
+from trainers.benchmark.arms import parse_arms
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,6 +37,11 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTATION = ROOT / "documentation"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCUMENTATION.rglob("*.md")])
 SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+NNUNET = {
+    script.name: script
+    for script in importlib.metadata.entry_points(group="console_scripts")
+    if script.name.startswith("nnUNetv2_")
+}
 OTHERS_FLAGS = {"--help", "--c"}
 """Flags in the text that are no flags of nnssl's own parsers to look up: argparse's, and nnU-Net's."""
 TEMPLATE = (
@@ -97,19 +106,48 @@ def table_rows(text: str, heading: str | None = None) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip().strip("|").split("|")] for row in rows]
 
 
-def shown_commands() -> list[tuple[str, str]]:
-    """Return (page, command line) for every call of a command in a block, and for those with arguments in the text."""
-    found = set()
+def shown_lines() -> list[tuple[str, str]]:
+    """Return (page, line) for every line of a block, and for every piece of code in the text that has arguments."""
+    lines = []
     for page in PAGES:
         text = page.read_text()
         calls = [line for _, block in split_code(text)[1] for line in block.replace("\\\n", " ").splitlines()]
-        calls += [span for span in code_spans(text) if " " in span]
-        for call in calls:
-            # up to a comment or the end of a shell construct; a name inside a longer path or name is no call
-            for line in re.findall(r"(?:^|[ /(])(nnssl_\w+(?: [^#;&|\")]*)?)(?=$|[#;&|\")])", call):
-                if line.split()[0] in SCRIPTS:
-                    found.add((name_of(page), line.strip()))
+        lines += [(name_of(page), call) for call in calls + [span for span in code_spans(text) if " " in span]]
+    return lines
+
+
+def shown_commands() -> list[tuple[str, str]]:
+    """Return (page, command line) for every call of a command of nnssl."""
+    found = set()
+    for page, call in shown_lines():
+        # up to a comment or the end of a shell construct; a name inside a longer path or name is no call
+        for line in re.findall(r"(?:^|[ /(])(nnssl_\w+(?: [^#;&|\")]*)?)(?=$|[#;&|\")])", call):
+            if line.split()[0] in SCRIPTS:
+                found.add((page, line.strip()))
     return sorted(found)
+
+
+def shown_calls(pattern: str) -> list[tuple[str, str]]:
+    """Return (page, line up to a comment) for every shown line that begins with a pattern."""
+    return sorted({(page, call.partition("#")[0].strip()) for page, call in shown_lines() if re.match(pattern, call)})
+
+
+def parse_as(call: Callable[[], object], arguments: list[str]) -> argparse.Namespace:
+    """Return what the parser of a program makes of arguments, none of them unknown; the program itself does not run."""
+    found = []
+    with pytest.MonkeyPatch.context() as patched:
+
+        def parse_only(parser, *_):
+            patched.undo()
+            found.append(parser.parse_args(arguments))
+            raise SystemExit
+
+        patched.setattr(argparse.ArgumentParser, "parse_args", parse_only)
+        patched.setattr(argparse.ArgumentParser, "parse_known_args", parse_only)  # nnU-Net passes unknown flags over
+        with pytest.raises(SystemExit):
+            call()
+    assert found, f"refused: {' '.join(arguments)}"
+    return found[0]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -124,13 +162,23 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors_of(there), f"{name_of(page)}: {target} has no such heading"
 
 
+def links_of(page: Path) -> set[Path]:
+    return {(page.parent / link).resolve() for link in re.findall(r"\]\(([^)#]+)\)", page.read_text())}
+
+
 def test_index_lists_every_page():
-    listed = {
-        (DOCUMENTATION / link).resolve()
-        for link in re.findall(r"\]\(([^)#]+)\)", (DOCUMENTATION / "index.md").read_text())
-    }
-    missing = [name_of(page) for page in DOCUMENTATION.rglob("*.md") if page.name != "index.md" and page not in listed]
-    assert not missing
+    index = DOCUMENTATION / "index.md"
+    assert [name_of(page) for page in PAGES if page != index and page not in links_of(index)] == []
+    assert index in links_of(ROOT / "README.md")
+
+
+def test_every_picture_is_shown_and_described():
+    shown = set()
+    for page in PAGES:
+        for words, file in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", page.read_text()):
+            assert len(words.split()) > 5, f"{name_of(page)}: {file} has no words for those who do not see it"
+            shown.add((page.parent / file).resolve())
+    assert {path for path in DOCUMENTATION.rglob("*") if path.is_file() and path.suffix != ".md"} == shown
 
 
 def test_commands_are_shown_at_all():
@@ -149,15 +197,54 @@ def test_shown_command_parses(page, line):
         pytest.fail(f"{page}: {line}: {message.getvalue().strip().splitlines()[-1]}")
 
 
+@pytest.mark.parametrize(("page", "line"), shown_calls("nnUNetv2_"))
+def test_shown_command_of_nnunet_parses(page, line):
+    command, *arguments = shlex.split(line)
+    if arguments == ["-pretrained_weights"]:
+        return  # the name of the flag, not a call
+    args = parse_as(NNUNET[command].load(), arguments)
+    trainer = getattr(args, "tr", "nnUNetTrainer")
+    ours = {stage.trainer for method in METHODS.values() for stage in method.stages}
+    folder = Path(importlib.util.find_spec("nnunetv2").origin).parent / "training" / "nnUNetTrainer"
+    theirs = {name for path in folder.rglob("*.py") for name in re.findall(r"^class (\w+)", path.read_text(), re.M)}
+    assert trainer in ours | theirs or trainer.startswith("nnssl_"), f"{page}: {line}: there is no trainer {trainer}"
+
+
+@pytest.mark.parametrize(("page", "line"), shown_calls(r"python -m tests\."))
+def test_shown_measurement_parses(page, line):
+    module, *arguments = shlex.split(line.replace("(", "").replace(")", ""))[2:]
+    program = ROOT / (module.replace(".", "/") + ".py")
+    assert program.exists(), f"{page}: {line}"
+    if "ArgumentParser" in program.read_text():
+        parse_as(importlib.import_module(module).main, arguments)
+
+
+def test_pages_say_where_measurements_run():
+    for name in {page for page, _ in shown_calls(r"python -m tests\.")}:
+        assert "checkout" in (ROOT / name).read_text(), f"{name}: an installed nnssl has no tests/"
+
+
+def check_settings(stages: Sequence[Stage], overrides: Sequence[str]) -> None:
+    implementations = {stage.name: stage.load() for stage in stages}
+    for stage, given in split_overrides(overrides, implementations).items():
+        resolve_settings(implementations[stage].defaults, {}, given)
+
+
+def test_shown_study_can_be_asked_for():
+    for _, line in shown_commands():
+        if line.startswith("nnssl_benchmark"):
+            args = parser_of("nnssl_benchmark").parse_args(shlex.split(line)[1:])
+            for arm in parse_arms([arm for arm in args.arms if not arm.endswith(".pth")]):
+                check_settings([find_stage(stage)[1] for stage in arm.stages], arm.overrides)
+
+
 def test_shown_pretraining_can_be_asked_for():
     for page, line in shown_commands():
         if line.startswith("nnssl_pretrain"):
             args = parser_of("nnssl_pretrain").parse_args(shlex.split(line)[1:])
             method = find_method(args.method)
             assert args.configuration in {None, *method.configurations}, f"{page}: {line}"
-            stages = {stage.name: stage.load() for stage in method.stages}
-            for stage, overrides in split_overrides(args.overrides, stages).items():
-                resolve_settings(stages[stage].defaults, {}, overrides)
+            check_settings(method.stages, args.overrides)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -221,21 +308,34 @@ def test_methods_are_compared_as_the_index_has_them():
         ]
         batches = [str(stage.useful_batch) for stage in method.stages]
         expected.append((method.name, method.configurations, ", then ".join(batches), "; then ".join(passes)))
-    shown = [(code_spans(row[0])[0], tuple(code_spans(row[1])), row[3], row[4]) for row in rows]
-    assert sorted(shown) == sorted(expected)
+    assert [(code_spans(row[0])[0], tuple(code_spans(row[1])), row[3], row[4]) for row in rows] == expected
 
 
-def test_readme_lists_the_methods():
+def test_readme_and_index_list_the_methods():
     rows = table_rows((ROOT / "README.md").read_text(), "## Methods")
-    shown = {row[0].strip("`"): tuple(code_spans(row[2])) for row in rows}
-    assert shown == {method.name: method.configurations for method in METHODS.values()}
+    shown = [(row[0].strip("`"), tuple(code_spans(row[2]))) for row in rows]
+    assert shown == [(method.name, method.configurations) for method in METHODS.values()]
+    assert re.findall(r"\(methods/(\w+)\.md\)", (DOCUMENTATION / "index.md").read_text()) == list(METHODS)
+
+
+def test_readme_says_of_which_methods_dice_was_measured():
+    for row in table_rows((ROOT / "README.md").read_text(), "## Methods"):
+        method = row[0].strip("`")
+        results = section_of((DOCUMENTATION / "methods" / f"{method}.md").read_text(), "Results")
+        assert row[-1] == ("yes" if "Dice" in results else "not yet"), f"{method}: see Results on its page"
 
 
 def test_every_stage_says_which_views_it_uses():
     rows = table_rows((DOCUMENTATION / "views.md").read_text(), "## Who uses what")
     shown = [stage for row in rows for stage in code_spans(row[0])]
     assert len(shown) == len(set(shown))
-    assert set(shown) == {stage.name for method in METHODS.values() for stage in method.stages}
+    stages = {stage.name: stage.load().defaults for method in METHODS.values() for stage in method.stages}
+    assert set(shown) == set(stages)
+    for row in rows:
+        for stage in code_spans(row[0]):
+            for cell, setting in ((row[2], "rotation_deg"), (row[3], "flip_axes"), (row[6], "points")):
+                if setting != "points" or hasattr(stages[stage], "points"):
+                    assert (cell == "no") != hasattr(stages[stage], setting), f"{stage}: {setting}"
 
 
 def test_picture_shows_the_stages_in_order():

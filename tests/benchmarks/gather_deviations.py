@@ -13,8 +13,9 @@ PAGE = DOCUMENTATION / "deviations.md"
 INTRODUCTION = """# Deviations
 
 Where a method computes something else than its paper or its authors' code, and why. This page is made of the sections of the
-[method pages](methods.md) by `python -m tests.benchmarks.gather_deviations`: change them there. The docstring at the top of each
-method's file cites the equations. The deviations of fine-tuning as a mean teacher are listed in `trainers/mean_teacher.py`.
+[method pages](methods.md) by `python -m tests.benchmarks.gather_deviations` in a checkout: change them there. The docstring at
+the top of each method's file cites the equations. The deviations of fine-tuning as a mean teacher are listed in
+`trainers/mean_teacher.py`.
 """
 
 
