@@ -163,9 +163,7 @@ def write_adaptation_plan(
         own = [key for key in kwargs if key.startswith("transformer_") or key == "token_stage"]
         if own:
             written = {key: value for key, value in (written or {}).items() if key not in own}
-            remark = (
-                "the transformer at the bottleneck is left out, as nnU-Net's adaptation plan knows U-Nets without one"
-            )
+            remark = "the transformer of the hybrid network is left out, as nnU-Net's adaptation plan knows U-Nets without one"
     patch = [int(n) for n in patch_vox]
     plan = {
         "architecture_plans": {

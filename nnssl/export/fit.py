@@ -27,7 +27,7 @@ ENCODER = ("encoder.", "eva.", "down_projection.", "transformer.")
 """Prefixes of the parts that methods hand over."""
 
 COUNTED = ("encoder.", "eva.", "down_projection.")
-"""Those of which a share is asked for. A transformer at the bottleneck may be missing: unless it comes whole it begins by
+"""Those of which a share is asked for. The transformer of a hybrid network may be missing: unless it comes whole it begins by
 changing nothing."""
 
 TRANSFORMER = "transformer."
@@ -270,7 +270,7 @@ def _fit_positions(
 def _close_gate(
     fitted: list[Fitted], state: Mapping[str, Tensor], source: SourceWeights, target: TargetNetwork
 ) -> list[Fitted]:
-    """Let a transformer at the bottleneck begin by changing nothing, unless it comes whole and stands on the same stage."""
+    """Let the transformer of a hybrid network begin by changing nothing, unless it comes whole and stands on the same stage."""
     parts = [each for each in fitted if each.name.startswith(TRANSFORMER)]
     stages = [each.architecture["arch_kwargs"].get("token_stage") for each in (source, target)]
     # what the source holds and did not train either is no loss

@@ -1,6 +1,6 @@
 """Loads an encoder that nnssl exported, with PyTorch, safetensors and dynamic-network-architectures.
 
-nnssl itself has to be installed only for the networks that are its own, Primus and those with a transformer at the bottleneck:
+nnssl itself has to be installed only for the networks that are its own, Primus and hybrid ones (with a transformer on one stage):
 ``encoder.json`` names the class. ``python load_encoder.py`` prints the shapes that the encoder gives for a patch of zeros.
 """
 
@@ -39,7 +39,7 @@ if __name__ == "__main__":
     patch = torch.zeros(1, spec["num_inputs"], *spec["patch_size"])
     with torch.no_grad():
         if hasattr(network, "encoder"):
-            # with a transformer at the bottleneck, network.transformer goes on from the features of its stage
+            # of a hybrid network, network.transformer goes on from the features of its stage
             for features in network.eval().encoder(patch):
                 print(tuple(features.shape))
         else:
