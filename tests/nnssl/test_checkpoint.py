@@ -68,6 +68,33 @@ def test_shared_tensors_stay_shared(tmp_path):
     assert apart.stat().st_size - shared.stat().st_size > 0.9 * weight.nbytes
 
 
+def test_a_matrix_and_its_transpose_are_two_tensors(tmp_path):
+    """They share their memory, shape and type, and differ in their strides."""
+    path, square = tmp_path / "a.pth", torch.arange(9.0).view(3, 3)
+    write_checkpoint(path, {"network_weights": {"a": square, "b": square.T}}, make_provenance(), {})
+    weights = load_tensors(path)["network_weights"]
+    assert torch.equal(weights["a"], square)
+    assert torch.equal(weights["b"], square.T)
+
+
+def test_plain_values_keep_what_they_are():
+    """Keys too; a tuple stays one, as the betas of an optimizer are."""
+    plain = to_plain({np.int64(3): (np.float32(0.5), [np.bool_(True)], np.arange(2)), "a": None})
+    assert plain == {3: (0.5, [True], [0, 1]), "a": None}
+    assert [type(key) for key in plain] == [int, str]
+    assert type(plain[3]) is tuple
+    assert [type(value) for value in (plain[3][0], plain[3][1][0], plain[3][2][0])] == [float, bool, int]
+
+
+def test_parts_of_a_network_that_were_pretrained():
+    made = make_provenance(pretrained=("encoder.", "transformer.embed.", "transformer.blocks."))
+    assert made.pretrains("encoder.")
+    assert made.pretrains("encoder.stages.2.")  # a part of what was
+    assert made.pretrains("transformer.")  # some of it was
+    assert not made.pretrains("decoder.")
+    assert not made.pretrains("transformer.project.")
+
+
 def test_objects_are_refused_when_writing():
     with pytest.raises(TypeError, match="not object"):
         to_plain({"a": [object()]})
@@ -109,6 +136,9 @@ def test_truncated_missing_and_foreign_files_are_one_line(tmp_path):
     with pytest.raises(UserError, match="there is no such checkpoint"):
         read_checkpoint(tmp_path / "none.pth")
     torch.save({"network_weights": {}}, path)
+    with pytest.raises(UserError, match="is no checkpoint of nnssl"):
+        read_checkpoint(path)
+    torch.save({"nnssl": {"schema_version": 2, "provenance": {}}}, path)
     with pytest.raises(UserError, match="is no checkpoint of nnssl"):
         read_checkpoint(path)
     torch.save({"network_weights": {}, "nnssl": {"schema_version": 99}}, path)
