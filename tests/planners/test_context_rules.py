@@ -25,6 +25,7 @@ def architecture(features, kernels, dim=3):
         (64, [1, 3, 3], 3, 16),  # 64 x 16^2 = 16,384 and 64 x 32^2 = 65,536, a convolution 36,864
         (128, [3, 3], 2, 32),
         (4, 3, 2, 8),
+        (10, [3, 3, 3], 3, 8),  # 16 would fit, 10 x 16^2 = 2,560 of 2,700, and is more than there are channels
     ],
 )
 def test_attention_is_no_larger_than_a_convolution(features, kernel, dim, expected):

@@ -1,5 +1,5 @@
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -98,6 +98,13 @@ def test_plain_nnunet_plan_and_broken_file_are_refused(tmp_path):
         read_plan(path)
     with pytest.raises(UserError, match="there is no such plan"):
         read_plan(tmp_path / "none.json")
+
+
+def test_only_a_network_of_tokens_has_no_feature_maps():
+    (hybrid,) = make_pretext().configurations.values()
+    assert hybrid.has_feature_maps
+    assert replace(hybrid, tokens=None).has_feature_maps
+    assert not replace(hybrid, tokens=replace(hybrid.tokens, stage=None)).has_feature_maps
 
 
 def test_unknown_configuration_names_the_known_ones(tmp_path):

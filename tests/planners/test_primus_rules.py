@@ -95,6 +95,17 @@ def test_what_the_installed_libraries_cannot_run_is_left_out(monkeypatch):
     assert "cannot run Primus: TypeError: unexpected argument 'scale_attn_inner'" in decisions[0][2]
 
 
+@pytest.mark.parametrize(("size", "rate"), list(zip(PRIMUS_SIZES, (0.0, 0.2, 0.2, 0.2), strict=True)))
+def test_architecture_says_size_token_and_patch(size, rate):
+    """Paths are dropped in the sizes that nnU-Net trains; strides lead from full resolution to tokens and no further."""
+    kwargs = primus_architecture(size, (2, 8, 8), (10, 24, 16))["arch_kwargs"]
+    assert kwargs == {
+        "embed_dim": size.width, "eva_depth": size.depth, "eva_numheads": size.heads, "patch_embed_size": [2, 8, 8],
+        "input_shape": [10, 24, 16], "decoder_features": 32, "drop_path_rate": rate,
+        "strides": [[1, 1, 1], [2, 8, 8], [1, 1, 1]],
+    }  # fmt: skip
+
+
 def test_sides_of_tokens_are_powers_of_two():
     assert token_vox(8, (64, 64, 64), (2.5, 0.8, 1.0)) == (2, 8, 8)
     assert token_vox(8, (64, 64, 64), (0.8, 6.4, 20.0)) == (8, 1, 1)

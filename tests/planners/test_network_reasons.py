@@ -1,0 +1,83 @@
+"""Why the network is as it is: the words follow the numbers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from planners.network_reasons import explain_data_set, explain_network
+from planners.presets import PRESETS
+
+LIKE = Path("/x/Dataset004_Other/nnUNetPlans.json")
+
+
+def data_set(spacing, cases, order=(0, 1, 2), schemes=("CTNormalization",), like=None, given=False):
+    configuration = {"spacing": spacing, "normalization_schemes": schemes}
+    nnunet = {"configurations": {"3d_fullres": configuration, "2d": {}}, "transpose_forward": list(order)}
+    modalities = ["CT", "MRI", "PET"][: len(schemes)]
+    found = explain_data_set(nnunet, np.array(cases), modalities, PRESETS["cpu"], like, given)
+    return {what: (value, reason) for what, value, reason in found}
+
+
+def test_spacing_is_explained_by_what_the_cases_have():
+    same = data_set([2.5, 1, 1], [[2.5, 1, 1]] * 3)
+    assert same["spacing"] == ("2.5 x 1 x 1 mm", "the same in all 3 cases")
+    mixed = [[5, 0.8, 0.75], [5, 0.9, 0.9], [2.5, 0.7, 0.9]]
+    median = data_set([5, 0.8, 0.9], mixed)["spacing"][1]
+    assert median == "median over 3 cases, 2.5 x 0.7 x 0.75 to 5 x 0.9 x 0.9 mm"
+    assert "10th percentile" in data_set([2.5, 0.8, 0.9], mixed)["spacing"][1]
+    assert "10th percentile" not in data_set([10.0, 0.8, 0.9], mixed)["spacing"][1]  # given by the user, coarser
+    assert data_set([2.5, 1, 1], [[2.5, 1, 1]], given=True)["spacing"][1].startswith("given with --spacing; the same")
+    assert data_set([2.5, 0.8, 0.9], mixed, like=LIKE)["spacing"][1] == (
+        "taken over from Dataset004_Other/nnUNetPlans.json"
+    )
+
+
+@pytest.mark.parametrize(("slice_mm", "apart"), [(3.0, False), (3.1, True), (1.0, False)])
+def test_slices_more_than_three_times_as_thick_are_treated_apart(slice_mm, apart):
+    value, reason = data_set([slice_mm, 1, 1], [[slice_mm, 1, 1]] * 2)["slice axis"]
+    assert value == ("treated apart" if apart else "like the others")
+    assert f"{slice_mm:g} mm against 1 mm is {'more than' if apart else 'within'} a factor of 3" in reason
+
+
+def test_axes_and_normalisation():
+    said = data_set([5, 1, 1], [[5, 1, 1]], (2, 0, 1), ("CTNormalization", "ZScoreNormalization", "NoNormalization"))
+    assert said["axis order"] == ("(2, 0, 1)", "axis of the largest spacing first")
+    assert data_set([5, 1, 1], [[5, 1, 1]])["axis order"][1] == "as stored"
+    for channel, (scheme, words) in enumerate(
+        (
+            ("CTNormalization", "CT; clipped"),
+            ("ZScoreNormalization", "MRI; in arbitrary"),
+            ("NoNormalization", "PET; nnU"),
+        )
+    ):
+        value, reason = said[f"normalisation of channel {channel}"]
+        assert value == scheme
+        assert reason.startswith(words)
+    assert said["memory target"] == ("0.5 GB", "encoder plain, 16 features in the first stage")
+
+
+@pytest.mark.parametrize(
+    ("kernels", "words"), [([[3, 3, 3], [1, 3, 3]], "1 along thick"), ([3, [3] * 3], "alike"), ([[3, 3], 1], "1 along")]
+)
+def test_network(kernels, words):
+    base = {
+        "patch_size": [16, 64, 48],
+        "batch_size": 2,
+        "median_image_size_in_voxels": [20.4, 99.6, 80],
+        "architecture": {
+            "network_class_name": "a.b.PlainConvUNet",
+            "arch_kwargs": {"strides": [[1, 1, 1], 2], "kernel_sizes": kernels},
+        },
+    }
+    said = {what: (value, reason) for what, value, reason in explain_network(base, PRESETS["cpu"], None)}
+    assert words in said["kernels"][1]
+    assert said["patch"][0] == "16x64x48"
+    assert "20x100x80" in said["patch"][1]
+    assert said["strides"][0] == "1x1x1 2"
+    assert said["backbone"][0] == "PlainConvUNet"
+    assert "at most 5 %" in said["batch size (fine-tuning)"][1]
+    residual = {what: reason for what, _, reason in explain_network(base, PRESETS["24gb"], None)}
+    assert "5 %" not in residual["batch size (fine-tuning)"]
+    taken = {reason for _, _, reason in explain_network(base, PRESETS["24gb"], LIKE)}
+    assert taken == {"taken over from Dataset004_Other/nnUNetPlans.json"}
