@@ -90,6 +90,20 @@ def test_samples_of_a_batch_are_drawn_apart(store):
     assert len({(name, *lower) for name, lower in zip(batch.cases, batch.lower_vox.tolist(), strict=True)}) > 40
 
 
+def test_boxes_of_one_case_differ_between_steps_places_stages_and_seeds(tmp_path):
+    """With one case nothing but the box can differ."""
+    volume = np.zeros((1, 40, 50, 60), np.float32)
+    write_case(tmp_path, "a", volume, NO_FOREGROUND, CaseProperties(1, (40, 50, 60), 1, (1.0,) * 3, (), "", 0.0), PATCH)
+    store = CaseStore(tmp_path)
+    boxes = [
+        tuple(lower)
+        for seed, stage in ((3, "m.s"), (4, "m.s"), (3, "m.t"))
+        for batch in make_loader(store, PATCH, 2, seed, stage, 0, 6)
+        for lower in batch.lower_vox.tolist()
+    ]
+    assert len(set(boxes)) == len(boxes) == 36
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 14])
 def test_every_case_is_visited_once_in_each_pass(batch_size):
     cases, passes = 7, 6

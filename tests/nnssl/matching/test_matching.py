@@ -11,7 +11,7 @@ from nnssl.data.case_store import CaseProperties, CaseStore, SourceFile, write_c
 from nnssl.matching import embedded
 from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import EmbeddingMatcher, best_cells, tile_corners
-from nnssl.matching.points import cycle_error_mm
+from nnssl.matching.points import Matches, cycle_error_mm
 from nnssl.networks.anatomical_embedding import Embeddings
 
 SPACING = (3.0, 1.0, 1.5)
@@ -124,6 +124,45 @@ def test_coarse_vectors_are_interpolated_and_brought_back_to_unit_norm(tmp_path,
     own = F.interpolate(matcher.embedded("a").coarse[None].float(), case.fine.shape[1:], mode="trilinear")[0]
     z, y, x = np.floor((points / np.array(SPACING) + 0.5) / [1, 2, 2]).astype(int).T
     torch.testing.assert_close(vectors[1], F.normalize(own[:, z, y, x], dim=0).T, atol=1e-5, rtol=0)
+
+
+def test_a_point_is_in_the_cell_that_its_voxel_lies_in(tmp_path):
+    """A voxel reaches half of its length to either side of its centre, and points lie between centres and beyond borders too."""
+    store = store_of(tmp_path, a=(make_image(), everywhere()))
+    matcher = EmbeddingMatcher(Places(), store, TILE, torch.device("cpu"))
+    places_vox = np.random.default_rng(3).uniform(-2, np.array(SHAPE) + 1, size=(300, 3))
+    fine = matcher.embedded("a").fine.float()
+    found = matcher.vectors("a", places_vox * np.array(SPACING))[0]
+    for row, place in zip(found, places_vox, strict=True):
+        z, y, x = (min(max(int((p + 0.5) // size), 0), n - 1)
+                   for p, size, n in zip(place, (1, 2, 2), fine.shape[1:], strict=True))  # fmt: skip
+        assert torch.equal(row, fine[:, z, y, x])
+
+
+def test_embeddings_of_the_cases_used_last_are_kept(tmp_path, monkeypatch):
+    image = make_image((8, 16, 16))
+    store = store_of(tmp_path, **{name: (image, everywhere((8, 16, 16))) for name in "abcd"})
+    matcher = EmbeddingMatcher(Places(), store, TILE, torch.device("cpu"))
+    made = []
+    embed = matcher._embed
+    monkeypatch.setattr(matcher, "_embed", lambda name: made.append(name) or embed(name))
+    for name in "abcad":  # a is used again, so b has been unused for longest when d comes
+        matcher.embedded(name)
+    assert made == ["a", "b", "c", "d"]
+    for name in "acdb":
+        matcher.embedded(name)
+    assert made == ["a", "b", "c", "d", "b"]
+
+
+def test_the_way_back_is_measured_in_mm_from_the_point_itself():
+    class Fixed:
+        def match_points(self, query, points_mm, key):
+            assert (query, key) == ("b", "a")
+            return Matches(points_mm - [10.0, 16.0, 12.0], np.zeros(len(points_mm)))
+
+    points = np.array([[0.0, 0.0, 0.0], [5.0, 6.0, 7.0]])
+    there = Matches(points + [10.0, 20.0, 15.0], np.zeros(2))
+    np.testing.assert_allclose(cycle_error_mm(Fixed(), "a", points, "b", there), [5.0, 5.0])  # 0, 4 and 3 mm off
 
 
 class Surroundings(Places):

@@ -1,9 +1,12 @@
 """Pairs of places: which matches are taken, what stands in for the others, and the file."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
+from nnssl.data.case_store import CaseProperties, CaseStore, write_case
 from nnssl.data.loader import make_loader, shared_move
 from nnssl.data.patch_pairs import PairTable, read_pairs, write_pairs
 from nnssl.data.patients import patient_in_name
@@ -135,6 +138,55 @@ def test_the_file(tmp_path):
         (tmp_path / "pairs.npz").write_bytes(broken)
         with pytest.raises(UserError, match=r"pairs\.npz: cannot be read .*it is made again"):
             read_pairs(tmp_path / "pairs.npz")
+
+
+def test_a_file_that_could_run_code_is_not_read(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",)
+
+    columns = {name: np.zeros(1) for name in ("query", "key", "query_vox", "key_vox", "matched")}
+    np.savez(tmp_path / "pairs.npz", cases=np.array([Evil()], dtype=object), **columns)
+    with pytest.raises(UserError, match=r"pairs\.npz: cannot be read"):
+        read_pairs(tmp_path / "pairs.npz")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_places_are_in_voxels_of_their_own_scan(tmp_path):
+    """Two scans of the same body with other voxels: the same share of the box is another voxel."""
+    shapes, spacings = {"a": (20, 44, 52), "b": (30, 22, 26)}, {"a": (3.0, 1.0, 1.5), "b": (2.0, 2.0, 3.0)}
+    for name, shape in shapes.items():
+        properties = CaseProperties(1, shape, 1, spacings[name], (), "digest", 0.5)
+        volume = np.zeros((1, *shape), dtype=np.float32)
+        write_case(tmp_path, name, volume, np.zeros((0, 3), dtype=int), properties, (8, 16, 16))
+    store = CaseStore(tmp_path)
+    table = make_pairs(store, None, BodyBoxMatcher(store), 0, lambda line: None)
+    last = [np.array(shapes[name]) - 1 for name in "ab"]
+    share = table.query_vox / np.array([last[index] for index in table.query])
+    np.testing.assert_allclose(table.key_vox / np.array([last[index] for index in table.key]), share, atol=1e-6)
+
+
+def test_every_pair_of_scans_has_points_of_its_own(tmp_path):
+    image = make_image()
+    store = store_of(tmp_path, **{name: (image, everywhere()) for name in "abc"})
+    table = make_pairs(store, None, BodyBoxMatcher(store), 0, lambda line: None)
+    seen = {}
+    for query, key in ((0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)):
+        rows = table.query_vox[(table.query == query) & (table.key == key)]
+        assert len(rows) == POINTS
+        seen[query, key] = {tuple(row) for row in rows.tolist()}
+    for one, other in itertools.combinations(seen, 2):
+        assert len(seen[one] & seen[other]) < POINTS / 8
+
+
+def test_each_scan_is_the_first_of_a_pair_once_in_each_pass(tmp_path):
+    image = make_image()
+    store = store_of(tmp_path, **{name: (image, everywhere()) for name in "abc"})
+    table = make_pairs(store, None, BodyBoxMatcher(store), 0, lambda line: None)
+    for size in (2, 4):  # one pair, two pairs in a step
+        batches = make_loader(store, (8, 16, 16), size, 3, "test", 0, 12, pairs=table)
+        first = [batch.cases[place] for batch in batches for place in range(0, size, 2)]
+        assert all(sorted(first[start : start + 3]) == ["a", "b", "c"] for start in range(0, len(first), 3))
 
 
 @pytest.mark.parametrize(
