@@ -72,6 +72,11 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def content_digest(content: Any) -> str:
+    """Return a digest of plain content, whatever the order of its keys, 8 hexadecimal digits: short enough for a folder name."""
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=4).hexdigest()
+
+
 def read_names(path: Path) -> list[str]:
     """Read a list of cases: one name per line; empty lines and lines that start with ``#`` are passed over.
 

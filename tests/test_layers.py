@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOUNDATION = {"nnssl", "nnssl.errors", "nnssl.files", "nnssl.schema", "nnssl.draws", "nnssl.paths", "nnssl.environment"}
+FOUNDATION = {
+    "nnssl",
+    "nnssl.errors",
+    "nnssl.files",
+    "nnssl.schema",
+    "nnssl.draws",
+    "nnssl.paths",
+    "nnssl.environment",
+    "nnssl.tables",
+}
 ALLOWED = {
     "nnssl.distributed": set(),
     "nnssl.momentum": {"nnssl.distributed"},

@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from nnssl.cli.plan_and_preprocess import default_processes
+    from nnssl.data.jobs import default_processes
     from nnssl.paths import resolve_folders
     from trainers.benchmark.estimate import describe_estimate
     from trainers.benchmark.run import Runner, describe_matrix, parse_part, run_study, study_folder

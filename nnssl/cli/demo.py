@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     from time import time
 
-    from nnssl.cli.plan_and_preprocess import default_processes
+    from nnssl.data.jobs import default_processes
     from nnssl.data.phantoms import write_phantom_dataset
     from nnssl.data.preprocess import preprocess_dataset
     from nnssl.data.raw import read_dataset

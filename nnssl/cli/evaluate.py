@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from nnssl.cli.plan_and_preprocess import default_processes
+    from nnssl.data.jobs import default_processes
     from nnssl.errors import UserError
     from nnssl.evaluation.metrics import evaluate_folders, write_metrics_csv
     from nnssl.files import write_json

@@ -71,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from nnssl.data.jobs import default_processes
     from nnssl.data.raw import find_dataset, leave_out, read_dataset
     from nnssl.errors import UserError
     from nnssl.paths import resolve_folders
@@ -112,13 +113,6 @@ def _run(args: argparse.Namespace) -> None:
     for line in format_set_aside(fingerprint, report):
         say(line)
     say(f"next: nnssl_pretrain -m reprec -d {dataset.name} (or another method: nnssl_info)")
-
-
-def default_processes() -> int:
-    """Return how many processes to use when the user does not say."""
-    import os
-
-    return max(1, min(8, os.cpu_count() or 1))
 
 
 def _gpu_memory_gb() -> float | None:

@@ -22,6 +22,12 @@ JOBS_PER_PROCESS = 2
 """Jobs under way for each process: one that runs and one that waits."""
 
 DASK_TIMEOUT_S = 30
+MOST_PROCESSES = 8
+
+
+def default_processes() -> int:
+    """Return how many processes to use when the user does not say: as many as there are cores, 8 at most."""
+    return min(MOST_PROCESSES, os.cpu_count() or 1)
 
 
 def run_jobs(work: Callable[[J], R], jobs: Iterable[J], processes: int, dask_address: str | None) -> Iterator[R]:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from nnssl.checkpoint import Provenance, read_checkpoint
 from nnssl.data.case_store import CaseStore, StoredCase
 from nnssl.errors import UserError
-from nnssl.networks.backbone import build_network
+from nnssl.networks.backbone import build_network, planned_configuration
 from nnssl.networks.dense import DenseKind, dense_maps
 from nnssl.paths import Folders
-from planners.plan import Plan, plan_from_dict, read_plan
+from planners.plan import plan_from_dict, read_plan
 
 SPACING_TOLERANCE = 1e-3
 """Relative difference of spacings that is put down to rounding."""
@@ -76,7 +76,7 @@ def open_dense_network(
     content, provenance = read_checkpoint(path)
     plan = plan_from_dict(provenance.plans, str(path))
     pretext = plan.configuration(provenance.configuration)
-    configuration = planned_configuration(plan, provenance.configuration)
+    configuration = planned_configuration(plan.nnunet, provenance.configuration)
     weights = content["network_weights"]
     classes = [value.shape[0] for name, value in weights.items() if name == "decoder.seg_layers.0.weight"]
     network = build_network(
@@ -104,14 +104,6 @@ def open_dense_network(
         ),
         provenance,
     )
-
-
-def planned_configuration(plan: Plan, name: str) -> dict[str, Any]:
-    """Return nnU-Net's section of a configuration, with what it inherits from others."""
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # slow to import
-
-    configuration: dict[str, Any] = PlansManager(plan.nnunet).get_configuration(name).configuration
-    return configuration
 
 
 def check_decoder(network: Any, path: Path) -> None:
@@ -158,7 +150,7 @@ def open_cases(provenance: Provenance, dataset_name: str, folders: Folders, say:
     plan = read_plan(path)
     pretext = plan.configuration(name)
     before, here = (
-        (planned_configuration(each, name)["normalization_schemes"], each.nnunet["transpose_forward"])
+        (planned_configuration(each.nnunet, name)["normalization_schemes"], each.nnunet["transpose_forward"])
         for each in (own, plan)
     )
     if before != here:

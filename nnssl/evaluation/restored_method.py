@@ -6,11 +6,10 @@ from typing import Any
 import torch
 
 from nnssl.checkpoint import Provenance, read_checkpoint
-from nnssl.evaluation.dense_network import planned_configuration
 from nnssl.methods import find_stage
 from nnssl.methods.settings import settings_of_run
 from nnssl.methods.state import load_method_state
-from nnssl.networks.backbone import build_network, seeded
+from nnssl.networks.backbone import build_network, planned_configuration, seeded
 from planners.plan import plan_from_dict
 
 
@@ -33,7 +32,7 @@ def restore_method(path: Path, device: torch.device, trained: bool = True) -> tu
     stage = find_stage(provenance.stage)[1]
     implementation = stage.load()
     settings = settings_of_run(implementation.defaults, provenance.settings, str(path))
-    planned = planned_configuration(plan, provenance.configuration)
+    planned = planned_configuration(plan.nnunet, provenance.configuration)
     weights = content["network_weights"]
     classes = [value.shape[0] for name, value in weights.items() if name == "decoder.seg_layers.0.weight"]
     channels = len(planned["normalization_schemes"])

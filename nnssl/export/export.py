@@ -9,7 +9,7 @@ from nnssl.errors import UserError
 from nnssl.export.fit import FitReport, check_policy, fit_weights, refuse_below
 from nnssl.export.formats import check_output, table_of, write_encoder, write_for_hub, write_for_nnunet
 from nnssl.export.kernels import ChannelPolicy
-from nnssl.export.source import SourceWeights, open_source
+from nnssl.export.source import SourceWeights, choose_configuration, open_source
 from nnssl.export.target import TargetNetwork, build_target, open_target
 from nnssl.paths import Folders
 
@@ -119,10 +119,7 @@ def own_target(source: SourceWeights, seed: int = 0, configuration: str | None =
     origin = source.provenance
     if origin is None:
         raise UserError(f"{source.path}: was made elsewhere and has no plans of nnU-Net; name some with --for-plans")
-    chosen = configuration or origin.configuration
-    if chosen not in origin.plans["configurations"]:
-        known = ", ".join(sorted(origin.plans["configurations"]))
-        raise UserError(f"-c {chosen}: the plan of {source.path} has no such configuration; it has {known}")
+    chosen = choose_configuration(configuration, source.path, origin)
     label = f"{chosen} of {origin.plans_name}, the plan of the weights themselves"
     return build_target(origin.plans, chosen, origin.dataset_json, label, seed=seed)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from nnssl.checkpoint import Provenance, load_tensors, parse_provenance
 from nnssl.errors import UserError
 from nnssl.export.adaptation_plan import KEY, KEYS, AdaptationPlan, network_kind, read_adaptation_plan
+from nnssl.networks.backbone import planned_configuration
 
 SEGMENTATION = ".seg_layers."
 """What nnU-Net's loader passes over and starts anew."""
@@ -88,6 +89,19 @@ def open_source(path: Path) -> SourceWeights:
     )
 
 
+def choose_configuration(wanted: str | None, path: Path, provenance: Provenance) -> str:
+    """Return a configuration of the plan of weights: the one that is wanted, or the one they were pretrained with.
+
+    Raises:
+        UserError: the plan has no such configuration.
+    """
+    chosen = wanted or provenance.configuration
+    if chosen not in provenance.plans["configurations"]:
+        known = ", ".join(sorted(provenance.plans["configurations"]))
+        raise UserError(f"-c {chosen}: the plan of {path} has no such configuration; it has {known}")
+    return chosen
+
+
 def names_by_tensor(tensors: Mapping[str, Tensor]) -> list[tuple[str, ...]]:
     """Return the names of a state dict, those of one tensor together: nnU-Net registers some under up to four.
 
@@ -119,7 +133,7 @@ def _first_name(name: str, tensors: Mapping[str, Tensor]) -> str:
 
 def _of_nnssl(path: Path, content: dict[str, Any], provenance: Provenance) -> SourceWeights:
     weights = _checked(path, content["network_weights"])
-    whole = _with_inherited(provenance.plans, provenance.configuration)
+    whole = planned_configuration(provenance.plans, provenance.configuration)
     pretrained = provenance.pretrained
     if provenance.pretrains("transformer."):
         pretrained = (*pretrained, GATE)  # set when the weights left, so that the transformer takes part
@@ -152,12 +166,6 @@ def _of_nnssl(path: Path, content: dict[str, Any], provenance: Provenance) -> So
         citations=tuple(content["citations"]) if "citations" in content else (),
         provenance=provenance,
     )
-
-
-def _with_inherited(plans: dict[str, Any], name: str) -> dict[str, Any]:
-    configuration = plans["configurations"][name]
-    parent = _with_inherited(plans, configuration["inherits_from"]) if "inherits_from" in configuration else {}
-    return {**parent, **configuration}
 
 
 def _of_others(path: Path, content: dict[str, Any], plan: AdaptationPlan) -> SourceWeights:

@@ -5,12 +5,19 @@ from typing import Any, TypeVar
 
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from nnssl.draws import draw_seed
 from nnssl.errors import UserError
 
 M = TypeVar("M")
+
+
+def planned_configuration(plans: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return nnU-Net's section of a configuration of a plan, with what it inherits from others."""
+    configuration: dict[str, Any] = PlansManager(plans).get_configuration(name).configuration
+    return configuration
 
 
 def build_network(architecture: dict[str, Any], channels: int, num_classes: int, seed: int) -> Any:

@@ -15,7 +15,7 @@ from nnssl.draws import sample_generators
 from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.evaluation import pictures
-from nnssl.evaluation.dense_network import open_cases, open_dense_network, planned_configuration
+from nnssl.evaluation.dense_network import open_cases, open_dense_network
 from nnssl.evaluation.matches import find_matches, open_matcher
 from nnssl.evaluation.reconstructions import reconstruct_case
 from nnssl.evaluation.restored_method import restore_method
@@ -24,7 +24,7 @@ from nnssl.losses.distillation import normalised_entropy
 from nnssl.methods import METHODS
 from nnssl.methods.settings import resolve_stage
 from nnssl.methods.state import method_state
-from nnssl.networks.backbone import build_network, seeded
+from nnssl.networks.backbone import build_network, planned_configuration, seeded
 from nnssl.paths import Folders, resolve_folders
 from planners.plan import Plan
 from tests.trainers.conftest import NAME, SHAPE, plan_toy
@@ -36,7 +36,7 @@ DECODER = ("encoder.", "decoder.encoder.", "decoder.transpconvs.", "decoder.stag
 
 
 def write_weights(path: Path, plan: Plan, configuration: str, pretrained=DECODER, **settings) -> Path:
-    planned = planned_configuration(plan, configuration)
+    planned = planned_configuration(plan.nnunet, configuration)
     network = build_network(planned["architecture"], 1, 2, 0)
     provenance = Provenance(
         nnssl_version="0", method="pix2rep", stage="pix2rep.dense", dataset_name=NAME, plans_name=plan.name,
@@ -49,7 +49,7 @@ def write_weights(path: Path, plan: Plan, configuration: str, pretrained=DECODER
 
 def write_method(path: Path, plan: Plan, configuration: str, name: str, *overrides: str) -> Path:
     """Write a checkpoint of a method with a teacher that is not its student."""
-    planned = planned_configuration(plan, configuration)
+    planned = planned_configuration(plan.nnunet, configuration)
     network = build_network(planned["architecture"], 1, 2, 0)
     pretext = plan.configuration(configuration)
     stage = METHODS[name].stages[-1]
