@@ -12,36 +12,32 @@ Loss, augmentation, network, SGD, prediction and evaluation are nnU-Net's. What 
   them.
 """
 
-import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
-from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module  # noqa: N813 (a module)
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
-from torch.utils.data import DataLoader, Dataset
 
 from nnssl.checkpoint import to_plain
 from nnssl.draws import draw_seed
 from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.files import write_atomically
+from trainers.finetune_schedule import FinetuneSchedule
+from trainers.keyed_batches import KeyedBatches, fix_transforms, global_seed
 from trainers.precision import FullPrecisionLoss, choose_precision
 
 STOCK_TRAINER = "nnUNetTrainer"
 SETTINGS_KEY = "nnssl_finetune"
-Optimizer = Literal["sgd", "adam", "adamw"]
 GRADIENT_NORM = 12  # nnU-Net's
 TRANSFORMER_GRADIENT_NORM = 1  # of nnU-Net's trainers of Primus, whose AdamW is adamw
 
@@ -50,11 +46,7 @@ TRANSFORMER_GRADIENT_NORM = 1  # of nnU-Net's trainers of Primus, whose AdamW is
 class FinetuneSettings:
     """All that decides a fine-tuning run beside plan, data and weights."""
 
-    epochs: int
-    iterations_per_epoch: int
-    warmup_epochs: int
-    learning_rate: float
-    """Highest learning rate, reached at the end of the warm-up."""
+    schedule: FinetuneSchedule
     seed: int
     train_cases: tuple[str, ...]
     test_cases: tuple[str, ...]
@@ -64,10 +56,6 @@ class FinetuneSettings:
     """Cases of which the mean teacher sees the images; empty in other modes."""
     unlabelled_folder: Path | None = None
     """Where they lie preprocessed; None for the folder of the labelled cases."""
-    batch_size: int | None = None
-    """Patches per step; None for the plan's."""
-    optimizer: Optimizer = "sgd"
-    """nnU-Net's SGD, Adam without weight decay, or AdamW as nnU-Net trains Primus; a linear probe is trained by Adam."""
     processes: int = 1
     """Processes that write and evaluate predictions."""
     augmentation_processes: int = 0
@@ -99,41 +87,6 @@ class WarmupPolySchedule:
             group["lr"] = self.rate(epoch)
 
 
-@contextmanager
-def seeded(*key: int | str) -> Iterator[None]:
-    """Seed the global random states, which nnU-Net draws from, by a key, and put them back at the end."""
-    seed = draw_seed(*key)
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (nnU-Net's augmentation uses it)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(legacy)  # noqa: NPY002
-
-
-class KeyedBatches(Dataset):
-    """nnU-Net's random batches by step: a batch is a function of (seed, purpose, step)."""
-
-    def __init__(self, loader: nnUNetDataLoader, seed: int, purpose: str):
-        self.loader = loader
-        self.key = (seed, purpose)
-
-    def __getitem__(self, step: int) -> dict[str, Any]:
-        """Return the batch of a step: ``data`` (batch, channel, [z,] y, x), ``target`` and ``keys``."""
-        with seeded(*self.key, step):
-            return self.loader.generate_train_batch()
-
-    def iterate(self, first: int, last: int, processes: int, pin_memory: bool) -> Iterator[dict[str, Any]]:
-        """Iterate over the batches of the steps ``first`` to ``last - 1`` in order."""
-        return iter(
-            DataLoader(self, batch_size=None, sampler=range(first, last), num_workers=processes, pin_memory=pin_memory)
-        )
-
-
 class FinetuneTrainer(nnUNetTrainer):
     """nnU-Net's trainer for a labelled data set; made by ``make_trainer``."""
 
@@ -154,10 +107,10 @@ class FinetuneTrainer(nnUNetTrainer):
         self.settings: FinetuneSettings = plans.pop(SETTINGS_KEY)
         self.say: Callable[[str], None] = lambda line: None
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.num_epochs = self.settings.epochs
-        self.num_iterations_per_epoch = self.settings.iterations_per_epoch
+        self.num_epochs = self.settings.schedule.epochs
+        self.num_iterations_per_epoch = self.settings.schedule.iterations_per_epoch
         self.num_val_iterations_per_epoch = self.settings.validation_iterations
-        self.initial_lr = self.settings.learning_rate
+        self.initial_lr = self.settings.schedule.learning_rate
         self.save_every = max(1, self.num_epochs // 50)
         self._best_ema = float("inf")  # nothing is better, so nnU-Net never writes checkpoint_best
         self.precision = choose_precision(self.device)
@@ -179,14 +132,14 @@ class FinetuneTrainer(nnUNetTrainer):
 
     def initialize(self) -> None:
         """Build network, optimizer and loss; the network's random weights depend on the seed only."""
-        with seeded(self.settings.seed, "finetune/weights"):
+        with global_seed(self.settings.seed, "finetune/weights"):
             super().initialize()
         self.precision.lay_out(self.network, len(self.configuration_manager.patch_size))
         self.print_to_log_file(f"Precision: {self.precision}")
 
     def _set_batch_size_and_oversample(self) -> None:
         # nnU-Net shares the batch out over processes here; fine-tuning runs in one
-        self.batch_size: int = self.settings.batch_size or self.configuration_manager.batch_size
+        self.batch_size: int = self.settings.schedule.batch_size or self.configuration_manager.batch_size
 
     def _build_loss(self) -> nn.Module:
         with np.errstate(invalid="ignore"):
@@ -198,12 +151,14 @@ class FinetuneTrainer(nnUNetTrainer):
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupPolySchedule]:
         """Return the optimizer of the settings, and the schedule with warm-up."""
         optimizer, _ = super().configure_optimizers()
-        if self.settings.optimizer == "adam":
+        if self.settings.schedule.optimizer == "adam":
             optimizer = torch.optim.Adam(self.network.parameters(), lr=self.initial_lr)
-        if self.settings.optimizer == "adamw":
+        if self.settings.schedule.optimizer == "adamw":
             parameters = self.network.parameters()
             optimizer = torch.optim.AdamW(parameters, self.initial_lr, betas=(0.9, 0.98), weight_decay=5e-2)
-        return optimizer, WarmupPolySchedule(optimizer, self.initial_lr, self.num_epochs, self.settings.warmup_epochs)
+        return optimizer, WarmupPolySchedule(
+            optimizer, self.initial_lr, self.num_epochs, self.settings.schedule.warmup_epochs
+        )
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """Return the training and the held-out cases of the settings."""
@@ -247,7 +202,7 @@ class FinetuneTrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """Take one optimizer step on a batch and return its loss."""
-        largest = TRANSFORMER_GRADIENT_NORM if self.settings.optimizer == "adamw" else GRADIENT_NORM
+        largest = TRANSFORMER_GRADIENT_NORM if self.settings.schedule.optimizer == "adamw" else GRADIENT_NORM
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for loss in self.batch_losses(batch):
@@ -347,18 +302,6 @@ class FinetuneTrainer(nnUNetTrainer):
             nnunet_module.default_num_processes = before
             # nnU-Net switches it off for this and then on, whatever it was
             self.set_deep_supervision_enabled(self.enable_deep_supervision)
-
-
-def fix_transforms(transforms: BasicTransform) -> None:
-    """Make nnU-Net's transforms a function of their random draws alone, in place.
-
-    Gaussian blur measures which of two algorithms is faster; they differ in the last digits, so timing would decide
-    values.
-    """
-    for transform in getattr(transforms, "transforms", []):
-        inner = getattr(transform, "transform", transform)  # RandomTransform wraps one
-        if isinstance(inner, GaussianBlurTransform):
-            inner.benchmark = False
 
 
 def make_trainer(

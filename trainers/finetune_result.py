@@ -4,32 +4,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from nnssl import schema
 from nnssl.errors import UserError
 from nnssl.files import read_json
 from nnssl.schema import STRICT
+from nnssl.tables import align, number
+from trainers.finetune_schedule import FinetuneSchedule
 
 SCHEMA_VERSION = 2
 FILE_NAME = "finetune.json"
-SCRATCH = "scratch"
-
-
-@dataclass(frozen=True)
-class FinetuneSchedule:
-    """How long an arm was trained."""
-
-    __pydantic_config__: ClassVar = STRICT
-
-    epochs: int
-    iterations_per_epoch: int
-    warmup_epochs: int
-    learning_rate: float
-    batch_size: int | None
-    """Patches per step; None for the plan's."""
-    optimizer: Literal["sgd", "adam", "adamw"]
-    """nnU-Net's SGD, or Adam without weight decay."""
 
 
 @dataclass(frozen=True)
@@ -110,30 +95,19 @@ def read_dice(summary: Path, labels: Mapping[str, int | Sequence[int]]) -> tuple
 
 def comparison(results: Sequence[ArmResult]) -> list[str]:
     """Return the lines of a table: the Dice of all arms side by side, and the gain over scratch where there is one."""
-    scratch = next((result for result in results if result.weights is None), None)
     first = results[0]
-    gain = scratch is not None and scratch is not first
+    scratch = next((result for result in results[1:] if result.weights is None), None)
     header = [f"Dice on {len(first.test_cases)} held-out cases", *(result.arm for result in results)]
-    rows = [header + (["gain"] if gain else [])]
+    rows = [header if scratch is None else [*header, "gain"]]
     for name in [*first.dice, None]:
         values = [result.mean_dice if name is None else result.dice[name] for result in results]
-        row = ["mean" if name is None else name, *map(_text, values)]
-        if scratch is not None and gain:
+        row = ["mean" if name is None else name, *(number(value, 4) for value in values)]
+        if scratch is not None:
             against = scratch.mean_dice if name is None else scratch.dice[name]
             row.append("-" if values[0] is None or against is None else f"{values[0] - against:+.4f}")
         rows.append(row)
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        )
-        for row in rows
-    ]
+    return align(rows)
 
 
 def _number(value: Any) -> float | None:
     return None if value is None or math.isnan(value) else float(value)
-
-
-def _text(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"

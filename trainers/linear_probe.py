@@ -28,7 +28,9 @@ class LinearProbeTrainer(FinetuneTrainer):
         network: Any = self.bare_network
         layer = network.decoder.seg_layers[-1].requires_grad_(True)
         optimizer = torch.optim.Adam(layer.parameters(), lr=self.initial_lr)
-        return optimizer, WarmupPolySchedule(optimizer, self.initial_lr, self.num_epochs, self.settings.warmup_epochs)
+        return optimizer, WarmupPolySchedule(
+            optimizer, self.initial_lr, self.num_epochs, self.settings.schedule.warmup_epochs
+        )
 
     def on_train_epoch_start(self) -> None:
         """Set the learning rate and compute features as in prediction: no dropout, stored statistics."""

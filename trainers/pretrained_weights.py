@@ -3,20 +3,22 @@
 import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
-from nnssl.checkpoint import Provenance, load_tensors, read_checkpoint
+from nnssl.checkpoint import FINAL, Provenance, load_tensors, read_checkpoint
 from nnssl.errors import UserError
+from nnssl.export.source import choose_configuration
 from nnssl.files import file_digest
 from nnssl.paths import Folders
 from trainers.finetune import FinetuneTrainer
 from trainers.finetune_result import FILE_NAME
 
 LATEST = "latest"
-FINAL = "checkpoint_final.pth"
+"""What a user says for the newest finished pretraining."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,12 @@ class Weights:
     """A checkpoint of pretraining."""
 
     path: Path
-    digest: str
     provenance: Provenance
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the file's bytes."""
+        return file_digest(self.path)
 
 
 def open_weights(weights: str | Path, folders: Folders, say: Callable[[str], None]) -> Weights:
@@ -41,7 +47,7 @@ def open_weights(weights: str | Path, folders: Folders, say: Callable[[str], Non
         f"Weights: {path} ({provenance.method}, stage {provenance.stage}, pretrained on {provenance.dataset_name} with "
         f"{provenance.configuration}{state})"
     )
-    return Weights(path, file_digest(path), provenance)
+    return Weights(path, provenance)
 
 
 def start_digest(path: Path, names: Iterable[str]) -> str:
@@ -82,18 +88,13 @@ def find_latest(folders: Folders) -> Path:
     )
 
 
-def choose_configuration(configuration: str | None, weights: Weights) -> str:
+def configuration_to_train(configuration: str | None, weights: Weights) -> str:
     """Return the configuration to train: the one asked for, or the one the weights were pretrained with.
 
     Raises:
         UserError: the weights' plan has no such configuration.
     """
-    plan = weights.provenance.plans
-    chosen = configuration or weights.provenance.configuration
-    if chosen not in plan["configurations"]:
-        known = ", ".join(sorted(plan["configurations"]))
-        raise UserError(f"-c {chosen}: the plan of {weights.path} has no such configuration; it has {known}")
-    return chosen
+    return choose_configuration(configuration, weights.path, weights.provenance)
 
 
 def load_weights(trainer: FinetuneTrainer, weights: Weights) -> None:

@@ -16,10 +16,11 @@ from nnssl.environment import variables
 from nnssl.files import read_json
 from nnssl.paths import resolve_folders
 from tests.trainers.tiny_plan import PATCH_SIZE, tiny_plan, write_weights
-from trainers import finetune_run
+from trainers import finetune_arm
 from trainers.finetune import FinetuneSettings, FinetuneTrainer, make_trainer
 from trainers.finetune_result import ArmResult
 from trainers.finetune_run import finetune
+from trainers.finetune_schedule import FinetuneSchedule
 from trainers.pretrained_weights import Weights, open_weights
 
 DATASET = "Dataset004_Phantoms"
@@ -74,10 +75,11 @@ def make_settings(folder: Path, **changes) -> FinetuneSettings:
         "model_folder": folder,
         "seed": 3,
         "validation_iterations": 1,
-        **SCHEDULE,
         **changes,
     }
-    return FinetuneSettings(**values)
+    schedule = {"batch_size": None, "optimizer": "sgd", **SCHEDULE}
+    schedule |= {key: values.pop(key) for key in schedule if key in values}
+    return FinetuneSettings(FinetuneSchedule(**schedule), **values)
 
 
 def trainer_of(
@@ -159,7 +161,7 @@ def finetune_and_catch_trainers(monkeypatch, *arguments, **options) -> tuple[lis
         trainers.append(make_trainer(*args))
         return trainers[-1]
 
-    monkeypatch.setattr(finetune_run, "make_trainer", make)
+    monkeypatch.setattr(finetune_arm, "make_trainer", make)
     return finetune(*arguments, **options), trainers
 
 

@@ -26,16 +26,12 @@ from tests.trainers.finetuning import (
     trainer_of,
 )
 from tests.trainers.tiny_plan import tiny_plan, write_weights
-from trainers import finetune_run
-from trainers.finetune import (
-    FinetuneTrainer,
-    KeyedBatches,
-    WarmupPolySchedule,
-    fix_transforms,
-    learning_rate,
-)
-from trainers.finetune_result import FinetuneSchedule, comparison, read_dice, read_result
-from trainers.finetune_run import check_schedule, finetune
+from trainers import finetune_arm, finetune_run
+from trainers.finetune import FinetuneTrainer, WarmupPolySchedule, learning_rate
+from trainers.finetune_result import comparison, read_dice, read_result
+from trainers.finetune_run import finetune
+from trainers.finetune_schedule import FinetuneSchedule, make_schedule
+from trainers.keyed_batches import KeyedBatches, fix_transforms
 from trainers.labelled_cases import Split, find_labelled_cases, fold_split, label_order, split_cases
 from trainers.labelled_data import is_preprocessed
 from trainers.pretrained_weights import load_weights, open_weights
@@ -333,7 +329,7 @@ def test_restart_deletes_what_there_is(run, monkeypatch):
         seen.append((fold, sorted(path.name for path in fold.glob("*.pth"))))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune_run, "_train", note)
+    monkeypatch.setattr(finetune_arm, "_train", note)
     for restart in (False, False, True):
         with pytest.raises(KeyboardInterrupt):
             finetune(4, run.weights, **{**run.arguments, "seed": 8, "restart": restart})
@@ -345,7 +341,7 @@ def test_another_seed_schedule_or_case_list_gets_a_folder_of_its_own(run, monkey
     folders = []
 
     def note(task, weights, nnunet_folders, restart, say):
-        folders.append(finetune_run.arm_folder(task, weights, nnunet_folders).name)
+        folders.append(finetune_arm.arm_folder(task, weights, nnunet_folders).name)
         return run.results[0]
 
     monkeypatch.setattr(finetune_run, "run_arm", note)
@@ -423,7 +419,7 @@ def test_stock_nnunet_predicts_the_same_from_the_model_folder(run, tmp_path):
 
 
 def test_arms_from_before_there_were_modes_are_found_and_read(run, tmp_path):
-    task = finetune_run.Task(
+    task = finetune_arm.Task(
         dataset_name=DATASET,
         dataset_json={},
         plan=AdoptedPlan("nnsslPlans", tmp_path, {"plans_name": "nnsslPlans"}),
@@ -436,7 +432,7 @@ def test_arms_from_before_there_were_modes_are_found_and_read(run, tmp_path):
         mode="finetune",
         unlabelled=(),
     )
-    folder = finetune_run.arm_folder(task, None, resolve_folders())
+    folder = finetune_arm.arm_folder(task, None, resolve_folders())
     assert folder.name == "nnssl_scratch_2cases_seed3_c18d9a91__nnsslPlans__2d"  # as the first version named it
     content = read_json(Path(run.results[0].model_folder, "finetune.json"), "result")
     content["schema_version"] = 1
@@ -541,7 +537,7 @@ def test_primus_is_trained_by_nnunet_s_recipe_unless_told_otherwise():
     """AdamW at 3e-4 in the modes that train all weights; what a user gives wins, and other networks keep theirs."""
 
     def chosen(mode, transformer, rate=None, optimizer=None):
-        schedule = check_schedule(mode, 10, 5, None, rate, None, optimizer, transformer)
+        schedule = make_schedule(mode, 10, 5, None, rate, None, optimizer, transformer)
         return schedule.optimizer, schedule.learning_rate
 
     assert chosen("finetune", True) == chosen("mean_teacher", True) == ("adamw", 3e-4)
@@ -565,7 +561,7 @@ def test_adamw_by_hand(run, tmp_path, monkeypatch):
         trainer.run_training()
     assert limits == [1] * len(batches)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.05)
-    epochs, warmup = trainer.num_epochs, trainer.settings.warmup_epochs
+    epochs, warmup = trainer.num_epochs, trainer.settings.schedule.warmup_epochs
     for step, batch in enumerate(batches):
         rate = learning_rate(step // trainer.num_iterations_per_epoch, 3e-4, epochs, warmup)
         optimizer.param_groups[0]["lr"] = rate

@@ -1,7 +1,5 @@
 """Arms of a study: what the user named, and where its weights are or will be."""
 
-import hashlib
-import json
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -11,16 +9,17 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from nnssl.checkpoint import read_checkpoint
+from nnssl.checkpoint import FINAL
 from nnssl.environment import variables
 from nnssl.errors import UserError
+from nnssl.evaluation.study_table import SCRATCH
+from nnssl.files import content_digest
 from nnssl.methods import METHODS, Method, Stage, find_method, find_stage
 from nnssl.methods.settings import split_overrides
 from nnssl.paths import Folders
 from planners.plan import Plan
-from trainers.finetune_result import SCRATCH
 from trainers.pretrain import choose_configuration, is_finished, needed_stages, pretrain, stage_folder
-from trainers.pretrain_trainer import FINAL, RunOptions
+from trainers.pretrain_trainer import RunOptions
 
 OWN_FOLDER = "nnssl_arms"
 """Below nnU-Net's results: pretraining with values of an arm, or of a stage alone, which must not share the method's folder."""
@@ -54,7 +53,6 @@ class Source:
 
     Attributes:
         plan: of the data set without labels.
-        plan_path: its file.
         configuration: that is fine-tuned.
         overrides: settings for every method, as ``key=value``.
         folders: nnU-Net's folders.
@@ -63,7 +61,6 @@ class Source:
     """
 
     plan: Plan
-    plan_path: Path
     configuration: str
     overrides: tuple[str, ...]
     folders: Folders
@@ -82,7 +79,6 @@ class Pretraining:
         overrides: settings as ``key=value``.
         results: nnU-Net's results folder for it.
         final: the last stage's checkpoint.
-        finished: whether it is there.
     """
 
     method: Method
@@ -91,7 +87,11 @@ class Pretraining:
     overrides: tuple[str, ...]
     results: Path
     final: Path
-    finished: bool
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last stage's checkpoint is there."""
+        return self.final.exists()
 
     @property
     def stage_folders(self) -> tuple[Path, ...]:
@@ -161,16 +161,15 @@ def locate(arm: Arm, source: Source) -> Pretraining:
     last = find_stage(arm.stages[-1])[1]
     shared = stage_folder(source.folders, source.plan, last, configuration) / FINAL
     whole = arm.stages == tuple(stage.name for stage in method.stages[: len(arm.stages)])
-    taken = Pretraining(method, arm.stages, configuration, overrides, source.folders.results, shared, shared.exists())
+    taken = Pretraining(method, arm.stages, configuration, overrides, source.folders.results, shared)
     if whole and not overrides:
         return taken
     if whole and shared.exists() and _same_run(arm, method, source, configuration, overrides):
         return taken
-    key = json.dumps([arm.stages, overrides, configuration, source.plan.name])
-    digest = hashlib.blake2b(key.encode(), digest_size=4).hexdigest()
+    digest = content_digest([arm.stages, overrides, configuration, source.plan.name])
     root = source.folders.results / OWN_FOLDER / f"{re.sub(r'[^A-Za-z0-9.=-]+', '-', arm.name)}-{digest}"
     final = stage_folder(replace(source.folders, results=root), source.plan, last, configuration) / FINAL
-    return Pretraining(method, arm.stages, configuration, overrides, root, final, final.exists())
+    return Pretraining(method, arm.stages, configuration, overrides, root, final)
 
 
 def make_weights(pretraining: Pretraining, source: Source, say: Callable[[str], None]) -> None:
@@ -204,10 +203,8 @@ def _share_stage(
     )
     if (own / FINAL).exists():
         return
-    key = json.dumps([stage.name, options.overrides, source.plan.name, source.seed])
-    root = (
-        source.folders.results / OWN_FOLDER / f"{stage.name}-{hashlib.blake2b(key.encode(), digest_size=4).hexdigest()}"
-    )
+    digest = content_digest([stage.name, options.overrides, source.plan.name, source.seed])
+    root = source.folders.results / OWN_FOLDER / f"{stage.name}-{digest}"
     folders = replace(source.folders, results=root)
     shared = stage_folder(folders, source.plan, stage, pretraining.configuration)
     root.mkdir(parents=True, exist_ok=True)
@@ -270,9 +267,3 @@ def stage_options(
     wanted = [stage for stage in method.stages if stage.name in stages]
     needed = needed_stages(wanted, source.plan, configuration, given)
     return [(stage, RunOptions(tuple(given[stage.name]), seed=source.seed)) for stage in needed]
-
-
-def cases_seen(checkpoint: Path) -> tuple[str, tuple[str, ...] | None]:
-    """Return the data set that weights were pretrained on and the names of its cases, None where the file does not say."""
-    provenance = read_checkpoint(checkpoint)[1]
-    return provenance.dataset_name, provenance.cases

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nnssl.checkpoint import load_tensors
+from nnssl.checkpoint import FINAL, load_tensors
 from nnssl.methods.settings import resolve_stage
 from trainers.benchmark.arms import Pretraining, stage_options
 from trainers.finetune_result import FILE_NAME
-from trainers.pretrained_weights import FINAL
 
 if TYPE_CHECKING:
     from trainers.benchmark.run import Runner

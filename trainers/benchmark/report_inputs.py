@@ -26,11 +26,10 @@ from nnssl.evaluation.report import (
 )
 from nnssl.evaluation.segmentation_pictures import SegmentedCase, choose_cases, segmentation_figure
 from nnssl.evaluation.statistics import case_scores, tabulate
-from nnssl.evaluation.study_table import Cell, StudyTable
+from nnssl.evaluation.study_table import SCRATCH, Cell, StudyTable
 from nnssl.files import read_json, write_atomically
 from trainers.benchmark.estimate import cell_seconds, format_duration
 from trainers.benchmark.study import CellKey
-from trainers.finetune_result import SCRATCH
 
 if TYPE_CHECKING:
     from trainers.benchmark.run import Runner

@@ -26,15 +26,16 @@ from nnssl.evaluation.metrics import (
     write_metrics_csv,
 )
 from nnssl.evaluation.statistics import tabulate
-from nnssl.evaluation.study_table import Cell, StudyTable
+from nnssl.evaluation.study_table import SCRATCH, Cell, StudyTable
+from nnssl.export.source import SEGMENTATION
 from nnssl.files import write_json
 from nnssl.paths import make_writable
 from trainers.benchmark.arms import make_weights
 from trainers.benchmark.estimate import estimate_seconds, format_duration
 from trainers.benchmark.leaks import check_disjoint
 from trainers.benchmark.study import CellKey, Study
-from trainers.finetune_result import FILE_NAME, SCRATCH, read_result
-from trainers.finetune_run import arm_folder, run_arm
+from trainers.finetune_arm import arm_folder, run_arm
+from trainers.finetune_result import FILE_NAME, read_result
 from trainers.labelled_data import prepare_data
 from trainers.pretrained_weights import Weights, open_weights, start_digest
 
@@ -102,7 +103,7 @@ class Runner:
     @cached_property
     def taken(self) -> list[str]:
         """Names of the tensors that the fine-tuned network takes from pretraining: all but the segmentation layers."""
-        return [name for name in self.study.build_network().state_dict() if ".seg_layers." not in name]
+        return [name for name in self.study.build_network().state_dict() if SEGMENTATION not in name]
 
     def has_weights(self, arm: str) -> bool:
         """Whether the weights of an arm are there."""

@@ -12,13 +12,14 @@ from nnssl.checkpoint import read_checkpoint
 from nnssl.data.patients import find_patients
 from nnssl.data.raw import RawDataset, find_dataset, read_dataset
 from nnssl.errors import UserError
+from nnssl.evaluation.study_table import SCRATCH
 from nnssl.files import read_json, read_names, some
-from nnssl.networks.backbone import build_network
+from nnssl.networks.backbone import build_network, planned_configuration
 from nnssl.paths import Folders
 from planners.finetune_planner import AdoptedPlan, adopt_plan
 from planners.plan import PLANS_NAME, Plan, plan_from_dict, read_plan
 from planners.primus_rules import CLASS_NAME as PRIMUS
-from trainers.benchmark.arms import Arm, Pretraining, Source, configuration_for, locate, parse_arms
+from trainers.benchmark.arms import HYBRID, Arm, Pretraining, Source, configuration_for, locate, parse_arms
 from trainers.benchmark.leaks import (
     Seen,
     check_disjoint,
@@ -29,13 +30,12 @@ from trainers.benchmark.leaks import (
     seen_by_checkpoint,
     seen_in_pretraining,
 )
-from trainers.finetune_result import SCRATCH, FinetuneSchedule
-from trainers.finetune_run import MODES, Optimizer, Task, check_schedule
+from trainers.finetune_arm import Task
+from trainers.finetune_schedule import FinetuneSchedule, Optimizer, check_mode, make_schedule
 from trainers.labelled_cases import Split, choose_unlabelled, find_labelled_cases, label_order, read_case_names
 from trainers.pretrain import find_plan
 
 Say = Callable[[str], None]
-HYBRID = "_hybrid"
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,7 @@ class Study:
     @cached_property
     def nnunet_configuration(self) -> dict[str, Any]:
         """nnU-Net's section of the configuration that is fine-tuned, with what it inherits."""
-        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-
-        return PlansManager(self.plan.nnunet).get_configuration(self.configuration).configuration
+        return planned_configuration(self.plan.nnunet, self.configuration)
 
     def build_network(self) -> Any:
         """Return the network that is fine-tuned, with two classes and random weights."""
@@ -146,9 +144,7 @@ class Study:
         rate = None if mode == "linear" else own.learning_rate
         optimizer = None if mode == "linear" else own.optimizer
         transformer = self.nnunet_configuration["architecture"]["network_class_name"] == PRIMUS
-        return check_schedule(
-            mode, epochs, own.iterations_per_epoch, None, rate, own.batch_size, optimizer, transformer
-        )
+        return make_schedule(mode, epochs, own.iterations_per_epoch, None, rate, own.batch_size, optimizer, transformer)
 
     def split(self, labels: int, seed: int) -> Split:
         """Return the cases that are trained on and those that are held out."""
@@ -204,7 +200,7 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
     configuration = choose_finetuning(settings, arms, plan)
     source = None
     if plan_path is not None:
-        source = Source(plan, plan_path, configuration, settings.pretrain_overrides, folders, device)
+        source = Source(plan, configuration, settings.pretrain_overrides, folders, device)
     pretrainings = {arm.name: locate(arm, source) for arm in arms if arm.method is not None and source is not None}
     for arm in arms:
         if arm.checkpoint is not None:
@@ -252,9 +248,8 @@ def check_settings(settings: StudySettings) -> None:
             raise UserError(f"{name} {' '.join(map(str, values))}: give one value or more, each once")
     if min(settings.labels) < 1 or settings.seeds < 1:
         raise UserError(f"--labels {min(settings.labels)}, --seeds {settings.seeds}: each is 1 or more")
-    unknown = [mode for mode in settings.modes if mode not in MODES]
-    if unknown:
-        raise UserError(f"--mode {unknown[0]}: is not known; take {', '.join(MODES)}")
+    for mode in settings.modes:
+        check_mode(mode)
     if settings.tolerance_mm <= 0:
         raise UserError(f"--tolerance-mm {settings.tolerance_mm}: is above 0")
 

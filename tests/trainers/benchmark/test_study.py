@@ -191,7 +191,7 @@ def test_wrong_settings(folders, changes, message):
 def test_where_weights_of_an_arm_are(folders):
     """A method's own folder serves it as it is, and an arm with values only if it holds just that run."""
     path = folders.preprocessed / SOURCE / "nnsslPlans.json"
-    source = Source(read_plan(path), path, "3d_fullres", (), folders, CPU)
+    source = Source(read_plan(path), "3d_fullres", (), folders, CPU)
     own = folders.results / SOURCE / "Pix2RepTrainer__nnsslPlans__3d_fullres" / "fold_all" / "checkpoint_final.pth"
     plain, changed = parse_arm("pix2rep"), parse_arm("pix2rep:temperature=0.2")
     assert (locate(plain, source).final, locate(plain, source).finished) == (own, False)
@@ -231,7 +231,7 @@ def test_weights_fit_the_network_that_is_fine_tuned(folders, method, wanted, exp
 def test_arms_prepared_alike_share_the_preparation(folders):
     """SAM is trained once for both arms, and not at all for the third."""
     path = folders.preprocessed / SOURCE / "nnsslPlans.json"
-    source = Source(read_plan(path), path, "3d_fullres_primus", (), folders, CPU)
+    source = Source(read_plan(path), "3d_fullres_primus", (), folders, CPU)
     sam = "alice:partners=sam:dimensions=8:fine_queries=10:coarse_queries=4:coarse_pool=10"
     small = "projection_hidden=8:projection_bottleneck=8:projection_dimensions=8:alignment_heads=2"
     lines: list[str] = []
@@ -256,7 +256,7 @@ def test_arms_prepared_alike_share_the_preparation(folders):
 def test_arms_must_share_the_plan(folders, tmp_path):
     """A checkpoint of another plan would differ from the other arms in more than its weights."""
     path = folders.preprocessed / SOURCE / "nnsslPlans.json"
-    source = Source(read_plan(path), path, "3d_fullres", (), folders, CPU)
+    source = Source(read_plan(path), "3d_fullres", (), folders, CPU)
     made = locate(parse_arm("pix2rep"), source)
     make_weights(made, source, print)
     checkpoint = f"mine={made.final}"

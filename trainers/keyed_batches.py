@@ -1,0 +1,62 @@
+"""nnU-Net's random batches as a function of seed, purpose and step: the same whatever was drawn before, and by whom."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from torch.utils.data import DataLoader, Dataset
+
+from nnssl.draws import draw_seed
+
+
+@contextmanager
+def global_seed(*key: int | str) -> Iterator[None]:
+    """Seed the global random states, which nnU-Net draws from, by a key, and put them back at the end."""
+    seed = draw_seed(*key)
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (nnU-Net's augmentation uses it)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(legacy)  # noqa: NPY002
+
+
+class KeyedBatches(Dataset):
+    """nnU-Net's random batches by step: a batch is a function of (seed, purpose, step)."""
+
+    def __init__(self, loader: nnUNetDataLoader, seed: int, purpose: str):
+        self.loader = loader
+        self.key = (seed, purpose)
+
+    def __getitem__(self, step: int) -> dict[str, Any]:
+        """Return the batch of a step: ``data`` (batch, channel, [z,] y, x), ``target`` and ``keys``."""
+        with global_seed(*self.key, step):
+            return self.loader.generate_train_batch()
+
+    def iterate(self, first: int, last: int, processes: int, pin_memory: bool) -> Iterator[dict[str, Any]]:
+        """Iterate over the batches of the steps ``first`` to ``last - 1`` in order."""
+        return iter(
+            DataLoader(self, batch_size=None, sampler=range(first, last), num_workers=processes, pin_memory=pin_memory)
+        )
+
+
+def fix_transforms(transforms: BasicTransform) -> None:
+    """Make nnU-Net's transforms a function of their random draws alone, in place.
+
+    Gaussian blur measures which of two algorithms is faster; they differ in the last digits, so timing would decide
+    values.
+    """
+    for transform in getattr(transforms, "transforms", []):
+        inner = getattr(transform, "transform", transform)  # RandomTransform wraps one
+        if isinstance(inner, GaussianBlurTransform):
+            inner.benchmark = False
