@@ -36,7 +36,39 @@ def adopt_plan(
     say: Callable[[str], None],
     plans_name: str | None = None,
 ) -> AdoptedPlan:
-    """Write the plan of pretrained weights for a labelled data set.
+    """Write the plan of pretrained weights for a labelled data set, and say so; what is there is kept.
+
+    Args:
+        plan: as ``fit_plan``.
+        target_dataset: as ``fit_plan``.
+        folders: as ``fit_plan``.
+        say: called with one line about what was written.
+        plans_name: as ``fit_plan``.
+
+    Returns:
+        The plan, written or found.
+
+    Raises:
+        UserError: as ``fit_plan``.
+    """
+    adopted = fit_plan(plan, target_dataset, folders, say, plans_name)
+    if adopted.path.exists():
+        say(f"Plan {adopted.name} for {target_dataset}: there already and the same ({adopted.path})")
+        return adopted
+    adopted.path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(adopted.path, adopted.content)
+    say(f"Plan {adopted.name} for {target_dataset}: that of {plan['dataset_name']}, written to {adopted.path}")
+    return adopted
+
+
+def fit_plan(
+    plan: Mapping[str, Any],
+    target_dataset: str,
+    folders: Folders,
+    say: Callable[[str], None],
+    plans_name: str | None = None,
+) -> AdoptedPlan:
+    """Return the plan of pretrained weights for a labelled data set, and the file that it has or gets; nothing is written.
 
     The file keeps the plan's name if that is free for the target or holds the same plan already. Where another plan has
     that name, the file is called ``<name>From<id of the pretraining data set>``. No file is ever overwritten.
@@ -45,11 +77,8 @@ def adopt_plan(
         plan: content of the plans file the weights were pretrained with.
         target_dataset: name of the labelled data set, ``DatasetXXX_Name``.
         folders: nnU-Net's folders.
-        say: called with one line about what was written.
+        say: called with one line about a file of another plan that is kept.
         plans_name: name of the file, to choose it oneself.
-
-    Returns:
-        The plan, written or found.
 
     Raises:
         UserError: the numbers of channels differ, the target has no ``dataset.json``, or other plans have the names.
@@ -57,17 +86,10 @@ def adopt_plan(
     dataset_json = read_json(folders.raw / target_dataset / "dataset.json", "dataset.json of a labelled data set")
     check_channels(plan, target_dataset, dataset_json)
     names = [plans_name] if plans_name else [plan["plans_name"], _name_by_source(plan)]
-    (folders.preprocessed / target_dataset).mkdir(parents=True, exist_ok=True)
     for name in dict.fromkeys(names):
         path = folders.preprocessed / target_dataset / f"{name}.json"
         content = moved_plan(plan, target_dataset, name)
-        if not path.exists():
-            write_json(path, content)
-            say(f"Plan {name} for {target_dataset}: that of {plan['dataset_name']}, written to {path}")
-            return AdoptedPlan(name, path, content)
-        existing = read_json(path, "plan")
-        if _without_pretext(existing) == content:
-            say(f"Plan {name} for {target_dataset}: there already and the same ({path})")
+        if not path.exists() or _without_pretext(read_json(path, "plan")) == content:
             return AdoptedPlan(name, path, content)
         say(f"Plan {name} for {target_dataset}: there is another one with this name, kept as it is ({path})")
     raise UserError(

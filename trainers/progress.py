@@ -1,5 +1,6 @@
 """What a pretraining run leaves for its user to look at: a table and a figure."""
 
+import csv
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -7,13 +8,32 @@ from pathlib import Path
 
 import matplotlib as mpl
 
+from nnssl.errors import UserError
 from nnssl.files import write_atomically, write_csv
+
+METRICS_CSV = "metrics.csv"
 
 
 def write_metrics(path: Path, metrics: Mapping[str, Sequence[float]]) -> None:
     """Write one line per epoch to a CSV file that a spreadsheet opens; NaN, where nothing was measured, is empty."""
     rows = [["" if math.isnan(value) else value for value in row] for row in zip(*metrics.values(), strict=True)]
     write_csv(path, ["epoch", *metrics], [[epoch, *row] for epoch, row in enumerate(rows)])
+
+
+def read_metrics(path: Path) -> dict[str, list[float]]:
+    """Return what ``write_metrics`` wrote, one value per epoch for every metric.
+
+    Raises:
+        UserError: it is no such table.
+    """
+    try:
+        with open(path, newline="") as file:
+            header, *rows = csv.reader(file)
+        columns = dict(zip(header, zip(*rows, strict=True) if rows else [()] * len(header), strict=True))
+        del columns["epoch"]
+        return {name: [float(text) if text else math.nan for text in column] for name, column in columns.items()}
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: is no table of a pretraining ({error}); delete it, it is written anew") from error
 
 
 _NNUNET_KEYS = frozenset(
@@ -57,10 +77,6 @@ def plot_progress(path: Path, title: str, metrics: Mapping[str, Sequence[float]]
     # the figure class alone, so that no window system and no global state is touched
     from matplotlib.figure import Figure
 
-    shown = {
-        name: [key for key in metrics if belongs(key) and not all(map(math.isnan, metrics[key]))]
-        for name, belongs in PANELS.items()
-    }
     measured = {
         key: [(epoch, value) for epoch, value in enumerate(values) if not math.isnan(value)]
         for key, values in metrics.items()

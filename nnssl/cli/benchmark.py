@@ -115,9 +115,11 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     from nnssl.data.jobs import default_processes
     from nnssl.paths import resolve_folders
+    from trainers.benchmark.cells import StudyCells
     from trainers.benchmark.estimate import describe_estimate
-    from trainers.benchmark.run import Runner, describe_matrix, parse_part, run_study, study_folder
-    from trainers.benchmark.study import StudySettings, prepare_study
+    from trainers.benchmark.run import describe_matrix, parse_part, run_study, study_folder
+    from trainers.benchmark.settings import StudySettings
+    from trainers.benchmark.study import prepare_study
 
     part = parse_part(args.part)
     folders = resolve_folders(say)
@@ -145,13 +147,12 @@ def _run(args: argparse.Namespace) -> None:
         tolerance_mm=args.tolerance_mm,
     )
     study = prepare_study(settings, folders, device, args.processes or default_processes(), say)
-    folder = study_folder(study, args.name)
     if args.dry_run:
-        runner = Runner(study, folder, say)
-        for line in [*describe_matrix(runner), *describe_estimate(runner)]:
+        cells = StudyCells(study, say)
+        for line in [*describe_matrix(cells), *describe_estimate(cells)]:
             say(line)
         return
-    run_study(study, folder, part, args.command, say)
+    run_study(study, study_folder(study, args.name), part, args.command, say)
 
 
 if __name__ == "__main__":

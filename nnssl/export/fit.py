@@ -20,6 +20,7 @@ from nnssl.export.source import GATE, SEGMENTATION, SourceWeights, names_by_tens
 from nnssl.export.target import TargetNetwork
 from nnssl.networks.primus import resample_positions
 from nnssl.schema import STRICT
+from nnssl.tables import align
 
 Status = Literal["transferred", "adapted", "random", "dropped", "segmentation"]
 
@@ -91,23 +92,12 @@ class FitReport:
         texts = [("part", "", "tensors", "parameters", "")]
         for (part, status, reason), entries in rows.items():
             texts.append((part, status, str(len(entries)), f"{sum(each.values for each in entries):,}", reason))
-        widths = [max(len(text[column]) for text in texts) for column in range(4)]
-        lines = [
-            "  ".join(
-                [
-                    *(text[column].ljust(widths[column]) for column in (0, 1)),
-                    *(text[column].rjust(widths[column]) for column in (2, 3)),
-                    text[4],
-                ]
-            ).rstrip()
-            for text in texts
-        ]
         total = self.count("transferred", "adapted", "random")
         counts = ", ".join(
             f"{status} {self.count(status) / max(total, 1):.1%}" for status in ("transferred", "adapted", "random")
         )
         return [
-            *lines,
+            *align(texts, left=(0, 1, 4)),
             f"of {total:,} parameters: {counts}; of the encoder's, {self.share(encoder=True):.1%} come from the checkpoint",
         ]
 

@@ -1,22 +1,21 @@
 """How long the rest of a study takes, from the steps that were measured so far."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from nnssl.checkpoint import FINAL, load_tensors
 from nnssl.methods.settings import resolve_stage
 from trainers.benchmark.arms import Pretraining, stage_options
+from trainers.benchmark.cells import StudyCells
+from trainers.benchmark.study import CellKey, Study
 from trainers.finetune_result import FILE_NAME
-
-if TYPE_CHECKING:
-    from trainers.benchmark.run import Runner
-    from trainers.benchmark.study import CellKey
+from trainers.precision import choose_precision
+from trainers.progress import METRICS_CSV, read_metrics
 
 TRIAL_STEPS = 3
 """Steps of the bare network that are timed where nothing was measured yet; one more goes before them."""
@@ -45,45 +44,40 @@ def cell_seconds(folder: Path, steps: int) -> tuple[float, float] | None:
     return median(epochs) * len(epochs) / steps, evaluation
 
 
-def estimate_seconds(runner: "Runner", cells: Sequence["CellKey"]) -> float | None:
+def estimate_seconds(cells: StudyCells, left: Sequence[CellKey]) -> float | None:
     """Return the seconds that cells will take, from finished cells of the same mode; None where there are none.
 
     Args:
-        runner: of the study.
-        cells: that are not trained.
+        cells: of the study.
+        left: those that are not trained.
     """
     total = 0.0
-    for mode in {cell.mode for cell in cells}:
-        measured = _measured(runner, mode)
+    for mode in {cell.mode for cell in left}:
+        measured = _measured(cells, mode)
         if measured is None:
             return None
         per_step, evaluation = measured
-        per_epoch = runner.study.settings.iterations_per_epoch
-        total += sum(cell.epochs * per_epoch * per_step + evaluation for cell in cells if cell.mode == mode)
+        total += sum(cells.study.steps(cell) * per_step + evaluation for cell in left if cell.mode == mode)
     return total
 
 
-def _measured(runner: "Runner", mode: str, most: int = 12) -> tuple[float, float] | None:
+def _measured(cells: StudyCells, mode: str, most: int = 12) -> tuple[float, float] | None:
     """Return the medians over the last finished cells of a mode."""
-    per_epoch = runner.study.settings.iterations_per_epoch
-    finished = [cell for cell in runner.study.cells if cell.mode == mode and runner.is_trained(cell)][-most:]
-    found = [cell_seconds(runner.cell_folder(cell), cell.epochs * per_epoch) for cell in finished]
+    finished = [cell for cell in cells.study.cells if cell.mode == mode and cells.is_trained(cell)][-most:]
+    found = [cell_seconds(cells.folder(cell), cells.study.steps(cell)) for cell in finished]
     values = [value for value in found if value is not None]
     if not values:
         return None
     return median(value[0] for value in values), median(value[1] for value in values)
 
 
-def time_bare_step(runner: "Runner", batch_size: int | None) -> float:
+def time_bare_step(study: Study, batch_size: int | None) -> float:
     """Return the seconds of a forward and a backward pass of the network on a batch, without data loading.
 
     Args:
-        runner: of the study.
+        study: whose network it is.
         batch_size: None for the plan's.
     """
-    study = runner.study
-    from trainers.precision import choose_precision
-
     configuration = study.nnunet_configuration
     channels = len(configuration["normalization_schemes"])
     network = study.build_network().to(study.device)
@@ -105,9 +99,8 @@ def time_bare_step(runner: "Runner", batch_size: int | None) -> float:
     return (perf_counter() - started) / TRIAL_STEPS
 
 
-def estimate_pretraining(runner: "Runner", pretraining: Pretraining) -> tuple[float, str]:
+def estimate_pretraining(study: Study, pretraining: Pretraining) -> tuple[float, str]:
     """Return the seconds that a pretraining will take and what the number rests on."""
-    study = runner.study
     assert study.source is not None
     seconds, source = 0.0, "epochs that were measured"
     folders = dict(zip(pretraining.stages, pretraining.stage_folders, strict=True))
@@ -115,32 +108,32 @@ def estimate_pretraining(runner: "Runner", pretraining: Pretraining) -> tuple[fl
         folder = folders[stage.name]
         configuration = study.plan.configuration(stage.runs_in(pretraining.configuration))
         training = resolve_stage(stage.load(), configuration, stage.name, run.overrides)[0].training
-        epochs = _measured_epochs(folder / "metrics.csv")
+        logged = folder / METRICS_CSV
+        epochs = read_metrics(logged)["epoch_seconds"] if logged.exists() else []
         if epochs:
             seconds += median(epochs) * training.epochs
             continue
         source = "timed steps of the bare network"
         passes = stage.encoder_graphs + stage.encoder_passes / 3  # a pass without a graph costs about a third
-        seconds += time_bare_step(runner, training.batch_size) * max(passes, 1) * training.total_steps
+        seconds += time_bare_step(study, training.batch_size) * max(passes, 1) * training.total_steps
     return seconds, source
 
 
-def describe_estimate(runner: "Runner") -> list[str]:
+def describe_estimate(cells: StudyCells) -> list[str]:
     """Return lines that say how long what is left of a study takes."""
-    study = runner.study
+    study = cells.study
     lines = []
     for arm, pretraining in study.pretrainings.items():
         if not pretraining.finished:
-            seconds, source = estimate_pretraining(runner, pretraining)
+            seconds, source = estimate_pretraining(study, pretraining)
             lines.append(f"pretraining {arm}: about {format_duration(seconds)}, from {source}")
-    left = [cell for cell in study.cells if not runner.is_trained(cell)]
+    left = [cell for cell in study.cells if not cells.is_trained(cell)]
     if not left:
         return [*lines, "all cells are trained"]
-    seconds = estimate_seconds(runner, left) or 0.0
+    seconds = estimate_seconds(cells, left) or 0.0
     source = "finished cells"
     if not seconds:
-        steps = sum(cell.epochs for cell in left) * study.settings.iterations_per_epoch
-        seconds = time_bare_step(runner, study.settings.batch_size) * steps
+        seconds = time_bare_step(study, study.settings.batch_size) * sum(map(study.steps, left))
         source = "timed steps of the bare network, without prediction"
     return [*lines, f"{len(left)} cells: about {format_duration(seconds)} in one process, from {source}"]
 
@@ -151,13 +144,6 @@ def format_duration(seconds: float) -> str:
         if seconds < limit:
             return text.format(seconds / unit)
     return f"{seconds / 86400:.1f} days"
-
-
-def _measured_epochs(path: Path) -> list[float]:
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return [float(row["epoch_seconds"]) for row in csv.DictReader(file)]
 
 
 def _wait(device: torch.device) -> None:

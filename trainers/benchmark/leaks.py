@@ -1,4 +1,4 @@
-"""Held-out cases that no stage has seen: chosen that way, and checked by the voxels of their images and by patient.
+"""Whether a stage has seen held-out cases, by the voxels of their images and by patient.
 
 What pretraining saw is known from the fingerprint of its data set, which holds a digest of every image, and from the list
 of cases in each checkpoint. A test image counts as seen if its voxels equal those of a pretraining image, whatever the
@@ -20,10 +20,6 @@ from nnssl.files import some
 from nnssl.paths import Folders
 from nnssl.schema import read
 from planners.fingerprint import FILE_NAME, Fingerprint, digest_volume
-from trainers.labelled_cases import label_order
-
-DEFAULT_SHARE = 0.25
-"""Of the labelled patients that are held out when the user names none."""
 
 
 @dataclass(frozen=True)
@@ -147,62 +143,3 @@ def check_unseen(leaks: Mapping[str, str], what: str) -> None:
             "hold out others, or plan the pretraining with --exclude FILE and pretrain again; if these are different "
             "people with the same names, --patients FILE says so"
         )
-
-
-def check_disjoint(train: Sequence[str], test: Sequence[str], patients: Mapping[str, str]) -> None:
-    """Check that no patient is on both sides of a split.
-
-    Raises:
-        UserError: one is; names it and a case of each side.
-    """
-    held_out = {patients[case]: case for case in test}
-    both = sorted({patients[case]: case for case in train}.items() & held_out.items()) or [
-        (patients[case], case) for case in sorted(train) if patients[case] in held_out
-    ]
-    if both:
-        patient, case = both[0]
-        raise UserError(
-            f"patient {patient} is on both sides of the split: {case} is trained on and {held_out[patient]} is held out; "
-            "a patient belongs on one side (--patients FILE says which case is of which patient)"
-        )
-
-
-def draw_test_cases(
-    dataset: RawDataset,
-    patients: Mapping[str, str],
-    wanted: int | None,
-    seen: Sequence[Seen],
-    say: Callable[[str], None],
-) -> tuple[str, ...]:
-    """Draw patients to hold out among those that pretraining has not seen; always the same ones.
-
-    Args:
-        dataset: the labelled data set.
-        patients: of its labelled cases.
-        wanted: number of patients; None for a quarter of all, one at least.
-        seen: what the pretrainings have seen.
-        say: called with one line.
-
-    Returns:
-        All cases of the patients.
-
-    Raises:
-        UserError: too few patients were not seen.
-    """
-    number = wanted or max(1, round(DEFAULT_SHARE * len(set(patients.values()))))
-    cases_of: dict[str, list[str]] = {}
-    for case, patient in patients.items():
-        cases_of.setdefault(patient, []).append(case)
-    chosen: list[str] = []
-    for patient in label_order(sorted(cases_of), seed=0):
-        if len(chosen) < number and not find_leaks(digest_cases(dataset, cases_of[patient]), patients, seen):
-            chosen.append(patient)
-    if len(chosen) < number:
-        raise UserError(
-            f"{dataset.name}: {number} patients were to be held out, and only {len(chosen)} of {len(cases_of)} were not seen "
-            "in pretraining; write the cases to hold out to a file, plan with nnssl_plan_and_preprocess --exclude FILE, "
-            "pretrain again and give --test-cases FILE"
-        )
-    cases = tuple(sorted(case for patient in chosen for case in cases_of[patient]))
-    say(f"{len(cases)} cases of {len(chosen)} patients are held out, which no pretraining has seen")
-    return cases

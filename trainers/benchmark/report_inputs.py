@@ -1,13 +1,11 @@
 """Gathers what the report of a finished study shows, and writes it."""
 
-import csv
 import importlib.metadata
 import os
 import platform
 import shlex
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,44 +23,43 @@ from nnssl.evaluation.report import (
     write_report,
 )
 from nnssl.evaluation.segmentation_pictures import SegmentedCase, choose_cases, segmentation_figure
-from nnssl.evaluation.statistics import case_scores, tabulate
-from nnssl.evaluation.study_table import SCRATCH, Cell, StudyTable
+from nnssl.evaluation.statistics import case_scores
+from nnssl.evaluation.study_table import SCRATCH, StudyTable
 from nnssl.files import read_json, write_atomically
+from trainers.benchmark.cells import StudyCells
 from trainers.benchmark.estimate import cell_seconds, format_duration
-from trainers.benchmark.study import CellKey
-
-if TYPE_CHECKING:
-    from trainers.benchmark.run import Runner
+from trainers.benchmark.study import CellKey, Study
+from trainers.progress import METRICS_CSV, read_metrics
 
 PACKAGES = ("nnssl", "torch", "nnunetv2", "dynamic-network-architectures", "batchgenerators", "numpy", "scipy", "monai")
 BY_THE_USER = "command line"
 
 
-def write_results(runner: "Runner", command: str) -> StudyTable:
+def write_results(cells: StudyCells, folder: Path, command: str) -> StudyTable:
     """Write ``results.csv``, ``table.md`` and ``report.html`` of a study whose cells are all there.
 
     Args:
-        runner: of the study.
-        command: that repeats it.
+        cells: of the study.
+        folder: for the files.
+        command: that repeats the study.
 
     Returns:
         The table.
     """
-    cells = runner.finished_cells()
-    table = tabulate(cells, runner.study.settings.tolerance_mm)
-    results_csv(runner.folder / "results.csv", cells)
+    table = cells.table()
+    results_csv(folder / "results.csv", cells.finished())
     text = markdown_table(table)
-    write_atomically(runner.folder / "table.md", lambda file: file.write(text.encode()))
-    write_report(runner.folder / "report.html", gather_report(runner, cells, table, command))
-    runner.say(text.rstrip())
+    write_atomically(folder / "table.md", lambda file: file.write(text.encode()))
+    write_report(folder / "report.html", gather_report(cells, table, command))
+    cells.say(text.rstrip())
     for name in ("results.csv", "table.md", "report.html"):
-        runner.say(f"{name}: {runner.folder / name}")
+        cells.say(f"{name}: {folder / name}")
     return table
 
 
-def gather_report(runner: "Runner", cells: Sequence[Cell], table: StudyTable, command: str) -> Report:
+def gather_report(cells: StudyCells, table: StudyTable, command: str) -> Report:
     """Return everything that the report shows."""
-    study = runner.study
+    study = cells.study
     notes = [
         f"{len(study.test)} cases of {len({study.patients[case] for case in study.test})} patients are held out. No "
         "pretraining has seen them: their voxels are compared with those of all pretraining images, and their patients "
@@ -73,7 +70,7 @@ def gather_report(runner: "Runner", cells: Sequence[Cell], table: StudyTable, co
     pictures_by_arm: dict[str, tuple[Picture, ...]] = {}
     for arm in study.arms:
         try:
-            pictures = _own_pictures(runner, arm.name)
+            pictures = _own_pictures(cells, arm.name)
         except UserError as error:
             notes.append(f"No pictures of {arm.name}: {error}.")
             continue
@@ -84,41 +81,33 @@ def gather_report(runner: "Runner", cells: Sequence[Cell], table: StudyTable, co
         dataset_name=study.dataset.name,
         source_name=study.plan.dataset_name,
         table=table,
-        pictures=tuple(_segmentation_pictures(runner, cells)),
+        pictures=tuple(_segmentation_pictures(cells)),
         method_pictures=pictures_by_arm,
-        curves=tuple(_curves(runner)),
+        curves=tuple(_curves(study)),
         decisions=study.plan.pretext.decisions,
-        facts={"Versions": _versions(), "Hardware": _hardware(study.device), "Time": _times(runner)},
-        commands=(*_pretraining_commands(runner), command),
+        facts={"Versions": _versions(), "Hardware": _hardware(study.device), "Time": _times(cells)},
+        commands=(*_pretraining_commands(study), command),
         notes=tuple(notes),
     )
 
 
-def _own_pictures(runner: "Runner", arm: str) -> tuple[Picture, ...]:
-    weights = runner.weights(arm)
+def _own_pictures(cells: StudyCells, arm: str) -> tuple[Picture, ...]:
+    weights, study = cells.weights(arm), cells.study
     assert weights is not None
-    return method_pictures(
-        weights.provenance.method, weights.path, runner.study.folders, runner.study.device, lambda line: None
-    )
+    return method_pictures(weights.provenance.method, weights.path, study.folders, study.device, lambda line: None)
 
 
-def _segmentation_pictures(runner: "Runner", cells: Sequence[Cell]) -> list[Picture]:
+def _segmentation_pictures(cells: StudyCells) -> list[Picture]:
     """Return one picture for each number of labels: three cases, the first mode, the first seed, the longest training."""
-    settings = runner.study.settings
+    study, settings = cells.study, cells.study.settings
     mode, epochs = settings.modes[0], max(settings.epochs)
-    if any(not isinstance(value, int) for value in runner.labels.values()):
+    if any(not isinstance(value, int) for value in cells.classes.values()):
         return []  # regions overlap, and one colour for each voxel cannot show them
     pictures = []
     for labels in sorted(settings.labels):
-        keys = {
-            arm: CellKey(arm, mode, labels, 0, epochs) for arm in (SCRATCH, *(arm.name for arm in runner.study.arms))
-        }
-        found = {
-            cell.arm: case_scores(cell)
-            for cell in cells
-            if (cell.mode, cell.labels, cell.seed) == (mode, labels, 0)
-            and cell.steps == epochs * settings.iterations_per_epoch
-        }
+        arms = (SCRATCH, *(arm.name for arm in study.arms))
+        keys = {arm: CellKey(arm, mode, labels, 0, epochs) for arm in arms}
+        found = {arm: case_scores(cells.read(key)) for arm, key in keys.items() if cells.is_finished(key)}
         others = [scores for arm, scores in found.items() if arm != SCRATCH]
         gains = {
             case: float(np.mean([scores[case] for scores in others])) - score
@@ -127,12 +116,12 @@ def _segmentation_pictures(runner: "Runner", cells: Sequence[Cell]) -> list[Pict
         }
         chosen = choose_cases(gains)
         shown = [
-            _read_case(runner, case, keys, {arm: scores.get(case) for arm, scores in found.items()}) for case in chosen
+            _read_case(cells, case, keys, {arm: scores.get(case) for arm, scores in found.items()}) for case in chosen
         ]
         if not shown:
             continue
-        values = {name: value for name, value in runner.labels.items() if isinstance(value, int)}
-        title = f"{labels} labelled, {epochs * settings.iterations_per_epoch} steps, seed 0"
+        values = {name: value for name, value in cells.classes.items() if isinstance(value, int)}
+        title = f"{labels} labelled, {study.steps(keys[SCRATCH])} steps, seed 0"
         described = "; ".join(
             f"{case.name}: " + ", ".join(f"{arm} {note}" for arm, note in case.notes.items()) for case in shown
         )
@@ -147,58 +136,51 @@ def _segmentation_pictures(runner: "Runner", cells: Sequence[Cell]) -> list[Pict
     return pictures
 
 
-def _read_case(runner: "Runner", case: str, keys: dict[str, CellKey], scores: dict[str, float | None]) -> SegmentedCase:
-    study = runner.study
+def _read_case(
+    cells: StudyCells, case: str, keys: dict[str, CellKey], scores: dict[str, float | None]
+) -> SegmentedCase:
+    study = cells.study
     raw = next(each for each in study.dataset.cases if each.name == case)
     volume, spacing_mm = read_volume(raw, study.dataset.reader)
-    references = study.folders.preprocessed / study.dataset.name / "gt_segmentations"
     ending = study.dataset.file_ending
     predictions = {
-        arm: _read_segmentation(runner, runner.cell_folder(key) / "fold_0" / "validation" / f"{case}{ending}")
-        for arm, key in keys.items()
+        arm: _read_segmentation(study, cells.predictions(key) / f"{case}{ending}") for arm, key in keys.items()
     }
     notes = {arm: f"Dice {score:.2f}" for arm, score in scores.items() if score is not None}
     z, y, x = spacing_mm
-    reference = _read_segmentation(runner, references / f"{case}{ending}")
+    reference = _read_segmentation(study, cells.references / f"{case}{ending}")
     return SegmentedCase(case, volume[0], (z, y, x), reference, predictions, notes)
 
 
-def _read_segmentation(runner: "Runner", path: Path) -> np.ndarray:
+def _read_segmentation(study: Study, path: Path) -> np.ndarray:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    reader = PlansManager(runner.study.adopted.content).image_reader_writer_class()
+    reader = PlansManager(study.adopted.content).image_reader_writer_class()
     segmentation: np.ndarray = reader.read_seg(str(path))[0][0]
     return segmentation.astype(np.int16)
 
 
-def _curves(runner: "Runner") -> list[PretrainingCurve]:
+def _curves(study: Study) -> list[PretrainingCurve]:
     """Return what every stage of every arm logged, where its table lies beside the weights."""
     curves = []
-    for arm in runner.study.arms:
-        pretraining = runner.study.pretrainings.get(arm.name)
-        path = runner.study.weights_path(arm.name)
+    for arm in study.arms:
+        pretraining = study.pretrainings.get(arm.name)
+        path = study.weights_path(arm.name)
         assert path is not None
         folders = pretraining.stage_folders if pretraining else (path.parent,)
         for folder in folders:
-            table, run = folder / "metrics.csv", folder / "run.json"
+            table, run = folder / METRICS_CSV, folder / "run.json"
             if table.exists() and run.exists():
                 stage = read_json(run, "settings of a run")["stage"]
-                curves.append(PretrainingCurve(arm.name, stage, _read_metrics(table)))
+                curves.append(PretrainingCurve(arm.name, stage, read_metrics(table)))
     return curves
 
 
-def _read_metrics(path: Path) -> dict[str, list[float]]:
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = [name for name in rows[0] if name != "epoch"] if rows else []
-    return {name: [float(row[name]) if row[name] else float("nan") for row in rows] for name in names}
-
-
-def _pretraining_commands(runner: "Runner") -> list[str]:
+def _pretraining_commands(study: Study) -> list[str]:
     """Return the commands that make the weights, with the settings that a user gave."""
     commands = []
-    for arm in runner.study.arms:
-        pretraining = runner.study.pretrainings.get(arm.name)
+    for arm in study.arms:
+        pretraining = study.pretrainings.get(arm.name)
         if pretraining is None:
             continue
         given: list[str] = []
@@ -214,7 +196,7 @@ def _pretraining_commands(runner: "Runner") -> list[str]:
             ]
         whole = pretraining.stages == tuple(stage.name for stage in pretraining.method.stages)
         options = ["--set", *given] if given else []
-        plan = runner.study.plan
+        plan = study.plan
         line = [
             "nnssl_pretrain", "-m", pretraining.method.name, "-d", plan.dataset_name, "-c", pretraining.configuration,
             "-p", plan.name, *options,
@@ -253,22 +235,21 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _times(runner: "Runner") -> dict[str, str]:
+def _times(cells: StudyCells) -> dict[str, str]:
     """Return how long pretraining and fine-tuning took, as far as it was logged."""
-    times = {}
-    for arm, pretraining in runner.study.pretrainings.items():
+    study, times = cells.study, {}
+    for arm, pretraining in study.pretrainings.items():
         seconds = 0.0
         for folder in pretraining.stage_folders:
-            if (folder / "metrics.csv").exists():
-                seconds += float(np.nansum(_read_metrics(folder / "metrics.csv").get("epoch_seconds", [])))
+            if (folder / METRICS_CSV).exists():
+                seconds += float(np.nansum(read_metrics(folder / METRICS_CSV)["epoch_seconds"]))
         provenance = read_checkpoint(pretraining.final)[1]
         times[f"pretraining {arm}"] = f"{format_duration(seconds)}, {provenance.total_steps} steps in its last stage"
-    per_epoch = runner.study.settings.iterations_per_epoch
-    measured = [cell_seconds(runner.cell_folder(cell), cell.epochs * per_epoch) for cell in runner.study.cells]
+    measured = [cell_seconds(cells.folder(cell), study.steps(cell)) for cell in study.cells]
     total = sum(
-        each[0] * cell.epochs * per_epoch + each[1]
-        for each, cell in zip(measured, runner.study.cells, strict=True)
+        each[0] * study.steps(cell) + each[1]
+        for each, cell in zip(measured, study.cells, strict=True)
         if each is not None
     )
-    times[f"fine-tuning, {len(runner.study.cells)} networks"] = format_duration(total)
+    times[f"fine-tuning, {len(study.cells)} networks"] = format_duration(total)
     return times

@@ -13,76 +13,22 @@ from nnssl.data.patients import find_patients
 from nnssl.data.raw import RawDataset, find_dataset, read_dataset
 from nnssl.errors import UserError
 from nnssl.evaluation.study_table import SCRATCH
-from nnssl.files import read_json, read_names, some
+from nnssl.files import read_json
 from nnssl.networks.backbone import build_network, planned_configuration
 from nnssl.paths import Folders
-from planners.finetune_planner import AdoptedPlan, adopt_plan
-from planners.plan import PLANS_NAME, Plan, plan_from_dict, read_plan
+from planners.finetune_planner import AdoptedPlan, fit_plan
+from planners.plan import Plan, plan_from_dict, read_plan
 from planners.primus_rules import CLASS_NAME as PRIMUS
 from trainers.benchmark.arms import HYBRID, Arm, Pretraining, Source, configuration_for, locate, parse_arms
-from trainers.benchmark.leaks import (
-    Seen,
-    check_disjoint,
-    check_unseen,
-    digest_cases,
-    draw_test_cases,
-    find_leaks,
-    seen_by_checkpoint,
-    seen_in_pretraining,
-)
+from trainers.benchmark.leaks import Seen, seen_by_checkpoint, seen_in_pretraining
+from trainers.benchmark.patients import choose_test, order_patients
+from trainers.benchmark.settings import StudySettings, check_settings
 from trainers.finetune_arm import Task
-from trainers.finetune_schedule import FinetuneSchedule, Optimizer, check_mode, make_schedule
-from trainers.labelled_cases import Split, choose_unlabelled, find_labelled_cases, label_order, read_case_names
+from trainers.finetune_schedule import FinetuneSchedule, make_schedule
+from trainers.labelled_cases import Split, choose_unlabelled, find_labelled_cases
 from trainers.pretrain import find_plan
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class StudySettings:
-    """What the user asks for.
-
-    Attributes:
-        dataset: labelled data set, number or name.
-        source: data set for pretraining; None for the one that was planned last, or for that of the first checkpoint.
-        plans_name: plan of the source.
-        arms: as ``parse_arm`` reads them.
-        labels: numbers of labelled patients.
-        seeds: number of seeds; they are 0, 1, ...
-        modes: keys of ``MODES``.
-        epochs: lengths of fine-tuning.
-        iterations_per_epoch: optimizer steps of an epoch.
-        batch_size: of fine-tuning; None for the plan's.
-        optimizer: of fine-tuning; None for the mode's.
-        learning_rate: of the modes that train the whole network; None for the mode's.
-        configuration: to fine-tune; None to choose.
-        test_cases: list of cases to hold out; None to draw patients.
-        test_patients: number of patients to draw; None for a quarter.
-        patients: table of cases and patients; None to take them from the names.
-        subsets: folder with ``seed0.txt``, ...: labelled cases in the order in which they are added; None to draw them.
-        pretrain_overrides: settings of every pretraining, as ``key=value``.
-        tolerance_mm: of the normalised surface distance.
-    """
-
-    dataset: str | int
-    arms: tuple[str, ...]
-    labels: tuple[int, ...]
-    epochs: tuple[int, ...]
-    source: str | int | None = None
-    plans_name: str = PLANS_NAME
-    seeds: int = 3
-    modes: tuple[str, ...] = ("finetune",)
-    iterations_per_epoch: int = 250
-    batch_size: int | None = None
-    optimizer: Optimizer | None = None
-    learning_rate: float | None = None
-    configuration: str | None = None
-    test_cases: Path | None = None
-    test_patients: int | None = None
-    patients: Path | None = None
-    subsets: Path | None = None
-    pretrain_overrides: tuple[str, ...] = ()
-    tolerance_mm: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -116,6 +62,7 @@ class Study:
     """None if all arms are checkpoints."""
     plan: Plan
     adopted: AdoptedPlan
+    """The same for the labelled data set; its file is written when the study runs."""
     configuration: str
     cells: tuple[CellKey, ...]
     device: torch.device
@@ -145,6 +92,10 @@ class Study:
         optimizer = None if mode == "linear" else own.optimizer
         transformer = self.nnunet_configuration["architecture"]["network_class_name"] == PRIMUS
         return make_schedule(mode, epochs, own.iterations_per_epoch, None, rate, own.batch_size, optimizer, transformer)
+
+    def steps(self, cell: CellKey) -> int:
+        """Return the optimizer steps of a cell."""
+        return cell.epochs * self.settings.iterations_per_epoch
 
     def split(self, labels: int, seed: int) -> Split:
         """Return the cases that are trained on and those that are held out."""
@@ -177,7 +128,7 @@ class Study:
 
 
 def prepare_study(settings: StudySettings, folders: Folders, device: torch.device, processes: int, say: Say) -> Study:
-    """Find everything that a study needs and check that it is fair; nothing is trained or preprocessed.
+    """Find everything that a study needs and check that it is fair; nothing is trained, preprocessed or written.
 
     Args:
         settings: what the user asks for.
@@ -229,29 +180,12 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
         pretrainings=pretrainings,
         source=source,
         plan=plan,
-        adopted=adopt_plan(plan.nnunet, dataset_name, folders, say),
+        adopted=fit_plan(plan.nnunet, dataset_name, folders, say),
         configuration=configuration,
         cells=cells,
         device=device,
         processes=processes,
     )
-
-
-def check_settings(settings: StudySettings) -> None:
-    """Check numbers that can be wrong by themselves.
-
-    Raises:
-        UserError: one is.
-    """
-    for name, values in (("--labels", settings.labels), ("--epochs", settings.epochs), ("--mode", settings.modes)):
-        if not values or len(set(values)) != len(values):
-            raise UserError(f"{name} {' '.join(map(str, values))}: give one value or more, each once")
-    if min(settings.labels) < 1 or settings.seeds < 1:
-        raise UserError(f"--labels {min(settings.labels)}, --seeds {settings.seeds}: each is 1 or more")
-    for mode in settings.modes:
-        check_mode(mode)
-    if settings.tolerance_mm <= 0:
-        raise UserError(f"--tolerance-mm {settings.tolerance_mm}: is above 0")
 
 
 def find_source_plan(
@@ -329,60 +263,3 @@ def find_seen(
     for path in (*finished, *(arm.checkpoint for arm in arms if arm.checkpoint is not None)):
         seen += seen_by_checkpoint(path, folders, settings.patients, say)
     return seen
-
-
-def choose_test(
-    settings: StudySettings,
-    dataset: RawDataset,
-    labelled: tuple[str, ...],
-    patients: Mapping[str, str],
-    seen: Sequence[Seen],
-    say: Say,
-) -> tuple[str, ...]:
-    """Return the cases to hold out: those that the user names, or drawn ones.
-
-    Raises:
-        UserError: a case was seen in pretraining, or too few were not.
-    """
-    if settings.test_cases is None:
-        return draw_test_cases(dataset, patients, settings.test_patients, seen, say)
-    test = read_case_names(settings.test_cases, labelled)
-    check_unseen(find_leaks(digest_cases(dataset, test), patients, seen), str(settings.test_cases))
-    say(f"{len(test)} cases are held out; no pretraining has seen them (checked by voxels and by patient)")
-    return test
-
-
-def order_patients(
-    settings: StudySettings, labelled: Sequence[str], patients: Mapping[str, str], test: Sequence[str]
-) -> tuple[tuple[str, ...], ...]:
-    """Return for every seed the patients that may be labelled, in the order in which they are added.
-
-    Other cases of a held-out patient are neither trained on nor held out.
-
-    Raises:
-        UserError: there are fewer patients than labels are wanted, or a list names a held-out patient.
-    """
-    held_out = {patients[case] for case in test}
-    pool = sorted({patients[case] for case in labelled} - held_out)
-    if max(settings.labels) > len(pool):
-        raise UserError(
-            f"--labels {max(settings.labels)}: {len(pool)} labelled patients are not held out; take {len(pool)} at most, or "
-            "hold out fewer"
-        )
-    if settings.subsets is None:
-        return tuple(tuple(label_order(pool, seed)) for seed in range(settings.seeds))
-    orders = []
-    for seed in range(settings.seeds):
-        path = settings.subsets / f"seed{seed}.txt"
-        names = read_names(path)
-        unknown = [name for name in names if name not in patients]
-        if unknown:
-            raise UserError(f"{path}: {some(unknown)} not among the {len(labelled)} labelled cases; mend the list")
-        check_disjoint(names, test, patients)
-        order = tuple(dict.fromkeys(patients[name] for name in names))
-        if max(settings.labels) > len(order):
-            raise UserError(
-                f"{path}: names {len(order)} patients, fewer than --labels {max(settings.labels)}; add some"
-            )
-        orders.append(order)
-    return tuple(orders)

@@ -18,8 +18,10 @@ from tests.trainers.benchmark.test_study import prepare
 from tests.trainers.phantom_study import LABELLED
 from trainers.benchmark import run as run_module
 from trainers.benchmark.arms import make_weights
+from trainers.benchmark.cells import StudyCells
 from trainers.benchmark.estimate import format_duration
-from trainers.benchmark.run import Part, Runner, describe_matrix, parse_part, run_study
+from trainers.benchmark.run import Part, describe_matrix, parse_part, run_cells, run_study
+from trainers.finetune_arm import arm_folder
 from trainers.finetune_result import FILE_NAME
 
 COMMAND = [
@@ -47,11 +49,12 @@ def call(names, capsys, *more) -> list[str]:
 
 def test_the_command_from_nothing_to_the_report(finished, capsys):
     results, names = finished
+    before = sorted(path for folder in names.values() for path in folder.rglob("*"))
     dry = "\n".join(call(names, capsys, "--dry-run"))
+    assert sorted(path for folder in names.values() for path in folder.rglob("*")) == before  # it writes nothing
     assert "pix2rep: weights to be pretrained on Dataset501_Unlabelled" in dry
     assert re.search(r"scratch +finetune +2 +0/1", dry)
     assert re.search(r"4 cells: about .* from timed steps of the bare network", dry)
-    assert not list(results.rglob("*.pth"))
 
     said = call(names, capsys)
     cells = [line for line in said if line.startswith("[")]
@@ -109,7 +112,7 @@ def pretend(monkeypatch):
     state.trained = []
 
     def run_arm(task, weights, folders, restart, say):
-        folder = run_module.arm_folder(task, weights, folders)
+        folder = arm_folder(task, weights, folders)
         if len(state.trained) >= state.after:
             raise Killed
         state.trained.append(folder.name)
@@ -147,10 +150,16 @@ def make_study(folders, arms=("pix2rep",)):
     return prepare(folders, arms=arms)
 
 
+def fill(study, folder, say=print) -> StudyCells:
+    """Fill the cells of a study that are not finished yet, and return them."""
+    cells = StudyCells(study, say)
+    run_cells(cells, folder, Part())
+    return cells
+
+
 def test_killed_at_any_cell_it_ends_in_the_same_table(folders, pretend, tmp_path):
     study = make_study(folders)
-    whole = Runner(study, tmp_path / "whole", print)
-    whole.run_cells(Part())
+    whole = fill(study, tmp_path)
     table, order = whole.table(), list(pretend.trained)
     assert len(order) == len(study.cells) == 16
     for path in folders.results.rglob("metrics_*.csv"):
@@ -159,20 +168,19 @@ def test_killed_at_any_cell_it_ends_in_the_same_table(folders, pretend, tmp_path
     for after in (0, 1, 5, 15):
         pretend.after = after
         with pytest.raises(Killed):
-            Runner(study, tmp_path / "killed", print).run_cells(Part())
+            fill(study, tmp_path)
         assert len(pretend.trained) == after
     pretend.after = 16
-    runner = Runner(study, tmp_path / "killed", print)
-    runner.run_cells(Part())
+    cells = fill(study, tmp_path)
     assert pretend.trained == order
-    assert runner.table() == table
+    assert cells.table() == table
 
 
 def test_parts_share_out_all_cells_and_the_last_one_reports(folders, pretend, tmp_path, monkeypatch):
     study = make_study(folders)
     reports = []
     monkeypatch.setattr(
-        "trainers.benchmark.report_inputs.write_results", lambda runner, command: reports.append(runner)
+        "trainers.benchmark.report_inputs.write_results", lambda cells, folder, command: reports.append(cells)
     )
     trained = []
     for number in (1, 2, 3):
@@ -197,12 +205,12 @@ def test_cells_wait_for_weights_that_another_part_makes(folders, pretend, tmp_pa
 
 def test_a_larger_study_takes_over_the_cells_of_a_smaller(folders, pretend, tmp_path):
     small, large = make_study(folders), make_study(folders, ("pix2rep", "pix2rep_v2"))
-    Runner(small, tmp_path, print).run_cells(Part())
+    fill(small, tmp_path)
     pretend.trained.clear()
-    Runner(large, tmp_path, print).run_cells(Part())
+    cells = fill(large, tmp_path)
     assert len(pretend.trained) == 8
     assert all("pix2rep-v2" in name for name in pretend.trained)
-    assert re.search(r"pix2rep_v2 +finetune +1 +2/2 +2/2", "\n".join(describe_matrix(Runner(large, tmp_path, print))))
+    assert re.search(r"pix2rep_v2 +finetune +1 +2/2 +2/2", "\n".join(describe_matrix(cells)))
 
 
 def test_weights_that_start_the_network_alike_share_their_cells(folders, pretend, tmp_path):
@@ -215,9 +223,8 @@ def test_weights_that_start_the_network_alike_share_their_cells(folders, pretend
         torch.save({**content, "network_weights": tensors}, tmp_path / f"{name}.pth")
     study = make_study(folders, ("pix2rep", f"twin={tmp_path / 'twin.pth'}", f"other={tmp_path / 'other.pth'}"))
     said: list[str] = []
-    runner = Runner(study, tmp_path, said.append)
-    runner.run_cells(Part())
-    assert all(map(runner.is_finished, study.cells))
+    cells = fill(study, tmp_path, said.append)
+    assert all(map(cells.is_finished, study.cells))
     assert len(study.cells) == 4 * 8
     assert len(pretend.trained) == len(set(pretend.trained)) == 3 * 8
     assert [line[:5] for line in said if "the same weights as pix2rep" in line] == ["twin:"]
@@ -225,12 +232,12 @@ def test_weights_that_start_the_network_alike_share_their_cells(folders, pretend
 
 def test_networks_of_other_labels_are_refused(folders, pretend, tmp_path):
     study = make_study(folders)
-    runner = Runner(study, tmp_path, print)
-    runner.labels = {"liver": 1, "kidney": 2}
+    cells = StudyCells(study, print)
+    cells.classes = {"liver": 1, "kidney": 2}
     with pytest.raises(
         UserError, match="was trained with the labels liver, spleen, stomach, aorta, .* now has liver, kidney"
     ):
-        runner.run_cells(Part())
+        run_cells(cells, tmp_path, Part())
 
 
 def test_parts_and_durations():

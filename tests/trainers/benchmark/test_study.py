@@ -20,8 +20,10 @@ from trainers.benchmark.arms import (
     parse_arm,
     parse_arms,
 )
-from trainers.benchmark.leaks import check_disjoint, seen_in_pretraining
-from trainers.benchmark.study import StudySettings, prepare_study
+from trainers.benchmark.leaks import seen_in_pretraining
+from trainers.benchmark.patients import check_disjoint
+from trainers.benchmark.settings import StudySettings
+from trainers.benchmark.study import prepare_study
 
 CPU = torch.device("cpu")
 SETTINGS = StudySettings(
