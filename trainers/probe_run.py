@@ -17,7 +17,7 @@ from filelock import FileLock
 from nnssl.data.patients import patient_in_name
 from nnssl.draws import make_generator
 from nnssl.errors import UserError
-from nnssl.evaluation.metrics import foreground_labels, ignore_label
+from nnssl.evaluation.labels import foreground_labels, ignore_label
 from nnssl.evaluation.probe import IGNORED, LabelledTile, fit_probe, mean_dice, score_probe
 from nnssl.files import read_json
 from nnssl.paths import Folders, make_writable

@@ -6,7 +6,9 @@ Only a few jobs are under way at a time and results come as they are ready, so m
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -23,6 +25,8 @@ JOBS_PER_PROCESS = 2
 
 DASK_TIMEOUT_S = 30
 MOST_PROCESSES = 8
+SECONDS_PER_LINE = 30
+"""Between two lines on how far jobs are, where there is no terminal."""
 
 
 def default_processes() -> int:
@@ -60,6 +64,28 @@ def run_jobs(work: Callable[[J], R], jobs: Iterable[J], processes: int, dask_add
             ) from error
         finally:
             executor.shutdown(cancel_futures=True)
+
+
+def follow(results: Iterable[R], what: str, total: int, say: Callable[[str], None]) -> Iterator[R]:
+    """Yield the results of jobs and show how far they are: a bar on a terminal, else a line now and then.
+
+    Args:
+        results: one for each case.
+        what: is done to a case, ``preprocessed``.
+        total: number of cases.
+        say: called with the lines.
+    """
+    if sys.stderr.isatty():
+        from tqdm import tqdm  # not needed elsewhere
+
+        yield from tqdm(results, what, total, unit="case")
+        return
+    last = time.monotonic()
+    for done, result in enumerate(results, start=1):
+        if time.monotonic() - last >= SECONDS_PER_LINE or done == total:
+            say(f"{what} {done} of {total} cases")
+            last = time.monotonic()
+        yield result
 
 
 def _run_some_at_a_time(executor: Executor, limit: int, work: Callable[[J], R], jobs: Iterable[J]) -> Iterator[R]:

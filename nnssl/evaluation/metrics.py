@@ -11,16 +11,16 @@ which no distance in it is larger. So a missed organ is never passed over.
 
 import csv
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import Bool
 
-from nnssl.data.jobs import run_jobs
+from nnssl.data.jobs import follow, run_jobs
 from nnssl.errors import UserError
 from nnssl.evaluation.segmentation_files import case_name, check_same_geometry, find_segmentations, read_segmentation
 from nnssl.files import some, write_csv
@@ -50,26 +50,6 @@ class CaseMetrics:
     volume_ml: float
     """Predicted."""
     reference_volume_ml: float
-
-
-def foreground_labels(dataset_json: Mapping[str, Any]) -> dict[str, int | tuple[int, ...]]:
-    """Return the classes and regions of a ``dataset.json`` that are evaluated: all but background and ignore label.
-
-    Raises:
-        KeyError: it has no ``labels``.
-        ValueError: a value is no whole number, as in files of nnU-Net v1, which give names by value; or TypeError.
-    """
-    return {
-        name: tuple(map(int, value)) if isinstance(value, (list, tuple)) else int(value)
-        for name, value in dataset_json["labels"].items()
-        if name != "ignore" and value != 0
-    }
-
-
-def ignore_label(dataset_json: Mapping[str, Any]) -> int | None:
-    """Return the value of a ``dataset.json`` that marks voxels which nobody labelled, None without one."""
-    value = dataset_json["labels"].get("ignore")
-    return None if value is None else int(value)
 
 
 def evaluate_case(
@@ -157,6 +137,7 @@ def evaluate_folders(
     ignore: int | None = None,
     processes: int = 1,
     cases: Sequence[str] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[CaseMetrics]:
     """Evaluate the segmentations of a folder, one entry for each case and class, sorted by case.
 
@@ -168,6 +149,7 @@ def evaluate_folders(
         ignore: as ``evaluate_case``.
         processes: worker processes; 1 works in this one.
         cases: to evaluate; None for all that either folder has.
+        say: called with lines on how far the work is, unless a terminal shows a bar; None for neither.
 
     Raises:
         UserError: a prediction or a reference is missing, or a process was killed; or as ``evaluate_case``.
@@ -183,7 +165,8 @@ def evaluate_folders(
             )
     evaluate = partial(_evaluate_pair, labels=labels, tolerance_mm=tolerance_mm, ignore=ignore)
     pairs = [(name, ours[name], theirs[name]) for name in names]
-    results = dict(run_jobs(evaluate, pairs, min(processes, len(pairs)), None))
+    outcomes = run_jobs(evaluate, pairs, min(processes, len(pairs)), None)
+    results = dict(outcomes if say is None else follow(outcomes, "evaluated", len(pairs), say))
     return [entry for name in names for entry in results[name]]
 
 

@@ -4,7 +4,8 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
-from nnssl.evaluation.metrics import foreground_labels, read_metrics_csv
+from nnssl.evaluation.labels import foreground_labels
+from nnssl.evaluation.metrics import read_metrics_csv
 from nnssl.evaluation.statistics import tabulate
 from nnssl.evaluation.study_table import Cell, StudyTable
 from nnssl.export.source import SEGMENTATION

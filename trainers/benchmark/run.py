@@ -15,7 +15,8 @@ from filelock import FileLock
 
 import nnssl
 from nnssl.errors import UserError
-from nnssl.evaluation.metrics import evaluate_folders, ignore_label, write_metrics_csv
+from nnssl.evaluation.labels import ignore_label
+from nnssl.evaluation.metrics import evaluate_folders, write_metrics_csv
 from nnssl.evaluation.study_table import SCRATCH, StudyTable
 from nnssl.evaluation.study_words import count
 from nnssl.files import write_json

@@ -12,13 +12,12 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from skimage.measure import marching_cubes, mesh_surface_area
 
 from nnssl.errors import UserError
+from nnssl.evaluation.labels import foreground_labels, ignore_label
 from nnssl.evaluation.metrics import (
     CaseMetrics,
     compare_masks,
     evaluate_case,
     evaluate_folders,
-    foreground_labels,
-    ignore_label,
     read_metrics_csv,
     write_metrics_csv,
 )
