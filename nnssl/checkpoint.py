@@ -17,8 +17,8 @@ from nnssl.files import write_atomically
 from nnssl.schema import STRICT, parse
 
 SCHEMA_VERSION = 2
-FINAL, RESUMABLE = "checkpoint_final.pth", "checkpoint_latest.pth"
-"""Files of a finished run and of one that can go on, as nnU-Net names them."""
+LATEST, FINAL = "checkpoint_latest.pth", "checkpoint_final.pth"
+"""Names of nnU-Net: what an unfinished run goes on from, and what a finished one leaves."""
 
 
 @dataclass(frozen=True)

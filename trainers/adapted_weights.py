@@ -20,7 +20,7 @@ from nnssl.paths import Folders
 from planners.finetune_planner import check_described
 from planners.foreign_planner import CONFIGURATION, plan_for_network
 from trainers.labelled_data import make_fingerprint
-from trainers.pretrained_weights import LATEST
+from trainers.pretrained_weights import NEWEST
 
 
 def adapt_if_made_elsewhere(
@@ -43,7 +43,7 @@ def adapt_if_made_elsewhere(
     Raises:
         UserError: the file cannot be read, the data set cannot be planned, or too little fits.
     """
-    if str(weights) == LATEST:
+    if str(weights) == NEWEST:
         return weights
     path = Path(weights).expanduser().absolute()
     content = load_tensors(path)

@@ -18,7 +18,7 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 import nnssl
 from nnssl import schema
-from nnssl.checkpoint import FINAL, RESUMABLE
+from nnssl.checkpoint import FINAL, LATEST
 from nnssl.environment import quiet
 from nnssl.evaluation.study_table import SCRATCH
 from nnssl.files import content_digest
@@ -109,7 +109,7 @@ def run_arm(task: Task, weights: Weights | None, folders: Folders, restart: bool
         say(f"Arm {arm}: finished already ({folder})")
         return read_result(folder / FILE_NAME)
     fold.mkdir(parents=True, exist_ok=True)
-    resume = (fold / RESUMABLE).exists()
+    resume = (fold / LATEST).exists()
     with quiet(fold / "nnunet_output.txt", say) as aloud:
         trainer = make_trainer(
             task.plan.content,
@@ -181,8 +181,8 @@ def _train(trainer: FinetuneTrainer, weights: Weights | None, fold: Path, arm: s
         say(f"Arm {arm}: trained already, not evaluated yet")
         trainer.load_checkpoint(str(fold / FINAL))
         return
-    if (fold / RESUMABLE).exists():
-        trainer.load_checkpoint(str(fold / RESUMABLE))
+    if (fold / LATEST).exists():
+        trainer.load_checkpoint(str(fold / LATEST))
         say(f"Arm {arm}: goes on at epoch {trainer.current_epoch} of {trainer.num_epochs}")
     elif weights is not None:
         load_weights(trainer, weights)

@@ -24,14 +24,14 @@ from trainers.finetune_result import ArmResult, comparison
 from trainers.finetune_schedule import Optimizer, check_mode, make_schedule
 from trainers.labelled_cases import Split, choose_unlabelled, find_labelled_cases, fold_split, split_cases
 from trainers.labelled_data import prepare_data, prepare_unlabelled
-from trainers.pretrained_weights import LATEST, Weights, configuration_to_train, open_weights
+from trainers.pretrained_weights import NEWEST, Weights, configuration_to_train, open_weights
 
 Say = Callable[[str], None]
 
 
 def finetune(
     dataset: str | int,
-    weights: str | Path = LATEST,
+    weights: str | Path = NEWEST,
     *,
     configuration: str | None = None,
     scratch: bool = False,

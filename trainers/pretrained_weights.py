@@ -17,7 +17,7 @@ from nnssl.paths import Folders
 from trainers.finetune import FinetuneTrainer
 from trainers.finetune_result import FILE_NAME
 
-LATEST = "latest"
+NEWEST = "latest"
 """What a user says for the newest finished pretraining."""
 
 
@@ -40,7 +40,7 @@ def open_weights(weights: str | Path, folders: Folders, say: Callable[[str], Non
     Raises:
         UserError: it is missing, unsafe, or no checkpoint of nnssl pretraining; or there is no latest one.
     """
-    path = find_latest(folders) if str(weights) == LATEST else Path(weights).expanduser().absolute()
+    path = find_latest(folders) if str(weights) == NEWEST else Path(weights).expanduser().absolute()
     provenance = read_checkpoint(path)[1]
     state = "" if provenance.finished else f", unfinished: step {provenance.step} of {provenance.total_steps}"
     say(
@@ -84,7 +84,7 @@ def find_latest(folders: Folders) -> Path:
         except UserError:
             continue
     raise UserError(
-        f"-w {LATEST}: no finished pretraining below {folders.results}; run nnssl_pretrain or give a checkpoint"
+        f"-w {NEWEST}: no finished pretraining below {folders.results}; run nnssl_pretrain or give a checkpoint"
     )
 
 
