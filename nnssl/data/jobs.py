@@ -24,14 +24,16 @@ JOBS_PER_PROCESS = 2
 """Jobs under way for each process: one that runs and one that waits."""
 
 DASK_TIMEOUT_S = 30
+
 MOST_PROCESSES = 8
-SECONDS_PER_LINE = 30
-"""Between two lines on how far jobs are, where there is no terminal."""
+"""Unless the user asks for more: each holds a whole case."""
+SECONDS_PER_LINE = 30.0
+"""How often progress is said where there is no terminal."""
 
 
 def default_processes() -> int:
-    """Return how many processes to use when the user does not say: as many as there are cores, 8 at most."""
-    return min(MOST_PROCESSES, os.cpu_count() or 1)
+    """Return how many processes to use where the user does not say: one for each core, up to ``MOST_PROCESSES``."""
+    return max(1, min(MOST_PROCESSES, os.cpu_count() or 1))
 
 
 def run_jobs(work: Callable[[J], R], jobs: Iterable[J], processes: int, dask_address: str | None) -> Iterator[R]:
@@ -66,24 +68,25 @@ def run_jobs(work: Callable[[J], R], jobs: Iterable[J], processes: int, dask_add
             executor.shutdown(cancel_futures=True)
 
 
-def follow(results: Iterable[R], what: str, total: int, say: Callable[[str], None]) -> Iterator[R]:
-    """Yield the results of jobs and show how far they are: a bar on a terminal, else a line now and then.
+def follow_jobs(results: Iterable[R], doing: str, done: str, total: int, say: Callable[[str], None]) -> Iterator[R]:
+    """Pass results on and show how far the jobs are: a bar on a terminal, else a line now and then.
 
     Args:
-        results: one for each case.
-        what: is done to a case, ``preprocessed``.
-        total: number of cases.
+        results: as they are ready.
+        doing: what the jobs do, for the bar: "preprocessing".
+        done: what has become of the finished ones, for the lines: "preprocessed".
+        total: number of jobs; each is a case.
         say: called with the lines.
     """
     if sys.stderr.isatty():
-        from tqdm import tqdm  # not needed elsewhere
+        from tqdm import tqdm
 
-        yield from tqdm(results, what, total, unit="case")
+        yield from tqdm(results, doing, total, unit="case")
         return
     last = time.monotonic()
-    for done, result in enumerate(results, start=1):
-        if time.monotonic() - last >= SECONDS_PER_LINE or done == total:
-            say(f"{what} {done} of {total} cases")
+    for number, result in enumerate(results, start=1):
+        if time.monotonic() - last >= SECONDS_PER_LINE or number == total:
+            say(f"{done} {number} of {total} cases")
             last = time.monotonic()
         yield result
 

@@ -8,7 +8,9 @@ filled only where a channel is normalised inside that mask, since they cannot ch
 A case is read once for all the folders it goes to. Each folder serves every configuration that shares its spacing.
 """
 
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from nnssl.data.case_store import (
     write_case,
 )
 from nnssl.data.image_files import CaseError
-from nnssl.data.jobs import follow, run_jobs
+from nnssl.data.jobs import run_jobs
 from nnssl.data.raw import RawCase, RawDataset, SetAside, read_volume
 from nnssl.data.recipe import FOREGROUND_POINTS, Recipe, Target, digest_case, find_outdated, find_sources, plan_targets
 from nnssl.draws import draw_seed
@@ -32,6 +34,9 @@ from nnssl.errors import UserError
 from nnssl.paths import Folders, make_writable
 from planners.fingerprint import MOST_SET_ASIDE, Fingerprint, foreground_mask
 from planners.plan import Plan
+
+SECONDS_PER_LINE = 30.0
+"""How often progress is said where there is no terminal."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,7 @@ def preprocess_dataset(
     skipped = len(cases) - len(jobs)
     say(f"preprocessing {dataset.name}: {len(jobs)} cases to do, {skipped} done before")
     processes = min(processes, len(jobs))
-    results = run_jobs(preprocess_case, jobs, processes, dask_address)
-    outcomes = follow(results, "preprocessed", len(jobs), say) if jobs else ()
+    outcomes = _follow(run_jobs(preprocess_case, jobs, processes, dask_address), len(jobs), say) if jobs else ()
     set_aside = sorted((outcome for outcome in outcomes if outcome is not None), key=lambda entry: entry.case)
     for entry in set_aside:
         say(f"set aside {entry.case}: {entry.reason} ({entry.file})")
@@ -130,6 +134,21 @@ def _remove_foreign(target: Target, usable: set[str], restart: bool, say: Callab
         say(f"{target.folder}: removing {len(foreign)} cases that the data set no longer has ({named})")
     for name in present if restart else foreign:
         remove_case(target.folder, name)
+
+
+def _follow(outcomes: Iterable[SetAside | None], total: int, say: Callable[[str], None]) -> Iterator[SetAside | None]:
+    """Show progress: a bar on a terminal, else a line now and then."""
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(outcomes, "preprocessing", total, unit="case")
+        return
+    last = time.monotonic()
+    for done, outcome in enumerate(outcomes, start=1):
+        if time.monotonic() - last >= SECONDS_PER_LINE or done == total:
+            say(f"preprocessed {done} of {total} cases")
+            last = time.monotonic()
+        yield outcome
 
 
 def preprocess_case(job: Job) -> SetAside | None:

@@ -20,7 +20,7 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Bool
 
-from nnssl.data.jobs import follow, run_jobs
+from nnssl.data.jobs import follow_jobs, run_jobs
 from nnssl.errors import UserError
 from nnssl.evaluation.segmentation_files import case_name, check_same_geometry, find_segmentations, read_segmentation
 from nnssl.files import some, write_csv
@@ -30,6 +30,7 @@ Label = int | Sequence[int]
 ROUNDING = 1e-6
 """Relative difference of a distance from the tolerance that is put down to rounding: spacings are often stored in float32."""
 COLUMNS = ("case", "class", "dice", "nsd", "hd95_mm", "volume_ml", "reference_volume_ml")
+"""Of ``CaseMetrics`` in a table."""
 
 
 @dataclass(frozen=True)
@@ -166,13 +167,13 @@ def evaluate_folders(
     evaluate = partial(_evaluate_pair, labels=labels, tolerance_mm=tolerance_mm, ignore=ignore)
     pairs = [(name, ours[name], theirs[name]) for name in names]
     outcomes = run_jobs(evaluate, pairs, min(processes, len(pairs)), None)
-    results = dict(outcomes if say is None else follow(outcomes, "evaluated", len(pairs), say))
+    results = dict(outcomes if say is None else follow_jobs(outcomes, "evaluating", "evaluated", len(pairs), say))
     return [entry for name in names for entry in results[name]]
 
 
 def write_metrics_csv(path: Path, metrics: Sequence[CaseMetrics]) -> None:
     """Write one line for each case and class; what is not counted is an empty field."""
-    write_csv(path, COLUMNS, [["" if value is None else value for value in astuple(entry)] for entry in metrics])
+    write_csv(path, COLUMNS, [astuple(entry) for entry in metrics])
 
 
 def read_metrics_csv(path: Path) -> list[CaseMetrics]:

@@ -4,7 +4,7 @@ import base64
 import re
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from nnssl.evaluation import study_words
-from nnssl.evaluation.metrics import CaseMetrics
+from nnssl.evaluation.metrics import COLUMNS
 from nnssl.evaluation.report_figures import (
     Key,
     Panel,
@@ -35,7 +35,6 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 WIDE_PIXELS = 800
 """Width from which on a picture has so many panels that a phone shows it larger, to scroll along."""
 CSV_CELL = ("arm", "mode", "labels", "seed", "steps")
-CSV_CASE = tuple("class" if field.name == "label" else field.name for field in fields(CaseMetrics))
 
 
 @dataclass(frozen=True)
@@ -162,12 +161,8 @@ def results_csv(path: Path, cells: Sequence[Cell]) -> None:
         path: of the CSV.
         cells: of the study; an empty field stands for a metric that does not count.
     """
-    lines = [
-        [*(getattr(cell, name) for name in CSV_CELL), *(getattr(case, field.name) for field in fields(CaseMetrics))]
-        for cell in cells
-        for case in cell.metrics
-    ]
-    write_csv(path, [*CSV_CELL, *CSV_CASE], lines)
+    lines = [[*(getattr(cell, name) for name in CSV_CELL), *astuple(case)] for cell in cells for case in cell.metrics]
+    write_csv(path, [*CSV_CELL, *COLUMNS], lines)
 
 
 def markdown_table(table: StudyTable) -> str:
