@@ -18,12 +18,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import ScaledTranslation
 
+from nnssl.evaluation.palette import ON_WHITE as COLOURS
 from nnssl.evaluation.study_table import SCRATCH, Interval, Row, StudyTable
 from nnssl.evaluation.study_words import count, interval_points, mode_name, points
 
 INK = "#010203"
 """Stands for the page's text colour until the figure is inside the page."""
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("s", "^", "D", "v", "P", "X", "h")
 LINES: tuple[Any, ...] = ("-", (0, (6, 1.5)), (0, (1, 1)))
 """Solid first; the next one when the colours begin again."""

@@ -13,8 +13,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
-"""Okabe and Ito's palette for colour-blind readers."""
+from nnssl.evaluation.palette import ON_IMAGES as COLOURS
+
 OPACITY = 0.45
 PANEL_INCHES = 1.9
 FONT_SIZE = 8
