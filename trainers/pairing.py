@@ -14,7 +14,7 @@ from nnssl.data.patch_pairs import PairTable, read_pairs, write_pairs
 from nnssl.distributed import is_distributed, rank
 from nnssl.errors import UserError
 from nnssl.evaluation.anatomical_sanity import Sanity
-from nnssl.evaluation.restored_method import restore_method
+from nnssl.evaluation.pretrained import restore_method
 from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import EmbeddingMatcher
 from nnssl.matching.pairs import make_pairs

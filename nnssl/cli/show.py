@@ -134,8 +134,8 @@ def _similarity(args: argparse.Namespace) -> None:
 
 
 def _embedding(args: argparse.Namespace) -> None:
+    from nnssl.evaluation.dense_components import embed_case
     from nnssl.evaluation.dense_network import find_case
-    from nnssl.evaluation.dense_similarity import embed_case
     from nnssl.evaluation.pictures import embedding_figure, write_picture
 
     network, store, described = _open(args)

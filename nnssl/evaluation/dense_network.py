@@ -10,13 +10,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nnssl.checkpoint import Provenance, read_checkpoint
+from nnssl.checkpoint import Provenance
 from nnssl.data.case_store import CaseStore, StoredCase
 from nnssl.errors import UserError
-from nnssl.networks.backbone import build_network, planned_configuration
+from nnssl.evaluation.pretrained import Pretrained, open_pretrained, plan_of_pretraining
+from nnssl.networks.backbone import planned_configuration
 from nnssl.networks.dense import DenseKind, dense_maps
 from nnssl.paths import Folders
-from planners.plan import plan_from_dict, read_plan
+from planners.plan import read_plan
 
 SPACING_TOLERANCE = 1e-3
 """Relative difference of spacings that is put down to rounding."""
@@ -58,33 +59,34 @@ class DenseNetwork:
 def open_dense_network(
     path: Path, kind: DenseKind | None, device: torch.device, say: Callable[[str], None]
 ) -> tuple[DenseNetwork, Provenance]:
+    """Build the network of a checkpoint, and say where its weights come from; see ``dense_network_of``.
+
+    Raises:
+        UserError: as ``open_pretrained`` and ``dense_network_of``.
+    """
+    pretrained = open_pretrained(path)
+    return dense_network_of(pretrained, kind, device, say), pretrained.provenance
+
+
+def dense_network_of(
+    pretrained: Pretrained, kind: DenseKind | None, device: torch.device, say: Callable[[str], None]
+) -> DenseNetwork:
     """Build the network of a checkpoint of pretraining and load its weights.
 
     Args:
-        path: of the checkpoint.
+        pretrained: the checkpoint.
         kind: which maps are read; None for those that the weights were pretrained to compare, else all of them.
         device: where to compute.
         say: called with one line if the decoder was not pretrained.
 
-    Returns:
-        The network and where its weights come from.
-
     Raises:
-        UserError: it is no checkpoint of nnssl pretraining, its plan is of another version, its weights do not fit the
-            network of the plan, or that network has no decoder that makes feature maps.
+        UserError: the weights do not fit the network of the plan, or that network has no decoder that makes feature maps.
     """
-    content, provenance = read_checkpoint(path)
-    plan = plan_from_dict(provenance.plans, str(path))
-    pretext = plan.configuration(provenance.configuration)
-    configuration = planned_configuration(plan.nnunet, provenance.configuration)
-    weights = content["network_weights"]
-    classes = [value.shape[0] for name, value in weights.items() if name == "decoder.seg_layers.0.weight"]
-    network = build_network(
-        configuration["architecture"], len(configuration["normalization_schemes"]), classes[0] if classes else 1, 0
-    )
+    provenance, path = pretrained.provenance, pretrained.path
+    network = pretrained.build_network(0)
     check_decoder(network, path)
     try:
-        network.load_state_dict(weights)
+        network.load_state_dict(pretrained.content["network_weights"])
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: its weights do not fit the network of its plan ({reason}); pretrain again") from error
@@ -93,16 +95,14 @@ def open_dense_network(
             f"Warning: {provenance.method} does not pretrain the decoder, whose features are shown as they were "
             f"initialised; pretrained are only {', '.join(provenance.pretrained)}"
         )
-    tile = (1,) * (3 - len(pretext.patch_size)) + pretext.patch_size
-    return (
-        DenseNetwork(
-            network=network.eval().requires_grad_(False).to(device),
-            kind=kind or pretrained_kind(provenance.settings),
-            tile_vox=(tile[0], tile[1], tile[2]),
-            two_dimensional=len(pretext.patch_size) == 2,
-            device=device,
-        ),
-        provenance,
+    patch = pretrained.plan.configuration(provenance.configuration).patch_size
+    tile = (1,) * (3 - len(patch)) + patch
+    return DenseNetwork(
+        network=network.eval().requires_grad_(False).to(device),
+        kind=kind or pretrained_kind(provenance.settings),
+        tile_vox=(tile[0], tile[1], tile[2]),
+        two_dimensional=len(patch) == 2,
+        device=device,
     )
 
 
@@ -140,7 +140,7 @@ def open_cases(provenance: Provenance, dataset_name: str, folders: Folders, say:
             another way than the weights', or none of its cases is preprocessed.
     """
     name = provenance.configuration
-    own = plan_from_dict(provenance.plans, provenance.dataset_name)
+    own = plan_of_pretraining(provenance, f"weights of {provenance.stage}")
     path = folders.preprocessed / dataset_name / f"{provenance.plans_name}.json"
     if not path.exists():
         raise UserError(

@@ -8,12 +8,11 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
-from nnssl.checkpoint import read_checkpoint
 from nnssl.data.case_store import CaseStore, StoredCase
 from nnssl.draws import draw_seed
 from nnssl.errors import UserError
-from nnssl.evaluation.restored_method import restore_method
-from nnssl.evaluation.tiles import Voxel
+from nnssl.evaluation.places import Voxel
+from nnssl.evaluation.pretrained import Pretrained, method_of, open_pretrained
 from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import EmbeddingMatcher
 from nnssl.matching.points import cycle_error_mm
@@ -47,15 +46,24 @@ class PlaceMatch:
 
 
 def open_matcher(path: Path, store: CaseStore, device: torch.device) -> tuple[EmbeddingMatcher, Any]:
-    """Restore SAM from a checkpoint; returns what finds places among the cases of a store, and the method.
+    """Restore SAM from a checkpoint; see ``matcher_of``.
 
     Raises:
-        UserError: the checkpoint is of another method, or as ``restore_method``.
+        UserError: as ``open_pretrained`` and ``matcher_of``.
     """
-    provenance = read_checkpoint(path)[1]
-    if provenance.method != METHOD:
-        raise UserError(f"{path}: is of {provenance.method} and has no embeddings of places; take {METHOD}'s")
-    method, _ = restore_method(path, device)
+    return matcher_of(open_pretrained(path), store, device)
+
+
+def matcher_of(pretrained: Pretrained, store: CaseStore, device: torch.device) -> tuple[EmbeddingMatcher, Any]:
+    """Return what finds places among the cases of a store by the embeddings of SAM, and the method.
+
+    Raises:
+        UserError: the checkpoint is of another method, or as ``method_of``.
+    """
+    found = pretrained.provenance.method
+    if found != METHOD:
+        raise UserError(f"{pretrained.path}: is of {found} and has no embeddings of places; take {METHOD}'s")
+    method = method_of(pretrained, device)
     return EmbeddingMatcher(method.embedding, store, method.configuration.patch_size, device), method
 
 

@@ -5,29 +5,28 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from nnssl.checkpoint import read_checkpoint
 from nnssl.data.patients import patient_in_name
-from nnssl.evaluation.dense_network import open_cases, open_dense_network
-from nnssl.evaluation.dense_similarity import compare_cases, embed_case
-from nnssl.evaluation.matches import find_matches, open_matcher
+from nnssl.evaluation.dense_components import embed_case
+from nnssl.evaluation.dense_network import dense_network_of, open_cases
+from nnssl.evaluation.dense_similarity import compare_cases
+from nnssl.evaluation.matches import find_matches, matcher_of
 from nnssl.evaluation.pictures import (
-    DPI,
     embedding_figure,
     matches_figure,
     reconstruction_figure,
+    save_png,
     similarity_figure,
     uncertainty_figure,
 )
+from nnssl.evaluation.pretrained import Pretrained, method_of, open_pretrained
 from nnssl.evaluation.reconstructions import reconstruct_case
 from nnssl.evaluation.report import Picture
-from nnssl.evaluation.restored_method import restore_method
-from nnssl.evaluation.teacher_uncertainty import measure_uncertainty, open_teacher
+from nnssl.evaluation.teacher_uncertainty import measure_uncertainty, teacher_of
 from nnssl.paths import Folders
 
-Maker = Callable[[Path, Folders, torch.device, Callable[[str], None]], tuple[Picture, ...]]
+Maker = Callable[[Pretrained, Folders, torch.device, Callable[[str], None]], tuple[Picture, ...]]
 MATCHES = 4
 """Places that are looked for."""
 COMPARED_CASES = 3
@@ -36,27 +35,27 @@ COMPARED_CASES = 3
 
 def picture_of(figure: Figure, alt: str, caption: str) -> Picture:
     """Return a figure as a picture of a report."""
-    FigureCanvasAgg(figure)  # whatever window system matplotlib is set up for
     file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=DPI)
+    save_png(figure, file)
     return Picture(file.getvalue(), alt, caption)
 
 
 def dense_pictures(
-    checkpoint: Path, folders: Folders, device: torch.device, say: Callable[[str], None]
+    pretrained: Pretrained, folders: Folders, device: torch.device, say: Callable[[str], None]
 ) -> tuple[Picture, ...]:
     """Return the similarity of a point to the voxels of other cases, and the first components of the features of a case.
 
     Args:
-        checkpoint: of a method that pretrains features of voxels.
+        pretrained: checkpoint of a method that pretrains features of voxels.
         folders: nnU-Net's folders, with the preprocessed cases of its data set.
         device: where to compute.
         say: called with lines on what is being done.
 
     Raises:
-        UserError: as ``open_dense_network`` and ``open_cases``.
+        UserError: as ``dense_network_of`` and ``open_cases``.
     """
-    network, provenance = open_dense_network(checkpoint, None, device, say)
+    provenance = pretrained.provenance
+    network = dense_network_of(pretrained, None, device, say)
     store = open_cases(provenance, provenance.dataset_name, folders, say)
     one_each = {patient_in_name(name): name for name in reversed(store.names)}
     query, *others = sorted(one_each.values())[:COMPARED_CASES]
@@ -79,14 +78,15 @@ def dense_pictures(
 
 
 def uncertainty_pictures(
-    checkpoint: Path, folders: Folders, device: torch.device, say: Callable[[str], None]
+    pretrained: Pretrained, folders: Folders, device: torch.device, say: Callable[[str], None]
 ) -> tuple[Picture, ...]:
     """Return where Pixel-global's teacher is not sure of a case, and what dense features show.
 
     Raises:
-        UserError: as ``open_teacher`` and ``open_cases``.
+        UserError: as ``teacher_of`` and ``open_cases``.
     """
-    teacher, provenance = open_teacher(checkpoint, None, device, say)
+    provenance = pretrained.provenance
+    teacher = teacher_of(pretrained, None, device, say)
     store = open_cases(provenance, provenance.dataset_name, folders, say)
     case = store.case(store.names[0])
     picture = picture_of(
@@ -94,19 +94,19 @@ def uncertainty_pictures(
         f"A slice of {case.name} with the uncertainty of the teacher over it",
         f"Entropy of {teacher.passes} passes with dropout: bright where the teacher does not know what it sees.",
     )
-    return picture, *dense_pictures(checkpoint, folders, device, say)
+    return picture, *dense_pictures(pretrained, folders, device, say)
 
 
 def reconstruction_pictures(
-    checkpoint: Path, folders: Folders, device: torch.device, say: Callable[[str], None]
+    pretrained: Pretrained, folders: Folders, device: torch.device, say: Callable[[str], None]
 ) -> tuple[Picture, ...]:
     """Return what PCRL's decoder makes of a patch, and what dense features show.
 
     Raises:
-        UserError: as ``restore_method`` and ``open_cases``.
+        UserError: as ``method_of`` and ``open_cases``.
     """
-    method, provenance = restore_method(checkpoint, device)
-    dense = dense_pictures(checkpoint, folders, device, say)
+    method, provenance = method_of(pretrained, device), pretrained.provenance
+    dense = dense_pictures(pretrained, folders, device, say)
     if not provenance.settings["reconstruction_weight"]:
         return dense
     store = open_cases(provenance, provenance.dataset_name, folders, say)
@@ -122,14 +122,14 @@ def reconstruction_pictures(
 
 
 def recovery_pictures(
-    checkpoint: Path, folders: Folders, device: torch.device, say: Callable[[str], None]
+    pretrained: Pretrained, folders: Folders, device: torch.device, say: Callable[[str], None]
 ) -> tuple[Picture, ...]:
     """Return what Alice's decoder makes of masked tokens; nothing without a loss for them.
 
     Raises:
-        UserError: as ``restore_method`` and ``open_cases``.
+        UserError: as ``method_of`` and ``open_cases``.
     """
-    method, provenance = restore_method(checkpoint, device)
+    method, provenance = method_of(pretrained, device), pretrained.provenance
     if not provenance.settings["reconstruction_weight"]:
         return ()
     store = open_cases(provenance, provenance.dataset_name, folders, say)
@@ -146,19 +146,19 @@ def recovery_pictures(
 
 
 def match_pictures(
-    checkpoint: Path, folders: Folders, device: torch.device, say: Callable[[str], None]
+    pretrained: Pretrained, folders: Folders, device: torch.device, say: Callable[[str], None]
 ) -> tuple[Picture, ...]:
     """Return where SAM finds places of a case in another case, and what dense features show; the latter alone for one case.
 
     Raises:
-        UserError: as ``open_matcher`` and ``open_cases``.
+        UserError: as ``matcher_of`` and ``open_cases``.
     """
-    dense = dense_pictures(checkpoint, folders, device, say)
-    provenance = read_checkpoint(checkpoint)[1]
+    dense = dense_pictures(pretrained, folders, device, say)
+    provenance = pretrained.provenance
     store = open_cases(provenance, provenance.dataset_name, folders, say)
     if len(store.names) < 2:
         return dense
-    matcher, method = open_matcher(checkpoint, store, device)
+    matcher, method = matcher_of(pretrained, store, device)
     query, key = store.names[:2]
     found = find_matches(matcher, store, query, key, MATCHES, 0, method.configuration.patch_size)
     picture = picture_of(
@@ -190,4 +190,4 @@ def method_pictures(
         UserError: the weights or the cases cannot be shown.
     """
     maker = MAKERS.get(method)
-    return () if maker is None else maker(checkpoint, folders, device, say)
+    return () if maker is None else maker(open_pretrained(checkpoint), folders, device, say)

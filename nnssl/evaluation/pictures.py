@@ -5,7 +5,7 @@ The colours suit colour-blind readers, except where three components are shown a
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from jaxtyping import Float32
@@ -15,18 +15,21 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from nnssl.data.case_store import StoredCase
 from nnssl.errors import UserError
-from nnssl.evaluation.dense_similarity import Comparison, Embedding
+from nnssl.evaluation.dense_components import Embedding
+from nnssl.evaluation.dense_similarity import Comparison
 from nnssl.evaluation.matches import PlaceMatch
+from nnssl.evaluation.palette import BLUISH_GREEN, ORANGE, SKY_BLUE
+from nnssl.evaluation.places import Voxel
 from nnssl.evaluation.reconstructions import Reconstruction
 from nnssl.evaluation.teacher_uncertainty import Uncertainty
-from nnssl.evaluation.tiles import Voxel
 from nnssl.files import write_atomically
 
 COLOUR_MAP = "inferno"
 """Even steps of brightness, which also read without colour."""
-QUERY_COLOUR, NEAREST_COLOUR, BOX_COLOUR = "#56B4E9", "#009E73", "#E69F00"
-"""Sky blue, bluish green and orange of Okabe and Ito's palette for colour-blind readers; the shapes of the markers differ too."""
+QUERY_COLOUR, NEAREST_COLOUR, BOX_COLOUR = SKY_BLUE, BLUISH_GREEN, ORANGE
+"""The shapes of the markers differ too."""
 OVERLAY = 0.65
 """Opacity of the similarity over the image."""
 PANEL_INCHES = 2.6
@@ -55,23 +58,13 @@ def similarity_figure(comparison: Comparison, title: str) -> Figure:
         own = similarity is comparison.similarities[0]
         centre = comparison.query_vox if own else similarity.nearest_vox
         planes = _planes(comparison.two_dimensional)
-        volume = similarity.case.read_box((0, 0, 0), similarity.case.shape)[0]
-        bounds = _window(volume, centre, planes)
+        _draw_case(row, similarity.case, centre, planes)
         for place, axis in enumerate(planes):
-            for axes in (row[place], row[place + len(planes)]):
-                _draw_plane(axes, volume, axis, centre, similarity.case.spacing_mm, bounds)
-                if own:
-                    _mark(axes, axis, comparison.query_vox, "+", QUERY_COLOUR)
             overlay = row[place + len(planes)]
-            overlay.imshow(
-                similarity.cosine.take(centre[axis], axis),
-                norm=scale,
-                cmap=COLOUR_MAP,
-                alpha=OVERLAY,
-                aspect=_aspect(axis, similarity.case.spacing_mm),
-                origin="lower",
-            )
-            _orient(overlay, axis)
+            if own:
+                for axes in (row[place], overlay):
+                    _mark(axes, axis, comparison.query_vox, "+", QUERY_COLOUR)
+            _draw_values(overlay, similarity.cosine, axis, centre, similarity.case.spacing_mm, scale)
             if similarity.nearest_vox[axis] == centre[axis]:
                 for axes in (row[place], overlay) if not own else (overlay,):
                     _mark(axes, axis, similarity.nearest_vox, "o", NEAREST_COLOUR)
@@ -94,11 +87,9 @@ def embedding_figure(embedding: Embedding, title: str) -> Figure:
     """
     figure, panels = _make_panels([embedding.case], embedding.two_dimensional, title)
     planes = _planes(embedding.two_dimensional)
-    volume = embedding.case.read_box((0, 0, 0), embedding.case.shape)[0]
-    bounds = _window(volume, embedding.centre_vox, planes)
+    _draw_case(panels[0, : len(planes)], embedding.case, embedding.centre_vox, planes)
     for place, axis in enumerate(planes):
-        image, colours = panels[0, place], panels[0, place + len(planes)]
-        _draw_plane(image, volume, axis, embedding.centre_vox, embedding.case.spacing_mm, bounds)
+        colours = panels[0, place + len(planes)]
         colour = np.moveaxis(embedding.components.take(embedding.centre_vox[axis], axis + 1), 0, -1)
         colours.imshow(colour, aspect=_aspect(axis, embedding.case.spacing_mm), origin="lower", interpolation="nearest")
         _orient(colours, axis)
@@ -119,18 +110,11 @@ def uncertainty_figure(uncertainty: Uncertainty, title: str) -> Figure:
     case, centre = uncertainty.case, uncertainty.centre_vox
     figure, panels = _make_panels([case], uncertainty.two_dimensional, title)
     planes = _planes(uncertainty.two_dimensional)
-    volume = case.read_box((0, 0, 0), case.shape)[0]
-    bounds = _window(volume, centre, planes)
+    _draw_case(panels[0], case, centre, planes)
     shown = np.concatenate([uncertainty.values.take(centre[axis], axis).ravel() for axis in planes])
     scale = Normalize(*np.nanpercentile(shown, (1, 99)))
-    for place, axis in enumerate(planes):
-        for axes in (panels[0, place], panels[0, place + len(planes)]):
-            _draw_plane(axes, volume, axis, centre, case.spacing_mm, bounds)
-        overlay = panels[0, place + len(planes)]
-        values = uncertainty.values.take(centre[axis], axis)
-        aspect = _aspect(axis, case.spacing_mm)
-        overlay.imshow(values, norm=scale, cmap=COLOUR_MAP, alpha=OVERLAY, aspect=aspect, origin="lower")
-        _orient(overlay, axis)
+    for axes, axis in zip(panels[0, len(planes) :], planes, strict=True):
+        _draw_values(axes, uncertainty.values, axis, centre, case.spacing_mm, scale)
     _head(panels[0, 0], case.name)
     _head(panels[0, len(planes)], f"mean uncertainty {np.nanmean(shown):.3f}")
     bar = figure.colorbar(
@@ -206,8 +190,13 @@ def write_picture(path: Path, figure: Figure) -> None:
     Raises:
         UserError: the file cannot be written.
     """
-    FigureCanvasAgg(figure)  # whatever window system matplotlib is set up for
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=DPI))
+    write_atomically(path, lambda file: save_png(figure, file))
+
+
+def save_png(figure: Figure, file: BinaryIO) -> None:
+    """Save a figure as PNG, whatever window system matplotlib is set up for."""
+    FigureCanvasAgg(figure)
+    figure.savefig(file, format="png", dpi=DPI)
 
 
 def _planes(two_dimensional: bool) -> tuple[int, ...]:
@@ -251,6 +240,29 @@ def _window(volume: Float32[np.ndarray, "z y x"], centre: Voxel, planes: Sequenc
     shown = np.concatenate([volume.take(centre[axis], axis).ravel() for axis in planes])
     low, high = np.percentile(shown, (1, 99))
     return float(low), float(high)
+
+
+def _draw_case(panels: Sequence[Any], case: StoredCase, centre: Voxel, planes: Sequence[int]) -> None:
+    """Draw the planes of a case through a voxel, once or, where there are twice as many panels, twice."""
+    volume = case.read_box((0, 0, 0), case.shape)[0]
+    bounds = _window(volume, centre, planes)
+    for place, axes in enumerate(panels):
+        _draw_plane(axes, volume, planes[place % len(planes)], centre, case.spacing_mm, bounds)
+
+
+def _draw_values(
+    axes: Any,
+    values: Float32[np.ndarray, "z y x"],
+    axis: int,
+    centre: Voxel,
+    spacing_mm: Sequence[float],
+    scale: Normalize,
+) -> None:
+    """Draw values over a plane of a case."""
+    aspect = _aspect(axis, spacing_mm)
+    shown = values.take(centre[axis], axis)
+    axes.imshow(shown, norm=scale, cmap=COLOUR_MAP, alpha=OVERLAY, aspect=aspect, origin="lower")
+    _orient(axes, axis)
 
 
 def _draw_plane(

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
-from nnssl.checkpoint import Provenance, read_checkpoint
+from nnssl.checkpoint import Provenance
 from nnssl.data.case_store import StoredCase
 from nnssl.draws import make_generator
 from nnssl.errors import UserError
-from nnssl.evaluation.dense_similarity import check_point, fullest_slice, middle_of
-from nnssl.evaluation.restored_method import restore_method
+from nnssl.evaluation.places import choose_centre
+from nnssl.evaluation.pretrained import method_of, open_pretrained
 from nnssl.methods.alice import Alice, PairedViews
 from nnssl.methods.pcrl import errors_untold, mix, reconstruction_targets
 
@@ -46,16 +46,17 @@ def open_reconstructor(path: Path, device: torch.device) -> tuple[Any, Provenanc
     """Restore a method that reconstructs from a checkpoint.
 
     Raises:
-        UserError: the checkpoint is of another method, reconstructs nothing, or as ``restore_method``.
+        UserError: the checkpoint is of another method, reconstructs nothing, or as ``method_of``.
     """
-    provenance = read_checkpoint(path)[1]
+    pretrained = open_pretrained(path)
+    provenance = pretrained.provenance
     if provenance.method not in METHODS:
         raise UserError(
             f"{path}: is of {provenance.method} and reconstructs nothing; take those of {' or '.join(METHODS)}"
         )
     if not provenance.settings["reconstruction_weight"]:
         raise UserError(f"{path}: was pretrained with reconstruction_weight=0; take weights that reconstruct")
-    return restore_method(path, device)
+    return method_of(pretrained, device), provenance
 
 
 @torch.no_grad()
@@ -76,12 +77,7 @@ def reconstruct_case(
     """
     patch = method.configuration.patch_size
     flat = len(patch) == 2
-    if slice_vox is not None and not flat:
-        raise UserError(f"slice {slice_vox}: these weights are 3D and show the middle of a patch; leave the slice out")
-    centre = middle_of(case)
-    if flat:
-        centre = (fullest_slice(case) if slice_vox is None else slice_vox, centre[1], centre[2])
-    check_point(case, centre)
+    centre = choose_centre(case, slice_vox, flat, "the middle of a patch")
     size = (1, *patch) if flat else patch
     box = case.read_box([place - length // 2 for place, length in zip(centre, size, strict=True)], size)
     volume = torch.from_numpy(box).to(device)

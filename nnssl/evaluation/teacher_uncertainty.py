@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from nnssl.checkpoint import Provenance, read_checkpoint
+from nnssl.checkpoint import Provenance
 from nnssl.data.case_store import StoredCase
 from nnssl.draws import draw_seed, make_generator
 from nnssl.errors import UserError
-from nnssl.evaluation.dense_network import DenseNetwork, open_dense_network
-from nnssl.evaluation.dense_similarity import check_point, fullest_slice, middle_of
-from nnssl.evaluation.restored_method import restore_method
-from nnssl.evaluation.tiles import Voxel, average_over_tiles, tile_corners
+from nnssl.evaluation.dense_network import DenseNetwork, dense_network_of
+from nnssl.evaluation.places import Voxel, choose_centre
+from nnssl.evaluation.pretrained import Pretrained, method_of, open_pretrained
+from nnssl.evaluation.tiles import average_over_tiles, tiles_through
 from nnssl.methods.pixelglobal import point_uncertainty
 from nnssl.networks.heads import PointAssignment
 
@@ -60,27 +60,37 @@ class Uncertainty:
 def open_teacher(
     path: Path, passes: int | None, device: torch.device, say: Callable[[str], None]
 ) -> tuple[Teacher, Provenance]:
-    """Build the teacher of a checkpoint of Pixel-global.
+    """Build the teacher of a checkpoint of Pixel-global, and say where it comes from; see ``teacher_of``.
+
+    Raises:
+        UserError: as ``open_pretrained`` and ``teacher_of``.
+    """
+    pretrained = open_pretrained(path)
+    return teacher_of(pretrained, passes, device, say), pretrained.provenance
+
+
+def teacher_of(pretrained: Pretrained, passes: int | None, device: torch.device, say: Callable[[str], None]) -> Teacher:
+    """Build the teacher of Pixel-global.
 
     Args:
-        path: of the checkpoint.
+        pretrained: the checkpoint.
         passes: with dropout; None for the setting of the pretraining, or the paper's 20 where that is 0.
         device: where to compute.
         say: called with lines for the user.
 
     Raises:
-        UserError: the checkpoint is of another method, or as ``open_dense_network``.
+        UserError: the checkpoint is of another method, or as ``dense_network_of``.
     """
-    provenance = read_checkpoint(path)[1]
-    if provenance.method != METHOD:
+    found = pretrained.provenance.method
+    if found != METHOD:
         raise UserError(
-            f"{path}: is of {provenance.method}, which has no teacher that says how sure it is; take {METHOD}'s"
+            f"{pretrained.path}: is of {found}, which has no teacher that says how sure it is; take {METHOD}'s"
         )
-    network, _ = open_dense_network(path, "single", device, say)
-    method, _ = restore_method(path, device)
+    network = dense_network_of(pretrained, "single", device, say)
+    method = method_of(pretrained, device)
     wanted = passes or method.settings.uncertainty_passes or 20  # the paper's
     teacher = replace(network, network=method.teacher)
-    return Teacher(teacher, method.teacher_local_head, method.settings.teacher_temperature, wanted), provenance
+    return Teacher(teacher, method.teacher_local_head, method.settings.teacher_temperature, wanted)
 
 
 def measure_uncertainty(teacher: Teacher, case: StoredCase, slice_vox: int | None) -> Uncertainty:
@@ -95,18 +105,8 @@ def measure_uncertainty(teacher: Teacher, case: StoredCase, slice_vox: int | Non
         UserError: the slice lies outside the case, or the network is not 2D.
     """
     network = teacher.network
-    if slice_vox is not None and not network.two_dimensional:
-        raise UserError(f"slice {slice_vox}: these weights are 3D and show three planes; leave the slice out")
-    centre = middle_of(case)
-    if network.two_dimensional:
-        centre = (fullest_slice(case) if slice_vox is None else slice_vox, centre[1], centre[2])
-    check_point(case, centre)
-    axes = (0,) if network.two_dimensional else (0, 1, 2)
-    lowers = [
-        lower
-        for lower in tile_corners(case.shape, network.tile_vox)
-        if any(lower[axis] <= centre[axis] < lower[axis] + network.tile_vox[axis] for axis in axes)
-    ]
+    centre = choose_centre(case, slice_vox, network.two_dimensional, "three planes")
+    lowers = tiles_through(case.shape, network.tile_vox, centre, network.two_dimensional)
     values = average_over_tiles(network, case, lowers, 1, lambda maps: tile_uncertainty(teacher, maps[-1], case.name))
     return Uncertainty(case, centre, values[0], network.two_dimensional)
 

@@ -10,9 +10,7 @@ from torch import Tensor
 
 from nnssl.data.case_store import StoredCase
 from nnssl.evaluation.dense_network import DenseNetwork
-
-Voxel = tuple[int, int, int]
-"""(z, y, x) in voxels of the preprocessed case."""
+from nnssl.evaluation.places import Voxel
 
 
 def tile_around(shape: Sequence[int], tile_vox: Sequence[int], point_vox: Sequence[int]) -> Voxel:
@@ -43,6 +41,18 @@ def tile_corners(shape: Sequence[int], tile_vox: Sequence[int]) -> list[Voxel]:
             steps = math.ceil(room / max(length // 2, 1))
             axes.append([round(room * step / max(steps, 1)) for step in range(steps + 1)])
     return [(z, y, x) for z, y, x in itertools.product(*axes)]
+
+
+def tiles_through(
+    shape: Sequence[int], tile_vox: Sequence[int], centre_vox: Voxel, two_dimensional: bool
+) -> list[Voxel]:
+    """Return those of ``tile_corners`` whose tiles meet the three planes through a voxel, or its slice alone."""
+    axes = (0,) if two_dimensional else (0, 1, 2)
+    return [
+        lower
+        for lower in tile_corners(shape, tile_vox)
+        if any(lower[axis] <= centre_vox[axis] < lower[axis] + tile_vox[axis] for axis in axes)
+    ]
 
 
 def tile_weights(tile_vox: Sequence[int]) -> Float32[np.ndarray, "z y x"]:

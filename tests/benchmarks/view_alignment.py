@@ -19,7 +19,7 @@ from nnssl.data.case_store import CaseStore
 from nnssl.data.loader import make_loader
 from nnssl.distributed import standardise_over_ranks
 from nnssl.draws import sample_generators
-from nnssl.evaluation.restored_method import restore_method
+from nnssl.evaluation.pretrained import restore_method
 from nnssl.methods.pixelglobal import MONITORED_POINTS, CorrespondingViews, PixelGlobal
 from nnssl.networks.dense import decoder_maps
 from nnssl.paths import resolve_folders

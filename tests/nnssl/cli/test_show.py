@@ -17,8 +17,8 @@ from nnssl.errors import UserError
 from nnssl.evaluation import pictures
 from nnssl.evaluation.dense_network import open_cases, open_dense_network
 from nnssl.evaluation.matches import find_matches, open_matcher
+from nnssl.evaluation.pretrained import restore_method
 from nnssl.evaluation.reconstructions import reconstruct_case
-from nnssl.evaluation.restored_method import restore_method
 from nnssl.evaluation.teacher_uncertainty import open_teacher, tile_uncertainty
 from nnssl.losses.distillation import normalised_entropy
 from nnssl.methods import METHODS
@@ -363,8 +363,21 @@ def test_files_that_are_not_there(files, capsys, tmp_path):
     assert "do not fit the network of its plan" in fails(capsys, "embedding", "-w", "part.pth")
 
 
+def test_an_exported_file_is_refused_in_one_line(files, capsys, tmp_path):
+    content, provenance = read_checkpoint(files["2d"])
+    plans = {key: value for key, value in provenance.plans.items() if key != "pretext"} | {"plans_name": "nnUNetPlans"}
+    origin = {"plans_name": provenance.plans_name, "configuration": "2d"}
+    exported = dataclasses.replace(provenance, plans=plans, plans_name="nnUNetPlans", origin=origin)
+    write_checkpoint(tmp_path / "exported.pth", {"network_weights": content["network_weights"]}, exported, {})
+    line = fails(capsys, "embedding", "-w", "exported.pth")
+    assert "exported for 2d of nnUNetPlans, without the plan of the pretraining" in line
+    assert "take the checkpoint of nnssl_pretrain that the file was made from" in line
+    with pytest.raises(UserError, match="exported.pth: exported for 2d of nnUNetPlans"):
+        open_dense_network(tmp_path / "exported.pth", None, torch.device("cpu"), print)
+
+
 def test_network_without_decoder_is_refused(files, capsys, monkeypatch):
-    monkeypatch.setattr("nnssl.evaluation.dense_network.build_network", lambda *arguments: torch.nn.Linear(1, 1))
+    monkeypatch.setattr("nnssl.evaluation.pretrained.build_network", lambda *arguments: torch.nn.Linear(1, 1))
     assert "Linear has no convolutional decoder" in fails(capsys, "embedding", "-w", files["2d"])
 
 

@@ -7,22 +7,17 @@ import pytest
 import torch
 
 from nnssl.errors import UserError
-from nnssl.evaluation import dense_similarity
-from nnssl.evaluation.dense_similarity import (
+from nnssl.evaluation import dense_features
+from nnssl.evaluation.dense_components import embed_case, fit_components, project
+from nnssl.evaluation.dense_features import (
     Standardisation,
-    compare_cases,
-    cosines,
-    embed_case,
     embed_point,
     features_at,
-    find_nearest,
-    fit_components,
     fit_standardisation,
-    fullest_slice,
-    middle_of,
-    project,
     sample_features,
 )
+from nnssl.evaluation.dense_similarity import compare_cases, cosines, find_nearest
+from nnssl.evaluation.places import fullest_slice, middle_of
 from nnssl.evaluation.tiles import average_over_tiles, tile_around, tile_corners, tile_weights
 from tests.nnssl.evaluation.pointwise import SPACING_MM, make_network, random_volume, single_features, write_cases
 
@@ -193,7 +188,7 @@ def test_tile_around_a_point_is_inside_and_central():
 )
 @pytest.mark.parametrize("chunk", [1, 10**6])
 def test_full_resolution_equals_interpolation_at_every_voxel(monkeypatch, shape, grids, chunk):
-    monkeypatch.setattr(dense_similarity, "CHUNK_VALUES", chunk)
+    monkeypatch.setattr(dense_features, "CHUNK_VALUES", chunk)
     generator = torch.Generator().manual_seed(0)
     maps = [torch.randn(1, 3 + level, *grid, generator=generator) for level, grid in enumerate(grids)]
     channels = sum(each.shape[1] for each in maps)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from nnssl.errors import UserError
-from nnssl.evaluation.dense_similarity import Comparison, Embedding, Similarity
+from nnssl.evaluation.dense_components import Embedding
+from nnssl.evaluation.dense_similarity import Comparison, Similarity
 from nnssl.evaluation.pictures import check_picture_path, embedding_figure, similarity_figure, write_picture
 from tests.nnssl.evaluation.pointwise import SPACING_MM, random_volume, write_cases
 
