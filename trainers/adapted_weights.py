@@ -10,8 +10,8 @@ from torch import nn
 from nnssl.checkpoint import load_tensors
 from nnssl.errors import UserError
 from nnssl.export.adaptation_plan import KEY
-from nnssl.export.export import LEAST_SHARE
-from nnssl.export.fit import fit_weights, refuse_below
+from nnssl.export.fit import fit_weights
+from nnssl.export.fit_report import LEAST_SHARE, refuse_below
 from nnssl.export.formats import write_for_nnunet
 from nnssl.export.source import open_source
 from nnssl.export.target import build_target

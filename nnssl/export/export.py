@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from nnssl.errors import UserError
-from nnssl.export.fit import FitReport, check_policy, fit_weights, refuse_below
+from nnssl.export.fit import check_policy, fit_weights
+from nnssl.export.fit_report import LEAST_SHARE, FitReport, refuse_below
 from nnssl.export.formats import check_output, table_of, write_encoder, write_for_hub, write_for_nnunet
 from nnssl.export.kernels import ChannelPolicy
 from nnssl.export.source import SourceWeights, choose_configuration, open_source
@@ -15,10 +16,6 @@ from nnssl.paths import Folders
 
 Format = Literal["nnunet", "hub", "encoder"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-
-LEAST_SHARE = 0.5
-"""Of the parameters of the target's encoder that have to come from the checkpoint."""
-
 
 ADVICE = ", or lower --least-share (0 lets everything through)"
 

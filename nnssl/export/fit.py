@@ -7,107 +7,22 @@ no faithful way to be made to stays as it was initialised.
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nnssl.errors import UserError
+from nnssl.export.fit_report import FitReport, Fitted
 from nnssl.export.kernels import CHANNEL_POLICIES, ChannelPolicy, fit_input_channels, fit_kernel
 from nnssl.export.source import GATE, SEGMENTATION, SourceWeights, names_by_tensor
 from nnssl.export.target import TargetNetwork
 from nnssl.networks.primus import resample_positions
-from nnssl.schema import STRICT
-from nnssl.tables import align
-
-Status = Literal["transferred", "adapted", "random", "dropped", "segmentation"]
-
-ENCODER = ("encoder.", "eva.", "down_projection.", "transformer.")
-"""Prefixes of the parts that methods hand over."""
-
-COUNTED = ("encoder.", "eva.", "down_projection.")
-"""Those of which a share is asked for. The transformer of a hybrid network may be missing: unless it comes whole it begins by
-changing nothing."""
 
 TRANSFORMER = "transformer."
 
 POSITIONS = "eva.pos_embed"
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What became of one tensor.
-
-    Attributes:
-        name: of the target's tensor, or of the source's that was dropped.
-        status: ``transferred`` as it was, ``adapted`` to another shape, ``random`` (a seeded initialisation), ``dropped``
-            (the source's, with no place in the target), ``segmentation`` (nnU-Net starts these anew).
-        values: how many it holds.
-        reason: how it was adapted, or why it was not taken.
-    """
-
-    __pydantic_config__: ClassVar = STRICT
-
-    name: str
-    status: Status
-    values: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class FitReport:
-    """What became of all tensors."""
-
-    __pydantic_config__: ClassVar = STRICT
-
-    tensors: tuple[Fitted, ...]
-    first: str
-    """Name of the layer that sees the images."""
-
-    def count(self, *statuses: Status, encoder: bool = False) -> int:
-        """Return the values of tensors with one of these statuses, of all or of the target's encoder."""
-        return sum(
-            each.values
-            for each in self.tensors
-            if each.status in statuses and (not encoder or each.name.startswith(COUNTED))
-        )
-
-    def share(self, encoder: bool = False) -> float:
-        """Return the share of the target's parameters that come from the checkpoint, segmentation layers aside."""
-        taken = self.count("transferred", "adapted", encoder=encoder)
-        return taken / max(taken + self.count("random", encoder=encoder), 1)
-
-    def sees_as_before(self) -> bool:
-        """Whether the layer that sees the images comes from the checkpoint: on another one, what follows is worth nothing."""
-        taken = [each.name for each in self.tensors if each.status in ("transferred", "adapted")]
-        return f"{self.first}.weight" in taken
-
-    def table(self) -> list[str]:
-        """Return lines for the user: what became of each part of the network, and why."""
-        rows: dict[tuple[str, Status, str], list[Fitted]] = {}
-        for each in self.tensors:
-            rows.setdefault((_part(each.name), each.status, each.reason), []).append(each)
-        texts = [("part", "", "tensors", "parameters", "")]
-        for (part, status, reason), entries in rows.items():
-            texts.append((part, status, str(len(entries)), f"{sum(each.values for each in entries):,}", reason))
-        total = self.count("transferred", "adapted", "random")
-        counts = ", ".join(
-            f"{status} {self.count(status) / max(total, 1):.1%}" for status in ("transferred", "adapted", "random")
-        )
-        return [
-            *align(texts, left=(0, 1, 4)),
-            f"of {total:,} parameters: {counts}; of the encoder's, {self.share(encoder=True):.1%} come from the checkpoint",
-        ]
-
-    def plain(self) -> dict[str, Any]:
-        """Return the report as JSON takes it."""
-        return {
-            "share": round(self.share(), 6),
-            "share_of_encoder": round(self.share(encoder=True), 6),
-            "tensors": [asdict(each) for each in self.tensors],
-        }
 
 
 @torch.no_grad()
@@ -308,44 +223,9 @@ def _source_name(name: str, source_stages: int, target_stages: int) -> str:
     return f"{match[1]}{int(match[2]) + source_stages - target_stages}{match[3]}"
 
 
-def _part(name: str) -> str:
-    """Return the part of the network that a tensor is shown under in a table."""
-    match = re.match(r"((?:encoder|decoder)\.[a-z_]+(?:\.\d+)?|[a-z_]+)", name)
-    return match[1] if match else name
-
-
 def _by(sizes: Any) -> str:
     return " x ".join(map(str, sizes)) or "one value"
 
 
 def _names(names: tuple[str, ...] | None) -> str:
     return ", ".join(names) if names else "not named"
-
-
-def refuse_below(
-    report: FitReport, least_share: float, what: str, say: Callable[[str], None], advice: str = ""
-) -> None:
-    """Print a report's table, and refuse weights of which too little arrives.
-
-    Args:
-        report: of the fit.
-        least_share: of the target's encoder that has to come from the checkpoint; 0 lets everything through.
-        what: the checkpoint.
-        say: called with the lines of the table.
-        advice: more that a user can do about it.
-
-    Raises:
-        UserError: less than ``least_share`` comes from the checkpoint, or its first layer does not.
-    """
-    for line in report.table():
-        say(line)
-    share = report.share(encoder=True)
-    hint = f"the table says why. Take plans whose network is like the pretrained one, or plan with --like{advice}"
-    if share < least_share:
-        raise UserError(
-            f"{what}: only {share:.1%} of the encoder's parameters come from the checkpoint, less than {least_share:.0%}; {hint}"
-        )
-    if least_share > 0 and not report.sees_as_before():
-        raise UserError(
-            f"{what}: the layer that sees the images ({report.first}) stays random, so what follows has no use; {hint}"
-        )

@@ -21,7 +21,7 @@ from nnssl.checkpoint import Provenance, load_tensors, to_plain, write_checkpoin
 from nnssl.errors import UserError
 from nnssl.export.adaptation_plan import KEY, write_adaptation_plan
 from nnssl.export.description import ELSEWHERE, citations, describe
-from nnssl.export.fit import ENCODER, FitReport
+from nnssl.export.fit_report import ENCODER, FitReport
 from nnssl.export.model_card import write_model_card
 from nnssl.export.source import EXPORT_KEY, SEGMENTATION, SourceWeights, names_by_tensor
 from nnssl.export.target import TargetNetwork

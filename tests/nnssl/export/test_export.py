@@ -11,7 +11,8 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnssl.cli.info import explain_checkpoint
 from nnssl.errors import UserError
 from nnssl.export.export import export
-from nnssl.export.fit import fit_weights, refuse_below
+from nnssl.export.fit import fit_weights
+from nnssl.export.fit_report import refuse_below
 from nnssl.export.formats import table_of
 from nnssl.export.source import count_values, open_source
 from nnssl.export.target import build_target
