@@ -4,7 +4,7 @@ The pretrained arm comes first, and on request the same network, plan, cases, se
 comparison fair is decided here, once for all arms; ``trainers.finetune_arm`` does one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -136,6 +136,22 @@ def finetune(
     if mode == "linear" and not origin.provenance.pretrains("decoder.stages."):
         say("Note: these weights have no pretrained decoder; the probe sees features of a random one")
     arms: list[Weights | None] = [origin, None] if scratch else [origin]
+    return run_arms(task, arms, folders, restart, say)
+
+
+def run_arms(task: Task, arms: Sequence[Weights | None], folders: Folders, restart: bool, say: Say) -> list[ArmResult]:
+    """Do every arm, and say how they compare and how to predict with them.
+
+    Args:
+        task: what the arms share.
+        arms: where each starts; None for random weights.
+        folders: nnU-Net's folders.
+        restart: delete what there is of these arms first.
+        say: called with lines for the user.
+
+    Raises:
+        UserError: nnU-Net's loader refuses the weights.
+    """
     results = [run_arm(task, arm, folders, restart, say) for arm in arms]
     for line in comparison(results):
         say(line)

@@ -158,14 +158,11 @@ def build_target(
             lambda: _build_by_trainer(trainer, manager, resolved, num_inputs, num_classes), seed, "network"
         )
     numbered = all(str(name).isdecimal() for name in names.values())
-    written = plans
-    if not _names_architecture(plans, configuration):  # as plans of nnU-Net before version 2.3; it reconstructs them
-        written = {**plans, "configurations": {**plans["configurations"], configuration: resolved.configuration}}
     return TargetNetwork(
         network=network,
         label=label + (f" with {trainer}" if trainer else ""),
         architecture=architecture,
-        plans=written,
+        plans=_with_architecture(plans, configuration, resolved.configuration),
         configuration=configuration,
         settings=resolved.configuration,
         dataset_json=dataset_json,
@@ -175,6 +172,13 @@ def build_target(
         num_classes=num_classes,
         trainer=trainer,
     )
+
+
+def _with_architecture(plans: dict[str, Any], configuration: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return plans that name the network of a configuration; nnU-Net reconstructs it where its plans from before 2.3 do not."""
+    if _names_architecture(plans, configuration):
+        return plans
+    return {**plans, "configurations": {**plans["configurations"], configuration: settings}}
 
 
 def _names_architecture(plans: dict[str, Any], configuration: str) -> bool:
