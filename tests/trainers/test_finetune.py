@@ -14,6 +14,7 @@ from nnssl.cli.finetune import main
 from nnssl.data.phantoms import LABELS, write_phantom_dataset
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
+from nnssl.networks.backbone import planned_configuration
 from nnssl.paths import resolve_folders
 from planners.finetune_planner import AdoptedPlan
 from tests.trainers.finetuning import (
@@ -25,7 +26,7 @@ from tests.trainers.finetuning import (
     is_segmentation_layer,
     trainer_of,
 )
-from tests.trainers.tiny_plan import tiny_plan, write_weights
+from tests.trainers.tiny_plan import PATCH_SIZE, tiny_plan, write_weights
 from trainers import finetune_arm, finetune_run
 from trainers.finetune import FinetuneTrainer, WarmupPolySchedule, learning_rate
 from trainers.finetune_result import comparison, read_dice, read_result
@@ -546,6 +547,14 @@ def test_primus_is_trained_by_nnunet_s_recipe_unless_told_otherwise():
     assert chosen("finetune", False, optimizer="adamw") == ("adamw", 3e-4)
     assert chosen("finetune", False) == ("sgd", 0.01)
     assert chosen("linear", True) == ("adam", 0.01)
+
+
+def test_the_network_is_found_where_a_configuration_inherits_it():
+    plan = tiny_plan()
+    plan["configurations"]["larger"] = {"inherits_from": "3d_fullres", "batch_size": 3}
+    planned = planned_configuration(plan, "larger")
+    assert planned["architecture"] == plan["configurations"]["3d_fullres"]["architecture"]
+    assert (planned["batch_size"], planned["patch_size"]) == (3, list(PATCH_SIZE))
 
 
 def test_adamw_by_hand(run, tmp_path, monkeypatch):

@@ -42,6 +42,7 @@ def test_table_and_files(folders, capsys):
     assert run(folders) == 0
     said = capsys.readouterr().out
     assert f"labels: {folder / 'dataset.json'}" in said
+    assert "evaluated 2 of 2 cases" in said  # no terminal, so lines instead of a bar
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert [(row["case"], row["class"]) for row in rows] == [
         ("a", "liver"),

@@ -14,6 +14,7 @@ from nnssl.draws import make_generator
 from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.evaluation.metrics import CaseMetrics
+from nnssl.files import write_json
 from tests.trainers.benchmark.test_study import prepare
 from tests.trainers.phantom_study import LABELLED
 from trainers.benchmark import run as run_module
@@ -238,6 +239,20 @@ def test_networks_of_other_labels_are_refused(folders, pretend, tmp_path):
         UserError, match="was trained with the labels liver, spleen, stomach, aorta, .* now has liver, kidney"
     ):
         run_cells(cells, tmp_path, Part())
+
+
+def test_a_plan_that_has_changed_in_the_meantime_is_refused(folders, pretend, tmp_path):
+    study = make_study(folders)
+    path = study.adopted.path
+    before = path.read_text() if path.exists() else None
+    try:
+        write_json(path, {**study.adopted.content, "configurations": {}})
+        with pytest.raises(UserError, match=r"nnsslPlans\.json: has become another plan in the meantime"):
+            run_study(study, tmp_path, Part(), "command", print)
+    finally:
+        path.with_name("nnsslPlansFrom501.json").unlink()
+        path.unlink() if before is None else path.write_text(before)
+    assert not pretend.trained
 
 
 def test_parts_and_durations():
