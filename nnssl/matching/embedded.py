@@ -125,7 +125,7 @@ class EmbeddingMatcher:
         case = self.store.case(name)
         fine: _Blend | None = None
         coarse: _Blend | None = None
-        for lower in tile_corners(case.shape, self.tile_vox, self._coarsest_cell_vox()):
+        for lower in corners_on_cells(case.shape, self.tile_vox, self._coarsest_cell_vox()):
             volume = torch.from_numpy(case.read_box(lower, self.tile_vox))[None].to(self.device)
             with self.autocast():
                 tile = self.embedding(volume)
@@ -183,8 +183,11 @@ def best_cells(
     return cells.numpy(), best.numpy()
 
 
-def tile_corners(shape: Sequence[int], tile: Sequence[int], cell: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Return the first voxels of tiles that cover a volume, half a tile apart, and at multiples of a cell."""
+def corners_on_cells(shape: Sequence[int], tile: Sequence[int], cell: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """Return the first voxels of tiles that cover a volume, half a tile apart, and at multiples of a cell.
+
+    So cells of all tiles lie on one grid; the tiles of ``nnssl.evaluation.tiles``, whose values are of voxels, are spread evenly.
+    """
     axes = []
     for length, size, unit in zip(shape, tile, cell, strict=True):
         step = max(unit, size // 2 // unit * unit)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from nnssl.data.case_store import CaseProperties, CaseStore, SourceFile, write_case
 from nnssl.matching import embedded
 from nnssl.matching.body_box import BodyBoxMatcher
-from nnssl.matching.embedded import EmbeddingMatcher, best_cells, tile_corners
+from nnssl.matching.embedded import EmbeddingMatcher, best_cells, corners_on_cells
 from nnssl.matching.points import Matches, cycle_error_mm
 from nnssl.networks.anatomical_embedding import Embeddings
 
@@ -187,7 +187,7 @@ def test_overlapping_tiles_look_like_the_whole(tmp_path):
 @pytest.mark.parametrize("shape", [(5, 9, 9), (8, 16, 16), (9, 17, 40), (31, 50, 23)])
 def test_tiles_cover_a_scan_and_begin_with_cells(shape):
     seen = np.zeros(shape, dtype=bool)
-    for corner in tile_corners(shape, TILE, (2, 4, 4)):
+    for corner in corners_on_cells(shape, TILE, (2, 4, 4)):
         assert all(first % unit == 0 for first, unit in zip(corner, (2, 4, 4), strict=True))
         seen[tuple(slice(first, first + size) for first, size in zip(corner, TILE, strict=True))] = True
         beyond = [first + size - max(n, size) for first, size, n in zip(corner, TILE, shape, strict=True)]
