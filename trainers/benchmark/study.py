@@ -147,10 +147,10 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
     labelled = find_labelled_cases(dataset_name, folders)
     dataset = read_dataset(dataset_name, folders, lambda line: None)
     patients = find_patients(labelled, settings.patients, say)
-    plan, plan_path = find_source_plan(settings, arms, folders, say)
+    plan = find_source_plan(settings, arms, folders, say)
     configuration = choose_finetuning(settings, arms, plan)
     source = None
-    if plan_path is not None:
+    if not pretrains_nothing(settings, arms):
         source = Source(plan, configuration, settings.pretrain_overrides, folders, device)
     pretrainings = {arm.name: locate(arm, source) for arm in arms if arm.method is not None and source is not None}
     for arm in arms:
@@ -188,21 +188,23 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
     )
 
 
-def find_source_plan(
-    settings: StudySettings, arms: Sequence[Arm], folders: Folders, say: Say
-) -> tuple[Plan, Path | None]:
-    """Return the plan that all arms share, and its file unless all arms are checkpoints.
+def pretrains_nothing(settings: StudySettings, arms: Sequence[Arm]) -> bool:
+    """Whether all arms are checkpoints, and the user names no data set to pretrain on."""
+    return settings.source is None and all(arm.checkpoint is not None for arm in arms)
+
+
+def find_source_plan(settings: StudySettings, arms: Sequence[Arm], folders: Folders, say: Say) -> Plan:
+    """Return the plan that all arms share: of the data set to pretrain on, or else of the first checkpoint.
 
     Raises:
         UserError: there is no such plan.
     """
-    if settings.source is None and all(arm.checkpoint is not None for arm in arms):
+    if pretrains_nothing(settings, arms):
         checkpoint = arms[0].checkpoint
         assert checkpoint is not None
-        return plan_from_dict(read_checkpoint(checkpoint)[1].plans, str(checkpoint)), None
+        return plan_from_dict(read_checkpoint(checkpoint)[1].plans, str(checkpoint))
     name = None if settings.source is None else find_dataset(settings.source, folders)
-    path = find_plan(folders, name, settings.plans_name, say)
-    return read_plan(path), path
+    return read_plan(find_plan(folders, name, settings.plans_name, say))
 
 
 def choose_finetuning(settings: StudySettings, arms: Sequence[Arm], plan: Plan) -> str:
