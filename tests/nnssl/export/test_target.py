@@ -11,10 +11,10 @@ from nnssl.export import formats
 from nnssl.export.adaptation_plan import KEY, KEYS, PLAIN, RESENC_L, RESIDUAL, network_kind
 from nnssl.export.export import export
 from nnssl.export.formats import check_loads
-from nnssl.export.source import _with_inherited, open_source
+from nnssl.export.source import open_source
 from nnssl.export.target import _choose_configuration, _dataset_json, _find_plans, build_target
 from nnssl.files import write_json
-from nnssl.networks.backbone import build_network
+from nnssl.networks.backbone import build_network, planned_configuration
 from nnssl.paths import Folders
 from tests.nnssl.export.tiny_networks import dataset_json, plans, unet, write_plans, write_source
 
@@ -110,11 +110,11 @@ def test_plans_that_do_not_name_an_architecture_are_written_with_one():
 
 def test_a_configuration_overrides_what_it_inherits():
     configurations = {
-        "a": {"patch_size": [1], "spacing": [2]},
+        "a": {"architecture": {}, "patch_size": [1], "spacing": [2]},
         "b": {"inherits_from": "a", "patch_size": [3]},
         "c": {"inherits_from": "b", "batch_size": 4},
     }
-    found = _with_inherited({"configurations": configurations}, "c")
+    found = planned_configuration({"configurations": configurations}, "c")
     assert (found["patch_size"], found["spacing"], found["batch_size"]) == ([3], [2], 4)
 
 
