@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -42,6 +43,19 @@ def test_points_grow_with_memory_and_stay_within_it():
         assert sampling.correlation_points in CORRELATION_POINTS
 
 
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("features", [FEATURES, [96, 200, 320, 320]])
+def test_most_points_that_fit_into_their_share_of_memory(preset, features):
+    """Numbers of four bytes: three of all pairs; two sides of features and head, each with its gradient."""
+    sampling, _ = decide_dense(features, (64, 80, 48), PRESETS[preset])
+    memory = PRESETS[preset].memory_gb * 1e9
+    wanted = [n for n in (1000, 2048, 4096) if 3 * (2 * n) * (2 * n) * 4 <= 0.1 * memory]
+    assert sampling.contrast_points == max(wanted, default=1000)
+    point = 4 * (sampling.channels + 256 + 256 + 256 + 256)
+    wanted = [n for n in (4096, 16_384, 65_536) if 2 * 2 * n * point <= 0.25 * memory]
+    assert sampling.correlation_points == max(wanted, default=4096)
+
+
 @pytest.mark.parametrize("kind", ["iso", "thick"])
 def test_spacing_is_what_is_given(kind, nnunet_folders):
     plan = make_plan(kind, spacing_mm=(10.0, 3.0, 3.0))
@@ -76,6 +90,8 @@ def test_width_is_what_is_given_and_stock_nnunet_builds_it(nnunet_folders):
     ("arguments", "message"),
     [
         ({"dense_width": 4096}, r"--dense-width 4096: fewer than two patches"),
+        ({"like": Path("x/nnUNetPlans.json"), "spacing_mm": (1.0, 1.0, 1.0)}, r"nnUNetPlans.json: decides spacing"),
+        ({"like": Path("x/nnUNetPlans.json"), "dense_width": 64}, r"nnUNetPlans.json: decides spacing and width"),
         ({"spacing_mm": (1.0, 2.0)}, r"--spacing 1 2: three lengths"),
         ({"spacing_mm": (0.0, 2.0, 2.0)}, r"--spacing 0 2 2: three lengths"),
     ],

@@ -83,6 +83,9 @@ def test_other_channels_are_refused(target):
     with pytest.raises(UserError, match=r"has 1 channel\(s\) \(MRI\), but the weights were pretrained on 2"):
         adopt_plan(tiny_plan(channels=2), TARGET, resolve_folders(), str)
     assert not target.exists()
+    two = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0}, "file_ending": ".nii.gz"}
+    with pytest.raises(UserError, match=r"has 2 channel\(s\) \(T1, T2\), but the weights were pretrained on 1"):
+        check_channels(tiny_plan(), TARGET, two)
 
 
 def test_a_data_set_that_nobody_labelled_is_refused(target, nnunet_folders):

@@ -157,6 +157,57 @@ def test_unusable_cases_are_set_aside_and_duplicates_listed(folders):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("slices", "volumes", "kept", "reason"),
+    [(2, 1, "slice", "is a volume among 2D images"), (1, 2, "volume", "is a single slice among volumes"),
+     (2, 2, "volume", "is a single slice among volumes")],
+)  # fmt: skip
+def test_the_fewer_of_slices_and_volumes_are_set_aside(folders, slices, volumes, kept, reason):
+    """As many of one as of the other leave the volumes."""
+    folder = folders.raw / "Dataset612_Mixed"
+    for number in range(slices):
+        write_case(folder, f"slice{number}", tissue(number, (14, 11)), spacing=(1.0, 1.0))
+    for number in range(volumes):
+        write_case(folder, f"volume{number}", tissue(9 + number))
+    write_names(folder, "MRI")
+    found = extract_fingerprint(read_dataset(612, folders, hush), 1, hush)
+    assert [record.name[:-1] for record in found.cases] == [kept] * max(slices, volumes)
+    assert {entry.reason for entry in found.set_aside} == {reason}
+    assert len(found.set_aside) == min(slices, volumes)
+
+
+def test_intensities_are_sampled_at_odd_distances(monkeypatch):
+    """An even distance would fall into step with the sides of images."""
+    monkeypatch.setattr(module, "HISTOGRAM_VOXELS", 100)
+    for size, step in ((99, 1), (100, 1), (101, 3), (250, 3), (350, 5), (1000, 11)):
+        sample = module._spread_sample(np.arange(size).reshape(-1, 1))
+        np.testing.assert_array_equal(sample, np.arange(0, size, step))
+        assert len(sample) <= 100
+
+
+def test_the_size_after_cropping_is_the_median(folders):
+    folder = folders.raw / "Dataset613_Crops"
+    for number, rows in enumerate((14, 13, 7)):
+        volume = tissue(number)
+        volume[:, rows:] = 0
+        write_case(folder, f"case{number}", volume)
+    write_names(folder, "MRI")
+    found = extract_fingerprint(read_dataset(613, folders, hush), 1, hush)
+    assert nnunet_fingerprint(found)["median_relative_size_after_cropping"] == pytest.approx(13 / 14)
+
+
+def test_one_case_with_negative_numbers_makes_no_ct(folders):
+    folder = folders.raw / "Dataset614_Odd"
+    for number in range(3):
+        volume = tissue(number)
+        volume[:2] = -1000 if number == 0 else 0
+        write_case(folder, f"case{number}", volume)
+    said = []
+    found = extract_fingerprint(read_dataset(614, folders, hush), 1, said.append)
+    assert found.modalities == ("MRI",)
+    assert any("1 of 3 cases have voxels below -100" in line for line in said)
+
+
 def test_nan_is_found_where_the_reader_hands_it_on(folders):
     """ITK turns NaN into 0 in NIfTI files (the test above) and keeps it in others."""
     images = folders.raw / "Dataset611_Nrrd" / "imagesTr"
