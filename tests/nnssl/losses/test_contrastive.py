@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnssl.losses.contrastive import info_nce_in_batch, info_nce_with_queue
+from nnssl.losses.contrastive import info_nce_in_batch, info_nce_with_negatives, info_nce_with_queue
 
 
 def unit(rows: int, seed: int, dimensions: int = 5) -> torch.Tensor:
@@ -76,3 +76,45 @@ def test_mixed_precision_leaves_the_logits_in_float32():
 def test_keys_that_do_not_reach_are_an_error():
     with pytest.raises(ValueError, match="rows 2 to 4"):
         info_nce_in_batch(unit(3, 0), unit(4, 1), 0.1, first_row=2)
+
+
+def own_negatives() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, positives, negatives of each and which of them count: all, some and none."""
+    negatives = F.normalize(torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(2)), dim=2)
+    present = torch.tensor([[1] * 6, [0, 1, 0, 0, 1, 1], [0] * 6], dtype=torch.bool)
+    return unit(3, 0), unit(3, 1), negatives, present
+
+
+def test_negatives_of_their_own_are_compared_by_loops():
+    queries, positives, negatives, present = own_negatives()
+    found = info_nce_with_negatives(queries, positives, negatives, present, 0.2)
+    for row in range(3):
+        wanted = slow_info_nce(queries[row], positives[row], negatives[row][present[row]], 0.2)
+        assert found[row].item() == pytest.approx(wanted, abs=1e-5)
+
+
+def test_gradient_with_negatives_of_their_own_reaches_all_three():
+    """Against a small step of every number; what does not count gets none."""
+    *vectors, present = own_negatives()
+    vectors = [each.requires_grad_() for each in vectors]
+    info_nce_with_negatives(*vectors, present, 0.2).sum().backward()
+    assert (vectors[2].grad[~present] == 0).all()
+    for place, tensor in enumerate(vectors):
+        numeric = torch.zeros_like(tensor)
+        for number in range(tensor.numel()):
+            moved = [each.detach().double() for each in vectors]
+            ends = []
+            for sign in (1, -1):
+                stepped = [each.clone() for each in moved]
+                stepped[place].view(-1)[number] += sign * 1e-2
+                ends.append(info_nce_with_negatives(*stepped, present, 0.2).sum())
+            numeric.view(-1)[number] = (ends[0] - ends[1]) / 2e-2
+        torch.testing.assert_close(tensor.grad, numeric, atol=5e-3, rtol=0)
+        assert numeric.abs().max() > 0.1
+
+
+def test_mixed_precision_leaves_negatives_of_their_own_in_float32():
+    given = own_negatives()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = info_nce_with_negatives(*given, 0.05)
+    assert torch.equal(found, info_nce_with_negatives(*given, 0.05))

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnssl.views.points import draw_points, foreground_mask, interpolate_at
+from nnssl.views.points import corner_points, draw_points, foreground_mask, interpolate_at
 
 SHAPES = {2: (6, 10), 3: (4, 6, 10)}
 dims = pytest.mark.parametrize("dim", [2, 3])
@@ -133,6 +133,25 @@ def test_voxel_centres_are_exact_also_in_half_precision(dim):
     found = interpolate_at(maps, points[None].float(), shape)
     assert found.dtype == torch.float32
     assert torch.equal(found, maps.float().flatten(2).transpose(1, 2))
+
+
+@dims
+def test_corners_and_weights_are_those_of_interpolation(dim):
+    """By the formula of ``test_interpolation_equals_the_formula``, of a map at full resolution, outside of it too."""
+    shape = SHAPES[dim]
+    maps = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(0))
+    points = torch.rand(2, 9, dim, generator=torch.Generator().manual_seed(1)) * (torch.tensor(shape) + 4) - 2
+    points[0, 0], points[0, 1] = 0.0, torch.tensor(shape) - 1.0
+    corners, weights = corner_points(points, shape)
+    assert corners.shape == (2, 9, 2**dim, dim)
+    torch.testing.assert_close(weights.sum(dim=2), torch.ones(2, 9))
+    assert (weights >= 0).all()
+    for sample, point, channel in itertools.product(range(2), range(9), range(3)):
+        total = 0.0
+        for corner, weight in zip(corners[sample, point].tolist(), weights[sample, point].tolist(), strict=True):
+            total += weight * float(maps[(sample, channel, *map(int, corner))])
+        wanted = interpolate_at(maps, points, shape)[sample, point, channel].item()
+        assert total == pytest.approx(wanted, abs=1e-5)
 
 
 def test_an_axis_of_one_cell_is_constant():

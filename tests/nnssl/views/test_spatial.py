@@ -9,6 +9,7 @@ import torch
 from scipy.ndimage import affine_transform
 
 from nnssl.draws import sample_generators
+from nnssl.views import spatial
 from nnssl.views.boxes import contains
 from nnssl.views.spatial import (
     AffineParams,
@@ -16,8 +17,11 @@ from nnssl.views.spatial import (
     apply_affine,
     common_share,
     crop_boxes,
+    crop_iou,
     draw_affine,
+    draw_overlapping,
     map_points,
+    pick,
     valid_mask,
 )
 
@@ -283,6 +287,60 @@ def test_common_share_of_turned_crops_is_close_to_what_random_points_say():
     counted = (in_first & in_second).sum(1) / torch.minimum(in_first.sum(1), in_second.sum(1))
     torch.testing.assert_close(share, counted.double(), atol=0.04, rtol=0)
     assert share.max() - share.min() > 0.1
+
+
+def test_iou_of_straight_crops_counts_what_either_covers():
+    shape, spacing_mm = (20, 30), (2.0, 1.0)
+    first = make_params(shape, spacing_mm, 0.5, (0.0,), (-1, 1), (-8.0, 2.0))
+    second = make_params(shape, spacing_mm, 0.8, (0.0,), (1, 1), (0.0, 0.0))
+    # 20 x 15 and 32 x 24 mm share 18 x 15
+    assert crop_iou(first, second).item() == pytest.approx(270 / (300 + 768 - 270))
+    assert crop_iou(second, first).item() == pytest.approx(270 / (300 + 768 - 270))
+
+
+@pytest.mark.parametrize(("shape", "spacing_mm", "rotation_deg"), CASES)
+@pytest.mark.parametrize(("measure", "least"), [("share", 0.9), ("iou", 0.62), ("share", 1.1), ("iou", 1.1)])
+def test_the_first_crop_that_overlaps_enough_is_taken(shape, spacing_mm, rotation_deg, measure, least, monkeypatch):
+    """Against a loop over eight tries of each sample; where none does, the last one is moved to the first crop."""
+    monkeypatch.setattr(spatial, "LATTICE_POINTS", 6)
+    wanted, count = replace(ranges(rotation_deg, len(shape)), crop_fraction=(0.5, 0.9)), 3 if least > 1 else 12
+    first, second = draw_overlapping(generators(count), wanted, shape, spacing_mm, least, measure)
+    replayed = generators(count)
+    drawn = [draw_affine(replayed, wanted, shape, spacing_mm) for _ in range(9)]
+    assert torch.equal(first.linear, drawn[0].linear)
+    assert torch.equal(first.centre_mm, drawn[0].centre_mm)
+    reach_mm = (np.array(shape) - 1) / 2 * np.array(spacing_mm)
+    places = []
+    for sample in range(count):
+        one = pick(first, torch.tensor([sample]))
+        found = pick(second, torch.tensor([sample]))
+        for place, each in enumerate(drawn[1:]):
+            other = pick(each, torch.tensor([sample]))
+            overlap = common_share(one, other) if measure == "share" else crop_iou(one, other)
+            if overlap.item() >= least:
+                assert torch.equal(found.linear, other.linear)
+                assert torch.equal(found.centre_mm, other.centre_mm)
+                places.append(place)
+                break
+        else:
+            places.append(None)
+            linear = other.linear[0].numpy()
+            if measure == "iou":
+                linear = linear * abs(np.linalg.det(one.linear[0]) / np.linalg.det(linear)) ** (1 / len(shape))
+            room = np.clip(reach_mm - np.abs(linear) @ reach_mm, 0, None)
+            assert found.linear[0].numpy() == pytest.approx(linear)
+            assert found.centre_mm[0].numpy() == pytest.approx(np.clip(one.centre_mm[0].numpy(), -room, room))
+    assert (set(places) == {None}) == (least > 1)
+
+
+def test_a_right_angle_is_no_turn_for_the_common_share():
+    """Boxes tell it exactly; counted on a lattice it would be off by a part of a lattice's cell."""
+    shape, spacing_mm = (20, 30), (1.5, 1.0)
+    first = make_params(shape, spacing_mm, 0.61, (90.0,), (1, 1), (0.77, -0.31))
+    second = make_params(shape, spacing_mm, 0.37, (0.0,), (1, 1), (6.13, 3.71))
+    # turned, 30 mm along y and 30 along x stay that: 18.3 x 18.3 mm about (0.77, -0.31), and 11.1 x 11.1 about (6.13, 3.71)
+    along_y, along_x = (0.77 + 9.15) - (6.13 - 5.55), (-0.31 + 9.15) - (3.71 - 5.55)
+    assert common_share(first, second).item() == pytest.approx(along_y * along_x / 11.1**2, abs=1e-9)
 
 
 def test_box_of_a_turned_crop_holds_all_its_voxels():

@@ -7,7 +7,16 @@ import pytest
 import torch
 
 from nnssl.draws import sample_generators
-from nnssl.views.turns import TurnParams, apply_turns, draw_turns, no_turns, turn_code, turn_plane, undo_turns
+from nnssl.views.turns import (
+    TurnParams,
+    apply_turns,
+    draw_turns,
+    mean_over_turns,
+    no_turns,
+    turn_code,
+    turn_plane,
+    undo_turns,
+)
 
 CASES = [
     pytest.param((4, 5, 5), (1, 2), id="yx"),
@@ -138,6 +147,22 @@ def test_half_turns_only_and_what_else_is_drawn_stays():
     assert torch.equal(halves.flips, quarters.flips)
     assert set(halves.quarter_turns.tolist()) == {0, 2}
     assert 70 < (halves.quarter_turns == 2).sum() < 130
+
+
+@pytest.mark.parametrize(("shape", "plane"), CASES)
+@pytest.mark.parametrize("steps", ["none", "half", "quarter"])
+def test_mean_over_turns_is_that_of_every_version(shape, plane, steps):
+    """NumPy makes each combination of flips of two axes and turns in the plane, all as likely."""
+    flip_axes = (0, len(shape) - 1)
+    volumes = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(4))
+    versions = []
+    for flips in itertools.product([False, True], repeat=2):
+        axes = [axis + 2 for axis, flip in zip(flip_axes, flips, strict=True) if flip]
+        for turns in {"none": [0], "half": [0, 2], "quarter": [0, 1, 2, 3]}[steps]:
+            flipped = np.flip(volumes.numpy(), axes)
+            versions.append(np.rot90(flipped, turns, axes=[axis + 2 for axis in plane]))
+    found = mean_over_turns(volumes, plane, steps, flip_axes)
+    np.testing.assert_allclose(found.numpy(), np.mean(versions, axis=0), atol=1e-6)
 
 
 def test_no_turns_change_nothing():
