@@ -21,7 +21,8 @@ from nnssl.checkpoint import Provenance
 from nnssl.methods import METHODS, Stage, find_method, find_stage
 from nnssl.methods.settings import resolve_settings, split_overrides
 from planners import plan as plan_module
-from planners.fingerprint import CaseRecord, Fingerprint
+from planners.case_record import CaseRecord
+from planners.fingerprint import Fingerprint
 from planners.presets import PRESETS
 from tests.benchmarks.gather_deviations import PAGE, gather, section_of
 from tests.benchmarks.picture_of_stages import COMMANDS

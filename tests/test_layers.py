@@ -13,6 +13,7 @@ FOUNDATION = {
     "nnssl.errors",
     "nnssl.files",
     "nnssl.schema",
+    "nnssl.sizes",
     "nnssl.draws",
     "nnssl.paths",
     "nnssl.environment",
@@ -34,7 +35,7 @@ ALLOWED = {
         "nnssl.collapse",
         "nnssl.distributed",
     },
-    "nnssl.data": {"planners.plan", "planners.fingerprint"},
+    "nnssl.data": {"planners.plan"},
     "nnssl.export": {"nnssl.checkpoint", "nnssl.data", "nnssl.methods", "nnssl.networks"},
     "nnssl.matching": {"nnssl.data", "nnssl.networks"},
     "nnssl.evaluation": {

@@ -93,7 +93,9 @@ def _run(args: argparse.Namespace) -> None:
         plan = plan_pretraining(dataset, fingerprint, folders, "cpu", say=say)
         for line in format_decisions(plan):
             say(line)
-        preprocess_dataset(dataset, plan, fingerprint, folders, ["3d_fullres_hybrid"], processes, None, say, False)
+        preprocess_dataset(
+            dataset, plan, fingerprint.usable, folders, ["3d_fullres_hybrid"], processes, None, say, False
+        )
 
         say("3/5 pretraining: RepRec, two stages")
         contrastive, generative, finetuning = args.epochs

@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from nnssl.data.import_dataset import RECORD_FILE, format_import, import_dataset
+    from nnssl.data.import_dataset import import_dataset
+    from nnssl.data.import_record import RECORD_FILE, format_import
     from nnssl.data.import_sources import Choices
     from nnssl.paths import resolve_folders
 

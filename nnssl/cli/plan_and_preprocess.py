@@ -108,7 +108,7 @@ def _run(args: argparse.Namespace) -> None:
         from nnssl.data.preprocess import preprocess_dataset
 
         report = preprocess_dataset(
-            dataset, plan, fingerprint, folders, args.configurations, processes, args.dask, say, args.restart
+            dataset, plan, fingerprint.usable, folders, args.configurations, processes, args.dask, say, args.restart
         )
     for line in format_set_aside(fingerprint, report):
         say(line)

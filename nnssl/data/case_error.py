@@ -1,4 +1,23 @@
-"""The error that stands for one case that cannot be used, as against a ``UserError``, which ends a command."""
+"""Cases that cannot be used: the error that stands for one, as against a ``UserError``, and the note that is kept of it."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nnssl.schema import STRICT
+
+MOST_SET_ASIDE = 0.1
+"""Share of the cases that may be unusable before something is taken to be wrong with the data set."""
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A case or file that is not used, and why."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    case: str
+    file: str
+    reason: str
 
 
 class CaseError(Exception):

@@ -18,6 +18,12 @@ import numpy as np
 from nnssl.data.case_error import CaseError
 from nnssl.data.dicom_series import DICOM_READER, SERIES_ENDING, find_slices, measure_series, read_series
 
+VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
+"""What SimpleITK reads for nnU-Net, header and voxels in one file; longer endings first, so that the first match is right."""
+PICTURE_ENDINGS = (".tiff", ".tif", ".png", ".bmp")
+ENDINGS = (*VOLUME_ENDINGS, *PICTURE_ENDINGS)
+"""What nnU-Net's readers read."""
+
 CHUNK_BYTES = 1 << 20
 GIPL_HEADER_BYTES = 256
 
@@ -32,6 +38,12 @@ class Header(NamedTuple):
     """(z, y, x)"""
     orientation: str
     """Directions towards which x, y and z grow, such as "LPS"; empty where the format does not say."""
+
+
+def ending_of(path: Path | str, endings: Sequence[str] = ENDINGS) -> str:
+    """Return which of some endings a file's name has, as it is written there; empty if none."""
+    name = Path(path).name
+    return next((name[-len(ending) :] for ending in endings if name.lower().endswith(ending)), "")
 
 
 def read_images(files: Sequence[Path], reader: str) -> tuple[np.ndarray, dict[str, Any]]:
@@ -110,6 +122,16 @@ def check_whole(file: Path, trust_length: bool = False) -> None:
         raise CaseError(str(file), f"cannot be read ({_last_line(error)})") from error
     if present < expected:
         raise CaseError(str(file), f"is truncated (holds {present} of {expected} bytes)")
+
+
+def check_spacing(file: Path, spacing_mm: Sequence[float]) -> None:
+    """Check that the distances of a file's voxels are numbers above 0.
+
+    Raises:
+        CaseError: one is not.
+    """
+    if not all(np.isfinite(spacing_mm)) or min(spacing_mm) <= 0:
+        raise CaseError(str(file), f"has the impossible spacing {tuple(spacing_mm)}")
 
 
 def check_finite(file: Path) -> None:

@@ -2,42 +2,30 @@
 
 import os
 import re
-import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
 import nnssl
+from nnssl.data.case_error import CaseError
 from nnssl.data.case_names import number_equal_names
+from nnssl.data.dataset_json import NO_LABELS
 from nnssl.data.dicom_series import SERIES_ENDING, measure_series
-from nnssl.data.image_files import CaseError, Header, check_whole, read_file_header
+from nnssl.data.image_files import Header, check_spacing, check_whole, read_file_header
 from nnssl.data.import_dicom import find_series
 from nnssl.data.import_folders import find_in_bids, find_in_folder
 from nnssl.data.import_lists import find_in_collection, find_in_list
-from nnssl.data.import_sources import (
-    KINDS,
-    Candidate,
-    Choices,
-    Found,
-    Refusal,
-    check_choices,
-    detect_kind,
-    ending_of,
-)
-from nnssl.data.raw import NO_LABELS
+from nnssl.data.import_record import RECORD_FILE, SCHEMA_VERSION, ImportRecord, TakenCase
+from nnssl.data.import_sources import KINDS, Candidate, Choices, Found, check_choices, detect_kind, volume_ending
 from nnssl.errors import UserError
-from nnssl.files import read_json, some, write_json
+from nnssl.files import read_json, some, whole_folder, write_json
 from nnssl.paths import Folders, make_writable
-from nnssl.schema import STRICT, read, write
+from nnssl.schema import read, write
 
-SCHEMA_VERSION = 1
-RECORD_FILE = "import.json"
-FILES_PER_REASON = 3
-"""Files that the printed table names for each reason."""
 VOLUME_READER = "SimpleITKIO"
 """Reads all endings that are imported, also when a data set mixes them."""
 
@@ -48,41 +36,6 @@ FINDERS: dict[str, Callable[[Path, Choices], Found]] = {
     "dicom": find_series,
     "collection": find_in_collection,
 }
-
-
-@dataclass(frozen=True)
-class TakenCase:
-    """A case that was imported."""
-
-    __pydantic_config__: ClassVar = STRICT
-
-    case: str
-    images: tuple[str, ...]
-    """Absolute paths in channel order; of a DICOM series, the series file below the data set's folder."""
-    shape: tuple[int, ...]
-    """(z, y, x) in voxels."""
-    spacing_mm: tuple[float, ...]
-    """(z, y, x)"""
-
-
-@dataclass(frozen=True)
-class ImportRecord:
-    """What an import took and what it refused: the content of ``import.json``."""
-
-    __pydantic_config__: ClassVar = STRICT
-
-    schema_version: int
-    nnssl_version: str
-    dataset_name: str
-    source: str
-    kind: str
-    choices: Choices
-    channel_names: tuple[str, ...]
-    taken: tuple[TakenCase, ...]
-    """Sorted by case."""
-    refused: tuple[Refusal, ...]
-    passed_over: dict[str, int]
-    """Files that are no images, by their ending, and folders that were not entered."""
 
 
 def import_dataset(
@@ -161,48 +114,6 @@ def import_dataset(
     return record
 
 
-def format_import(record: ImportRecord, shown: int = 10) -> list[str]:
-    """Return the lines of a table of what was taken, refused and passed over.
-
-    Args:
-        record: of the import.
-        shown: cases and reasons to list at most; all are in ``import.json``.
-    """
-    endings = Counter(ending_of(image) or "DICOM series" for case in record.taken for image in case.images)
-    files = ", ".join(f"{count} {ending}" for ending, count in sorted(endings.items()))
-    channels = ", ".join(record.channel_names)
-    lines = [f"taken: {len(record.taken)} cases of {len(record.channel_names)} channel(s) ({channels}), from {files}"]
-    width = max(len(case.case) for case in record.taken[:shown])
-    for case in record.taken[:shown]:
-        shape = " x ".join(map(str, case.shape))
-        spacing = " x ".join(f"{mm:.4g}" for mm in case.spacing_mm)
-        lines.append(f"  {case.case:{width}}  {shape} voxels of {spacing} mm (z, y, x)")
-    if len(record.taken) > shown:
-        lines.append(f"  and {len(record.taken) - shown} more")
-    lines.append(f"refused: {len(record.refused)}")
-    lines += _format_refused(record.refused, shown)
-    if record.passed_over:
-        lines.append("passed over: " + ", ".join(f"{count} {what}" for what, count in record.passed_over.items()))
-    return lines
-
-
-def _format_refused(refused: tuple[Refusal, ...], shown: int) -> list[str]:
-    """Return the reasons, the most frequent first, each with the first files that it holds for."""
-    by_reason: dict[str, list[str]] = defaultdict(list)
-    for refusal in refused:
-        by_reason[refusal.reason].append(refusal.file)
-    reasons = sorted(by_reason, key=lambda reason: -len(by_reason[reason]))
-    lines = []
-    for reason in reasons[:shown]:
-        files = by_reason[reason]
-        lines += [f"  {len(files)} x {reason}", *(f"      {file}" for file in files[:FILES_PER_REASON])]
-        if len(files) > FILES_PER_REASON:
-            lines.append(f"      and {len(files) - FILES_PER_REASON} more")
-    if len(reasons) > shown:
-        lines.append(f"  and for {len(reasons) - shown} more reasons, all in {RECORD_FILE}")
-    return lines
-
-
 def _name_dataset(number: int, name: str) -> str:
     if not 1 <= number <= 999:
         raise UserError(f"-d {number}: nnU-Net numbers data sets from 1 to 999; choose such a number")
@@ -260,8 +171,7 @@ def _check_files(files: tuple[Path, ...], channels: int) -> Header:
         if header.channels * len(files) != channels:
             reason = f"has {header.channels} volumes in one file where {channels // len(files)} is wanted"
             raise CaseError(str(file), f"{reason}; split it, or name what each is with --channels")
-        if not all(np.isfinite(header.spacing_mm)) or min(header.spacing_mm) <= 0:
-            raise CaseError(str(file), f"has the impossible spacing {header.spacing_mm}")
+        check_spacing(file, header.spacing_mm)
         headers.append(header)
     for file, header in zip(files, headers, strict=True):
         if header.shape != headers[0].shape or not np.allclose(header.spacing_mm, headers[0].spacing_mm):
@@ -308,7 +218,7 @@ def _plain(content: dict[str, Any]) -> dict[str, Any]:
 
 def _dataset_json(record: ImportRecord) -> dict[str, Any]:
     """Return a dataset.json that nnU-Net understands, with its mapping of cases to files."""
-    endings = Counter(ending_of(image) or SERIES_ENDING for case in record.taken for image in case.images)
+    endings = Counter(volume_ending(image) or SERIES_ENDING for case in record.taken for image in case.images)
     ending = endings.most_common(1)[0][0]
     reader = {} if ending == SERIES_ENDING else {"overwrite_image_reader_writer": VOLUME_READER}
     return {
@@ -322,22 +232,11 @@ def _dataset_json(record: ImportRecord) -> dict[str, Any]:
 
 
 def _write_dataset(folder: Path, record: ImportRecord, series: dict[str, dict[str, Any]]) -> None:
-    """Write a data set beside its place and move it there, so that it is never there in part."""
+    """Write a data set; it is never there in part."""
     make_writable(folder.parent)
-    new = folder.with_name(f".{folder.name}.{os.getpid()}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    try:
-        (new / "imagesTr").mkdir(parents=True)
+    with whole_folder(folder) as new:
+        (new / "imagesTr").mkdir()
         for case, content in series.items():
             write_json(new / _series_path(case), content)
         write(new / RECORD_FILE, record)
         write_json(new / "dataset.json", _dataset_json(record))
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(new, folder)
-    except OSError as error:
-        raise UserError(
-            f"{folder}: cannot be written ({error.strerror}); free space or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(new, ignore_errors=True)

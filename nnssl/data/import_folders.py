@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnssl.data.case_names import name_by_path
+from nnssl.data.image_files import ending_of
 from nnssl.data.import_sources import (
     FOREIGN_ENDINGS,
     Candidate,
     Choices,
     Found,
     choose_modalities,
-    ending_of,
     stem_of,
+    volume_ending,
     walk_files,
 )
 from nnssl.data.raw import UNKNOWN_CHANNEL
@@ -127,7 +128,7 @@ def _list_images(source: Path, found: Found, pattern: str | None, leave_out: tup
         below = file.relative_to(source)
         if found.refuse_name(file):
             continue
-        if not ending_of(file):
+        if not volume_ending(file):
             foreign = ending_of(file, FOREIGN_ENDINGS)
             if foreign:
                 found.refuse(file, f"ends in {foreign}, which nnU-Net's readers do not take; convert it to .nii.gz")

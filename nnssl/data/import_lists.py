@@ -19,8 +19,8 @@ from nnssl.data.import_sources import (
     Choices,
     Found,
     choose_modalities,
-    ending_of,
     stem_of,
+    volume_ending,
 )
 from nnssl.data.raw import UNKNOWN_CHANNEL
 from nnssl.errors import UserError
@@ -68,7 +68,7 @@ def find_in_list(source: Path, choices: Choices) -> Found:
     for row in rows:
         if len(row) != channels:
             found.refuse(row[0], f"its line has {len(row)} path(s), the data set has {channels} channel(s)")
-        elif wrong := next((path for path in row if not ending_of(path)), None):
+        elif wrong := next((path for path in row if not volume_ending(path)), None):
             found.refuse(wrong, "has no ending of an image that nnU-Net reads")
         else:
             kept.append(row)
@@ -153,7 +153,7 @@ def _read_images(content: dict[str, Any], path: Path, found: Found) -> Iterator[
                         found.refuse(text, f"begins with {text.split('/')[0]}, which is not set in the environment")
                         continue
                     file = _resolve(text, path.parent)
-                    if not ending_of(file):
+                    if not volume_ending(file):
                         found.refuse(file, "has no ending of an image that nnU-Net reads")
                         continue
                     name, modality = image.get("name"), image.get("modality")
@@ -192,6 +192,6 @@ def _session_name(image: _Image, label: str) -> str:
 
 def _rest_of(image: _Image) -> str:
     """Return what an image's name says beyond subject and session."""
-    ending = ending_of(image.name)
+    ending = volume_ending(image.name)
     words = clean_name(image.name.removesuffix(ending)).split("_")
     return "_".join(word for word in words if not word.startswith(("sub-", "ses-")))

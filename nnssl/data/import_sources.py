@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import ClassVar
 
 from nnssl.data.dicom_series import DicomSeries
+from nnssl.data.dicom_slices import is_dicom
+from nnssl.data.image_files import VOLUME_ENDINGS, ending_of
 from nnssl.errors import UserError
 from nnssl.files import some
 from nnssl.schema import STRICT
-
-VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
-"""What SimpleITK reads for nnU-Net, header and voxels in one file."""
 
 FOREIGN_ENDINGS = (".mhd", ".nhdr", ".hdr", ".img", ".img.gz", ".mgz", ".mgh", ".mnc", ".par", ".nii.bz2", ".nii.zst")
 """Volumes that nnU-Net's readers do not take."""
@@ -21,8 +20,6 @@ FOREIGN_ENDINGS = (".mhd", ".nhdr", ".hdr", ".img", ".img.gz", ".mgz", ".mgh", "
 LIST_ENDINGS = (".txt", ".csv", ".tsv", ".lst", ".list")
 
 COLLECTION_FILE = "pretrain_data.json"
-DICOM_MAGIC = b"DICM"
-DICOM_PREAMBLE_BYTES = 128
 
 KINDS = {
     "folder": "a folder of image files",
@@ -187,27 +184,14 @@ def walk_files(folder: Path, leave_out: tuple[str, ...] = ()) -> Iterator[Path]:
         yield from (Path(here) / name for name in sorted(files) if not name.startswith("."))
 
 
-def ending_of(path: Path | str, endings: tuple[str, ...] = VOLUME_ENDINGS) -> str:
-    """Return which of some endings a file's name has, as it is written there; empty if none."""
-    name = Path(path).name
-    return next((name[-len(ending) :] for ending in endings if name.lower().endswith(ending)), "")
+def volume_ending(path: Path | str) -> str:
+    """Return the ending of a volume's file name, as it is written there; empty if it is none that is imported."""
+    return ending_of(path, VOLUME_ENDINGS)
 
 
 def stem_of(path: Path) -> str:
     """Return the name of an image file without its ending."""
-    return path.name.removesuffix(ending_of(path))
-
-
-def is_dicom(path: Path) -> bool:
-    """Return whether a file begins as DICOM files do; old ones without the preamble are known by their ending."""
-    if path.name.lower().endswith((".dcm", ".ima")):
-        return True
-    try:
-        with open(path, "rb") as file:
-            file.seek(DICOM_PREAMBLE_BYTES)
-            return file.read(len(DICOM_MAGIC)) == DICOM_MAGIC
-    except OSError:
-        return False
+    return path.name.removesuffix(volume_ending(path))
 
 
 def choose_modalities(found: dict[str, int], choices: Choices, source: Path) -> tuple[str, ...]:

@@ -27,9 +27,10 @@ import torch
 from jaxtyping import Float32, UInt8
 from scipy.ndimage import gaussian_filter
 
+from nnssl.data.dataset_json import NO_LABELS
 from nnssl.draws import draw_seed
 from nnssl.errors import UserError
-from nnssl.files import write_json
+from nnssl.files import whole_folder, write_json
 
 Modality = Literal["MR", "CT"]
 
@@ -196,7 +197,7 @@ def write_phantom_dataset(
     labelled: bool = True,
     first_case: int = 0,
 ) -> Path:
-    """Write phantoms as a raw data set of nnU-Net.
+    """Write phantoms as a raw data set of nnU-Net, which is there whole or not at all.
 
     Args:
         folder: nnU-Net's raw folder; the data set becomes a folder in it.
@@ -213,33 +214,35 @@ def write_phantom_dataset(
         The folder of the data set.
 
     Raises:
-        UserError: the folder already holds images.
+        UserError: the folder already holds something, or cannot be written.
     """
     import SimpleITK as sitk  # noqa: N813  the usual name; slow to import
 
     target = folder / name
-    if (target / "imagesTr").exists() and any((target / "imagesTr").iterdir()):
-        raise UserError(f"{target}: already holds images; remove the folder or choose another name")
-    for part in ("imagesTr", "labelsTr") if labelled else ("imagesTr",):
-        (target / part).mkdir(parents=True, exist_ok=True)
-    for number in range(first_case, first_case + num_cases):
-        volume, labels = make_phantom(draw_seed(seed, "phantom", number), shape, spacing_mm, modality)
-        outputs = [(np.rint(volume).astype(np.int16), target / "imagesTr" / f"phantom_{number:04d}_0000.nii.gz")]
-        if labelled:
-            outputs.append((labels, target / "labelsTr" / f"phantom_{number:04d}.nii.gz"))
-        for array, path in outputs:
-            image = sitk.GetImageFromArray(array)
-            image.SetSpacing([float(mm) for mm in spacing_mm[::-1]])
-            sitk.WriteImage(image, str(path), True)
-    write_json(
-        target / "dataset.json",
-        {
-            "name": name,
-            "description": "synthetic phantoms made by nnssl",
-            "channel_names": {"0": "CT" if modality == "CT" else "MRI"},
-            "labels": LABELS if labelled else {"background": 0, "foreground": 1},
-            "numTraining": num_cases,
-            "file_ending": ".nii.gz",
-        },
-    )
+    if target.exists() and any(target.iterdir()):
+        raise UserError(f"{target}: already holds files; remove the folder or choose another name")
+    folder.mkdir(parents=True, exist_ok=True)
+    with whole_folder(target) as new:
+        for part in ("imagesTr", "labelsTr") if labelled else ("imagesTr",):
+            (new / part).mkdir()
+        for number in range(first_case, first_case + num_cases):
+            volume, labels = make_phantom(draw_seed(seed, "phantom", number), shape, spacing_mm, modality)
+            outputs = [(np.rint(volume).astype(np.int16), new / "imagesTr" / f"phantom_{number:04d}_0000.nii.gz")]
+            if labelled:
+                outputs.append((labels, new / "labelsTr" / f"phantom_{number:04d}.nii.gz"))
+            for array, path in outputs:
+                image = sitk.GetImageFromArray(array)
+                image.SetSpacing([float(mm) for mm in spacing_mm[::-1]])
+                sitk.WriteImage(image, str(path), True)
+        write_json(
+            new / "dataset.json",
+            {
+                "name": name,
+                "description": "synthetic phantoms made by nnssl",
+                "channel_names": {"0": "CT" if modality == "CT" else "MRI"},
+                "labels": LABELS if labelled else NO_LABELS,
+                "numTraining": num_cases,
+                "file_ending": ".nii.gz",
+            },
+        )
     return target

@@ -8,15 +8,15 @@ filled only where a channel is normalised inside that mask, since they cannot ch
 A case is read once for all the folders it goes to. Each folder serves every configuration that shares its spacing.
 """
 
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int
 
+from nnssl.data.body import body_mask
+from nnssl.data.case_error import MOST_SET_ASIDE, CaseError, SetAside
 from nnssl.data.case_store import (
     SCHEMA_VERSION,
     CaseProperties,
@@ -25,18 +25,13 @@ from nnssl.data.case_store import (
     remove_leftovers,
     write_case,
 )
-from nnssl.data.image_files import CaseError
-from nnssl.data.jobs import run_jobs
-from nnssl.data.raw import RawCase, RawDataset, SetAside, read_volume
+from nnssl.data.jobs import follow_jobs, run_jobs
+from nnssl.data.raw import RawCase, RawDataset, read_volume
 from nnssl.data.recipe import FOREGROUND_POINTS, Recipe, Target, digest_case, find_outdated, find_sources, plan_targets
 from nnssl.draws import draw_seed
 from nnssl.errors import UserError
 from nnssl.paths import Folders, make_writable
-from planners.fingerprint import MOST_SET_ASIDE, Fingerprint, foreground_mask
 from planners.plan import Plan
-
-SECONDS_PER_LINE = 30.0
-"""How often progress is said where there is no terminal."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +60,7 @@ class PreprocessReport:
 def preprocess_dataset(
     dataset: RawDataset,
     plan: Plan,
-    fingerprint: Fingerprint,
+    usable: Collection[str],
     folders: Folders,
     configurations: Sequence[str] | None,
     processes: int,
@@ -83,7 +78,7 @@ def preprocess_dataset(
     Args:
         dataset: the raw data set.
         plan: its plan.
-        fingerprint: its fingerprint, which says which cases are usable.
+        usable: names of the cases to take: those of its fingerprint.
         folders: nnU-Net's folders.
         configurations: names; None for all of the plan.
         processes: processes of this machine; up to 1 works in this process.
@@ -99,7 +94,6 @@ def preprocess_dataset(
             cluster does not fit.
     """
     targets = plan_targets(plan, folders.preprocessed / dataset.name, configurations)
-    usable = {record.name for record in fingerprint.cases}
     cases = [case for case in dataset.cases if case.name in usable]
     for target in targets:
         remove_leftovers(make_writable(target.folder))
@@ -112,7 +106,10 @@ def preprocess_dataset(
     skipped = len(cases) - len(jobs)
     say(f"preprocessing {dataset.name}: {len(jobs)} cases to do, {skipped} done before")
     processes = min(processes, len(jobs))
-    outcomes = _follow(run_jobs(preprocess_case, jobs, processes, dask_address), len(jobs), say) if jobs else ()
+    outcomes: Iterable[SetAside | None] = ()
+    if jobs:
+        outcomes = run_jobs(preprocess_case, jobs, processes, dask_address)
+        outcomes = follow_jobs(outcomes, "preprocessing", "preprocessed", len(jobs), say)
     set_aside = sorted((outcome for outcome in outcomes if outcome is not None), key=lambda entry: entry.case)
     for entry in set_aside:
         say(f"set aside {entry.case}: {entry.reason} ({entry.file})")
@@ -125,7 +122,7 @@ def preprocess_dataset(
     return PreprocessReport(tuple(target.folder for target in targets), done, skipped, tuple(set_aside))
 
 
-def _remove_foreign(target: Target, usable: set[str], restart: bool, say: Callable[[str], None]) -> None:
+def _remove_foreign(target: Target, usable: Collection[str], restart: bool, say: Callable[[str], None]) -> None:
     """Remove complete cases that the data set no longer has, or all of them."""
     present = complete_cases(target.folder)
     foreign = [name for name in present if name not in usable]
@@ -134,21 +131,6 @@ def _remove_foreign(target: Target, usable: set[str], restart: bool, say: Callab
         say(f"{target.folder}: removing {len(foreign)} cases that the data set no longer has ({named})")
     for name in present if restart else foreign:
         remove_case(target.folder, name)
-
-
-def _follow(outcomes: Iterable[SetAside | None], total: int, say: Callable[[str], None]) -> Iterator[SetAside | None]:
-    """Show progress: a bar on a terminal, else a line now and then."""
-    if sys.stderr.isatty():
-        from tqdm import tqdm
-
-        yield from tqdm(outcomes, "preprocessing", total, unit="case")
-        return
-    last = time.monotonic()
-    for done, outcome in enumerate(outcomes, start=1):
-        if time.monotonic() - last >= SECONDS_PER_LINE or done == total:
-            say(f"preprocessed {done} of {total} cases")
-            last = time.monotonic()
-        yield outcome
 
 
 def preprocess_case(job: Job) -> SetAside | None:
@@ -164,7 +146,7 @@ def preprocess_case(job: Job) -> SetAside | None:
     try:
         sources = find_sources(case)
         volume, spacing_mm = read_volume(case, job.reader)
-        inside = foreground_mask(volume)
+        inside = body_mask(volume)
         for target in job.targets:
             result, foreground, new_spacing_mm = preprocess_volume(volume, inside, spacing_mm, target.recipe)
             points = draw_foreground(foreground, result.shape[1:], draw_seed("foreground", case.name))

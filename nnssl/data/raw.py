@@ -5,47 +5,30 @@ channel, ``_0001`` and so on). ``dataset.json`` is optional; what it does not sa
 """
 
 import contextlib
-import copy
-import os
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
 
+from nnssl.data.case_error import CaseError, SetAside
+from nnssl.data.dataset_json import channel_names_in, complete_dataset_json, read_dataset_json
 from nnssl.data.dicom_series import DICOM_READER, SERIES_ENDING
-from nnssl.data.image_files import CaseError, read_file_header, read_images
+from nnssl.data.image_files import ENDINGS, read_file_header, read_images
+from nnssl.data.raw_files import group_folder_files, group_listed_files
 from nnssl.errors import UserError
-from nnssl.files import read_json, read_names
+from nnssl.files import read_names
 from nnssl.paths import Folders
-from nnssl.schema import STRICT
 
 UNKNOWN_CHANNEL = "unknown"
 """Name of a channel that nothing names; the fingerprint decides from intensities what it is."""
 
-ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl", ".tiff", ".tif", ".png", ".bmp")
-"""What nnU-Net's readers read; longer endings first, so that the first match is the right one."""
-
 READER_TRIALS = 5
 """Cases that are tried until a reader is found; the first ones may be broken."""
-
-NO_LABELS = {"background": 0, "foreground": 1}
-"""nnU-Net wants two labels at least in a dataset.json, also where nothing is labelled."""
-
-
-@dataclass(frozen=True)
-class SetAside:
-    """A case or file that is not used, and why."""
-
-    __pydantic_config__: ClassVar = STRICT
-
-    case: str
-    file: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -133,13 +116,13 @@ def read_dataset(
     """
     name = find_dataset(dataset, folders)
     folder = folders.raw / name
-    content = _read_dataset_json(folder, say)
+    content = read_dataset_json(folder, say)
     if "dataset" in content:
-        ending, groups, set_aside = _group_listed_files(content, folder)
+        ending, groups, set_aside = group_listed_files(content, folder)
     else:
-        ending, groups, set_aside = _group_folder_files(content, folder, say)
+        ending, groups, set_aside = group_folder_files(content, folder, say)
     reader = _choose_reader(content, ending, groups, say)
-    given = channel_names or _names_in(content)
+    given = channel_names or channel_names_in(content)
     if channel_names is not None:
         say(f"{name}: channels are called {', '.join(channel_names)}, as asked")
     files_per_case, channels_per_file = _count_channels(groups, reader, given, name)
@@ -157,7 +140,7 @@ def read_dataset(
     if not cases:
         raise UserError(f"{folder}: no case has {files_per_case} channel files; mend channel_names in dataset.json")
     set_aside.sort(key=lambda entry: (entry.case, entry.file))
-    completed = _complete_dataset_json(content, ending, given, len(cases), name, say)
+    completed = complete_dataset_json(content, ending, given, len(cases), name, say)
     return RawDataset(name, folder, ending, given, tuple(cases), reader, completed, tuple(set_aside))
 
 
@@ -181,119 +164,6 @@ def leave_out(dataset: RawDataset, path: Path, say: Callable[[str], None]) -> Ra
         raise UserError(f"{path}: names all cases of {dataset.name}; leave some to pretrain on")
     say(f"{dataset.name}: {len(names)} of {len(dataset.cases)} cases left out, as {path} asks")
     return replace(dataset, cases=kept)
-
-
-def name_channels(dataset: RawDataset, channel_names: tuple[str, ...]) -> RawDataset:
-    """Return the data set with its channels named, in ``dataset_json`` too.
-
-    Raises:
-        ValueError: another number of names than channels.
-    """
-    if len(channel_names) != len(dataset.channel_names):
-        raise ValueError(f"{len(channel_names)} names for {len(dataset.channel_names)} channels")
-    named = {str(channel): channel_name for channel, channel_name in enumerate(channel_names)}
-    dataset_json = {**dataset.dataset_json, "channel_names": named}
-    return replace(dataset, channel_names=channel_names, dataset_json=dataset_json)
-
-
-def _read_dataset_json(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """Return the content of dataset.json, or an empty dict where there is none."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: the data set has no raw images there; copy them or set nnUNet_raw")
-    path = folder / "dataset.json"
-    if not path.exists():
-        say(f"{folder.name}: no dataset.json, so channels and file ending are taken from the files")
-        return {}
-    content = read_json(path, "dataset.json")
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: is a {type(content).__name__}, not a dataset.json; it starts with {{")
-    return content
-
-
-def _names_in(content: dict[str, Any]) -> tuple[str, ...] | None:
-    """Return the channel names of a dataset.json in channel order, None if it has none."""
-    names = content.get("channel_names") or content.get("modality")
-    if not names:
-        return None
-    return tuple(str(names[channel]) for channel in sorted(names, key=int))
-
-
-def _group_listed_files(
-    content: dict[str, Any], folder: Path
-) -> tuple[str, dict[str, dict[int, Path]], list[SetAside]]:
-    """Group the files that dataset.json lists itself, paths being relative to its folder as in nnU-Net."""
-    groups: dict[str, dict[int, Path]] = {}
-    set_aside = []
-    for case, entry in content["dataset"].items():
-        files = [folder / os.path.expandvars(image) for image in entry["images"]]
-        missing = [file for file in files if not file.exists()]
-        if missing:
-            set_aside.append(SetAside(case, str(missing[0]), "is listed in dataset.json and does not exist"))
-        elif files:
-            groups[case] = dict(enumerate(files))
-        else:
-            set_aside.append(SetAside(case, str(folder / "dataset.json"), "is listed without images"))
-    if not groups:
-        raise UserError(f"{folder / 'dataset.json'}: none of the images listed under 'dataset' exists; mend the paths")
-    counts = Counter(_ending_of(file.name) for files in groups.values() for file in files.values())
-    return content.get("file_ending") or str(counts.most_common(1)[0][0]), groups, set_aside
-
-
-def _group_folder_files(
-    content: dict[str, Any], folder: Path, say: Callable[[str], None]
-) -> tuple[str, dict[str, dict[int, Path]], list[SetAside]]:
-    """Group the files of imagesTr by case and channel."""
-    images = folder / "imagesTr"
-    if not images.is_dir():
-        raise UserError(f"{folder}: has no folder imagesTr; put the images there as CASE_0000.nii.gz")
-    files = sorted(path for path in images.iterdir() if not path.name.startswith(".") and _ending_of(path.name))
-    ending = _decide_ending(content, images, files, say)
-    groups: dict[str, dict[int, Path]] = defaultdict(dict)
-    set_aside = []
-    for file in files:
-        own = _ending_of(file.name)
-        stem = file.name[: -len(own)]
-        match = re.fullmatch(r"(.+)_(\d{4})", stem)
-        if own != ending:
-            case = match[1] if match else stem
-            set_aside.append(SetAside(case, str(file), f"ends in {own}, the data set in {ending}"))
-        elif match is None:
-            set_aside.append(SetAside(stem, str(file), "has no channel number such as _0000 in its name"))
-        elif not file.exists():
-            set_aside.append(SetAside(match[1], str(file), "is a link to a file that does not exist"))
-        else:
-            groups[match[1]][int(match[2])] = file
-    if not groups:
-        raise UserError(
-            f"{images}: no file makes a case ({Path(set_aside[0].file).name} {set_aside[0].reason}); "
-            f"rename them to CASE_0000{ending}"
-        )
-    return ending, dict(groups), set_aside
-
-
-def _decide_ending(content: dict[str, Any], images: Path, files: list[Path], say: Callable[[str], None]) -> str:
-    """Return the file ending of a data set, from dataset.json or else the only one there is."""
-    counts = Counter(_ending_of(path.name) for path in files)
-    found = " and ".join(f"{count} {ending}" for ending, count in sorted(counts.items()))
-    if not files:
-        raise UserError(f"{images}: holds no image that nnU-Net reads ({' '.join(ENDINGS)}); put the images there")
-    ending = content.get("file_ending")
-    if ending is None:
-        if len(counts) > 1:
-            raise UserError(f"{images}: holds {found} files; keep one kind or name it as file_ending in dataset.json")
-        ending = str(next(iter(counts)))
-        say(f"{images.parent.name}: file ending {ending} taken from the {len(files)} files of imagesTr")
-    elif ending not in counts:
-        raise UserError(f"{images}: dataset.json says file_ending {ending}, but there are {found} files; mend one")
-    return str(ending)
-
-
-def _ending_of(name: str) -> str:
-    """Return the readable file ending that a file has, as it is written there; empty if it has none."""
-    for ending in (*ENDINGS, SERIES_ENDING):
-        if name.lower().endswith(ending):
-            return name[-len(ending) :]
-    return ""
 
 
 def _choose_reader(
@@ -341,25 +211,6 @@ def _count_channels(
             "channel(s); mend channel_names in dataset.json"
         )
     return usual, channels
-
-
-def _complete_dataset_json(
-    content: dict[str, Any], ending: str, names: tuple[str, ...], cases: int, dataset: str, say: Callable[[str], None]
-) -> dict[str, Any]:
-    """Return a dataset.json that nnU-Net accepts."""
-    completed = copy.deepcopy(content)
-    completed.pop("modality", None)
-    completed["channel_names"] = {str(channel): name for channel, name in enumerate(names)}
-    labels = completed.get("labels")
-    if isinstance(labels, dict) and "background" not in labels and all(str(key).isdecimal() for key in labels):
-        completed["labels"] = labels = {str(name): int(value) for value, name in labels.items()}  # the Decathlon's form
-    if not isinstance(labels, dict) or "background" not in labels:
-        completed["labels"] = dict(NO_LABELS)
-    if completed.get("numTraining", cases) != cases:
-        say(f"{dataset}: dataset.json counts {completed['numTraining']} cases, {cases} can be used")
-    completed["numTraining"] = cases
-    completed["file_ending"] = ending
-    return completed
 
 
 def read_header(case: RawCase, reader: str) -> tuple[tuple[int, ...], tuple[float, ...], str]:

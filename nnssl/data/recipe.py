@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nnssl.data.case_error import CaseError
 from nnssl.data.case_store import SCHEMA_VERSION, SourceFile, read_properties
-from nnssl.data.image_files import CaseError, find_source_state
+from nnssl.data.image_files import find_source_state
 from nnssl.data.raw import RawCase
 from nnssl.errors import UserError
 from planners.plan import Plan

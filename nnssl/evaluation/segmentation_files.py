@@ -11,14 +11,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Integer
 
-from nnssl.data.image_files import CaseError, check_finite, check_whole
+from nnssl.data.case_error import CaseError
+from nnssl.data.image_files import ENDINGS, PICTURE_ENDINGS, check_finite, check_whole, ending_of
 from nnssl.errors import UserError
 from nnssl.files import read_json
 
 TIFF = (".tiff", ".tif")
-PICTURES = (*TIFF, ".png", ".bmp")
-"""Formats whose headers nnU-Net does not take a spacing from."""
-ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl", *PICTURES)
 GEOMETRY_TOLERANCE = 1e-3
 """Difference of spacing (relative), origin (voxels) and direction that is put down to rounding."""
 
@@ -63,8 +61,7 @@ def find_segmentations(folder: Path) -> dict[str, Path]:
 
 def case_name(path: Path) -> str:
     """Return the name of a file without its ending."""
-    ending = next((each for each in ENDINGS if path.name.lower().endswith(each)), "")
-    return path.name[: len(path.name) - len(ending)]
+    return path.name.removesuffix(ending_of(path))
 
 
 def read_segmentation(path: Path) -> Segmentation:
@@ -95,7 +92,7 @@ def read_segmentation(path: Path) -> Segmentation:
         if not np.array_equal(values, np.rint(values)):
             raise UserError(f"{path}: holds fractions, so it is no segmentation; give whole numbers, the classes")
         values = values.astype(np.int64)
-    if path.name.lower().endswith(PICTURES):
+    if path.name.lower().endswith(PICTURE_ENDINGS):
         axes = values.ndim
         return Segmentation(
             values, _picture_spacing_mm(path, axes), (0.0,) * axes, tuple(np.eye(axes).ravel().tolist())

@@ -6,7 +6,6 @@ Every file is tried before it has its name: nnU-Net's own loader has to find in 
 import copy
 import io
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
@@ -25,7 +24,7 @@ from nnssl.export.fit_report import ENCODER, FitReport
 from nnssl.export.model_card import write_model_card
 from nnssl.export.source import EXPORT_KEY, SEGMENTATION, SourceWeights, names_by_tensor
 from nnssl.export.target import TargetNetwork
-from nnssl.files import write_atomically, write_json
+from nnssl.files import whole_folder, write_atomically, write_json
 
 
 def write_for_nnunet(path: Path, source: SourceWeights, target: TargetNetwork, report: FitReport) -> str:
@@ -123,15 +122,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"-o {folder}: is there already and not an empty folder; name a new one")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    make_folder(temporary)
-    try:
+    make_folder(folder.parent)
+    with whole_folder(folder) as temporary:
         yield temporary
-        if folder.exists():
-            folder.rmdir()
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_for_hub(

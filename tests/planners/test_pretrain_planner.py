@@ -15,7 +15,8 @@ from nnssl.errors import UserError
 from nnssl.methods import find_stage
 from nnssl.paths import resolve_folders
 from nnssl.views.spatial import AffineRange, common_share, draw_affine
-from planners.fingerprint import CaseRecord, Fingerprint, IntensityStatistics
+from planners.case_record import CaseRecord, IntensityStatistics
+from planners.fingerprint import Fingerprint
 from planners.plan import TokenGrid, TransformerSize, read_plan
 from planners.presets import PRESETS, find_preset, preset_for_gpu
 from planners.pretrain_planner import plan_pretraining

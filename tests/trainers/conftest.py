@@ -10,7 +10,8 @@ import pytest
 from nnssl.data.case_store import CaseProperties, write_case
 from nnssl.data.raw import RawCase, RawDataset
 from nnssl.paths import Folders, resolve_folders
-from planners.fingerprint import CaseRecord, Fingerprint, IntensityStatistics
+from planners.case_record import CaseRecord, IntensityStatistics
+from planners.fingerprint import Fingerprint
 from planners.plan import Plan, read_plan
 from planners.pretrain_planner import plan_pretraining
 from tests.trainers import phantom_study

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnssl.checkpoint import load_tensors, parse_provenance
-from nnssl.data.image_files import CaseError
+from nnssl.data.case_error import CaseError
 from nnssl.data.patients import patient_in_name, read_patients
 from nnssl.data.raw import RawDataset, read_volume
 from nnssl.errors import UserError
@@ -19,7 +19,8 @@ from nnssl.export.description import ELSEWHERE
 from nnssl.files import some
 from nnssl.paths import Folders
 from nnssl.schema import read
-from planners.fingerprint import FILE_NAME, Fingerprint, digest_volume
+from planners.case_record import digest_volume
+from planners.fingerprint import FILE_NAME, Fingerprint
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,13 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 
 from nnssl.cli.import_data import KIND_NAMES, main, make_parser
+from nnssl.data.case_error import CaseError
 from nnssl.data.case_names import clean_name, common_stem, name_by_path, number_equal_names, subject_labels
 from nnssl.data.dicom_series import stock_reader
-from nnssl.data.image_files import CaseError, check_whole
-from nnssl.data.import_dataset import FINDERS, ImportRecord, format_import, import_dataset
+from nnssl.data.image_files import check_whole
+from nnssl.data.import_dataset import FINDERS, import_dataset
 from nnssl.data.import_dicom import MIN_SLICES
+from nnssl.data.import_record import ImportRecord, format_import
 from nnssl.data.import_sources import KINDS, KNOWN_CHOICES, Choices, detect_kind
 from nnssl.data.patients import patient_in_name
 from nnssl.data.raw import UNKNOWN_CHANNEL, read_dataset, read_header, read_volume

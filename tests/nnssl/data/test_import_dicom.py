@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 
+from nnssl.data.case_error import CaseError
 from nnssl.data.case_store import CaseStore
 from nnssl.data.dicom_reader import DicomSeriesIO
 from nnssl.data.dicom_series import DICOM_READER, SERIES_ENDING
@@ -18,7 +19,7 @@ from nnssl.data.import_dicom import MIN_SLICES, _drop_copies, find_series
 from nnssl.data.import_sources import Choices, Found
 from nnssl.data.patients import patient_in_name
 from nnssl.data.preprocess import preprocess_dataset
-from nnssl.data.raw import CaseError, RawCase, read_dataset, read_header, read_volume
+from nnssl.data.raw import RawCase, read_dataset, read_header, read_volume
 from nnssl.errors import UserError
 from nnssl.paths import resolve_folders
 from planners.fingerprint import digest_sources, extract_fingerprint
@@ -145,10 +146,10 @@ def test_dicom_goes_through_fingerprint_plan_and_preprocessing(folders, source):
     assert fingerprint.modalities == ("MRI",)
     plan = plan_pretraining(dataset, fingerprint, folders, "cpu")
     assert plan.nnunet["image_reader_writer"] == "SimpleITKIO"  # what stock nnU-Net knows
-    report = preprocess_dataset(dataset, plan, fingerprint, folders, ["3d_fullres"], 1, None, silent)
+    report = preprocess_dataset(dataset, plan, fingerprint.usable, folders, ["3d_fullres"], 1, None, silent)
     assert (report.done, report.set_aside) == (3, ())
     assert set(CaseStore(report.folders[0]).names) == {f"sub-P{number}_thorax-1.0-B30f_series-4" for number in range(3)}
-    again = preprocess_dataset(dataset, plan, fingerprint, folders, ["3d_fullres"], 1, None, silent)
+    again = preprocess_dataset(dataset, plan, fingerprint.usable, folders, ["3d_fullres"], 1, None, silent)
     assert (again.done, again.skipped) == (0, 3)
     assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == before
 

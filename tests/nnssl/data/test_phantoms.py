@@ -100,5 +100,5 @@ def test_written_data_set_is_nnunets_raw_layout(nnunet_folders):
     assert not (bare / "labelsTr").exists()
     again = read_dataset(902, folders, print)
     np.testing.assert_array_equal(read_volume(again.cases[0], again.reader)[0], volume)
-    with pytest.raises(UserError, match="already holds images"):
+    with pytest.raises(UserError, match="already holds files"):
         write_phantom_dataset(folders.raw, "Dataset902_Bare", 1, 7, SHAPE, SPACING_MM, "CT", False)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 
-from nnssl.data import preprocess
+from nnssl.data import jobs, preprocess
 from nnssl.data.case_store import CaseStore, complete_cases, read_properties
 from nnssl.data.preprocess import Job, draw_foreground, preprocess_dataset, preprocess_volume
 from nnssl.data.raw import read_dataset
@@ -147,7 +147,7 @@ class Scene:
         return preprocess_dataset(
             self.dataset,
             plan or self.plan,
-            self.fingerprint,
+            self.fingerprint.usable,
             self.folders,
             configurations,
             processes,
@@ -477,7 +477,7 @@ def test_lack_of_memory_is_said(scene, monkeypatch):
 
 
 def test_progress_is_said_in_lines_where_there_is_no_terminal(scene, monkeypatch):
-    monkeypatch.setattr(preprocess, "SECONDS_PER_LINE", 0.0)
+    monkeypatch.setattr(jobs, "SECONDS_PER_LINE", 0.0)
     lines = []
     scene.run(say=lines.append)
     assert lines[1:] == [f"preprocessed {done} of 3 cases" for done in (1, 2, 3)]

@@ -7,13 +7,12 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 
+from nnssl.data.case_error import CaseError
 from nnssl.data.raw import (
     UNKNOWN_CHANNEL,
-    CaseError,
     RawCase,
     find_dataset,
     leave_out,
-    name_channels,
     read_dataset,
     read_header,
     read_volume,
@@ -116,10 +115,6 @@ def test_without_dataset_json_everything_is_inferred_and_said(folders):
         "numTraining": 2,
         "file_ending": ".nrrd",
     }
-    named = name_channels(dataset, ("MRI", "CT"))
-    assert named.channel_names == ("MRI", "CT")
-    assert named.dataset_json["channel_names"] == {"0": "MRI", "1": "CT"}
-    assert dataset.dataset_json["channel_names"]["1"] == UNKNOWN_CHANNEL
 
 
 def test_legacy_dataset_json_becomes_a_valid_one(folders):

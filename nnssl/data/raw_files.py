@@ -1,0 +1,85 @@
+"""Which image files of a raw data set make a case: those that dataset.json lists, or those of the folder imagesTr."""
+
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nnssl.data.case_error import SetAside
+from nnssl.data.dicom_series import SERIES_ENDING
+from nnssl.data.image_files import ENDINGS, ending_of
+from nnssl.errors import UserError
+
+KNOWN_ENDINGS = (*ENDINGS, SERIES_ENDING)
+
+
+def group_listed_files(content: dict[str, Any], folder: Path) -> tuple[str, dict[str, dict[int, Path]], list[SetAside]]:
+    """Group the files that dataset.json lists itself, paths being relative to its folder as in nnU-Net."""
+    groups: dict[str, dict[int, Path]] = {}
+    set_aside = []
+    for case, entry in content["dataset"].items():
+        files = [folder / os.path.expandvars(image) for image in entry["images"]]
+        missing = [file for file in files if not file.exists()]
+        if missing:
+            set_aside.append(SetAside(case, str(missing[0]), "is listed in dataset.json and does not exist"))
+        elif files:
+            groups[case] = dict(enumerate(files))
+        else:
+            set_aside.append(SetAside(case, str(folder / "dataset.json"), "is listed without images"))
+    if not groups:
+        raise UserError(f"{folder / 'dataset.json'}: none of the images listed under 'dataset' exists; mend the paths")
+    counts = Counter(ending_of(file.name, KNOWN_ENDINGS) for files in groups.values() for file in files.values())
+    return content.get("file_ending") or str(counts.most_common(1)[0][0]), groups, set_aside
+
+
+def group_folder_files(
+    content: dict[str, Any], folder: Path, say: Callable[[str], None]
+) -> tuple[str, dict[str, dict[int, Path]], list[SetAside]]:
+    """Group the files of imagesTr by case and channel."""
+    images = folder / "imagesTr"
+    if not images.is_dir():
+        raise UserError(f"{folder}: has no folder imagesTr; put the images there as CASE_0000.nii.gz")
+    files = sorted(
+        path for path in images.iterdir() if not path.name.startswith(".") and ending_of(path.name, KNOWN_ENDINGS)
+    )
+    ending = _decide_ending(content, images, files, say)
+    groups: dict[str, dict[int, Path]] = defaultdict(dict)
+    set_aside = []
+    for file in files:
+        own = ending_of(file.name, KNOWN_ENDINGS)
+        stem = file.name[: -len(own)]
+        match = re.fullmatch(r"(.+)_(\d{4})", stem)
+        if own != ending:
+            case = match[1] if match else stem
+            set_aside.append(SetAside(case, str(file), f"ends in {own}, the data set in {ending}"))
+        elif match is None:
+            set_aside.append(SetAside(stem, str(file), "has no channel number such as _0000 in its name"))
+        elif not file.exists():
+            set_aside.append(SetAside(match[1], str(file), "is a link to a file that does not exist"))
+        else:
+            groups[match[1]][int(match[2])] = file
+    if not groups:
+        raise UserError(
+            f"{images}: no file makes a case ({Path(set_aside[0].file).name} {set_aside[0].reason}); "
+            f"rename them to CASE_0000{ending}"
+        )
+    return ending, dict(groups), set_aside
+
+
+def _decide_ending(content: dict[str, Any], images: Path, files: list[Path], say: Callable[[str], None]) -> str:
+    """Return the file ending of a data set, from dataset.json or else the only one there is."""
+    counts = Counter(ending_of(path.name, KNOWN_ENDINGS) for path in files)
+    found = " and ".join(f"{count} {ending}" for ending, count in sorted(counts.items()))
+    if not files:
+        raise UserError(f"{images}: holds no image that nnU-Net reads ({' '.join(ENDINGS)}); put the images there")
+    ending = content.get("file_ending")
+    if ending is None:
+        if len(counts) > 1:
+            raise UserError(f"{images}: holds {found} files; keep one kind or name it as file_ending in dataset.json")
+        ending = str(next(iter(counts)))
+        say(f"{images.parent.name}: file ending {ending} taken from the {len(files)} files of imagesTr")
+    elif ending not in counts:
+        raise UserError(f"{images}: dataset.json says file_ending {ending}, but there are {found} files; mend one")
+    return str(ending)

@@ -1,0 +1,149 @@
+"""What is measured on one case: its geometry, its intensities, and whether it can be learnt from at all."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from jaxtyping import Float32
+
+from nnssl.data.body import body_mask, spread_sample
+from nnssl.data.case_error import CaseError, SetAside
+from nnssl.data.image_files import check_finite, check_spacing
+from nnssl.data.raw import RawCase, read_header, read_volume
+from nnssl.draws import draw_seed
+from nnssl.schema import STRICT
+
+CT_AIR_HU = -100.0
+"""Air is below it, also where intensities are clipped."""
+
+
+@dataclass(frozen=True)
+class IntensityStatistics:
+    """Intensities of the foreground in one channel, under nnU-Net's names."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    mean: float
+    median: float
+    std: float
+    min: float
+    max: float
+    percentile_00_5: float
+    percentile_99_5: float
+
+
+@dataclass(frozen=True)
+class CaseRecord:
+    """What is known of one usable case; axes z, y, x."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    name: str
+    shape: tuple[int, ...]
+    spacing_mm: tuple[float, ...]
+    orientation: str
+    """Directions towards which x, y and z grow ("LPS"); empty where the format does not say."""
+    channels: int
+    shape_after_crop: tuple[int, ...]
+    """Shape of the box around all voxels that are not 0 in some channel, as nnU-Net crops."""
+    relative_size_after_crop: float
+    foreground_share: float
+    """Share of the voxels in ``body_mask``."""
+    intensities: tuple[IntensityStatistics, ...]
+    """Per channel."""
+    below_ct_air: tuple[float, ...]
+    """Per channel: share of the voxels below ``CT_AIR_HU``."""
+    digest: str
+    """Of the shape and the voxels; equal for equal images."""
+
+
+@dataclass(frozen=True)
+class MeasuredCase:
+    """What a worker hands back for one case."""
+
+    record: CaseRecord
+    samples: np.ndarray
+    """(channel, samples) float32"""
+
+
+def measure_case(case: RawCase, reader: str, channels: int, samples: int) -> MeasuredCase | SetAside:
+    """Read one case and measure it, or say why it cannot be used.
+
+    Args:
+        case: the case.
+        reader: name of the reader class.
+        channels: that it should have.
+        samples: intensities of its body to draw from each channel, seeded by its name.
+    """
+    try:
+        volume, spacing_mm = read_volume(case, reader)
+        orientation = read_header(case, reader)[2]
+        _check_volume(case, volume, spacing_mm, channels)
+        for file in case.images:
+            check_finite(file)
+    except CaseError as error:
+        return SetAside(case.name, error.file, error.reason)
+    mask = body_mask(volume)
+    crop = _shape_after_crop(volume)
+    generator = np.random.default_rng(draw_seed("fingerprint", case.name))
+    foreground = [channel[mask] for channel in volume]
+    # with replacement, as in nnU-Net, so that every case has the same weight however small it is
+    places = generator.integers(0, foreground[0].size, samples)
+    record = CaseRecord(
+        name=case.name,
+        shape=tuple(int(size) for size in volume.shape[1:]),
+        spacing_mm=spacing_mm,
+        orientation=orientation,
+        channels=volume.shape[0],
+        shape_after_crop=crop,
+        relative_size_after_crop=float(np.prod(crop) / np.prod(volume.shape[1:])),
+        foreground_share=float(mask.mean()),
+        intensities=tuple(summarise_intensities(values) for values in foreground),
+        below_ct_air=tuple(float((channel < CT_AIR_HU).mean()) for channel in volume),
+        digest=digest_volume(volume),
+    )
+    return MeasuredCase(record, np.stack([values[places] for values in foreground]))
+
+
+def _check_volume(case: RawCase, volume: np.ndarray, spacing_mm: tuple[float, ...], channels: int) -> None:
+    """Raise a CaseError for a volume that cannot be learnt from."""
+    if volume.shape[0] != channels:
+        raise CaseError(str(case.images[0]), f"has {volume.shape[0]} channel(s), the data set has {channels}")
+    check_spacing(case.images[0], spacing_mm)
+    files = case.images if len(case.images) == channels else case.images[:1] * channels
+    for file, values in zip(files, volume, strict=True):
+        if not np.isfinite(values).all():
+            raise CaseError(str(file), "holds NaN or infinite intensities")
+        if values.min() == values.max():
+            raise CaseError(str(file), f"is constant (every voxel is {values.flat[0]:g})")
+
+
+def _shape_after_crop(volume: np.ndarray) -> tuple[int, ...]:
+    """Return the shape of the box around everything that is not 0; filling holes, as nnU-Net does, cannot change it."""
+    nonzero = np.any(volume != 0, axis=0)
+    extents = []
+    for axis in range(3):
+        along = np.flatnonzero(nonzero.any(axis=tuple(other for other in range(3) if other != axis)))
+        extents.append(int(along[-1] - along[0] + 1))
+    return tuple(extents)
+
+
+def digest_volume(volume: Float32[np.ndarray, "channel z y x"]) -> str:
+    """Return a digest of the shape and the voxels; equal for equal images, whatever their files are called."""
+    shape = hashlib.blake2b(repr(volume.shape).encode(), digest_size=16).digest()
+    return hashlib.blake2b(volume.data, digest_size=16, person=shape).hexdigest()
+
+
+def summarise_intensities(values: np.ndarray) -> IntensityStatistics:
+    """Return nnU-Net's statistics of intensities; percentiles of large arrays come from an even sample."""
+    low, median, high = np.percentile(spread_sample(values), (0.5, 50.0, 99.5))
+    return IntensityStatistics(
+        mean=float(values.mean(dtype=np.float64)),
+        median=float(median),
+        std=float(values.std(dtype=np.float64)),
+        min=float(values.min()),
+        max=float(values.max()),
+        percentile_00_5=float(low),
+        percentile_99_5=float(high),
+    )
