@@ -5,7 +5,8 @@ from math import ceil, prod
 from typing import Any, Literal
 
 from nnssl.networks.backbone import encoder_strides
-from planners.plan import AnatomyChoices
+from nnssl.sizes import in_mm
+from planners.plan import AnatomyChoices, Reasons
 
 LARGEST_STRIDE = 16
 """SAM's coarse cells are 16 voxels long."""
@@ -20,7 +21,7 @@ def decide_anatomy(
     shape: Sequence[int],
     spacing_mm: Sequence[float],
     scan_mm: Sequence[float] | None = None,
-) -> tuple[AnatomyChoices, list[tuple[str, str, str]]]:
+) -> tuple[AnatomyChoices, Reasons]:
     """Choose the stages of the fine and of the coarse embeddings, and what pairs places of different scans.
 
     Args:
@@ -47,7 +48,7 @@ def decide_anatomy(
     coarse = wide[-1] if wide else fine + 1
 
     def cell(stage: int) -> str:
-        return " x ".join(f"{step * mm:.4g}" for step, mm in zip(strides[stage], spacing_mm, strict=True)) + " mm"
+        return in_mm(step * mm for step, mm in zip(strides[stage], spacing_mm, strict=True)) + " mm"
 
     patches = (
         None if scan_mm is None else max(mm / (n * s) for mm, n, s in zip(scan_mm, shape, spacing_mm, strict=True))

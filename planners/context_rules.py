@@ -5,14 +5,14 @@ from math import prod
 from typing import Any
 
 from nnssl.views.turns import turn_plane
-from planners.plan import ContextChoices
+from planners.plan import ContextChoices, Reasons
 
 RANKS = (8, 16, 32, 64)
 
 
 def decide_context(
     architecture: Mapping[str, Any], shape: Sequence[int], spacing_mm: Sequence[float], thick_axis: int | None
-) -> tuple[ContextChoices, list[tuple[str, str, str]]]:
+) -> tuple[ContextChoices, Reasons]:
     """Choose the plane of the turns and the rank of the attention.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 from nnssl.errors import UserError
 from nnssl.networks.backbone import build_network
 from nnssl.networks.dense import DenseKind, dense_channels
-from planners.plan import DenseSampling
+from planners.plan import DenseSampling, Reasons
 from planners.presets import Preset
 
 PAPER_WIDTH = 1024
@@ -27,7 +27,7 @@ HEAD_WIDTHS = 4 * 256
 
 def decide_dense(
     features_per_stage: Sequence[int], patch: Sequence[int], preset: Preset
-) -> tuple[DenseSampling, list[tuple[str, str, str]]]:
+) -> tuple[DenseSampling, Reasons]:
     """Choose features and numbers of points.
 
     Args:

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Float
 from nnunetv2.configuration import ANISO_THRESHOLD
 
+from nnssl.sizes import in_mm, in_voxels
+from planners.plan import Reasons
 from planners.presets import Preset
-from planners.token_rules import in_mm, times
-from planners.view_rules import Reasons
 
 
 def explain_data_set(
@@ -77,7 +77,7 @@ def explain_network(base: dict[str, Any], preset: Preset, like: Path | None) -> 
     """
     source = f"taken over from {like.parent.name}/{like.name}" if like else None
     arch = base["architecture"]["arch_kwargs"]
-    median = times([round(float(v)) for v in base["median_image_size_in_voxels"]])
+    median = in_voxels([round(float(v)) for v in base["median_image_size_in_voxels"]])
     thin = any(1 in (k if isinstance(k, (list, tuple)) else [k]) for k in arch["kernel_sizes"])
     patch = f"aspect of the median image {median} at this spacing, as large as the memory target allows"
     strides = "an axis is halved while its spacing is within a factor of 2 of the finest and 4 voxels remain"
@@ -87,9 +87,14 @@ def explain_network(base: dict[str, Any], preset: Preset, like: Path | None) -> 
     if preset.encoder == "plain":
         batch += ", and at most 5 % of the data set's voxels in a step"
     return [
-        ("patch", times(base["patch_size"]), source or patch),
-        ("strides", " ".join(times(s) for s in arch["strides"]), source or strides),
-        ("kernels", " ".join(times(k) for k in arch["kernel_sizes"]), source or kernels),
+        ("patch", in_voxels(base["patch_size"]), source or patch),
+        ("strides", " ".join(_along_axes(s) for s in arch["strides"]), source or strides),
+        ("kernels", " ".join(_along_axes(k) for k in arch["kernel_sizes"]), source or kernels),
         ("backbone", base["architecture"]["network_class_name"].rsplit(".", 1)[-1], source or backbone),
         ("batch size (fine-tuning)", str(base["batch_size"]), source or batch),
     ]
+
+
+def _along_axes(sizes: Sequence[int] | int) -> str:
+    """Return a stride or kernel in words; a single number stands for all axes."""
+    return in_voxels(sizes) if isinstance(sizes, (list, tuple)) else str(sizes)

@@ -29,6 +29,10 @@ class Decision:
     reason: str
 
 
+Reasons = list[tuple[str, str, str]]
+"""(what, value, reason) of each decision that a rule makes."""
+
+
 @dataclass(frozen=True)
 class TokenGrid:
     """How a patch is cut into tokens."""

@@ -41,10 +41,8 @@ class PretextRules:
         fingerprint: of the usable cases.
         preset: the memory target.
         nnunet: the plans file; hybrid configurations are added to it.
-        channels: of the input.
         budgets: by configuration, feature values that fit into memory; a missing one is taken from the plan's batch size.
         like: the plans file that was taken over, None for a plan from the data.
-        plans_name: identifier of the plan.
         spacing_given: whether the user chose the spacing.
     """
 
@@ -53,18 +51,16 @@ class PretextRules:
         fingerprint: Fingerprint,
         preset: Preset,
         nnunet: dict[str, Any],
-        channels: int,
         budgets: dict[str, float],
         like: Path | None,
-        plans_name: str,
-        spacing_given: bool = False,
+        spacing_given: bool,
     ) -> None:
         self.preset = preset
         self.nnunet = nnunet
-        self.channels = channels
+        self.channels = len(fingerprint.channel_names)
         self.budgets = budgets
         self.like = like
-        self.plans_name = plans_name
+        self.plans_name = nnunet["plans_name"]
         self.spacing_given = spacing_given
         self.is_ct = "CT" in fingerprint.modalities
         self.modalities = fingerprint.modalities

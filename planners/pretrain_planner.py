@@ -126,7 +126,7 @@ def plan_pretraining(
     else:
         nnunet = _plan_like(like, dataset, fingerprint, plans_name)
         budgets = {}
-    rules = PretextRules(fingerprint, preset, nnunet, len(names), budgets, like, plans_name, spacing_mm is not None)
+    rules = PretextRules(fingerprint, preset, nnunet, budgets, like, spacing_mm is not None)
     rules.decide()
     pretext = Pretext(
         schema_version=SCHEMA_VERSION,

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from nnssl.networks.backbone import build_network
-from planners.plan import TokenGrid, TransformerSize
+from nnssl.sizes import in_mm, in_voxels
+from planners.plan import Reasons, TokenGrid, TransformerSize
 from planners.presets import PRIMUS_SIZES, Preset
 
 CLASS_NAME = "nnssl.networks.primus.PlannedPrimus"
@@ -48,7 +49,7 @@ class PlannedTransformer:
 
 def decide_primus(
     patch: Sequence[int], spacing_mm: Sequence[float], channels: int, budget: float, largest_batch: int, preset: Preset
-) -> tuple[PlannedTransformer | None, list[tuple[str, str, str]]]:
+) -> tuple[PlannedTransformer | None, Reasons]:
     """Choose Primus's token, then the largest patch that fits, then the largest transformer.
 
     Args:
@@ -81,7 +82,7 @@ def decide_primus(
             or math.prod(shape) < LEAST_SHARE * math.prod(patch)
             or math.prod(_grid(shape, token)) < TOKENS[0]
         ):
-            refused.append(_times(token))
+            refused.append(in_voxels(token))
             continue
         size, values = fitting[-1]
         size_mm = tuple(round(n * float(mm), 6) for n, mm in zip(token, spacing_mm, strict=True))
@@ -185,9 +186,7 @@ def _grid(patch: Sequence[int], token: Sequence[int]) -> list[int]:
     return [n // size for n, size in zip(fitted_patch(patch, token), token, strict=True)]
 
 
-def _explain(
-    chosen: PlannedTransformer, patch: Sequence[int], preset: Preset, refused: Sequence[str]
-) -> list[tuple[str, str, str]]:
+def _explain(chosen: PlannedTransformer, patch: Sequence[int], preset: Preset, refused: Sequence[str]) -> Reasons:
     tokens, size = chosen.tokens, chosen.size
     longest = max(tokens.size_vox)
     why = "Primus's" if longest == TOKEN_VOX else "the nearest to Primus's 8 that can be run"
@@ -200,13 +199,13 @@ def _explain(
     if refused:
         memory += f"; does not do: tokens of {', '.join(refused)} voxels"
     return [
-        ("patch", _times(chosen.patch), fitted),
+        ("patch", in_voxels(chosen.patch), fitted),
         (
             "token size",
-            f"{_times(tokens.size_vox)} voxels, {' x '.join(f'{mm:.4g}' for mm in tokens.size_mm)} mm",
+            f"{in_voxels(tokens.size_vox)} voxels, {in_mm(tokens.size_mm)} mm",
             f"{longest} voxels along the finest axis are {why}; about as many mm along the others",
         ),
-        ("tokens", f"{_times(tokens.grid)} = {math.prod(tokens.grid)}", f"{TOKENS[0]} to {TOKENS[1]} are taken"),
+        ("tokens", f"{in_voxels(tokens.grid)} = {math.prod(tokens.grid)}", f"{TOKENS[0]} to {TOKENS[1]} are taken"),
         ("transformer", f"{size.depth} blocks, width {size.width}, {size.heads} heads", memory),
         (
             "backbone",
@@ -215,7 +214,3 @@ def _explain(
         ),
         ("batch size (fine-tuning)", str(chosen.batch), "memory target, and at most that of 3d_fullres"),
     ]
-
-
-def _times(values: Sequence[int]) -> str:
-    return "x".join(str(int(v)) for v in values)

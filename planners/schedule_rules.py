@@ -5,9 +5,8 @@ from collections.abc import Sequence
 
 from nnssl.methods import Stage
 from nnssl.momentum import momentum_for_run
-from planners.plan import StageSchedule, TokenGrid, TransformerSize
+from planners.plan import Reasons, StageSchedule, TokenGrid, TransformerSize
 from planners.presets import Preset
-from planners.view_rules import Reasons
 
 NO_GRAD_SHARE = 0.15
 """Memory of a pass without a graph over one that keeps it: two feature maps of one stage live at a time."""

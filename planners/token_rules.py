@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from nnssl.networks.backbone import encoder_strides
-from planners.plan import TokenGrid, TransformerSize
+from nnssl.sizes import in_mm, in_voxels
+from planners.plan import Reasons, TokenGrid, TransformerSize
 from planners.presets import VIT_SIZES, Preset
-from planners.view_rules import Reasons
 
 TOKENS_WANTED = 196
 """Tokens of RepRec's 14 x 14 grid (224 pixels at stride 16), the length ViT-B/16 was made for."""
@@ -60,11 +60,11 @@ def decide_tokens(
     return grid, [
         (
             "tokens",
-            f"{times(grids[stage])} = {counts[stage]} at stage {stage}",
+            f"{in_voxels(grids[stage])} = {counts[stage]} at stage {stage}",
             f"of {listed} positions the nearest to RepRec's {TOKENS_WANTED}",
         ),
-        ("token size", f"{times(strides[stage])} voxels, {in_mm(size_mm)} mm", "one position of that feature map"),
-        ("mask block", f"{times(block)} tokens, {in_mm(block_size_mm)} mm", why_block),
+        ("token size", f"{in_voxels(strides[stage])} voxels, {in_mm(size_mm)} mm", "one position of that feature map"),
+        ("mask block", f"{in_voxels(block)} tokens, {in_mm(block_size_mm)} mm", why_block),
     ]
 
 
@@ -103,13 +103,3 @@ def hybrid_architecture(architecture: Mapping[str, Any], tokens: TokenGrid, size
         },
         "_kw_requires_import": architecture["_kw_requires_import"],
     }
-
-
-def times(values: Sequence[int] | int) -> str:
-    """Return sizes as ``4x8x8``."""
-    return "x".join(str(int(v)) for v in values) if isinstance(values, (list, tuple, np.ndarray)) else str(values)
-
-
-def in_mm(values: Sequence[float]) -> str:
-    """Return lengths as ``2.5 x 1 x 1``."""
-    return " x ".join(f"{float(v):.4g}" for v in values)

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-Reasons = list[tuple[str, str, str]]
-"""(what, value, reason) of every decision."""
+from planners.plan import Reasons
 
 LEAST_CROP_VOX = 4
 """A random crop covers at least this many voxels along every axis."""
