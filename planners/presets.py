@@ -1,7 +1,10 @@
 """Memory targets: what a user's machine allows, and which of nnU-Net's planners knows such a machine."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
 
 from nnssl.errors import UserError
 from planners.plan import TransformerSize
@@ -66,6 +69,21 @@ def find_preset(name: str) -> Preset:
     if name not in PRESETS:
         raise UserError(f"--preset {name}: the presets are {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def choose_preset(name: str | None, say: Callable[[str], None]) -> str:
+    """Return the name of the preset asked for, or of the one for this machine's GPU, said aloud.
+
+    Raises:
+        UserError: there is no such preset.
+    """
+    if name is not None:
+        find_preset(name)
+        return name
+    memory_gb = torch.cuda.get_device_properties(0).total_memory / 1024**3 if torch.cuda.is_available() else None
+    chosen, sentence = preset_for_gpu(memory_gb)
+    say(sentence)
+    return chosen
 
 
 def preset_for_gpu(memory_gb: float | None) -> tuple[str, str]:

@@ -1,9 +1,7 @@
-"""The plan's decisions and what was left out, as lines for a person."""
+"""The plan's decisions, as lines for a person."""
 
 import shutil
 import textwrap
-from collections.abc import Iterable
-from typing import Any
 
 from planners.plan import Plan
 
@@ -34,16 +32,3 @@ def format_decisions(plan: Plan, width: int | None = None) -> list[str]:
             cells = [column[row] if row < len(column) else "" for column in columns]
             lines.append(f"  {cells[0]:<{what}}  {cells[1]:<{value}}  {cells[2]}".rstrip())
     return [*lines, ""]
-
-
-def format_set_aside(fingerprint: Any, report: Any) -> list[str]:
-    """Return a line for every case that is not used and why, for the end of a command; empty when all are used.
-
-    Args:
-        fingerprint: ``planners.fingerprint.Fingerprint``.
-        report: what preprocessing returned, None if it did not run.
-    """
-    aside: Iterable[Any] = [*fingerprint.set_aside, *(report.set_aside if report is not None else ())]
-    lines = [f"  {entry.case}: {entry.reason} ({entry.file})" for entry in aside]
-    lines += [f"  {entry.case}: same voxels as {entry.same_as}" for entry in fingerprint.duplicates]
-    return [f"{len(lines)} cases are not used:", *lines] if lines else []

@@ -155,9 +155,6 @@ def run_arms(task: Task, arms: Sequence[Weights | None], folders: Folders, resta
     results = [run_arm(task, arm, folders, restart, say) for arm in arms]
     for line in comparison(results):
         say(line)
-    say("Predict other images with")
-    for result in results:
-        say(f"  {result.predict_command}")
     return results
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from nnssl.checkpoint import read_checkpoint
+from nnssl.data.jobs import default_processes
 from nnssl.data.raw import find_dataset
 from nnssl.errors import UserError
 from nnssl.export.source import open_source
@@ -142,8 +143,8 @@ def _prepare_probe(
         raise UserError(
             f"--probe {probe}: reads feature maps of a U-Net, which {configuration} has not; leave it out or take another -c"
         )
-    cores = max(1, min(8, os.cpu_count() or 1))
-    return prepare_probe(find_dataset(probe, folders), plan, configuration, folders, cases, every, cores, say)
+    name = find_dataset(probe, folders)
+    return prepare_probe(name, plan, configuration, folders, cases, every, default_processes(), say)
 
 
 def _launch(

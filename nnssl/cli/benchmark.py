@@ -3,30 +3,56 @@
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from nnssl.cli.command import add_device_argument, choose_device, natural_int, positive_int, run_command, say
+from nnssl.cli.command import (
+    MODES,
+    CommandParser,
+    add_configuration_argument,
+    add_dataset_argument,
+    add_device_argument,
+    add_finetuning_arguments,
+    add_plans_argument,
+    add_processes_argument,
+    add_verbose_argument,
+    choose_device,
+    positive_int,
+    positive_number,
+    run_command,
+    say,
+    say_next,
+)
 
 NAME = "nnssl_benchmark"
-MODES = ("finetune", "linear", "mean_teacher")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         NAME,
         description="Fine-tune pretrained weights and random ones on the same few labels, evaluate them on cases that no "
         "stage has seen, and write a report. Pretrains what is not there yet. Run it again to go on where it stopped.",
     )
-    parser.add_argument(
-        "-d", dest="dataset", required=True, metavar="ID", help="labelled data set, number or name, below nnUNet_raw"
-    )
+    add_dataset_argument(parser, "labelled data set, number or name, below nnUNet_raw", required=True)
     parser.add_argument(
         "--from", dest="source", metavar="ID", help="data set to pretrain on (default: the one planned last)"
     )
-    parser.add_argument(
-        "-p", dest="plans", default="nnsslPlans", metavar="PLANS", help="its plans identifier (default: nnsslPlans)"
-    )
+    add_plans_argument(parser, of="its ")
+    _add_matrix_arguments(parser)
+    add_finetuning_arguments(parser)
+    add_configuration_argument(parser, "to fine-tune (default: one that fits all arms)")
+    _add_case_arguments(parser)
+    _add_pretraining_arguments(parser)
+    _add_study_arguments(parser)
+    add_device_argument(parser)
+    add_processes_argument(parser, "preprocessing and evaluation")
+    add_verbose_argument(parser)
+    return parser
+
+
+def _add_matrix_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-m",
         dest="arms",
@@ -55,21 +81,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="lengths of fine-tuning; a gain is claimed only where scratch no longer improves from the second longest to "
         "the longest (default: 50 150)",
     )
-    parser.add_argument("--iterations-per-epoch", type=positive_int, default=250, metavar="N", help="(default: 250)")
-    parser.add_argument("--batch-size", type=positive_int, metavar="N", help="of fine-tuning (default: the plan's)")
-    parser.add_argument(
-        "--optimizer",
-        choices=("sgd", "adam", "adamw"),
-        help="of fine-tuning (default: sgd, and adamw for Primus, as nnU-Net; a linear probe has adam)",
-    )
-    parser.add_argument(
-        "--learning-rate",
-        type=float,
-        help="of fine-tuning (default: 0.01, 3e-4 with adamw; a linear probe keeps its own)",
-    )
-    parser.add_argument(
-        "-c", dest="configuration", metavar="CONFIG", help="to fine-tune (default: one that fits all arms)"
-    )
+
+
+def _add_case_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test-cases", type=Path, metavar="FILE", help="cases to hold out (default: drawn patients)")
     parser.add_argument("--test-patients", type=positive_int, metavar="N", help="patients to draw (default: a quarter)")
     parser.add_argument(
@@ -81,11 +95,19 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="with seed0.txt, seed1.txt, ...: cases in the order in which labels are added (default: drawn)",
     )
+
+
+def _add_pretraining_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pretrain-epochs", type=positive_int, metavar="N", help="of every stage (default: the plan's)"
     )
     parser.add_argument("--pretrain-iterations", type=positive_int, metavar="N", help="per epoch (default: the plan's)")
-    parser.add_argument("--tolerance-mm", type=float, default=2.0, help="of the surface distance (default: 2)")
+
+
+def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tolerance-mm", type=positive_number, default=2.0, metavar="MM", help="of the surface distance (default: 2)"
+    )
     parser.add_argument("--name", default="study", help="of the study's folder (default: study)")
     parser.add_argument(
         "--part", default="1/1", metavar="I/N", help="do the I-th of N shares, on a cluster (default: all)"
@@ -93,26 +115,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the matrix, what there is and how long the rest takes"
     )
-    add_device_argument(parser)
-    parser.add_argument(
-        "--processes",
-        type=natural_int,
-        metavar="N",
-        help="for preprocessing and evaluation (default: cores, 8 at most)",
-    )
-    parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")
-    return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    args = make_parser().parse_args(arguments)
-    args.command = shlex.join([NAME, *arguments])
-    return run_command(NAME, _run, args, args.verbose)
+    return run_command(make_parser(), partial(_run, shlex.join([NAME, *arguments])), arguments)
 
 
-def _run(args: argparse.Namespace) -> None:
+def _run(command: str, args: argparse.Namespace) -> None:
     from nnssl.data.jobs import default_processes
     from nnssl.paths import resolve_folders
     from trainers.benchmark.cells import StudyCells
@@ -151,8 +162,15 @@ def _run(args: argparse.Namespace) -> None:
         cells = StudyCells(study, say)
         for line in [*describe_matrix(cells), *describe_estimate(cells)]:
             say(line)
+        say_next("the same command without --dry-run")
         return
-    run_study(study, study_folder(study, args.name), part, args.command, say)
+    folder = study_folder(study, args.name)
+    if run_study(study, folder, part, command, say) is None:
+        say_next(command)
+    else:
+        say_next(
+            f"nnssl_finetune -d {args.dataset} -w CHECKPOINT (of the arm that {folder / 'report.html'} speaks for)"
+        )
 
 
 if __name__ == "__main__":

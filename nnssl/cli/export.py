@@ -2,9 +2,18 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from nnssl.cli.command import natural_int, run_command, say
+from nnssl.cli.command import (
+    CommandParser,
+    add_configuration_argument,
+    add_seed_argument,
+    add_verbose_argument,
+    run_command,
+    say,
+    say_next,
+)
 from nnssl.errors import UserError
 
 NAME = "nnssl_export"
@@ -14,7 +23,7 @@ POLICIES = ("mean", "repeat", "named")
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         NAME,
         description="Make pretrained weights fit a network and write them for nnU-Net, for a model hub or as a bare encoder. "
         "What nnU-Net is to load is tried with its own loader first.",
@@ -25,10 +34,8 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="PLANS",
         help="whose network: a plans file (.json), or a planned data set, number or name (default: the weights' own plan)",
     )
-    parser.add_argument("-p", dest="plans_name", metavar="PLANS", help="plans of that data set (default: nnUNetPlans)")
-    parser.add_argument(
-        "-c", dest="configuration", metavar="CONFIG", help="of the plans (default: the one that was pretrained)"
-    )
+    parser.add_argument("-p", "--plans", metavar="PLANS", help="plans of that data set (default: nnUNetPlans)")
+    add_configuration_argument(parser, "of the plans (default: the one that was pretrained)")
     parser.add_argument(
         "--trainer", help="nnU-Net trainer that builds a network of its own, e.g. nnUNet_Primus_S_Trainer"
     )
@@ -43,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--format", dest="form", choices=FORMATS, default="nnunet", help="(default: nnunet)")
     parser.add_argument(
-        "-o", dest="out", type=Path, metavar="PATH", help="file or folder (default: in the working folder)"
+        "-o", "--output", type=Path, metavar="PATH", help="file or folder (default: in the working folder)"
     )
     parser.add_argument(
         "--least-share",
@@ -56,15 +63,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--results", nargs="+", type=Path, default=[], metavar="FILE", help="finetune.json of arms, for the hub's card"
     )
-    parser.add_argument("--seed", type=natural_int, default=0, help="of what stays random (default: 0)")
-    parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")
+    add_seed_argument(parser, "what stays random")
+    add_verbose_argument(parser)
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    args = make_parser().parse_args(argv)
-    return run_command(NAME, _run, args, args.verbose)
+    return run_command(make_parser(), _run, argv)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -77,13 +83,13 @@ def _run(args: argparse.Namespace) -> None:
         args.checkpoint.expanduser(),
         resolve_folders(say),
         for_plans=args.for_plans,
-        plans_name=args.plans_name,
+        plans_name=args.plans,
         configuration=args.configuration,
         channels=args.channels,
         policy=args.input_policy,
         trainer=args.trainer,
         form=args.form,
-        out=args.out,
+        out=args.output,
         least_share=args.least_share,
         licence=args.license,
         results=[_result(path) for path in args.results],
@@ -94,10 +100,12 @@ def _run(args: argparse.Namespace) -> None:
         target = exported.target
         trainer = f" -tr {target.trainer}" if target.trainer else ""
         data = target.plans["dataset_name"].removeprefix("Dataset").split("_")[0]
-        say(
-            f"next: nnUNetv2_train {data} {target.configuration} 0 -p {target.plans['plans_name']}{trainer} "
+        say_next(
+            f"nnUNetv2_train {data} {target.configuration} 0 -p {target.plans['plans_name']}{trainer} "
             f"-pretrained_weights {exported.path}"
         )
+    else:
+        say_next(f"nnssl_info {exported.path}")
 
 
 def _result(path: Path) -> dict[str, object]:

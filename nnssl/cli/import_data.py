@@ -2,9 +2,18 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from nnssl.cli.command import positive_int, run_command, say
+from nnssl.cli.command import (
+    CommandParser,
+    add_restart_argument,
+    add_verbose_argument,
+    positive_int,
+    run_command,
+    say,
+    say_next,
+)
 
 NAME = "nnssl_import"
 KIND_NAMES = ("folder", "bids", "list", "dicom", "collection")
@@ -12,7 +21,7 @@ KIND_NAMES = ("folder", "bids", "list", "dicom", "collection")
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         NAME,
         description="Make a data set below nnUNet_raw of images where they are. Nothing is copied; what is refused is said.",
     )
@@ -22,8 +31,10 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="SOURCE",
         help="folder of NIfTI, NRRD, MHA or GIPL files, BIDS tree, folder of DICOM series, list (.txt), or pretrain_data.json",
     )
-    parser.add_argument("-d", dest="number", required=True, type=positive_int, metavar="ID", help="number, 1 to 999")
-    parser.add_argument("-n", dest="name", required=True, metavar="NAME", help="name of the data set, such as MyScans")
+    parser.add_argument(
+        "-d", "--dataset", dest="number", required=True, type=positive_int, metavar="ID", help="number, 1 to 999"
+    )
+    parser.add_argument("-n", "--name", required=True, metavar="NAME", help="name of the data set, such as MyScans")
     parser.add_argument("--kind", choices=KIND_NAMES, help="what SOURCE is (default: found out and said)")
     parser.add_argument(
         "--channels",
@@ -42,15 +53,14 @@ def make_parser() -> argparse.ArgumentParser:
         "--pattern", metavar="GLOB", help="only files (DICOM: series descriptions) that match, such as '*_ct.nii.gz'"
     )
     parser.add_argument("--min-slices", type=positive_int, metavar="N", help="smallest DICOM series taken (default: 5)")
-    parser.add_argument("--restart", action="store_true", help="replace what an earlier import of this number made")
-    parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")
+    add_restart_argument(parser, "replace what an earlier import of this number made")
+    add_verbose_argument(parser)
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    args = make_parser().parse_args(argv)
-    return run_command(NAME, _run, args, args.verbose)
+    return run_command(make_parser(), _run, argv)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -71,7 +81,7 @@ def _run(args: argparse.Namespace) -> None:
     for line in format_import(record):
         say(line)
     say(f"record: {folders.raw / record.dataset_name / RECORD_FILE}")
-    say(f"next: nnssl_plan_and_preprocess -d {args.number}")
+    say_next(f"nnssl_plan_and_preprocess -d {args.number}")
 
 
 if __name__ == "__main__":

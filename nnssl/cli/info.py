@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnssl.cli.command import run_command, say
+from nnssl.cli.command import CommandParser, add_verbose_argument, run_command, say, say_next
+from nnssl.sizes import in_mm, in_voxels
 
 if TYPE_CHECKING:
     from nnssl.export.source import SourceWeights
@@ -20,19 +21,18 @@ MOST_PARTS = 20
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = argparse.ArgumentParser(NAME, description="Show methods, folders and versions, or explain a checkpoint.")
+    parser = CommandParser(NAME, description="Show methods, folders and versions, or explain a checkpoint.")
     parser.add_argument("checkpoint", nargs="?", type=Path, help="a checkpoint to explain")
     parser.add_argument(
         "--ext-trainer", action="store_true", help="print the line that makes stock nnU-Net find nnssl's trainers"
     )
-    parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")
+    add_verbose_argument(parser)
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    args = make_parser().parse_args(argv)
-    return run_command(NAME, _run, args, args.verbose)
+    return run_command(make_parser(), _run, argv)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -49,6 +49,7 @@ def _run(args: argparse.Namespace) -> None:
     else:
         for line in explain_installation():
             say(line)
+        say_next("nnssl_plan_and_preprocess -d ID", "nnssl_import SOURCE -d ID -n NAME", "nnssl_demo")
 
 
 def explain_installation() -> list[str]:
@@ -117,7 +118,7 @@ def _explain_encoder(path: Path) -> list[str]:
         str(path),
         f"  the encoder of {spec['architecture']['network_class_name']}: {spec['stage']}, pretrained on "
         f"{spec['pretraining_data']}",
-        f"  {spec['num_inputs']} input(s), patch {_by(spec['patch_size'])}, spacing {_by(spec['spacing_mm'])} mm",
+        f"  {spec['num_inputs']} input(s), patch {in_voxels(spec['patch_size'])}, spacing {in_mm(spec['spacing_mm'])} mm",
         f"next: python {path.with_name('load_encoder.py')}",
     ]
 
@@ -130,11 +131,11 @@ def _explain_network(source: "SourceWeights") -> list[str]:
     lines = [
         f"  network {source.architecture['network_class_name']}, "
         f"{count_values(source.tensors) / 1e6:.2f} M pretrained parameters, {source.untrained / 1e6:.2f} M others",
-        f"  {source.num_channels} channel(s){channels}, patch {_by(source.patch_vox)}",
+        f"  {source.num_channels} channel(s){channels}, patch {in_voxels(source.patch_vox)}",
     ]
-    spacing = f", spacing {_by(made_on['spacing_mm'])} mm" if made_on["spacing_mm"] else ""
+    spacing = f", spacing {in_mm(made_on['spacing_mm'])} mm" if made_on["spacing_mm"] else ""
     named = f", channels {', '.join(made_on['channel_names'])}" if made_on["channel_names"] else ""
-    return [*lines, f"  pretrained with patch {_by(made_on['patch_vox'])}{spacing}{named}"]
+    return [*lines, f"  pretrained with patch {in_voxels(made_on['patch_vox'])}{spacing}{named}"]
 
 
 def _explain_elsewhere(source: "SourceWeights") -> list[str]:
@@ -166,10 +167,6 @@ def _explain_own(source: "SourceWeights") -> list[str]:
     path = source.path
     lines.append(f"next: nnssl_finetune -d LABELLED_ID -w {path}, or nnssl_export {path} --for-plans PLANS.json")
     return lines
-
-
-def _by(sizes: Sequence[float]) -> str:
-    return " x ".join(f"{size:g}" for size in sizes)
 
 
 if __name__ == "__main__":

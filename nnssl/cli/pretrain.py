@@ -2,9 +2,25 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from nnssl.cli.command import add_device_argument, choose_device, natural_int, positive_int, run_command, say
+from nnssl.cli.command import (
+    CommandParser,
+    add_configuration_argument,
+    add_dataset_argument,
+    add_device_argument,
+    add_plans_argument,
+    add_restart_argument,
+    add_seed_argument,
+    add_verbose_argument,
+    choose_device,
+    natural_int,
+    positive_int,
+    run_command,
+    say,
+    say_next,
+)
 from nnssl.methods import METHODS
 
 NAME = "nnssl_pretrain"
@@ -12,18 +28,27 @@ NAME = "nnssl_pretrain"
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = argparse.ArgumentParser(
-        NAME, description="Pretrain a planned data set. Run it again to go on where it stopped."
-    )
+    parser = CommandParser(NAME, description="Pretrain a planned data set. Run it again to go on where it stopped.")
     methods = "; ".join(f"{name}: {method.title}" for name, method in METHODS.items())
-    parser.add_argument("-m", dest="method", required=True, metavar="METHOD", help=methods)
+    parser.add_argument("-m", "--method", required=True, metavar="METHOD", help=methods)
+    add_dataset_argument(parser, "data set, number or name (default: the one planned last)")
+    add_configuration_argument(parser, "of the plan (default: the method's first)")
+    add_plans_argument(parser)
+    _add_run_arguments(parser)
+    _add_probe_arguments(parser)
+    add_device_argument(parser)
     parser.add_argument(
-        "-d", dest="dataset", metavar="ID", help="data set, number or name (default: the one planned last)"
+        "--num-gpus", type=positive_int, default=1, metavar="N", help="processes, one for each GPU (default: 1)"
     )
-    parser.add_argument("-c", dest="configuration", metavar="CONFIG", help="of the plan (default: the method's first)")
     parser.add_argument(
-        "-p", dest="plans", default="nnsslPlans", metavar="PLANS", help="plans identifier (default: nnsslPlans)"
+        "--workers", type=natural_int, metavar="N", help="processes that read patches (default: chosen)"
     )
+    add_restart_argument(parser, "remove earlier results of this method first")
+    add_verbose_argument(parser)
+    return parser
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--epochs",
         nargs="+",
@@ -45,6 +70,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--init", type=Path, metavar="FILE", help="checkpoint whose weights the first stage starts from"
     )
+    add_seed_argument(parser, "weights and views")
+
+
+def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probe", metavar="ID", help="labelled data set on which a linear probe is scored during pretraining"
     )
@@ -58,23 +87,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--probe-every", type=positive_int, metavar="N", help="epochs between two probes (default: about 20 in a stage)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of weights and views (default: 0)")
-    add_device_argument(parser)
-    parser.add_argument(
-        "--num-gpus", type=positive_int, default=1, metavar="N", help="processes, one for each GPU (default: 1)"
-    )
-    parser.add_argument(
-        "--workers", type=natural_int, metavar="N", help="processes that read patches (default: chosen)"
-    )
-    parser.add_argument("--restart", action="store_true", help="remove earlier results of this method first")
-    parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")
-    return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    args = make_parser().parse_args(argv)
-    return run_command(NAME, _run, args, args.verbose)
+    return run_command(make_parser(), _run, argv)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -116,7 +133,7 @@ def _run(args: argparse.Namespace) -> None:
         say=say,
     )
     say(f"weights: {final}")
-    say(f"next: nnssl_finetune -d LABELLED_ID -w {final}")
+    say_next(f"nnssl_finetune -d LABELLED_ID -w {final}")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,28 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnssl.cli.command import add_device_argument, choose_device, natural_int, positive_int, run_command, say
+from nnssl.cli.command import (
+    CommandParser,
+    add_dataset_argument,
+    add_device_argument,
+    add_seed_argument,
+    add_verbose_argument,
+    add_weights_argument,
+    choose_device,
+    natural_int,
+    positive_int,
+    run_command,
+    say,
+    say_next,
+)
 
 if TYPE_CHECKING:
     from nnssl.data.case_store import CaseStore
     from nnssl.evaluation.dense_network import DenseNetwork
     from trainers.pretrained_weights import Weights
 
+Draw = Callable[[argparse.Namespace, "Weights", "CaseStore"], None]
+"""Draws one kind of picture of weights and cases, and says what is in it."""
 UNTOLD = dict.fromkeys("omh", "at best without the code") | {"s": "by the mean of what is visible"}
 """What a reconstruction is compared with, by model."""
 NAME = "nnssl_show"
@@ -22,7 +37,7 @@ OTHERS = 2
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command, with one subparser for each picture."""
-    parser = argparse.ArgumentParser(NAME, description="Make pictures of what pretrained weights know, without labels.")
+    parser = CommandParser(NAME, description="Make pictures of what pretrained weights know, without labels.")
     pictures = parser.add_subparsers(dest="picture", metavar="PICTURE", required=True)
     similarity = _add_picture(
         pictures, "similarity", _similarity, "which voxels of other cases resemble a voxel of this one"
@@ -61,35 +76,27 @@ def make_parser() -> argparse.ArgumentParser:
     matches.add_argument(
         "--points", type=positive_int, default=4, metavar="N", help="points, drawn in the body (default: 4)"
     )
-    matches.add_argument("--seed", type=int, default=0, help="of the points (default: 0)")
+    add_seed_argument(matches, "the points")
     for each in (embedding, uncertainty, reconstruction):
         each.add_argument(
             "--slice", type=natural_int, metavar="Z", help="of a 2D network (default: the one with the most body)"
         )
-    reconstruction.add_argument("--seed", type=int, default=0, help="of crops, corruption and turns (default: 0)")
+    add_seed_argument(reconstruction, "crops, corruption and turns")
     return parser
 
 
-def _add_picture(pictures: Any, name: str, function: Callable[[argparse.Namespace], None], what: str) -> Any:
+def _add_picture(pictures: Any, name: str, function: Draw, what: str) -> Any:
     """Add a subparser with the arguments that all pictures share."""
     parser = pictures.add_parser(name, help=what, description=f"Draw {what}.")
-    parser.add_argument(
-        "-w",
-        "--weights",
-        default="latest",
-        metavar="CHECKPOINT",
-        help="of nnssl_pretrain, or 'latest' for the newest checkpoint_final.pth below nnUNet_results (default)",
-    )
-    parser.add_argument(
-        "-d", "--dataset", metavar="ID", help="data set, number or name (default: the one of the weights)"
-    )
+    add_weights_argument(parser)
+    add_dataset_argument(parser, "data set, number or name (default: the one of the weights)")
     parser.add_argument("--case", metavar="CASE", help="a preprocessed case (default: the first)")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path(f"nnssl_{name}.png"), metavar="FILE.png",
         help=f"the picture (default: ./nnssl_{name}.png)",
     )  # fmt: skip
     add_device_argument(parser)
-    parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")
+    add_verbose_argument(parser)
     parser.set_defaults(function=function)
     return parser
 
@@ -102,22 +109,26 @@ def _add_feature_arguments(parser: argparse.ArgumentParser) -> None:
         help="what describes a voxel: the last decoder stage, or all stages and the bottleneck (default: as the weights "
         "were pretrained, else pyramid)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of the sample that features are standardised over (default: 0)"
-    )
+    add_seed_argument(parser, "the sample that features are standardised over")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    args = make_parser().parse_args(argv)
-    return run_command(NAME, args.function, args, args.verbose)
+    return run_command(make_parser(), _run, argv)
 
 
-def _similarity(args: argparse.Namespace) -> None:
+def _run(args: argparse.Namespace) -> None:
+    weights, store = _open_weights(args)
+    args.function(args, weights, store)
+    say(f"picture: {args.output}")
+    say_next(f"nnssl_finetune -d LABELLED_ID -w {weights.path}")
+
+
+def _similarity(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
     from nnssl.evaluation.dense_similarity import compare_cases
     from nnssl.evaluation.pictures import similarity_figure, write_picture
 
-    network, store, described = _open(args)
+    network, described = _open_network(args, weights, store)
     case = args.case or store.names[0]
     place = store.names.index(case) + 1 if case in store.names else 0
     following = [*store.names[place:], *store.names[:place]]
@@ -130,40 +141,35 @@ def _similarity(args: argparse.Namespace) -> None:
         say(f"{similarity.case.name}: nearest {nearest}, cosine {similarity.nearest_cosine:.3f}")
     query = " ".join(map(str, comparison.query_vox))
     say(f"query: --case {case} --point {query}")
-    say(f"picture: {args.output}")
 
 
-def _embedding(args: argparse.Namespace) -> None:
+def _embedding(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
     from nnssl.evaluation.dense_components import embed_case
     from nnssl.evaluation.dense_network import find_case
     from nnssl.evaluation.pictures import embedding_figure, write_picture
 
-    network, store, described = _open(args)
+    network, described = _open_network(args, weights, store)
     embedding = embed_case(network, find_case(store, args.case or store.names[0]), args.slice, args.seed)
     write_picture(args.output, embedding_figure(embedding, described))
-    say(f"picture: {args.output}")
 
 
-def _uncertainty(args: argparse.Namespace) -> None:
+def _uncertainty(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
     from nnssl.evaluation.dense_network import find_case
     from nnssl.evaluation.pictures import uncertainty_figure, write_picture
     from nnssl.evaluation.teacher_uncertainty import measure_uncertainty, open_teacher
 
-    weights, store = _open_weights(args)
     teacher, _ = open_teacher(weights.path, args.passes, choose_device(args.device, say), say)
     case = find_case(store, args.case or store.names[0])
     uncertainty = measure_uncertainty(teacher, case, args.slice)
     described = _describe(weights, f"{teacher.passes} passes", store)
     write_picture(args.output, uncertainty_figure(uncertainty, described))
-    say(f"picture: {args.output}")
 
 
-def _reconstruction(args: argparse.Namespace) -> None:
+def _reconstruction(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
     from nnssl.evaluation.dense_network import find_case
     from nnssl.evaluation.pictures import reconstruction_figure, write_picture
     from nnssl.evaluation.reconstructions import open_reconstructor, reconstruct_case
 
-    weights, store = _open_weights(args)
     device = choose_device(args.device, say)
     method, _ = open_reconstructor(weights.path, device)
     case = find_case(store, args.case or store.names[0])
@@ -172,16 +178,14 @@ def _reconstruction(args: argparse.Namespace) -> None:
     write_picture(args.output, reconstruction_figure(made, method.configuration.spacing_mm, described))
     for each in made:
         say(f"{each.model}: mean squared error {each.error:.3f}, {UNTOLD[each.model]} {each.error_untold:.3f}")
-    say(f"picture: {args.output}")
 
 
-def _matches(args: argparse.Namespace) -> None:
+def _matches(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
     from nnssl.errors import UserError
     from nnssl.evaluation.dense_network import find_case
     from nnssl.evaluation.matches import find_matches, open_matcher
     from nnssl.evaluation.pictures import matches_figure, write_picture
 
-    weights, store = _open_weights(args)
     matcher, method = open_matcher(weights.path, store, choose_device(args.device, say))
     if len(store.names) < 2:
         raise UserError(f"{store.folder}: has one case only, and nothing to look in; give another data set with -d")
@@ -198,17 +202,15 @@ def _matches(args: argparse.Namespace) -> None:
         say(
             f"{place}: {by_embedding}, similarity {each.score:.3f}, back within {each.cycle_mm:.1f} mm; body's box {by_box}"
         )
-    say(f"picture: {args.output}")
 
 
-def _open(args: argparse.Namespace) -> "tuple[DenseNetwork, CaseStore, str]":
-    """Return the network of the weights, the cases to show it, and what it is in words."""
+def _open_network(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> "tuple[DenseNetwork, str]":
+    """Return the network of the weights, and what it is in words."""
     from nnssl.evaluation.dense_network import open_dense_network
 
-    weights, store = _open_weights(args)
     network, _ = open_dense_network(weights.path, args.features, choose_device(args.device, say), say)
     say(f"Features: {network.kind}")
-    return network, store, _describe(weights, f"features: {network.kind}", store)
+    return network, _describe(weights, f"features: {network.kind}", store)
 
 
 def _open_weights(args: argparse.Namespace) -> "tuple[Weights, CaseStore]":

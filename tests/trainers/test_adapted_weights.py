@@ -144,7 +144,7 @@ def test_info_explains_them(tmp_path):
         "made elsewhere",
         "ResidualEncoderUNet",
         "2 channel(s)",
-        "patch 8 x 24 x 16",
+        "patch 8x24x16",
         "nnssl_export",
         "nnssl_finetune",
     ):

@@ -148,7 +148,10 @@ def test_similarity_in_3d_with_everything_chosen(files, drawn, capsys):
     assert [head.partition(":")[0] for head in heads(figure)[::2]] == ["toy_00", "toy_01", "toy_02"]
     assert "features: pyramid" in figure.get_suptitle()
     assert "query: --case toy_00 --point 7 10 10" in printed  # every seventh voxel is stored
-    assert printed.splitlines()[-1] == "picture: nnssl_similarity.png"
+    assert printed.splitlines()[-2:] == [
+        "picture: nnssl_similarity.png",
+        f"next: nnssl_finetune -d LABELLED_ID -w {files['3d']}",
+    ]
     assert Path("nnssl_similarity.png").exists()
     assert show.main(["similarity", "-w", str(files["3d"]), "--case", "toy_03", "--device", "cpu"]) == 0
     assert [head.partition(":")[0] for head in heads(drawn[1])[::2]] == ["toy_03", "toy_00", "toy_01"]
