@@ -1,6 +1,8 @@
-"""Who may import whom, as documentation/architecture.md says; read from the source, so that lazy imports count too."""
+"""The shape of the code, read from the source: who may import whom, as documentation/architecture.md says (lazy imports count
+too), how long files and functions are, and what they may be called."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -126,3 +128,59 @@ def test_index_of_methods_is_light():
     """The commands list the methods in their help, so the index must not import torch."""
     code = "import sys, nnssl.methods; sys.exit('torch' in sys.modules or 'nnunetv2' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+"""Lines; of a function without its docstring."""
+LONGER_FILES = {
+    "nnssl.methods.pcrl": (440, "one method is one file: what PCRLv2 restores, compares and hands over"),
+    "nnssl.methods.pixelglobal": (
+        455,
+        "one method is one file: three levels of consistency and the teacher's uncertainty",
+    ),
+    "nnssl.methods.sam": (425, "one method is one file: two embeddings and the negatives of each"),
+    "trainers.pretrain_trainer": (600, "what nnU-Net's trainer takes from labels is overridden in this file alone"),
+}
+"""How long these may be, and why they are one thing."""
+LONGER_FUNCTIONS: dict[tuple[str, str], tuple[int, str]] = {
+    ("trainers.finetune_run", "finetune"): (75, "checks, then the steps of a fine-tuning in their order"),
+}
+
+
+def lengths_of_functions(path: Path) -> dict[str, int]:
+    found = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0]
+            docstring = first.end_lineno - first.lineno + 1 if ast.get_docstring(node) is not None else 0
+            found[node.name] = max(found.get(node.name, 0), node.end_lineno - node.lineno + 1 - docstring)
+    return found
+
+
+def test_files_are_about_one_thing():
+    lengths = {name: len(path.read_text().splitlines()) for name, path in modules().items()}
+    allowed = {name: LONGER_FILES.get(name, (LONGEST_FILE, ""))[0] for name in lengths}
+    assert {name: length for name, length in lengths.items() if length > allowed[name]} == {}
+
+
+def test_functions_are_about_one_thing():
+    lengths = {(name, each): n for name, path in modules().items() for each, n in lengths_of_functions(path).items()}
+    allowed = {each: LONGER_FUNCTIONS.get(each, (LONGEST_FUNCTION, ""))[0] for each in lengths}
+    assert {each: length for each, length in lengths.items() if length > allowed[each]} == {}
+
+
+def test_modules_are_nouns_of_the_field():
+    empty = {"util", "utils", "helper", "helpers", "common", "misc", "tools", "base"}
+    assert [name for name in modules() if empty & set(re.split(r"[._]", name))] == []
+
+
+def test_no_hyper_parameter_is_a_class_name():
+    """A value in a name stands behind letters and without a meaning of its own, as in ``TrainerLR1e4``; ``Pix2Rep`` is a name."""
+    classes = [
+        (name, node.name)
+        for name, path in modules().items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    ]
+    value = re.compile(r"\d(?:$|[eE_x]?\d|ep|[kK]$)|_\d|(?i:lr|bs|wd|epochs?|batch|seed|ratio|temp)\d")
+    assert [each for each in classes if value.search(each[1].replace("V2", ""))] == []
