@@ -6,6 +6,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
+from nnssl.data import body
 from nnssl.data.body import body_mask
 from nnssl.data.case_error import SetAside
 from nnssl.data.phantoms import make_phantom, write_phantom_dataset
@@ -179,9 +180,9 @@ def test_the_fewer_of_slices_and_volumes_are_set_aside(folders, slices, volumes,
 
 def test_intensities_are_sampled_at_odd_distances(monkeypatch):
     """An even distance would fall into step with the sides of images."""
-    monkeypatch.setattr(module, "HISTOGRAM_VOXELS", 100)
+    monkeypatch.setattr(body, "HISTOGRAM_VOXELS", 100)
     for size, step in ((99, 1), (100, 1), (101, 3), (250, 3), (350, 5), (1000, 11)):
-        sample = module._spread_sample(np.arange(size).reshape(-1, 1))
+        sample = body.spread_sample(np.arange(size).reshape(-1, 1))
         np.testing.assert_array_equal(sample, np.arange(0, size, step))
         assert len(sample) <= 100
 
