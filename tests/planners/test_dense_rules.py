@@ -47,13 +47,14 @@ def test_points_grow_with_memory_and_stay_within_it():
 @pytest.mark.parametrize("features", [FEATURES, [96, 200, 320, 320]])
 def test_most_points_that_fit_into_their_share_of_memory(preset, features):
     """Numbers of four bytes: three of all pairs; two sides of features and head, each with its gradient."""
-    sampling, _ = decide_dense(features, (64, 80, 48), PRESETS[preset])
+    sampling, decisions = decide_dense(features, (64, 80, 48), PRESETS[preset])
     memory = PRESETS[preset].memory_gb * 1e9
     wanted = [n for n in (1000, 2048, 4096) if 3 * (2 * n) * (2 * n) * 4 <= 0.1 * memory]
     assert sampling.contrast_points == max(wanted, default=1000)
     point = 4 * (sampling.channels + 256 + 256 + 256 + 256)
     wanted = [n for n in (4096, 16_384, 65_536) if 2 * 2 * n * point <= 0.25 * memory]
     assert sampling.correlation_points == max(wanted, default=4096)
+    assert f"embeddings take {4 * sampling.correlation_points * point / 1e6:.0f} MB" in decisions[2][2]
 
 
 @pytest.mark.parametrize("kind", ["iso", "thick"])

@@ -47,9 +47,9 @@ def test_an_epoch_is_one_pass_within_25_to_250_steps(patches, batch, steps):
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_length_and_warm_up_are_shares_of_the_papers(preset):
-    training = find_stage("pix2rep.dense")[1].load().defaults.training
+    training = find_stage("simclr.contrast")[1].load().defaults.training
     share = {"cpu": 0.1}.get(preset, 1.0)
-    chosen, reasons = schedule(10_000, 40, preset)
+    chosen, reasons = schedule(10_000, 40, preset, "simclr.contrast")
     assert chosen.epochs == round(share * training.epochs) >= 1
     assert chosen.warmup_epochs == round(share * training.warmup_epochs)
     assert f"{share:.0%} of the paper's {training.epochs} epochs" in reasons[1][2]
