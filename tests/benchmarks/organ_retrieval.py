@@ -39,13 +39,12 @@ class ShuffledMatcher:
         self.matcher = matcher
 
     def match_points(self, query: str, points_mm: np.ndarray, key: str) -> Matches:
-        """Return a random place inside the other case for every point, with the score of its match."""
-        found = self.matcher.match_points(query, points_mm, key)
+        """Return a random place inside the other case for every point; there is no score."""
         case = self.matcher.embedded(key)
         inside = case.inside.nonzero().numpy()
         cells = np.random.default_rng(0).permutation(inside)[np.arange(len(points_mm)) % len(inside)]
         centres_vox = (cells + 0.5) * np.array(case.cell_vox) - 0.5
-        return Matches(centres_vox * np.array(self.matcher.store.case(key).spacing_mm), found.score)
+        return Matches(centres_vox * np.array(self.matcher.store.case(key).spacing_mm), np.full(len(cells), np.nan))
 
 
 def read_labels(folder: Path, name: str, shape: tuple[int, ...], axes: list[int]) -> np.ndarray:
@@ -73,14 +72,16 @@ def count(matchers: dict[str, PointMatcher], store: CaseStore, labels: dict[str,
             rng = np.random.default_rng([store.names.index(query), store.names.index(key)])
             spacing, other = (np.array(store.case(name).spacing_mm) for name in (query, key))
             last = np.array(labels[key].shape) - 1
-            for organ in sorted(set(np.unique(labels[query])) & set(np.unique(labels[key])) - {0}):
-                inside = np.argwhere(labels[query] == organ)
-                points_mm = inside[rng.integers(len(inside), size=POINTS)] * spacing
-                for name, matcher in matchers.items():
-                    matches = matcher.match_points(query, points_mm, key)
-                    back = cycle_error_mm(matcher, query, points_mm, key, matches)
-                    z, y, x = np.clip(np.round(matches.points_mm / other).astype(int), 0, last).T
-                    rows = np.stack([labels[key][z, y, x] == organ, away_from(key, organ)[z, y, x], back], axis=1)
+            organs = sorted(set(np.unique(labels[query])) & set(np.unique(labels[key])) - {0})
+            inside = [np.argwhere(labels[query] == organ) for organ in organs]
+            points_mm = np.concatenate([each[rng.integers(len(each), size=POINTS)] for each in inside]) * spacing
+            for name, matcher in matchers.items():
+                # all organs at once: a search looks at every cell of the other case
+                matches = matcher.match_points(query, points_mm, key)
+                back = cycle_error_mm(matcher, query, points_mm, key, matches).reshape(-1, POINTS)
+                voxels = np.clip(np.round(matches.points_mm / other).astype(int), 0, last).reshape(-1, POINTS, 3)
+                for organ, (z, y, x), way in zip(organs, voxels.transpose(0, 2, 1), back, strict=True):
+                    rows = np.stack([labels[key][z, y, x] == organ, away_from(key, organ)[z, y, x], way], axis=1)
                     found[name].setdefault(int(organ), []).append(rows)
     return {name: {organ: np.concatenate(rows).T for organ, rows in each.items()} for name, each in found.items()}
 
