@@ -1,17 +1,34 @@
 """What all tests share: axis names are checked, and real data is found through NNSSL_TEST_DATA."""
 
+import multiprocessing
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from jaxtyping import install_import_hook
 
+from tests.warm_start import COLD, warm_start
+
 install_import_hook(["nnssl.losses", "nnssl.views", "nnssl.networks", "nnssl.methods"], "beartype.beartype")
 
 # tensors are so small here that threads cost more than they give, and on a busy machine many times more
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes_start_warm() -> Iterator[None]:
+    """Processes are forked from one that has torch and nnU-Net imported, where the code spawns them."""
+    with warm_start():
+        yield
+
+
+@pytest.fixture
+def cold_start(monkeypatch) -> None:
+    """Processes of this test are spawned, and import all they need, as a user's are."""
+    monkeypatch.setattr(multiprocessing, "get_context", COLD)
 
 
 @pytest.fixture(scope="session")
