@@ -1,11 +1,14 @@
 """A planned and preprocessed toy data set, small enough that a pretraining step takes a fraction of a second."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from nnssl.data.case_store import CaseProperties, write_case
 from nnssl.data.raw import RawCase, RawDataset
@@ -21,6 +24,8 @@ phantoms, folders = phantom_study.phantoms, phantom_study.folders
 SHAPE, SPACING_MM = (16, 24, 20), (2.0, 1.0, 1.25)
 NAME = "Dataset501_Toy"
 SCHEDULE = {"batch_size": 4, "epochs": 2, "iterations_per_epoch": 3, "warmup_epochs": 0}
+WIDTH, DEPTH, HEADS = 48, 2, 3
+"""Of the transformers, whose planned size would take most of a step."""
 
 
 def make_volume(seed: int, channels: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -32,7 +37,7 @@ def make_volume(seed: int, channels: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def plan_toy(folders: Folders, channels: int = 1, cases: int = 6) -> Plan:
-    """Plan a toy data set for a CPU, write its preprocessed cases and shorten the schedule of every stage."""
+    """Plan a toy data set for a CPU, write its preprocessed cases, shorten every schedule and narrow the transformers."""
     statistics = IntensityStatistics(0.0, 0.0, 1.0, -3.0, 3.0, -2.5, 2.5)
     names = tuple(f"c{i}" for i in range(channels))
     records = tuple(
@@ -56,9 +61,10 @@ def plan_toy(folders: Folders, channels: int = 1, cases: int = 6) -> Plan:
     plan = plan_pretraining(dataset, fingerprint, folders, "cpu")
     path = folders.preprocessed / NAME / "nnsslPlans.json"
     content = json.loads(path.read_text())
-    for configuration in content["pretext"]["configurations"].values():
+    for name, configuration in content["pretext"]["configurations"].items():
         for schedule in configuration["schedules"].values():
             schedule.update(SCHEDULE)
+        narrow_transformer(configuration, content["configurations"][name])
         folder = folders.preprocessed / NAME / configuration["case_folder"]
         if not folder.exists():
             folder.mkdir()
@@ -73,13 +79,39 @@ def plan_toy(folders: Folders, channels: int = 1, cases: int = 6) -> Plan:
     return read_plan(path)
 
 
+def narrow_transformer(configuration: dict[str, Any], nnunet: dict[str, Any]) -> None:
+    """Give the hybrid network of a configuration, in both parts of a plan, a transformer of the least size."""
+    arguments = nnunet["architecture"]["arch_kwargs"] if "architecture" in nnunet else {}
+    if "transformer_width" in arguments:
+        configuration["transformer"] = {"width": WIDTH, "depth": DEPTH, "heads": HEADS, "decoder_depth": 1}
+        arguments.update(transformer_width=WIDTH, transformer_depth=DEPTH, transformer_heads=HEADS)
+
+
+@pytest.fixture(scope="session")
+def planned_toy(tmp_path_factory) -> Path:
+    """The preprocessed folder of a planned toy data set; made once."""
+    folder = tmp_path_factory.mktemp("toy")
+    for name in ("raw", "preprocessed", "results"):
+        (folder / name).mkdir()
+    with folders_set(folder):
+        plan_toy(resolve_folders())
+    return folder / "preprocessed"
+
+
 @pytest.fixture
-def toy(nnunet_folders, monkeypatch) -> Folders:
+def toy(planned_toy, nnunet_folders, monkeypatch) -> Folders:
     """Folders with a planned toy data set; float32, so that results can be compared to the bit and across processes."""
     monkeypatch.setenv("NNSSL_PRECISION", "float32")
     folders = resolve_folders()
-    plan_toy(folders)
+    shutil.copytree(planned_toy, folders.preprocessed, dirs_exist_ok=True)
     return folders
+
+
+@pytest.fixture(autouse=True)
+def figures_are_not_drawn(request, monkeypatch) -> None:
+    """Put a figure together and leave its picture out, which takes longer than a training here, unless a test is marked."""
+    if request.node.get_closest_marker("figures") is None:
+        monkeypatch.setattr(Figure, "savefig", lambda figure, *arguments, **options: None)
 
 
 @pytest.fixture(scope="session")

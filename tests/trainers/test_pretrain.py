@@ -61,6 +61,7 @@ def test_a_later_stage_alone_starts_from_random_weights(toy):
     assert read_checkpoint(final)[1].init is None
 
 
+@pytest.mark.figures
 def test_both_stages_and_what_they_leave(toy):
     final = run(toy)
     contrastive, generative = (
@@ -161,7 +162,7 @@ def test_stopped_run_ends_bit_identical(toy, monkeypatch, stage, step):
     assert [row["epoch"] for row in rows] == ["0", "1"]
 
 
-def test_two_processes_equal_one(toy):
+def test_two_processes_equal_one(toy, cold_start):
     """Weights, teacher and optimizer after both stages: every gradient and every draw was the same.
 
     With SGD, because AdamW blows up the rounding noise of gradients that are zero (a bias before a norm).

@@ -111,6 +111,7 @@ def test_a_stopped_run_goes_on_with_the_same_probes(folders, tmp_path, monkeypat
     assert json.loads((resumed.parent / "probe.json").read_text()) == whole
 
 
+@pytest.mark.figures
 def test_a_probe_may_come_later_or_go(folders, monkeypatch):
     """The column is empty where there was none, and the run is still the same run."""
     plan_path = folders.preprocessed / SOURCE / "nnsslPlans.json"

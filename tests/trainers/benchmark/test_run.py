@@ -48,6 +48,7 @@ def call(names, capsys, *more) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.figures
 def test_the_command_from_nothing_to_the_report(finished, capsys):
     results, names = finished
     before = sorted(path for folder in names.values() for path in folder.rglob("*"))
