@@ -1,6 +1,7 @@
 """The planner on made-up fingerprints of different modalities and geometries: no images are read."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl.data.raw import RawCase, RawDataset
+from nnssl.data.raw import RawCase, RawDataset, SetAside
+from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.methods import find_stage
 from nnssl.paths import resolve_folders
@@ -71,9 +73,17 @@ def make_plan(kind: str, preset: str = "cpu", **arguments):
     return plan_pretraining(dataset, fingerprint, resolve_folders(), preset, **arguments)
 
 
+@pytest.fixture(scope="module")
+def cpu_plans(tmp_path_factory):
+    """The plans of all kinds for a CPU, made once."""
+    folder = tmp_path_factory.mktemp("plans")
+    with variables(**{f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed", "results")}):
+        return {kind: make_plan(kind) for kind in sorted(KINDS)}
+
+
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_stock_nnunet_builds_every_configuration(kind, nnunet_folders):
-    plan = make_plan(kind)
+def test_stock_nnunet_builds_every_configuration(kind, cpu_plans):
+    plan = cpu_plans[kind]
     manager = PlansManager(json.loads(json.dumps(plan.nnunet)))
     channels = len(KINDS[kind][2])
     for name, pretext in plan.pretext.configurations.items():
@@ -96,9 +106,8 @@ def test_stock_nnunet_builds_every_configuration(kind, nnunet_folders):
     assert all(folder.startswith("nnsslPlans_") for folder in folders)
 
 
-def test_hybrid_weights_fit_the_plain_network_of_the_same_plan(nnunet_folders):
-    plan = make_plan("iso")
-    manager = PlansManager(plan.nnunet)
+def test_hybrid_weights_fit_the_plain_network_of_the_same_plan(cpu_plans):
+    manager = PlansManager(json.loads(json.dumps(cpu_plans["iso"].nnunet)))
     build = nnUNetTrainer.build_network_architecture
     hybrid = build(manager, manager.get_configuration("3d_fullres_hybrid"), 1, 3, True).state_dict()
     plain = build(manager, manager.get_configuration("3d_fullres"), 1, 3, True).state_dict()
@@ -122,8 +131,8 @@ def test_same_data_gives_the_same_bytes_and_leaves_the_environment(nnunet_folder
     assert list((nnunet_folders / "raw").iterdir()) == raw
 
 
-def test_thick_slices_are_treated_apart(nnunet_folders):
-    plan = make_plan("thick")
+def test_thick_slices_are_treated_apart(cpu_plans):
+    plan = cpu_plans["thick"]
     three = plan.configuration("3d_fullres")
     assert three.thick_axis == 0
     assert three.rotation_deg == (180.0, 0.0, 0.0)
@@ -138,29 +147,29 @@ def test_thick_slices_are_treated_apart(nnunet_folders):
     assert plan.configuration("2d").case_folder == three.case_folder
 
 
-def test_isotropic_data_is_not(nnunet_folders):
-    plan = make_plan("iso")
+def test_isotropic_data_is_not(cpu_plans):
+    plan = cpu_plans["iso"]
     three = plan.configuration("3d_fullres")
     assert three.thick_axis is None
     assert three.rotation_deg == (30.0, 30.0, 30.0)
     assert plan.configuration("2d").rotation_deg == (180.0,)
 
 
-def test_modality_decides_normalisation_and_views(nnunet_folders):
-    ct = make_plan("ct")
+def test_modality_decides_normalisation_and_views(cpu_plans):
+    ct = cpu_plans["ct"]
     assert ct.nnunet["configurations"]["3d_fullres"]["normalization_schemes"] == ["CTNormalization"]
     assert "window" in ct.configuration("3d_fullres").intensity_views
     assert "inversion" not in ct.configuration("3d_fullres").intensity_views
     # slices of 3 and of 5 mm: the 2D configuration keeps them, the 3D one resamples them
     assert ct.configuration("2d").case_folder != ct.configuration("3d_fullres").case_folder
-    mr = make_plan("iso")
+    mr = cpu_plans["iso"]
     assert mr.nnunet["configurations"]["3d_fullres"]["normalization_schemes"] == ["ZScoreNormalization"]
     assert {"inversion", "bias_field", "gamma"} <= set(mr.configuration("3d_fullres").intensity_views)
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_tokens_are_within_bounds_and_blocks_within_the_grid(kind, nnunet_folders):
-    for name, configuration in make_plan(kind).pretext.configurations.items():
+def test_tokens_are_within_bounds_and_blocks_within_the_grid(kind, cpu_plans):
+    for name, configuration in cpu_plans[kind].pretext.configurations.items():
         tokens = configuration.tokens
         if name == "2d":  # nothing looks at tokens of its U-Net
             assert tokens is None
@@ -172,10 +181,69 @@ def test_tokens_are_within_bounds_and_blocks_within_the_grid(kind, nnunet_folder
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
-def test_nothing_is_decided_twice(kind, nnunet_folders):
+def test_nothing_is_decided_twice(kind, cpu_plans):
     """Also where a stage serves two methods, as SAM's does."""
-    decided = [(each.configuration, each.what) for each in make_plan(kind).pretext.decisions]
+    decided = [(each.configuration, each.what) for each in cpu_plans[kind].pretext.decisions]
     assert len(set(decided)) == len(decided)
+
+
+def test_the_order_of_axes_changes_nothing_but_the_order(cpu_plans, nnunet_folders, monkeypatch):
+    """Thick slices along x, as sagittal scans may be stored: the plan is that of the same scans stored along z."""
+    shapes, spacings, channels = KINDS["thick"]
+    sagittal = ([shape[1:] + shape[:1] for shape in shapes], [mm[1:] + mm[:1] for mm in spacings], channels)
+    monkeypatch.setitem(KINDS, "sagittal", sagittal)
+    along_z, along_x = cpu_plans["thick"], make_plan("sagittal")
+    assert along_x.nnunet["transpose_forward"] == [2, 0, 1]
+    assert along_x.pretext.configurations == along_z.pretext.configurations
+    assert along_x.nnunet["configurations"] == along_z.nnunet["configurations"]
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_patches_are_counted_in_scans_at_the_plans_spacing(kind, cpu_plans):
+    shapes, spacings, _ = KINDS[kind]
+    said = {(d.configuration, d.what): d.reason for d in cpu_plans[kind].pretext.decisions}
+    for name in ("3d_fullres", "2d"):
+        configuration = cpu_plans[kind].configuration(name)
+        axes = len(configuration.patch_size)
+        patches = 0
+        for case in range(12):
+            in_case = 1
+            for length, mm, planned_mm, side in zip(
+                shapes[case % 2][-axes:],
+                spacings[case % 2][-axes:],
+                configuration.spacing_mm,
+                configuration.patch_size,
+                strict=True,
+            ):
+                in_case *= max(1, math.ceil(length * mm / planned_mm / side - 1e-6))
+            patches += in_case * (shapes[case % 2][0] if axes == 2 else 1)
+        assert f"one pass over {patches} distinct patches" in said[name, "length (pix2rep.dense)"]
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_schedules_and_teachers_follow_from_their_stages(kind, cpu_plans):
+    """A masked encoder has no teacher beside it; the shortest run with one decides its momentum."""
+    plan = cpu_plans[kind]
+    taught = {"reprec.contrastive", "pcrl.contexts", "pixelglobal.distillation"}
+    said = {(d.configuration, d.what) for d in plan.pretext.decisions}
+    for name, configuration in plan.pretext.configurations.items():
+        steps = [s.epochs * s.iterations_per_epoch for stage, s in configuration.schedules.items() if stage in taught]
+        assert bool(steps) == (not name.endswith("primus"))
+        assert configuration.teacher_momentum == pytest.approx(min(0.999, 1 - 20 / min(steps)) if steps else 0.999)
+        assert ((name, "queue") in said) == bool(steps)
+    assert set(plan.configuration("3d_fullres_primus").schedules) == {"alice.alignment"}
+    assert set(plan.configuration("3d_fullres_hybrid").schedules) == {"reprec.contrastive", "reprec.generative"}
+    assert "sam.embedding" in plan.configuration("3d_fullres").schedules
+    assert not {"alice.alignment", "sam.embedding"} & set(plan.configuration("2d").schedules)
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_embeddings_pair_scans_that_are_longer_than_a_patch_in_mm(kind, cpu_plans):
+    shapes, spacings, _ = KINDS[kind]
+    configuration = cpu_plans[kind].configuration("3d_fullres")
+    scan_mm = np.median([np.multiply(shapes[i], spacings[i]) for i in (0, 1)], axis=0)
+    patch_mm = np.multiply(configuration.patch_size, configuration.spacing_mm)
+    assert configuration.anatomy.partners == ("sam" if (scan_mm / patch_mm).max() >= 1.5 else "body_box")
 
 
 def test_memory_target_decides_encoder_width_and_batch(nnunet_folders):
@@ -195,8 +263,8 @@ def test_memory_target_decides_encoder_width_and_batch(nnunet_folders):
     assert small.configuration("3d_fullres_hybrid").transformer.width == 384
 
 
-def test_weak_contrast_is_said(nnunet_folders):
-    plan = make_plan("ct")
+def test_weak_contrast_is_said(cpu_plans):
+    plan = cpu_plans["ct"]
     batch = plan.configuration("3d_fullres_hybrid").schedules["reprec.contrastive"].batch_size
     said = [
         d for d in plan.pretext.decisions if d.what == "batch size (reprec.contrastive)" and "3d" in d.configuration
@@ -205,8 +273,8 @@ def test_weak_contrast_is_said(nnunet_folders):
     assert "WARNING: little is learned below 8" in said[0].reason
 
 
-def test_every_decision_has_a_reason_and_the_table_shows_it(nnunet_folders):
-    plan = make_plan("thick")
+def test_every_decision_has_a_reason_and_the_table_shows_it(cpu_plans):
+    plan = cpu_plans["thick"]
     assert all(d.reason and d.value for d in plan.pretext.decisions)
     table = "\n".join(format_decisions(plan, width=400))
     for decision in plan.pretext.decisions:
@@ -246,6 +314,14 @@ def test_like_takes_over_the_plan_of_the_labelled_data(nnunet_folders):
         kept = set(make_plan("iso", like=other).pretext.configurations)
         assert left in kept
         assert gone not in kept
+
+
+def test_a_data_set_of_which_much_cannot_be_used_is_not_planned(nnunet_folders):
+    dataset, fingerprint = make_inputs("iso")
+    aside = tuple(SetAside(f"bad_{n}", f"bad_{n}_0000.nii.gz", "is constant") for n in range(2))
+    with pytest.raises(UserError, match="2 of 14 cases cannot be used"):
+        plan_pretraining(dataset, replace(fingerprint, set_aside=aside), resolve_folders(), "cpu")
+    assert not list((nnunet_folders / "preprocessed").iterdir())
 
 
 def test_labelled_fingerprint_of_nnunet_is_not_overwritten(nnunet_folders):
