@@ -217,6 +217,11 @@ class StoredCase:
         except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error}); run nnssl_plan_and_preprocess again") from error
 
+    @property
+    def body_vox(self) -> Int[np.ndarray, "point 3"]:
+        """``foreground_vox``, or the middle of the volume where none was found: a point of it can always be taken."""
+        return self.foreground_vox if len(self.foreground_vox) else np.array([self.shape]) // 2
+
     def read_box(self, lower_vox: Sequence[int], size_vox: Sequence[int]) -> Float32[np.ndarray, "channel z y x"]:
         """Read a box of voxels.
 

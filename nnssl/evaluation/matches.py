@@ -82,7 +82,7 @@ def find_matches(
         patch: voxels of a crop, of which the middle slice is shown.
     """
     case, other = store.case(query), store.case(key)
-    body = case.foreground_vox if len(case.foreground_vox) else np.array(case.shape)[None] // 2
+    body = case.body_vox
     rng = np.random.default_rng(draw_seed(seed, "matches", query))
     points_vox = body[rng.integers(len(body), size=count)]
     points_mm = points_vox * np.array(case.spacing_mm)

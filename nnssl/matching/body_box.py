@@ -34,7 +34,7 @@ class BodyBoxMatcher:
     def _measure(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the lower corner of the box around the body and its size, in mm; of the whole volume without a body."""
         case = self.store.case(name)
-        spacing = np.array(case.properties.spacing_mm)
+        spacing = np.array(case.spacing_mm)
         body = case.foreground_vox
         if not len(body):
             body = np.array([[0, 0, 0], np.array(case.shape) - 1])

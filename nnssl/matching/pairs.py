@@ -102,9 +102,7 @@ def _look(
 ) -> Candidates:
     name, other = store.names[query], store.names[key]
     case = store.case(name)
-    body = case.foreground_vox
-    if not len(body):
-        body = np.array(case.shape)[None] // 2
+    body = case.body_vox
     rng = np.random.default_rng(draw_seed(seed, "pairs", f"{name}/{other}"))
     points_vox = body[rng.integers(len(body), size=TRIES * POINTS)].astype(float)
     points_mm = points_vox * np.array(case.spacing_mm)

@@ -82,12 +82,15 @@ def test_properties_and_coordinates_come_back(tmp_path):
     assert (case.shape, case.channels, case.spacing_mm) == ((4, 5, 6), 3, (3.5, 0.7, 0.9))
     assert case.properties == properties_of(volume)
     np.testing.assert_array_equal(case.foreground_vox, foreground)
+    np.testing.assert_array_equal(case.body_vox, foreground)
 
 
 def test_a_case_without_foreground_has_no_coordinates(tmp_path):
     volume = np.zeros((1, 4, 5, 6), np.float32)
     write_case(tmp_path, "a", volume, np.zeros((0, 3), np.int64), properties_of(volume), (4, 4))
-    assert CaseStore(tmp_path).case("a").foreground_vox.shape == (0, 3)
+    case = CaseStore(tmp_path).case("a")
+    assert case.foreground_vox.shape == (0, 3)
+    assert case.body_vox.tolist() == [[2, 2, 3]]
 
 
 def test_long_volumes_keep_their_coordinates(tmp_path):
