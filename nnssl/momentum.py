@@ -4,12 +4,16 @@ Source: He et al., Momentum Contrast (MoCo), CVPR 2020, section 3.2 and equation
 (schedule).
 """
 
+import copy
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def _pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -26,17 +30,9 @@ def _copy_buffers(student: nn.Module, teacher: nn.Module) -> None:
         copied.copy_(own)
 
 
-@torch.no_grad()
-def copy_to_teacher(student: nn.Module, teacher: nn.Module) -> None:
-    """Give the teacher the student's parameters and buffers, and switch off the gradient of the teacher's parameters.
-
-    Raises:
-        ValueError: the two do not have the same parameters.
-    """
-    for own, averaged in _pairs(student, teacher):
-        averaged.copy_(own)
-        averaged.requires_grad_(False)
-    _copy_buffers(student, teacher)
+def make_teacher(student: M) -> M:
+    """Return a copy of a module whose parameters get no gradient, for ``update_teacher`` to move."""
+    return copy.deepcopy(student).requires_grad_(False)
 
 
 @torch.no_grad()
@@ -80,6 +76,17 @@ def momentum_for_run(momentum: float, total_steps: int) -> float:
         total_steps: of the run, at least 1.
     """
     return min(momentum, max(0.0, 1 - 20 / total_steps))
+
+
+def queue_for_run(length: int, batch_size: int, dimensions: int) -> "FeatureQueue":
+    """Return a queue that holds the keys of a step at least, with the same random directions in every run.
+
+    Args:
+        length: the wanted number of keys.
+        batch_size: keys of a step, over all processes.
+        dimensions: of a key.
+    """
+    return FeatureQueue(max(length, batch_size), dimensions, torch.Generator().manual_seed(0))
 
 
 class FeatureQueue(nn.Module):

@@ -28,7 +28,7 @@ from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch import Tensor, nn
 
 from nnssl.draws import draw_seed
-from nnssl.momentum import copy_to_teacher, update_teacher
+from nnssl.momentum import make_teacher, update_teacher
 from trainers.finetune import FinetuneTrainer
 
 STUDENT_KEY = "nnssl_student"
@@ -99,8 +99,7 @@ class MeanTeacherTrainer(FinetuneTrainer):
             self._make_teacher()
 
     def _make_teacher(self) -> None:
-        self.teacher = copy.deepcopy(self.bare_network)
-        copy_to_teacher(self.bare_network, self.teacher)
+        self.teacher = make_teacher(self.bare_network)
 
     def on_train_epoch_start(self) -> None:
         """Set the learning rate; the teacher draws and normalises as the student does, as in both sources."""

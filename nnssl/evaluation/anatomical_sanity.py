@@ -18,8 +18,8 @@ from nnssl.draws import make_generator
 from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import EmbeddingMatcher
 from nnssl.matching.points import cycle_error_mm
-from nnssl.networks.anatomical_embedding import cell_centres_vox
 from nnssl.schema import STRICT
+from nnssl.views.points import cell_centres_vox
 from nnssl.views.spatial import map_points
 
 SCHEMA_VERSION = 1

@@ -9,10 +9,46 @@ Deviations:
     * RepRec's text follows MoCo's queue while its formula has negatives from the batch; both forms exist here.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from nnssl.distributed import rank
+
+Negatives = Literal["batch", "queue", "both"]
+"""Whose keys: the other ones of the batch, the queue's earlier ones, or both."""
+
+
+def momentum_contrast(
+    queries: Float[Tensor, "batch d"],
+    keys: Float[Tensor, "batch d"],
+    all_keys: Float[Tensor, "keys d"],
+    queue: Float[Tensor, "queue d"] | None,
+    negatives: Negatives,
+    temperature: float,
+) -> Float[Tensor, ""]:
+    """Return InfoNCE of queries against their keys and the negatives that are asked for.
+
+    Args:
+        queries: embeddings of unit norm.
+        keys: the positive of each query, of unit norm.
+        all_keys: those of all processes, in the order of ranks.
+        queue: earlier keys; of no use to ``batch``.
+        negatives: ``batch``: the other keys of the batch; ``queue``: earlier ones; ``both``.
+        temperature: above 0.
+
+    Returns:
+        The mean over the queries in float32, also under mixed precision.
+    """
+    if negatives == "batch":
+        return info_nce_in_batch(queries, all_keys, temperature, first_row=rank() * len(queries))
+    assert queue is not None
+    if negatives == "queue":
+        return info_nce_with_queue(queries, keys, queue, temperature)
+    return info_nce_in_batch(queries, torch.cat([all_keys, queue]), temperature, first_row=rank() * len(queries))
 
 
 def info_nce_with_queue(

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+TOKEN_EPSILON = 1e-6
+"""Added to the variance of a token."""
+
 
 def masked_token_mse(
     prediction: Float[Tensor, "batch tokens channel"],
@@ -42,7 +45,20 @@ def standardise_tokens(target: Float[Tensor, "batch tokens channel"]) -> Float[T
     Source: MAE, CVPR 2022, section 4.1 (normalised targets).
     Deviations: the variance divides by the number of channels, as LayerNorm does.
     """
-    return F.layer_norm(target.float(), (target.shape[2],), eps=1e-6)
+    return F.layer_norm(target.float(), (target.shape[2],), eps=TOKEN_EPSILON)
+
+
+def undo_standardise_tokens(
+    made: Float[Tensor, "batch tokens channel"], like: Float[Tensor, "batch tokens channel"]
+) -> Float[Tensor, "batch tokens channel"]:
+    """Return standardised tokens with the mean and the variance that others have, in float32: so a recovery can be shown.
+
+    Args:
+        made: tokens as ``standardise_tokens`` gives them.
+        like: tokens that were standardised.
+    """
+    deviation = like.float().var(dim=2, correction=0, keepdim=True).add(TOKEN_EPSILON).sqrt()
+    return made.float() * deviation + like.mean(dim=2, keepdim=True)
 
 
 def visible_mean_baseline(

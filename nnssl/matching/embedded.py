@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nnssl.data.case_store import CaseStore
 from nnssl.matching.points import Matches
+from nnssl.networks.backbone import stage_strides
 
 CPU = torch.device("cpu")
 POINTS_AT_ONCE = 64
@@ -142,11 +143,7 @@ class EmbeddingMatcher:
 
     def _coarsest_cell_vox(self) -> tuple[int, ...]:
         """Return the voxels of the longest cell along each axis, so that tiles begin where cells begin."""
-        network = self.embedding.network
-        total = np.ones(3, dtype=int)
-        for stride in network.encoder.strides:
-            total *= np.array(stride)
-        return tuple(int(n) for n in total)
+        return stage_strides(self.embedding.network.encoder, 3)[-1]
 
 
 @torch.no_grad()

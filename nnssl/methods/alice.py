@@ -22,7 +22,6 @@ Deviations:
       there too.
 """
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,24 +36,39 @@ from torch import Tensor, nn
 from nnssl.distributed import gather, rank, standardise_over_ranks, world_size
 from nnssl.errors import UserError
 from nnssl.losses.contrastive import info_nce_with_negatives
-from nnssl.losses.reconstruction import masked_token_mse, standardise_tokens, visible_mean_baseline
+from nnssl.losses.reconstruction import (
+    masked_token_mse,
+    standardise_tokens,
+    undo_standardise_tokens,
+    visible_mean_baseline,
+)
 from nnssl.losses.similarity import cosine_distance
 from nnssl.methods import SAM
 from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, split_by_decay
-from nnssl.methods.settings import TrainingSettings
-from nnssl.momentum import copy_to_teacher, cosine_momentum, momentum_for_run
+from nnssl.methods.settings import (
+    Count,
+    CropFraction,
+    Factor,
+    NotNegative,
+    Positive,
+    RotationDeg,
+    TrainingSettings,
+    TwoOrMore,
+    changes_in_common,
+    rotation_within,
+)
+from nnssl.momentum import cosine_momentum, make_teacher, momentum_for_run
 from nnssl.networks.backbone import input_channels
 from nnssl.networks.heads import TokenDecoder
-from nnssl.networks.hybrid import sine_cosine_positions
 from nnssl.networks.token_alignment import ConditionalAlignment, Predictor, TokenProjection
-from nnssl.networks.token_encoders import cut_into_tokens, join_tokens, token_encoder, trained_up_to_tokens
+from nnssl.networks.token_encoders import token_encoder, trained_up_to_tokens
+from nnssl.networks.tokens import cut_into_tokens, join_tokens, sine_cosine_positions
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
-from nnssl.views.masking import draw_block_mask, split_tokens
+from nnssl.views.masking import check_mask, draw_block_mask, visible_tokens
+from nnssl.views.partners import check_pairs, partners_in_batch
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine
 
-Weight = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
 HIDDEN_SHARE = 4
 """Largest ratio of a projection's hidden width to a token's: beside narrow tokens DINO's 2048 costs more than the encoder."""
 CENTRE_MOMENTUM = 0.9
@@ -68,12 +82,12 @@ class AliceSettings:
     __pydantic_config__: ClassVar = STRICT
 
     training: TrainingSettings
-    reconstruction_weight: Weight = 1.0  # [P]
-    inter_weight: Weight = 1.0  # [P], of the loss between scans
-    intra_weight: Weight = 1.0  # [P], of the loss within a scan
+    reconstruction_weight: NotNegative = 1.0  # [P]
+    inter_weight: NotNegative = 1.0  # [P], of the loss between scans
+    intra_weight: NotNegative = 1.0  # [P], of the loss within a scan
     similarity: Literal["cosine", "info_nce"] = "cosine"  # [P]
     """Of the loss between scans."""
-    temperature: Annotated[float, Field(gt=0)] = 0.2  # [R], of info_nce
+    temperature: Positive = 0.2  # [R], of info_nce
     partners: Literal["sam", "body_box"] = "sam"  # [P]
     """What pairs the patches of different scans; SAM's only where it passes its own examination."""
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # [D] MAE
@@ -81,13 +95,13 @@ class AliceSettings:
     decoder_depth: Count = 2  # [R]
     projection_hidden: Count = 2048  # [D] DINO
     projection_bottleneck: Count = 256  # [D] DINO
-    projection_dimensions: Annotated[int, Field(ge=2)] = 512  # [C]
+    projection_dimensions: TwoOrMore = 512  # [C]
     alignment_heads: Count = 8  # [C]
     predictor: bool = True  # [D] BYOL
-    teacher_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.996  # [C] rises to 1
-    crop_fraction: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.6, 1.0)  # [R]
+    teacher_momentum: Factor = 0.996  # [C] rises to 1
+    crop_fraction: CropFraction = (0.6, 1.0)  # [R]
     """Share of the patch that the teacher's view shows."""
-    rotation_deg: tuple[Annotated[float, Field(ge=0, le=180)], ...] = (15.0,)  # [C]
+    rotation_deg: RotationDeg = (15.0,)  # [C]
     intensity_views: tuple[str, ...] = ("contrast", "brightness")  # [P]
 
 
@@ -135,7 +149,7 @@ class Alice(PretextMethod):
         configuration: the plan's pretext configuration.
 
     Raises:
-        UserError: the batch cannot be shared out in pairs, or no loss has a weight.
+        UserError: the batch cannot be shared out in pairs, no loss has a weight, or masks or views cannot be drawn.
     """
 
     defaults: ClassVar[AliceSettings] = AliceSettings(
@@ -162,20 +176,21 @@ class Alice(PretextMethod):
         self.configuration = configuration
         network.requires_grad_(False)
         encoder = token_encoder(network, configuration.tokens.stage, configuration.patch_size)
+        check_mask(encoder.grid, settings.mask_block, settings.mask_ratio)
         self.student = trained_up_to_tokens(encoder)
         width, dimensions = self.student.width, settings.projection_dimensions
         self.positions: Tensor
         self.register_buffer("positions", sine_cosine_positions(self.student.grid, width), persistent=False)
         values = math.prod(self.student.token_vox) * input_channels(self.student)
         heads = next(n for n in (8, 6, 4, 3, 2, 1) if width % n == 0)
-        self.decoder = TokenDecoder(width, width, settings.decoder_depth, heads, values)
+        self.decoder = TokenDecoder(width, settings.decoder_depth, heads, values)
         self.decoder.predict.requires_grad_(bool(settings.reconstruction_weight))
         self.compares = bool(settings.inter_weight or settings.intra_weight)
         if not self.compares:
             return
         self.projection = TokenProjection(width, settings.projection_hidden, settings.projection_bottleneck, dimensions)
-        self.teacher = copy.deepcopy(self.student)
-        self.teacher_projection = copy.deepcopy(self.projection)
+        self.teacher = make_teacher(self.student)
+        self.teacher_projection = make_teacher(self.projection)
         if settings.inter_weight:
             self.inter_predictor = Predictor(dimensions, 2 * dimensions) if settings.predictor else nn.Identity()
             self.centre: Tensor
@@ -184,41 +199,46 @@ class Alice(PretextMethod):
             self.alignment = ConditionalAlignment(
                 width, dimensions, dimensions, settings.alignment_heads, 2 * dimensions
             )
-            self.teacher_alignment = copy.deepcopy(self.alignment)
+            self.teacher_alignment = make_teacher(self.alignment)
             self.intra_predictor = Predictor(dimensions, 2 * dimensions) if settings.predictor else nn.Identity()
-        for student, teacher in self.momentum_pairs():
-            copy_to_teacher(student, teacher)
         self._momentum = momentum_for_run(settings.teacher_momentum, settings.training.total_steps)
 
     @classmethod
     def from_plan(cls, configuration: Any) -> dict[str, Any]:
         """Return rotation, intensity views, mask block, partners, and the size of decoder and projection as the plan has them."""
-        most, kept = 15.0, cls.defaults.intensity_views
         size = configuration.transformer
         return {
-            "rotation_deg": tuple(min(most, each) for each in configuration.rotation_deg),
-            "intensity_views": tuple(name for name in configuration.intensity_views if name in kept),
+            "rotation_deg": rotation_within(configuration.rotation_deg, cls.defaults.rotation_deg),
+            "intensity_views": changes_in_common(configuration.intensity_views, cls.defaults.intensity_views),
             "mask_block": (1,) * len(configuration.patch_size),
             "partners": configuration.anatomy.partners,
             "projection_hidden": min(cls.defaults.projection_hidden, HIDDEN_SHARE * int(configuration.tokens.width)),
         } | ({} if size is None else {"decoder_depth": size.decoder_depth})
 
+    @classmethod
+    def spares(cls, settings: AliceSettings) -> tuple[str, ...]:
+        """Return SAM's stage where nothing asks which places of other scans are alike."""
+        return () if partners_of(settings) == "sam" else (SAM,)
+
+    def partners(self) -> str | None:
+        """Return what pairs the patches; None where no loss compares scans."""
+        return partners_of(self.settings)
+
     def make_views(
         self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
     ) -> PairedViews:
         """Return masks for the student and strong views for the teacher."""
-        own, spacing = self.settings, self.configuration.spacing_mm
+        own, spacing_mm, device = self.settings, self.configuration.spacing_mm, volumes.device
         mask = draw_block_mask(generators, self.student.grid, own.mask_block, own.mask_ratio)
-        visible, _ = split_tokens(mask)
-        crop = draw_affine(generators, affine_range(own), volumes.shape[2:], spacing)
-        changed = draw_intensity(generators, intensity_range(own), volumes.shape[1])
-        partner = torch.arange(len(volumes), device=volumes.device) ^ 1
+        visible = visible_tokens(mask)
+        crop = draw_affine(generators, affine_range(own), volumes.shape[2:], spacing_mm)
+        changes = draw_intensity(generators, intensity_range(own), volumes.shape[1])
         return PairedViews(
             patches=volumes,
-            mask=mask.to(volumes.device),
-            visible=visible.to(volumes.device),
-            strong=apply_affine(apply_intensity(volumes, changed), crop),
-            partner=partner,
+            mask=mask.to(device),
+            visible=visible.to(device),
+            strong=apply_affine(apply_intensity(volumes, changes), crop),
+            partner=partners_in_batch(len(volumes), device),
         )
 
     def losses(self, views: PairedViews, progress: float) -> StepOutput:
@@ -242,10 +262,10 @@ class Alice(PretextMethod):
             embeddings = whole.detach()
             if own.inter_weight:
                 said = self.inter_predictor(whole)
-                everybody = gather(taught_whole)
-                losses["inter"] = own.inter_weight * self._between(said, taught_whole, everybody, views.partner)
-                monitors["partner_top1"] = self._partner_first(said, everybody, views.partner)
-                centre = everybody.mean(dim=0)
+                all_taught = gather(taught_whole)
+                losses["inter"] = own.inter_weight * self._between(said, taught_whole, all_taught, views.partner)
+                monitors["partner_top1"] = self._partner_first(said, all_taught, views.partner)
+                centre = all_taught.mean(dim=0)
             if own.intra_weight:
                 loss, spread = self._within(seen, projected, taught)
                 losses["intra"] = own.intra_weight * loss
@@ -259,9 +279,8 @@ class Alice(PretextMethod):
         target = standardise_tokens(cut)
         tokens = self.decoder.decode(student(views.patches, views.visible), views.visible, self.positions)
         made = self.decoder.predict(tokens).float()
-        deviation = cut.float().var(dim=2, correction=0, keepdim=True).add(1e-6).sqrt()
         masked = views.mask[..., None]
-        answers = torch.where(masked, made * deviation + cut.mean(dim=2, keepdim=True), cut)
+        answers = torch.where(masked, undo_standardise_tokens(made, cut), cut)
         seen, recovered = (
             join_tokens(each, student.grid, student.token_vox, views.patches.shape[1])
             for each in (cut.masked_fill(masked, 0), answers)
@@ -269,18 +288,18 @@ class Alice(PretextMethod):
         error, mean = masked_token_mse(made, target, views.mask), visible_mean_baseline(target, views.mask)
         return Recovered(seen, recovered, error, mean)
 
-    def _between(self, said: Tensor, taught: Tensor, everybody: Tensor, partner: Tensor) -> Tensor:
+    def _between(self, said: Tensor, taught: Tensor, all_taught: Tensor, partner: Tensor) -> Tensor:
         """Return how far what is said of a patch is from the teacher's vector of its partner.
 
         Args:
             said: (batch, dimension).
             taught: (batch, dimension), the teacher's vectors.
-            everybody: those of all processes.
+            all_taught: those of all processes.
             partner: place of each patch's partner in the batch.
         """
         if self.settings.similarity == "cosine":
             return cosine_distance(said, taught[partner] - self.centre).mean()
-        queries, keys = F.normalize(said, dim=1), F.normalize(everybody, dim=1)
+        queries, keys = F.normalize(said, dim=1), F.normalize(all_taught, dim=1)
         # the teacher's vector of the patch itself is of the same place, and so no negative
         negatives, present = keys.expand(len(queries), -1, -1), self._others(partner, len(keys))
         return info_nce_with_negatives(
@@ -295,9 +314,9 @@ class Alice(PretextMethod):
         return (places != own) & (places != first + partner[:, None])
 
     @torch.no_grad()
-    def _partner_first(self, said: Tensor, everybody: Tensor, partner: Tensor) -> Tensor:
+    def _partner_first(self, said: Tensor, all_taught: Tensor, partner: Tensor) -> Tensor:
         """Return the share of the patches whose partner's vector is more like what is said than those of all other pairs."""
-        centred = F.normalize(everybody - self.centre, dim=1)
+        centred = F.normalize(all_taught - self.centre, dim=1)
         similarity = F.normalize(said, dim=1) @ centred.T
         first = rank() * len(partner)
         own = similarity.gather(1, first + partner[:, None])[:, 0]
@@ -319,7 +338,7 @@ class Alice(PretextMethod):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return encoder, decoder, projection, CASA and predictors; biases, norms and single vectors without decay."""
-        return split_by_decay([p for p in self.parameters() if p.requires_grad])
+        return split_by_decay(self)
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return encoder, projection and CASA with their moving averages; none for masked modelling alone."""
@@ -341,23 +360,9 @@ class Alice(PretextMethod):
         if carry is not None:
             self.centre.lerp_(carry.to(self.centre), 1 - CENTRE_MOMENTUM)
 
-    @classmethod
-    def spares(cls, settings: AliceSettings) -> tuple[str, ...]:
-        """Return SAM's stage where nothing asks which places of other scans are alike."""
-        return () if partners_of(settings) == "sam" else (SAM,)
-
-    def partners(self) -> str | None:
-        """Return what pairs the patches; None where no loss compares scans."""
-        return partners_of(self.settings)
-
     def exported(self) -> Exported:
         """Return the encoder."""
         return Exported(pretrained=self.student.exported)
-
-
-def partners_of(settings: AliceSettings) -> str | None:
-    """Return what pairs the patches; None where no loss compares scans."""
-    return settings.partners if settings.inter_weight else None
 
 
 def check_settings(settings: AliceSettings, processes: int) -> None:
@@ -371,20 +376,21 @@ def check_settings(settings: AliceSettings, processes: int) -> None:
             "reconstruction_weight=0 inter_weight=0 intra_weight=0: nothing would be learned; --set one of them"
         )
     batch = settings.training.batch_size
-    if batch % (2 * processes):
-        wanted = max(1, batch // (2 * processes)) * 2 * processes
-        raise UserError(
-            f"batch_size={batch}: patches go in pairs to {processes} process(es); --set batch_size={wanted}"
-        )
+    check_pairs(batch, processes)
     if settings.inter_weight and settings.similarity == "info_nce" and batch < 4:
         raise UserError(f"batch_size={batch} similarity=info_nce: negatives are of other pairs; --set batch_size=4")
 
 
 def affine_range(settings: AliceSettings) -> AffineRange:
     """Return what the teacher's crops and rotations are drawn from; nothing is flipped."""
-    return AffineRange(settings.crop_fraction, settings.rotation_deg, (), 0.0)
+    return AffineRange(settings.crop_fraction, settings.rotation_deg)
 
 
 def intensity_range(settings: AliceSettings) -> IntensityRange:
     """Return the intensity changes of the teacher's view, as the views' defaults have them."""
     return restrict_to(IntensityRange(), settings.intensity_views)
+
+
+def partners_of(settings: AliceSettings) -> str | None:
+    """Return what pairs the patches; None where no loss compares scans."""
+    return settings.partners if settings.inter_weight else None

@@ -27,46 +27,61 @@ Deviations:
     * Optimizer: SGD with a rate of 1e-3 in the paper; here AdamW, as in RepRec, whose contrast learned faster with it.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 
 from nnssl.collapse import retrieval_top1
-from nnssl.distributed import gather, rank
+from nnssl.distributed import gather
 from nnssl.errors import UserError
-from nnssl.losses.contrastive import info_nce_in_batch, info_nce_with_queue
-from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput
-from nnssl.methods.settings import TrainingSettings
-from nnssl.momentum import FeatureQueue, copy_to_teacher, momentum_for_run
-from nnssl.networks.attention import TransformationAttention
-from nnssl.networks.backbone import input_channels
-from nnssl.networks.dense import ENCODER, ENCODER_AND_DECODER, decode, trained_up_to_segmentation
+from nnssl.losses.contrastive import Negatives, momentum_contrast
+from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, trained_parameters
+from nnssl.methods.settings import (
+    Count,
+    CropFraction,
+    Factor,
+    NotNegative,
+    Positive,
+    RotationDeg,
+    Share,
+    TrainingSettings,
+    TwoOrMore,
+    rotation_within,
+)
+from nnssl.momentum import make_teacher, momentum_for_run, queue_for_run
+from nnssl.networks.attention import AttentionKind, TransformationAttention
+from nnssl.networks.backbone import input_channels, widest_kernel
+from nnssl.networks.dense import ENCODER, ENCODER_AND_DECODER, decode, trained_encoder, trained_up_to_segmentation
 from nnssl.networks.heads import PooledProjection
 from nnssl.schema import STRICT
 from nnssl.views.corruption import CorruptionRange, apply_corruption, draw_corruption
-from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
-from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_overlapping
+from nnssl.views.intensity import (
+    IntensityRange,
+    apply_intensity,
+    check_intensity,
+    draw_intensity,
+    even_blur,
+    restrict_to,
+)
+from nnssl.views.overlap import draw_overlapping
+from nnssl.views.spatial import AffineRange, apply_affine, check_affine
 from nnssl.views.turns import (
     TurnParams,
     TurnSteps,
     apply_turns,
+    check_turns,
     draw_turns,
-    keeps_grid,
     mean_over_turns,
     no_turns,
     turn_code,
 )
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Weight = Annotated[float, Field(ge=0)]
+HybridTarget = Literal["mixed_then_turned", "turned_then_mixed"]
 MODELS = ("o", "m", "h")
 """The encoder, its moving average, and their hybrid."""
 
@@ -78,27 +93,24 @@ class PCRLSettings:
     __pydantic_config__: ClassVar = STRICT
 
     training: TrainingSettings
-    contrast_weight: Weight = 0.5  # [P]
-    reconstruction_weight: Weight = 0.5  # [P]
+    contrast_weight: NotNegative = 0.5  # [P]
+    reconstruction_weight: NotNegative = 0.5  # [P]
     """0 leaves the contrast alone: the decoder is neither run nor trained."""
     temperature: Positive = 0.2  # [P] [C]
-    embedding_dimensions: Annotated[int, Field(ge=2)] = 128  # [C]
-    negatives: Literal["batch", "queue", "both"] = "batch"  # [R]; queue in the paper
-    queue_length: Annotated[int, Field(ge=1)] = 16_384  # [C]
-    teacher_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99  # [P]; 0.999 in the code
-    attention: Literal["outer", "gate", "none"] = "outer"  # [P]; gate in the code
+    embedding_dimensions: TwoOrMore = 128  # [C]
+    negatives: Negatives = "batch"  # [R]; queue in the paper
+    queue_length: Count = 16_384  # [C]
+    teacher_momentum: Factor = 0.99  # [P]; 0.999 in the code
+    attention: Literal[AttentionKind, "none"] = "outer"  # [P]; gate in the code
     """``none`` reconstructs the crop as it is: a decoder that is not told the code cannot turn anything."""
-    attention_rank: Annotated[int, Field(ge=1)] = 64  # [R]; the channels in the paper
+    attention_rank: Count = 64  # [R]; the channels in the paper
     mixup: bool = True  # [P]
-    hybrid_target: Literal["mixed_then_turned", "turned_then_mixed"] = "mixed_then_turned"  # [P]
+    hybrid_target: HybridTarget = "mixed_then_turned"  # [P]
     skips: bool = True  # [P]
     """Whether the decoder sees the encoder's maps of high resolution, which are not turned."""
-    crop_fraction: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (
-        0.2,
-        1.0,
-    )  # [C] 2D
+    crop_fraction: CropFraction = (0.2, 1.0)  # [C] 2D
     least_iou: Share = 0.25  # [C]
-    rotation_deg: tuple[Annotated[float, Field(ge=0, le=180)], ...] = (10.0,)  # [C]
+    rotation_deg: RotationDeg = (10.0,)  # [C]
     flip_axes: tuple[int, ...] = (0, 1)  # [C]
     """Axes that the crop may be flipped along."""
     flip_probability: Share = 0.5  # [C]
@@ -107,7 +119,7 @@ class PCRLSettings:
     asked_turns: TurnSteps = "quarter"  # [P]
     """Whether a code may turn the plane by quarters, by halves, or not at all."""
     turn_plane: tuple[int, int] = (0, 1)  # [P] the first two axes
-    blur_vox: Weight = 2.0  # [C]
+    blur_vox: NotNegative = 2.0  # [C]
     """Largest sigma along the finest axis, and as many mm along the others."""
     blur_probability: Share = 1.0  # [C]
     shuffle_probability: Share = 0.5  # [C]
@@ -145,6 +157,9 @@ class PCRL(PretextMethod):
         network: the plan's U-Net.
         settings: resolved.
         configuration: the plan's pretext configuration.
+
+    Raises:
+        UserError: nothing would be learned, or what the settings ask for cannot be drawn.
     """
 
     defaults: ClassVar[PCRLSettings] = PCRLSettings(
@@ -165,35 +180,30 @@ class PCRL(PretextMethod):
     def __init__(self, network: Any, settings: PCRLSettings, configuration: Any) -> None:
         super().__init__()
         shape, spacing_mm = configuration.patch_size, configuration.spacing_mm
-        check_losses(settings)
-        check_turns(settings, shape, spacing_mm)
+        check_settings(settings)
+        check_turns(shape, spacing_mm, settings.turn_plane, settings.asked_turns, settings.asked_flips)
         check_affine(affine_range(settings), shape, spacing_mm)
-        check_intensity(blur_range(settings, spacing_mm))
+        check_intensity(intensity_range(settings, spacing_mm))
         self.settings = settings
         self.configuration = configuration
         self.network = trained_up_to_segmentation(network)
-        encoder = network.encoder
-        channels = encoder.output_channels
+        encoder, channels = network.encoder, network.encoder.output_channels
         self.head = PooledProjection(channels[-1], channels[-1], settings.embedding_dimensions)
         if settings.reconstruction_weight:
-            bits = len(shape) + 4
             if settings.attention != "none":
-                kernel = widest_kernel(encoder.stages[-1], len(shape))
+                bits, kernel = len(shape) + 4, widest_kernel(encoder.stages[-1])
                 self.attention = TransformationAttention(
                     channels[-1], bits, settings.attention, settings.attention_rank, kernel
                 )
-            convolution: Any = {2: nn.Conv2d, 3: nn.Conv3d}[len(shape)]
-            self.output = convolution(channels[0], input_channels(encoder), 1)
+            self.output = encoder.conv_op(channels[0], input_channels(encoder), 1)
         else:
-            network.decoder.requires_grad_(False)
-            encoder.requires_grad_(True)  # which the decoder holds too
-        self.teacher = copy.deepcopy(encoder)
-        self.teacher_head = copy.deepcopy(self.head)
-        for student, teacher in self.momentum_pairs():
-            copy_to_teacher(student, teacher)
+            trained_encoder(network)
+        self.teacher = make_teacher(encoder)
+        self.teacher_head = make_teacher(self.head)
         if settings.negatives != "batch":
-            length = max(settings.queue_length, settings.training.batch_size)
-            self.queue = FeatureQueue(length, settings.embedding_dimensions, torch.Generator().manual_seed(0))
+            self.queue = queue_for_run(
+                settings.queue_length, settings.training.batch_size, settings.embedding_dimensions
+            )
         self._momentum = momentum_for_run(settings.teacher_momentum, settings.training.total_steps)
 
     @classmethod
@@ -202,11 +212,10 @@ class PCRL(PretextMethod):
 
         A code may flip every axis, the thick one too: that keeps the grid, and it is told.
         """
-        small = 10.0  # [C] degrees
         return {
             "queue_length": configuration.queue_length,
             "crop_fraction": configuration.crop_fraction,
-            "rotation_deg": tuple(min(small, each) for each in configuration.rotation_deg),
+            "rotation_deg": rotation_within(configuration.rotation_deg, cls.defaults.rotation_deg),
             "flip_axes": configuration.flip_axes,
             "asked_flips": tuple(range(len(configuration.patch_size))),
             "asked_turns": "quarter" if configuration.context.quarter_turns else "half",
@@ -218,7 +227,20 @@ class PCRL(PretextMethod):
         self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
     ) -> ContextViews:
         """Return two crops of each patch, clean and corrupted, the transformations that are asked for, and the mixing."""
-        return make_context_views(volumes, generators, self.settings, self.configuration.spacing_mm)
+        own, spacing_mm, shape = self.settings, self.configuration.spacing_mm, volumes.shape[2:]
+        crops = draw_overlapping(generators, affine_range(own), shape, spacing_mm, own.least_iou, "iou")
+        blur, corruption = intensity_range(own, spacing_mm), corruption_range(own)
+        clean, seen = [], []
+        painted = None
+        for crop in crops:
+            blurred = draw_intensity(generators, blur, volumes.shape[1])
+            painted = draw_corruption(generators, corruption, shape, spacing_mm, paint_like=painted)
+            clean.append(apply_affine(volumes, crop))
+            seen.append(apply_corruption(apply_intensity(clean[-1], blurred), painted))
+        turns = draw_asked_turns(generators, own, len(shape))
+        mixing = torch.cat([torch.rand(1, generator=each) for each in generators])  # Beta(1, 1)
+        codes = {model: turn_code(each).to(volumes.device, non_blocking=True) for model, each in turns.items()}
+        return ContextViews(clean[0], clean[1], seen[0], seen[1], turns, codes, mixing.to(volumes.device))
 
     def losses(self, views: ContextViews, progress: float) -> StepOutput:
         """Return InfoNCE of the queries (equation 7) and the mean squared errors of the reconstructions (equation 8)."""
@@ -229,7 +251,9 @@ class PCRL(PretextMethod):
             taught = self.teacher(views.seen_m)
             keys = self.teacher_head(taught[-1])
             all_keys = gather(keys)
-        losses = {"contrast": own.contrast_weight * self._contrast(queries, keys, all_keys)}
+        queue = None if own.negatives == "batch" else self.queue.keys
+        contrast = momentum_contrast(queries, keys, all_keys, queue, own.negatives, own.temperature)
+        losses = {"contrast": own.contrast_weight * contrast}
         monitors = {
             "positive_similarity": (queries * keys).sum(dim=1).mean().detach(),
             "retrieval_top1": retrieval_top1(queries, keys),
@@ -243,13 +267,6 @@ class PCRL(PretextMethod):
                 error = F.mse_loss(output.float(), targets[model].float())
                 losses[f"reconstruction_{model}"] = own.reconstruction_weight * error
         return StepOutput(losses, queries.detach(), monitors, carry=all_keys)
-
-    def _contrast(self, queries: Tensor, keys: Tensor, all_keys: Tensor) -> Tensor:
-        own = self.settings
-        if own.negatives == "queue":
-            return info_nce_with_queue(queries, keys, self.queue.keys, own.temperature)
-        candidates = all_keys if own.negatives == "batch" else torch.cat([all_keys, self.queue.keys])
-        return info_nce_in_batch(queries, candidates, own.temperature, first_row=rank() * len(queries))
 
     def reconstruct(
         self, features: Sequence[Tensor], taught: Sequence[Tensor], views: ContextViews
@@ -282,7 +299,7 @@ class PCRL(PretextMethod):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return encoder, decoder, attention, projection and output layer; all decay."""
-        return [ParameterGroup([p for p in self.parameters() if p.requires_grad])]
+        return [ParameterGroup(trained_parameters(self))]
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return encoder and projection with their moving averages."""
@@ -302,48 +319,57 @@ class PCRL(PretextMethod):
         return Exported(pretrained=ENCODER_AND_DECODER if self.settings.reconstruction_weight else ENCODER)
 
 
-def make_context_views(
-    volumes: Float[Tensor, "batch channel *shape"],
-    generators: Sequence[torch.Generator],
-    settings: PCRLSettings,
-    spacing_mm: Sequence[float],
-) -> ContextViews:
-    """Return two crops of each patch, clean and corrupted, the transformations that are asked for, and the mixing.
+def check_settings(settings: PCRLSettings) -> None:
+    """Check that something is learned.
 
-    Args:
-        volumes: raw patches.
-        generators: one per sample.
-        settings: of the method.
-        spacing_mm: of the patches' voxels.
+    Raises:
+        UserError: no loss has a weight, or a contrast has nothing to compare with.
     """
-    shape, channels = volumes.shape[2:], volumes.shape[1]
-    crops = draw_overlapping(generators, affine_range(settings), shape, spacing_mm, settings.least_iou, "iou")
-    blur = blur_range(settings, spacing_mm)
-    corruption = CorruptionRange(
+    if not settings.contrast_weight and not settings.reconstruction_weight:
+        raise UserError("contrast_weight=0 reconstruction_weight=0: nothing would be learned; --set one of them")
+    if settings.contrast_weight and settings.negatives == "batch" and settings.training.batch_size < 2:
+        raise UserError(
+            "batch_size=1: negatives=batch compares the images of a batch; --set batch_size=2, or negatives=queue"
+        )
+
+
+def affine_range(settings: PCRLSettings) -> AffineRange:
+    """Return what crops are drawn from."""
+    return AffineRange(settings.crop_fraction, settings.rotation_deg, settings.flip_axes, settings.flip_probability)
+
+
+def intensity_range(settings: PCRLSettings, spacing_mm: Sequence[float]) -> IntensityRange:
+    """Return the intensity changes of the settings: a blur as wide in mm along every axis, and nothing else."""
+    blur_vox = even_blur(settings.blur_vox, spacing_mm)
+    return restrict_to(IntensityRange(blur_vox=blur_vox, blur_probability=settings.blur_probability), ("blur",))
+
+
+def corruption_range(settings: PCRLSettings) -> CorruptionRange:
+    """Return what shuffling and painting are drawn from."""
+    return CorruptionRange(
         paint_probability=settings.paint_probability,
         inpainting_share=settings.inpainting_share,
         shuffle_probability=settings.shuffle_probability,
     )
-    clean, seen = [], []
-    painted = None
-    for crop in crops:
-        blurred = draw_intensity(generators, blur, channels)
-        painted = draw_corruption(generators, corruption, shape, spacing_mm, paint_like=painted)
-        clean.append(apply_affine(volumes, crop))
-        seen.append(apply_corruption(apply_intensity(clean[-1], blurred), painted))
-    asked = (len(shape), settings.turn_plane, settings.asked_turns, settings.asked_flips)
-    turns = {model: draw_turns(generators, *asked) for model in MODELS}
+
+
+def draw_asked_turns(
+    generators: Sequence[torch.Generator], settings: PCRLSettings, dimensions: int
+) -> dict[str, TurnParams]:
+    """Draw the transformation that is asked for, by model; none is asked of a decoder that is not told."""
+    plane = settings.turn_plane
+    turns = {
+        model: draw_turns(generators, dimensions, plane, settings.asked_turns, settings.asked_flips) for model in MODELS
+    }
     if settings.attention == "none":
-        turns = dict.fromkeys(MODELS, no_turns(len(volumes), len(shape), settings.turn_plane))
-    mixing = torch.cat([torch.rand(1, generator=each) for each in generators])  # Beta(1, 1)
+        turns = dict.fromkeys(MODELS, no_turns(len(generators), dimensions, plane))
     if not settings.mixup:
         del turns["h"]
-    codes = {model: turn_code(each).to(volumes.device, non_blocking=True) for model, each in turns.items()}
-    return ContextViews(clean[0], clean[1], seen[0], seen[1], turns, codes, mixing.to(volumes.device))
+    return turns
 
 
 def reconstruction_targets(
-    views: ContextViews, hybrid_target: Literal["mixed_then_turned", "turned_then_mixed"]
+    views: ContextViews, hybrid_target: HybridTarget
 ) -> dict[str, Float[Tensor, "batch channel *shape"]]:
     """Return what the decoder is asked for, by model: the clean crops, flipped and turned (equation 8)."""
     targets = {model: apply_turns(clean_crop(model, views), turns) for model, turns in views.turns.items()}
@@ -385,52 +411,3 @@ def errors_untold(views: ContextViews, settings: PCRLSettings) -> dict[str, Floa
         mixed = views.mixing.square() * first + (1 - views.mixing).square() * second
         return {"o": first, "m": second, "h": mixed}
     return {model: untold(clean_crop(model, views)) for model in views.turns}
-
-
-def check_losses(settings: PCRLSettings) -> None:
-    """Check that something is learned.
-
-    Raises:
-        UserError: no loss has a weight, or a contrast has nothing to compare with.
-    """
-    if not settings.contrast_weight and not settings.reconstruction_weight:
-        raise UserError("contrast_weight=0 reconstruction_weight=0: nothing would be learned; --set one of them")
-    if settings.contrast_weight and settings.negatives == "batch" and settings.training.batch_size < 2:
-        raise UserError(
-            "batch_size=1: negatives=batch compares the images of a batch; --set batch_size=2, or negatives=queue"
-        )
-
-
-def check_turns(settings: PCRLSettings, shape: Sequence[int], spacing_mm: Sequence[float]) -> None:
-    """Check that codes can be asked for in a patch and keep its grid.
-
-    Raises:
-        UserError: they cannot, or would not.
-    """
-    plane, steps = settings.turn_plane, settings.asked_turns
-    try:
-        draw_turns([torch.Generator()], len(shape), plane, steps, settings.asked_flips)
-    except ValueError as error:
-        raise UserError(f"turn_plane or asked_flips: {error}; --set others, or plan again") from error
-    if steps == "quarter" and not keeps_grid(shape, spacing_mm, plane):
-        sides = " and ".join(f"{shape[axis]} voxels of {spacing_mm[axis]:g} mm" for axis in plane)
-        raise UserError(
-            f"asked_turns=quarter: a quarter turn in plane {plane} exchanges {sides}; --set asked_turns=half"
-        )
-
-
-def affine_range(settings: PCRLSettings) -> AffineRange:
-    """Return what crops are drawn from."""
-    return AffineRange(settings.crop_fraction, settings.rotation_deg, settings.flip_axes, settings.flip_probability)
-
-
-def blur_range(settings: PCRLSettings, spacing_mm: Sequence[float]) -> IntensityRange:
-    """Return the blur of the settings, as wide in mm along every axis, and nothing else."""
-    z, y, x = (settings.blur_vox * min(spacing_mm) / mm for mm in (spacing_mm[0], *spacing_mm)[-3:])
-    return restrict_to(IntensityRange(blur_vox=(z, y, x), blur_probability=settings.blur_probability), ("blur",))
-
-
-def widest_kernel(stage: nn.Module, dimensions: int) -> tuple[int, ...]:
-    """Return the largest kernel of a stage of the encoder, which is 1 along axes that it does not look along."""
-    kernels = [each.kernel_size for each in stage.modules() if isinstance(each, (nn.Conv2d, nn.Conv3d))]
-    return tuple(max(kernel[axis] for kernel in kernels) for axis in range(dimensions))

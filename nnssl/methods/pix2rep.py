@@ -35,26 +35,42 @@ Deviations:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor, nn
 
 from nnssl.collapse import retrieval_top1
 from nnssl.losses.barlow_twins import barlow_twins
 from nnssl.losses.nt_xent import nt_xent
-from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput
-from nnssl.methods.settings import TrainingSettings
+from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, trained_parameters
+from nnssl.methods.settings import (
+    Count,
+    CropFraction,
+    Factor,
+    NotNegative,
+    Positive,
+    RotationDeg,
+    Share,
+    TrainingSettings,
+    TwoOrMore,
+    WholeNumber,
+)
 from nnssl.networks.dense import ENCODER_AND_DECODER, DenseKind, dense_channels, dense_maps, trained_up_to_segmentation
 from nnssl.networks.heads import PointProjection
 from nnssl.schema import STRICT
-from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
-from nnssl.views.points import draw_points, foreground_mask, interpolate_at
+from nnssl.views.intensity import (
+    IntensityRange,
+    apply_intensity,
+    check_intensity,
+    draw_intensity,
+    even_blur,
+    restrict_to,
+)
+from nnssl.views.points import brighter_part, draw_points, interpolate_at
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine, map_points, valid_mask
 
-Share = Annotated[float, Field(ge=0, le=1)]
 MONITORED_POINTS = 256
 """Points of a step that retrieval is measured on, at even places."""
 
@@ -79,34 +95,34 @@ class DenseSettings:
     __pydantic_config__: ClassVar = STRICT
 
     training: TrainingSettings
-    points: Annotated[int, Field(ge=2)] = 1000  # [C]
+    points: TwoOrMore = 1000  # [C]
     """Pairs of points in a step, over all processes; the same number of each image."""
-    points_per_image: Annotated[int, Field(ge=0)] = 0  # [P] 1,000, read as the text has it
+    points_per_image: WholeNumber = 0  # [P] 1,000, read as the text has it
     """Pairs of points of each image; 0 to share out ``points``."""
     foreground_share: Share = 0.5  # [R]
     """Of the points, drawn from the brighter voxels; the others from all."""
     features: DenseKind = "single"  # [P]
-    hidden_dimensions: Annotated[int, Field(ge=1)] = 256  # [C]
-    embedding_dimensions: Annotated[int, Field(ge=2)] = 256  # [C]
-    crop_fraction: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.11, 0.9)  # [C]
+    hidden_dimensions: Count = 256  # [C]
+    embedding_dimensions: TwoOrMore = 256  # [C]
+    crop_fraction: CropFraction = (0.11, 0.9)  # [C]
     """Share of the patch's area or volume that the second view shows; in the code 0.33 to 0.95 of each side."""
-    rotation_deg: tuple[Annotated[float, Field(ge=0, le=180)], ...] = (90.0,)  # [C]
+    rotation_deg: RotationDeg = (90.0,)  # [C]
     flip_axes: tuple[int, ...] = (0, 1)  # [P]
     flip_probability: Share = 0.5
     intensity_views: tuple[str, ...] = ("brightness", "contrast", "noise", "bias_field", "inversion")  # [P]
-    brightness: Annotated[float, Field(ge=0)] = 0.4  # not stated; in standard deviations of the patch
-    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.4  # not stated
+    brightness: NotNegative = 0.4  # not stated; in standard deviations of the patch
+    contrast: Factor = 0.4  # not stated
     inversion_probability: Share = 0.35  # [C]
-    bias_field: Annotated[float, Field(ge=0)] = 0.3  # [R]; 0.9 in the code, on values that are not z-scored
+    bias_field: NotNegative = 0.3  # [R]; 0.9 in the code, on values that are not z-scored
     bias_field_probability: Share = 0.75  # [C]
-    noise: Annotated[float, Field(ge=0)] = 0.5  # [C] in standard deviations of the patch
+    noise: NotNegative = 0.5  # [C] in standard deviations of the patch
     noise_probability: Share = 0.3  # [C]
-    blur_vox: Annotated[float, Field(ge=0)] = 1.3  # [C]
+    blur_vox: NotNegative = 1.3  # [C]
     """Largest sigma along the finest axis, and as many mm along the others."""
     blur_probability: Share = 0.5  # [C]
-    gamma: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = (0.95, 1.05)  # [C]
+    gamma: tuple[Positive, Positive] = (0.95, 1.05)  # [C]
     gamma_probability: Share = 0.9  # [C]
-    window: Annotated[float, Field(ge=0, lt=1)] = 0.3  # [R], CT only; in standard deviations of the patch
+    window: Factor = 0.3  # [R], CT only; in standard deviations of the patch
     window_probability: Share = 0.5  # [R]
 
 
@@ -114,29 +130,32 @@ class DenseSettings:
 class Pix2RepSettings(DenseSettings):
     """Settings of v1."""
 
-    temperature: Annotated[float, Field(gt=0)] = 0.53  # [C]
+    temperature: Positive = 0.53  # [C]
 
 
 @dataclass(frozen=True)
 class Pix2RepV2Settings(DenseSettings):
     """Settings of v2."""
 
-    points: Annotated[int, Field(ge=2)] = 16_384  # [R]; all pixels in the paper
-    off_diagonal_weight: Annotated[float, Field(ge=0)] = 0.0051  # Barlow Twins
+    points: TwoOrMore = 16_384  # [R]; all pixels in the paper
+    off_diagonal_weight: NotNegative = 0.0051  # Barlow Twins
 
 
 @dataclass(frozen=True)
 class EquivariantViews:
-    """Both views of a batch, and the points at which they are compared."""
+    """Both views of a batch, and the points at which they are compared.
+
+    Attributes:
+        before: (batch, channel, *shape), ``t(x)``, which is warped after the network.
+        warped: ``phi . t'(x)``.
+        points_before: (batch, points, d), where the points lie in ``before``, zyx in voxels.
+        points_warped: the same points in ``warped``: centres of voxels.
+    """
 
     before: Float[Tensor, "batch channel *shape"]
-    """``t(x)``, which is warped after the network."""
     warped: Float[Tensor, "batch channel *shape"]
-    """``phi . t'(x)``."""
     points_before: Float[Tensor, "batch points d"]
-    """Where the points lie in ``before``, zyx in voxels."""
     points_warped: Float[Tensor, "batch points d"]
-    """The same points in ``warped``: centres of voxels."""
 
 
 class DensePoints(PretextMethod):
@@ -146,6 +165,9 @@ class DensePoints(PretextMethod):
         network: the plan's U-Net.
         settings: resolved.
         configuration: the plan's pretext configuration.
+
+    Raises:
+        UserError: the crop, the rotation, the flips or the intensity changes cannot be drawn.
     """
 
     def __init__(self, network: Any, settings: Any, configuration: Any) -> None:
@@ -157,10 +179,6 @@ class DensePoints(PretextMethod):
         self.network = trained_up_to_segmentation(network)
         channels = dense_channels(network.encoder.output_channels, settings.features)
         self.head = PointProjection(channels, settings.hidden_dimensions, settings.embedding_dimensions)
-
-    def pair_losses(self, before: Float[Tensor, "pairs d"], warped: Float[Tensor, "pairs d"]) -> dict[str, Tensor]:
-        """Return the parts of the loss of pairs of embedded points."""
-        raise NotImplementedError
 
     @classmethod
     def from_plan(cls, configuration: Any) -> dict[str, Any]:
@@ -176,24 +194,35 @@ class DensePoints(PretextMethod):
     def make_views(
         self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
     ) -> EquivariantViews:
-        """Return both views of each patch and the points to compare them at."""
-        return make_equivariant_views(volumes, generators, self.settings, self.configuration.spacing_mm)
+        """Return ``t(x)``, ``phi . t'(x)`` and the points at which they are compared."""
+        own, spacing_mm, shape = self.settings, self.configuration.spacing_mm, volumes.shape[2:]
+        channels, ranges = volumes.shape[1], intensity_range(own, spacing_mm)
+        before = apply_intensity(volumes, draw_intensity(generators, ranges, channels))
+        phi = draw_affine(generators, affine_range(own), shape, spacing_mm)
+        warped = apply_affine(apply_intensity(volumes, draw_intensity(generators, ranges, channels)), phi)
+        body = apply_affine(brighter_part(volumes)[:, None].float(), phi, mode="nearest")[:, 0] > 0.5
+        valid = valid_mask(phi, shape, volumes.device)
+        points = draw_points(generators, valid, points_of_image(own, shape), body, own.foreground_share).float()
+        return EquivariantViews(before, warped, map_points(points, phi, "to_input"), points)
 
     def losses(self, views: EquivariantViews, progress: float) -> StepOutput:
         """Return the loss of the pairs, the embeddings for the collapse monitors, and how well partners are found."""
         before, warped = embed_points(self.network, self.head, views, self.settings.features)
-        with torch.no_grad():
-            chosen = torch.linspace(0, len(before) - 1, min(MONITORED_POINTS, len(before)), device=before.device).long()
-            first, second = before.detach()[chosen].float(), warped.detach()[chosen].float()
-            monitors = {
-                "positive_similarity": nn.functional.cosine_similarity(first, second, dim=1).mean(),
-                "retrieval_top1": retrieval_top1(first, second),
-            }
-        return StepOutput(losses=self.pair_losses(before, warped), embeddings=first, monitors=monitors)
+        chosen = torch.linspace(0, len(before) - 1, min(MONITORED_POINTS, len(before)), device=before.device).long()
+        first, second = before.detach()[chosen].float(), warped.detach()[chosen].float()
+        monitors = {
+            "positive_similarity": nn.functional.cosine_similarity(first, second, dim=1).mean(),
+            "retrieval_top1": retrieval_top1(first, second),
+        }
+        return StepOutput(self.pair_losses(before, warped), first, monitors)
+
+    def pair_losses(self, before: Float[Tensor, "pairs d"], warped: Float[Tensor, "pairs d"]) -> dict[str, Tensor]:
+        """Return the parts of the loss of pairs of embedded points."""
+        raise NotImplementedError
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return encoder, decoder and head."""
-        return [ParameterGroup([p for p in self.parameters() if p.requires_grad])]
+        return [ParameterGroup(trained_parameters(self))]
 
     def exported(self) -> Exported:
         """Return encoder and decoder."""
@@ -235,46 +264,13 @@ def affine_range(settings: DenseSettings) -> AffineRange:
     return AffineRange(settings.crop_fraction, settings.rotation_deg, settings.flip_axes, settings.flip_probability)
 
 
-def make_equivariant_views(
-    volumes: Float[Tensor, "batch channel *shape"],
-    generators: Sequence[torch.Generator],
-    settings: DenseSettings,
-    spacing_mm: Sequence[float],
-) -> EquivariantViews:
-    """Return ``t(x)``, ``phi . t'(x)`` and the points at which they are compared.
-
-    Args:
-        volumes: raw patches.
-        generators: one per sample.
-        settings: of the method.
-        spacing_mm: of the patches' voxels.
-    """
-    channels = volumes.shape[1]
-    intensity = intensity_range(settings, spacing_mm)
-    before = apply_intensity(volumes, draw_intensity(generators, intensity, channels))
-    phi = draw_affine(generators, affine_range(settings), volumes.shape[2:], spacing_mm)
-    warped = apply_affine(apply_intensity(volumes, draw_intensity(generators, intensity, channels)), phi)
-    body = apply_affine(foreground_mask(volumes)[:, None].float(), phi, mode="nearest")[:, 0] > 0.5
-    valid = valid_mask(phi, volumes.shape[2:], volumes.device)
-    count = points_of_image(settings, volumes.shape[2:])
-    points = draw_points(generators, valid, body, count, settings.foreground_share).float()
-    return EquivariantViews(before, warped, map_points(points, phi, "to_input"), points)
-
-
-def points_of_image(settings: DenseSettings, shape: Sequence[int]) -> int:
-    """Return how many points are drawn from each image: what the settings say, but at most a quarter of its voxels."""
-    wanted = settings.points_per_image or settings.points // settings.training.batch_size
-    return max(1, min(wanted, math.prod(shape) // 4))
-
-
 def intensity_range(settings: DenseSettings, spacing_mm: Sequence[float]) -> IntensityRange:
     """Return the intensity changes ``t`` of the settings.
 
     Args:
         settings: of the method.
-        spacing_mm: of the patches' voxels; a blur as wide in mm along thick slices as along the others hardly mixes them.
+        spacing_mm: of the patches' voxels.
     """
-    blur_z, blur_y, blur_x = (settings.blur_vox * min(spacing_mm) / mm for mm in (spacing_mm[0], *spacing_mm)[-3:])
     ranges = IntensityRange(
         brightness_std=settings.brightness,
         brightness_probability=1.0,
@@ -287,12 +283,18 @@ def intensity_range(settings: DenseSettings, spacing_mm: Sequence[float]) -> Int
         bias_field_probability=settings.bias_field_probability,
         noise_std=settings.noise,
         noise_probability=settings.noise_probability,
-        blur_vox=(blur_z, blur_y, blur_x),
+        blur_vox=even_blur(settings.blur_vox, spacing_mm),
         blur_probability=settings.blur_probability,
         gamma=settings.gamma,
         gamma_probability=settings.gamma_probability,
     )
     return restrict_to(ranges, settings.intensity_views)
+
+
+def points_of_image(settings: DenseSettings, shape: Sequence[int]) -> int:
+    """Return how many points are drawn from each image: what the settings say, but at most a quarter of its voxels."""
+    wanted = settings.points_per_image or settings.points // settings.training.batch_size
+    return max(1, min(wanted, math.prod(shape) // 4))
 
 
 def embed_points(

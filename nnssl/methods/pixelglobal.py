@@ -30,7 +30,6 @@ Deviations:
     * The paper samples nothing; crops share at least ``least_overlap`` of the smaller one.
 """
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -52,30 +51,32 @@ from nnssl.losses.distillation import (
     weighted_mean,
 )
 from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, split_by_decay
-from nnssl.methods.settings import TrainingSettings
-from nnssl.momentum import copy_to_teacher, cosine_momentum, momentum_for_run
+from nnssl.methods.settings import (
+    Count,
+    CropFraction,
+    Factor,
+    NotNegative,
+    Positive,
+    PositiveShare,
+    RotationDeg,
+    Share,
+    TrainingSettings,
+    TwoOrMore,
+    WholeNumber,
+    changes_in_common,
+)
+from nnssl.momentum import cosine_momentum, make_teacher, momentum_for_run
 from nnssl.networks.dense import ENCODER_AND_DECODER, decoder_maps, trained_up_to_segmentation
 from nnssl.networks.heads import PointAssignment, PooledAssignment
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
-from nnssl.views.points import corner_points, draw_points, interpolate_at
-from nnssl.views.spatial import (
-    AffineParams,
-    AffineRange,
-    apply_affine,
-    check_affine,
-    draw_overlapping,
-    map_points,
-)
+from nnssl.views.overlap import draw_overlapping, map_across, shown_by_both
+from nnssl.views.partners import check_pairs, pair_up
+from nnssl.views.points import corner_points, draw_points, interpolate_at, place_of
+from nnssl.views.spatial import AffineRange, apply_affine, check_affine
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
 MONITORED_POINTS = 256
 """Points of a step that retrieval is measured on."""
-
-
-ON_VOXEL = 1e-3
-"""Voxels by which rounding may move a point."""
 
 
 @dataclass(frozen=True)
@@ -86,31 +87,31 @@ class PixelGlobalSettings:
 
     training: TrainingSettings
     stabilizer: Stabilizer = "literal"  # [P]
-    stabilizer_share: Annotated[float, Field(ge=0)] = 0.5  # [R], of ``added`` only
-    uncertainty_passes: Annotated[int, Field(ge=0)] = 20  # [P]
+    stabilizer_share: NotNegative = 0.5  # [R], of ``added`` only
+    uncertainty_passes: WholeNumber = 20  # [P]
     """Passes of the teacher's head with dropout; 0 for equal weights."""
     least_weight: Share = 0.05  # [R]
     dropout: Annotated[float, Field(ge=0, le=0.9)] = 0.2  # not stated
-    global_weight: Annotated[float, Field(ge=0)] = 1.0  # [P]
-    local_weight: Annotated[float, Field(ge=0)] = 1.0  # [P]
-    points: Annotated[int, Field(ge=2)] = 8192  # [R]; all shared voxels in the paper
+    global_weight: NotNegative = 1.0  # [P]
+    local_weight: NotNegative = 1.0  # [P]
+    points: TwoOrMore = 8192  # [R]; all shared voxels in the paper
     """Points in a step, over all processes; the same number of each image."""
-    global_hidden: Annotated[int, Field(ge=1)] = 256  # not stated
-    global_dimensions: Annotated[int, Field(ge=2)] = 256  # [R]
-    local_hidden: Annotated[int, Field(ge=1)] = 64  # [R]; what the passes cost
-    local_dimensions: Annotated[int, Field(ge=2)] = 64  # [R]
+    global_hidden: Count = 256  # not stated
+    global_dimensions: TwoOrMore = 256  # [R]
+    local_hidden: Count = 64  # [R]; what the passes cost
+    local_dimensions: TwoOrMore = 64  # [R]
     teacher_temperature: Positive = 0.04  # [D] DINO
     student_temperature: Positive = 0.1  # [D] DINO
-    teacher_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.996  # [P] rises to 1
-    crop_fraction: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.25, 1.0)  # [R]
+    teacher_momentum: Factor = 0.996  # [P] rises to 1
+    crop_fraction: CropFraction = (0.25, 1.0)  # [R]
     """Share of the patch's area or volume that a view shows."""
-    least_overlap: Annotated[float, Field(gt=0, le=1)] = 0.3  # [R]
+    least_overlap: PositiveShare = 0.3  # [R]
     """Share of the smaller crop that both have in common at least."""
-    rotation_deg: tuple[Annotated[float, Field(ge=0, le=180)], ...] = (30.0,)  # [R]
+    rotation_deg: RotationDeg = (30.0,)  # [R]
     flip_axes: tuple[int, ...] = (0, 1)  # [P]
     flip_probability: Share = 0.5  # [R]
     intensity_views: tuple[str, ...] = ("contrast", "gamma")  # [P]
-    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.3  # [R]
+    contrast: Factor = 0.3  # [R]
     gamma: tuple[Positive, Positive] = (0.7, 1.5)  # [R]
     gamma_probability: Share = 1.0
 
@@ -148,7 +149,8 @@ class PixelGlobal(PretextMethod):
         configuration: the plan's pretext configuration.
 
     Raises:
-        UserError: the batch is too small to compare images in it, or cannot be shared out in pairs.
+        UserError: the batch is too small to compare images in it, or cannot be shared out in pairs; or its views
+            cannot be drawn.
     """
 
     defaults: ClassVar[PixelGlobalSettings] = PixelGlobalSettings(
@@ -168,7 +170,7 @@ class PixelGlobal(PretextMethod):
 
     def __init__(self, network: Any, settings: PixelGlobalSettings, configuration: Any) -> None:
         super().__init__()
-        check_batch(settings, world_size())
+        check_settings(settings, world_size())
         check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
         check_intensity(intensity_range(settings))
         self.settings = settings
@@ -179,30 +181,45 @@ class PixelGlobal(PretextMethod):
         self.local_head = PointAssignment(
             channels[0], settings.local_hidden, settings.local_dimensions, settings.dropout
         )
-        self.teacher = copy.deepcopy(network)
-        self.teacher_global_head = copy.deepcopy(self.global_head)
-        self.teacher_local_head = copy.deepcopy(self.local_head)
-        for student, teacher in self.momentum_pairs():
-            copy_to_teacher(student, teacher)
-        self.teacher.requires_grad_(False)
+        self.teacher = make_teacher(network)
+        self.teacher_global_head = make_teacher(self.global_head)
+        self.teacher_local_head = make_teacher(self.local_head)
         self._momentum = momentum_for_run(settings.teacher_momentum, settings.training.total_steps)
 
     @classmethod
     def from_plan(cls, configuration: Any) -> dict[str, Any]:
         """Return crop, rotation, flips and intensity views as the plan has them."""
-        kept = ("contrast", "gamma")  # the paper's
         return {
             "crop_fraction": configuration.crop_fraction,
             "rotation_deg": configuration.rotation_deg,
             "flip_axes": configuration.flip_axes,
-            "intensity_views": tuple(name for name in configuration.intensity_views if name in kept),
+            "intensity_views": changes_in_common(configuration.intensity_views, cls.defaults.intensity_views),
         }
 
     def make_views(
         self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
     ) -> CorrespondingViews:
         """Return two crops of each patch, the same draws for partners, and the points that both crops show."""
-        return make_corresponding_views(volumes, generators, self.settings, self.configuration.spacing_mm)
+        own, spacing_mm, shape, device = self.settings, self.configuration.spacing_mm, volumes.shape[2:], volumes.device
+        first, partner = pair_up(len(volumes))
+        shared = [torch.Generator().set_state(generators[index].get_state()) for index in first]
+        crops = draw_overlapping(shared, affine_range(own), shape, spacing_mm, own.least_overlap)
+        ranges = intensity_range(own)
+        student, teacher = (
+            apply_affine(apply_intensity(volumes, draw_intensity(shared, ranges, volumes.shape[1])), crop)
+            for crop in crops
+        )
+        shown = shown_by_both(*crops, shape, device)
+        points = draw_points(shared, shown, points_of_image(own, shape)).float()
+        return CorrespondingViews(
+            student=student,
+            teacher=teacher,
+            points_student=points,
+            points_teacher=map_across(points, *crops)[1],
+            valid=shown.flatten(1).gather(1, place_of(points, shape)).float(),
+            partner=torch.tensor(partner, device=device),
+            seeds=tuple(int(torch.randint(2**60, (1,), generator=each)) for each in shared),
+        )
 
     def losses(self, views: CorrespondingViews, progress: float) -> StepOutput:
         """Return both losses, and the cross-entropy per voxel, uncertainty and retrieval as monitors."""
@@ -276,8 +293,7 @@ class PixelGlobal(PretextMethod):
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return student and heads, biases and norms without weight decay."""
-        teacher = {id(p) for _, module in self.momentum_pairs() for p in module.parameters()}
-        return split_by_decay([p for p in self.parameters() if id(p) not in teacher])
+        return split_by_decay(self)
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return network and heads with their teachers."""
@@ -295,6 +311,47 @@ class PixelGlobal(PretextMethod):
     def exported(self) -> Exported:
         """Return encoder and decoder of the student."""
         return Exported(pretrained=ENCODER_AND_DECODER)
+
+
+def check_settings(settings: PixelGlobalSettings, processes: int) -> None:
+    """Check that images of a batch can be compared, and that pairs stay in one process.
+
+    Args:
+        settings: of the method.
+        processes: that share the batch.
+
+    Raises:
+        UserError: they cannot.
+    """
+    batch = settings.training.batch_size
+    if batch < 2 and (settings.global_weight or settings.stabilizer != "none"):
+        raise UserError(
+            f"batch_size={batch}: the global loss and stabilizer={settings.stabilizer} compare the images of a batch; "
+            "--set batch_size=2, or global_weight=0 stabilizer=none"
+        )
+    if processes > 1:  # in one process an odd last image goes with a pair
+        check_pairs(batch, processes)
+
+
+def affine_range(settings: PixelGlobalSettings) -> AffineRange:
+    """Return what crops, rotations and flips are drawn from."""
+    return AffineRange(settings.crop_fraction, settings.rotation_deg, settings.flip_axes, settings.flip_probability)
+
+
+def intensity_range(settings: PixelGlobalSettings) -> IntensityRange:
+    """Return the intensity changes of the settings: contrast and gamma."""
+    ranges = IntensityRange(
+        contrast=settings.contrast,
+        contrast_probability=1.0,
+        gamma=settings.gamma,
+        gamma_probability=settings.gamma_probability,
+    )
+    return restrict_to(ranges, settings.intensity_views)
+
+
+def points_of_image(settings: PixelGlobalSettings, shape: Sequence[int]) -> int:
+    """Return how many points are drawn from each image: what the settings say, but at most all of its voxels."""
+    return max(1, min(settings.points // settings.training.batch_size, math.prod(shape)))
 
 
 def point_uncertainty(
@@ -320,132 +377,3 @@ def point_uncertainty(
         logits = head(features, [seed + 2 * (each + 1) for seed in seeds])
         total = total.to(logits.device) + (logits / temperature).softmax(dim=2)
     return normalised_entropy(total / passes)
-
-
-def check_batch(settings: PixelGlobalSettings, processes: int) -> None:
-    """Check that images of a batch can be compared, and that pairs stay in one process.
-
-    Args:
-        settings: of the method.
-        processes: that share the batch.
-
-    Raises:
-        UserError: they cannot.
-    """
-    batch = settings.training.batch_size
-    if batch < 2 and (settings.global_weight or settings.stabilizer != "none"):
-        raise UserError(
-            f"batch_size={batch}: the global loss and stabilizer={settings.stabilizer} compare the images of a batch; "
-            "--set batch_size=2, or global_weight=0 stabilizer=none"
-        )
-    if processes > 1 and batch // processes % 2:
-        raise UserError(
-            f"batch_size={batch}: {processes} processes get {batch // processes} images each, and images go in pairs; "
-            f"--set batch_size={(batch // processes + 1) * processes}"
-        )
-
-
-def pair_up(count: int) -> tuple[list[int], list[int]]:
-    """Return for every sample of a batch whose draws it gets, and its partner: neighbours in twos, an odd last one in a three.
-
-    Args:
-        count: samples.
-
-    Returns:
-        Index of the sample that gives the draws, and index of the partner; a single sample is its own.
-    """
-    leader = [index - index % 2 for index in range(count)]
-    if count % 2 and count > 1:
-        leader[-1] = count - 3
-    members = {first: [index for index in range(count) if leader[index] == first] for first in leader}
-    partner = [
-        group[(group.index(index) + 1) % len(group)] for index in range(count) for group in [members[leader[index]]]
-    ]
-    return leader, partner
-
-
-def make_corresponding_views(
-    volumes: Float[Tensor, "batch channel *shape"],
-    generators: Sequence[torch.Generator],
-    settings: PixelGlobalSettings,
-    spacing_mm: Sequence[float],
-) -> CorrespondingViews:
-    """Return two crops of each patch, the same draws for partners, and points that both crops show.
-
-    Args:
-        volumes: raw patches.
-        generators: one per sample; partners get the numbers of the first of them.
-        settings: of the method.
-        spacing_mm: of the patches' voxels.
-    """
-    leader, partner = pair_up(len(volumes))
-    shared = [torch.Generator().set_state(generators[index].get_state()) for index in leader]
-    shape = volumes.shape[2:]
-    first, second = draw_overlapping(shared, affine_range(settings), shape, spacing_mm, settings.least_overlap)
-    intensity = intensity_range(settings)
-    channels = volumes.shape[1]
-    views = [
-        apply_affine(apply_intensity(volumes, draw_intensity(shared, intensity, channels)), params)
-        for params in (first, second)
-    ]
-    shown = shown_by_both(first, second, shape, volumes.device)
-    count = max(1, min(settings.points // settings.training.batch_size, math.prod(shape)))
-    points = draw_points(shared, shown, shown, count, 0.0).float()
-    valid = shown.flatten(1).gather(1, _flat_index(points, shape)).float()
-    seeds = tuple(int(torch.randint(2**60, (1,), generator=each)) for each in shared)
-    return CorrespondingViews(
-        student=views[0],
-        teacher=views[1],
-        points_student=points,
-        points_teacher=map_points(map_points(points, first, "to_input"), second, "to_output"),
-        valid=valid,
-        partner=torch.tensor(partner, device=volumes.device),
-        seeds=seeds,
-    )
-
-
-def affine_range(settings: PixelGlobalSettings) -> AffineRange:
-    """Return what crops, rotations and flips are drawn from."""
-    return AffineRange(settings.crop_fraction, settings.rotation_deg, settings.flip_axes, settings.flip_probability)
-
-
-def intensity_range(settings: PixelGlobalSettings) -> IntensityRange:
-    """Return the intensity changes of the settings: contrast and gamma."""
-    ranges = IntensityRange(
-        contrast=settings.contrast,
-        contrast_probability=1.0,
-        gamma=settings.gamma,
-        gamma_probability=settings.gamma_probability,
-    )
-    return restrict_to(ranges, settings.intensity_views)
-
-
-def shown_by_both(first: AffineParams, second: AffineParams, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Return which voxels of the first view show what the second view shows too: (batch, *shape), bool.
-
-    They and all voxels of the second view around their place there show what lies in the patch.
-    """
-    axes = [torch.arange(length, device=device, dtype=torch.float32) for length in shape]
-    voxels = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
-    places = map_points(voxels.expand(len(first.linear), *voxels.shape), first, "to_input")
-    there = map_points(places, second, "to_output")
-    there = torch.where((there - there.round()).abs() < ON_VOXEL, there.round(), there)
-    last = torch.tensor([length - 1 for length in shape], device=device)
-    inside = ((there >= 0) & (there <= last) & (places >= -ON_VOXEL) & (places <= last + ON_VOXEL)).all(dim=2)
-    # the furthest that the voxels around a place in the second view lie from it in the patch, axis by axis
-    spacing = torch.tensor(second.spacing_mm, dtype=torch.float64)
-    matrix = (second.linear * spacing / spacing[:, None]).to(places)  # (batch, patch axis, view axis)
-    below, above = there.floor() - there, there.ceil() - there
-    for axis, length in enumerate(shape):
-        steps = [matrix[:, axis, None] * side for side in (below, above)]
-        least, most = (extreme(*steps).sum(dim=2) for extreme in (torch.minimum, torch.maximum))
-        place = places[..., axis]
-        inside &= (place + least >= -ON_VOXEL) & (place + most <= length - 1 + ON_VOXEL)
-    return inside.unflatten(1, tuple(shape))
-
-
-def _flat_index(points: Tensor, shape: Sequence[int]) -> Tensor:
-    index = torch.zeros_like(points[..., 0], dtype=torch.long)
-    for axis, length in enumerate(shape):
-        index = index * length + points[..., axis].long()
-    return index

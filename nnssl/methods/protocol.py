@@ -105,13 +105,14 @@ class PretextMethod(nn.Module):
         return self.losses(views, progress)
 
 
-def split_by_decay(parameters: Sequence[nn.Parameter]) -> list[ParameterGroup]:
-    """Group parameters so that matrices and kernels decay and biases, norms and single vectors (1, 1, width) do not."""
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    single = [parameter.squeeze().ndim <= 1 for parameter in trained]
-    return [
-        ParameterGroup([parameter for parameter, alone in zip(trained, single, strict=True) if not alone]),
-        ParameterGroup(
-            [parameter for parameter, alone in zip(trained, single, strict=True) if alone], weight_decay=False
-        ),
-    ]
+def trained_parameters(method: PretextMethod) -> list[nn.Parameter]:
+    """Return what the method trains, in the order of its parts."""
+    return [parameter for parameter in method.parameters() if parameter.requires_grad]
+
+
+def split_by_decay(method: PretextMethod) -> list[ParameterGroup]:
+    """Group what the method trains: matrices and kernels decay, biases, norms and single vectors (1, 1, width) do not."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for parameter in trained_parameters(method):
+        groups[parameter.squeeze().ndim > 1].append(parameter)
+    return [ParameterGroup(groups[True]), ParameterGroup(groups[False], weight_decay=False)]

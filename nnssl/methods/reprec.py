@@ -25,32 +25,45 @@ Deviations:
       features, and the paper's optimizer sentence lists ``E_t`` and ``D_t`` only. Here it is frozen.
 """
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
-from nnssl.distributed import gather, rank
-from nnssl.errors import UserError
-from nnssl.losses.contrastive import info_nce_in_batch, info_nce_with_queue
+from nnssl.distributed import gather
+from nnssl.losses.contrastive import Negatives, momentum_contrast
 from nnssl.losses.reconstruction import masked_token_mse, standardise_tokens, visible_mean_baseline
-from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, split_by_decay
-from nnssl.methods.settings import TrainingSettings
-from nnssl.momentum import FeatureQueue, copy_to_teacher, momentum_for_run
-from nnssl.networks.dense import ENCODER
+from nnssl.methods.protocol import (
+    Exported,
+    ParameterGroup,
+    PretextMethod,
+    StepOutput,
+    split_by_decay,
+    trained_parameters,
+)
+from nnssl.methods.settings import (
+    Count,
+    CropFraction,
+    Factor,
+    NotNegative,
+    Positive,
+    Share,
+    TrainingSettings,
+    TwoOrMore,
+    changes_in_common,
+)
+from nnssl.momentum import make_teacher, momentum_for_run, queue_for_run
+from nnssl.networks.dense import ENCODER, trained_encoder
 from nnssl.networks.heads import PooledProjection, TokenDecoder
-from nnssl.networks.hybrid import map_to_tokens, sine_cosine_positions
+from nnssl.networks.tokens import map_to_tokens, sine_cosine_positions, take_tokens
 from nnssl.schema import STRICT
-from nnssl.views.intensity import IntensityRange, apply_intensity, draw_intensity, restrict_to
-from nnssl.views.masking import draw_block_mask, split_tokens
-from nnssl.views.spatial import AffineRange, apply_affine, draw_affine
-
-Share = Annotated[float, Field(gt=0, le=1)]
+from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
+from nnssl.views.masking import check_mask, draw_block_mask, visible_tokens
+from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine
 
 
 @dataclass(frozen=True)
@@ -60,17 +73,17 @@ class ContrastiveSettings:
     __pydantic_config__: ClassVar = STRICT
 
     training: TrainingSettings
-    temperature: Annotated[float, Field(gt=0)] = 0.2  # [D] MoCo v2; 0.07 in v1
-    embedding_dimensions: Annotated[int, Field(ge=2)] = 128  # [D]
-    negatives: Literal["batch", "queue", "both"] = "batch"  # [P] 4.1 as printed
+    temperature: Positive = 0.2  # [D] MoCo v2; 0.07 in v1
+    embedding_dimensions: TwoOrMore = 128  # [D]
+    negatives: Negatives = "batch"  # [P] 4.1 as printed
     """Whose keys: ``queue`` is MoCo's (the text), ``batch`` the printed formula's, ``both`` the two together."""
-    queue_length: Annotated[int, Field(ge=1)] = 65_536  # [D]
-    teacher_momentum: Annotated[float, Field(ge=0, lt=1)] = 0.999  # [D]
-    crop_fraction: tuple[Share, Share] = (0.2, 1.0)  # [P] 5.1.4
-    brightness: Annotated[float, Field(ge=0)] = 0.4  # [P] 5.1.4, here in standard deviations of the patch
-    contrast: Annotated[float, Field(ge=0, lt=1)] = 0.4  # [P] 5.1.4
+    queue_length: Count = 65_536  # [D]
+    teacher_momentum: Factor = 0.999  # [D]
+    crop_fraction: CropFraction = (0.2, 1.0)  # [P] 5.1.4
+    brightness: NotNegative = 0.4  # [P] 5.1.4, here in standard deviations of the patch
+    contrast: Factor = 0.4  # [P] 5.1.4
     flip_axes: tuple[int, ...] = (-1,)  # [P] 5.1.4, horizontal
-    flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5  # [P] 5.1.4
+    flip_probability: Share = 0.5  # [P] 5.1.4
     intensity_views: tuple[str, ...] = ("brightness", "contrast")
 
 
@@ -83,10 +96,10 @@ class GenerativeSettings:
     training: TrainingSettings
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # [P] 4.2, "over 75 %"
     mask_block: tuple[int, ...] = (1, 1)  # [P] 4.2, single tokens
-    decoder_depth: Annotated[int, Field(ge=1)] = 4  # [P] 5.1.4
-    crop_fraction: tuple[Share, Share] = (0.2, 1.0)  # not stated; as in stage 1
+    decoder_depth: Count = 4  # [P] 5.1.4
+    crop_fraction: CropFraction = (0.2, 1.0)  # not stated; as in stage 1
     flip_axes: tuple[int, ...] = (-1,)
-    flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5
+    flip_probability: Share = 0.5
 
 
 class RepRecContrastive(PretextMethod):
@@ -96,6 +109,9 @@ class RepRecContrastive(PretextMethod):
         network: the hybrid network of the plan.
         settings: resolved.
         configuration: the plan's pretext configuration.
+
+    Raises:
+        UserError: the crop, the flips or the intensity changes cannot be drawn.
     """
 
     defaults: ClassVar[ContrastiveSettings] = ContrastiveSettings(
@@ -115,33 +131,33 @@ class RepRecContrastive(PretextMethod):
 
     def __init__(self, network: Any, settings: ContrastiveSettings, configuration: Any) -> None:
         super().__init__()
+        check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
+        check_intensity(intensity_range(settings))
         self.settings = settings
         self.configuration = configuration
-        network.requires_grad_(False)
-        self.encoder = network.encoder.requires_grad_(True)
+        self.encoder = trained_encoder(network)
         channels = network.encoder.output_channels[-1]
         self.head = PooledProjection(channels, channels, settings.embedding_dimensions)
-        self.key_encoder = copy.deepcopy(self.encoder)
-        self.key_head = copy.deepcopy(self.head)
-        for student, teacher in self.momentum_pairs():
-            copy_to_teacher(student, teacher)
-            teacher.requires_grad_(False)
+        self.key_encoder = make_teacher(self.encoder)
+        self.key_head = make_teacher(self.head)
         if settings.negatives != "batch":
-            length = max(settings.queue_length, settings.training.batch_size)
-            self.queue = FeatureQueue(length, settings.embedding_dimensions, torch.Generator().manual_seed(0))
+            self.queue = queue_for_run(
+                settings.queue_length, settings.training.batch_size, settings.embedding_dimensions
+            )
         self._momentum = momentum_for_run(settings.teacher_momentum, settings.training.total_steps)
 
     @classmethod
     def from_plan(cls, configuration: Any) -> dict[str, Any]:
-        """Return queue, teacher, crop, flips and intensity views as the plan has them."""
-        # what else suits the modality is not RepRec's; gamma and a bias field made two crops of a patch hard to match
-        kept = ("brightness", "contrast")
+        """Return queue, teacher, crop, flips and intensity views as the plan has them.
+
+        What else suits the modality is not RepRec's; gamma and a bias field made two crops of a patch hard to match.
+        """
         return {
             "queue_length": configuration.queue_length,
             "teacher_momentum": configuration.teacher_momentum,
             "crop_fraction": configuration.crop_fraction,
             "flip_axes": configuration.flip_axes,
-            "intensity_views": tuple(name for name in configuration.intensity_views if name in kept),
+            "intensity_views": changes_in_common(configuration.intensity_views, cls.defaults.intensity_views),
         }
 
     def make_views(
@@ -151,35 +167,28 @@ class RepRecContrastive(PretextMethod):
         return self._view(volumes, generators), self._view(volumes, generators)
 
     def _view(self, volumes: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        cropped = random_crop(volumes, generators, self.settings, self.configuration.spacing_mm)
-        ranges = restrict_to(
-            IntensityRange(brightness_std=self.settings.brightness, contrast=self.settings.contrast),
-            self.settings.intensity_views,
-        )
-        return apply_intensity(cropped, draw_intensity(generators, ranges, volumes.shape[1]))
+        """Return one view of each patch."""
+        own, spacing_mm = self.settings, self.configuration.spacing_mm
+        crop = draw_affine(generators, affine_range(own), volumes.shape[2:], spacing_mm)
+        changes = draw_intensity(generators, intensity_range(own), volumes.shape[1])
+        return apply_intensity(apply_affine(volumes, crop), changes)
 
     def losses(self, views: tuple[Tensor, Tensor], progress: float) -> StepOutput:
         """Return InfoNCE of the queries against their keys and the negatives (section 4.1; MoCo equation 1)."""
+        own = self.settings
         query_volumes, key_volumes = views
         queries = self.head(self.encoder(query_volumes)[-1])
         with torch.no_grad():
             keys = self.key_head(self.key_encoder(key_volumes)[-1])
             all_keys = gather(keys)
-        if self.settings.negatives == "queue":
-            loss = info_nce_with_queue(queries, keys, self.queue.keys, self.settings.temperature)
-        else:
-            candidates = all_keys if self.settings.negatives == "batch" else torch.cat([all_keys, self.queue.keys])
-            loss = info_nce_in_batch(queries, candidates, self.settings.temperature, first_row=rank() * len(queries))
-        return StepOutput(
-            losses={"contrast": loss},
-            embeddings=queries,
-            monitors={"positive_similarity": (queries * keys).sum(dim=1).mean().detach()},
-            carry=all_keys,
-        )
+        queue = None if own.negatives == "batch" else self.queue.keys
+        losses = {"contrast": momentum_contrast(queries, keys, all_keys, queue, own.negatives, own.temperature)}
+        monitors = {"positive_similarity": (queries * keys).sum(dim=1).mean().detach()}
+        return StepOutput(losses, queries.detach(), monitors, carry=all_keys)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return encoder and head; all decay, as in MoCo."""
-        return [ParameterGroup([*self.encoder.parameters(), *self.head.parameters()])]
+        return [ParameterGroup(trained_parameters(self))]
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
         """Return encoder and head with their key-side copies."""
@@ -201,12 +210,17 @@ class RepRecContrastive(PretextMethod):
 
 @dataclass(frozen=True)
 class MaskedViews:
-    """A batch of crops and the tokens of their feature maps that are dropped."""
+    """A batch of crops and the tokens of their feature maps that are dropped.
+
+    Attributes:
+        volumes: (batch, channel, *shape), crops.
+        mask: (batch, tokens), True where a token is dropped.
+        visible: (batch, visible), tokens that are not, ascending.
+    """
 
     volumes: Float[Tensor, "batch channel *shape"]
-    masked: Bool[Tensor, "batch tokens"]
+    mask: Bool[Tensor, "batch tokens"]
     visible: Int[Tensor, "batch visible"]
-    """Places of the tokens that are kept."""
 
 
 class RepRecGenerative(PretextMethod):
@@ -216,6 +230,9 @@ class RepRecGenerative(PretextMethod):
         network: the hybrid network of the plan, its encoder pretrained by stage 1.
         settings: resolved.
         configuration: the plan's pretext configuration.
+
+    Raises:
+        UserError: the crop, the flips or the mask cannot be drawn.
     """
 
     defaults: ClassVar[GenerativeSettings] = GenerativeSettings(
@@ -235,6 +252,8 @@ class RepRecGenerative(PretextMethod):
 
     def __init__(self, network: Any, settings: GenerativeSettings, configuration: Any) -> None:
         super().__init__()
+        check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
+        check_mask(configuration.tokens.grid, settings.mask_block, settings.mask_ratio)
         self.settings = settings
         self.configuration = configuration
         network.requires_grad_(False)
@@ -243,13 +262,8 @@ class RepRecGenerative(PretextMethod):
         self.transformer.embed.requires_grad_(True)
         self.transformer.blocks.requires_grad_(True)
         self.token_stage = network.token_stage
-        if len(settings.mask_block) != len(configuration.tokens.grid):
-            raise UserError(
-                f"--set mask_block={','.join(map(str, settings.mask_block))}: the grid of tokens has "
-                f"{len(configuration.tokens.grid)} axes; give one number for each"
-            )
         size, channels = configuration.transformer, network.encoder.output_channels[network.token_stage]
-        self.decoder = TokenDecoder(size.width, size.width, settings.decoder_depth, size.heads, channels)
+        self.decoder = TokenDecoder(size.width, settings.decoder_depth, size.heads, channels)
 
     @classmethod
     def from_plan(cls, configuration: Any) -> dict[str, Any]:
@@ -261,42 +275,37 @@ class RepRecGenerative(PretextMethod):
             "flip_axes": configuration.flip_axes,
         }
 
-    def train(self, mode: bool = True) -> "RepRecGenerative":
-        """Switch modes, leaving the frozen encoder in evaluation mode."""
-        super().train(mode)
-        self.encoder.eval()
-        return self
-
     def make_views(
         self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
     ) -> MaskedViews:
         """Return one random crop of each patch and the block mask of its tokens."""
-        cropped = random_crop(volumes, generators, self.settings, self.configuration.spacing_mm)
-        grid = self.configuration.tokens.grid
-        mask = draw_block_mask(generators, grid, self.settings.mask_block, self.settings.mask_ratio)
-        # split before it moves: counting tokens on a device would make the host wait
-        visible, _ = split_tokens(mask)
-        return MaskedViews(cropped, mask.to(volumes.device), visible.to(volumes.device))
+        own, spacing_mm, device = self.settings, self.configuration.spacing_mm, volumes.device
+        crop = draw_affine(generators, affine_range(own), volumes.shape[2:], spacing_mm)
+        mask = draw_block_mask(generators, self.configuration.tokens.grid, own.mask_block, own.mask_ratio)
+        visible = visible_tokens(mask)
+        return MaskedViews(apply_affine(volumes, crop), mask.to(device), visible.to(device))
 
     def losses(self, views: MaskedViews, progress: float) -> StepOutput:
         """Return the mean squared error of the recovered features of the masked tokens (section 4.2)."""
         with torch.no_grad():
             features = map_to_tokens(self.encoder(views.volumes)[self.token_stage])
             target = standardise_tokens(features)
-        visible = views.visible
         positions = sine_cosine_positions(self.configuration.tokens.grid, self.transformer.width, features.device)
-        seen = features.gather(1, visible[..., None].expand(-1, -1, features.shape[2]))
-        encoded = self.transformer.encode(seen, positions[visible])
-        recovered = self.decoder(encoded, visible, positions)
-        return StepOutput(
-            losses={"recovery": masked_token_mse(recovered, target, views.masked)},
-            embeddings=encoded.float().mean(dim=1),
-            monitors={"recovery_of_visible_mean": visible_mean_baseline(target, views.masked).detach()},
-        )
+        encoded = self.transformer.encode(take_tokens(features, views.visible), positions[views.visible])
+        recovered = self.decoder(encoded, views.visible, positions)
+        losses = {"recovery": masked_token_mse(recovered, target, views.mask)}
+        monitors = {"recovery_of_visible_mean": visible_mean_baseline(target, views.mask)}
+        return StepOutput(losses, encoded.detach().float().mean(dim=1), monitors)
+
+    def train(self, mode: bool = True) -> "RepRecGenerative":
+        """Switch modes, leaving the frozen encoder in evaluation mode."""
+        super().train(mode)
+        self.encoder.eval()
+        return self
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return what of ``E_t`` the loss reaches, and ``D_t``."""
-        return split_by_decay([*self.transformer.parameters(), *self.decoder.parameters()])
+        return split_by_decay(self)
 
     def exported(self) -> Exported:
         """Return encoder and transformer; the gate opens, so that the transformer takes part from the first step on."""
@@ -305,18 +314,12 @@ class RepRecGenerative(PretextMethod):
         )
 
 
-def random_crop(
-    volumes: Float[Tensor, "batch channel *shape"],
-    generators: Sequence[torch.Generator],
-    settings: ContrastiveSettings | GenerativeSettings,
-    spacing_mm: Sequence[float],
-) -> Float[Tensor, "batch channel *shape"]:
-    """Return a random part of each patch, zoomed to the patch's size and flipped (section 5.1.4, RandomResizedCrop)."""
-    dimensions = volumes.ndim - 2
-    ranges = AffineRange(
-        crop_fraction=settings.crop_fraction,
-        rotation_deg=(0.0,) * (1 if dimensions == 2 else 3),
-        flip_axes=tuple(axis % dimensions for axis in settings.flip_axes),
-        flip_probability=settings.flip_probability,
-    )
-    return apply_affine(volumes, draw_affine(generators, ranges, volumes.shape[2:], spacing_mm))
+def affine_range(settings: ContrastiveSettings | GenerativeSettings) -> AffineRange:
+    """Return what crops and flips are drawn from (section 5.1.4, RandomResizedCrop); nothing is turned."""
+    return AffineRange(settings.crop_fraction, flip_axes=settings.flip_axes, flip_probability=settings.flip_probability)
+
+
+def intensity_range(settings: ContrastiveSettings) -> IntensityRange:
+    """Return the intensity changes of the settings: brightness and contrast."""
+    ranges = IntensityRange(brightness_std=settings.brightness, contrast=settings.contrast)
+    return restrict_to(ranges, settings.intensity_views)

@@ -23,37 +23,41 @@ Deviations:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from pydantic import Field
 from torch import Tensor
 
 from nnssl.distributed import gather_with_gradient, rank
 from nnssl.errors import UserError
 from nnssl.losses.contrastive import info_nce_with_negatives
 from nnssl.losses.negatives import draw_hard_negatives
-from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput
-from nnssl.methods.settings import TrainingSettings
-from nnssl.networks.anatomical_embedding import AnatomicalEmbedding, Embeddings, cell_centres_vox
-from nnssl.schema import STRICT
-from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
-from nnssl.views.points import draw_points, foreground_mask, interpolate_at
-from nnssl.views.spatial import (
-    AffineParams,
-    AffineRange,
-    apply_affine,
-    check_affine,
-    draw_overlapping,
-    map_points,
-    pick,
+from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, trained_parameters
+from nnssl.methods.settings import (
+    Count,
+    CropFraction,
+    Positive,
+    PositiveShare,
+    RotationDeg,
+    Share,
+    TrainingSettings,
+    TwoOrMore,
+    WholeNumber,
+    changes_in_common,
+    rotation_within,
 )
+from nnssl.networks.anatomical_embedding import AnatomicalEmbedding, EmbeddingKind, Embeddings
+from nnssl.networks.dense import ENCODER, decoder_parts, trained_up_to_level
+from nnssl.schema import STRICT
+from nnssl.views.cells import PlacedCells, Queries, draw_queries, far_enough, place_cells
+from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
+from nnssl.views.overlap import draw_overlapping
+from nnssl.views.points import interpolate_at
+from nnssl.views.spatial import AffineParams, AffineRange, apply_affine, check_affine, pick
 
-Share = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+KINDS: tuple[EmbeddingKind, EmbeddingKind] = ("fine", "coarse")
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,9 @@ class SAMSettings:
 
     training: TrainingSettings
     temperature: Positive = 0.5  # [P]
-    dimensions: Annotated[int, Field(ge=2)] = 128  # [P]
-    fine_stage: Annotated[int, Field(ge=0)] = 1  # [P] half the resolution
-    coarse_stage: Annotated[int, Field(ge=1)] = 4  # [P] a sixteenth
+    dimensions: TwoOrMore = 128  # [P]
+    fine_stage: WholeNumber = 1  # [P] half the resolution
+    coarse_stage: Count = 4  # [P] a sixteenth
     fine_queries: Count = 100  # [C]
     """Of each view."""
     fine_pool: Count = 2000  # [C]
@@ -75,45 +79,15 @@ class SAMSettings:
     coarse_queries: Count = 50  # [R]
     coarse_pool: Count = 250  # [C]
     coarse_negatives: Count = 200  # [C]
-    other_negatives: Annotated[int, Field(ge=0)] = 300  # [C]
+    other_negatives: WholeNumber = 300  # [C]
     """Coarse cells of other patches of the batch."""
     body_share: Share = 0.9  # [R]
     """Share of the queries that lie in the brighter part of the patch."""
-    crop_fraction: tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]] = (0.3, 1.0)
+    crop_fraction: CropFraction = (0.3, 1.0)
     """[C]: scales of 0.8 to 1.2; share of the patch's volume, so the cube of their ratio."""
-    least_overlap: Annotated[float, Field(gt=0, le=1)] = 0.3  # [R]
-    rotation_deg: tuple[Annotated[float, Field(ge=0, le=180)], ...] = (10.0,)  # [R]; none in the code
+    least_overlap: PositiveShare = 0.3  # [R]
+    rotation_deg: RotationDeg = (10.0,)  # [R]; none in the code
     intensity_views: tuple[str, ...] = ("contrast", "brightness", "noise", "blur")  # [R]; blur and noise in the code
-
-
-class Queries(NamedTuple):
-    """Places in one view that are looked for in the other; zyx in voxels.
-
-    Attributes:
-        here: (batch, query, d), centres of cells of this view.
-        there: the same places in the other view.
-        valid: (batch, query), 0 where two crops have no cell in common, else 1.
-    """
-
-    here: Float[Tensor, "batch query d"]
-    there: Float[Tensor, "batch query d"]
-    valid: Float[Tensor, "batch query"]
-
-
-class Cells(NamedTuple):
-    """The cells of both views of one sample.
-
-    Attributes:
-        embeddings: (cell, dimension).
-        places_mm: (cell, d), in the patch that the views are crops of.
-        shown: cells that show the patch; others lie outside it.
-        cell_mm: length of a cell.
-    """
-
-    embeddings: Float[Tensor, "cell dimension"]
-    places_mm: Float[Tensor, "cell d"]
-    shown: Bool[Tensor, " cell"]
-    cell_mm: float
 
 
 @dataclass(frozen=True)
@@ -137,6 +111,40 @@ class PlacedViews:
     seeds: tuple[int, ...]
 
 
+class Pair(NamedTuple):
+    """Both crops of one sample.
+
+    Attributes:
+        maps: of each crop, (1, dimension, *grid).
+        params: where each crop lies, one record.
+        queries: of each crop, by kind of embedding.
+        cells: of both crops, by kind.
+        place: of the sample in the batch of all processes.
+        seed: of the choice of negatives.
+    """
+
+    maps: tuple[Embeddings, Embeddings]
+    params: tuple[AffineParams, AffineParams]
+    queries: dict[EmbeddingKind, tuple[Queries, Queries]]
+    cells: dict[EmbeddingKind, PlacedCells]
+    place: int
+    seed: int
+
+
+class Compared(NamedTuple):
+    """What became of the queries of one view of one sample.
+
+    Attributes:
+        losses: (query,).
+        hits: (query,), whether the positive is more like the query than all negatives.
+        queries: (query, dimension), their embeddings.
+    """
+
+    losses: Float[Tensor, " query"]
+    hits: Bool[Tensor, " query"]
+    queries: Float[Tensor, "query dimension"]
+
+
 class SAM(PretextMethod):
     """Fine and coarse anatomical embeddings.
 
@@ -146,7 +154,8 @@ class SAM(PretextMethod):
         configuration: the plan's pretext configuration.
 
     Raises:
-        UserError: a batch of one patch, which has no others to compare with; or stages that the network does not have.
+        UserError: a batch of one patch, which has no others to compare with; stages that the network does not have; or crops,
+            rotations or intensity changes that cannot be drawn.
     """
 
     defaults: ClassVar[SAMSettings] = SAMSettings(
@@ -171,157 +180,127 @@ class SAM(PretextMethod):
         check_intensity(intensity_range(settings))
         self.settings = settings
         self.configuration = configuration
-        network.requires_grad_(False)
-        network.encoder.requires_grad_(True)
-        for part in trained_decoder_parts(network, settings.fine_stage):
-            network.get_submodule(part).requires_grad_(True)
-        self.network = network
+        self.network = trained_up_to_level(network, settings.fine_stage)
         self.embedding = AnatomicalEmbedding(network, settings.fine_stage, settings.coarse_stage, settings.dimensions)
 
     @classmethod
     def from_plan(cls, configuration: Any) -> dict[str, Any]:
         """Return stages, rotation and intensity views as the plan has them."""
-        small, kept = 10.0, cls.defaults.intensity_views
         return {
             "fine_stage": configuration.anatomy.fine_stage,
             "coarse_stage": configuration.anatomy.coarse_stage,
-            "rotation_deg": tuple(min(small, each) for each in configuration.rotation_deg),
-            "intensity_views": tuple(name for name in configuration.intensity_views if name in kept),
+            "rotation_deg": rotation_within(configuration.rotation_deg, cls.defaults.rotation_deg),
+            "intensity_views": changes_in_common(configuration.intensity_views, cls.defaults.intensity_views),
         }
 
     def make_views(
         self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
     ) -> PlacedViews:
-        """Return two crops of each patch and the places that are compared."""
-        grids = map_grids(self.network, self.settings, volumes.shape[2:])
-        return make_placed_views(volumes, generators, self.settings, self.configuration.spacing_mm, *grids)
+        """Return two crops of each patch and the places that are compared: cells of each view that the other shows too."""
+        own, shape, channels = self.settings, volumes.shape[2:], volumes.shape[1]
+        params = draw_overlapping(
+            generators, affine_range(own), shape, self.configuration.spacing_mm, own.least_overlap
+        )
+        ranges = intensity_range(own)
+        first, second = (
+            apply_affine(apply_intensity(volumes, draw_intensity(generators, ranges, channels)), each)
+            for each in params
+        )
+        grids, counts = self.embedding.grids(shape), {"fine": own.fine_queries, "coarse": own.coarse_queries}
+        fine, coarse = (
+            (
+                draw_queries(generators, first, *params, grids[kind], counts[kind], own.body_share),
+                draw_queries(generators, second, *params[::-1], grids[kind], counts[kind], own.body_share),
+            )
+            for kind in KINDS
+        )
+        seeds = tuple(int(torch.randint(2**60, (1,), generator=each)) for each in generators)
+        return PlacedViews(first, second, params, fine, coarse, seeds)
 
     def losses(self, views: PlacedViews, progress: float) -> StepOutput:
         """Return the contrast of the fine and of the coarse embeddings, means over the queries."""
         count = len(views.first)
         maps = self.embedding(torch.cat([views.first, views.second]))
-        pair = [Embeddings(fine, coarse) for fine, coarse in zip(*(each.split(count) for each in maps), strict=True)]
-        others = self._cells_of_all(pair)
-        losses: dict[str, list[Tensor]] = {"fine": [], "coarse": []}
-        hits: dict[str, list[Tensor]] = {"fine": [], "coarse": []}
-        queries = []
+        first, second = (Embeddings(*each) for each in zip(*(each.split(count) for each in maps), strict=True))
+        coarse_cells = torch.cat([each.coarse.flatten(2) for each in (first, second)], dim=2).transpose(1, 2)
+        all_cells = gather_with_gradient(coarse_cells)  # (patch of all processes, cell, dimension)
+        compared: dict[EmbeddingKind, list[Compared]] = {kind: [] for kind in KINDS}
         for sample in range(count):
-            for kind in ("fine", "coarse"):
-                cells = self._cells(kind, sample, pair, views)
-                for view in (0, 1):
-                    loss, hit, embedded = self._compare(kind, view, sample, pair, views, cells, others)
-                    losses[kind].append(loss)
-                    hits[kind].append(hit)
-                    if kind == "fine" and view == 0:
-                        queries.append(embedded)
-        means = {kind: torch.cat(each).mean() for kind, each in losses.items()}
-        monitors = {f"{kind}_top1": torch.cat(each).float().mean() for kind, each in hits.items()}
-        return StepOutput(means, torch.cat(queries).detach(), monitors)
+            pair = self._pair(sample, (first, second), views)
+            for kind in KINDS:
+                cells = torch.cat([getattr(each, kind)[0].flatten(1) for each in pair.maps], dim=1).T
+                compared[kind] += [self._compare(kind, view, pair, cells, all_cells) for view in (0, 1)]
+        losses = {str(kind): torch.cat([each.losses for each in found]).mean() for kind, found in compared.items()}
+        monitors = {
+            f"{kind}_top1": torch.cat([each.hits for each in found]).float().mean() for kind, found in compared.items()
+        }
+        queries = torch.cat([each.queries for each in compared["fine"][::2]])  # of the first view
+        return StepOutput(losses, queries.detach(), monitors)
 
-    def _cells_of_all(self, pair: Sequence[Embeddings]) -> Tensor:
-        """Return the coarse cells of all patches of all processes, (patch, cell, dimension)."""
-        cells = torch.cat([each.coarse.flatten(2) for each in pair], dim=2).transpose(1, 2)
-        return gather_with_gradient(cells)
-
-    def _cells(self, kind: str, sample: int, pair: Sequence[Embeddings], views: PlacedViews) -> Cells:
-        """Return the cells of both views of one sample."""
-        maps = [getattr(each, kind)[sample] for each in pair]
-        embeddings = torch.cat([each.flatten(1) for each in maps], dim=1).T
-        return Cells(embeddings, *self._places(sample, views, [each.shape[1:] for each in maps]))
-
-    def _places(
-        self, sample: int, views: PlacedViews, grids: Sequence[Sequence[int]]
-    ) -> tuple[Float[Tensor, "cell d"], Bool[Tensor, " cell"], float]:
-        """Return where the cells of both views lie in mm, which of them show the patch, and the length of a cell in mm."""
-        shape, params = views.first.shape[2:], [pick(each, torch.tensor([sample])) for each in views.params]
-        device = views.first.device
-        spacing, last = (torch.tensor(each, device=device) for each in (self.configuration.spacing_mm, shape))
-        centres = [
-            map_points(cell_centres_vox(grid, shape, device)[None], each, "to_input")[0]
-            for grid, each in zip(grids, params, strict=True)
-        ]
-        places = torch.cat(centres)
-        shown = ((places >= 0) & (places <= last - 1)).all(dim=1)  # what lies outside the patch is empty
-        cell_mm = max(mm * voxels / cells for mm, voxels, cells in zip(spacing.tolist(), shape, grids[0], strict=True))
-        return places * spacing, shown, cell_mm
+    def _pair(self, sample: int, maps: tuple[Embeddings, Embeddings], views: PlacedViews) -> Pair:
+        """Return both crops of one sample."""
+        shape, device = views.first.shape[2:], views.first.device
+        chosen = slice(sample, sample + 1)
+        one, other = (Embeddings(*(each[chosen] for each in embeddings)) for embeddings in maps)
+        params = (pick(views.params[0], torch.tensor([sample])), pick(views.params[1], torch.tensor([sample])))
+        queries: dict[EmbeddingKind, tuple[Queries, Queries]] = {}
+        for kind in KINDS:
+            mine, theirs = (Queries(*(each[chosen] for each in drawn)) for drawn in getattr(views, kind))
+            queries[kind] = (mine, theirs)
+        cells = {kind: place_cells(params, grid, shape, device) for kind, grid in self.embedding.grids(shape).items()}
+        place = rank() * len(views.first) + sample
+        return Pair((one, other), params, queries, cells, place, views.seeds[sample])
 
     def _compare(
         self,
-        kind: str,
+        kind: EmbeddingKind,
         view: int,
-        sample: int,
-        pair: Sequence[Embeddings],
-        views: PlacedViews,
-        both: Cells,
-        others: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return for one sample the loss of a view's queries, which found their positive first, and their embeddings."""
-        own, shape = self.settings, views.first.shape[2:]
-        points, there, valid = (side[sample : sample + 1] for side in getattr(views, kind)[view])
-        maps = [getattr(each, kind)[sample : sample + 1] for each in pair]
-        query = read_unit_vectors(maps[view], points, shape)
-        positive = read_unit_vectors(maps[1 - view], there, shape)
-        cells = both.embeddings
-        allowed = self._far_enough(points, view, sample, views, both.places_mm, both.shown, both.cell_mm)
-        generator = torch.Generator(cells.device).manual_seed(views.seeds[sample] + 2 * view + (kind == "coarse"))
+        pair: Pair,
+        cells: Float[Tensor, "cell dimension"],
+        all_cells: Float[Tensor, "patch coarse_cell dimension"],
+    ) -> Compared:
+        """Compare the queries of one view with their positives and negatives.
+
+        Args:
+            kind: of embedding.
+            view: 0 or 1.
+            pair: both crops of a sample.
+            cells: embeddings of the cells of both crops.
+            all_cells: coarse embeddings of the cells of all patches of all processes.
+        """
+        own, shape = self.settings, pair.params[0].shape
+        here, there, valid = pair.queries[kind][view]
+        query = read_unit_vectors(getattr(pair.maps[view], kind), here, shape)
+        positive = read_unit_vectors(getattr(pair.maps[1 - view], kind), there, shape)
+        generator = torch.Generator(cells.device).manual_seed(pair.seed + 2 * view + (kind == "coarse"))
+        allowed = far_enough(here[0], pair.params[view], pair.cells[kind])
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             ranking = query.float() @ cells.float().T
         if kind == "fine":
-            ranking += self._coarse_ranking(points, view, sample, pair, shape)
+            ranking += coarse_ranking(here, view, pair)
             chosen, present = draw_hard_negatives(ranking, allowed, own.fine_pool, own.fine_negatives, generator)
             negatives = cells[chosen]
         else:
             chosen, present = draw_hard_negatives(ranking, allowed, own.coarse_pool, own.coarse_negatives, generator)
-            place = rank() * len(views.first) + sample
-            foreign = torch.cat([others[:place], others[place + 1 :]]).flatten(0, 1)
+            foreign = torch.cat([all_cells[: pair.place], all_cells[pair.place + 1 :]]).flatten(0, 1)
             drawn = torch.rand(len(foreign), generator=generator, device=cells.device).argsort()[: own.other_negatives]
             negatives = torch.cat([cells[chosen], foreign[drawn].expand(len(query), -1, -1)], dim=1)
             present = torch.cat([present, present.new_ones(len(query), len(drawn))], dim=1)
-        loss = info_nce_with_negatives(query, positive, negatives, present, own.temperature)
+        losses = info_nce_with_negatives(query, positive, negatives, present, own.temperature)
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
             asked = query.float()
             best = (negatives.float() @ asked[:, :, None])[..., 0].masked_fill(~present, -torch.inf).amax(dim=1)
-            hit = (asked * positive.float()).sum(dim=1) > best
-        return loss * valid[0], hit, query
-
-    def _far_enough(
-        self,
-        points: Tensor,
-        view: int,
-        sample: int,
-        views: PlacedViews,
-        places_mm: Float[Tensor, "cell d"],
-        shown: Bool[Tensor, " cell"],
-        cell_mm: float,
-    ) -> Bool[Tensor, "query cell"]:
-        """Return which cells of both views lie farther from each query than the length of a cell, in mm."""
-        spacing = torch.tensor(self.configuration.spacing_mm, device=points.device)
-        params = pick(views.params[view], torch.tensor([sample]))
-        place_mm = map_points(points, params, "to_input")[0] * spacing
-        return (torch.cdist(place_mm, places_mm) > cell_mm) & shown
-
-    @torch.no_grad()
-    def _coarse_ranking(
-        self, points: Tensor, view: int, sample: int, pair: Sequence[Embeddings], shape: Sequence[int]
-    ) -> Float[Tensor, "query cell"]:
-        """Return the coarse similarity of queries to the fine cells of both views."""
-        maps = [each.coarse[sample : sample + 1] for each in pair]
-        query = read_unit_vectors(maps[view], points, shape)
-        mode = "trilinear" if len(shape) == 3 else "bilinear"
-        found = []
-        for each, target in zip(maps, pair, strict=True):
-            similarity = torch.einsum("qd,d...->q...", query, each[0])[None]
-            found.append(F.interpolate(similarity, target.fine.shape[2:], mode=mode, align_corners=False)[0].flatten(1))
-        return torch.cat(found, dim=1)
+            hits = (asked * positive.float()).sum(dim=1) > best
+        return Compared(losses * valid[0], hits, query)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return encoder, the decoder up to the fine embeddings, and both heads; all decay."""
-        return [ParameterGroup([p for p in self.parameters() if p.requires_grad])]
+        return [ParameterGroup(trained_parameters(self))]
 
     def exported(self) -> Exported:
         """Return the encoder and the decoder's stages that the fine embeddings are made of."""
-        parts = trained_decoder_parts(self.network, self.settings.fine_stage)
-        return Exported(pretrained=("encoder.", "decoder.encoder.", *(f"{part}." for part in parts)))
+        parts = decoder_parts(self.network, self.settings.fine_stage)
+        return Exported(pretrained=(*ENCODER, *(f"{part}." for part in parts)))
 
 
 def check_settings(settings: SAMSettings, stages: int) -> None:
@@ -341,69 +320,14 @@ def check_settings(settings: SAMSettings, stages: int) -> None:
         )
 
 
-def trained_decoder_parts(network: Any, fine_stage: int) -> list[str]:
-    """Return the names of the decoder's parts that a map of an encoder stage's resolution is made of."""
-    count = len(network.decoder.stages) - fine_stage
-    return [f"decoder.{kind}.{index}" for kind in ("transpconvs", "stages") for index in range(count)]
+def affine_range(settings: SAMSettings) -> AffineRange:
+    """Return what crops and rotations are drawn from; nothing is flipped."""
+    return AffineRange(settings.crop_fraction, settings.rotation_deg)
 
 
-def map_grids(network: Any, settings: SAMSettings, shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the cells of the fine and of the coarse map of a patch."""
-    grid, grids = list(shape), []
-    for stride in network.encoder.strides:
-        steps = stride if isinstance(stride, (list, tuple)) else [stride] * len(shape)
-        grid = [-(-cells // step) for cells, step in zip(grid, steps, strict=True)]
-        grids.append(tuple(grid))
-    return grids[settings.fine_stage], grids[settings.coarse_stage]
-
-
-def make_placed_views(
-    volumes: Float[Tensor, "batch channel *shape"],
-    generators: Sequence[torch.Generator],
-    settings: SAMSettings,
-    spacing_mm: Sequence[float],
-    fine_grid: Sequence[int],
-    coarse_grid: Sequence[int],
-) -> PlacedViews:
-    """Return two crops of each patch and the places that are compared: cells of each view that the other shows too.
-
-    Args:
-        volumes: raw patches.
-        generators: one per sample.
-        settings: of the method.
-        spacing_mm: of the patches' voxels.
-        fine_grid: cells of the fine map.
-        coarse_grid: cells of the coarse map.
-    """
-    shape, channels = volumes.shape[2:], volumes.shape[1]
-    params = draw_overlapping(generators, affine_range(settings), shape, spacing_mm, settings.least_overlap)
-    intensity = intensity_range(settings)
-    views = [
-        apply_affine(apply_intensity(volumes, draw_intensity(generators, intensity, channels)), each) for each in params
-    ]
-    queries: dict[str, list[Queries]] = {"fine": [], "coarse": []}
-    for kind, grid, count in (
-        ("fine", fine_grid, settings.fine_queries),
-        ("coarse", coarse_grid, settings.coarse_queries),
-    ):
-        for view, (here, there) in enumerate((params, params[::-1])):
-            body: Any = F.adaptive_avg_pool3d if len(shape) == 3 else F.adaptive_avg_pool2d
-            bright = body(foreground_mask(views[view]).float()[:, None], tuple(grid))[:, 0] > 0.5
-            centres = cell_centres_vox(grid, shape, volumes.device).expand(len(volumes), -1, -1)
-            in_patch = map_points(centres, here, "to_input")
-            reached = map_points(in_patch, there, "to_output")
-            last = torch.tensor(shape, device=volumes.device) - 1
-            shown = ((in_patch >= 0) & (in_patch <= last) & (reached >= 0) & (reached <= last)).all(dim=2)
-            cells = draw_points(generators, shown.unflatten(1, tuple(grid)), bright, count, settings.body_share)
-            flat = torch.zeros_like(cells[..., 0])
-            for axis, length in enumerate(grid):
-                flat = flat * length + cells[..., axis]
-            index = flat[..., None].expand(-1, -1, len(shape))
-            valid = shown.gather(1, flat).float()
-            queries[kind].append(Queries(centres.gather(1, index), reached.gather(1, index), valid))
-    seeds = tuple(int(torch.randint(2**60, (1,), generator=each)) for each in generators)
-    fine, coarse = ((each[0], each[1]) for each in (queries["fine"], queries["coarse"]))
-    return PlacedViews(views[0], views[1], params, fine, coarse, seeds)
+def intensity_range(settings: SAMSettings) -> IntensityRange:
+    """Return the intensity changes of the settings, as the views' defaults have them."""
+    return restrict_to(IntensityRange(), settings.intensity_views)
 
 
 def read_unit_vectors(
@@ -413,11 +337,14 @@ def read_unit_vectors(
     return F.normalize(interpolate_at(maps, points_vox, shape)[0], dim=1)
 
 
-def affine_range(settings: SAMSettings) -> AffineRange:
-    """Return what crops and rotations are drawn from; nothing is flipped."""
-    return AffineRange(settings.crop_fraction, settings.rotation_deg, (), 0.0)
-
-
-def intensity_range(settings: SAMSettings) -> IntensityRange:
-    """Return the intensity changes of the settings, as the views' defaults have them."""
-    return restrict_to(IntensityRange(), settings.intensity_views)
+@torch.no_grad()
+def coarse_ranking(here: Float[Tensor, "1 query d"], view: int, pair: Pair) -> Float[Tensor, "query cell"]:
+    """Return the coarse similarity of the queries of a view to the fine cells of both views."""
+    shape = pair.params[0].shape
+    query = read_unit_vectors(pair.maps[view].coarse, here, shape)
+    mode = "trilinear" if len(shape) == 3 else "bilinear"
+    found = []
+    for each in pair.maps:
+        similarity = torch.einsum("qd,d...->q...", query, each.coarse[0])[None]
+        found.append(F.interpolate(similarity, each.fine.shape[2:], mode=mode, align_corners=False)[0].flatten(1))
+    return torch.cat(found, dim=1)

@@ -12,6 +12,20 @@ from nnssl.schema import STRICT, parse
 
 S = TypeVar("S")
 
+Share = Annotated[float, Field(ge=0, le=1)]
+PositiveShare = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Factor = Annotated[float, Field(ge=0, lt=1)]
+"""Below 1: the share of a teacher that is kept, the largest change of a contrast."""
+Count = Annotated[int, Field(ge=1)]
+WholeNumber = Annotated[int, Field(ge=0)]
+TwoOrMore = Annotated[int, Field(ge=2)]
+CropFraction = tuple[PositiveShare, PositiveShare]
+"""Least and largest share of the patch's volume, or area, that a crop covers."""
+RotationDeg = tuple[Annotated[float, Field(ge=0, le=180)], ...]
+"""Largest rotation to either side about each axis, z first; a single angle in 2D."""
+
 ORIGINS = ("method default", "plan", "command line")
 
 
@@ -41,6 +55,26 @@ class TrainingSettings:
     def total_steps(self) -> int:
         """Optimizer steps of the whole stage."""
         return self.epochs * self.iterations_per_epoch
+
+
+def changes_in_common(planned: Sequence[str], own: Sequence[str]) -> tuple[str, ...]:
+    """Return the intensity changes that suit the data and that the method has, in the plan's order.
+
+    Args:
+        planned: the plan's ``intensity_views``.
+        own: the method's, as its defaults have them.
+    """
+    return tuple(name for name in planned if name in own)
+
+
+def rotation_within(planned_deg: Sequence[float], most_deg: Sequence[float]) -> tuple[float, ...]:
+    """Return the plan's rotation about each axis, at most the method's.
+
+    Args:
+        planned_deg: the plan's ``rotation_deg``.
+        most_deg: the method's, one angle for all axes.
+    """
+    return tuple(min(*most_deg, each) for each in planned_deg)
 
 
 def resolve_settings(defaults: S, from_plan: dict[str, Any], overrides: Sequence[str]) -> tuple[S, dict[str, str]]:

@@ -16,27 +16,21 @@ Deviations:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
 from nnssl.collapse import retrieval_top1
 from nnssl.losses.nt_xent import nt_xent
 from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, split_by_decay
-from nnssl.methods.settings import TrainingSettings
-from nnssl.networks.dense import ENCODER
+from nnssl.methods.settings import CropFraction, Positive, Share, TrainingSettings, TwoOrMore, changes_in_common
+from nnssl.networks.dense import ENCODER, trained_encoder
 from nnssl.networks.heads import PooledProjection
 from nnssl.schema import STRICT
-from nnssl.views.intensity import IntensityRange, apply_intensity, draw_intensity, restrict_to
+from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine
-
-Share = Annotated[float, Field(gt=0, le=1)]
-
-INTENSITY = ("brightness", "contrast", "blur")
-"""What answers to the paper's colour distortion and blur."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +40,13 @@ class SimCLRSettings:
     __pydantic_config__: ClassVar = STRICT
 
     training: TrainingSettings
-    temperature: Annotated[float, Field(gt=0)] = 0.1  # [P] table 5
-    embedding_dimensions: Annotated[int, Field(ge=2)] = 128  # [P] section 4.2
-    crop_fraction: tuple[Share, Share] = (0.08, 1.0)  # [P] appendix A
+    temperature: Positive = 0.1  # [P] table 5
+    embedding_dimensions: TwoOrMore = 128  # [P] section 4.2
+    crop_fraction: CropFraction = (0.08, 1.0)  # [P] appendix A
     flip_axes: tuple[int, ...] = (-1,)  # [P] appendix A, horizontal
-    flip_probability: Annotated[float, Field(ge=0, le=1)] = 0.5  # [P] appendix A
-    intensity_views: tuple[str, ...] = INTENSITY  # [P] appendix A
+    flip_probability: Share = 0.5  # [P] appendix A
+    intensity_views: tuple[str, ...] = ("brightness", "contrast", "blur")  # [P] appendix A
+    """What answers to colour distortion and blur."""
 
 
 class SimCLR(PretextMethod):
@@ -63,7 +58,7 @@ class SimCLR(PretextMethod):
         configuration: the plan's pretext configuration.
 
     Raises:
-        ValueError: the crop or the flips do not fit the plan's patch.
+        UserError: the crop, the flips or the intensity changes cannot be drawn.
     """
 
     defaults: ClassVar[SimCLRSettings] = SimCLRSettings(
@@ -83,11 +78,11 @@ class SimCLR(PretextMethod):
 
     def __init__(self, network: Any, settings: SimCLRSettings, configuration: Any) -> None:
         super().__init__()
-        check_affine(affine_range(settings, configuration), configuration.patch_size, configuration.spacing_mm)
+        check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
+        check_intensity(intensity_range(settings))
         self.settings = settings
         self.configuration = configuration
-        network.requires_grad_(False)
-        self.encoder = network.encoder.requires_grad_(True)
+        self.encoder = trained_encoder(network)
         channels = network.encoder.output_channels[-1]
         self.head = PooledProjection(channels, channels, settings.embedding_dimensions)
 
@@ -97,7 +92,7 @@ class SimCLR(PretextMethod):
         return {
             "crop_fraction": configuration.crop_fraction,
             "flip_axes": configuration.flip_axes,
-            "intensity_views": tuple(name for name in configuration.intensity_views if name in INTENSITY),
+            "intensity_views": changes_in_common(configuration.intensity_views, cls.defaults.intensity_views),
         }
 
     def make_views(
@@ -107,37 +102,36 @@ class SimCLR(PretextMethod):
         return self._view(volumes, generators), self._view(volumes, generators)
 
     def _view(self, volumes: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        spacing_mm, shape = self.configuration.spacing_mm, volumes.shape[2:]
-        crop = draw_affine(generators, affine_range(self.settings, self.configuration), shape, spacing_mm)
-        ranges = restrict_to(IntensityRange(), self.settings.intensity_views)
-        return apply_intensity(apply_affine(volumes, crop), draw_intensity(generators, ranges, volumes.shape[1]))
+        """Return one view of each patch."""
+        own, spacing_mm = self.settings, self.configuration.spacing_mm
+        crop = draw_affine(generators, affine_range(own), volumes.shape[2:], spacing_mm)
+        changes = draw_intensity(generators, intensity_range(own), volumes.shape[1])
+        return apply_intensity(apply_affine(volumes, crop), changes)
 
     def losses(self, views: tuple[Tensor, Tensor], progress: float) -> StepOutput:
         """Return NT-Xent of the projections of both views (equation 1), and how often the other view is the nearest."""
         first, second = (self.head(self.encoder(volumes)[-1]) for volumes in views)
-        with torch.no_grad():
-            monitors = {
-                "positive_similarity": (first * second).sum(dim=1).mean(),
-                "retrieval_top1": retrieval_top1(first.detach(), second.detach()),
-            }
-        contrast = nt_xent(first, second, self.settings.temperature)
-        return StepOutput(losses={"contrast": contrast}, embeddings=first, monitors=monitors)
+        monitors = {
+            "positive_similarity": (first * second).sum(dim=1).mean().detach(),
+            "retrieval_top1": retrieval_top1(first, second),
+        }
+        losses = {"contrast": nt_xent(first, second, self.settings.temperature)}
+        return StepOutput(losses, first.detach(), monitors)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return encoder and head; biases and norms do not decay (appendix B.1)."""
-        return split_by_decay([*self.encoder.parameters(), *self.head.parameters()])
+        return split_by_decay(self)
 
     def exported(self) -> Exported:
         """Return the encoder, under both names that nnU-Net gives it."""
         return Exported(pretrained=ENCODER)
 
 
-def affine_range(settings: SimCLRSettings, configuration: Any) -> AffineRange:
+def affine_range(settings: SimCLRSettings) -> AffineRange:
     """Return what crops and flips are drawn from; nothing is turned."""
-    dimensions = len(configuration.patch_size)
-    return AffineRange(
-        crop_fraction=settings.crop_fraction,
-        rotation_deg=(0.0,) * (1 if dimensions == 2 else 3),
-        flip_axes=tuple(axis % dimensions for axis in settings.flip_axes),
-        flip_probability=settings.flip_probability,
-    )
+    return AffineRange(settings.crop_fraction, flip_axes=settings.flip_axes, flip_probability=settings.flip_probability)
+
+
+def intensity_range(settings: SimCLRSettings) -> IntensityRange:
+    """Return the intensity changes of the settings, as the views' defaults have them."""
+    return restrict_to(IntensityRange(), settings.intensity_views)

@@ -4,14 +4,16 @@ Source: Yan et al., SAM: Self-supervised Learning of Pixel-wise Anatomical Embed
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nnssl.networks.backbone import stage_strides
 from nnssl.networks.dense import decode
+
+EmbeddingKind = Literal["fine", "coarse"]
 
 
 class Embeddings(NamedTuple):
@@ -59,13 +61,11 @@ class AnatomicalEmbedding(nn.Module):
         coarse = self.coarse(skips[self.coarse_stage])
         return Embeddings(F.normalize(fine.float(), dim=1), F.normalize(coarse.float(), dim=1))
 
-
-def cell_centres_vox(
-    grid: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"
-) -> Float[Tensor, "cell d"]:
-    """Return the centres of a map's cells in voxels of the patch that it covers, the last axis fastest."""
-    axes = [
-        (torch.arange(cells, device=device, dtype=torch.float32) + 0.5) * (voxels / cells) - 0.5
-        for cells, voxels in zip(grid, shape, strict=True)
-    ]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+    def grids(self, shape: Sequence[int]) -> dict[EmbeddingKind, tuple[int, ...]]:
+        """Return the cells along each axis of the map of each kind, for a patch of so many voxels."""
+        strides = stage_strides(self.network.encoder, len(shape))
+        stages: dict[EmbeddingKind, int] = {"fine": self.fine_stage, "coarse": self.coarse_stage}
+        return {
+            kind: tuple(-(-n // step) for n, step in zip(shape, strides[stage], strict=True))
+            for kind, stage in stages.items()
+        }

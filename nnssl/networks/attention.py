@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nnssl.networks.hybrid import map_to_tokens
+from nnssl.networks.heads import pooled_positions
 
 AttentionKind = Literal["outer", "gate"]
 GATE_WIDTH = 256
@@ -21,9 +21,8 @@ class TransformationAttention(nn.Module):
     Deviations:
         * ``W`` has C^3 parameters in the paper, 134 million for 512 channels. Here ``f_p`` and ``f_l`` are projected to
           ``rank`` numbers each before their product.
-        * ``f_l`` is the mean of a perceptron at every position, not of the map: instance normalisation gives every channel of
-          every image the same mean. Both factors are normalised (layer norm): without it most gates stay at 0.5, where the
-          ReLU has no gradient.
+        * ``f_l`` is the mean of a perceptron at every position, not of the map (``heads.pooled_positions``). Both
+          factors are normalised (layer norm): without it most gates stay at 0.5, where the ReLU has no gradient.
         * ``gate`` is what the authors' code has: two linear layers on the code and a sigmoid; no product, no mean of the
           map, no convolution.
 
@@ -58,8 +57,8 @@ class TransformationAttention(nn.Module):
         with torch.autocast(feature_map.device.type, enabled=False):
             if self.kind == "gate":
                 return torch.sigmoid(self.of_code(code))
-            positions = nn.functional.relu(self.of_map(map_to_tokens(feature_map).float()))
-            of_code, of_map = self.norms[0](self.of_code(code)), self.norms[1](positions.mean(dim=1))
+            pooled = pooled_positions(self.of_map, feature_map.float())
+            of_code, of_map = self.norms[0](self.of_code(code)), self.norms[1](pooled)
             product = of_code[:, :, None] * of_map[:, None, :]  # (batch, rank, rank)
             return torch.sigmoid(nn.functional.relu(self.weigh(product.flatten(1))))
 

@@ -78,8 +78,32 @@ def input_channels(encoder: nn.Module) -> int:
     return first.in_channels
 
 
+def widest_kernel(stage: nn.Module) -> tuple[int, ...]:
+    """Return the largest kernel of a stage of an encoder, which is 1 along axes that it does not look along."""
+    kernels = [each.kernel_size for each in stage.modules() if isinstance(each, (nn.Conv2d, nn.Conv3d))]
+    return tuple(max(along) for along in zip(*kernels, strict=True))
+
+
+def stage_strides(encoder: Any, axes: int) -> list[tuple[int, ...]]:
+    """Return how many voxels of the patch a position of each encoder stage stands for along each axis, full resolution first.
+
+    Args:
+        encoder: of a plan's network.
+        axes: of the patch.
+    """
+    total, strides = (1,) * axes, []
+    for stride in encoder.strides:
+        total = tuple(n * step for n, step in zip(total, _per_axis(stride, axes), strict=True))
+        strides.append(total)
+    return strides
+
+
 def encoder_strides(architecture: dict[str, Any]) -> list[list[int]]:
     """Return the stride per axis of every encoder stage, full resolution first."""
     dim = len(architecture["arch_kwargs"]["kernel_sizes"][0])
     strides = architecture["arch_kwargs"]["strides"]
-    return [list(stride) if isinstance(stride, (list, tuple)) else [stride] * dim for stride in strides]
+    return [_per_axis(stride, dim) for stride in strides]
+
+
+def _per_axis(stride: Any, axes: int) -> list[int]:
+    return list(stride) if isinstance(stride, (list, tuple)) else [stride] * axes

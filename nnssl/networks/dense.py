@@ -23,6 +23,26 @@ def trained_up_to_segmentation(network: Any) -> Any:
     return network
 
 
+def trained_up_to_level(network: Any, last_level: int) -> Any:
+    """Return the network with the gradient on for the encoder and the decoder up to the resolution of an encoder stage."""
+    trained_encoder(network)
+    for part in decoder_parts(network, last_level):
+        network.get_submodule(part).requires_grad_(True)
+    return network
+
+
+def trained_encoder(network: Any) -> Any:
+    """Return the network's encoder with its gradient on, and switch that of all the rest off."""
+    network.requires_grad_(False)
+    return network.encoder.requires_grad_(True)
+
+
+def decoder_parts(network: Any, last_level: int) -> list[str]:
+    """Return the names of the parts of a network that ``decode`` runs after the encoder, up to a level."""
+    count = len(network.decoder.stages) - last_level
+    return [f"decoder.{kind}.{index}" for kind in ("transpconvs", "stages") for index in range(count)]
+
+
 def decoder_maps(network: Any, volumes: Float[Tensor, "batch channel *shape"]) -> list[Tensor]:
     """Return the bottleneck and the output of every decoder stage, coarsest first; the last has full resolution.
 

@@ -8,16 +8,25 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nnssl.distributed import standardise_over_ranks
-from nnssl.networks.hybrid import initialise_linear, map_to_tokens, transformer_blocks
+from nnssl.networks.tokens import initialise_linear, map_to_tokens, transformer_blocks
+
+
+def pooled_positions(
+    layer: nn.Module, feature_map: Float[Tensor, "batch channel *grid"]
+) -> Float[Tensor, "batch hidden"]:
+    """Return the mean over all positions of what a layer and a ReLU make of each.
+
+    Instance normalisation, which nnU-Net's networks have, gives every channel of every image the same mean, so the plain mean of
+    a map says next to nothing of the image. How channels occur together survives: so the layer comes before the mean.
+    """
+    return nn.functional.relu(layer(map_to_tokens(feature_map))).mean(dim=1)
 
 
 class PooledProjection(nn.Module):
     """A perceptron at every position, the mean over positions, and a projection onto the unit sphere.
 
     Source: He et al., MoCo, CVPR 2020 (pooling, 128 dimensions, unit norm); the hidden layer is MoCo v2's (Chen et al. 2020).
-    Deviations: MoCo pools first. Instance normalisation, which nnU-Net's networks have in place of MoCo's batch
-    normalisation, gives every channel of every image the same mean, so the pooled features say next to nothing of the
-    image. How channels occur together survives: so the hidden layer comes before the mean.
+    Deviations: MoCo pools first; here the hidden layer comes before the mean (``pooled_positions``).
 
     Args:
         channels: of the feature map.
@@ -32,8 +41,7 @@ class PooledProjection(nn.Module):
 
     def forward(self, feature_map: Float[Tensor, "batch channel *grid"]) -> Float[Tensor, "batch dimension"]:
         """Return one embedding of unit norm per sample, in float32."""
-        positions = nn.functional.relu(self.hidden(map_to_tokens(feature_map)))
-        return nn.functional.normalize(self.project(positions.mean(dim=1)).float(), dim=1)
+        return nn.functional.normalize(self.project(pooled_positions(self.hidden, feature_map)).float(), dim=1)
 
 
 class PooledAssignment(nn.Module):
@@ -41,7 +49,7 @@ class PooledAssignment(nn.Module):
 
     Source: "Pixel-global self-supervised learning with uncertainty-aware context stabilizer" (2022): pooled features of the
     encoder are projected and a softmax follows; dimensions and depth are not stated.
-    Deviations: the hidden layer comes before the mean, as in ``PooledProjection``. The last layer is standardised
+    Deviations: the hidden layer comes before the mean (``pooled_positions``). The last layer is standardised
     (``standardised_rows``).
 
     Args:
@@ -58,8 +66,7 @@ class PooledAssignment(nn.Module):
     def forward(self, feature_map: Float[Tensor, "batch channel *grid"]) -> Float[Tensor, "batch dimension"]:
         """Return one row of logits per sample, in float32 throughout."""
         with torch.autocast(feature_map.device.type, enabled=False):
-            positions = nn.functional.relu(self.hidden(map_to_tokens(feature_map).float()))
-            return standardised_rows(self.project(positions.mean(dim=1)))
+            return standardised_rows(self.project(pooled_positions(self.hidden, feature_map.float())))
 
 
 class PointAssignment(nn.Module):
@@ -118,13 +125,6 @@ def standardised_rows(logits: Float[Tensor, "row dimension"]) -> Float[Tensor, "
     return standardise_over_ranks(own, epsilon=1e-10) / math.sqrt(logits.shape[1])
 
 
-def _random_bytes(like: Tensor, seed: int) -> Tensor:
-    """Return uniform bytes of a tensor's shape; eight of a drawn integer, since drawing is what dropout costs."""
-    generator = torch.Generator(like.device).manual_seed(seed)
-    drawn = torch.randint(-(2**63), 2**63 - 1, (-(-like.numel() // 8),), generator=generator, device=like.device)
-    return drawn.view(torch.uint8)[: like.numel()].view(like.shape)
-
-
 class PointProjection(nn.Module):
     """``g``: a perceptron with one hidden layer and batch normalisation, for the features of points.
 
@@ -160,17 +160,16 @@ class TokenDecoder(nn.Module):
     Source: He et al., MAE, CVPR 2022, section 3; Yan et al., RepRec, WACV 2023, section 4.2.
 
     Args:
-        encoder_width: of the encoded tokens.
-        width: of the decoder's tokens.
+        width: of the encoded tokens and of the decoder's.
         depth: number of blocks.
         heads: of the attention.
         channels: of what is predicted for each token.
     """
 
-    def __init__(self, encoder_width: int, width: int, depth: int, heads: int, channels: int) -> None:
+    def __init__(self, width: int, depth: int, heads: int, channels: int) -> None:
         super().__init__()
         self.width = width
-        self.embed = nn.Linear(encoder_width, width)
+        self.embed = nn.Linear(width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = transformer_blocks(width, depth, heads)
         self.predict = nn.Linear(width, channels)
@@ -179,7 +178,7 @@ class TokenDecoder(nn.Module):
 
     def forward(
         self,
-        encoded: Float[Tensor, "batch visible encoder_width"],
+        encoded: Float[Tensor, "batch visible width"],
         visible: Int[Tensor, "batch visible"],
         positions: Float[Tensor, "tokens width"],
     ) -> Float[Tensor, "batch tokens channel"]:
@@ -188,7 +187,7 @@ class TokenDecoder(nn.Module):
 
     def decode(
         self,
-        encoded: Float[Tensor, "batch visible encoder_width"],
+        encoded: Float[Tensor, "batch visible width"],
         visible: Int[Tensor, "batch visible"],
         positions: Float[Tensor, "tokens width"],
     ) -> Float[Tensor, "batch tokens width"]:
@@ -203,3 +202,10 @@ class TokenDecoder(nn.Module):
         tokens = self.mask_token.to(known.dtype).expand(len(known), len(positions), -1)
         tokens = tokens.scatter(1, visible[..., None].expand(-1, -1, self.width), known)
         return self.blocks(tokens + positions)
+
+
+def _random_bytes(like: Tensor, seed: int) -> Tensor:
+    """Return uniform bytes of a tensor's shape; eight of a drawn integer, since drawing is what dropout costs."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    drawn = torch.randint(-(2**63), 2**63 - 1, (-(-like.numel() // 8),), generator=generator, device=like.device)
+    return drawn.view(torch.uint8)[: like.numel()].view(like.shape)

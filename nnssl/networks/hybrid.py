@@ -16,58 +16,20 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from jaxtyping import Float
 from torch import Tensor, nn
 
-MLP_RATIO = 4
-"""Width of the hidden layer of a block over the width of its tokens (Dosovitskiy et al. 2021, table 1)."""
-
-
-def sine_cosine_positions(
-    grid: Sequence[int], width: int, device: torch.device | None = None
-) -> Float[Tensor, "tokens width"]:
-    """Return fixed sine-cosine position embeddings for a grid of tokens.
-
-    Source: Vaswani et al. 2017, section 3.5, one share of the channels for each axis (as MAE does in 2D).
-
-    Args:
-        grid: tokens per axis; tokens are counted in C order.
-        width: channels of a token. What does not divide into a sine and a cosine per axis stays 0.
-        device: where to make them.
-
-    Returns:
-        Embeddings in float32. They depend on the grid only, so that another patch size needs no new weights.
-    """
-    frequencies = width // (2 * len(grid))
-    scale = torch.exp(-math.log(10_000.0) * torch.arange(frequencies, device=device, dtype=torch.float32) / frequencies)
-    axes = torch.meshgrid(*(torch.arange(n, device=device, dtype=torch.float32) for n in grid), indexing="ij")
-    parts = []
-    for axis in axes:
-        angle = axis.reshape(-1, 1) * scale
-        parts += [angle.sin(), angle.cos()]
-    positions = torch.cat(parts, dim=1)
-    return nn.functional.pad(positions, (0, width - positions.shape[1]))
-
-
-def transformer_blocks(width: int, depth: int, heads: int) -> nn.Module:
-    """Return pre-norm transformer blocks with a final norm, as in a vision transformer (GELU, no dropout)."""
-    block = nn.TransformerEncoderLayer(
-        width, heads, MLP_RATIO * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-    )
-    return nn.TransformerEncoder(block, depth, norm=nn.LayerNorm(width), enable_nested_tensor=False)
-
-
-def initialise_linear(module: nn.Module) -> None:
-    """Initialise linear layers and attention projections with Xavier-uniform weights and zero bias (as MAE)."""
-    for child in module.modules():
-        if isinstance(child, nn.Linear):
-            nn.init.xavier_uniform_(child.weight)
-            nn.init.zeros_(child.bias)
-        elif isinstance(child, nn.MultiheadAttention):
-            nn.init.xavier_uniform_(child.in_proj_weight)
+from nnssl.networks.backbone import stage_strides
+from nnssl.networks.tokens import (
+    MLP_RATIO,
+    initialise_linear,
+    map_to_tokens,
+    sine_cosine_positions,
+    tokens_to_map,
+    transformer_blocks,
+)
 
 
 class BottleneckTransformer(nn.Module):
@@ -109,22 +71,6 @@ class BottleneckTransformer(nn.Module):
         return tokens * (2 * self.width + self.depth * per_block)
 
 
-def map_to_tokens(feature_map: Float[Tensor, "batch channel *grid"]) -> Float[Tensor, "batch tokens channel"]:
-    """Cut a feature map into one token per position, in C order of the grid."""
-    return feature_map.flatten(2).transpose(1, 2)
-
-
-def tokens_to_map(
-    tokens: Float[Tensor, "batch tokens channel"], grid: Sequence[int]
-) -> Float[Tensor, "batch channel *grid"]:
-    """Put tokens in C order back into a feature map; the inverse of ``map_to_tokens``."""
-    return tokens.transpose(1, 2).unflatten(2, tuple(grid))
-
-
-def _stage_grid(input_size: Sequence[int], strides: Sequence[Sequence[int]], stage: int) -> list[int]:
-    return [math.ceil(n / s) for n, s in zip(input_size, np.prod(np.array(strides[: stage + 1]), axis=0), strict=True)]
-
-
 def _attach(network: Any, token_stage: int, width: int, depth: int, heads: int) -> None:
     n_stages = len(network.encoder.output_channels)
     if not 0 <= token_stage < n_stages:
@@ -140,8 +86,9 @@ def _forward(network: Any, volumes: Tensor) -> Tensor | list[Tensor]:
 
 
 def _feature_size(network: Any, unet_size: int, input_size: Sequence[int]) -> int:
-    grid = _stage_grid(input_size, network.encoder.strides, network.token_stage)
-    return unet_size + network.transformer.compute_feature_size(math.prod(grid))
+    stride = stage_strides(network.encoder, len(input_size))[network.token_stage]
+    tokens = math.prod(math.ceil(n / step) for n, step in zip(input_size, stride, strict=True))
+    return unet_size + network.transformer.compute_feature_size(tokens)
 
 
 class HybridUNet(PlainConvUNet):

@@ -17,7 +17,7 @@ from dynamic_network_architectures.architectures.primus import Primus
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nnssl.networks.hybrid import map_to_tokens
+from nnssl.networks.tokens import map_to_tokens, take_tokens
 
 
 class SegmentationLayer(nn.Module):
@@ -130,7 +130,7 @@ def encode_tokens(
     tokens = map_to_tokens(down_projection(volumes)) + eva.pos_embed
     rotation = eva.rope.get_embed()  # (tokens, sine and cosine)
     if visible is not None:
-        tokens = tokens.gather(1, visible[..., None].expand(-1, -1, tokens.shape[2]))
+        tokens = take_tokens(tokens, visible)
         # with an axis for the heads: without it the batch would be taken for heads where both are as many
         rotation = rotation[visible][:, None]
     for block in eva.blocks:

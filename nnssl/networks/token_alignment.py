@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nnssl.networks.tokens import initialise_linear
+
 
 class TokenProjection(nn.Module):
     """``phi``, ``psi``: three linear layers, a bottleneck of unit norm, and a last layer whose weights have unit norm.
@@ -31,7 +33,7 @@ class TokenProjection(nn.Module):
             nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck)
         )
         self.last = nn.Linear(bottleneck, dimensions, bias=False)
-        _initialise(self)
+        initialise_linear(self)
 
     def forward(self, tokens: Float[Tensor, "batch tokens width"]) -> Float[Tensor, "batch tokens dimension"]:
         """Return the projection of every token, in float32 throughout."""
@@ -87,7 +89,7 @@ class ConditionalAlignment(nn.Module):
         self.key = nn.Linear(answer_width, dimensions, bias=False)
         self.value = nn.Linear(answer_width, dimensions, bias=False)
         self.zeta = nn.Sequential(nn.Linear(dimensions, hidden), nn.GELU(), nn.Linear(hidden, dimensions))
-        _initialise(self)
+        initialise_linear(self)
 
     def attention(
         self, asking: Float[Tensor, "batch visible width"], answering: Float[Tensor, "batch tokens answer"]
@@ -112,12 +114,3 @@ class ConditionalAlignment(nn.Module):
 
     def _split(self, rows: Tensor) -> Tensor:
         return rows.unflatten(2, (self.heads, -1)).transpose(1, 2)
-
-
-def _initialise(module: nn.Module) -> None:
-    """Give linear layers Xavier's weights and no bias, which would be far larger than what tokens differ by."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear):
-            nn.init.xavier_uniform_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)

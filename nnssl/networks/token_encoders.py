@@ -14,9 +14,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from nnssl.networks.backbone import stage_strides
 from nnssl.networks.dense import ENCODER
-from nnssl.networks.hybrid import map_to_tokens
 from nnssl.networks.primus import PlannedPrimus, encode_tokens
+from nnssl.networks.tokens import map_to_tokens, take_tokens
 
 
 class TokenEncoder(nn.Module):
@@ -86,8 +87,7 @@ class UNetTokens(TokenEncoder):
         stem = ["stem."] if hasattr(encoder, "stem") else []
         used = [*stem, *(f"stages.{index}." for index in range(stage + 1))]
         self.exported = tuple(f"{prefix}{part}" for prefix in ENCODER for part in used)
-        strides = [_steps(each, len(shape)) for each in encoder.strides[: stage + 1]]
-        self.token_vox = tuple(math.prod(steps) for steps in zip(*strides, strict=True))
+        self.token_vox = stage_strides(encoder, len(shape))[stage]
         self.grid = tuple(n // size for n, size in zip(shape, self.token_vox, strict=True))
         self.width = encoder.output_channels[stage]
 
@@ -104,7 +104,7 @@ class UNetTokens(TokenEncoder):
         for stage in self.encoder.stages[: self.stage + 1]:
             features = _show(stage(features), shown)
         tokens = map_to_tokens(features)
-        return tokens if visible is None else tokens.gather(1, visible[..., None].expand(-1, -1, self.width))
+        return tokens if visible is None else take_tokens(tokens, visible)
 
 
 def trained_up_to_tokens(encoder: TokenEncoder) -> TokenEncoder:
@@ -129,41 +129,6 @@ def token_encoder(network: Any, stage: int | None, shape: Sequence[int]) -> Toke
     return UNetTokens(network.encoder, stage, shape)
 
 
-def cut_into_tokens(
-    volumes: Float[Tensor, "batch channel *shape"], token_vox: Sequence[int]
-) -> Float[Tensor, "batch tokens values"]:
-    """Return the voxels of every token, channels first; tokens in C order of the grid.
-
-    Args:
-        volumes: patches whose shape is a multiple of the token's.
-        token_vox: voxels of a token.
-    """
-    cells = volumes
-    for axis, size in enumerate(token_vox):
-        cells = cells.unflatten(2 + 2 * axis, (-1, size))  # (batch, channel, cells, size, cells, size, ...)
-    axes = len(token_vox)
-    order = [0, *(2 + 2 * axis for axis in range(axes)), 1, *(3 + 2 * axis for axis in range(axes))]
-    return cells.permute(order).flatten(1 + axes).flatten(1, axes)
-
-
-def join_tokens(
-    tokens: Float[Tensor, "batch tokens values"], grid: Sequence[int], token_vox: Sequence[int], channels: int
-) -> Float[Tensor, "batch channel *shape"]:
-    """Return volumes from the voxels of every token, what ``cut_into_tokens`` has cut.
-
-    Args:
-        tokens: voxels of each, channels first.
-        grid: tokens per axis.
-        token_vox: voxels of a token.
-        channels: of the volumes.
-    """
-    axes = len(token_vox)
-    cells = tokens.unflatten(2, (channels, *token_vox)).unflatten(1, tuple(grid))
-    order = [0, 1 + axes, *(place for axis in range(axes) for place in (1 + axis, 2 + axes + axis))]
-    shape = [count * size for count, size in zip(grid, token_vox, strict=True)]
-    return cells.permute(order).reshape(len(tokens), channels, *shape)
-
-
 def _show(features: Tensor, shown: Bool[Tensor, " batch *grid"] | None) -> Tensor:
     """Return a map with 0 where its token is not shown."""
     if shown is None:
@@ -171,7 +136,3 @@ def _show(features: Tensor, shown: Bool[Tensor, " batch *grid"] | None) -> Tenso
     for axis, length in enumerate(features.shape[2:]):
         shown = shown.repeat_interleave(length // shown.shape[axis + 1], dim=axis + 1)
     return features * shown[:, None]
-
-
-def _steps(stride: Any, axes: int) -> list[int]:
-    return list(stride) if isinstance(stride, (list, tuple)) else [stride] * axes

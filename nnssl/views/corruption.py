@@ -29,7 +29,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nnssl.views.intensity import percentiles
+from nnssl.views.intensity_changes import percentiles
 
 NOT_PAINTED, INPAINTING, OUTPAINTING = 0, 1, 2
 NOISE_SHARES = (0.01, 0.99)

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from nnssl.errors import UserError
+
 
 def draw_block_mask(
     generators: Sequence[torch.Generator], grid: Sequence[int], block: Sequence[int], ratio: float
@@ -54,10 +56,10 @@ def draw_block_mask(
     return mask
 
 
-def split_tokens(
-    mask: Bool[Tensor, "batch tokens"],
-) -> tuple[Int[Tensor, "batch visible"], Int[Tensor, "batch masked"]]:
-    """Return the places of the visible and of the masked tokens of each sample, both ascending.
+def visible_tokens(mask: Bool[Tensor, "batch tokens"]) -> Int[Tensor, "batch visible"]:
+    """Return the places of the visible tokens of each sample, ascending.
+
+    Ask before the mask moves to a device: counting tokens there would make the host wait.
 
     Raises:
         ValueError: the samples differ in how many tokens are masked.
@@ -66,5 +68,20 @@ def split_tokens(
     least, most = torch.stack([counts.min(), counts.max()]).tolist()
     if least != most:
         raise ValueError(f"samples have between {least} and {most} masked tokens; a batch needs one number")
-    order = mask.to(torch.uint8).argsort(dim=1, stable=True)
-    return order[:, : mask.shape[1] - most], order[:, mask.shape[1] - most :]
+    return mask.to(torch.uint8).argsort(dim=1, stable=True)[:, : mask.shape[1] - most]
+
+
+def check_mask(grid: Sequence[int], block: Sequence[int], ratio: float) -> None:
+    """Check that blocks that a user may have set fit a grid, before anything is drawn.
+
+    Raises:
+        UserError: they do not; names the settings.
+    """
+    if len(grid) != len(block):
+        raise UserError(
+            f"--set mask_block={','.join(map(str, block))}: the grid of tokens has {len(grid)} axes; give one number for each"
+        )
+    try:
+        draw_block_mask([], grid, block, ratio)
+    except ValueError as error:
+        raise UserError(f"mask_ratio={ratio:g}: {error}; --set another") from error

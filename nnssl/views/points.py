@@ -1,4 +1,4 @@
-"""Points of a view: drawn with a preference for the body, and features read off a map at them.
+"""Points of a view: centres of cells, drawn with a preference for the body, and features read off a map at them.
 
 A point is zyx in voxels of its patch or view; voxel centres are integers. A feature map of another resolution covers the
 same patch, and is read with ``align_corners=False``: voxel i of the patch reaches from i - 0.5 to i + 0.5 on both.
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def foreground_mask(volumes: Float[Tensor, "batch channel *shape"]) -> Bool[Tensor, " batch *shape"]:
+def brighter_part(volumes: Float[Tensor, "batch channel *shape"]) -> Bool[Tensor, " batch *shape"]:
     """Return which voxels are brighter than the mean of their patch, channels averaged.
 
     Needs no label: air is darker than the mean of any patch that holds some. In a patch without air it is the brighter part.
@@ -27,9 +27,9 @@ def foreground_mask(volumes: Float[Tensor, "batch channel *shape"]) -> Bool[Tens
 def draw_points(
     generators: Sequence[torch.Generator],
     valid: Bool[Tensor, " batch *shape"],
-    preferred: Bool[Tensor, " batch *shape"],
     count: int,
-    preferred_share: float,
+    preferred: Bool[Tensor, " batch *shape"] | None = None,
+    preferred_share: float = 0.0,
 ) -> Int[Tensor, "batch {count} d"]:
     """Draw voxels of each sample without replacement: a share of them from the preferred ones, the others from all.
 
@@ -39,8 +39,8 @@ def draw_points(
     Args:
         generators: one per sample; each gives one random number, a seed for the mask's device.
         valid: voxels that may be drawn.
-        preferred: for instance the body.
         count: points of each sample.
+        preferred: for instance the body; None where all voxels are alike.
         preferred_share: of the points, 0 to 1; a sample with fewer preferred voxels takes others.
 
     Returns:
@@ -55,7 +55,8 @@ def draw_points(
     allowed = valid.flatten(1)
     count_preferred = min(round(count * preferred_share), scores.shape[1])
     # random numbers lie below 1, so a class of voxels that is wanted more comes first as a whole
-    first = (scores + allowed + (allowed & preferred.flatten(1))).topk(count_preferred, dim=1).indices
+    wanted = allowed if preferred is None else allowed & preferred.flatten(1)
+    first = (scores + allowed + wanted).topk(count_preferred, dim=1).indices
     taken = torch.zeros_like(allowed).scatter(1, first, True)
     others = min(count, scores.shape[1]) - count_preferred
     second = (scores + 1 + allowed).masked_fill(taken, 0).topk(others, dim=1).indices
@@ -64,6 +65,38 @@ def draw_points(
     chosen = chosen.gather(1, usable.int().argsort(dim=1, descending=True, stable=True))
     turn = torch.arange(count, device=valid.device) % usable.sum(dim=1, keepdim=True).clamp_min(1)
     return torch.stack(torch.unravel_index(chosen.gather(1, turn), shape), dim=-1)
+
+
+def place_of(
+    points_vox: Int[Tensor, "batch points d"] | Float[Tensor, "batch points d"], shape: Sequence[int]
+) -> Int[Tensor, "batch points"]:
+    """Return the place of each point among all voxels of a patch or cells of a map, in C order.
+
+    Args:
+        points_vox: zyx, whole numbers.
+        shape: voxels of the patch, or cells of the map.
+    """
+    place = torch.zeros_like(points_vox[..., 0], dtype=torch.long)
+    for axis, length in enumerate(shape):
+        place = place * length + points_vox[..., axis].long()
+    return place
+
+
+def cell_centres_vox(
+    grid: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"
+) -> Float[Tensor, "cell d"]:
+    """Return the centres of a map's cells in voxels of the patch that it covers, the last axis fastest."""
+    axes = [
+        (torch.arange(cells, device=device, dtype=torch.float32) + 0.5) * (voxels / cells) - 0.5
+        for cells, voxels in zip(grid, shape, strict=True)
+    ]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
+
+
+def are_inside(points_vox: Float[Tensor, "batch points d"], shape: Sequence[int]) -> Bool[Tensor, "batch points"]:
+    """Return which points lie between the centres of a patch's first and last voxels."""
+    last = torch.tensor(tuple(shape), device=points_vox.device) - 1
+    return ((points_vox >= 0) & (points_vox <= last)).all(dim=-1)
 
 
 def interpolate_at(

@@ -22,12 +22,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nnssl.errors import UserError
-from nnssl.views.boxes import Boxes, contains, overlap_share
 
 VALID_TOLERANCE = 1e-4
-LATTICE_POINTS = 24
-OVERLAP_TRIES = 8
-"""Crops that are drawn until one has the wanted overlap with another."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +32,10 @@ class AffineRange:
 
     crop_fraction: tuple[float, float]
     """Least and largest share of the patch's volume (area in 2D) that a crop covers, above 0 and at most 1."""
-    rotation_deg: tuple[float, ...]
-    """Largest rotation, to either side, about each axis (z, y, x); a single angle in 2D."""
-    flip_axes: tuple[int, ...]
-    """Axes that may be flipped: 0 is z, or y in 2D."""
+    rotation_deg: tuple[float, ...] = ()
+    """Largest rotation, to either side, about each axis (z, y, x); a single angle in 2D; none for no rotation."""
+    flip_axes: tuple[int, ...] = ()
+    """Axes that may be flipped: 0 is z, or y in 2D; -1 is x."""
     flip_probability: float = 0.5
     """Of each of these axes, on its own."""
 
@@ -79,20 +75,22 @@ def draw_affine(
     low, high = ranges.crop_fraction
     if not 0 < low <= high <= 1:
         raise ValueError(f"crop_fraction {ranges.crop_fraction} must rise within (0, 1]")
-    if len(ranges.rotation_deg) != (1 if dimensions == 2 else 3) or len(spacing_mm) != dimensions:
+    angles = 1 if dimensions == 2 else 3
+    rotation_deg = ranges.rotation_deg or (0.0,) * angles
+    if len(rotation_deg) != angles or len(spacing_mm) != dimensions:
         raise ValueError(f"rotation {ranges.rotation_deg} or spacing {tuple(spacing_mm)} is not for {dimensions} axes")
-    if not all(0 <= axis < dimensions for axis in ranges.flip_axes):
+    if not all(-dimensions <= axis < dimensions for axis in ranges.flip_axes):
         raise ValueError(f"flip_axes {ranges.flip_axes} are not all below {dimensions}")
-    angles = len(ranges.rotation_deg)
     uniform = torch.stack(
         [torch.rand(1 + angles + 2 * dimensions, generator=each, dtype=torch.float64) for each in generators]
     )
     fraction, turn, place, flip = uniform.split([1, angles, dimensions, dimensions], dim=1)
 
     zoom = (low + (high - low) * fraction) ** (1 / dimensions)  # (batch, 1)
-    angle_rad = torch.deg2rad((2 * turn - 1) * torch.tensor(ranges.rotation_deg, dtype=torch.float64))
+    angle_rad = torch.deg2rad((2 * turn - 1) * torch.tensor(rotation_deg, dtype=torch.float64))
     rotation = _rotation(angle_rad, dimensions)
-    may_flip = torch.tensor([axis in ranges.flip_axes for axis in range(dimensions)])
+    may_flip = torch.zeros(dimensions, dtype=torch.bool)
+    may_flip[list(ranges.flip_axes)] = True
     sign = torch.where((flip < ranges.flip_probability) & may_flip, -1.0, 1.0).double()
 
     # from the centre of the patch to the centre of its last voxel
@@ -118,59 +116,9 @@ def check_affine(ranges: AffineRange, shape: Sequence[int], spacing_mm: Sequence
         raise UserError(f"crop_fraction, rotation_deg or flip_axes: {error}; --set others or none") from error
 
 
-def draw_overlapping(
-    generators: Sequence[torch.Generator],
-    ranges: AffineRange,
-    shape: Sequence[int],
-    spacing_mm: Sequence[float],
-    least: float,
-    measure: Literal["share", "iou"] = "share",
-) -> tuple[AffineParams, AffineParams]:
-    """Draw two crops of each patch that overlap as much as wanted.
-
-    The second is drawn until it overlaps enough, eight times at most; then its centre is moved to that of the first,
-    as far as the patch leaves room, and for ``iou`` it gets the zoom of the first. Turned crops near the size of the patch may
-    still overlap a little less than wanted.
-
-    Args:
-        generators: one per sample; each gives the same number of random numbers whatever is drawn.
-        ranges: what may be drawn, for both.
-        shape: voxels of the patch, (z, y, x) or (y, x).
-        spacing_mm: of the patch's voxels.
-        least: overlap that is wanted, 0 to 1.
-        measure: ``share`` of the smaller crop that both have in common, or ``iou``, what both have in common over what
-            either covers; both by volume in mm.
-    """
-    first = draw_affine(generators, ranges, shape, spacing_mm)
-    tries = [draw_affine(generators, ranges, shape, spacing_mm) for _ in range(OVERLAP_TRIES)]
-    second = tries[-1]
-    if measure == "iou":
-        ratio = (_volume_share(first) / _volume_share(second)) ** (1 / len(shape))
-        second = replace(second, linear=second.linear * ratio[:, None, None])
-    second = _moved_to(second, first)
-    linear, centre_mm = second.linear.clone(), second.centre_mm.clone()
-    missing = torch.arange(len(generators))
-    for each in tries:
-        one, other = pick(first, missing), pick(each, missing)
-        enough = (common_share(one, other) if measure == "share" else crop_iou(one, other)) >= least
-        taken, missing = missing[enough], missing[~enough]
-        linear[taken], centre_mm[taken] = each.linear[taken], each.centre_mm[taken]
-        if not len(missing):
-            break
-    return first, replace(second, linear=linear, centre_mm=centre_mm)
-
-
 def pick(params: AffineParams, samples: Int[Tensor, " picked"]) -> AffineParams:
     """Return the records of some samples."""
     return replace(params, linear=params.linear[samples], centre_mm=params.centre_mm[samples])
-
-
-def _moved_to(params: AffineParams, other: AffineParams) -> AffineParams:
-    """Return crops with their centres at those of others, moved so far inwards that they lie in the patch."""
-    spacing = torch.tensor(params.spacing_mm, dtype=torch.float64)
-    reach_mm = (torch.tensor(params.shape) - 1) / 2 * spacing
-    room_mm = (reach_mm - params.linear.abs() @ reach_mm).clamp_min(0)
-    return replace(params, centre_mm=torch.minimum(torch.maximum(other.centre_mm, -room_mm), room_mm))
 
 
 def apply_affine(
@@ -236,66 +184,6 @@ def valid_mask(
     return apply_affine(ones, params)[:, 0] >= 1 - VALID_TOLERANCE
 
 
-def crop_boxes(params: AffineParams) -> Boxes:
-    """Return the box around each crop, in voxels of the patch; for a crop that is not turned, the crop itself."""
-    spacing = torch.tensor(params.spacing_mm, dtype=torch.float64)
-    voxels = torch.tensor(params.shape, dtype=torch.float64)
-    half = params.linear.abs() @ (voxels * spacing / 2) / spacing
-    centre = params.centre_mm / spacing + (voxels - 1) / 2
-    return Boxes(centre - half, 2 * half)
-
-
-def common_share(first: AffineParams, second: AffineParams) -> Float[Tensor, " batch"]:
-    """Return the share of the smaller crop that two crops of the same patch have in common, 0 to 1, on the CPU.
-
-    Exact where neither crop is turned by other than right angles; else counted on a lattice of 24 points per axis.
-
-    Args:
-        first: one record per sample.
-        second: drawn for the same patches.
-
-    Raises:
-        ValueError: the patches differ in shape or spacing.
-    """
-    if (first.shape, first.spacing_mm) != (second.shape, second.spacing_mm):
-        raise ValueError("crops of patches that differ in shape or spacing have no common share")
-    share = overlap_share(crop_boxes(first), crop_boxes(second))
-    turned = (~(_is_straight(first) & _is_straight(second))).nonzero()[:, 0]
-    share[turned] = _counted_share(pick(first, turned), pick(second, turned))
-    return share
-
-
-def _counted_share(first: AffineParams, second: AffineParams) -> Float[Tensor, " batch"]:
-    """Return the share of a lattice in the smaller crop that lies in the other crop too."""
-    axes = [(torch.arange(LATTICE_POINTS).double() + 0.5) / LATTICE_POINTS * n - 0.5 for n in first.shape]
-    lattice = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
-    voxels = torch.tensor(first.shape, dtype=torch.float64)
-    share = torch.empty(len(first.linear), dtype=torch.float64)
-    first_is_smaller = _volume_share(first) <= _volume_share(second)
-    for smaller, larger, chosen in ((first, second, first_is_smaller), (second, first, ~first_is_smaller)):
-        rows = chosen.nonzero()[:, 0]
-        places = map_points(lattice.expand(len(rows), *lattice.shape), pick(smaller, rows), "to_input")
-        reached = map_points(places, pick(larger, rows), "to_output")
-        whole = Boxes(torch.full((len(rows), len(voxels)), -0.5), voxels.expand(len(rows), -1))
-        share[rows] = contains(whole, reached).double().mean(dim=1)
-    return share
-
-
-def crop_iou(first: AffineParams, second: AffineParams) -> Float[Tensor, " batch"]:
-    """Return the volume that two crops of the same patch have in common over the volume that either covers, 0 to 1.
-
-    Exact where ``common_share`` is.
-    """
-    one, other = _volume_share(first), _volume_share(second)
-    common = common_share(first, second) * torch.minimum(one, other)
-    return common / (one + other - common)
-
-
-def _volume_share(params: AffineParams) -> Tensor:
-    """Return the share of the patch that each crop covers, (batch,)."""
-    return torch.linalg.det(params.linear).abs()
-
-
 def _rotation(angle_rad: Tensor, dimensions: int) -> Tensor:
     """Return rotation matrices (batch, d, d) in zyx: about z, y and x, multiplied in this order; in 2D from y to x."""
     planes = [(0, 1)] if dimensions == 2 else [(1, 2), (0, 2), (0, 1)]
@@ -306,12 +194,6 @@ def _rotation(angle_rad: Tensor, dimensions: int) -> Tensor:
         about[:, i, j], about[:, j, i] = -angle.sin(), angle.sin()
         rotation = rotation @ about
     return rotation
-
-
-def _is_straight(params: AffineParams) -> Tensor:
-    """Return which crops (batch,) have their edges along the axes."""
-    magnitude = params.linear.abs()
-    return (magnitude.amax(dim=2) >= (1 - 1e-12) * magnitude.square().sum(dim=2).sqrt()).all(dim=1)
 
 
 def _sampling_grid(params: AffineParams, volumes: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nnssl.errors import UserError
+
 SPACING_TOLERANCE = 1e-3
 TurnSteps = Literal["none", "half", "quarter"]
 TURN_STEPS: dict[TurnSteps, tuple[int, ...]] = {"none": (0,), "half": (0, 2), "quarter": (0, 1, 2, 3)}
@@ -101,6 +103,36 @@ def draw_turns(
         quarter_turns=choices[(len(choices) * uniform[:, -1]).long()],
         plane=plane,
     )
+
+
+def check_turns(
+    shape: Sequence[int],
+    spacing_mm: Sequence[float],
+    plane: tuple[int, int],
+    steps: TurnSteps,
+    flip_axes: Sequence[int],
+) -> None:
+    """Check that turns that a user may have set can be asked for in a patch and keep its grid, before any is drawn.
+
+    Args:
+        shape: voxels of the patch, (z, y, x) or (y, x).
+        spacing_mm: of the patch's voxels.
+        plane: as in ``draw_turns``.
+        steps: as in ``draw_turns``.
+        flip_axes: as in ``draw_turns``.
+
+    Raises:
+        UserError: they cannot, or would not.
+    """
+    try:
+        draw_turns([torch.Generator()], len(shape), plane, steps, flip_axes)
+    except ValueError as error:
+        raise UserError(f"turn_plane or asked_flips: {error}; --set others, or plan again") from error
+    if steps == "quarter" and not keeps_grid(shape, spacing_mm, plane):
+        sides = " and ".join(f"{shape[axis]} voxels of {spacing_mm[axis]:g} mm" for axis in plane)
+        raise UserError(
+            f"asked_turns=quarter: a quarter turn in plane {plane} exchanges {sides}; --set asked_turns=half"
+        )
 
 
 def no_turns(batch: int, dimensions: int, plane: tuple[int, int]) -> TurnParams:

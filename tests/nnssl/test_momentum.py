@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnssl.momentum import FeatureQueue, copy_to_teacher, cosine_momentum, momentum_for_run, update_teacher
+from nnssl.momentum import FeatureQueue, cosine_momentum, make_teacher, momentum_for_run, update_teacher
 
 
 class SharedEncoder(nn.Module):
@@ -38,8 +38,8 @@ def test_update_is_the_moving_average_once_per_parameter():
 
 
 def test_copy_makes_equal_and_frozen_and_not_shared():
-    student, teacher = pair()
-    copy_to_teacher(student, teacher)
+    student, _ = pair()
+    teacher = make_teacher(student)
     for (name, value), copied in zip(student.state_dict().items(), teacher.state_dict().values(), strict=True):
         assert torch.equal(value, copied), name
         assert value.data_ptr() != copied.data_ptr()

@@ -16,7 +16,8 @@ from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.methods import find_stage
 from nnssl.paths import resolve_folders
-from nnssl.views.spatial import AffineRange, common_share, draw_affine
+from nnssl.views.overlap import common_share
+from nnssl.views.spatial import AffineRange, draw_affine
 from planners.case_record import CaseRecord, IntensityStatistics
 from planners.fingerprint import Fingerprint
 from planners.plan import TokenGrid, TransformerSize, read_plan

@@ -14,7 +14,8 @@ from nnssl.methods.settings import resolve_stage
 from nnssl.momentum import update_teacher
 from nnssl.networks.backbone import build_network
 from nnssl.networks.token_alignment import ConditionalAlignment
-from nnssl.networks.token_encoders import UNetTokens, cut_into_tokens
+from nnssl.networks.token_encoders import UNetTokens
+from nnssl.networks.tokens import cut_into_tokens
 from tests.nnssl.methods.tiny_configuration import make_configuration
 from tests.nnssl.networks.test_hybrid import PATCHES, architecture
 

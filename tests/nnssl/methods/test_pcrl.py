@@ -18,7 +18,8 @@ from nnssl.networks.backbone import build_network
 from nnssl.networks.dense import ENCODER, ENCODER_AND_DECODER, decode
 from nnssl.views.boxes import intersection_over_union, to_mm
 from nnssl.views.corruption import painted_mask
-from nnssl.views.spatial import crop_boxes, map_points
+from nnssl.views.overlap import crop_boxes
+from nnssl.views.spatial import map_points
 from nnssl.views.turns import TurnParams, apply_turns, no_turns, turn_code, undo_turns
 from tests.nnssl.methods.tiny_configuration import make_configuration
 from tests.nnssl.networks.test_hybrid import PATCHES, architecture

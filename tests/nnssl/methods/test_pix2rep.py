@@ -21,7 +21,6 @@ from nnssl.methods.pix2rep import (
     Pix2RepV2,
     embed_points,
     intensity_range,
-    make_equivariant_views,
     points_of_image,
 )
 from nnssl.methods.settings import resolve_stage
@@ -486,5 +485,5 @@ def test_the_head_computes_in_float32_under_mixed_precision():
 def test_views_do_not_depend_on_the_network():
     network, method = make_stage("pix2rep", 2)
     before = copy.deepcopy(network.state_dict())
-    make_equivariant_views(make_batch(2), generators(), method.settings, (1.0, 1.5))
+    method.make_views(make_batch(2), generators())
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())

@@ -15,9 +15,8 @@ from nnssl.errors import UserError
 from nnssl.losses.distillation import normalised_entropy
 from nnssl.methods.pixelglobal import (
     PixelGlobal,
-    check_batch,
+    check_settings,
     intensity_range,
-    pair_up,
     point_uncertainty,
 )
 from nnssl.methods.settings import resolve_stage
@@ -25,8 +24,8 @@ from nnssl.momentum import cosine_momentum, update_teacher
 from nnssl.networks.backbone import build_network
 from nnssl.networks.dense import decoder_maps
 from nnssl.networks.heads import PointAssignment, PooledAssignment
+from nnssl.views.overlap import common_share
 from nnssl.views.points import corner_points, interpolate_at
-from nnssl.views.spatial import common_share
 from tests.nnssl.methods.tiny_configuration import make_configuration
 from tests.nnssl.networks.test_hybrid import PATCHES, architecture
 
@@ -59,13 +58,6 @@ def generators(step: int = 0, batch: int = 4) -> list[torch.Generator]:
 
 
 # views
-
-
-def test_partners_are_neighbours():
-    assert pair_up(4) == ([0, 0, 2, 2], [1, 0, 3, 2])
-    assert pair_up(5) == ([0, 0, 2, 2, 2], [1, 0, 3, 4, 2])
-    assert pair_up(3) == ([0, 0, 0], [1, 2, 0])
-    assert pair_up(1) == ([0], [0])
 
 
 @dims
@@ -459,9 +451,9 @@ def test_batches_that_cannot_be_compared_are_refused():
     method = make_stage(2, "batch_size=1", "global_weight=0")
     assert method.make_views(make_batch(2, 1), generators(batch=1)).partner.tolist() == [0]
     settings = make_stage(2, "batch_size=6").settings
-    check_batch(settings, 1)
-    with pytest.raises(UserError, match=r"2 processes get 3 images each.*batch_size=8"):
-        check_batch(settings, 2)
+    check_settings(settings, 1)
+    with pytest.raises(UserError, match=r"batch_size=6: patches go in pairs to 2 process.*batch_size=4"):
+        check_settings(settings, 2)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from nnssl.methods.reprec import MaskedViews, RepRecContrastive, RepRecGenerativ
 from nnssl.methods.settings import resolve_stage
 from nnssl.momentum import update_teacher
 from nnssl.networks.backbone import build_network
-from nnssl.networks.hybrid import map_to_tokens
+from nnssl.networks.tokens import map_to_tokens
 from tests.nnssl.methods.tiny_configuration import make_configuration
 from tests.nnssl.networks.test_hybrid import PATCHES, architecture
 
@@ -196,12 +196,12 @@ def test_masks_have_the_exact_count_and_differ(dim):
     tokens = math.prod(method.configuration.tokens.grid)
     first = method.make_views(make_batch(dim), generators(0))
     second = method.make_views(make_batch(dim), generators(1))
-    assert first.masked.sum(dim=1).tolist() == [math.ceil(0.75 * tokens)] * 4
+    assert first.mask.sum(dim=1).tolist() == [math.ceil(0.75 * tokens)] * 4
     assert first.visible.shape == (4, tokens - math.ceil(0.75 * tokens))
     for sample in range(4):
-        assert not first.masked[sample][first.visible[sample]].any()
-    assert not torch.equal(first.masked[0], first.masked[1])
-    assert not torch.equal(first.masked, second.masked)
+        assert not first.mask[sample][first.visible[sample]].any()
+    assert not torch.equal(first.mask[0], first.mask[1])
+    assert not torch.equal(first.mask, second.mask)
 
 
 @dims
@@ -234,7 +234,7 @@ def test_transformer_sees_visible_tokens_only(dim, monkeypatch):
     assert count == views.visible.shape[1]
     spoiled = list(features)
     tokens = map_to_tokens(features[1]).clone()
-    tokens[views.masked] = 1e6
+    tokens[views.mask] = 1e6
     spoiled[1] = tokens.transpose(1, 2).unflatten(2, features[1].shape[2:])
     method.encoder = Fixed(spoiled)
     method.losses(views, 0.0)
@@ -257,9 +257,9 @@ def test_recovery_loss_is_the_formula(dim):
             mean = sum(token) / len(token)
             variance = sum((x - mean) ** 2 for x in token) / len(token)
             standard.append([(x - mean) / math.sqrt(variance + 1e-5) for x in token])
-        visible = [t for t, masked in zip(standard, views.masked[sample].tolist(), strict=True) if not masked]
+        visible = [t for t, masked in zip(standard, views.mask[sample].tolist(), strict=True) if not masked]
         mean_visible = [sum(column) / len(visible) for column in zip(*visible, strict=True)]
-        for index, masked in enumerate(views.masked[sample].tolist()):
+        for index, masked in enumerate(views.mask[sample].tolist()):
             if masked:
                 prediction = captured["prediction"][sample, index].tolist()
                 count += 1
@@ -318,6 +318,6 @@ def test_padding_of_the_views_dataclass_is_checked():
     """The mask must cover exactly the tokens of the plan's grid: another grid is refused, not silently broadcast."""
     _, method = make_stage("generative", 2)
     views = method.make_views(make_batch(2), generators())
-    wrong = replace(views, masked=views.masked[:, :-1])
+    wrong = replace(views, mask=views.mask[:, :-1])
     with pytest.raises(Exception):  # noqa: B017, PT011  whichever layer notices first
-        method.losses(MaskedViews(wrong.volumes, wrong.masked, wrong.visible), 0.0)
+        method.losses(MaskedViews(wrong.volumes, wrong.mask, wrong.visible), 0.0)

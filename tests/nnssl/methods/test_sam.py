@@ -16,10 +16,11 @@ from nnssl.losses.contrastive import info_nce_with_negatives
 from nnssl.losses.negatives import draw_hard_negatives
 from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import EmbeddingMatcher
-from nnssl.methods.sam import SAM, check_settings, map_grids, read_unit_vectors
+from nnssl.methods.sam import SAM, check_settings, read_unit_vectors
 from nnssl.methods.settings import resolve_stage
-from nnssl.networks.anatomical_embedding import cell_centres_vox
 from nnssl.networks.backbone import build_network
+from nnssl.views.cells import far_enough, place_cells
+from nnssl.views.points import cell_centres_vox
 from nnssl.views.spatial import map_points, pick
 from tests.nnssl.methods.tiny_configuration import make_configuration
 from tests.nnssl.networks.test_hybrid import PATCHES, architecture
@@ -46,11 +47,11 @@ def generators(step: int = 0, batch: int = 3) -> list[torch.Generator]:
     return sample_generators(0, "test", step, range(batch))
 
 
-def test_map_grids_are_those_of_the_maps():
+def test_grids_are_those_of_the_maps():
     method = make_stage()
     maps = method.embedding(make_batch())
-    fine, coarse = map_grids(method.network, method.settings, PATCHES[3])
-    assert (tuple(maps.fine.shape[2:]), tuple(maps.coarse.shape[2:])) == (fine, coarse)
+    grids = method.embedding.grids(PATCHES[3])
+    assert {"fine": tuple(maps.fine.shape[2:]), "coarse": tuple(maps.coarse.shape[2:])} == grids
     for each in maps:
         torch.testing.assert_close(each.norm(dim=1), torch.ones_like(each[:, 0]), atol=1e-5, rtol=0)
         assert each.dtype == torch.float32
@@ -61,8 +62,7 @@ def test_a_query_and_its_positive_are_one_place_of_the_patch(kind):
     """In mm of the patch, in both directions; queries are centres of cells, and distinct while there are enough."""
     method = make_stage()
     views = method.make_views(make_batch(), generators())
-    grids = dict(zip(("fine", "coarse"), map_grids(method.network, method.settings, PATCHES[3]), strict=True))
-    centres = cell_centres_vox(grids[kind], PATCHES[3])
+    centres = cell_centres_vox(method.embedding.grids(PATCHES[3])[kind], PATCHES[3])
     spacing = torch.tensor(method.configuration.spacing_mm)
     for view in (0, 1):
         here, there, valid = getattr(views, kind)[view]
@@ -91,14 +91,19 @@ def test_nothing_is_flipped_and_no_more_turned_than_allowed():
             assert zoom.min() > 0.3 ** (1 / 3) - 1e-6
 
 
+def allowed_cells(views, here: torch.Tensor, view: int, sample: int, grid: tuple[int, ...]) -> torch.Tensor:
+    crops = [pick(each, torch.tensor([sample])) for each in views.params]
+    return far_enough(here, crops[view], place_cells(crops, grid, PATCHES[3], here.device))
+
+
 def test_negatives_lie_a_cell_away_in_mm_and_in_the_patch():
     """Every cell is looked at one by one."""
     method = make_stage("rotation_deg=10,10,10")
     views = method.make_views(make_batch(), generators())
     spacing = torch.tensor(method.configuration.spacing_mm)
-    fine, coarse = map_grids(method.network, method.settings, PATCHES[3])
-    for grid, queries in ((fine, views.fine[1]), (coarse, views.coarse[1])):
-        allowed = method._far_enough(queries.here[2:3], 1, 2, views, *method._places(2, views, [grid, grid]))
+    for kind, grid in method.embedding.grids(PATCHES[3]).items():
+        queries = getattr(views, kind)[1]
+        allowed = allowed_cells(views, queries.here[2], 1, 2, grid)
         cell_mm = max(float(mm) * n / c for mm, n, c in zip(spacing, PATCHES[3], grid, strict=True))
         params = [pick(each, torch.tensor([2])) for each in views.params]
         column = 0
@@ -187,9 +192,7 @@ def test_losses_against_a_loop(residual):
                 query = read_unit_vectors(pair[view][sample : sample + 1], here, PATCHES[3])
                 positive = read_unit_vectors(pair[1 - view][sample : sample + 1], there, PATCHES[3])
                 generator = torch.Generator().manual_seed(views.seeds[sample] + 2 * view + (kind == "coarse"))
-                allowed = method._far_enough(
-                    here, view, sample, views, *method._places(sample, views, [each.shape[2:] for each in pair])
-                )
+                allowed = allowed_cells(views, here[0], view, sample, pair[0].shape[2:])
                 ranking = query @ cells.T
                 if kind == "fine":
                     split = [maps.coarse[:3], maps.coarse[3:]]

@@ -6,7 +6,7 @@ import torch
 
 from nnssl.networks.backbone import build_network, encoder_strides
 from nnssl.networks.heads import PooledProjection, TokenDecoder
-from nnssl.networks.hybrid import map_to_tokens, sine_cosine_positions, tokens_to_map
+from nnssl.networks.tokens import map_to_tokens, sine_cosine_positions, tokens_to_map
 
 UNET = "dynamic_network_architectures.architectures.unet"
 
@@ -122,9 +122,9 @@ def test_encoding_a_subset_ignores_the_rest():
 def test_token_decoder_puts_tokens_where_they_belong():
     """Permuting the visible tokens together with their places changes nothing; masked places see only the mask token."""
     torch.manual_seed(0)
-    decoder = TokenDecoder(encoder_width=6, width=8, depth=1, heads=2, channels=3)
+    decoder = TokenDecoder(width=8, depth=1, heads=2, channels=3)
     positions = torch.randn(7, 8)
-    encoded = torch.randn(2, 3, 6)
+    encoded = torch.randn(2, 3, 8)
     visible = torch.tensor([[0, 4, 6], [1, 2, 5]])
     order = [2, 0, 1]
     output = decoder(encoded, visible, positions)

@@ -9,17 +9,14 @@ from scipy.ndimage import gaussian_filter1d
 
 from nnssl.draws import sample_generators
 from nnssl.errors import UserError
-from nnssl.views.intensity import (
-    IntensityRange,
+from nnssl.views.intensity import IntensityRange, apply_intensity, draw_intensity, even_blur, restrict_to
+from nnssl.views.intensity_changes import (
     add_noise,
-    apply_intensity,
     blur,
     change_gamma,
-    draw_intensity,
     invert_contrast,
     jitter_window,
     multiply_bias_field,
-    restrict_to,
     scale_contrast,
     shift_brightness,
 )
@@ -206,8 +203,14 @@ def test_blur_differs_between_axes_when_its_range_does():
     np.testing.assert_allclose(apply_intensity(plane, params)[row, 0].numpy(), wanted, atol=1e-5)
 
 
-def test_off_by_none_is_off():
-    off = replace(ALWAYS, contrast=None, blur_vox=None, gamma=None, noise_std=None)
+def test_even_blur_is_as_wide_in_mm_along_every_axis():
+    """Spacing 6 x 1 x 1.5 mm: a sixth of a voxel's along z."""
+    assert even_blur(1.2, (6.0, 1.0, 1.5)) == pytest.approx((0.2, 1.2, 0.8))
+    assert even_blur(1.2, (1.0, 1.5))[1:] == pytest.approx((1.2, 0.8))
+
+
+def test_off_by_probability_is_off():
+    off = replace(ALWAYS, contrast_probability=0.0, blur_probability=0.0, gamma_probability=0.0, noise_probability=0.0)
     drawn = draw_intensity(generators(), off, 1).changes
     assert list(drawn) == ["bias_field", "inversion", "window", "brightness"]
     none = draw_intensity(generators(), restrict_to(ALWAYS, []), 2)

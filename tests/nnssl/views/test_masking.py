@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from nnssl.draws import sample_generators
-from nnssl.views.masking import draw_block_mask, split_tokens
+from nnssl.errors import UserError
+from nnssl.views.masking import check_mask, draw_block_mask, visible_tokens
 
 
 def generators(step: int = 0, samples=range(6)):
@@ -51,12 +52,19 @@ def test_every_token_is_masked_equally_often_when_blocks_tile_the_grid():
     assert share.max() < 0.8
 
 
-def test_split_gives_every_token_once():
+def test_visible_tokens_are_those_that_are_not_masked():
     mask = draw_block_mask(generators(), (3, 5), (1, 2), 0.7)
-    visible, masked = split_tokens(mask)
+    visible = visible_tokens(mask)
     for row in range(6):
         assert visible[row].tolist() == [token for token in range(15) if not mask[row, token]]
-        assert masked[row].tolist() == [token for token in range(15) if mask[row, token]]
+
+
+def test_blocks_that_do_not_fit_are_refused():
+    check_mask((2, 3), (1, 1), 0.5)
+    with pytest.raises(UserError, match="--set mask_block=1,1: the grid of tokens has 3 axes"):
+        check_mask((2, 2, 2), (1, 1), 0.5)
+    with pytest.raises(UserError, match="mask_ratio=0.9: .* none visible"):
+        check_mask((2, 2), (1, 1), 0.9)
 
 
 def test_errors():
@@ -65,4 +73,4 @@ def test_errors():
     with pytest.raises(ValueError, match="3 axes"):
         draw_block_mask(generators(), (2, 2, 2), (1, 1), 0.5)
     with pytest.raises(ValueError, match="between 1 and 2"):
-        split_tokens(torch.tensor([[True, False, False], [True, True, False]]))
+        visible_tokens(torch.tensor([[True, False, False], [True, True, False]]))

@@ -3,11 +3,12 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from nnssl.views.points import corner_points, draw_points, foreground_mask, interpolate_at
+from nnssl.views.points import are_inside, brighter_part, corner_points, draw_points, interpolate_at, place_of
 
 SHAPES = {2: (6, 10), 3: (4, 6, 10)}
 dims = pytest.mark.parametrize("dim", [2, 3])
@@ -27,7 +28,7 @@ def masks(dim: int) -> tuple[torch.Tensor, torch.Tensor]:
 @dims
 def test_points_are_distinct_valid_and_half_of_them_preferred(dim):
     valid, preferred = masks(dim)
-    points = draw_points(generators([1, 2]), valid, preferred, 16, 0.5)
+    points = draw_points(generators([1, 2]), valid, 16, preferred, 0.5)
     assert points.shape == (2, 16, dim)
     for sample, rows in enumerate(points.tolist()):
         assert len({tuple(row) for row in rows}) == 16
@@ -42,12 +43,12 @@ def test_share_of_preferred_points_is_what_is_asked_for(dim):
     preferred = torch.zeros_like(valid)
     preferred.view(-1)[::10] = True
     wanted = int(preferred.sum())
-    everything = draw_points(generators([0]), valid, preferred, wanted, 1.0)
+    everything = draw_points(generators([0]), valid, wanted, preferred, 1.0)
     assert sum(bool(preferred[(0, *row)]) for row in everything[0].tolist()) == wanted
     counts = [
         sum(
             bool(preferred[(0, *row)])
-            for row in draw_points(generators([s]), valid, preferred, wanted, 0.0)[0].tolist()
+            for row in draw_points(generators([s]), valid, wanted, preferred, 0.0)[0].tolist()
         )
         for s in range(50)
     ]
@@ -59,7 +60,7 @@ def test_every_valid_voxel_is_drawn_as_often():
     valid[0, 0, 0] = False
     counts = torch.zeros(3, 4)
     for seed in range(600):
-        for y, x in draw_points(generators([seed]), valid, torch.zeros_like(valid), 3, 0.0)[0].tolist():
+        for y, x in draw_points(generators([seed]), valid, 3, torch.zeros_like(valid), 0.0)[0].tolist():
             counts[y, x] += 1
     assert counts[0, 0] == 0
     assert (counts.flatten()[1:] - 600 * 3 / 11).abs().max() < 45
@@ -68,16 +69,16 @@ def test_every_valid_voxel_is_drawn_as_often():
 @dims
 def test_a_sample_is_the_same_in_any_batch_and_replays(dim):
     valid, preferred = masks(dim)
-    both = draw_points(generators([1, 2]), valid, preferred, 9, 0.5)
-    assert torch.equal(both[1:], draw_points(generators([2]), valid[1:], preferred[1:], 9, 0.5))
-    assert not torch.equal(both[1:], draw_points(generators([3]), valid[1:], preferred[1:], 9, 0.5))
+    both = draw_points(generators([1, 2]), valid, 9, preferred, 0.5)
+    assert torch.equal(both[1:], draw_points(generators([2]), valid[1:], 9, preferred[1:], 0.5))
+    assert not torch.equal(both[1:], draw_points(generators([3]), valid[1:], 9, preferred[1:], 0.5))
 
 
 @dims
 def test_too_few_valid_voxels_are_repeated(dim):
     valid = torch.zeros(1, *SHAPES[dim], dtype=torch.bool)
     valid.view(-1)[[3, 17]] = True
-    points = draw_points(generators([0]), valid, ~valid, 5, 0.5)
+    points = draw_points(generators([0]), valid, 5, ~valid, 0.5)
     flat = [int(i) for i in torch.stack([(points[0, :, a]) for a in range(dim)], 1) @ strides(SHAPES[dim])]
     assert sorted(set(flat)) == [3, 17]
     assert sorted(flat.count(i) for i in (3, 17)) == [2, 3]
@@ -164,8 +165,21 @@ def test_foreground_is_what_is_brighter_than_the_patch():
     volumes = torch.full((2, 2, 3, 4, 5), -1.0)
     volumes[0, :, 1, 1:3, 2:4] = 2.0
     volumes[1, 0, 0] = 3.0
-    mask = foreground_mask(volumes)
+    mask = brighter_part(volumes)
     assert mask[0].sum() == 4
     assert mask[0, 1, 1:3, 2:4].all()
     assert mask[1, 0].all()
     assert not mask[1, 1:].any()
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_places_are_those_of_numpy_and_inside_is_between_the_outer_centres(dim):
+    shape = SHAPES[dim]
+    points = torch.stack([torch.randint(n, (3, 7)) for n in shape], dim=-1)
+    assert torch.equal(place_of(points, shape), torch.tensor(np.ravel_multi_index(points.numpy().T, shape).T))
+    last = torch.tensor(shape) - 1.0
+    assert are_inside(torch.stack([torch.zeros(dim), last, last / 2])[None], shape).all()
+    for axis in range(dim):
+        step = torch.zeros(dim)
+        step[axis] = 0.01
+        assert not are_inside(torch.stack([-step, last + step])[None], shape).any()

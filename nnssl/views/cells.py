@@ -1,0 +1,113 @@
+"""Cells of maps of two crops of a patch: where they lie, and those that are looked for in the other crop.
+
+A cell is a position of a map of lower resolution that covers its crop.
+
+Source: Yan et al., SAM, TMI 2022, section III-B (queries are cells that both crops show).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from nnssl.views.overlap import map_across
+from nnssl.views.points import are_inside, brighter_part, cell_centres_vox, draw_points, place_of
+from nnssl.views.spatial import AffineParams, map_points
+
+
+class Queries(NamedTuple):
+    """Places in one crop that are looked for in the other; zyx in voxels.
+
+    Attributes:
+        here: (batch, query, d), centres of cells of this crop.
+        there: the same places in the other crop.
+        valid: (batch, query), 0 where two crops have no cell in common, else 1.
+    """
+
+    here: Float[Tensor, "batch query d"]
+    there: Float[Tensor, "batch query d"]
+    valid: Float[Tensor, "batch query"]
+
+
+class PlacedCells(NamedTuple):
+    """Where the cells of crops lie in their patch, crop after crop.
+
+    Attributes:
+        places_mm: (batch, cell, d), from the centre of the patch's first voxel.
+        shown: cells that show the patch; others lie outside it and are empty.
+        cell_mm: length of a cell, along its longest axis.
+    """
+
+    places_mm: Float[Tensor, "batch cell d"]
+    shown: Bool[Tensor, "batch cell"]
+    cell_mm: float
+
+
+def draw_queries(
+    generators: Sequence[torch.Generator],
+    volumes: Float[Tensor, "batch channel *shape"],
+    own: AffineParams,
+    other: AffineParams,
+    grid: Sequence[int],
+    count: int,
+    body_share: float,
+) -> Queries:
+    """Draw cells of a crop that the other crop shows too.
+
+    Args:
+        generators: one per sample.
+        volumes: the crops whose cells are drawn.
+        own: where they lie.
+        other: where the other crops of the same patches lie.
+        grid: cells along each axis.
+        count: cells of each sample; where fewer are shown, they are repeated.
+        body_share: share of them that lie in the brighter part, 0 to 1.
+    """
+    shape = volumes.shape[2:]
+    pool: Any = F.adaptive_avg_pool3d if len(shape) == 3 else F.adaptive_avg_pool2d
+    bright = pool(brighter_part(volumes).float()[:, None], tuple(grid))[:, 0] > 0.5
+    centres = cell_centres_vox(grid, shape, volumes.device).expand(len(volumes), -1, -1)
+    places, there = map_across(centres, own, other)
+    shown = are_inside(places, shape) & are_inside(there, shape)
+    cells = draw_points(generators, shown.unflatten(1, tuple(grid)), count, bright, body_share)
+    chosen = place_of(cells, grid)
+    index = chosen[..., None].expand(-1, -1, len(shape))
+    return Queries(centres.gather(1, index), there.gather(1, index), shown.gather(1, chosen).float())
+
+
+def place_cells(
+    crops: Sequence[AffineParams], grid: Sequence[int], shape: Sequence[int], device: torch.device
+) -> PlacedCells:
+    """Return where the cells of crops of the same patches lie.
+
+    Args:
+        crops: one record per sample each.
+        grid: cells along each axis.
+        shape: voxels of the patch.
+        device: where it is wanted.
+    """
+    centres = cell_centres_vox(grid, shape, device)
+    places = torch.cat(
+        [map_points(centres.expand(len(each.linear), -1, -1), each, "to_input") for each in crops], dim=1
+    )
+    spacing = torch.tensor(crops[0].spacing_mm, device=device)
+    cell_mm = max(mm * voxels / cells for mm, voxels, cells in zip(spacing.tolist(), shape, grid, strict=True))
+    return PlacedCells(places * spacing, are_inside(places, shape), cell_mm)
+
+
+def far_enough(
+    points_vox: Float[Tensor, "query d"], own: AffineParams, cells: PlacedCells
+) -> Bool[Tensor, "query cell"]:
+    """Return which cells of one sample show the patch farther from each point than the length of a cell, in mm.
+
+    Args:
+        points_vox: zyx in voxels of a crop.
+        own: of the crop that the points are of, one record.
+        cells: of the same sample alone.
+    """
+    spacing = torch.tensor(own.spacing_mm, device=points_vox.device)
+    place_mm = map_points(points_vox[None], own, "to_input")[0] * spacing
+    return (torch.cdist(place_mm, cells.places_mm[0]) > cells.cell_mm) & cells.shown

@@ -1,0 +1,152 @@
+"""What may happen to the intensities of volumes: each change a function of the channels that it is made to, and of its values.
+
+``rows`` are channels of samples, (row, *shape), in 3D or 2D. Standard deviations, ranges and percentiles are those of the row.
+
+Source: as in ``nnssl.views.intensity``, which draws the values.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+PERCENTILE_VOXELS = 65_536
+BIAS_POWERS = 3
+BIAS_EXPONENTS = [e for e in itertools.product(range(BIAS_POWERS + 1), repeat=3) if 1 <= sum(e) <= BIAS_POWERS]
+"""Powers of (z, y, x) in the bias field: all polynomials of degree 1 to 3."""
+Rows = Float[Tensor, " rows *shape"]
+
+
+def scale_contrast(rows: Rows, factor: Float[Tensor, " rows"]) -> Rows:
+    """Return ``mean + factor * (x - mean)``."""
+    mean = rows.mean(dim=_axes(rows), keepdim=True)
+    return mean + _per_row(factor, rows) * (rows - mean)
+
+
+def shift_brightness(rows: Rows, shift_std: Float[Tensor, " rows"]) -> Rows:
+    """Return ``x + shift_std * std``."""
+    return rows + _per_row(shift_std, rows) * _std(rows)
+
+
+def change_gamma(rows: Rows, gamma: Float[Tensor, " rows"]) -> Rows:
+    """Return ``min + range * ((x - min) / range)^gamma``: the range of the row stays as it is."""
+    low, extent = _low_and_extent(rows)
+    share = ((rows - low) / extent.clamp_min(torch.finfo(rows.dtype).tiny)).clamp(0, 1)
+    return low + extent * share ** _per_row(gamma, rows)
+
+
+def percentiles(rows: Rows, shares: Sequence[float]) -> Float[Tensor, "rows shares"]:
+    """Return percentiles of each row, from at most 131,072 of its voxels at a constant stride.
+
+    Args:
+        rows: one per sample and channel.
+        shares: of the voxels that are smaller, 0 to 1.
+    """
+    flat = rows.flatten(1)
+    # an odd stride does not fall into step with the even sides of patches
+    stride = max(1, flat.shape[1] // PERCENTILE_VOXELS) | 1
+    ordered = flat[:, ::stride].sort(dim=1).values
+    last = ordered.shape[1] - 1
+    found = []
+    for share in shares:
+        below = min(int(share * last), max(last - 1, 0))
+        found.append(torch.lerp(ordered[:, below], ordered[:, min(below + 1, last)], share * last - below))
+    return torch.stack(found, dim=1)
+
+
+def invert_contrast(rows: Rows) -> Rows:
+    """Return ``p1 + p99 - x`` with the percentiles 1 and 99 of the row."""
+    low, high = percentiles(rows, (0.01, 0.99)).unbind(dim=1)
+    return _per_row(low + high, rows) - rows
+
+
+def jitter_window(rows: Rows, shifts_std: Float[Tensor, "rows 2"]) -> Rows:
+    """Clip to the row's window with both bounds shifted, and spread the shifted window over the old one.
+
+    The window is the row's range, which for CT ends where preprocessing clipped.
+
+    Args:
+        rows: one per sample and channel.
+        shifts_std: of the lower and of the upper bound, each between -1 and 1 standard deviations.
+    """
+    low, extent = _low_and_extent(rows)
+    std = _std(rows)
+    shifted_low = low + _per_row(shifts_std[:, 0], rows) * std
+    shifted_high = low + extent + _per_row(shifts_std[:, 1], rows) * std
+    # a standard deviation is at most half the range, so the shifted bounds of a row that varies cannot cross
+    width = (shifted_high - shifted_low).clamp_min(torch.finfo(rows.dtype).tiny)
+    return low + extent * (rows.clamp(shifted_low, shifted_high) - shifted_low) / width
+
+
+def blur(rows: Rows, sigma_vox: Float[Tensor, "rows d"], radius_vox: Sequence[int]) -> Rows:
+    """Convolve with a Gaussian, axis by axis, repeating the border.
+
+    Args:
+        rows: one per sample and channel.
+        sigma_vox: along each axis; 0 leaves the axis exactly as it is.
+        radius_vox: voxels that the kernel reaches to either side along each axis.
+    """
+    for axis, radius in enumerate(radius_vox):
+        offset = torch.arange(-radius, radius + 1, device=rows.device, dtype=rows.dtype)
+        sigma = sigma_vox[:, axis, None].to(rows).clamp_min(1e-3)
+        kernel = torch.exp(-0.5 * (offset / sigma).square())
+        kernel = kernel / kernel.sum(dim=1, keepdim=True)  # (rows, 2 * radius + 1)
+        length = rows.shape[axis + 1]
+        # a sum of shifted rows instead of a convolution, which mixed precision or TF32 would round
+        blurred = torch.zeros_like(rows)
+        for tap in range(2 * radius + 1):
+            place = (torch.arange(length, device=rows.device) + tap - radius).clamp(0, length - 1)
+            blurred += _per_row(kernel[:, tap], rows) * rows.index_select(axis + 1, place)
+        rows = blurred
+    return rows
+
+
+def add_noise(rows: Rows, sigma_std: Float[Tensor, " rows"], seeds: Sequence[int]) -> Rows:
+    """Return ``x + sigma_std * std * noise``, normal noise of each row from its own seed."""
+    noise = torch.empty_like(rows)
+    for row, seed in zip(noise, seeds, strict=True):  # one stream per row: it must not depend on the rest of the batch
+        row.normal_(generator=torch.Generator(rows.device).manual_seed(seed))
+    return rows + _per_row(sigma_std, rows) * _std(rows) * noise
+
+
+def multiply_bias_field(rows: Rows, coefficients: Float[Tensor, "rows 19"]) -> Rows:
+    """Return ``min + (x - min) * exp(P)``, P a polynomial in coordinates that go from -1 to 1 across the patch.
+
+    Args:
+        rows: one per sample and channel, in 3D or 2D.
+        coefficients: of z^a y^b x^c for 1 <= a + b + c <= 3, in ascending order of (a, b, c); those with z are not used
+            in 2D.
+    """
+    powers = BIAS_POWERS + 1
+    cube = coefficients.new_zeros(len(rows), powers, powers, powers)
+    z, y, x = torch.tensor(BIAS_EXPONENTS).T
+    cube[:, z, y, x] = coefficients
+    field = cube.to(rows) if rows.ndim == 4 else cube[:, 0].to(rows)
+    for axis in reversed(range(1, rows.ndim)):  # each turn replaces an axis of powers by an axis of voxels
+        length = rows.shape[axis]
+        place = (2 * torch.arange(length, device=rows.device, dtype=rows.dtype) + 1) / length - 1
+        place = place.view(-1, *(1,) * (rows.ndim - 1 - axis))
+        terms = (field.select(axis, power).unsqueeze(axis) * place**power for power in range(powers))
+        field = functools.reduce(torch.add, terms)
+    low = rows.amin(dim=_axes(rows), keepdim=True)
+    return low + (rows - low) * field.exp()
+
+
+def _axes(rows: Tensor) -> tuple[int, ...]:
+    return tuple(range(1, rows.ndim))
+
+
+def _per_row(values: Tensor, rows: Tensor) -> Tensor:
+    return values.to(rows).view(-1, *(1,) * (rows.ndim - 1))
+
+
+def _std(rows: Tensor) -> Tensor:
+    return rows.std(dim=_axes(rows), keepdim=True, unbiased=False)
+
+
+def _low_and_extent(rows: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = rows.amin(dim=_axes(rows), keepdim=True), rows.amax(dim=_axes(rows), keepdim=True)
+    return low, high - low
