@@ -48,14 +48,13 @@ def subject_labels(identifiers: Iterable[str]) -> dict[str, str]:
 
     Patients whose identifiers differ in other characters only get a digest behind the label.
     """
-    labels: dict[str, list[str]] = {}
+    labels: dict[str, dict[str, str]] = {}
     for identifier in sorted(set(identifiers)):
         label = re.sub(r"[^A-Za-z0-9]", "", clean_name(identifier)) or "unnamed"
-        labels.setdefault(label.casefold(), []).append(identifier)
+        labels.setdefault(label.casefold(), {})[identifier] = label
     result = {}
     for same in labels.values():
-        for identifier in same:
-            label = re.sub(r"[^A-Za-z0-9]", "", clean_name(identifier)) or "unnamed"
+        for identifier, label in same.items():
             digest = hashlib.blake2b(identifier.encode(), digest_size=3).hexdigest() if len(same) > 1 else ""
             result[identifier] = label + digest
     return result

@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 from nnssl.errors import UserError
 from nnssl.files import write_atomically
 
+COLUMNS = ("query", "key", "query_vox", "key_vox", "matched")
+
 
 @dataclass(frozen=True)
 class PairTable:
@@ -40,7 +42,7 @@ class PairTable:
 def write_pairs(path: Path, table: PairTable) -> None:
     """Write a table, atomically, without anything that could run code when it is read."""
     packed = io.BytesIO()
-    columns = {name: getattr(table, name) for name in ("query", "key", "query_vox", "key_vox", "matched")}
+    columns = {name: getattr(table, name) for name in COLUMNS}
     np.savez_compressed(packed, cases=np.array(table.cases), **columns)
     write_atomically(path, lambda file: file.write(packed.getbuffer()))
 
@@ -53,7 +55,7 @@ def read_pairs(path: Path) -> PairTable:
     """
     try:
         with np.load(path, allow_pickle=False) as content:
-            columns = {name: content[name] for name in ("query", "key", "query_vox", "key_vox", "matched")}
+            columns = {name: content[name] for name in COLUMNS}
             return PairTable(tuple(content["cases"].tolist()), **columns)
     except (OSError, ValueError, KeyError, BadZipFile) as error:
         raise UserError(f"{path}: cannot be read ({error}); remove it, and it is made again") from error

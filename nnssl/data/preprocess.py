@@ -30,6 +30,7 @@ from nnssl.data.raw import RawCase, RawDataset, read_volume
 from nnssl.data.recipe import FOREGROUND_POINTS, Recipe, Target, digest_case, find_outdated, find_sources, plan_targets
 from nnssl.draws import draw_seed
 from nnssl.errors import UserError
+from nnssl.files import some
 from nnssl.paths import Folders, make_writable
 from planners.plan import Plan
 
@@ -127,8 +128,7 @@ def _remove_foreign(target: Target, usable: Collection[str], restart: bool, say:
     present = complete_cases(target.folder)
     foreign = [name for name in present if name not in usable]
     if foreign:
-        named = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-        say(f"{target.folder}: removing {len(foreign)} cases that the data set no longer has ({named})")
+        say(f"{target.folder}: removing {len(foreign)} cases that the data set no longer has ({some(foreign)})")
     for name in present if restart else foreign:
         remove_case(target.folder, name)
 
