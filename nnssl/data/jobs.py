@@ -23,6 +23,9 @@ R = TypeVar("R")
 JOBS_PER_PROCESS = 2
 """Jobs under way for each process: one that runs and one that waits."""
 
+MOST_PROCESSES = 8
+"""More than these are used only if the user says so: memory ends before cores do."""
+
 DASK_TIMEOUT_S = 30
 
 MOST_PROCESSES = 8
@@ -34,6 +37,16 @@ SECONDS_PER_LINE = 30.0
 def default_processes() -> int:
     """Return how many processes to use where the user does not say: one for each core, up to ``MOST_PROCESSES``."""
     return max(1, min(MOST_PROCESSES, os.cpu_count() or 1))
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_processes() -> int:
+    """Return how many processes to use when the user does not say: one for each core, within reason."""
+    return min(MOST_PROCESSES, usable_cores())
 
 
 def run_jobs(work: Callable[[J], R], jobs: Iterable[J], processes: int, dask_address: str | None) -> Iterator[R]:
