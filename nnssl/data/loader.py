@@ -8,7 +8,8 @@ crop.
 """
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nnssl.data.case_store import CaseStore
+from nnssl.data.jobs import usable_cores
 from nnssl.data.patch_pairs import PairTable
 from nnssl.draws import make_generator
 from nnssl.errors import UserError
@@ -76,7 +78,7 @@ def make_loader(
         rank: of this process.
         world_size: number of processes; each takes a contiguous part of the batch.
         num_workers: processes that read; 0 reads in this process.
-        foreground_share: share of the patches that are centred near a voxel inside the body, 0 to 1.
+        foreground_share: share of the patches that are centred near a voxel inside the body, 0 to 1; pairs say where theirs lie.
         pin_memory: put batches into page-locked memory, for asynchronous copies to a GPU.
         pairs: places of which two neighbours of a batch are the two sides; None for patches that have nothing to do with one
             another.
@@ -102,9 +104,14 @@ def make_loader(
         )
     if pairs is not None and len(patch_size) != 3:
         raise ValueError("places of slices are not paired")
-    patches = PatchDataset(store, patch_size, batch_size, seed, stage, foreground_share)
+    size = as_volume(patch_size)
+    boxes = (
+        SingleBoxes(store, size, batch_size, seed, stage, foreground_share)
+        if pairs is None
+        else PairedBoxes(store, size, batch_size, seed, stage, pairs)
+    )
     return DataLoader(
-        patches if pairs is None else PairDataset(store, patch_size, batch_size, seed, stage, pairs),
+        PatchDataset(store, patch_size, boxes),
         batch_sampler=StepSampler(range(first_step, last_step), range(rank * part, (rank + 1) * part)),
         num_workers=num_workers,
         collate_fn=_collate,
@@ -115,90 +122,112 @@ def make_loader(
     )
 
 
+def default_workers(device: torch.device) -> int:
+    """Return how many processes to read in when the user does not say."""
+    # a CPU that trains has no core to spare for more than one reader
+    return 1 if device.type == "cpu" else max(1, min(8, usable_cores() - 1))
+
+
 class PatchDataset(Dataset):
     """Patches keyed by (step, place in the global batch).
 
     Args:
         store: the cases.
         patch_size: (z, y, x), or (y, x) for slices.
+        boxes: says which case a sample is of, and where its first voxel lies, (z, y, x).
+    """
+
+    def __init__(
+        self, store: CaseStore, patch_size: Sequence[int], boxes: Callable[[int, int], tuple[str, Sequence[int]]]
+    ) -> None:
+        self.store = store
+        self.patch_size = tuple(patch_size)
+        self.boxes = boxes
+
+    def __getitem__(self, key: tuple[int, int]) -> PatchBatch:
+        """Return one sample as a batch of one."""
+        step, sample = key
+        name, lower = self.boxes(step, sample)
+        volume = torch.from_numpy(self.store.case(name).read_box(lower, as_volume(self.patch_size)))
+        if len(self.patch_size) == 2:
+            volume = volume.squeeze(1)
+        return PatchBatch(volume[None], [sample], step, [name], torch.tensor([lower]))
+
+
+@dataclass(frozen=True)
+class SingleBoxes:
+    """Boxes of cases that take turns, most of them near a voxel inside the body.
+
+    Attributes:
+        store: the cases.
+        size: (z, y, x) of a box.
         batch_size: global.
         seed: the run's seed.
         stage: the pretext stage.
         foreground_share: see ``make_loader``.
     """
 
-    def __init__(
-        self,
-        store: CaseStore,
-        patch_size: Sequence[int],
-        batch_size: int,
-        seed: int,
-        stage: str,
-        foreground_share: float,
-    ) -> None:
-        self.store = store
-        self.patch_size = tuple(patch_size)
-        self.batch_size = batch_size
-        self.seed = seed
-        self.stage = stage
-        self.foreground_share = foreground_share
+    store: CaseStore
+    size: tuple[int, ...]
+    batch_size: int
+    seed: int
+    stage: str
+    foreground_share: float
 
-    def __getitem__(self, key: tuple[int, int]) -> PatchBatch:
-        """Return one sample as a batch of one."""
-        step, sample = key
+    def __call__(self, step: int, sample: int) -> tuple[str, Sequence[int]]:
+        """Return the case of a sample and the first voxel of its box."""
         name = self.store.names[draw_case(len(self.store), self.batch_size, self.seed, self.stage, step, sample)]
         case = self.store.case(name)
-        flat = len(self.patch_size) == 2
-        size = (1, *self.patch_size) if flat else self.patch_size
         generator = make_generator(self.seed, f"{self.stage}/boxes", step, sample)
-        lower = draw_box(case.shape, size, case.foreground_vox, self.foreground_share, generator)
-        volume = torch.from_numpy(case.read_box(lower, size))
-        if flat:
-            volume = volume.squeeze(1)
-        return PatchBatch(volume[None], [sample], step, [name], torch.tensor([lower]))
+        return name, draw_box(case.shape, self.size, case.foreground_vox, self.foreground_share, generator)
 
 
-class PairDataset(PatchDataset):
-    """Patches around both places of a pair, keyed by (step, place in the global batch); neighbours are of one pair.
+@dataclass(frozen=True)
+class PairedBoxes:
+    """Boxes around both places of a pair; neighbours in a batch are of one pair.
 
-    Args:
+    Attributes:
         store: the cases, those of the table.
-        patch_size: (z, y, x).
+        size: (z, y, x) of a box.
         batch_size: global, even.
         seed: the run's seed.
         stage: the pretext stage.
-        pairs: of places; they say where patches lie.
+        pairs: of places; they say where boxes lie.
     """
 
-    def __init__(
-        self, store: CaseStore, patch_size: Sequence[int], batch_size: int, seed: int, stage: str, pairs: PairTable
-    ) -> None:
-        super().__init__(store, patch_size, batch_size, seed, stage, FOREGROUND_SHARE)
-        self.pairs = pairs
+    store: CaseStore
+    size: tuple[int, ...]
+    batch_size: int
+    seed: int
+    stage: str
+    pairs: PairTable
 
-    def __getitem__(self, key: tuple[int, int]) -> PatchBatch:
-        """Return one sample as a batch of one.
+    def __call__(self, step: int, sample: int) -> tuple[str, Sequence[int]]:
+        """Return the case of a sample and the first voxel of its box.
 
-        Patches that would reach beyond their scans are moved, both by as much, so that both places stay at the same place of
-        their patches, and so that as little as can be lies outside.
+        Boxes that would reach beyond their scans are moved, both by as much, so that both places stay at the same place of
+        their boxes, and so that as little as can be lies outside.
         """
-        step, sample = key
         case = draw_case(len(self.pairs.cases), self.batch_size // 2, self.seed, self.stage, step, sample // 2)
         rows = self.pairs.of_case(case)
         choice = float(torch.rand((), generator=make_generator(self.seed, f"{self.stage}/pairs", step, sample // 2)))
         row = rows[int(choice * len(rows))]
         cases = [self.store.case(self.pairs.cases[index]) for index in (case, self.pairs.key[row])]
         corners = [
-            [round(float(place)) - length // 2 for place, length in zip(places[row], self.patch_size, strict=True)]
+            [round(float(place)) - length // 2 for place, length in zip(places[row], self.size, strict=True)]
             for places in (self.pairs.query_vox, self.pairs.key_vox)
         ]
-        own = cases[sample % 2]
+        side = sample % 2
         lower = []
-        for axis, length in enumerate(self.patch_size):
+        for axis, length in enumerate(self.size):
             rooms = [each.shape[axis] - length for each in cases]
-            lower.append(corners[sample % 2][axis] + shared_move([each[axis] for each in corners], rooms))
-        volume = torch.from_numpy(own.read_box(lower, self.patch_size))
-        return PatchBatch(volume[None], [sample], step, [own.name], torch.tensor([lower]))
+            lower.append(corners[side][axis] + shared_move([each[axis] for each in corners], rooms))
+        return cases[side].name, lower
+
+
+def as_volume(patch_size: Sequence[int]) -> tuple[int, ...]:
+    """Return the size (z, y, x) of a patch; one of slices, (y, x), is one voxel thick."""
+    return (*[1] * (3 - len(patch_size)), *patch_size)
 
 
 def shared_move(corners: Sequence[int], rooms: Sequence[int]) -> int:
