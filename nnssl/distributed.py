@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def is_distributed() -> bool:
@@ -23,6 +24,14 @@ def rank() -> int:
 def world_size() -> int:
     """Return the number of processes."""
     return dist.get_world_size() if is_distributed() else 1
+
+
+def average_gradients(module: nn.Module, device: torch.device) -> nn.Module:
+    """Return a module whose backward pass averages the gradients over all ranks; on one process the module itself."""
+    if not is_distributed():
+        return module
+    devices = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False)
 
 
 def gather(tensor: Tensor) -> Tensor:

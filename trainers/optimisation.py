@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nnssl.methods.protocol import ParameterGroup
 from nnssl.methods.settings import TrainingSettings
@@ -54,3 +55,31 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
     """Set the learning rate of every group to its factor times this one."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["learning_rate_factor"]
+
+
+def step_optimizer(
+    loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None, largest_norm: float
+) -> Tensor:
+    """Differentiate a loss, clip the gradient and step the optimizer.
+
+    Args:
+        loss: a scalar.
+        optimizer: its gradients are none.
+        scaler: of float16's gradients; None for other formats.
+        largest_norm: of the gradient over all parameters; a longer one is scaled down.
+
+    Returns:
+        The gradient's norm before it was clipped.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if scaler is None:
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, largest_norm)
+        optimizer.step()
+        return norm
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, largest_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    return norm

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from nnssl import schema
+from nnssl.checkpoint import FINAL
 from nnssl.data.case_store import CaseStore
 from nnssl.data.patch_pairs import PairTable, read_pairs, write_pairs
 from nnssl.distributed import is_distributed, rank
@@ -18,7 +19,9 @@ from nnssl.evaluation.pretrained import restore_method
 from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import EmbeddingMatcher
 from nnssl.matching.pairs import make_pairs
+from nnssl.methods import SAM, find_stage
 from planners.plan import Plan
+from trainers.stage_run import StageRun, stage_folder
 
 PAIRS, EXAMINATION = "pairs.npz", "examination.json"
 
@@ -26,22 +29,20 @@ PAIRS, EXAMINATION = "pairs.npz", "examination.json"
 def pairs_of_run(
     folder: Path,
     store: CaseStore,
-    embeddings: Path | None,
-    plan: Plan,
-    seed: int,
+    partners: str | None,
+    run: StageRun,
     anew: bool,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
     say: Callable[[str], None],
-) -> PairTable:
-    """Return the pairs of a run, found by its first process and read by all.
+) -> PairTable | None:
+    """Return the pairs of a run, found by its first process and read by all; None for one that pairs nothing.
 
     Args:
         folder: of the run's results; the pairs lie there as ``pairs.npz``.
         store: the preprocessed cases.
-        embeddings: final checkpoint of SAM; None to take the body's box for all places.
-        plan: of the run.
-        seed: of the run.
+        partners: what pairs places, as ``PretextMethod.partners`` says it.
+        run: that is about to start.
         anew: find them although the file is there.
         device: where to compute.
         autocast: gives the context of mixed precision.
@@ -50,10 +51,15 @@ def pairs_of_run(
     Raises:
         UserError: SAM was not trained on this plan, or its checkpoint does not fit; a file of pairs cannot be read.
     """
+    if partners is None:
+        return None
     path = folder / PAIRS
     if rank() == 0 and (anew or not path.exists()):
-        matcher = None if embeddings is None else usable_matcher(embeddings, plan, store, device, autocast, say)
-        write_pairs(path, make_pairs(store, matcher, BodyBoxMatcher(store), seed, say))
+        matcher = None
+        if partners == "sam":
+            embeddings = stage_folder(folder.parents[2], run.plan, find_stage(SAM)[1], run.configuration) / FINAL
+            matcher = usable_matcher(embeddings, run.plan, store, device, autocast, say)
+        write_pairs(path, make_pairs(store, matcher, BodyBoxMatcher(store), run.seed, say))
     if is_distributed():
         dist.barrier()
     pairs = read_pairs(path)

@@ -1,33 +1,24 @@
-"""Runs the stages of a pretext method in order, on one process or several, going on where an earlier run stopped."""
+"""Runs the stages of a pretext method in order, going on where an earlier run stopped."""
 
-import os
 import shutil
-import socket
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from datetime import timedelta
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from nnssl.checkpoint import read_checkpoint
+from nnssl.checkpoint import FINAL, read_checkpoint
 from nnssl.data.jobs import default_processes
 from nnssl.data.raw import find_dataset
 from nnssl.errors import UserError
 from nnssl.export.source import open_source
 from nnssl.files import read_json
-from nnssl.methods import Method, Stage, find_method
-from nnssl.methods.settings import resolve_stage, split_overrides
+from nnssl.methods import Method, find_method
+from nnssl.methods.settings import split_overrides
 from nnssl.paths import Folders
 from planners.plan import PLANS_NAME, Plan, read_plan
-from trainers import pretext
-from trainers.pretrain_trainer import FINAL, LATEST, PretrainTrainer, RunOptions, check_same_run, plain_settings
+from trainers.launch import StageJob, is_first_process, launch, number_of_processes
 from trainers.probe_run import CASES, ProbeOptions, prepare_probe
-
-LONGEST_WAIT = timedelta(hours=24)
-"""Of processes for the first one, which alone pairs and examines whole scans."""
+from trainers.stage_run import RunOptions, StageRun, check_same_run, resolve_run
 
 
 def pretrain(
@@ -84,43 +75,38 @@ def pretrain(
     path = find_plan(folders, dataset_name, plans_name, say)
     plan = read_plan(path)
     configuration = choose_configuration(method, plan, configuration)
-    given = split_overrides(overrides, {stage.name: stage.load() for stage in method.stages})
-    wanted = [stage for stage in method.stages if stages is None or stage.name in stages]
-    chosen = needed_stages(wanted, plan, configuration, given)
-    for stage in wanted:
-        if stage not in chosen:
+    runs = needed_runs(method, plan, configuration, stages, overrides, seed)
+    for stage in method.stages:
+        if (stages is None or stage.name in stages) and stage not in [run.stage for run in runs]:
             say(f"{stage.name}: left out, nothing asks for it with these settings")
     if init is not None:
         open_source(init)
-    # what only prepares another stage does not hand its weights on
-    begun = next((stage for stage in reversed(chosen) if stage.fresh), chosen[0])
-    if restart and (not launched() or os.environ["RANK"] == "0"):
-        _remove([stage_folder(folders, plan, stage, configuration) for stage in chosen], say)
+    if restart and is_first_process():
+        _remove([run.folder(folders.results) for run in runs], say)
     probed = None
     if probe is not None:
         probed = _prepare_probe(probe, plan, configuration, folders, probe_cases, probe_every, say)
-    for index, stage in enumerate(chosen):
-        own = stage.runs_in(configuration)
+    # what only prepares another stage does not hand its weights on
+    begun = next((run for run in reversed(runs) if run.stage.fresh), runs[0])
+    for run in runs:
+        folder = run.folder(folders.results)
+        if is_finished(folders.results, run):
+            say(f"{run.stage.name}: finished before, {folder / FINAL}")
+            continue
+        say(f"{run.stage.name}: {folder}")
         options = RunOptions(
-            tuple(given[stage.name]),
-            init if stage == begun else None,
+            run.overrides,
+            init if run is begun else None,
             seed,
             workers,
-            alone=index == 0 and stage != method.stages[0],
-            probe=probed if own == configuration else None,
+            alone=run is runs[0] and run.stage != method.stages[0],
+            probe=probed if run.configuration == configuration else None,
         )
-        folder = stage_folder(folders, plan, stage, configuration)
-        if is_finished(folder, plan, stage, configuration, options):
-            say(f"{stage.name}: finished before, {folder / FINAL}")
-            continue
-        say(f"{stage.name}: {folder}")
-        _launch(path, plan, stage, own, options, device, processes)
-    return stage_folder(folders, plan, chosen[-1], configuration) / FINAL
-
-
-def launched() -> bool:
-    """Return whether torchrun started this process, perhaps on several nodes."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
+        count = number_of_processes(processes)
+        if count > 1:
+            check_batch(run, count)
+        launch(StageJob(path, run.stage.trainer, run.configuration, options, device), count)
+    return runs[-1].folder(folders.results) / FINAL
 
 
 def _remove(results: Sequence[Path], say: Callable[[str], None]) -> None:
@@ -143,29 +129,8 @@ def _prepare_probe(
         raise UserError(
             f"--probe {probe}: reads feature maps of a U-Net, which {configuration} has not; leave it out or take another -c"
         )
-    name = find_dataset(probe, folders)
-    return prepare_probe(name, plan, configuration, folders, cases, every, default_processes(), say)
-
-
-def _launch(
-    path: Path,
-    plan: Plan,
-    stage: Stage,
-    configuration: str,
-    options: RunOptions,
-    device: torch.device,
-    processes: int,
-) -> None:
-    """Run a stage in this process, in the group that torchrun made, or in processes of its own."""
-    if launched():
-        own_rank, local_rank, all_ranks = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-        check_batch(plan, stage, configuration, options, all_ranks)
-        run_in_group(own_rank, local_rank, all_ranks, path, stage.trainer, configuration, options, device)
-    elif processes > 1:
-        check_batch(plan, stage, configuration, options, processes)
-        _spawn(processes, path, stage.trainer, configuration, options, device)
-    else:
-        run_stage(path, stage.trainer, configuration, options, device)
+    dataset_name = find_dataset(probe, folders)
+    return prepare_probe(dataset_name, plan, configuration, folders, cases, every, default_processes(), say)
 
 
 def find_plan(folders: Folders, dataset_name: str | None, plans_name: str, say: Callable[[str], None]) -> Path:
@@ -215,135 +180,59 @@ def choose_configuration(method: Method, plan: Plan, wanted: str | None) -> str:
     return wanted
 
 
-def needed_stages(
-    stages: Sequence[Stage], plan: Plan, configuration: str, given: Mapping[str, Sequence[str]]
-) -> list[Stage]:
-    """Return the stages without those that later ones have no use for under their settings.
+def needed_runs(
+    method: Method,
+    plan: Plan,
+    configuration: str,
+    stages: Sequence[str] | None,
+    overrides: Sequence[str],
+    seed: int,
+) -> list[StageRun]:
+    """Return the runs of a method's stages, without those that later ones have no use for under their settings.
 
     Args:
-        stages: of one method, in order.
+        method: whose stages are run.
         plan: of the data set.
         configuration: that the method was asked to run in.
-        given: overrides by stage.
+        stages: names of the stages to run, None for all.
+        overrides: settings as ``key=value``, or ``stage.key=value`` for one stage only.
+        seed: of the runs.
 
     Raises:
         UserError: a setting is wrong, or the plan has no schedule for a stage.
     """
-    spared: set[str] = set()
-    for stage in stages:
-        implementation = stage.load()
-        planned = plan.configuration(stage.runs_in(configuration))
-        settings, _ = resolve_stage(implementation, planned, stage.name, given[stage.name])
-        spared.update(implementation.spares(settings))
-    return [stage for stage in stages if stage.name not in spared]
+    given = split_overrides(overrides, {stage.name: stage.load() for stage in method.stages})
+    wanted = [stage for stage in method.stages if stages is None or stage.name in stages]
+    runs = [resolve_run(plan, stage, configuration, given[stage.name], seed) for stage in wanted]
+    spared = {name for run in runs for name in run.stage.load().spares(run.settings)}
+    return [run for run in runs if run.stage.name not in spared]
 
 
-def stage_folder(folders: Folders, plan: Plan, stage: Stage, configuration: str) -> Path:
-    """Return the results folder of a stage of a method that was asked to run in a configuration."""
-    name = f"{stage.trainer}__{plan.name}__{stage.runs_in(configuration)}"
-    return folders.results / plan.dataset_name / name / "fold_all"
-
-
-def is_finished(folder: Path, plan: Plan, stage: Stage, configuration: str, options: RunOptions) -> bool:
-    """Return whether a stage's folder holds its final checkpoint; arguments as ``stage_folder``.
+def is_finished(results: Path, run: StageRun) -> bool:
+    """Return whether nnU-Net's folder of results holds the final checkpoint of a run.
 
     Raises:
-        UserError: it does, of a run with another plan or other settings.
+        UserError: it holds that of a run with another plan or other settings.
     """
-    final = folder / FINAL
+    final = run.folder(results) / FINAL
     if not final.exists():
         return False
-    _, provenance = read_checkpoint(final)
-    own = stage.runs_in(configuration)
-    settings = resolve_stage(stage.load(), plan.configuration(own), stage.name, options.overrides)
-    check_same_run(final, provenance, plan, own, stage.name, plain_settings(*settings), options.seed)
+    check_same_run(final, read_checkpoint(final)[1], run)
     return True
 
 
-def check_batch(plan: Plan, stage: Stage, configuration: str, options: RunOptions, processes: int) -> None:
+def check_batch(run: StageRun, processes: int) -> None:
     """Check that the global batch can be shared out evenly.
 
     Raises:
         UserError: it cannot.
     """
-    settings, _ = resolve_stage(stage.load(), plan.configuration(configuration), stage.name, options.overrides)
-    batch = settings.training.batch_size
-    unit = processes * stage.batch_multiple
+    batch = run.settings.training.batch_size
+    unit = processes * run.stage.batch_multiple
     if batch % unit:
         nearest = max(unit, batch - batch % unit)
-        each = "" if stage.batch_multiple == 1 else f", a multiple of {stage.batch_multiple} for each"
+        each = "" if run.stage.batch_multiple == 1 else f", a multiple of {run.stage.batch_multiple} for each"
         raise UserError(
-            f"batch_size {batch} of {stage.name} cannot be shared evenly by {processes} processes{each}; "
+            f"batch_size {batch} of {run.stage.name} cannot be shared evenly by {processes} processes{each}; "
             f"--set batch_size={nearest}"
         )
-
-
-def run_stage(path: Path, trainer_name: str, configuration: str, options: RunOptions, device: torch.device) -> None:
-    """Run one stage in this process, going on from its last checkpoint if there is one.
-
-    Args:
-        path: of the plan.
-        trainer_name: class in ``trainers.pretext``.
-        configuration: of the plan.
-        options: of the run.
-        device: where to train.
-    """
-    trainer_class: type[PretrainTrainer] = getattr(pretext, trainer_name)
-    plans: dict[str, Any] = read_json(path, "plan")
-    plans["continue_training"] = True
-    dataset_json = read_json(path.parent / "dataset.json", "description of the data set")
-    trainer = trainer_class(plans, configuration, "all", dataset_json, device)
-    trainer.options = options
-    latest = Path(trainer.output_folder) / LATEST
-    if latest.exists():
-        trainer.load_checkpoint(str(latest))
-    trainer.run_training()
-
-
-def _spawn(
-    processes: int, path: Path, trainer: str, configuration: str, options: RunOptions, device: torch.device
-) -> None:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(
-        _run_rank, args=(processes, port, path, trainer, configuration, replace(options), device), nprocs=processes
-    )
-
-
-def _run_rank(
-    rank: int,
-    processes: int,
-    port: int,
-    path: Path,
-    trainer: str,
-    configuration: str,
-    options: RunOptions,
-    device: torch.device,
-) -> None:
-    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    run_in_group(rank, rank, processes, path, trainer, configuration, options, device)
-
-
-def run_in_group(
-    rank: int,
-    local_rank: int,
-    processes: int,
-    path: Path,
-    trainer: str,
-    configuration: str,
-    options: RunOptions,
-    device: torch.device,
-) -> None:
-    """Join the process group (``MASTER_ADDR`` and ``MASTER_PORT`` are set) and run one stage as one of its processes."""
-    if device.type == "cuda":
-        torch.cuda.set_device(local_rank)
-        device = torch.device("cuda", local_rank)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=rank, world_size=processes, timeout=LONGEST_WAIT)
-    try:
-        run_stage(path, trainer, configuration, options, device)
-        # the first process has written what the next stage reads
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()

@@ -9,10 +9,9 @@ resume; the pretext stage declares the rest (``nnssl.methods.protocol``).
 """
 
 import math
-import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from time import perf_counter, time
 from typing import Any, ClassVar
@@ -20,60 +19,33 @@ from typing import Any, ClassVar
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-import nnssl
-from nnssl.checkpoint import Provenance, read_checkpoint, to_plain, write_checkpoint
-from nnssl.collapse import collapse_warning, effective_rank, feature_std
+from nnssl.checkpoint import FINAL, LATEST, read_checkpoint, to_plain, write_checkpoint
 from nnssl.data.case_store import CaseStore
-from nnssl.data.loader import PatchBatch, make_loader
-from nnssl.data.patch_pairs import PairTable
-from nnssl.distributed import is_distributed, mean_over_ranks, rank, world_size
+from nnssl.data.loader import PatchBatch, default_workers, make_loader
+from nnssl.distributed import average_gradients, rank, world_size
 from nnssl.draws import sample_generators
 from nnssl.errors import UserError
 from nnssl.files import write_json
-from nnssl.methods import SAM, Stage, find_stage
+from nnssl.methods import find_stage
 from nnssl.methods.protocol import PretextMethod, StepOutput
-from nnssl.methods.settings import describe_settings, resolve_stage
 from nnssl.momentum import update_teacher
 from nnssl.networks.backbone import build_network, parts_to_compile, seeded
 from planners.plan import plan_from_dict
-from trainers.adapted_weights import start_network
-from trainers.continuation import check_same_run, plain_settings
-from trainers.optimisation import learning_rate_factor, make_optimizer, set_learning_rate
+from trainers.epoch import Epoch, mean_of_steps
+from trainers.initial_weights import load_initial_weights
+from trainers.optimisation import learning_rate_factor, make_optimizer, set_learning_rate, step_optimizer
 from trainers.pairing import EXAMINATION, pairs_of_run
 from trainers.precision import choose_precision
-from trainers.probe_run import BEST, KEY, ProbeOptions, ProbeRun
-from trainers.progress import collect_metrics, plot_progress, write_metrics
+from trainers.probe_run import BEST, KEY, ProbeRun
+from trainers.progress import METRICS_CSV, collect_metrics, last_values, log_epoch, plot_progress, write_metrics
+from trainers.run_record import describe_run, opening_lines, provenance_of
 from trainers.run_state import network_weights, read_state, run_state
+from trainers.stage_run import RunOptions, check_same_run, resolve_run
 from trainers.stopping import TERMINATED, StopRequest
 
-LATEST, FINAL = "checkpoint_latest.pth", "checkpoint_final.pth"
-EMBEDDINGS_KEPT = 1024
-"""Embeddings of an epoch's last steps that the collapse monitors look at."""
 SAVING_SHARE = 0.05
 """Writing checkpoints may take this share of the time."""
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What the command line says of a run beyond the plan.
-
-    Attributes:
-        overrides: settings as ``key=value``.
-        init: checkpoint whose network weights the first stage starts from.
-        seed: of weights and of every draw.
-        workers: processes that read patches; None to choose.
-        alone: start a later stage from random weights, not from those of the stage before it.
-        probe: labelled cases for the online probe; None for no probe. Changes nothing of the training.
-    """
-
-    overrides: tuple[str, ...] = ()
-    init: Path | None = None
-    seed: int = 0
-    workers: int | None = None
-    alone: bool = False
-    probe: ProbeOptions | None = None
 
 
 class PretrainTrainer(nnUNetTrainer):
@@ -113,14 +85,18 @@ class PretrainTrainer(nnUNetTrainer):
         self.method: PretextMethod
         self.dataloader_train: Iterator[PatchBatch] | None = None
         self.current_step = 0
+        self.epoch = Epoch()
         self.cases: tuple[str, ...] = ()
         self.probe: ProbeRun | None = None
         self._probe_state: dict[str, Any] | None = None
-        self.records: list[dict[str, Any]] = []
-        self.embeddings: list[Tensor] = []
+        self._warning: str | None = None
         self._last_save = time()
-        self._collapse: str | None = None
         self._save_seconds = 0.0
+
+    @property
+    def folder(self) -> Path:
+        """Where the stage leaves its results."""
+        return Path(self.output_folder)
 
     # ---------------------------------------------------------------- set-up
 
@@ -128,21 +104,20 @@ class PretrainTrainer(nnUNetTrainer):
         """Resolve settings, build network, stage, optimizer and the wrapper for several processes."""
         if self.was_initialized:
             raise RuntimeError("the trainer was initialized before")
-        implementation = self.stage_entry.load()
-        self.settings, self.origins = resolve_stage(
-            implementation, self.configuration, self.stage, self.options.overrides
-        )
-        self.training = self.settings.training
+        seed = self.options.seed
+        self.run = resolve_run(self.plan, self.stage_entry, self.configuration_name, self.options.overrides, seed)
+        self.training = self.run.settings.training
         self.num_epochs = self.training.epochs
         self.num_iterations_per_epoch = self.training.iterations_per_epoch
         self.num_input_channels = len(self.configuration_manager.normalization_schemes)
         architecture = self.configuration_manager.configuration["architecture"]
         heads = self.label_manager.num_segmentation_heads
-        self.network = build_network(architecture, self.num_input_channels, heads, self.options.seed)
-        self.init_from = self._load_initial_weights()
-        self.method = seeded(
-            lambda: implementation(self.network, self.settings, self.configuration), self.options.seed, self.stage
+        self.network = build_network(architecture, self.num_input_channels, heads, seed)
+        self.init = load_initial_weights(
+            self.network, self.run, self.options, self.folder.parents[2], self.dataset_json, self.print_to_log_file
         )
+        make = self.stage_entry.load()
+        self.method = seeded(lambda: make(self.network, self.run.settings, self.configuration), seed, self.stage)
         self.precision = choose_precision(self.device)
         self.method.to(self.device)
         self.network.to(self.device)
@@ -151,73 +126,31 @@ class PretrainTrainer(nnUNetTrainer):
         if not self.precision.scaler:
             self.grad_scaler = None
         if self._do_i_compile():
-            self._compile()
-        self.parallel = self._wrap_for_processes()
+            # a graph that cannot be compiled runs as it is, and torch says so once
+            torch._dynamo.config.suppress_errors = True
+            for part in parts_to_compile(self.network):
+                part.compile()
+        self.parallel = average_gradients(self.method, self.device)
         self.was_initialized = True
 
-    def previous_stage_checkpoint(self) -> Path | None:
-        """Return where the stage before this one left its weights; None for the first stage, and for one that runs alone."""
-        stages = self.method_entry.stages
-        index = stages.index(self.stage_entry)
-        if index == 0 or self.options.alone or self.stage_entry.fresh:
-            return None
-        return self.checkpoint_of(stages[index - 1])
-
-    def checkpoint_of(self, stage: Stage) -> Path:
-        """Return where another stage of this plan leaves its weights."""
-        name = f"{stage.trainer}__{self.plans_manager.plans_name}__{stage.runs_in(self.configuration_name)}"
-        return Path(self.output_folder_base).parent / name / "fold_all" / FINAL
-
-    def _load_initial_weights(self) -> str | None:
-        source = self.options.init or self.previous_stage_checkpoint()
-        if source is None:
-            return None
-        if not source.exists():
-            raise UserError(
-                f"{source}: {self.stage} starts from these weights; run nnssl_pretrain -m {self.method_entry.name}, or name "
-                "other weights with --init"
-            )
-        if self.options.init is not None:
-            # positions and channels may differ where all shapes agree, so these are always fitted
-            start_network(
-                source,
-                self.network,
-                self.plans_manager.plans,
-                self.configuration_name,
-                self.dataset_json,
-                self.print_to_log_file,
-            )
-            return str(source)
-        found = read_checkpoint(source)[0]["network_weights"]
-        wanted = {name: value for name, value in self.network.state_dict().items() if ".seg_layers." not in name}
-        if not all(name in found and found[name].shape == value.shape for name, value in wanted.items()):
-            raise UserError(
-                f"{source}: does not fit {self.configuration_name} of {self.plan.dataset_name}; --restart pretrains the stage "
-                "before again"
-            )
-        missing = self.network.load_state_dict({name: found[name] for name in wanted}, strict=False)
-        assert not missing.unexpected_keys
-        return str(source)
-
-    def _compile(self) -> None:
-        # a graph that cannot be compiled runs as it is, and torch says so once
-        torch._dynamo.config.suppress_errors = True
-        for part in parts_to_compile(self.network):
-            part.compile()
-
-    def _wrap_for_processes(self) -> torch.nn.Module:
-        if not is_distributed():
-            return self.method
-        devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(self.method, device_ids=devices, broadcast_buffers=False)
+    def _autocast(self) -> AbstractContextManager:
+        return self.precision.autocast(self.device)
 
     def get_dataloaders(self) -> tuple[Iterator[PatchBatch], None]:
         """Return the patches from the current step to the end of the stage; there is no validation part."""
         store = self._store()
         self.cases = tuple(sorted({*self.cases, *store.names}))
         workers = self.options.workers
-        if workers is None:
-            workers = _default_workers(self.device)
+        pairs = pairs_of_run(
+            self.folder,
+            store,
+            self.method.partners(),
+            self.run,
+            anew=self.current_step == 0,
+            device=self.device,
+            autocast=self._autocast,
+            say=self.print_to_log_file,
+        )
         return iter(
             make_loader(
                 store,
@@ -229,27 +162,11 @@ class PretrainTrainer(nnUNetTrainer):
                 last_step=self.training.total_steps,
                 rank=rank(),
                 world_size=world_size(),
-                num_workers=workers,
+                num_workers=default_workers(self.device) if workers is None else workers,
                 pin_memory=self.device.type == "cuda",
-                pairs=self._pairs(store),
+                pairs=pairs,
             )
         ), None
-
-    def _pairs(self, store: CaseStore) -> PairTable | None:
-        partners = self.method.partners()
-        if partners is None:
-            return None
-        return pairs_of_run(
-            Path(self.output_folder),
-            store,
-            None if partners == "body_box" else self.checkpoint_of(find_stage(SAM)[1]),
-            self.plan,
-            self.options.seed,
-            anew=self.current_step == 0,
-            device=self.device,
-            autocast=lambda: self.precision.autocast(self.device),
-            say=self.print_to_log_file,
-        )
 
     def _store(self) -> CaseStore:
         return CaseStore(Path(self.preprocessed_dataset_folder_base) / self.configuration.case_folder)
@@ -277,18 +194,50 @@ class PretrainTrainer(nnUNetTrainer):
                 self.current_epoch = self.current_step // steps
                 if self.current_step % steps == 0:
                     self.on_epoch_start()
-                    self.on_train_epoch_start()
                 started = perf_counter()
                 batch = next(self.dataloader_train)
                 waited = perf_counter() - started
                 record = self.train_step(batch)
-                self.records.append({**record, "seconds_waiting": waited, "seconds": perf_counter() - started})
+                seconds = perf_counter() - started
+                self.epoch.records.append({**record, "seconds_waiting": waited, "seconds": seconds})
                 self.current_step += 1
                 if self.current_step % steps == 0:
-                    self.on_train_epoch_end(self.records)
+                    self.on_train_epoch_end(self.epoch.records)
                     self.on_epoch_end()
                 if stop.agreed(self.current_step, self.device):
                     self._save_and_exit()
+
+    def train_step(self, batch: PatchBatch) -> dict[str, Tensor]:
+        """Run one step: views, losses, backward, optimizer, moving average, queue.
+
+        Returns:
+            Detached scalars by name, left on the device so that the step does not wait for them.
+        """
+        progress = batch.step / self.training.total_steps
+        rate = self.training.learning_rate * learning_rate_factor(self.training, batch.step)
+        set_learning_rate(self.optimizer, rate)
+        volumes: Any = batch.volumes.to(self.device, non_blocking=True)
+        volumes = self.precision.lay_out(volumes, len(self.configuration.patch_size))
+        generators = sample_generators(self.options.seed, f"{self.stage}/views", batch.step, batch.samples)
+        with torch.no_grad():
+            views = self.method.make_views(volumes, generators)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            output: StepOutput = self.parallel(views, progress)
+        total = torch.stack([loss.float() for loss in output.losses.values()]).sum()
+        norm = step_optimizer(total, self.optimizer, self.grad_scaler, self.training.gradient_clip)
+        for student, teacher in self.method.momentum_pairs():
+            update_teacher(student, teacher, self.method.momentum(progress))
+        self.method.after_step(output.carry)
+        if output.embeddings is not None:
+            self.epoch.keep(output.embeddings)
+        parts = {f"loss_{name}": loss.detach() for name, loss in output.losses.items()}
+        return {"loss": total.detach(), **parts, **output.monitors, "gradient_norm": norm}
+
+    def _save_and_exit(self) -> None:
+        self.save_checkpoint(str(self.folder / LATEST))
+        self.print_to_log_file(f"Asked to stop: saved at step {self.current_step}; run the same command again to go on")
+        raise SystemExit(TERMINATED)
 
     def _end_readers(self) -> None:
         # after an error the traceback keeps the iterator alive, and with it readers that the interpreter waits for
@@ -297,22 +246,29 @@ class PretrainTrainer(nnUNetTrainer):
             shut_down()
         self.dataloader_train = None
 
+    # ---------------------------------------------------------------- before, between and after the epochs
+
     def on_train_start(self) -> None:
         """Start the loader, and write what says what is about to run."""
         if not self.was_initialized:
             self.initialize()
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
         self.method.train()
-        if self.local_rank == 0:
-            base = Path(self.output_folder_base)
-            write_json(base / "plans.json", self.plans_manager.plans)
-            write_json(base / "dataset.json", self.dataset_json)
-            fingerprint = Path(self.preprocessed_dataset_folder_base) / "dataset_fingerprint.json"
-            if fingerprint.exists():
-                shutil.copyfile(fingerprint, base / fingerprint.name)
-            write_json(Path(self.output_folder) / "run.json", self.describe())
-            self._log_start()
-            self._start_probe()
+        if self.local_rank != 0:
+            return
+        base = self.folder.parent
+        write_json(base / "plans.json", self.plans_manager.plans)
+        write_json(base / "dataset.json", self.dataset_json)
+        fingerprint = Path(self.preprocessed_dataset_folder_base) / "dataset_fingerprint.json"
+        if fingerprint.exists():
+            shutil.copyfile(fingerprint, base / fingerprint.name)
+        write_json(self.folder / "run.json", describe_run(self.run, self.init, self.device, self.precision))
+        lines, settings = opening_lines(self.run, self.method, self.current_step, self.device, self.precision)
+        for line in lines:
+            self.print_to_log_file(line)
+        for line in settings:
+            self.print_to_log_file(line, also_print_to_console=False)
+        self._start_probe()
 
     def _start_probe(self) -> None:
         if self.options.probe is None:
@@ -328,139 +284,40 @@ class PretrainTrainer(nnUNetTrainer):
         """Probe after so many epochs if it is due, and keep the best weights; NaN if it is not."""
         if self.probe is None or not self.probe.is_due(finished_epochs):
             return math.nan
-        with self.precision.autocast(self.device):
+        with self._autocast():
             dice = self.probe.measure(self.network, finished_epochs)
         self.print_to_log_file(self.probe.describe())
-        write_json(Path(self.output_folder) / "probe.json", self.probe.state())
+        write_json(self.folder / "probe.json", self.probe.state())
         if finished_epochs and self.probe.best["epochs"] == finished_epochs:
-            self.save_checkpoint(str(Path(self.output_folder) / BEST), leaves=True)
+            self.save_checkpoint(str(self.folder / BEST), leaves=True)
         return dice
-
-    def describe(self) -> dict[str, Any]:
-        """Return what ``run.json`` holds: everything that decides the run, with the origin of every setting."""
-        return to_plain(
-            {
-                "nnssl_version": nnssl.__version__,
-                "stage": self.stage,
-                "dataset": self.plan.dataset_name,
-                "plan": self.plan.name,
-                "configuration": self.configuration_name,
-                "seed": self.options.seed,
-                "init": self.init_from,
-                "device": str(self.device),
-                "precision": self.precision.name,
-                "processes": world_size(),
-                "settings": describe_settings(self.settings, self.origins),
-            }
-        )
-
-    def _log_start(self) -> None:
-        trained = sum(p.numel() for p in self.method.parameters() if p.requires_grad)
-        self.print_to_log_file(f"Pretext stage {self.stage} on {self.plan.dataset_name}, {self.configuration_name}")
-        self.print_to_log_file(
-            f"{self.training.epochs} epochs of {self.training.iterations_per_epoch} steps, batch {self.training.batch_size}, "
-            f"{trained / 1e6:.2f} M trained parameters, {self.precision.name} on {self.device}"
-        )
-        if self.current_step:
-            self.print_to_log_file(f"Going on at step {self.current_step} of {self.training.total_steps}")
-        for key, entry in describe_settings(self.settings, self.origins).items():
-            self.print_to_log_file(f"  {key} = {entry['value']} ({entry['origin']})", also_print_to_console=False)
-
-    def on_train_epoch_start(self) -> None:
-        """Begin the records of an epoch."""
-        self.records, self.embeddings = [], []
-
-    def train_step(self, batch: PatchBatch) -> dict[str, Tensor]:
-        """Run one step: views, losses, backward, optimizer, moving average, queue.
-
-        Returns:
-            Detached scalars by name, left on the device so that the step does not wait for them.
-        """
-        progress = self.current_step / self.training.total_steps
-        rate = self.training.learning_rate * learning_rate_factor(self.training, self.current_step)
-        set_learning_rate(self.optimizer, rate)
-        volumes: Any = batch.volumes.to(self.device, non_blocking=True)
-        volumes = self.precision.lay_out(volumes, len(self.configuration.patch_size))
-        generators = sample_generators(self.options.seed, f"{self.stage}/views", self.current_step, batch.samples)
-        with torch.no_grad():
-            views = self.method.make_views(volumes, generators)
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.precision.autocast(self.device):
-            output: StepOutput = self.parallel(views, progress)
-        total = torch.stack([loss.float() for loss in output.losses.values()]).sum()
-        norm = self._backward(total)
-        for student, teacher in self.method.momentum_pairs():
-            update_teacher(student, teacher, self.method.momentum(progress))
-        self.method.after_step(output.carry)
-        if output.embeddings is not None:
-            self._keep_embeddings(output.embeddings.detach().float())
-        parts = {f"loss_{name}": loss.detach() for name, loss in output.losses.items()}
-        return {"loss": total.detach(), **parts, **output.monitors, "gradient_norm": norm}
-
-    def _backward(self, total: Tensor) -> Tensor:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        if self.grad_scaler is None:
-            total.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.training.gradient_clip)
-            self.optimizer.step()
-            return norm
-        self.grad_scaler.scale(total).backward()
-        self.grad_scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.training.gradient_clip)
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
-        return norm
-
-    def _keep_embeddings(self, embeddings: Tensor) -> None:
-        self.embeddings.append(embeddings)
-        while sum(map(len, self.embeddings[1:])) >= EMBEDDINGS_KEPT:
-            self.embeddings.pop(0)
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Log the means of the epoch over steps and processes, and the collapse monitors."""
-        means = {
-            key: torch.stack([torch.as_tensor(r[key]).float().cpu() for r in train_outputs]).mean()
-            for key in train_outputs[0]
-        }
-        values = {key: float(mean_over_ranks(value.to(self.device))) for key, value in means.items()}
-        if not torch.isfinite(torch.tensor(values["loss"])):
+        values = mean_of_steps(train_outputs, self.training.batch_size, self.device)
+        if not math.isfinite(values["loss"]):
             raise RuntimeError(
                 f"the loss of epoch {self.current_epoch} is {values['loss']}; the last checkpoint is intact"
             )
-        seconds = values.pop("seconds")
-        values["data_wait_share"] = values.pop("seconds_waiting") / seconds
-        values["patches_per_second"] = self.training.batch_size / seconds
-        if self.embeddings:
-            embeddings = torch.cat(self.embeddings)
-            values["feature_std"] = float(feature_std(embeddings))
-            values["effective_rank"] = float(effective_rank(embeddings))
-            self._collapse = collapse_warning(values["feature_std"], values["effective_rank"], embeddings.shape[1])
-        logged = self.logger.local_logger.my_fantastic_logging
-        if self.options.probe is not None or KEY in logged:
-            logged.setdefault(KEY, [math.nan] * self.current_epoch)
-            values[KEY] = self._run_probe(self.current_epoch + 1)
-        self.logger.log("train_losses", values["loss"], self.current_epoch)
-        self.logger.log("lrs", float(self.optimizer.param_groups[0]["lr"]), self.current_epoch)
-        for key, value in values.items():
-            logged.setdefault(key, [])
-            self.logger.log(key, value, self.current_epoch)
+        monitors, self._warning = self.epoch.collapse()
+        if self.options.probe is not None or KEY in self.logger.get_checkpoint():
+            values = {KEY: self._run_probe(self.current_epoch + 1), **values}
+        log_epoch(self.logger, self.current_epoch, values | monitors, self.optimizer.param_groups[0]["lr"])
 
     def on_epoch_end(self) -> None:
         """Print the epoch, write table, figure and, when due, a checkpoint."""
         self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
-        self.records, self.embeddings = [], []
+        self.epoch = Epoch()
         metrics = self.metrics()
-        last = {key: values[-1] for key, values in metrics.items()}
-        shown = ", ".join(f"{key} {last[key]:.4g}" for key in last if key != "loss")
-        self.print_to_log_file(f"Epoch {self.current_epoch}: loss {last['loss']:.4f} ({shown})")
-        if self._collapse:
-            self.print_to_log_file(self._collapse)
+        self.print_to_log_file(f"Epoch {self.current_epoch}: {last_values(metrics)}")
+        if self._warning:
+            self.print_to_log_file(self._warning)
         if self.local_rank == 0:
-            write_metrics(Path(self.output_folder) / "metrics.csv", metrics)
+            write_metrics(self.folder / METRICS_CSV, metrics)
         due = time() - self._last_save > self._save_seconds / SAVING_SHARE
         if due and self.current_step < self.training.total_steps:
             self._draw_progress()
-            self.save_checkpoint(str(Path(self.output_folder) / LATEST))
+            self.save_checkpoint(str(self.folder / LATEST))
 
     def metrics(self) -> dict[str, list[float]]:
         """Return one value per finished epoch for every metric that was logged."""
@@ -469,33 +326,27 @@ class PretrainTrainer(nnUNetTrainer):
     def _draw_progress(self) -> None:
         if self.local_rank == 0:
             title = f"{self.stage}, {self.plan.dataset_name}, {self.configuration_name}"
-            plot_progress(Path(self.output_folder) / "progress.png", title, self.metrics())
+            plot_progress(self.folder / "progress.png", title, self.metrics())
 
     def on_train_end(self) -> None:
         """Write the final checkpoint, from which the weights leave, after what the stage says of itself."""
         self._draw_progress()
         self._examine()
-        self.save_checkpoint(str(Path(self.output_folder) / FINAL))
+        self.save_checkpoint(str(self.folder / FINAL))
         if self.local_rank == 0:
-            (Path(self.output_folder) / LATEST).unlink(missing_ok=True)
-        self.print_to_log_file(f"Stage {self.stage} done: {Path(self.output_folder) / FINAL}")
+            (self.folder / LATEST).unlink(missing_ok=True)
+        self.print_to_log_file(f"Stage {self.stage} done: {self.folder / FINAL}")
 
     def _examine(self) -> None:
         examine = self.stage_entry.load_examination()
         if examine is None or self.local_rank != 0:
             return
-        self.save_checkpoint(str(Path(self.output_folder) / LATEST))  # nothing of the training is lost if this fails
+        self.save_checkpoint(str(self.folder / LATEST))  # nothing of the training is lost if this fails
         self.method.eval()
-        autocast = lambda: self.precision.autocast(self.device)  # noqa: E731
-        content, lines = examine(self.method, self._store(), self.options.seed, self.device, autocast)
-        write_json(Path(self.output_folder) / EXAMINATION, to_plain(content))
+        content, lines = examine(self.method, self._store(), self.options.seed, self.device, self._autocast)
+        write_json(self.folder / EXAMINATION, to_plain(content))
         for line in lines:
             self.print_to_log_file(line)
-
-    def _save_and_exit(self) -> None:
-        self.save_checkpoint(str(Path(self.output_folder) / LATEST))
-        self.print_to_log_file(f"Asked to stop: saved at step {self.current_step}; run the same command again to go on")
-        raise SystemExit(TERMINATED)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -509,9 +360,12 @@ class PretrainTrainer(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             return
         started = time()
-        finished = self.current_step == self.training.total_steps
+        exported = self.method.exported()
+        provenance = provenance_of(
+            self.run, self.dataset_json, self.init, self.current_step, exported.pretrained, self.cases
+        )
         content = {
-            "network_weights": network_weights(self.network, self.method.exported() if finished or leaves else None),
+            "network_weights": network_weights(self.network, exported if provenance.finished or leaves else None),
             "optimizer_state": self.optimizer.state_dict(),
             "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
             "logging": self.logger.get_checkpoint(),
@@ -522,31 +376,10 @@ class PretrainTrainer(nnUNetTrainer):
             "trainer_name": "nnUNetTrainer",
             "inference_allowed_mirroring_axes": None,
         }
-        state = run_state(self.network, self.method, self.records, self.embeddings)
-        state["probe"] = self.probe.state(chose_weights=leaves) if self.probe else self._probe_state
-        write_checkpoint(Path(filename), content, self._provenance(finished), state)
+        probed = self.probe.state(chose_weights=leaves) if self.probe else self._probe_state
+        write_checkpoint(Path(filename), content, provenance, run_state(self.network, self.method, self.epoch, probed))
         if not leaves:
             self._last_save, self._save_seconds = time(), time() - started
-
-    def _provenance(self, finished: bool) -> Provenance:
-        return Provenance(
-            nnssl_version=nnssl.__version__,
-            method=self.method_entry.name,
-            stage=self.stage,
-            dataset_name=self.plan.dataset_name,
-            plans_name=self.plan.name,
-            configuration=self.configuration_name,
-            plans=self.plans_manager.plans,
-            dataset_json=self.dataset_json,
-            settings=plain_settings(self.settings, self.origins),
-            seed=self.options.seed,
-            step=self.current_step,
-            total_steps=self.training.total_steps,
-            finished=finished,
-            pretrained=self.method.exported().pretrained,
-            init=self.init_from,
-            cases=self.cases,
-        )
 
     def load_checkpoint(self, filename_or_checkpoint: str | dict) -> None:
         """Go on from a checkpoint of the same stage, plan and settings.
@@ -558,25 +391,15 @@ class PretrainTrainer(nnUNetTrainer):
             self.initialize()
         path = Path(str(filename_or_checkpoint))
         content, provenance = read_checkpoint(path)
-        check_same_run(
-            path,
-            provenance,
-            self.plan,
-            self.configuration_name,
-            self.stage,
-            plain_settings(self.settings, self.origins),
-            self.options.seed,
-        )
-
-        self.records, self.embeddings = read_state(path, content, self.network, self.method, self.device)
+        check_same_run(path, provenance, self.run)
+        self.epoch, self._probe_state = read_state(path, content, self.network, self.method, self.device)
         self.optimizer.load_state_dict(content["optimizer_state"])
         if self.grad_scaler is not None and content["grad_scaler_state"] is not None:
             self.grad_scaler.load_state_dict(content["grad_scaler_state"])
         self.logger.load_checkpoint(content["logging"])
         self.current_step = provenance.step
-        self.cases = provenance.cases or ()
-        self._probe_state = content["nnssl"]["state"].get("probe")  # earlier versions had none
         self.current_epoch = content["current_epoch"]
+        self.cases = provenance.cases or ()
 
     # ---------------------------------------------------------------- what needs labels in nnU-Net
 
@@ -586,9 +409,3 @@ class PretrainTrainer(nnUNetTrainer):
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Do nothing: no pretext loss looks at the segmentation layers."""
-
-
-def _default_workers(device: torch.device) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # a CPU that trains has no core to spare for more than one reader
-    return 1 if device.type == "cpu" else max(1, min(8, cores - 1))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
+from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from nnssl.errors import UserError
 from nnssl.files import write_atomically, write_csv
@@ -59,6 +60,30 @@ PANELS = {
 }
 
 
+def log_epoch(logger: MetaLogger, epoch: int, values: Mapping[str, float], learning_rate: float) -> None:
+    """Write the values of an epoch to nnU-Net's logger, which refuses a name that it does not know.
+
+    Args:
+        logger: nnU-Net's.
+        epoch: from 0.
+        values: by name, ``loss`` among them; one that begins in the middle of a run is NaN before.
+        learning_rate: of the last step.
+    """
+    logged = logger.local_logger.my_fantastic_logging
+    logger.log("train_losses", values["loss"], epoch)
+    logger.log("lrs", float(learning_rate), epoch)
+    for key, value in values.items():
+        logged.setdefault(key, [math.nan] * epoch)
+        logger.log(key, value, epoch)
+
+
+def last_values(metrics: Mapping[str, Sequence[float]]) -> str:
+    """Return the last epoch's values in one line, the loss first."""
+    last = {key: values[-1] for key, values in metrics.items()}
+    shown = ", ".join(f"{key} {last[key]:.4g}" for key in last if key != "loss")
+    return f"loss {last['loss']:.4f} ({shown})"
+
+
 def collect_metrics(logged: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
     """Return one value per finished epoch for every metric in nnU-Net's log, without the ones that need labels."""
     own = {key: list(values) for key, values in logged.items() if key not in _NNUNET_KEYS and values}
@@ -81,8 +106,8 @@ def plot_progress(path: Path, title: str, metrics: Mapping[str, Sequence[float]]
         key: [(epoch, value) for epoch, value in enumerate(values) if not math.isnan(value)]
         for key, values in metrics.items()
     }
-    shown = {name: [key for key in metrics if measured[key] and belongs(key)] for name, belongs in PANELS.items()}
-    shown = {name: keys for name, keys in shown.items() if keys}
+    panels = {name: [key for key in metrics if measured[key] and belongs(key)] for name, belongs in PANELS.items()}
+    shown = {name: keys for name, keys in panels.items() if keys}
     with mpl.rc_context({"font.size": 11}):
         figure = Figure(figsize=(9, 2.6 * len(shown) + 0.6), layout="constrained")
         figure.suptitle(title)

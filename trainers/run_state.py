@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from nnssl.methods.protocol import Exported, PretextMethod
 from nnssl.methods.state import load_method_state, method_state
+from trainers.epoch import Epoch
 
 
 def network_weights(network: nn.Module, exported: Exported | None) -> dict[str, Tensor]:
@@ -21,25 +22,25 @@ def network_weights(network: nn.Module, exported: Exported | None) -> dict[str, 
     }
 
 
-def run_state(
-    network: nn.Module, method: PretextMethod, records: list[dict[str, Any]], embeddings: list[Tensor]
-) -> dict[str, Any]:
-    """Return what a run needs to go on in the middle of an epoch: the method's own state and the epoch so far."""
+def run_state(network: nn.Module, method: PretextMethod, epoch: Epoch, probe: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what a run needs to go on within an epoch: the method's own state, the epoch so far, the probe's results."""
     return {
         "method": method_state(network, method),
-        "epoch_records": [{key: float(value) for key, value in record.items()} for record in records],
-        "epoch_embeddings": embeddings,
+        "epoch_records": [{key: float(value) for key, value in record.items()} for record in epoch.records],
+        "epoch_embeddings": epoch.embeddings,
+        "probe": probe,
     }
 
 
 def read_state(
     path: Path, content: dict[str, Any], network: nn.Module, method: PretextMethod, device: torch.device
-) -> tuple[list[dict[str, Any]], list[Tensor]]:
-    """Put the state of a checkpoint into network and method, and return the records and embeddings of its epoch.
+) -> tuple[Epoch, dict[str, Any] | None]:
+    """Put the state of a checkpoint into network and method, and return its epoch so far and its probe's results.
 
     Raises:
         UserError: the method of the checkpoint has other parts than this one.
     """
     load_method_state(path, content, network, method)
     state = content["nnssl"]["state"]
-    return list(state["epoch_records"]), [value.to(device) for value in state["epoch_embeddings"]]
+    epoch = Epoch(state["epoch_records"], [value.to(device) for value in state["epoch_embeddings"]])
+    return epoch, state.get("probe")  # earlier versions had none

@@ -28,15 +28,8 @@ MOST_PROCESSES = 8
 
 DASK_TIMEOUT_S = 30
 
-MOST_PROCESSES = 8
-"""Unless the user asks for more: each holds a whole case."""
 SECONDS_PER_LINE = 30.0
 """How often progress is said where there is no terminal."""
-
-
-def default_processes() -> int:
-    """Return how many processes to use where the user does not say: one for each core, up to ``MOST_PROCESSES``."""
-    return max(1, min(MOST_PROCESSES, os.cpu_count() or 1))
 
 
 def usable_cores() -> int:
@@ -45,7 +38,7 @@ def usable_cores() -> int:
 
 
 def default_processes() -> int:
-    """Return how many processes to use when the user does not say: one for each core, within reason."""
+    """Return how many processes to use where the user does not say: one for each core, up to ``MOST_PROCESSES``."""
     return min(MOST_PROCESSES, usable_cores())
 
 

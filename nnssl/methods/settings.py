@@ -190,8 +190,13 @@ def split_overrides(overrides: Sequence[str], stages: dict[str, Any]) -> dict[st
 
 def describe_settings(settings: Any, origins: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Return ``{key: {"value", "origin"}}`` for ``run.json``."""
+    return {key: {"value": value, "origin": origins[key]} for key, value in values_by_key(settings).items()}
+
+
+def values_by_key(settings: Any) -> dict[str, Any]:
+    """Return the values of a stage's settings, those of ``training`` among them."""
     flat = {**asdict(settings), **asdict(settings.training)}
-    return {key: {"value": flat[key], "origin": origins[key]} for key in _keys(settings)}
+    return {key: flat[key] for key in _keys(settings)}
 
 
 def _keys(settings: Any) -> list[str]:

@@ -17,8 +17,10 @@ import multiprocessing
 import resource
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from time import perf_counter
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -32,9 +34,10 @@ from nnssl.methods.settings import split_overrides
 from nnssl.networks.dense import decode, decoder_maps
 from nnssl.paths import resolve_folders
 from tests.benchmarks.machine import describe
-from trainers import pretext
+from trainers import pretext, pretrain_trainer
 from trainers.pretrain import find_plan
-from trainers.pretrain_trainer import PretrainTrainer, RunOptions
+from trainers.pretrain_trainer import PretrainTrainer
+from trainers.stage_run import RunOptions
 
 
 def bare_contrastive(trainer: PretrainTrainer, views: Any) -> None:
@@ -214,29 +217,26 @@ def views_of(trainer: PretrainTrainer, batch: Any) -> Any:
     return trainer.method.make_views(batch.volumes, generators)
 
 
-def pairs_of_boxes(trainer: PretrainTrainer, store: CaseStore) -> PairTable | None:
-    """Return pairs by the body's box where a stage wants pairs."""
-    if trainer.method.partners() is None:
-        return None
-    return make_pairs(store, None, BodyBoxMatcher(store), 0, lambda line: None)
+def pairs_of_boxes(folder: Path, store: CaseStore, partners: str | None, *_: Any, **__: Any) -> PairTable | None:
+    """Return pairs by the body's box where a stage wants pairs, and write none."""
+    return None if partners is None else make_pairs(store, None, BodyBoxMatcher(store), 0, lambda line: None)
 
 
 def make_trainer(path: Any, stage: Stage, args: argparse.Namespace) -> PretrainTrainer:
     """Return a trainer that is set up and writes no results; the generative stage starts from random weights."""
     from nnssl.files import read_json
 
-    own = {"previous_stage_checkpoint": lambda self: None, "_pairs": pairs_of_boxes}
-    trainer_class = type(stage.trainer, (getattr(pretext, stage.trainer),), own)
     plans = {**read_json(path, "plan"), "continue_training": False}
     dataset_json = read_json(path.parent / "dataset.json", "description of the data set")
-    trainer: PretrainTrainer = trainer_class(
+    trainer: PretrainTrainer = getattr(pretext, stage.trainer)(
         plans, stage.runs_in(args.configuration), "all", dataset_json, torch.device("cpu")
     )
     given = split_overrides(args.set, {each.name: each.load() for each in METHODS[args.method].stages})
-    trainer.options = RunOptions(overrides=(f"batch_size={args.batch_size}", *given[stage.name]))
+    trainer.options = RunOptions(overrides=(f"batch_size={args.batch_size}", *given[stage.name]), alone=True)
     trainer.disable_checkpointing = True
     trainer.initialize()
-    trainer.dataloader_train, _ = trainer.get_dataloaders()
+    with mock.patch.object(pretrain_trainer, "pairs_of_run", pairs_of_boxes):
+        trainer.dataloader_train, _ = trainer.get_dataloaders()
     trainer.method.train()
     return trainer
 

@@ -15,9 +15,11 @@ from nnssl.networks.backbone import build_network
 from planners.plan import read_plan
 from tests.trainers.phantom_study import LABELLED, SOURCE
 from trainers.benchmark.leaks import seen_by_checkpoint
-from trainers.pretrain import pretrain, run_stage, stage_folder
-from trainers.pretrain_trainer import PretrainTrainer, RunOptions
+from trainers.launch import StageJob, run_stage
+from trainers.pretrain import pretrain
+from trainers.pretrain_trainer import PretrainTrainer
 from trainers.probe_run import BEST, ProbeRun, prepare_probe, trend
+from trainers.stage_run import RunOptions, stage_folder
 
 CPU = torch.device("cpu")
 SHORT = ("epochs=3", "iterations_per_epoch=2")
@@ -130,9 +132,11 @@ def test_a_probe_may_come_later_or_go(folders, monkeypatch):
     monkeypatch.setattr(PretrainTrainer, "on_epoch_end", stop)
     for options in (None, probe):
         with pytest.raises(Stopped):
-            run_stage(plan_path, "Pix2RepTrainer", "3d_fullres", RunOptions(SHORT, workers=0, probe=options), CPU)
+            run_stage(
+                StageJob(plan_path, "Pix2RepTrainer", "3d_fullres", RunOptions(SHORT, workers=0, probe=options), CPU)
+            )
         stop_at = next(stops, 99)
-    run_stage(plan_path, "Pix2RepTrainer", "3d_fullres", RunOptions(SHORT, workers=0), CPU)
+    run_stage(StageJob(plan_path, "Pix2RepTrainer", "3d_fullres", RunOptions(SHORT, workers=0), CPU))
     folder = folders.results / SOURCE / "Pix2RepTrainer__nnsslPlans__3d_fullres" / "fold_all"
     column = [row["probe_dice"] for row in csv.DictReader((folder / "metrics.csv").open())]
     assert [bool(value) for value in column] == [False, True, False]
@@ -147,7 +151,7 @@ def test_both_stages_of_a_hybrid_in_2d(folders):
     from nnssl.methods import find_method
 
     for stage in find_method("reprec").stages:
-        folder = stage_folder(folders, plan, stage, "2d_hybrid")
+        folder = stage_folder(folders.results, plan, stage, "2d_hybrid")
         history = json.loads((folder / "probe.json").read_text())["history"]
         assert [entry["epochs"] for entry in history] == [0, 1, 2, 3]
         content = read_checkpoint(folder / BEST)[0]

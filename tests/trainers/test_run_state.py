@@ -8,6 +8,7 @@ from nnssl.checkpoint import load_tensors, write_checkpoint
 from nnssl.errors import UserError
 from nnssl.methods.protocol import Exported
 from tests.nnssl.test_checkpoint import make_provenance
+from trainers.epoch import Epoch
 from trainers.run_state import network_weights, read_state, run_state
 
 
@@ -31,24 +32,25 @@ def test_network_method_and_epoch_come_back(tmp_path):
     network, method = make(0)
     records = [{"loss": torch.tensor(1.5), "grad_norm": 2}, {"loss": torch.tensor(0.25), "grad_norm": 3}]
     embeddings = [torch.rand(2, 3), torch.rand(1, 3)]
-    state = run_state(network, method, records, embeddings)
+    state = run_state(network, method, Epoch(records, embeddings), {"dataset_name": "Dataset004_Labelled"})
     assert set(state["method"]) == {"head.weight", "head.bias", "queue"}  # the network stands elsewhere
     path = tmp_path / "checkpoint_latest.pth"
     write_checkpoint(path, {"network_weights": network_weights(network, None)}, make_provenance(), state)
     other_network, other = make(1)
     assert not torch.equal(other.queue, method.queue)
-    found, seen = read_state(path, load_tensors(path), other_network, other, torch.device("cpu"))
+    epoch, probe = read_state(path, load_tensors(path), other_network, other, torch.device("cpu"))
     for (name, value), again in zip(method.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(value, again), name
-    assert found == [{"loss": 1.5, "grad_norm": 2.0}, {"loss": 0.25, "grad_norm": 3.0}]
-    assert all(torch.equal(a, b) for a, b in zip(seen, embeddings, strict=True))
+    assert epoch.records == [{"loss": 1.5, "grad_norm": 2.0}, {"loss": 0.25, "grad_norm": 3.0}]
+    assert all(torch.equal(a, b) for a, b in zip(epoch.embeddings, embeddings, strict=True))
+    assert probe == {"dataset_name": "Dataset004_Labelled"}
 
 
 def test_heads_of_another_size_or_number_are_refused(tmp_path):
     network, method = make(0)
     path = tmp_path / "checkpoint_latest.pth"
     content = {"network_weights": network_weights(network, None)}
-    write_checkpoint(path, content, make_provenance(), run_state(network, method, [], []))
+    write_checkpoint(path, content, make_provenance(), run_state(network, method, Epoch(), None))
     more = Method(network)
     more.predictor = nn.Linear(2, 2)
     for wrong in (Method(network, width=5), more):

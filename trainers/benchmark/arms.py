@@ -14,12 +14,11 @@ from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.evaluation.study_table import SCRATCH
 from nnssl.files import content_digest
-from nnssl.methods import METHODS, Method, Stage, find_method, find_stage
-from nnssl.methods.settings import split_overrides
+from nnssl.methods import METHODS, Method, find_method, find_stage
 from nnssl.paths import Folders
 from planners.plan import Plan
-from trainers.pretrain import choose_configuration, is_finished, needed_stages, pretrain, stage_folder
-from trainers.pretrain_trainer import RunOptions
+from trainers.pretrain import choose_configuration, is_finished, needed_runs, pretrain
+from trainers.stage_run import StageRun, stage_folder
 
 OWN_FOLDER = "nnssl_arms"
 """Below nnU-Net's results: pretraining with values of an arm, or of a stage alone, which must not share the method's folder."""
@@ -159,16 +158,16 @@ def locate(arm: Arm, source: Source) -> Pretraining:
     configuration = configuration_for(method, source.plan, source.configuration)
     overrides = (*source.overrides, *arm.overrides)
     last = find_stage(arm.stages[-1])[1]
-    shared = stage_folder(source.folders, source.plan, last, configuration) / FINAL
+    shared = stage_folder(source.folders.results, source.plan, last, configuration) / FINAL
     whole = arm.stages == tuple(stage.name for stage in method.stages[: len(arm.stages)])
     taken = Pretraining(method, arm.stages, configuration, overrides, source.folders.results, shared)
     if whole and not overrides:
         return taken
-    if whole and shared.exists() and _same_run(arm, method, source, configuration, overrides):
+    if whole and shared.exists() and _same_run(arm, method, source, overrides):
         return taken
     digest = content_digest([arm.stages, overrides, configuration, source.plan.name])
     root = source.folders.results / OWN_FOLDER / f"{re.sub(r'[^A-Za-z0-9.=-]+', '-', arm.name)}-{digest}"
-    final = stage_folder(replace(source.folders, results=root), source.plan, last, configuration) / FINAL
+    final = stage_folder(root, source.plan, last, configuration) / FINAL
     return Pretraining(method, arm.stages, configuration, overrides, root, final)
 
 
@@ -176,9 +175,9 @@ def make_weights(pretraining: Pretraining, source: Source, say: Callable[[str], 
     """Run the pretraining of an arm, or what is left of it."""
     pretraining.results.mkdir(parents=True, exist_ok=True)
     if pretraining.results != source.folders.results:
-        for stage, options in stage_options(pretraining.method, pretraining.stages, pretraining.overrides, source):
-            if stage.configuration is not None and len(pretraining.stages) > 1:
-                _share_stage(pretraining, stage, options, source, say)
+        for run in runs_of(pretraining.method, pretraining.stages, pretraining.overrides, source):
+            if run.stage.configuration is not None and len(pretraining.stages) > 1:
+                _share_stage(pretraining, run, source, say)
     with variables(nnUNet_results=str(pretraining.results)):
         pretrain(
             pretraining.method.name,
@@ -194,35 +193,30 @@ def make_weights(pretraining: Pretraining, source: Source, say: Callable[[str], 
         )
 
 
-def _share_stage(
-    pretraining: Pretraining, stage: Stage, options: RunOptions, source: Source, say: Callable[[str], None]
-) -> None:
+def _share_stage(pretraining: Pretraining, run: StageRun, source: Source, say: Callable[[str], None]) -> None:
     """Let arms that are prepared by the same stage with the same settings run it once."""
-    own = stage_folder(
-        replace(source.folders, results=pretraining.results), source.plan, stage, pretraining.configuration
-    )
+    own = run.folder(pretraining.results)
     if (own / FINAL).exists():
         return
-    digest = content_digest([stage.name, options.overrides, source.plan.name, source.seed])
-    root = source.folders.results / OWN_FOLDER / f"{stage.name}-{digest}"
-    folders = replace(source.folders, results=root)
-    shared = stage_folder(folders, source.plan, stage, pretraining.configuration)
+    name = run.stage.name
+    digest = content_digest([name, run.overrides, source.plan.name, source.seed])
+    root = source.folders.results / OWN_FOLDER / f"{name}-{digest}"
     root.mkdir(parents=True, exist_ok=True)
-    method = find_stage(stage.name)[0]
     with FileLock(root / "preparing.lock"), variables(nnUNet_results=str(root)):
         pretrain(
-            method.name,
-            folders,
+            find_stage(name)[0].name,
+            replace(source.folders, results=root),
             source.plan.dataset_name,
-            stage.runs_in(pretraining.configuration),
+            run.configuration,
             source.plan.name,
-            overrides=options.overrides,
+            overrides=run.overrides,
             seed=source.seed,
             device=source.device,
-            stages=(stage.name,),
+            stages=(name,),
             say=say,
         )
-    say(f"{stage.name}: taken from {shared}")
+    shared = run.folder(root)
+    say(f"{name}: taken from {shared}")
     shutil.copytree(shared, own, dirs_exist_ok=True)
 
 
@@ -241,29 +235,15 @@ def configuration_for(method: Method, plan: Plan, wanted: str) -> str:
     )
 
 
-def _same_run(arm: Arm, method: Method, source: Source, configuration: str, overrides: tuple[str, ...]) -> bool:
+def _same_run(arm: Arm, method: Method, source: Source, overrides: tuple[str, ...]) -> bool:
     """Whether the method's own results folder holds finished stages with just these settings."""
     try:
-        return all(
-            is_finished(
-                stage_folder(source.folders, source.plan, stage, configuration),
-                source.plan,
-                stage,
-                configuration,
-                options,
-            )
-            for stage, options in stage_options(method, arm.stages, overrides, source)
-        )
+        return all(is_finished(source.folders.results, run) for run in runs_of(method, arm.stages, overrides, source))
     except UserError:
         return False
 
 
-def stage_options(
-    method: Method, stages: Sequence[str], overrides: Sequence[str], source: Source
-) -> list[tuple[Stage, RunOptions]]:
-    """Return the stages that are run and the options of each."""
-    given = split_overrides(overrides, {stage.name: stage.load() for stage in method.stages})
+def runs_of(method: Method, stages: Sequence[str], overrides: Sequence[str], source: Source) -> list[StageRun]:
+    """Return the runs of a method's stages that are needed."""
     configuration = configuration_for(method, source.plan, source.configuration)
-    wanted = [stage for stage in method.stages if stage.name in stages]
-    needed = needed_stages(wanted, source.plan, configuration, given)
-    return [(stage, RunOptions(tuple(given[stage.name]), seed=source.seed)) for stage in needed]
+    return needed_runs(method, source.plan, configuration, stages, overrides, source.seed)

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from nnssl.checkpoint import FINAL, load_tensors
-from nnssl.methods.settings import resolve_stage
-from trainers.benchmark.arms import Pretraining, stage_options
+from trainers.benchmark.arms import Pretraining, runs_of
 from trainers.benchmark.cells import StudyCells
 from trainers.benchmark.study import CellKey, Study
 from trainers.finetune_result import FILE_NAME
@@ -104,10 +103,9 @@ def estimate_pretraining(study: Study, pretraining: Pretraining) -> tuple[float,
     assert study.source is not None
     seconds, source = 0.0, "epochs that were measured"
     folders = dict(zip(pretraining.stages, pretraining.stage_folders, strict=True))
-    for stage, run in stage_options(pretraining.method, pretraining.stages, pretraining.overrides, study.source):
+    for run in runs_of(pretraining.method, pretraining.stages, pretraining.overrides, study.source):
+        stage, training = run.stage, run.settings.training
         folder = folders[stage.name]
-        configuration = study.plan.configuration(stage.runs_in(pretraining.configuration))
-        training = resolve_stage(stage.load(), configuration, stage.name, run.overrides)[0].training
         logged = folder / METRICS_CSV
         epochs = read_metrics(logged)["epoch_seconds"] if logged.exists() else []
         if epochs:

@@ -28,7 +28,7 @@ from nnssl.networks.backbone import build_network, planned_configuration, seeded
 from nnssl.paths import Folders, resolve_folders
 from planners.plan import Plan
 from tests.trainers.conftest import NAME, SHAPE, plan_toy
-from trainers.continuation import plain_settings
+from trainers.stage_run import plain_settings
 
 OTHER = "Dataset502_Other"
 ALICE = ("projection_hidden=8", "projection_bottleneck=8", "projection_dimensions=8", "alignment_heads=2")
@@ -62,7 +62,7 @@ def write_method(path: Path, plan: Plan, configuration: str, name: str, *overrid
                 parameter.add_(0.1 * noise)
     provenance = Provenance(
         nnssl_version="0", method=name, stage=stage.name, dataset_name=NAME, plans_name=plan.name,
-        configuration=configuration, plans=plan.nnunet, dataset_json={}, settings=plain_settings(settings, origins), seed=0,
+        configuration=configuration, plans=plan.nnunet, dataset_json={}, settings=plain_settings(settings), seed=0,
         step=3, total_steps=4, finished=False, pretrained=DECODER, init=None,
     )  # fmt: skip
     state = {"method": method_state(network, method)}

@@ -2,19 +2,32 @@
 
 import copy
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import pytest
 
 from nnssl.errors import UserError
+from nnssl.methods import find_stage
+from nnssl.methods.settings import TrainingSettings
 from planners.plan import plan_from_dict
 from tests.nnssl.test_checkpoint import make_provenance
 from tests.planners.test_plan import NNUNET, make_pretext
-from trainers.continuation import check_same_run
+from trainers.stage_run import StageRun, check_same_run, plain_settings
 
 CONFIGURATION = "3d_fullres_hybrid"
 STAGE = "reprec.contrastive"
-SETTINGS = {"temperature": 0.2, "flip_axes": [1, 2]}
+
+
+@dataclass(frozen=True)
+class Settings:
+    training: TrainingSettings = TrainingSettings(2, 3, 4, "sgd", 0.1, (0.9, 0.999), 0.0, "constant", 0, 1.0)
+    temperature: float = 0.2
+    flip_axes: tuple[int, int] = (1, 2)
+
+
+SETTINGS = plain_settings(Settings())
+TRAINING = {key: value for key, value in SETTINGS.items() if key not in ("temperature", "flip_axes")}
 
 
 def make_content() -> dict:
@@ -22,10 +35,10 @@ def make_content() -> dict:
     return json.loads(json.dumps({**NNUNET, "configurations": own, "pretext": asdict(make_pretext())}))
 
 
-def check(found, content=None, **changes) -> None:
-    arguments = {"configuration": CONFIGURATION, "stage": STAGE, "settings": SETTINGS, "seed": 0, **changes}
+def check(found, content=None) -> None:
     plan = plan_from_dict(content or make_content(), "plan")
-    check_same_run("checkpoint.pth", found, plan, **arguments)
+    run = StageRun(plan, find_stage(STAGE)[1], CONFIGURATION, (), 0, Settings(), {})
+    check_same_run(Path("checkpoint.pth"), found, run)
 
 
 FOUND = make_provenance(plans=make_content(), settings=SETTINGS)
@@ -60,11 +73,12 @@ def test_another_run_is_refused_by_what_differs(key, value):
         ({"temperature": 0.1, "flip_axes": [1, 2]}, r"temperature 0.1 -> 0.2\)"),
         ({"temperature": 0.2, "flip_axes": [2]}, r"flip_axes \[2\] -> \[1, 2\]\)"),
         ({"temperature": 0.2}, r"flip_axes None -> \[1, 2\]\)"),
+        ({"temperature": 0.2, "flip_axes": [1, 2], "epochs": 9}, r"epochs 9 -> 2\)"),
     ],
 )
 def test_other_settings_are_named(settings, message):
     with pytest.raises(UserError, match=rf"was run with other settings \({message}"):
-        check(replace(FOUND, settings=settings))
+        check(replace(FOUND, settings={**TRAINING, **settings}))
 
 
 def test_a_plan_that_was_made_again_is_refused_where_it_differs():

@@ -1,0 +1,58 @@
+"""What is noted of an epoch while it runs, and what it comes to at its end; a checkpoint within the epoch holds it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnssl.collapse import collapse_warning, effective_rank, feature_std
+from nnssl.distributed import mean_over_ranks
+
+EMBEDDINGS_KEPT = 1024
+"""Embeddings of an epoch's last steps that the collapse monitors look at."""
+
+
+class Epoch:
+    """The epoch so far.
+
+    Attributes:
+        records: scalars by name, for each step.
+        embeddings: (sample, d) of the last steps, float32.
+    """
+
+    def __init__(self, records: Sequence[dict[str, Any]] = (), embeddings: Sequence[Tensor] = ()) -> None:
+        self.records = list(records)
+        self.embeddings = list(embeddings)
+
+    def keep(self, embeddings: Tensor) -> None:
+        """Add the embeddings of a step, and drop those of steps that are not needed for ``EMBEDDINGS_KEPT`` any more."""
+        self.embeddings.append(embeddings.detach().float())
+        while sum(map(len, self.embeddings[1:])) >= EMBEDDINGS_KEPT:
+            self.embeddings.pop(0)
+
+    def collapse(self) -> tuple[dict[str, float], str | None]:
+        """Return the collapse monitors by name, and a warning where they show one; nothing without embeddings."""
+        if not self.embeddings:
+            return {}, None
+        embeddings = torch.cat(self.embeddings)
+        spread, rank = float(feature_std(embeddings)), float(effective_rank(embeddings))
+        return {"feature_std": spread, "effective_rank": rank}, collapse_warning(spread, rank, embeddings.shape[1])
+
+
+def mean_of_steps(records: Sequence[dict[str, Any]], batch_size: int, device: torch.device) -> dict[str, float]:
+    """Return the means over steps and processes, and how fast the epoch was.
+
+    Args:
+        records: scalars by name, for each step; ``seconds`` it took, and ``seconds_waiting`` for its patches.
+        batch_size: patches of a step over all processes.
+        device: of the process group.
+    """
+    values = {}
+    for key in records[0]:
+        own = torch.stack([torch.as_tensor(record[key]).float().cpu() for record in records]).mean()
+        values[key] = float(mean_over_ranks(own.to(device)))
+    seconds = values.pop("seconds")
+    values["data_wait_share"] = values.pop("seconds_waiting") / seconds
+    values["patches_per_second"] = batch_size / seconds
+    return values
