@@ -75,4 +75,5 @@ def test_upsampling_is_repeated_or_averaged():
 def test_what_has_no_faithful_way():
     assert fit_kernel(drawn(2, 2, 5, 5, 5), (3, 3, 3), transposed=False) is None
     assert fit_kernel(drawn(2, 2, 3, 3), (2, 2), transposed=False) is None
+    assert fit_kernel(drawn(2, 2, 3, 3), (4, 4), transposed=False) is None  # there is no middle to put it in
     assert fit_kernel(drawn(2, 2, 2, 2), (4, 4), transposed=True) is None
