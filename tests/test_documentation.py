@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import pytest
 
@@ -26,6 +25,7 @@ from planners.fingerprint import Fingerprint
 from planners.presets import PRESETS
 from tests.benchmarks.gather_deviations import PAGE, gather, section_of
 from tests.benchmarks.picture_of_stages import COMMANDS
+from tests.nnssl.methods.tiny_configuration import make_configuration
 from tests.test_layers import ALLOWED
 from trainers.benchmark.arms import parse_arms
 
@@ -122,7 +122,7 @@ def shown_commands() -> list[tuple[str, str]]:
     found = set()
     for page, call in shown_lines():
         # up to a comment or the end of a shell construct; a name inside a longer path or name is no call
-        for line in re.findall(r"(?:^|[ /(])(nnssl_\w+(?: [^#;&|\")]*)?)(?=$|[#;&|\")])", call):
+        for line in re.findall(r"(?:^|[ /(])(nnssl_\w+(?: [^#;&|\")]*)?)(?=$|[;&|\")])", call.partition("#")[0]):
             if line.split()[0] in SCRIPTS:
                 found.add((page, line.strip()))
     return sorted(found)
@@ -355,7 +355,7 @@ def test_defaults_are_those_of_the_code(stage):
     expected |= {field.name: getattr(defaults.training, field.name) for field in fields(defaults.training)}
     rows = table_rows(page, f"Stage `{stage}`:")
     assert {row[0].strip("`"): ast.literal_eval(row[1].strip("`")) for row in rows} == expected
-    planned = set(implementation.from_plan(MagicMock())) | SCHEDULE
+    planned = set(implementation.from_plan(make_configuration(3))) | SCHEDULE
     assert {row[0].strip("`") for row in rows if row[2] == "plan"} == planned
     assert {row[2] for row in rows} == {"plan", "default"}
 
