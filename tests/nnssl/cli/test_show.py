@@ -208,7 +208,13 @@ def test_uncertainty_is_that_of_the_teacher(files, name):
 
 def test_reconstruction(files, drawn, capsys):
     run("reconstruction", "-w", files["pcrl"], "--case", "toy_02", "--slice", 4, "--seed", 1, "-o", "a.png")
-    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[-4:]] == ["o", "m", "h", "picture"]
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[-5:]] == [
+        "o",
+        "m",
+        "h",
+        "picture",
+        "next",
+    ]
     run("reconstruction", "-w", files["pcrl3d"], "-o", "b.png")
     assert [len(figure.axes) for figure in drawn] == [3 * 3, 2 * 3]
     assert "asked for" in heads(drawn[0])

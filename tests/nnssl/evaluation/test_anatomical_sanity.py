@@ -64,6 +64,7 @@ class Known(torch.nn.Module):
     def __init__(self, method: SAM) -> None:
         super().__init__()
         self.network = method.network
+        self.grids = method.embedding.grids
 
     def forward(self, volumes: torch.Tensor) -> Embeddings:
         fine, coarse = (torch.nn.functional.avg_pool3d(volumes[:, :3], kernel) for kernel in ((1, 2, 2), (2, 4, 4)))
