@@ -28,7 +28,8 @@ CPU = torch.device("cpu")
 POINTS_AT_ONCE = 64
 CELLS_AT_ONCE = 2**18
 """Cells whose similarity to so many points is held at a time."""
-CASES_KEPT = 3
+CASES_KEPT, BYTES_KEPT = 3, 2**31
+"""So many embedded cases are kept, and more as long as they take no more memory than this together."""
 
 
 class EmbeddedCase(NamedTuple):
@@ -47,6 +48,11 @@ class EmbeddedCase(NamedTuple):
     cell_vox: tuple[float, float, float]
     coarse_vox: tuple[float, float, float]
     inside: Bool[Tensor, "z y x"]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of memory that the embeddings take."""
+        return sum(each.nbytes for each in (self.fine, self.coarse, self.inside))
 
     def interpolate(self, coarse_map: Float[Tensor, "value cz cy cx"], cells: Tensor) -> Float[Tensor, "value cell"]:
         """Return values of the coarse grid at fine cells, linearly between coarse ones.
@@ -113,11 +119,11 @@ class EmbeddingMatcher:
         return torch.stack([case.fine[:, z, y, x].T.float(), coarse.T])
 
     def embedded(self, name: str) -> EmbeddedCase:
-        """Return the embeddings of a case; those used last are kept."""
+        """Return the embeddings of a case; those used last are kept, as many as there is room for."""
         if name not in self._embedded:
             self._embedded[name] = self._embed(name)
         self._embedded.move_to_end(name)
-        if len(self._embedded) > CASES_KEPT:
+        while len(self._embedded) > CASES_KEPT and sum(each.bytes for each in self._embedded.values()) > BYTES_KEPT:
             self._embedded.popitem(last=False)
         return self._embedded[name]
 

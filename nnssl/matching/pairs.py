@@ -14,7 +14,7 @@ from nnssl.data.case_store import CaseStore
 from nnssl.data.patch_pairs import PairTable
 from nnssl.data.patients import patient_in_name
 from nnssl.draws import draw_seed
-from nnssl.matching.points import PointMatcher, cycle_error_mm
+from nnssl.matching.points import PointMatcher, cycle_error_mm, reliable
 
 PARTNERS = 4
 """Other scans that a scan is paired with."""
@@ -22,8 +22,6 @@ POINTS = 64
 """Pairs of places of two scans."""
 TRIES = 3
 """Points that are looked for, for each that is wanted."""
-LARGEST_CYCLE_MM = 20.0
-LEAST_SCORE_RANK = 0.25
 
 
 class Candidates(NamedTuple):
@@ -35,8 +33,8 @@ class Candidates(NamedTuple):
         points_vox: zyx in the first scan.
         found_mm: zyx in the other.
         boxed_mm: zyx in the other, by the fallback.
-        score: of the match, -inf without one.
-        cycle_mm: how far the way back ends from the point.
+        score: of the match, 0 without one.
+        cycle_mm: how far the way back ends from the point, infinite without a match.
     """
 
     query: int
@@ -66,8 +64,8 @@ def make_pairs(
         # both ways at once, while the embeddings of both are there
         for query, key in ((first, second), (second, first)) if first != second else ((first, second),):
             found.append(_look(store, query, key, matcher, fallback, seed))
-    least = float(np.quantile(np.concatenate([each.score for each in found]), LEAST_SCORE_RANK)) if matcher else 0.0
-    columns = [_take(each, least) for each in sorted(found, key=lambda each: (each.query, each.key))]
+    scores = np.concatenate([each.score for each in found])
+    columns = [_take(each, scores) for each in sorted(found, key=lambda each: (each.query, each.key))]
     spacings = np.array([store.case(name).spacing_mm for name in names])
     queries, keys, query_vox, key_mm, matched = (np.concatenate(column) for column in zip(*columns, strict=True))
     table = PairTable(tuple(names), queries, keys, query_vox, key_mm / spacings[keys], matched)
@@ -108,16 +106,16 @@ def _look(
     points_mm = points_vox * np.array(case.spacing_mm)
     boxed_mm = fallback.match_points(name, points_mm, other).points_mm
     if matcher is None:
-        never = np.full(len(points_mm), np.inf)
-        return Candidates(query, key, points_vox, boxed_mm, boxed_mm, -never, never)
+        score, cycle_mm = np.zeros(len(points_mm)), np.full(len(points_mm), np.inf)
+        return Candidates(query, key, points_vox, boxed_mm, boxed_mm, score, cycle_mm)
     matches = matcher.match_points(name, points_mm, other)
     cycle_mm = cycle_error_mm(matcher, name, points_mm, other, matches)
     return Candidates(query, key, points_vox, matches.points_mm, boxed_mm, matches.score, cycle_mm)
 
 
-def _take(found: Candidates, least: float) -> tuple[np.ndarray, ...]:
+def _take(found: Candidates, scores: np.ndarray) -> tuple[np.ndarray, ...]:
     """Return the columns of a table for the reliable matches, or for the fallback's where they are too few."""
-    good = (found.cycle_mm <= LARGEST_CYCLE_MM) & (found.score >= least)
+    good = reliable(found.score, found.cycle_mm, scores)
     taken = np.nonzero(good)[0][:POINTS]
     rest = np.setdiff1d(np.arange(len(good)), taken)[: POINTS - len(taken)]
     places = np.concatenate([taken, rest])

@@ -3,7 +3,10 @@
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+
+LARGEST_CYCLE_MM = 20.0
+LEAST_SCORE_RANK = 0.25
 
 
 class Matches(NamedTuple):
@@ -46,3 +49,16 @@ def cycle_error_mm(
     """
     back = matcher.match_points(key, matches.points_mm, query)
     return np.linalg.norm(back.points_mm - points_mm, axis=1)
+
+
+def reliable(
+    scores: Float[np.ndarray, " point"], cycles_mm: Float[np.ndarray, " point"], all_scores: Float[np.ndarray, " score"]
+) -> Bool[np.ndarray, " point"]:
+    """Return which matches are taken: those that lead back to near their point, and whose score is not in the lowest quarter.
+
+    Args:
+        scores: of matches.
+        cycles_mm: how far from their point one ends, as ``cycle_error_mm`` says it.
+        all_scores: of all matches of a data set, whose lowest quarter is meant.
+    """
+    return (cycles_mm <= LARGEST_CYCLE_MM) & (scores >= np.quantile(all_scores, LEAST_SCORE_RANK))

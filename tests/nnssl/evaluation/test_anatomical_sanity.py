@@ -6,17 +6,21 @@ import numpy as np
 import pytest
 import torch
 
+import nnssl.evaluation.anatomical_sanity as sanity_module
 from nnssl.data.case_store import CaseProperties, CaseStore, SourceFile, write_case
 from nnssl.evaluation.anatomical_sanity import (
     Sanity,
     describe,
     draw_pairs,
     examine,
+    hit_within_mm,
     likeness,
     self_match,
     surroundings_vox,
     what_fails,
+    what_is_coarse,
 )
+from nnssl.matching.points import Matches
 from nnssl.methods.sam import SAM
 from nnssl.methods.settings import resolve_stage
 from nnssl.networks.anatomical_embedding import Embeddings
@@ -33,6 +37,7 @@ GOOD = {
     "rank_correlation": (0.99, 0.95, 0.95),
     "likeness": 0.5,
     "box_likeness": 0.3,
+    "hit_mm": 10.0,
 }
 
 
@@ -83,7 +88,46 @@ def test_known_places_are_found_and_shuffled_ones_are_not(method, tmp_path):
     assert min(content["rank_correlation"]) > 0.9
     assert content["likeness"] > content["box_likeness"]
     assert content["usable"], content
-    assert "pass every check" in lines[-1]
+    assert "better than the body's box" in lines[-1]
+    assert content["warnings"] == ()
+
+
+def test_what_is_coarse_within_a_scan_is_a_warning_and_refuses_nothing():
+    """The body's box, which would be taken instead, is coarser still."""
+    numbers = {**GOOD, "self_hit_share": 0.79}
+    assert not what_fails(numbers)
+    assert not what_is_coarse({**GOOD, "self_hit_share": 0.8})
+    (warning,) = what_is_coarse(numbers)
+    assert "79% of points found within 10 mm" in warning
+    lines = describe(Sanity(**numbers, usable=True, reasons=(), warnings=(warning,)))
+    assert lines[-2].startswith("WARNING: only 79%")
+    assert "better than the body's box" in lines[-1]
+
+
+def test_a_place_that_is_a_cell_away_is_found(method):
+    """A match is the centre of a cell, of 6 x 2 x 3 mm here; of 16 x 2 x 3 mm where slices are so thick."""
+    assert hit_within_mm(method) == 10
+    method.configuration = replace(method.configuration, spacing_mm=(16.0, 1.0, 1.5))
+    assert hit_within_mm(method) == 16
+
+
+def test_matches_that_are_not_reliable_are_not_judged(method, tmp_path, monkeypatch):
+    """Matches of half of the points lie anywhere, and lead back to anywhere; pairs would not be made of them."""
+    store = make_store(tmp_path)
+    method.embedding = Known(method)
+
+    class HalfLost(sanity_module.EmbeddingMatcher):
+        def match_points(self, query, points_mm, key):
+            found = super().match_points(query, points_mm, key)
+            lost = np.arange(len(points_mm)) % 2 == 0
+            anywhere = np.roll(found.points_mm[::-1], 3, axis=0) * [1, -1, 1] + [0, 90, 0]
+            return Matches(np.where(lost[:, None], anywhere, found.points_mm), np.where(lost, 0.1, found.score))
+
+    monkeypatch.setattr(sanity_module, "EmbeddingMatcher", HalfLost)
+    content, _ = examine(method, store, 0, torch.device("cpu"))
+    assert 0.3 < content["reliable_share"] <= 0.5
+    assert min(content["rank_correlation"]) > 0.9
+    assert content["likeness"] > content["box_likeness"]
 
 
 def test_untrained_embeddings_are_not_usable(method, tmp_path):
@@ -96,7 +140,6 @@ def test_untrained_embeddings_are_not_usable(method, tmp_path):
     ("change", "reason"),
     [
         ({}, None),
-        ({"self_hit_share": 0.79}, "79% of points"),
         ({"cycle_error_mm": 21.0}, "21 mm away"),
         ({"cycle_error_mm": float("nan")}, "nan mm away"),
         ({"rank_correlation": (0.94, 0.95, 0.95)}, "along z"),
@@ -110,7 +153,7 @@ def test_every_check_alone_can_fail(change, reason):
     assert len(reasons) == (reason is not None)
     assert reason is None or reason in reasons[0]
     sanity = Sanity(**{**GOOD, **change}, usable=not reasons, reasons=tuple(reasons))
-    assert ("pass every check" in describe(sanity)[-1]) is (reason is None)
+    assert ("better than the body's box" in describe(sanity)[-1]) is (reason is None)
     assert "chance 20.0 mm" in describe(replace(sanity))[0]
 
 

@@ -139,19 +139,22 @@ def test_a_point_is_in_the_cell_that_its_voxel_lies_in(tmp_path):
         assert torch.equal(row, fine[:, z, y, x])
 
 
-def test_embeddings_of_the_cases_used_last_are_kept(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("room", "kept"), [(0, 3), (3.5, 3), (4, 4)])
+def test_embeddings_of_the_cases_used_last_are_kept(tmp_path, monkeypatch, room, kept):
+    """Three, or as many as there is memory for."""
     image = make_image((8, 16, 16))
     store = store_of(tmp_path, **{name: (image, everywhere((8, 16, 16))) for name in "abcd"})
     matcher = EmbeddingMatcher(Places(), store, TILE, torch.device("cpu"))
     made = []
     embed = matcher._embed
     monkeypatch.setattr(matcher, "_embed", lambda name: made.append(name) or embed(name))
+    monkeypatch.setattr(embedded, "BYTES_KEPT", int(room * matcher.embedded("a").bytes))
     for name in "abcad":  # a is used again, so b has been unused for longest when d comes
         matcher.embedded(name)
     assert made == ["a", "b", "c", "d"]
     for name in "acdb":
         matcher.embedded(name)
-    assert made == ["a", "b", "c", "d", "b"]
+    assert made == ["a", "b", "c", "d"] + ["b"] * (kept == 3)
 
 
 def test_the_way_back_is_measured_in_mm_from_the_point_itself():

@@ -13,8 +13,8 @@ from nnssl.data.patients import patient_in_name
 from nnssl.errors import UserError
 from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import CASES_KEPT
-from nnssl.matching.pairs import LARGEST_CYCLE_MM, PARTNERS, POINTS, choose_partners, make_pairs
-from nnssl.matching.points import Matches
+from nnssl.matching.pairs import PARTNERS, POINTS, choose_partners, make_pairs
+from nnssl.matching.points import LARGEST_CYCLE_MM, Matches
 from tests.nnssl.matching.test_matching import SPACING, everywhere, make_image, store_of
 
 
