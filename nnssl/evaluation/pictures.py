@@ -195,7 +195,9 @@ def write_picture(path: Path, figure: Figure) -> None:
 
 def save_png(figure: Figure, file: BinaryIO) -> None:
     """Save a figure as PNG, whatever window system matplotlib is set up for."""
-    FigureCanvasAgg(figure)
+    FigureCanvasAgg(
+        figure
+    ).draw()  # once before, as the layout takes the room of labels before planes have their proportions
     figure.savefig(file, format="png", dpi=DPI)
 
 

@@ -95,6 +95,22 @@ def test_embedding(store, two_dimensional):
         assert np.array_equal(panels[5].images[0].get_array(), components[:, :, :, 5].transpose(1, 2, 0))
 
 
+@pytest.mark.parametrize("shape", [(12, 54, 24), (20, 30, 20), (7, 60, 60)])
+def test_no_label_is_cut_off_whatever_plane_is_the_tallest(tmp_path, shape):
+    case = write_cases(tmp_path / "cases", {"a": random_volume(0, shape)}, np.zeros((0, 3), int)).case("a")
+    components = np.random.default_rng(0).random((3, *shape)).astype(np.float32)
+    figure = embedding_figure(Embedding(case, (2, 3, 5), components, (0.5, 0.3, 0.1), False), "two\nlines")
+    write_picture(tmp_path / "picture.png", figure)
+    renderer = figure.canvas.get_renderer()
+    width, height = figure.bbox.size
+    heads = [axes._left_title for axes in figure.axes if axes.get_title(loc="left")]
+    labels = [axes.xaxis.label for axes in figure.axes]
+    boxes = [text.get_window_extent(renderer) for text in (*heads, *labels, figure._suptitle)]
+    assert min(box.y0 for box in boxes) >= 0
+    assert max(box.y1 for box in boxes) <= height
+    assert max(head.get_window_extent(renderer).y1 for head in heads) <= figure._suptitle.get_window_extent(renderer).y0
+
+
 def test_picture_is_written_atomically(store, tmp_path, monkeypatch):
     path = tmp_path / "picture.png"
     figure = similarity_figure(make_comparison(store, two_dimensional=True), "stage")
