@@ -17,6 +17,7 @@ from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
 from nnssl.paths import Folders
+from planners.plan import plan_path
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def fit_plan(
     check_channels(plan, target_dataset, dataset_json)
     names = [plans_name] if plans_name else [plan["plans_name"], _name_by_source(plan)]
     for name in dict.fromkeys(names):
-        path = folders.preprocessed / target_dataset / f"{name}.json"
+        path = plan_path(folders, target_dataset, name)
         content = moved_plan(plan, target_dataset, name)
         if not path.exists() or _without_pretext(read_json(path, "plan")) == content:
             return AdoptedPlan(name, path, content)

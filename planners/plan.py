@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
+from nnssl.paths import Folders
 from nnssl.schema import STRICT, parse
 
 SCHEMA_VERSION = 5
@@ -210,6 +211,24 @@ class Plan:
             known = ", ".join(sorted(self.pretext.configurations))
             raise UserError(f"plan {self.name} of {self.dataset_name} has no configuration {name!r}; it has {known}")
         return self.pretext.configurations[name]
+
+
+def plan_path(folders: Folders, dataset_name: str, plans_name: str) -> Path:
+    """Return where the plans file of a data set lies, nnU-Net's or nnssl's."""
+    return folders.preprocessed / dataset_name / f"{plans_name}.json"
+
+
+def existing_plan(folders: Folders, dataset_name: str, plans_name: str) -> Path:
+    """Return the plans file of a data set.
+
+    Raises:
+        UserError: there is no such plan; names the command that makes it.
+    """
+    path = plan_path(folders, dataset_name, plans_name)
+    if not path.exists():
+        named = "" if plans_name == PLANS_NAME else f" -p {plans_name}"
+        raise UserError(f"{path}: there is no such plan; run nnssl_plan_and_preprocess -d {dataset_name}{named}")
+    return path
 
 
 def plan_from_dict(content: Any, source: str) -> Plan:

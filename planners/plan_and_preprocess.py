@@ -11,7 +11,7 @@ from nnssl.errors import UserError
 from nnssl.methods import METHODS
 from nnssl.paths import Folders
 from planners.fingerprint import Fingerprint, read_or_extract
-from planners.plan import PLANS_NAME, Plan
+from planners.plan import PLANS_NAME, Plan, plan_path
 from planners.presets import choose_preset
 from planners.pretrain_planner import plan_pretraining
 from planners.reasons import format_decisions
@@ -122,7 +122,7 @@ def format_unused(prepared: PreparedDataset) -> list[str]:
 
 def _find_nnunet_plan(like: str | int, plans_name: str, folders: Folders) -> Path:
     """Return the plans file of nnU-Net of a data set."""
-    path = folders.preprocessed / find_dataset(like, folders) / f"{plans_name}.json"
+    path = plan_path(folders, find_dataset(like, folders), plans_name)
     if not path.exists():
         raise UserError(f"--like {like}: {path} is missing; run nnUNetv2_plan_and_preprocess -d {like} first")
     return path

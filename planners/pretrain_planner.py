@@ -33,7 +33,7 @@ from nnssl.files import read_json, write_json
 from nnssl.paths import Folders
 from planners.dense_rules import widen_last_stage
 from planners.fingerprint import Fingerprint, check_set_aside, nnunet_fingerprint
-from planners.plan import PLANS_NAME, SCHEMA_VERSION, Plan, Pretext, write_plan
+from planners.plan import PLANS_NAME, SCHEMA_VERSION, Plan, Pretext, plan_path, write_plan
 from planners.presets import Preset, find_preset
 from planners.pretext_rules import PretextRules
 
@@ -144,7 +144,7 @@ def plan_pretraining(
     if not (dataset.folder / "labelsTr").exists() or not (folder / "dataset_fingerprint.json").exists():
         write_json(folder / "dataset_fingerprint.json", _plain(nnunet_fingerprint(fingerprint)))
     write_json(folder / "dataset.json", _plain(dataset_json))
-    path = folder / f"{plans_name}.json"
+    path = plan_path(folders, dataset.name, plans_name)
     plan = write_plan(path, _plain(nnunet), pretext)
     say(f"plan: {path}")
     return plan

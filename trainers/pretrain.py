@@ -15,7 +15,7 @@ from nnssl.files import read_json
 from nnssl.methods import Method, find_method
 from nnssl.methods.settings import split_overrides
 from nnssl.paths import Folders
-from planners.plan import PLANS_NAME, Plan, read_plan
+from planners.plan import PLANS_NAME, Plan, existing_plan, read_plan
 from trainers.launch import StageJob, is_first_process, launch, number_of_processes
 from trainers.probe_run import CASES, ProbeOptions, prepare_probe
 from trainers.stage_run import RunOptions, StageRun, check_same_run, resolve_run
@@ -24,7 +24,7 @@ from trainers.stage_run import RunOptions, StageRun, check_same_run, resolve_run
 def pretrain(
     method_name: str,
     folders: Folders,
-    dataset_name: str | None = None,
+    dataset: str | int | None = None,
     configuration: str | None = None,
     plans_name: str = PLANS_NAME,
     overrides: Sequence[str] = (),
@@ -48,7 +48,7 @@ def pretrain(
     Args:
         method_name: a key of ``nnssl.methods.METHODS``.
         folders: nnU-Net's folders.
-        dataset_name: ``DatasetXXX_Name``; None for the data set that was planned last.
+        dataset: number or name; None for the data set that was planned last.
         configuration: of the plan; None for the first one of the plan that the method can use.
         plans_name: identifier of the plan.
         overrides: settings as ``key=value``, or ``stage.key=value`` for one stage only.
@@ -72,7 +72,7 @@ def pretrain(
             another run.
     """
     method = find_method(method_name)
-    path = find_plan(folders, dataset_name, plans_name, say)
+    path = find_plan(folders, dataset, plans_name, say)
     plan = read_plan(path)
     configuration = choose_configuration(method, plan, configuration)
     runs = needed_runs(method, plan, configuration, stages, overrides, seed)
@@ -133,17 +133,14 @@ def _prepare_probe(
     return prepare_probe(dataset_name, plan, configuration, folders, cases, every, default_processes(), say)
 
 
-def find_plan(folders: Folders, dataset_name: str | None, plans_name: str, say: Callable[[str], None]) -> Path:
-    """Return the plans file of a data set, or of the one that was planned last.
+def find_plan(folders: Folders, dataset: str | int | None, plans_name: str, say: Callable[[str], None]) -> Path:
+    """Return the plans file of a data set, number or name, or of the one that was planned last.
 
     Raises:
         UserError: there is no such plan.
     """
-    if dataset_name is not None:
-        path = folders.preprocessed / dataset_name / f"{plans_name}.json"
-        if not path.exists():
-            raise UserError(f"{path}: there is no such plan; run nnssl_plan_and_preprocess -d {dataset_name}")
-        return path
+    if dataset is not None:
+        return existing_plan(folders, find_dataset(dataset, folders), plans_name)
     plans = [
         path
         for path in folders.preprocessed.glob(f"Dataset*/{plans_name}.json")

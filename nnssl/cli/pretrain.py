@@ -111,13 +111,12 @@ def _run(args: argparse.Namespace) -> None:
     folders = resolve_folders(say)
     device = choose_device(args.device, say)
 
-    from nnssl.data.raw import find_dataset
     from trainers.pretrain import pretrain
 
     final = pretrain(
         args.method,
         folders,
-        dataset_name=None if args.dataset is None else find_dataset(args.dataset, folders),
+        dataset=args.dataset,
         configuration=args.configuration,
         plans_name=args.plans,
         overrides=overrides,

@@ -17,7 +17,7 @@ from nnssl.evaluation.pretrained import Pretrained, open_pretrained, plan_of_pre
 from nnssl.networks.backbone import planned_configuration
 from nnssl.networks.dense import DenseKind, dense_maps
 from nnssl.paths import Folders
-from planners.plan import read_plan
+from planners.plan import existing_plan, read_plan
 
 SPACING_TOLERANCE = 1e-3
 """Relative difference of spacings that is put down to rounding."""
@@ -141,12 +141,7 @@ def open_cases(provenance: Provenance, dataset_name: str, folders: Folders, say:
     """
     name = provenance.configuration
     own = plan_of_pretraining(provenance, f"weights of {provenance.stage}")
-    path = folders.preprocessed / dataset_name / f"{provenance.plans_name}.json"
-    if not path.exists():
-        raise UserError(
-            f"{dataset_name}: has no plan {provenance.plans_name} below {folders.preprocessed}; "
-            f"run nnssl_plan_and_preprocess -d {dataset_name} -p {provenance.plans_name}"
-        )
+    path = existing_plan(folders, dataset_name, provenance.plans_name)
     plan = read_plan(path)
     pretext = plan.configuration(name)
     before, here = (

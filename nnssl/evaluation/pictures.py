@@ -195,9 +195,8 @@ def write_picture(path: Path, figure: Figure) -> None:
 
 def save_png(figure: Figure, file: BinaryIO) -> None:
     """Save a figure as PNG, whatever window system matplotlib is set up for."""
-    FigureCanvasAgg(
-        figure
-    ).draw()  # once before, as the layout takes the room of labels before planes have their proportions
+    # once before: the layout makes room for labels before planes have their proportions
+    FigureCanvasAgg(figure).draw()
     figure.savefig(file, format="png", dpi=DPI)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from nnssl.data.raw import find_dataset
 from nnssl.methods import METHODS
 from nnssl.methods.settings import resolve_stage
 from nnssl.networks.backbone import build_network
@@ -65,7 +64,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, nargs="+", default=[250, 1000, 2048, 4096])
     args = parser.parse_args()
     folders = resolve_folders()
-    path = find_plan(folders, find_dataset(args.dataset, folders), "nnsslPlans", print)
+    path = find_plan(folders, args.dataset, "nnsslPlans", print)
     print(describe())
     print("| points | step (s) | largest memory (GB) | over the bare network (GB) |\n|---|---|---|---|")
     bare = None

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from nnssl.data.raw import find_dataset
 from nnssl.networks.backbone import build_network
 from nnssl.networks.token_encoders import token_encoder
 from nnssl.paths import resolve_folders
@@ -42,7 +41,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
     folders = resolve_folders()
-    plan = read_plan(find_plan(folders, find_dataset(args.dataset, folders), "nnsslPlans", print))
+    plan = read_plan(find_plan(folders, args.dataset, "nnsslPlans", print))
     configuration = plan.configuration(args.configuration)
     architecture = plan.nnunet["configurations"][args.configuration]["architecture"]
     network = build_network(architecture, len(plan.pretext.modalities), 2, seed=0)

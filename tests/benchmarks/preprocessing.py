@@ -15,7 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.data.case_store import CaseStore
 from nnssl.data.preprocess import Job, preprocess_case
-from nnssl.data.raw import find_dataset, read_dataset
+from nnssl.data.raw import read_dataset
 from nnssl.data.recipe import find_outdated, plan_targets
 from nnssl.paths import resolve_folders
 from planners.plan import read_plan
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=12)
     args = parser.parse_args()
     folders = resolve_folders()
-    plan = read_plan(find_plan(folders, find_dataset(args.dataset, folders), "nnsslPlans", print))
+    plan = read_plan(find_plan(folders, args.dataset, "nnsslPlans", print))
     dataset = read_dataset(args.labelled, folders, lambda line: None)
     labels = folders.raw / dataset.name / "labelsTr"
     manager = PlansManager(plan.nnunet)

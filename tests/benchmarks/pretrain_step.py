@@ -26,7 +26,6 @@ import torch
 
 from nnssl.data.case_store import CaseStore
 from nnssl.data.patch_pairs import PairTable
-from nnssl.data.raw import find_dataset
 from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.pairs import make_pairs
 from nnssl.methods import METHODS, Stage
@@ -153,7 +152,7 @@ def main() -> None:
     args = parser.parse_args()
     args.configuration = args.configuration or METHODS[args.method].configurations[0]
     folders = resolve_folders()
-    path = find_plan(folders, find_dataset(args.dataset, folders), "nnsslPlans", print)
+    path = find_plan(folders, args.dataset, "nnsslPlans", print)
     print(describe())
     stages = METHODS[args.method].stages
     if args.memory:

@@ -280,7 +280,10 @@ def test_wrong_inputs_are_one_line(toy, tmp_path):
     assert f"there is no method 'nosuch'; nnssl has {', '.join(sorted(METHODS))}" in message(
         pretrain, "nosuch", toy, NAME
     )
-    assert "run nnssl_plan_and_preprocess -d Dataset777_No" in message(pretrain, "reprec", toy, "Dataset777_No")
+    assert "data set Dataset777_No: not found" in message(pretrain, "reprec", toy, "Dataset777_No")
+    (toy.raw / "Dataset777_No").mkdir(parents=True)
+    for wanted in ("Dataset777_No", 777):  # its number as well as its name
+        assert "run nnssl_plan_and_preprocess -d Dataset777_No" in message(pretrain, "reprec", toy, wanted)
     assert "needs a convolutional U-Net with a transformer" in message(pretrain, "reprec", toy, NAME, "3d_fullres")
     assert "has no configuration '4d'" in message(pretrain, "reprec", toy, NAME, "4d")
     assert "no setting 'colour'" in message(run, toy, "colour=blue")

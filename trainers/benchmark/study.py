@@ -203,8 +203,7 @@ def find_source_plan(settings: StudySettings, arms: Sequence[Arm], folders: Fold
         checkpoint = arms[0].checkpoint
         assert checkpoint is not None
         return plan_from_dict(read_checkpoint(checkpoint)[1].plans, str(checkpoint))
-    name = None if settings.source is None else find_dataset(settings.source, folders)
-    return read_plan(find_plan(folders, name, settings.plans_name, say))
+    return read_plan(find_plan(folders, settings.source, settings.plans_name, say))
 
 
 def choose_finetuning(settings: StudySettings, arms: Sequence[Arm], plan: Plan) -> str:

@@ -415,7 +415,8 @@ def test_other_data_sets(files, capsys, tmp_path, monkeypatch, drawn):
 
     plan.unlink()
     line = fails(capsys, "embedding", "-w", files["2d"], "-d", 502)
-    assert f"{OTHER}: has no plan nnsslPlans" in line
+    assert "there is no such plan" in line
+    assert f"-d {OTHER}" in line
     assert "data set 77: not found" in fails(capsys, "embedding", "-w", files["2d"], "-d", 77)
     shutil.rmtree(next((tmp_path / NAME).glob("*_cases_3d")))
     assert "holds no preprocessed case" in fails(capsys, "embedding", "-w", files["2d"])

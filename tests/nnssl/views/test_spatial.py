@@ -154,6 +154,15 @@ def test_identity_and_flips_are_bit_exact(shape):
     assert all(set(axes) <= {0, dimensions - 1} for axes in seen)
 
 
+@pytest.mark.parametrize(("probability", "least", "most"), [(0.0, 0.0, 0.0), (0.2, 0.1, 0.3), (1.0, 1.0, 1.0)])
+def test_each_axis_is_flipped_with_its_probability(probability, least, most):
+    ranges = AffineRange((1.0, 1.0), flip_axes=(0, 1), flip_probability=probability)
+    params = draw_affine(generators(400), ranges, (5, 7), (1.0, 2.0))
+    share = (torch.diagonal(params.linear, dim1=1, dim2=2) < 0).double().mean(dim=0)
+    assert (least <= share).all()
+    assert (share <= most).all()
+
+
 def test_a_flipped_sample_stays_exact_among_others_that_are_warped():
     given = volumes((5, 7), count=2)
     flipped = make_params((5, 7), (1.0, 2.0), 1.0, (0.0,), (-1, 1), (0.0, 0.0))
