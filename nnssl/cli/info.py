@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from nnssl.export.source import SourceWeights
 
 NAME = "nnssl_info"
-CHECKPOINT, ENCODER = "checkpoint_final.pth", "encoder.safetensors"
+CHECKPOINT, ENCODER_FILE = "checkpoint_final.pth", "encoder.safetensors"
 """Of the folders that nnssl_export writes."""
 MOST_PARTS = 20
 """More prefixes than these are counted instead of listed; an exported file names single tensors."""
@@ -96,8 +96,8 @@ def explain_checkpoint(path: Path) -> list[str]:
 
     if path.is_dir() and (path / CHECKPOINT).exists():
         path = path / CHECKPOINT
-    if path.suffix == ".safetensors" or (path / ENCODER).exists():
-        return _explain_encoder(path / ENCODER if path.is_dir() else path)
+    if path.suffix == ".safetensors" or (path / ENCODER_FILE).exists():
+        return _explain_encoder(path / ENCODER_FILE if path.is_dir() else path)
     content = load_tensors(path)
     if EXPORT_KEY in content:
         spec = content[EXPORT_KEY]

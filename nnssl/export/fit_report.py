@@ -11,7 +11,7 @@ from nnssl.tables import align
 
 Status = Literal["transferred", "adapted", "random", "dropped", "segmentation"]
 
-ENCODER = ("encoder.", "eva.", "down_projection.", "transformer.")
+ENCODER_PARTS = ("encoder.", "eva.", "down_projection.", "transformer.")
 """Prefixes of the parts that methods hand over."""
 
 COUNTED = ("encoder.", "eva.", "down_projection.")

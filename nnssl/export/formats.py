@@ -20,7 +20,7 @@ from nnssl.checkpoint import Provenance, load_tensors, to_plain, write_checkpoin
 from nnssl.errors import UserError
 from nnssl.export.adaptation_plan import KEY, write_adaptation_plan
 from nnssl.export.description import ELSEWHERE, citations, describe
-from nnssl.export.fit_report import ENCODER, FitReport
+from nnssl.export.fit_report import ENCODER_PARTS, FitReport
 from nnssl.export.model_card import write_model_card
 from nnssl.export.source import EXPORT_KEY, SEGMENTATION, SourceWeights, names_by_tensor
 from nnssl.export.target import TargetNetwork
@@ -203,7 +203,7 @@ def write_encoder(folder: Path, source: SourceWeights, target: TargetNetwork, re
 def encoder_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Return the tensors of a network's encoder, each under one name."""
     state = network.state_dict()
-    chosen = [names[0] for names in names_by_tensor(state) if names[0].startswith(ENCODER)]
+    chosen = [names[0] for names in names_by_tensor(state) if names[0].startswith(ENCODER_PARTS)]
     return {name: state[name].detach().contiguous() for name in chosen}
 
 
