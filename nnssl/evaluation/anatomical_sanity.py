@@ -19,7 +19,7 @@ from nnssl.data.loader import draw_box
 from nnssl.draws import make_generator
 from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import EmbeddingMatcher
-from nnssl.matching.points import cycle_error_mm, reliable
+from nnssl.matching.points import cycle_error_mm, least_score, reliable
 from nnssl.schema import STRICT
 from nnssl.views.points import cell_centres_vox
 from nnssl.views.spatial import map_points
@@ -113,7 +113,8 @@ def measure(
         alike = [likeness(store, query, points_mm, key, found_mm) for found_mm in (matches.points_mm, boxed_mm)]
         looked.append((points_mm, matches.points_mm, matches.score, cycles_mm, *alike))
     places, found, scores, cycles, own, other = zip(*looked, strict=True)
-    taken = [reliable(score, cycle, np.concatenate(scores)) for score, cycle in zip(scores, cycles, strict=True)]
+    least = least_score(np.concatenate(scores))
+    taken = [reliable(score, cycle, least) for score, cycle in zip(scores, cycles, strict=True)]
     # within each pair: scans that are larger or begin elsewhere say nothing of how well places are found
     of_pairs = [
         [_rank_correlation(a[good, axis], b[good, axis]) for a, b, good in zip(places, found, taken, strict=True)]

@@ -14,7 +14,7 @@ from nnssl.data.case_store import CaseStore
 from nnssl.data.patch_pairs import PairTable
 from nnssl.data.patients import patient_in_name
 from nnssl.draws import draw_seed
-from nnssl.matching.points import PointMatcher, cycle_error_mm, reliable
+from nnssl.matching.points import PointMatcher, cycle_error_mm, least_score, reliable
 
 PARTNERS = 4
 """Other scans that a scan is paired with."""
@@ -64,8 +64,8 @@ def make_pairs(
         # both ways at once, while the embeddings of both are there
         for query, key in ((first, second), (second, first)) if first != second else ((first, second),):
             found.append(_look(store, query, key, matcher, fallback, seed))
-    scores = np.concatenate([each.score for each in found])
-    columns = [_take(each, scores) for each in sorted(found, key=lambda each: (each.query, each.key))]
+    least = least_score(np.concatenate([each.score for each in found]))
+    columns = [_take(each, least) for each in sorted(found, key=lambda each: (each.query, each.key))]
     spacings = np.array([store.case(name).spacing_mm for name in names])
     queries, keys, query_vox, key_mm, matched = (np.concatenate(column) for column in zip(*columns, strict=True))
     table = PairTable(tuple(names), queries, keys, query_vox, key_mm / spacings[keys], matched)
@@ -113,9 +113,9 @@ def _look(
     return Candidates(query, key, points_vox, matches.points_mm, boxed_mm, matches.score, cycle_mm)
 
 
-def _take(found: Candidates, scores: np.ndarray) -> tuple[np.ndarray, ...]:
+def _take(found: Candidates, least: float) -> tuple[np.ndarray, ...]:
     """Return the columns of a table for the reliable matches, or for the fallback's where they are too few."""
-    good = reliable(found.score, found.cycle_mm, scores)
+    good = reliable(found.score, found.cycle_mm, least)
     taken = np.nonzero(good)[0][:POINTS]
     rest = np.setdiff1d(np.arange(len(good)), taken)[: POINTS - len(taken)]
     places = np.concatenate([taken, rest])

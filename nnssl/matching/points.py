@@ -51,14 +51,19 @@ def cycle_error_mm(
     return np.linalg.norm(back.points_mm - points_mm, axis=1)
 
 
+def least_score(scores: Float[np.ndarray, " point"]) -> float:
+    """Return the score that matches of a data set have to reach, so that the lowest quarter of them all is left out."""
+    return float(np.quantile(scores, LEAST_SCORE_RANK))
+
+
 def reliable(
-    scores: Float[np.ndarray, " point"], cycles_mm: Float[np.ndarray, " point"], all_scores: Float[np.ndarray, " score"]
+    scores: Float[np.ndarray, " point"], cycles_mm: Float[np.ndarray, " point"], least: float
 ) -> Bool[np.ndarray, " point"]:
-    """Return which matches are taken: those that lead back to near their point, and whose score is not in the lowest quarter.
+    """Return which matches are taken: those that lead back to near their point, and score high enough.
 
     Args:
         scores: of matches.
         cycles_mm: how far from their point one ends, as ``cycle_error_mm`` says it.
-        all_scores: of all matches of a data set, whose lowest quarter is meant.
+        least: as ``least_score`` says it.
     """
-    return (cycles_mm <= LARGEST_CYCLE_MM) & (scores >= np.quantile(all_scores, LEAST_SCORE_RANK))
+    return (cycles_mm <= LARGEST_CYCLE_MM) & (scores >= least)

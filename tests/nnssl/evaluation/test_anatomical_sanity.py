@@ -55,6 +55,12 @@ def make_store(folder) -> CaseStore:
     return CaseStore(folder)
 
 
+@pytest.fixture(autouse=True)
+def few_pairs(monkeypatch) -> None:
+    """As many as tell what is measured; the number of a real examination only takes time here."""
+    monkeypatch.setattr(sanity_module, "PAIRS", 10)
+
+
 @pytest.fixture
 def method() -> SAM:
     configuration = make_configuration(3)
