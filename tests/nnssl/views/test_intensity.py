@@ -117,6 +117,14 @@ def test_noise_has_the_drawn_scale_and_its_own_seed():
     assert abs(np.corrcoef(noise[0].flatten(), noise[1].flatten())[0, 1]) < 0.03
 
 
+def test_every_channel_and_every_draw_has_noise_of_its_own():
+    ranges = restrict_to(IntensityRange(noise_probability=1.0), ["noise"])
+    volumes = torch.randn(1, 1, 20, 30, generator=torch.Generator().manual_seed(0)).expand(3, 2, -1, -1)
+    noise = (apply_intensity(volumes, draw_intensity(generators(range(3)), ranges, 2)) - volumes).flatten(0, 1)
+    correlation = np.corrcoef(noise.flatten(1).numpy()) - np.eye(6)
+    assert np.abs(correlation).max() < 0.2
+
+
 def test_bias_field_is_the_exponential_of_a_polynomial(rows):
     coefficients = torch.rand(3, 19, generator=torch.Generator().manual_seed(1)) - 0.5
     exponents = [(a, b, c) for a in range(4) for b in range(4) for c in range(4) if 1 <= a + b + c <= 3]
