@@ -1,5 +1,6 @@
 """Each change against NumPy and SciPy on one row at a time; draws that repeat; inputs that stay as they are."""
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -189,6 +190,15 @@ def test_drawn_values_fill_their_ranges():
     assert drawn["gamma"].values.log().mean().item() == pytest.approx(np.log(0.7 * 1.5) / 2, abs=0.03)
     assert 0.19 < drawn["noise"].values[:, 0].max() <= 0.2
     assert len(set(drawn["noise"].values[:, 1].tolist())) == 400
+
+
+def test_whether_a_channel_is_changed_has_nothing_to_do_with_the_values_of_another_change():
+    half = replace(ALWAYS, **{f"{name}_probability": 0.5 for name in NAMES})
+    drawn = draw_intensity(generators(range(500)), half, 1).changes
+    for name, other in itertools.permutations(NAMES, 2):
+        chosen = np.isin(drawn[name].rows, drawn[other].rows)
+        for values in drawn[name].values.numpy().T:
+            assert abs(np.corrcoef(values, chosen)[0, 1]) < 0.3, (name, other)
 
 
 def test_probabilities_are_met():

@@ -8,7 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnssl.views.points import are_inside, brighter_part, corner_points, draw_points, interpolate_at, place_of
+from nnssl.views.points import (
+    are_inside,
+    brighter_part,
+    cell_centres_vox,
+    corner_points,
+    draw_points,
+    interpolate_at,
+    place_of,
+)
 
 SHAPES = {2: (6, 10), 3: (4, 6, 10)}
 dims = pytest.mark.parametrize("dim", [2, 3])
@@ -183,3 +191,9 @@ def test_places_are_those_of_numpy_and_inside_is_between_the_outer_centres(dim):
         step = torch.zeros(dim)
         step[axis] = 0.01
         assert not are_inside(torch.stack([-step, last + step])[None], shape).any()
+
+
+def test_centres_of_cells_lie_in_the_middle_of_their_voxels():
+    """Two cells of two voxels, and three of three; the last axis fastest."""
+    centres = cell_centres_vox((2, 3), (4, 9))
+    assert centres.tolist() == [[0.5, 1], [0.5, 4], [0.5, 7], [2.5, 1], [2.5, 4], [2.5, 7]]

@@ -154,6 +154,26 @@ def test_identity_and_flips_are_bit_exact(shape):
     assert all(set(axes) <= {0, dimensions - 1} for axes in seen)
 
 
+@pytest.mark.parametrize("axis", range(3))
+def test_a_rotation_about_an_axis_leaves_it_where_it_is(axis):
+    """Rotations are given about z, y and x: where slices are thick, about z alone."""
+    rotation_deg = tuple(30.0 if each == axis else 0.0 for each in range(3))
+    linear = draw_affine(generators(20), AffineRange((1.0, 1.0), rotation_deg), (5, 7, 9), (3.0, 1.0, 2.0)).linear
+    still = torch.zeros(3, dtype=torch.float64)
+    still[axis] = 1
+    torch.testing.assert_close(linear[:, axis], still.expand(20, 3))
+    torch.testing.assert_close(linear[:, :, axis], still.expand(20, 3))
+    others = [each for each in range(3) if each != axis]
+    assert (linear[:, others, others] < 1).all()
+
+
+def test_a_turned_crop_that_does_not_fit_along_an_axis_is_centred_there():
+    params = draw_affine(generators(50), AffineRange((1.0, 1.0), (45.0,)), (10, 40), (1.0, 1.0))
+    needed_mm = params.linear.abs() @ torch.tensor([4.5, 19.5], dtype=torch.float64)
+    assert (needed_mm[:, 0] > 4.5).sum() > 40
+    assert (params.centre_mm[:, 0][needed_mm[:, 0] > 4.5] == 0).all()
+
+
 @pytest.mark.parametrize(("probability", "least", "most"), [(0.0, 0.0, 0.0), (0.2, 0.1, 0.3), (1.0, 1.0, 1.0)])
 def test_each_axis_is_flipped_with_its_probability(probability, least, most):
     ranges = AffineRange((1.0, 1.0), flip_axes=(0, 1), flip_probability=probability)
