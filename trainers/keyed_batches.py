@@ -12,6 +12,7 @@ from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransfo
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from torch.utils.data import DataLoader, Dataset
 
+from nnssl.data.loader import start_of_readers
 from nnssl.draws import draw_seed
 
 
@@ -46,7 +47,14 @@ class KeyedBatches(Dataset):
     def iterate(self, first: int, last: int, processes: int, pin_memory: bool) -> Iterator[dict[str, Any]]:
         """Iterate over the batches of the steps ``first`` to ``last - 1`` in order."""
         return iter(
-            DataLoader(self, batch_size=None, sampler=range(first, last), num_workers=processes, pin_memory=pin_memory)
+            DataLoader(
+                self,
+                batch_size=None,
+                sampler=range(first, last),
+                num_workers=processes,
+                pin_memory=pin_memory,
+                multiprocessing_context=start_of_readers(processes),
+            )
         )
 
 

@@ -8,6 +8,7 @@ crop.
 """
 
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -117,9 +118,23 @@ def make_loader(
         collate_fn=_collate,
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
+        multiprocessing_context=start_of_readers(num_workers),
         # a generator of its own, so that making workers leaves the global random state alone
         generator=torch.Generator(),
     )
+
+
+def start_of_readers(num_workers: int) -> str | None:
+    """Return how torch is to start processes that read; None for its default.
+
+    On Linux they are forked, also where the training process was spawned or Python's default is the fork server (from 3.14
+    on): a forked reader begins at once, shares what is imported, and its parent is the training process. torch looks at the
+    parent alone, and readers of a fork server would outlive a training that was killed.
+
+    Args:
+        num_workers: number of processes; 0 for none.
+    """
+    return "fork" if num_workers and sys.platform == "linux" else None
 
 
 def default_workers(device: torch.device) -> int:

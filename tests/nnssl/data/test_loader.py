@@ -1,7 +1,11 @@
 import multiprocessing
 import os
 import signal
+import sys
+import time
 from collections import Counter
+from multiprocessing.connection import Connection
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,3 +194,35 @@ def test_workers_outlive_a_request_to_stop(store):
     for worker in workers:
         os.kill(worker.pid, signal.SIGTERM)
     assert len([batch.step for batch in batches]) == 39
+
+
+def read_until_killed(folder: Path, parent: Connection) -> None:
+    batches = iter(make_loader(CaseStore(folder), PATCH, 4, 3, "m.s", 0, 40, num_workers=2))
+    next(batches)
+    parent.send([reader.pid for reader in multiprocessing.active_children()])
+    time.sleep(600)
+
+
+def has_ended(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
+def test_readers_end_with_a_training_that_was_killed(store):
+    """Also where processes are started by a server, whose end readers would wait for in vain."""
+    here, there = multiprocessing.Pipe()
+    training = multiprocessing.get_context("spawn").Process(target=read_until_killed, args=(store.folder, there))
+    training.start()
+    assert here.poll(120)
+    readers = here.recv()
+    assert len(readers) == 2
+    assert not any(map(has_ended, readers))
+    training.kill()
+    training.join()
+    deadline = time.monotonic() + 60
+    while not all(map(has_ended, readers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert all(map(has_ended, readers))
