@@ -1,65 +1,131 @@
-"""Real commands killed with SIGKILL at ten random moments and started again end like commands never disturbed."""
+"""Commands killed with SIGKILL at chosen and at random moments and started again end like commands never disturbed.
+
+What a killed process leaves is what lies on the disk, and that changes only when a file is written under a temporary name,
+renamed into its place, or removed. So a kill at any moment leaves what a kill just before the next of these calls leaves, and
+the chosen moments are those calls, for each of the files by which a command that starts again knows where it was.
+"""
 
 import csv
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from nnssl.checkpoint import read_checkpoint
 from nnssl.data.case_store import CaseStore
 from nnssl.data.phantoms import write_phantom_dataset
+from nnssl.environment import variables
 
 NAME = "Dataset501_Phantoms"
+EPOCHS = 5
 PLAN = ["plan_and_preprocess", "-d", "501", "--preset", "cpu", "--processes", "1", "-c", "3d_fullres_hybrid"]
 PRETRAIN = [
-    "pretrain", "-m", "reprec", "-d", "501", "--device", "cpu", "--workers", "1", "--epochs", "6",
-    "--iterations-per-epoch", "4", "--set", "batch_size=2",
+    "pretrain", "-m", "reprec", "-d", "501", "--device", "cpu", "--workers", "1", "--epochs", str(EPOCHS),
+    "--iterations-per-epoch", "2", "--set", "batch_size=2",
 ]  # fmt: skip
 STAGES = {"Contrastive": "reprec.contrastive", "Generative": "reprec.generative"}
+LATEST, FINAL = "checkpoint_latest.pth", "checkpoint_final.pth"
 
 
-def start(root: Path, command: list[str]) -> tuple[subprocess.Popen, list[str]]:
-    """Start a command on the folders below ``root``; its lines are collected as they come."""
-    environment = {**os.environ, **{f"nnUNet_{n}": str(root / n) for n in ("raw", "preprocessed", "results")}}
-    environment |= {"PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", f"nnssl.cli.{command[0]}", *command[1:]],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    lines: list[str] = []
-    assert process.stdout is not None
-    threading.Thread(target=lambda out: lines.extend(out), args=(process.stdout,), daemon=True).start()
-    return process, lines
+@dataclass(frozen=True)
+class Moment:
+    """Just before a call of a function of ``os`` on a file whose path has these parts; ``.tmp`` is its temporary name."""
+
+    call: str
+    parts: tuple[str, ...]
+
+
+def moment(call: str, *parts: str) -> Moment:
+    return Moment(call, parts)
+
+
+PREPROCESSING = (
+    moment("replace", "nnsslPlans.json.", ".tmp"),  # a fingerprint and no plan
+    moment("replace", "cases_3d", ".json.", ".tmp"),  # a case whose voxels are there and whose description is not
+)
+PRETRAINING = (
+    moment("replace", "Contrastive", "run.json.", ".tmp"),  # nothing but a folder
+    moment("fsync", "Contrastive", f"{LATEST}.", ".tmp"),  # the first checkpoint is half written
+    moment("replace", "Contrastive", f"{LATEST}.", ".tmp"),  # it is written and not in its place
+    moment("unlink", "Contrastive", f"{LATEST}.", ".tmp"),  # it has just been put there
+    moment("replace", "Contrastive", "metrics.csv.", ".tmp"),  # an epoch is over that no table and no checkpoint has
+    moment("replace", "Contrastive", f"{LATEST}.", ".tmp"),  # the table has it and the checkpoint has not
+    moment("fsync", "Contrastive", f"{FINAL}.", ".tmp"),  # all steps are done
+    moment("replace", "Contrastive", f"{FINAL}.", ".tmp"),
+    moment("unlink", "Contrastive", f"/{LATEST}"),  # both checkpoints are there
+    moment("replace", "Generative", "run.json.", ".tmp"),  # between the stages
+    moment("unlink", "Generative", f"{LATEST}.", ".tmp"),
+    moment("replace", "Generative", f"{FINAL}.", ".tmp"),
+)
+
+
+def die_at(moment: Moment) -> None:
+    """Let this process kill itself just before the first such call."""
+    original = getattr(os, moment.call)
+
+    def die(target, *arguments, **options):
+        path = os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else os.fspath(target)
+        if all(part in path for part in moment.parts):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(target, *arguments, **options)
+
+    setattr(os, moment.call, die)
+
+
+def run_command(command: list[str], log: Path, at: Moment | None) -> None:
+    """Run a command in a process of its own, with its lines in a file, to its end or to a moment."""
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout.reconfigure(line_buffering=True)
+    Figure.savefig = lambda figure, *arguments, **options: None  # a picture takes longer than an epoch here
+    if at is not None:
+        die_at(at)
+    raise SystemExit(import_module(f"nnssl.cli.{command[0]}").main(command[1:]))
+
+
+def start(root: Path, command: list[str], at: Moment | None = None) -> BaseProcess:
+    """Start a command on the folders below ``root``."""
+    log = root / "log.txt"
+    log.write_text("")
+    with variables(**{f"nnUNet_{name}": str(root / name) for name in ("raw", "preprocessed", "results")}):
+        process = multiprocessing.get_context("spawn").Process(target=run_command, args=(command, log, at))
+        process.start()
+    return process
 
 
 def finish(root: Path, command: list[str]) -> None:
-    process, lines = start(root, command)
-    assert process.wait(timeout=300) == 0, "".join(lines)
+    process = start(root, command)
+    process.join(600)
+    assert process.exitcode == 0, (root / "log.txt").read_text()
 
 
-def kill_once(root: Path, command: list[str], begun: Callable[[list[str]], bool], delay_s: float) -> bool:
-    """Kill a command some time after its phase has begun; returns whether it was still running then."""
-    process, lines = start(root, command)
-    deadline = time.time() + 300
-    while process.poll() is None and not begun(lines) and time.time() < deadline:
+def kill_at(root: Path, command: list[str], at: Moment) -> None:
+    process = start(root, command, at)
+    process.join(600)
+    assert process.exitcode == -signal.SIGKILL, (at, process.exitcode, (root / "log.txt").read_text())
+
+
+def kill_in_stage(root: Path, stage: str, delay_s: float) -> bool:
+    """Kill the pretraining some time after a stage has begun; returns whether it was still running then."""
+    process = start(root, PRETRAIN)
+    deadline = time.monotonic() + 600
+    while process.is_alive() and stage not in (root / "log.txt").read_text() and time.monotonic() < deadline:
         time.sleep(0.002)
     time.sleep(delay_s)
-    alive = process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    return alive
+    process.kill()
+    process.join()
+    return process.exitcode == -signal.SIGKILL
 
 
 def stage_folder(root: Path, stage: str) -> Path:
@@ -75,45 +141,51 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_killed_at_ten_moments(tmp_path):
-    calm, killed = tmp_path / "calm", tmp_path / "killed"
-    for root in (calm, killed):
-        for name in ("raw", "preprocessed", "results"):
-            (root / name).mkdir(parents=True)
-        write_phantom_dataset(root / "raw", NAME, 10, 0, (16, 24, 20), (2.5, 1.5, 1.7), labelled=False)
+def make_raw(root: Path) -> Path:
+    for name in ("raw", "preprocessed", "results"):
+        (root / name).mkdir(parents=True)
+    write_phantom_dataset(root / "raw", NAME, 4, 0, (16, 24, 20), (2.5, 1.5, 1.7), labelled=False)
+    return root
+
+
+def assert_same_cases(folder: Path, other_folder: Path) -> None:
+    first, second = CaseStore(folder), CaseStore(other_folder)
+    assert len(first) == 4
+    assert first.names == second.names
+    for name in first.names:
+        one, other = first.case(name), second.case(name)
+        np.testing.assert_array_equal(one.read_box((0, 0, 0), one.shape), other.read_box((0, 0, 0), other.shape))
+        np.testing.assert_array_equal(one.foreground_vox, other.foreground_vox)
+    assert not list(other_folder.rglob("*.tmp"))
+
+
+def assert_same_stage(folder: Path, other_folder: Path) -> None:
+    first, second = tensors(folder / FINAL), tensors(other_folder / FINAL)
+    assert set(first) == set(second)
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+    rows = list(csv.DictReader((other_folder / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(EPOCHS)]
+
+
+def test_killed_at_chosen_and_at_random_moments(tmp_path):
+    calm, killed = make_raw(tmp_path / "calm"), make_raw(tmp_path / "killed")
     finish(calm, PLAN)
     finish(calm, PRETRAIN)
 
-    draw = random.Random(20)
-    cases = killed / "preprocessed" / NAME / "nnsslPlans_cases_3d"
-    hits = {"preprocessing": 0, **dict.fromkeys(STAGES, 0)}
-    for _ in range(2):
-        before = len(list(cases.glob("*.json")))
-        hits["preprocessing"] += kill_once(
-            killed, PLAN, lambda lines, n=before: len(list(cases.glob("*.json"))) > n, draw.uniform(0, 0.03)
-        )
+    for at in PREPROCESSING:
+        kill_at(killed, PLAN, at)
     finish(killed, PLAN)
+    draw = random.Random(20)
     for stage, name in STAGES.items():
-        for _ in range(4):
-            mark = f"Pretext stage {name}"
-            hits[stage] += kill_once(
-                killed, PRETRAIN, lambda lines, mark=mark: any(mark in line for line in lines), draw.uniform(0, 1.2)
-            )
+        # short, so that a save is left for the moments that wait for one
+        assert any([kill_in_stage(killed, f"Pretext stage {name}", draw.uniform(0, 0.3)) for _ in range(2)])
+        for at in PRETRAINING:
+            if stage in at.parts:
+                kill_at(killed, PRETRAIN, at)
     finish(killed, PRETRAIN)
 
-    assert min(hits.values()) >= 1, hits
-    assert sum(hits.values()) >= 8, hits
-    stores = [CaseStore(root / "preprocessed" / NAME / "nnsslPlans_cases_3d") for root in (calm, killed)]
-    assert stores[0].names == stores[1].names
-    for case in stores[0].names:
-        one, other = (store.case(case) for store in stores)
-        np.testing.assert_array_equal(one.read_box((0, 0, 0), one.shape), other.read_box((0, 0, 0), other.shape))
-        np.testing.assert_array_equal(one.foreground_vox, other.foreground_vox)
+    cases = Path("preprocessed", NAME, "nnsslPlans_cases_3d")
+    assert_same_cases(calm / cases, killed / cases)
     for stage in STAGES:
-        first, second = (tensors(stage_folder(root, stage) / "checkpoint_final.pth") for root in (calm, killed))
-        assert set(first) == set(second)
-        for key in first:
-            assert torch.equal(first[key], second[key]), (stage, key)
-        rows = list(csv.DictReader((stage_folder(killed, stage) / "metrics.csv").open()))
-        assert [row["epoch"] for row in rows] == [str(epoch) for epoch in range(6)]
-    assert not [path for path in cases.rglob("*.tmp")]
+        assert_same_stage(stage_folder(calm, stage), stage_folder(killed, stage))
