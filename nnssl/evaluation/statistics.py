@@ -21,6 +21,10 @@ from nnssl.evaluation.study_words import GAIN, LOSS, NO_CLAIM, NO_DIFFERENCE, si
 
 CONVERGED_RISE = 0.02
 """Scratch has stopped improving when its Dice rises by less than this from the second longest to the longest length."""
+BEGUN_DICE = 0.1
+"""A network below it at the longest length finds little but its largest class: it stands still before it learns, not after."""
+MAY_STAY_LOW = "linear"
+"""Mode in which scratch may end below that: what a linear layer finds in features of random weights."""
 LEVEL = 0.05
 CONFIDENCE = 0.95
 RESAMPLES = 5000
@@ -210,6 +214,8 @@ def judge(gain: Gain | None, steps: int, rise: Rise | None, num_cases: int) -> s
         return f"one length only{NO_CLAIM}"
     if steps < rise.steps[1]:
         return f"short schedule{NO_CLAIM}"
+    if not rise.begun:
+        return f"scratch has hardly begun to segment{NO_CLAIM}"
     if not rise.stopped:
         return f"scratch still rises by {signed_points(rise.difference)} points{NO_CLAIM}"
     if len(gain.seed_differences) < 2:
@@ -234,8 +240,11 @@ def _find_rises(groups: Mapping[Key, Group], means: Mapping[Key, float]) -> dict
         common = sorted(set(before) & set(after))
         if not common:
             continue
-        rise = _mean_of({s: after[s] for s in common}) - _mean_of({s: before[s] for s in common})
-        rises[mode, labels] = Rise(mode, labels, (lengths[-2], lengths[-1]), rise, rise < CONVERGED_RISE)
+        reached = _mean_of({s: after[s] for s in common})
+        rise = reached - _mean_of({s: before[s] for s in common})
+        begun = mode == MAY_STAY_LOW or reached >= BEGUN_DICE
+        stopped = begun and rise < CONVERGED_RISE
+        rises[mode, labels] = Rise(mode, labels, (lengths[-2], lengths[-1]), rise, begun, stopped)
     return rises
 
 

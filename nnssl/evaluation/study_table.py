@@ -78,8 +78,10 @@ class Rise:
     steps: tuple[int, int]
     difference: float
     """In Dice from -1 to 1."""
+    begun: bool
+    """Whether scratch segments well enough at the longest length for standing still to be an end and not a beginning."""
     stopped: bool
-    """Whether it is small enough to say that scratch has stopped improving."""
+    """Whether scratch has begun, and rises so little that it has stopped improving."""
 
 
 @dataclass(frozen=True)

@@ -116,8 +116,9 @@ FULL = make_table(
     make_row(labels=1, dice=0.05, mode="linear"),
     make_row(ARM, 1, dice=0.011, gain=-0.039, verdict="loss", mode="linear"),
     rises=(
-        Rise("finetune", 1, (150, 450), 0.0041, stopped=True),
-        Rise("finetune", 20, (150, 450), 0.123, stopped=False),
+        Rise("finetune", 1, (150, 450), 0.0041, begun=True, stopped=True),
+        Rise("finetune", 20, (150, 450), 0.123, begun=True, stopped=False),
+        Rise("finetune", 5, (150, 450), 0.001, begun=False, stopped=False),
     ),
 )
 
@@ -290,6 +291,7 @@ def test_rise_of_scratch_and_classes_are_shown(page):
     assert rises[1:] == [
         ["fine-tuning", "1", "150 to 450", "+0.4", "yes"],
         ["fine-tuning", "20", "150 to 450", "+12.3", "no, it still improves"],
+        ["fine-tuning", "5", "150 to 450", "+0.1", "no, it has hardly begun to segment"],
     ]
     classes = [table for table in page.tables if table[0] == ["Arm", "Anterior", "Posterior"]]
     assert len(classes) == 2

@@ -152,7 +152,9 @@ def gain(p_holm, *seeds):
     return Gain(Interval(float(np.mean(seeds)), 0.0, 0.1), seeds, p_holm / 2, p_holm)
 
 
-STOPPED, RISING = Rise("finetune", 5, (100, 300), 0.01, True), Rise("finetune", 5, (100, 300), 0.123, False)
+STOPPED = Rise("finetune", 5, (100, 300), 0.01, begun=True, stopped=True)
+RISING = Rise("finetune", 5, (100, 300), 0.123, begun=True, stopped=False)
+NOT_BEGUN = Rise("finetune", 5, (100, 300), 0.01, begun=False, stopped=False)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +166,7 @@ STOPPED, RISING = Rise("finetune", 5, (100, 300), 0.01, True), Rise("finetune", 
         ((gain(0.06, 0.1, 0.2), 300, STOPPED, 20), "no difference seen"),
         ((gain(0.01, 0.1, 0.2), 100, STOPPED, 20), "short schedule: no claim"),
         ((gain(0.01, 0.1, 0.2), 300, RISING, 20), "scratch still rises by +12.3 points: no claim"),
+        ((gain(0.01, 0.1, 0.2), 300, NOT_BEGUN, 20), "scratch has hardly begun to segment: no claim"),
         ((gain(0.01, 0.1, 0.2), 300, None, 20), "one length only: no claim"),
         ((gain(0.01, 0.1), 300, STOPPED, 20), "one seed only: no claim"),
         ((gain(0.01, 0.1, 0.2), 300, STOPPED, 5), "fewer than 6 cases: no claim"),
@@ -185,6 +188,20 @@ def test_whether_scratch_has_stopped_is_measured_between_the_two_longest_lengths
     verdicts = {row.steps: row.verdict for row in table.rows if row.arm == "a"}
     assert verdicts[300].startswith("scratch still rises by +5.0 points")
     assert verdicts[50] == verdicts[100] == "short schedule: no claim"
+
+
+@pytest.mark.parametrize(("mode", "verdict"), [("finetune", "scratch has hardly begun"), ("linear", "gain")])
+@pytest.mark.parametrize("scratch", [0.02, 0.12])
+def test_standing_still_before_it_segments_is_not_the_end_of_learning(mode, verdict, scratch):
+    """A network that finds next to nothing at both lengths has not stopped; a linear probe of random weights may stay there."""
+    dice = np.linspace(0.8, 1.2, 20)
+    cells = [
+        make_cell(arm, scratch * dice + gain, steps=steps, seed=seed, mode=mode)
+        for arm, gain in (("scratch", 0.0), ("a", 0.1))
+        for steps in (100, 300)
+        for seed in SEEDS
+    ]
+    assert last_rows(cells)["a"].verdict.startswith(verdict if scratch < 0.1 else "gain")
 
 
 def test_an_unfinished_study_has_a_table_too():
