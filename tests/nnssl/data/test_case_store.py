@@ -178,6 +178,20 @@ def test_the_json_is_written_last_and_removed_first(tmp_path, monkeypatch):
     assert written == [("a.b2nd", False), ("a_foreground.npy", False), ("a.json", False)]
 
 
+def test_a_half_removed_case_is_not_listed(tmp_path, monkeypatch):
+    write_random_case(tmp_path)
+    remove = Path.unlink
+
+    def stop(path, **options):
+        remove(path, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", stop)
+    with pytest.raises(KeyboardInterrupt):
+        case_store.remove_case(tmp_path, "a")
+    assert case_store.complete_cases(tmp_path) == []
+
+
 def test_a_half_written_case_is_not_listed(tmp_path, monkeypatch):
     write_random_case(tmp_path, "whole")
 
