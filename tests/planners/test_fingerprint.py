@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from planners import fingerprint as module
 from planners.fingerprint import (
     Duplicate,
     check_set_aside,
+    digest_sources,
     extract_fingerprint,
     nnunet_fingerprint,
     read_or_extract,
@@ -308,6 +310,18 @@ def test_a_stored_fingerprint_is_reused_until_the_images_change(folders, monkeyp
     path.write_text(path.read_text().replace('"orientation"', '"direction"', 1))
     read_or_extract(read_dataset(610, folders, hush), folders, 1, hush)
     assert len(runs) == 3
+
+
+@pytest.mark.parametrize(("added_bytes", "later_ns"), [(1, 0), (0, 1)])
+def test_an_image_has_changed_if_its_size_or_its_time_has(folders, added_bytes, later_ns):
+    folder = write_phantom_dataset(folders.raw, "Dataset610_X", 2, 1, (16, 24, 20), (5, 3, 4), "MR", False)
+    image = folder / "imagesTr" / "phantom_0001_0000.nii.gz"
+    dataset, state = read_dataset(610, folders, hush), image.stat()
+    before = digest_sources(dataset)
+    with image.open("ab") as file:
+        file.write(bytes(added_bytes))
+    os.utime(image, ns=(state.st_atime_ns, state.st_mtime_ns + later_ns))
+    assert digest_sources(dataset) != before
 
 
 @pytest.mark.real_data

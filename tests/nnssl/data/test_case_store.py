@@ -242,6 +242,17 @@ def test_few_cases_are_open_at_a_time(tmp_path):
     assert {Path(path).stem for path in mapped} == {"case08", "case09", "case10", "case11"}
 
 
+def test_the_case_that_was_not_used_for_longest_is_closed(tmp_path):
+    for name in "abc":
+        write_random_case(tmp_path, name, shape=(1, 2, 3, 4))
+    store = CaseStore(tmp_path, max_open=2)
+    first, second = store.case("a"), store.case("b")
+    assert store.case("a") is first
+    store.case("c")
+    assert store.case("a") is first
+    assert store.case("b") is not second
+
+
 def read_sum(store, name, results):
     results.put(float(store.case(name).read_box((0, 0, 0), (7, 133, 90)).sum()))
 
