@@ -1,5 +1,6 @@
 """What all tests share: axis names are checked, and real data is found through NNSSL_TEST_DATA."""
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -16,6 +17,11 @@ install_import_hook(["nnssl.losses", "nnssl.views", "nnssl.networks", "nnssl.met
 # tensors are so small here that threads cost more than they give, and on a busy machine many times more
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of the garbage collection, which would look through it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

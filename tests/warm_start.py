@@ -5,6 +5,7 @@ instead that has imported it once and done nothing else. As with ``spawn``, what
 environment, the working folder and the paths that its parent had when it was started.
 """
 
+import gc
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ class WarmProcess(ForkServerProcess):
         import numpy as np
         import torch
 
+        gc.freeze()  # what the server has imported, of which a collection would make copies
         os.environ.clear()
         os.environ.update(self.environment)
         torch.set_num_threads(1)
