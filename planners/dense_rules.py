@@ -5,7 +5,7 @@ from math import prod
 from typing import Any
 
 from nnssl.errors import UserError
-from nnssl.networks.backbone import build_network
+from nnssl.networks.backbone import measurable_network
 from nnssl.networks.dense import DenseKind, dense_channels
 from planners.plan import DenseSampling, Reasons
 from planners.presets import Preset
@@ -93,7 +93,7 @@ def widen_last_stage(nnunet: dict[str, Any], width: int, channels: int, budgets:
         configuration = nnunet["configurations"][name]
         features = configuration["architecture"]["arch_kwargs"]["features_per_stage"]
         configuration["architecture"]["arch_kwargs"]["features_per_stage"] = [width, *features[1:]]
-        network = build_network(configuration["architecture"], channels, 2, seed=0)
+        network = measurable_network(configuration["architecture"], channels)
         fits = int(budget // network.compute_conv_feature_map_size(tuple(configuration["patch_size"])))
         if fits < 2:
             raise UserError(

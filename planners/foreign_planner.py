@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from nnssl.environment import variables
 from nnssl.errors import UserError
@@ -62,7 +63,8 @@ def plan_for_network(
         target.mkdir()
         fingerprint = folders.preprocessed / dataset_name / "dataset_fingerprint.json"
         write_json(target / fingerprint.name, read_json(fingerprint, "fingerprint"))
-        with variables(nnUNet_preprocessed=folder), redirect_stdout(StringIO()):
+        # torch's device: the planner builds networks, of which it looks at the sizes alone
+        with variables(nnUNet_preprocessed=folder), redirect_stdout(StringIO()), torch.device("meta"):
             ExperimentPlanner(dataset_name, plans_name=plans_name).plan_experiment()
         plan: dict[str, Any] = read_json(target / f"{plans_name}.json", "plan")
     if CONFIGURATION not in plan["configurations"]:

@@ -12,7 +12,7 @@ import numpy as np
 from nnunetv2.configuration import ANISO_THRESHOLD
 
 from nnssl.methods import METHODS
-from nnssl.networks.backbone import build_network
+from nnssl.networks.backbone import measurable_network
 from planners.anatomy_rules import decide_anatomy
 from planners.context_rules import decide_context
 from planners.dense_rules import decide_dense
@@ -114,7 +114,7 @@ class PretextRules:
             "inherits_from": name,
             "architecture": hybrid_architecture(base["architecture"], tokens, size),
         }
-        network = build_network(configuration["architecture"], self.channels, 2, seed=0)
+        network = measurable_network(configuration["architecture"], self.channels)
         cost = network.compute_conv_feature_map_size(tuple(base["patch_size"]))
         configuration["batch_size"] = max(2, min(base["batch_size"], int(budget // cost)))
         self.nnunet["configurations"][hybrid] = configuration
@@ -147,7 +147,7 @@ class PretextRules:
         self._decide_run(primus, views, chosen.tokens, chosen.size, (chosen.values, 0.0), budget)
 
     def _feature_sizes(self, architecture: dict[str, Any], patch: Sequence[int]) -> tuple[float, float]:
-        network = build_network(architecture, self.channels, 2, seed=0)
+        network = measurable_network(architecture, self.channels)
         size = tuple(patch)
         return (
             float(network.encoder.compute_conv_feature_map_size(size)),

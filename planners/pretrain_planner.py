@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     nnUNetPlannerResEncL,
@@ -171,7 +172,8 @@ def _plan_from_data(
         planner.reader_name = stock_reader(dataset.reader)
         planner.UNet_base_num_features = preset.base_features
         planner.UNet_max_features_2d, planner.UNet_max_features_3d = preset.max_features
-        plans = planner.plan_experiment()
+        with torch.device("meta"):  # it builds networks, of which it looks at the sizes alone
+            plans = planner.plan_experiment()
     for name in ("3d_lowres", "3d_cascade_fullres"):
         plans["configurations"].pop(name, None)
     # nnU-Net looks this name up among its own planners

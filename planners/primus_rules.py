@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nnssl.networks.backbone import build_network
+from nnssl.networks.backbone import build_network, measurable_network
 from nnssl.sizes import in_mm, in_voxels
 from planners.plan import Reasons, TokenGrid, TransformerSize
 from planners.presets import PRIMUS_SIZES, Preset
@@ -153,8 +153,7 @@ def primus_architecture(size: TransformerSize, token: Sequence[int], patch: Sequ
 
 
 def _feature_values(architecture: dict[str, Any], channels: int, patch: Sequence[int]) -> float:
-    with torch.device("meta"):  # sizes are enough
-        network = build_network(architecture, channels, 2, seed=0)
+    network = measurable_network(architecture, channels)
     return float(network.compute_conv_feature_map_size(patch))
 
 

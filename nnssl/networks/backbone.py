@@ -55,6 +55,23 @@ def build_network(architecture: dict[str, Any], channels: int, num_classes: int,
         ) from error
 
 
+def measurable_network(architecture: dict[str, Any], channels: int) -> Any:
+    """Build the network that a plan's configuration names without weights, which a planner need not wait for.
+
+    Args:
+        architecture: as for ``build_network``.
+        channels: of the input.
+
+    Returns:
+        The network on torch's device ``meta``, with one class and the background: sizes and shapes are those of the real one.
+
+    Raises:
+        UserError: the class cannot be imported.
+    """
+    with torch.device("meta"):
+        return build_network(architecture, channels, 2, seed=0)
+
+
 def seeded(build: Callable[[], M], seed: int, purpose: str) -> M:
     """Call a constructor under a seed that depends on (seed, purpose), leaving torch's random state as it was."""
     with torch.random.fork_rng(devices=[]):
