@@ -1,4 +1,4 @@
-"""A fine-tuned model predicts by nnU-Net's own command where nothing of nnssl can be imported, or only its networks."""
+"""A fine-tuned model predicts by nnU-Net where nothing of nnssl can be imported, or only its networks."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from tests.nnssl.export.tiny_networks import primus, unet
 from tests.trainers.finetuning import DATASET, TEST_CASES
 from tests.trainers.tiny_plan import PATCH_SIZE
 
-PREDICT = """
+MISSING = """
 import sys
 
 class Missing:
@@ -25,30 +25,26 @@ class Missing:
             raise ImportError(f"{{name}} is not installed here")
 
 sys.meta_path.insert(0, Missing())
+"""
+COMMAND = """
 from nnunetv2.inference.predict_from_raw_data import predict_entry_point_modelfolder
-sys.argv = ["nnUNetv2_predict_from_modelfolder", *{arguments}]
+sys.argv = ["nnUNetv2_predict_from_modelfolder", "-i", {images!r}, "-o", {out!r}, "-m", {model!r}, "-f", "0",
+            "-device", "cpu", "-npp", "1", "-nps", "1"]
 predict_entry_point_modelfolder()
+"""
+WITHOUT_WORKERS = """
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+predictor.initialize_from_trained_model_folder({model!r}, (0,), "checkpoint_final.pth")
+predictor.predict_from_files_sequential({images!r}, {out!r})
 """
 
 
-def predict(folder: Path, images: Path, out: Path, missing: set[str]) -> subprocess.CompletedProcess:
-    arguments = [
-        "-i",
-        str(images),
-        "-o",
-        str(out),
-        "-m",
-        str(folder),
-        "-f",
-        "0",
-        "-device",
-        "cpu",
-        "-npp",
-        "1",
-        "-nps",
-        "1",
-    ]
-    return run_python(PREDICT.format(missing=missing, arguments=arguments), out.parent)
+def predict(how: str, folder: Path, images: Path, out: Path, missing: set[str]) -> subprocess.CompletedProcess:
+    out.mkdir()
+    code = MISSING.format(missing=missing) + how.format(images=str(images), out=str(out), model=str(folder))
+    return run_python(code, out.parent)
 
 
 def run_python(code: str, folder: Path) -> subprocess.CompletedProcess:
@@ -69,13 +65,13 @@ def images(run, tmp_path):
 
 def test_without_nnssl(run, images, tmp_path):
     model = Path(run.results[0].model_folder)
-    done = predict(model, images, tmp_path / "out", {"nnssl", "planners", "trainers"})
+    done = predict(COMMAND, model, images, tmp_path / "out", {"nnssl", "planners", "trainers"})
     assert done.returncode == 0, done.stderr[-2000:]
     ours = sitk.ReadImage(str(model / "fold_0" / "validation" / f"{TEST_CASES[0]}.nii.gz"))
     stock = sitk.ReadImage(str(tmp_path / "out" / f"{TEST_CASES[0]}.nii.gz"))
     assert (sitk.GetArrayFromImage(ours) == sitk.GetArrayFromImage(stock)).all()
     # what is said to be missing is: the network of the next test could not be built
-    assert "is not installed here" in run_python(PREDICT.format(missing={"nnunetv2"}, arguments=[]), tmp_path).stderr
+    assert "is not installed here" in predict(COMMAND, model, images, tmp_path / "none", {"nnunetv2"}).stderr
 
 
 @pytest.mark.parametrize(
@@ -92,7 +88,7 @@ def test_networks_of_nnssl_need_the_package_nnssl_alone(run, images, tmp_path, n
     classes = len(json.loads((model / "dataset.json").read_text())["labels"])
     content["network_weights"] = build_network(network, 1, classes, 0).state_dict()
     torch.save(content, checkpoint)
-    done = predict(model, images, tmp_path / "out", {"planners", "trainers"})
+    done = predict(WITHOUT_WORKERS, model, images, tmp_path / "out", {"planners", "trainers"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "out" / f"{TEST_CASES[0]}.nii.gz").exists()
 
