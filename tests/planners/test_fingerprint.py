@@ -212,6 +212,17 @@ def test_one_case_with_negative_numbers_makes_no_ct(folders):
     assert any("1 of 3 cases have voxels below -100" in line for line in said)
 
 
+@pytest.mark.parametrize(("voxels", "modality"), [(13, "MRI"), (14, "CT")])
+def test_a_voxel_of_air_makes_no_ct_but_a_hundredth_of_them_does(folders, voxels, modality):
+    folder = folders.raw / "Dataset615_Edge"
+    for number in range(3):
+        volume = tissue(number)
+        volume.reshape(-1)[:voxels] = -1000
+        write_case(folder, f"case{number}", volume)
+    assert 13 < volume.size / 100 < 14
+    assert extract_fingerprint(read_dataset(615, folders, hush), 1, hush).modalities == (modality,)
+
+
 def test_nan_is_found_where_the_reader_hands_it_on(folders):
     """ITK turns NaN into 0 in NIfTI files (the test above) and keeps it in others."""
     images = folders.raw / "Dataset611_Nrrd" / "imagesTr"
