@@ -5,8 +5,8 @@ from math import ceil, prod
 from typing import Any, Literal
 
 from nnssl.networks.backbone import encoder_strides
+from nnssl.plan import AnatomyChoices, Reasons
 from nnssl.sizes import in_mm
-from planners.plan import AnatomyChoices, Reasons
 
 LARGEST_STRIDE = 16
 """SAM's coarse cells are 16 voxels long."""

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
+from nnssl.plan import ContextChoices, Reasons
 from nnssl.views.turns import turn_plane
-from planners.plan import ContextChoices, Reasons
 
 RANKS = (8, 16, 32, 64)
 

@@ -7,7 +7,7 @@ from typing import Any
 from nnssl.errors import UserError
 from nnssl.networks.backbone import measurable_network
 from nnssl.networks.dense import DenseKind, dense_channels
-from planners.plan import DenseSampling, Reasons
+from nnssl.plan import DenseSampling, Reasons
 from planners.presets import Preset
 
 PAPER_WIDTH = 1024

@@ -17,7 +17,7 @@ from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
 from nnssl.paths import Folders
-from planners.plan import plan_path
+from nnssl.plan import plan_path
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
 from nnssl.networks.backbone import encoder_strides
 from nnssl.paths import Folders
-from planners.plan import TransformerSize
+from nnssl.plan import TransformerSize
 from planners.primus_rules import primus_architecture
 
 CONFIGURATION = "3d_fullres"

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float
 from nnunetv2.configuration import ANISO_THRESHOLD
 
+from nnssl.plan import Reasons
 from nnssl.sizes import in_mm, in_voxels
-from planners.plan import Reasons
 from planners.presets import Preset
 
 

@@ -10,8 +10,8 @@ from nnssl.data.raw import find_dataset, leave_out, read_dataset
 from nnssl.errors import UserError
 from nnssl.methods import METHODS
 from nnssl.paths import Folders
+from nnssl.plan import PLANS_NAME, Plan, plan_path
 from planners.fingerprint import Fingerprint, read_or_extract
-from planners.plan import PLANS_NAME, Plan, plan_path
 from planners.presets import choose_preset
 from planners.pretrain_planner import plan_pretraining
 from planners.reasons import format_decisions

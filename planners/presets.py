@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from nnssl.errors import UserError
-from planners.plan import TransformerSize
+from nnssl.plan import TransformerSize
 
 
 @dataclass(frozen=True)

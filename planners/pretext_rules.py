@@ -13,12 +13,7 @@ from nnunetv2.configuration import ANISO_THRESHOLD
 
 from nnssl.methods import METHODS
 from nnssl.networks.backbone import measurable_network
-from planners.anatomy_rules import decide_anatomy
-from planners.context_rules import decide_context
-from planners.dense_rules import decide_dense
-from planners.fingerprint import Fingerprint
-from planners.network_reasons import explain_data_set, explain_network
-from planners.plan import (
+from nnssl.plan import (
     AnatomyChoices,
     ContextChoices,
     Decision,
@@ -27,6 +22,11 @@ from planners.plan import (
     TokenGrid,
     TransformerSize,
 )
+from planners.anatomy_rules import decide_anatomy
+from planners.context_rules import decide_context
+from planners.dense_rules import decide_dense
+from planners.fingerprint import Fingerprint
+from planners.network_reasons import explain_data_set, explain_network
 from planners.presets import Preset
 from planners.primus_rules import decide_primus
 from planners.schedule_rules import decide_schedule, decide_teacher

@@ -32,9 +32,9 @@ from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
 from nnssl.paths import Folders
+from nnssl.plan import PLANS_NAME, SCHEMA_VERSION, Plan, Pretext, plan_path, write_plan
 from planners.dense_rules import widen_last_stage
 from planners.fingerprint import Fingerprint, check_set_aside, nnunet_fingerprint
-from planners.plan import PLANS_NAME, SCHEMA_VERSION, Plan, Pretext, plan_path, write_plan
 from planners.presets import Preset, find_preset
 from planners.pretext_rules import PretextRules
 

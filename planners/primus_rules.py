@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from nnssl.networks.backbone import build_network, measurable_network
+from nnssl.plan import Reasons, TokenGrid, TransformerSize
 from nnssl.sizes import in_mm, in_voxels
-from planners.plan import Reasons, TokenGrid, TransformerSize
 from planners.presets import PRIMUS_SIZES, Preset
 
 CLASS_NAME = "nnssl.networks.primus.PlannedPrimus"

@@ -3,7 +3,7 @@
 import shutil
 import textwrap
 
-from planners.plan import Plan
+from nnssl.plan import Plan
 
 
 def format_decisions(plan: Plan, width: int | None = None) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from nnssl.methods import Stage
 from nnssl.momentum import momentum_for_run
-from planners.plan import Reasons, StageSchedule, TokenGrid, TransformerSize
+from nnssl.plan import Reasons, StageSchedule, TokenGrid, TransformerSize
 from planners.presets import Preset
 
 NO_GRAD_SHARE = 0.15

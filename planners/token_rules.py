@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from nnssl.networks.backbone import encoder_strides
+from nnssl.plan import Reasons, TokenGrid, TransformerSize
 from nnssl.sizes import in_mm, in_voxels
-from planners.plan import Reasons, TokenGrid, TransformerSize
 from planners.presets import VIT_SIZES, Preset
 
 TOKENS_WANTED = 196

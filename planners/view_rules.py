@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from planners.plan import Reasons
+from nnssl.plan import Reasons
 
 LEAST_CROP_VOX = 4
 """A random crop covers at least this many voxels along every axis."""

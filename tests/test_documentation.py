@@ -16,10 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from nnssl import plan as plan_module
 from nnssl.checkpoint import Provenance
 from nnssl.methods import METHODS, Stage, find_method, find_stage
 from nnssl.methods.settings import resolve_settings, split_overrides
-from planners import plan as plan_module
 from planners.case_record import CaseRecord
 from planners.fingerprint import Fingerprint
 from planners.presets import PRESETS

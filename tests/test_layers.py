@@ -20,6 +20,7 @@ FOUNDATION = {
     "nnssl.paths",
     "nnssl.environment",
     "nnssl.tables",
+    "nnssl.plan",
 }
 ALLOWED = {
     "nnssl.distributed": set(),
@@ -37,7 +38,7 @@ ALLOWED = {
         "nnssl.collapse",
         "nnssl.distributed",
     },
-    "nnssl.data": {"planners.plan"},
+    "nnssl.data": set(),
     "nnssl.export": {"nnssl.checkpoint", "nnssl.data", "nnssl.methods", "nnssl.networks"},
     "nnssl.matching": {"nnssl.data", "nnssl.networks"},
     "nnssl.evaluation": {
@@ -47,7 +48,6 @@ ALLOWED = {
         "nnssl.networks",
         "nnssl.views",
         "nnssl.checkpoint",
-        "planners",
     },
     "planners": {"nnssl.methods", "nnssl.networks", "nnssl.views", "nnssl.data", "nnssl.momentum", "nnssl.checkpoint"},
     "trainers": {
@@ -103,6 +103,13 @@ def test_imports_stay_in_their_layer(name):
         rooms = ALLOWED[room] | {room}
     foreign = {found for found in imports_of(modules()[name]) if not (found in FOUNDATION or within(found, rooms))}
     assert not foreign, f"{name} imports {sorted(foreign)}"
+
+
+def test_the_library_imports_neither_planners_nor_trainers():
+    """The commands aside: ``nnssl`` is what both stand on."""
+    for name, path in modules().items():
+        if within(name, {"nnssl"}) and not within(name, {"nnssl.cli"}):
+            assert {m for m in imports_of(path) if within(m, {"planners", "trainers"})} == set(), name
 
 
 def test_nothing_is_unpickled():

@@ -12,7 +12,7 @@ from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.files import read_json
 from nnssl.paths import Folders, make_writable, resolve_folders
-from planners.plan import Plan
+from nnssl.plan import Plan
 from planners.plan_and_preprocess import plan_and_preprocess
 from trainers.finetune_result import ArmResult, comparison
 from trainers.finetune_run import finetune

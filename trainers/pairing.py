@@ -20,7 +20,7 @@ from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import EmbeddingMatcher
 from nnssl.matching.pairs import make_pairs
 from nnssl.methods import SAM, find_stage
-from planners.plan import Plan
+from nnssl.plan import Plan
 from trainers.stage_run import StageRun, stage_folder
 
 PAIRS, EXAMINATION = "pairs.npz", "examination.json"

@@ -15,7 +15,7 @@ from nnssl.files import read_json
 from nnssl.methods import Method, find_method
 from nnssl.methods.settings import split_overrides
 from nnssl.paths import Folders
-from planners.plan import PLANS_NAME, Plan, existing_plan, read_plan
+from nnssl.plan import PLANS_NAME, Plan, existing_plan, read_plan
 from trainers.launch import StageJob, is_first_process, launch, number_of_processes
 from trainers.probe_run import CASES, ProbeOptions, prepare_probe
 from trainers.stage_run import RunOptions, StageRun, check_same_run, resolve_run

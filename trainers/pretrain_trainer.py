@@ -31,7 +31,7 @@ from nnssl.methods import find_stage
 from nnssl.methods.protocol import PretextMethod, StepOutput
 from nnssl.momentum import update_teacher
 from nnssl.networks.backbone import build_network, parts_to_compile, seeded
-from planners.plan import plan_from_dict
+from nnssl.plan import plan_from_dict
 from trainers.epoch import Epoch, mean_of_steps
 from trainers.initial_weights import load_initial_weights
 from trainers.optimisation import learning_rate_factor, make_optimizer, set_learning_rate, step_optimizer

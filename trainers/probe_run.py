@@ -21,8 +21,8 @@ from nnssl.evaluation.labels import foreground_labels, ignore_label
 from nnssl.evaluation.probe import IGNORED, LabelledTile, fit_probe, mean_dice, score_probe
 from nnssl.files import read_json
 from nnssl.paths import Folders, make_writable
+from nnssl.plan import Plan
 from planners.finetune_planner import adopt_plan
-from planners.plan import Plan
 from trainers.labelled_cases import find_labelled_cases, label_order
 from trainers.labelled_data import prepare_data
 

@@ -10,7 +10,7 @@ from nnssl.checkpoint import Provenance, to_plain
 from nnssl.errors import UserError
 from nnssl.methods import Stage
 from nnssl.methods.settings import resolve_stage, values_by_key
-from planners.plan import Plan, plan_from_dict
+from nnssl.plan import Plan, plan_from_dict
 from trainers.probe_run import ProbeOptions
 
 

@@ -32,7 +32,7 @@ from nnssl.draws import draw_seed
 from nnssl.errors import UserError
 from nnssl.files import some
 from nnssl.paths import Folders, make_writable
-from planners.plan import Plan
+from nnssl.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from nnssl.data.case_store import SCHEMA_VERSION, SourceFile, read_properties
 from nnssl.data.image_files import find_source_state
 from nnssl.data.raw import RawCase
 from nnssl.errors import UserError
-from planners.plan import Plan
+from nnssl.plan import Plan
 
 FOREGROUND_POINTS = 4000
 """Coordinates inside the body that are kept of a case."""

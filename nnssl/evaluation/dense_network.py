@@ -17,7 +17,7 @@ from nnssl.evaluation.pretrained import Pretrained, open_pretrained, plan_of_pre
 from nnssl.networks.backbone import planned_configuration
 from nnssl.networks.dense import DenseKind, dense_maps
 from nnssl.paths import Folders
-from planners.plan import existing_plan, read_plan
+from nnssl.plan import existing_plan, read_plan
 
 SPACING_TOLERANCE = 1e-3
 """Relative difference of spacings that is put down to rounding."""

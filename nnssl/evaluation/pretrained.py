@@ -12,7 +12,7 @@ from nnssl.methods import find_stage
 from nnssl.methods.settings import settings_of_run
 from nnssl.methods.state import load_method_state
 from nnssl.networks.backbone import build_network, planned_configuration, seeded
-from planners.plan import Plan, plan_from_dict
+from nnssl.plan import Plan, plan_from_dict
 
 FIRST_OUTPUTS = "decoder.seg_layers.0.weight"
 

@@ -28,7 +28,7 @@ from nnssl.evaluation.report_figures import (
 from nnssl.evaluation.study_table import SCRATCH, Cell, Rise, Row, StudyTable
 from nnssl.evaluation.study_words import count, interval_points, mode_name, points, signed_points, summarise
 from nnssl.files import write_atomically, write_csv
-from planners.plan import Decision
+from nnssl.plan import Decision
 
 TEMPLATE = "report_template.html"
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"

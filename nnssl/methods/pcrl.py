@@ -58,6 +58,7 @@ from nnssl.networks.attention import AttentionKind, TransformationAttention
 from nnssl.networks.backbone import input_channels, widest_kernel
 from nnssl.networks.dense import ENCODER, ENCODER_AND_DECODER, decode, trained_encoder, trained_up_to_segmentation
 from nnssl.networks.heads import PooledProjection
+from nnssl.plan import PretextConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.corruption import CorruptionRange, apply_corruption, draw_corruption
 from nnssl.views.intensity import (
@@ -177,7 +178,7 @@ class PCRL(PretextMethod):
         )
     )
 
-    def __init__(self, network: Any, settings: PCRLSettings, configuration: Any) -> None:
+    def __init__(self, network: Any, settings: PCRLSettings, configuration: PretextConfiguration) -> None:
         super().__init__()
         shape, spacing_mm = configuration.patch_size, configuration.spacing_mm
         check_settings(settings)
@@ -207,7 +208,7 @@ class PCRL(PretextMethod):
         self._momentum = momentum_for_run(settings.teacher_momentum, settings.training.total_steps)
 
     @classmethod
-    def from_plan(cls, configuration: Any) -> dict[str, Any]:
+    def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
         """Return crop, rotation, flips, turns, rank of the attention and length of the queue as the plan has them.
 
         A code may flip every axis, the thick one too: that keeps the grid, and it is told.

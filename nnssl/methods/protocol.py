@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from nnssl.plan import PretextConfiguration
+
 
 @dataclass(frozen=True)
 class StepOutput:
@@ -54,7 +56,7 @@ class PretextMethod(nn.Module):
     defaults: ClassVar[Any]
 
     @classmethod
-    def from_plan(cls, configuration: Any) -> dict[str, Any]:
+    def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
         """Return the settings that the plan decides, by key (the schedule's are added by the trainer)."""
         raise NotImplementedError
 

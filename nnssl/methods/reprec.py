@@ -60,6 +60,7 @@ from nnssl.momentum import make_teacher, momentum_for_run, queue_for_run
 from nnssl.networks.dense import ENCODER, trained_encoder
 from nnssl.networks.heads import PooledProjection, TokenDecoder
 from nnssl.networks.tokens import map_to_tokens, sine_cosine_positions, take_tokens
+from nnssl.plan import PretextConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
 from nnssl.views.masking import check_mask, draw_block_mask, visible_tokens
@@ -129,7 +130,7 @@ class RepRecContrastive(PretextMethod):
         )
     )
 
-    def __init__(self, network: Any, settings: ContrastiveSettings, configuration: Any) -> None:
+    def __init__(self, network: Any, settings: ContrastiveSettings, configuration: PretextConfiguration) -> None:
         super().__init__()
         check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
         check_intensity(intensity_range(settings))
@@ -147,7 +148,7 @@ class RepRecContrastive(PretextMethod):
         self._momentum = momentum_for_run(settings.teacher_momentum, settings.training.total_steps)
 
     @classmethod
-    def from_plan(cls, configuration: Any) -> dict[str, Any]:
+    def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
         """Return queue, teacher, crop, flips and intensity views as the plan has them.
 
         What else suits the modality is not RepRec's; gamma and a bias field made two crops of a patch hard to match.
@@ -250,7 +251,7 @@ class RepRecGenerative(PretextMethod):
         )
     )
 
-    def __init__(self, network: Any, settings: GenerativeSettings, configuration: Any) -> None:
+    def __init__(self, network: Any, settings: GenerativeSettings, configuration: PretextConfiguration) -> None:
         super().__init__()
         check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
         check_mask(configuration.tokens.grid, settings.mask_block, settings.mask_ratio)
@@ -266,7 +267,7 @@ class RepRecGenerative(PretextMethod):
         self.decoder = TokenDecoder(size.width, settings.decoder_depth, size.heads, channels)
 
     @classmethod
-    def from_plan(cls, configuration: Any) -> dict[str, Any]:
+    def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
         """Return mask block, depth of the decoder, crop and flips as the plan has them."""
         return {
             "mask_block": configuration.tokens.mask_block,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, get_ori
 from pydantic import Field, TypeAdapter, ValidationError
 
 from nnssl.errors import UserError
+from nnssl.plan import PretextConfiguration
 from nnssl.schema import STRICT, parse
 
 S = TypeVar("S")
@@ -110,7 +111,7 @@ def resolve_settings(defaults: S, from_plan: dict[str, Any], overrides: Sequence
 
 
 def resolve_stage(
-    implementation: Any, configuration: Any, stage: str, overrides: Sequence[str]
+    implementation: Any, configuration: PretextConfiguration, stage: str, overrides: Sequence[str]
 ) -> tuple[Any, dict[str, str]]:
     """Resolve the settings of one stage for one configuration of a plan.
 

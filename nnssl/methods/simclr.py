@@ -28,6 +28,7 @@ from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, Step
 from nnssl.methods.settings import CropFraction, Positive, Share, TrainingSettings, TwoOrMore, changes_in_common
 from nnssl.networks.dense import ENCODER, trained_encoder
 from nnssl.networks.heads import PooledProjection
+from nnssl.plan import PretextConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine
@@ -76,7 +77,7 @@ class SimCLR(PretextMethod):
         )
     )
 
-    def __init__(self, network: Any, settings: SimCLRSettings, configuration: Any) -> None:
+    def __init__(self, network: Any, settings: SimCLRSettings, configuration: PretextConfiguration) -> None:
         super().__init__()
         check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
         check_intensity(intensity_range(settings))
@@ -87,7 +88,7 @@ class SimCLR(PretextMethod):
         self.head = PooledProjection(channels, channels, settings.embedding_dimensions)
 
     @classmethod
-    def from_plan(cls, configuration: Any) -> dict[str, Any]:
+    def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
         """Return crop, flips and intensity views as the plan has them."""
         return {
             "crop_fraction": configuration.crop_fraction,

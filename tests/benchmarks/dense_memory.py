@@ -17,7 +17,7 @@ from nnssl.methods.settings import resolve_stage
 from nnssl.networks.backbone import build_network
 from nnssl.networks.dense import decoder_maps
 from nnssl.paths import resolve_folders
-from planners.plan import read_plan
+from nnssl.plan import read_plan
 from tests.benchmarks.machine import describe
 from trainers.precision import choose_precision
 from trainers.pretrain import find_plan

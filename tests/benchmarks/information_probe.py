@@ -24,7 +24,7 @@ from nnssl.data.patients import patient_in_name
 from nnssl.evaluation.dense_network import open_cases, open_dense_network
 from nnssl.networks.backbone import encoder_strides
 from nnssl.paths import resolve_folders
-from planners.plan import plan_from_dict
+from nnssl.plan import plan_from_dict
 
 SHIFTS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 """Of the neighbour, in sides of a crop, along the last two axes."""

@@ -16,7 +16,7 @@ import torch
 from nnssl.networks.backbone import build_network
 from nnssl.networks.token_encoders import token_encoder
 from nnssl.paths import resolve_folders
-from planners.plan import read_plan
+from nnssl.plan import read_plan
 from tests.benchmarks.machine import describe
 from trainers.precision import choose_precision
 from trainers.pretrain import find_plan

@@ -6,7 +6,7 @@ Run ``python -m tests.benchmarks.plans_side_by_side PLAN.json ...``.
 import sys
 from pathlib import Path
 
-from planners.plan import Plan, read_plan
+from nnssl.plan import Plan, read_plan
 
 
 def table(plans: list[Plan]) -> list[str]:

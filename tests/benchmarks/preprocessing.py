@@ -18,7 +18,7 @@ from nnssl.data.preprocess import Job, preprocess_case
 from nnssl.data.raw import read_dataset
 from nnssl.data.recipe import find_outdated, plan_targets
 from nnssl.paths import resolve_folders
-from planners.plan import read_plan
+from nnssl.plan import read_plan
 from tests.benchmarks.machine import describe
 from trainers.pretrain import find_plan
 

@@ -1,13 +1,8 @@
 """Which stages anatomical embeddings have the resolution of."""
 
-import json
-from dataclasses import asdict
-
 import pytest
 
 from planners.anatomy_rules import decide_anatomy
-from planners.plan import read_plan
-from tests.planners.test_plan import NNUNET, make_pretext
 
 
 def architecture(strides):
@@ -42,38 +37,6 @@ def test_cells_are_told_in_mm():
     _, decisions = decide_anatomy(architecture(strides), (10, 64, 64), (5.0, 1.5, 1.5))
     assert "cells of 5 x 3 x 3 mm; coarse at stage 2, cells of 10 x 6 x 6 mm" in decisions[0][1]
     assert "has 1280" in decisions[0][2]
-
-
-def test_a_plan_of_the_third_schema_is_read(tmp_path):
-    """What is there is kept, what is missing follows from patch and network."""
-    pretext = json.loads(json.dumps(asdict(make_pretext())))
-    pretext["schema_version"] = 3
-    (configuration,) = pretext["configurations"].values()
-    del configuration["anatomy"]
-    configuration["context"]["attention_rank"] = 5
-    own = {"architecture": architecture([[1, 1, 1], [1, 2, 2], [2, 2, 2]])}
-    own["architecture"]["arch_kwargs"] |= {"features_per_stage": [4, 8, 12], "conv_op": "torch.nn.modules.conv.Conv3d"}
-    path = tmp_path / "plan.json"
-    path.write_text(json.dumps({**NNUNET, "configurations": {"3d_fullres_hybrid": own}, "pretext": pretext}))
-    read = read_plan(path).configuration("3d_fullres_hybrid")
-    assert read.context.attention_rank == 5
-    assert (read.anatomy.fine_stage, read.anatomy.coarse_stage) == (1, 2)
-
-
-def test_a_plan_of_the_fourth_schema_is_read(tmp_path):
-    """Partners are SAM's, and a token is as wide as the stage that it is a position of."""
-    pretext = json.loads(json.dumps(asdict(make_pretext())))
-    pretext["schema_version"] = 4
-    (configuration,) = pretext["configurations"].values()
-    del configuration["anatomy"]["partners"], configuration["tokens"]["width"]
-    configuration["anatomy"]["coarse_stage"] = 7
-    own = {"architecture": architecture([[1, 1, 1], [1, 2, 2], [2, 2, 2]])}
-    own["architecture"]["arch_kwargs"] |= {"features_per_stage": [4, 9, 12], "conv_op": "torch.nn.modules.conv.Conv3d"}
-    path = tmp_path / "plan.json"
-    path.write_text(json.dumps({**NNUNET, "configurations": {"3d_fullres_hybrid": own}, "pretext": pretext}))
-    read = read_plan(path).configuration("3d_fullres_hybrid")
-    assert (read.anatomy.coarse_stage, read.anatomy.partners) == (7, "sam")
-    assert (read.tokens.stage, read.tokens.width) == (1, 9)
 
 
 @pytest.mark.parametrize(("scan_mm", "partners"), [((96, 60, 60), "sam"), ((95, 60, 60), "body_box"), (None, "sam")])

@@ -1,14 +1,8 @@
 """The plane of PCRL's turns and the rank of its attention, and plans that were made before there were any."""
 
-import json
-from dataclasses import asdict
-
 import pytest
 
-from nnssl.errors import UserError
 from planners.context_rules import decide_context
-from planners.plan import read_plan
-from tests.planners.test_plan import NNUNET, make_pretext
 
 CONV = {2: "torch.nn.modules.conv.Conv2d", 3: "torch.nn.modules.conv.Conv3d"}
 
@@ -42,19 +36,3 @@ def test_turns_keep_the_grid():
     chosen, decisions = decide_context(plain, (10, 128, 112), (10.0, 1.5, 1.5), 0)
     assert (chosen.turn_plane, chosen.quarter_turns) == ((1, 2), False)
     assert "only a half turn" in decisions[0][2]
-
-
-def test_a_plan_of_the_second_schema_is_read(tmp_path):
-    pretext = json.loads(json.dumps(asdict(make_pretext())))
-    pretext["schema_version"] = 2
-    (configuration,) = pretext["configurations"].values()
-    del configuration["context"], configuration["anatomy"]
-    own = {"architecture": architecture([8, 64], [[3, 3, 3]] * 2)}
-    own["architecture"]["arch_kwargs"]["strides"] = [[1, 1, 1], [1, 2, 2]]
-    path = tmp_path / "plan.json"
-    path.write_text(json.dumps({**NNUNET, "configurations": {"3d_fullres_hybrid": own}, "pretext": pretext}))
-    context = read_plan(path).configuration("3d_fullres_hybrid").context
-    assert (context.turn_plane, context.quarter_turns, context.attention_rank) == ((1, 2), False, 32)
-    path.write_text(json.dumps({**NNUNET, "configurations": {}, "pretext": pretext}))
-    with pytest.raises(UserError, match=r"plan\.json: is an incomplete plan of an older nnssl"):
-        read_plan(path)

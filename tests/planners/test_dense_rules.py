@@ -9,8 +9,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.errors import UserError
 from nnssl.networks.backbone import build_network
+from nnssl.plan import DenseSampling
 from planners.dense_rules import CORRELATION_POINTS, decide_dense
-from planners.plan import DenseSampling
 from planners.presets import PRESETS
 from tests.planners.test_pretrain_planner import make_plan
 

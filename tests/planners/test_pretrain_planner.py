@@ -16,11 +16,11 @@ from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.methods import find_stage
 from nnssl.paths import resolve_folders
+from nnssl.plan import TokenGrid, TransformerSize, read_plan
 from nnssl.views.overlap import common_share
 from nnssl.views.spatial import AffineRange, draw_affine
 from planners.case_record import CaseRecord, IntensityStatistics
 from planners.fingerprint import Fingerprint
-from planners.plan import TokenGrid, TransformerSize, read_plan
 from planners.presets import PRESETS, find_preset, preset_for_gpu
 from planners.pretrain_planner import plan_pretraining
 from planners.reasons import format_decisions

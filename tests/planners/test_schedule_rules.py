@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from nnssl.methods import find_stage
-from planners.plan import StageSchedule
+from nnssl.plan import StageSchedule
 from planners.presets import PRESETS
 from planners.schedule_rules import decide_schedule, decide_teacher
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from planners.plan import TokenGrid
+from nnssl.plan import TokenGrid
 from planners.presets import PRESETS, VIT_SIZES
 from planners.token_rules import decide_tokens, decide_transformer, hybrid_architecture
 

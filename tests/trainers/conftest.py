@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 from nnssl.data.case_store import CaseProperties, write_case
 from nnssl.data.raw import RawCase, RawDataset
 from nnssl.paths import Folders, resolve_folders
+from nnssl.plan import Plan, read_plan
 from planners.case_record import CaseRecord, IntensityStatistics
 from planners.fingerprint import Fingerprint
-from planners.plan import Plan, read_plan
 from planners.pretrain_planner import plan_pretraining
 from tests.trainers import phantom_study
 from tests.trainers.finetuning import Run, folders_set, make_run

@@ -12,8 +12,8 @@ from nnssl.export.export import export
 from nnssl.files import read_json
 from nnssl.networks.backbone import build_network
 from nnssl.paths import resolve_folders
+from nnssl.plan import read_plan
 from planners.foreign_planner import plan_for_network
-from planners.plan import read_plan
 from tests.nnssl.export.tiny_networks import plans, primus, unet, write_plans
 from tests.trainers.finetuning import CPU, DATASET, SCHEDULE, folders_set
 from tests.trainers.test_pretrain import CONFIGURATION, NAME

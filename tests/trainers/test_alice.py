@@ -16,7 +16,7 @@ from nnssl.data.case_store import CaseStore
 from nnssl.data.patch_pairs import read_pairs
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
-from planners.plan import read_plan
+from nnssl.plan import read_plan
 from tests.trainers.conftest import NAME
 from tests.trainers.stopping import stopped_at
 from tests.trainers.test_pix2rep import run

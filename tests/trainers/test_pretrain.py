@@ -19,7 +19,7 @@ from nnssl.cli.info import explain_checkpoint, explain_installation
 from nnssl.errors import UserError
 from nnssl.methods import METHODS
 from nnssl.paths import resolve_folders
-from planners.plan import read_plan
+from nnssl.plan import read_plan
 from tests.trainers.conftest import NAME, plan_toy
 from trainers import pretrain_trainer
 from trainers.pretext import RepRecContrastiveTrainer

@@ -7,7 +7,7 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnssl.errors import UserError
-from planners.plan import TransformerSize
+from nnssl.plan import TransformerSize
 from planners.primus_rules import primus_architecture
 from tests.nnssl.export.tiny_networks import dataset_json, plans
 from tests.trainers.finetuning import CPU, make_settings

@@ -12,7 +12,7 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnssl.checkpoint import read_checkpoint
 from nnssl.errors import UserError
 from nnssl.networks.backbone import build_network
-from planners.plan import read_plan
+from nnssl.plan import read_plan
 from tests.trainers.phantom_study import LABELLED, SOURCE
 from trainers.benchmark.leaks import seen_by_checkpoint
 from trainers.launch import StageJob, run_stage

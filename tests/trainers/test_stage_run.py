@@ -10,9 +10,9 @@ import pytest
 from nnssl.errors import UserError
 from nnssl.methods import find_stage
 from nnssl.methods.settings import TrainingSettings
-from planners.plan import plan_from_dict
+from nnssl.plan import plan_from_dict
 from tests.nnssl.test_checkpoint import make_provenance
-from tests.planners.test_plan import NNUNET, make_pretext
+from tests.nnssl.test_plan import NNUNET, make_pretext
 from trainers.stage_run import StageRun, check_same_run, plain_settings
 
 CONFIGURATION = "3d_fullres_hybrid"

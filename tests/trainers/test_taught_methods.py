@@ -7,7 +7,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.checkpoint import read_checkpoint
-from planners.plan import read_plan
+from nnssl.plan import read_plan
 from tests.trainers.conftest import NAME
 from tests.trainers.stopping import stopped_at
 from tests.trainers.test_pix2rep import run

@@ -16,7 +16,7 @@ from nnssl.evaluation.study_table import SCRATCH
 from nnssl.files import content_digest
 from nnssl.methods import METHODS, Method, find_method, find_stage
 from nnssl.paths import Folders
-from planners.plan import Plan
+from nnssl.plan import Plan
 from trainers.pretrain import choose_configuration, is_finished, needed_runs, pretrain
 from trainers.stage_run import StageRun, stage_folder
 

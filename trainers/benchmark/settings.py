@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnssl.errors import UserError
-from planners.plan import PLANS_NAME
+from nnssl.plan import PLANS_NAME
 from trainers.finetune_schedule import Optimizer, check_mode
 
 

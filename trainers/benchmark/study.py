@@ -16,8 +16,8 @@ from nnssl.evaluation.study_table import SCRATCH
 from nnssl.files import read_json
 from nnssl.networks.backbone import build_network, planned_configuration
 from nnssl.paths import Folders
+from nnssl.plan import Plan, plan_from_dict, read_plan
 from planners.finetune_planner import AdoptedPlan, fit_plan
-from planners.plan import Plan, plan_from_dict, read_plan
 from planners.primus_rules import CLASS_NAME as PRIMUS
 from trainers.benchmark.arms import HYBRID, Arm, Pretraining, Source, configuration_for, locate, parse_arms
 from trainers.benchmark.leaks import Seen, seen_by_checkpoint, seen_in_pretraining

@@ -57,7 +57,7 @@ def test_a_flag_is_read_alike_in_every_command(flag):
 
 
 def test_words_of_the_help_are_those_of_the_code():
-    from planners.plan import PLANS_NAME
+    from nnssl.plan import PLANS_NAME
     from trainers.finetune_schedule import MODES, Optimizer
 
     assert command.PLANS_NAME == PLANS_NAME

@@ -26,7 +26,7 @@ from nnssl.methods.settings import resolve_stage
 from nnssl.methods.state import method_state
 from nnssl.networks.backbone import build_network, planned_configuration, seeded
 from nnssl.paths import Folders, resolve_folders
-from planners.plan import Plan
+from nnssl.plan import Plan
 from tests.trainers.conftest import NAME, SHAPE, plan_toy
 from trainers.stage_run import plain_settings
 

@@ -17,8 +17,8 @@ from nnssl.data.raw import read_dataset
 from nnssl.data.recipe import Recipe, digest_case, find_sources, plan_targets
 from nnssl.errors import UserError
 from nnssl.paths import resolve_folders
+from nnssl.plan import AnatomyChoices, ContextChoices, DenseSampling, Plan, Pretext, PretextConfiguration
 from planners.fingerprint import extract_fingerprint
-from planners.plan import AnatomyChoices, ContextChoices, DenseSampling, Plan, Pretext, PretextConfiguration
 
 NAME = "Dataset501_Phantoms"
 RESAMPLING = "resample_data_or_seg_to_shape"

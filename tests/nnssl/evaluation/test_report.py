@@ -24,7 +24,7 @@ from nnssl.evaluation.report import (
 from nnssl.evaluation.report_figures import arm_styles, pretraining_panels
 from nnssl.evaluation.study_table import SCRATCH, Cell, Gain, Interval, Rise, Row, StudyTable
 from nnssl.evaluation.study_words import signed_points, summarise
-from planners.plan import Decision
+from nnssl.plan import Decision
 
 VOID = {"meta", "link", "br", "img", "wbr", "hr"}
 HOSTILE = '<script>alert("x")</script>&\''

@@ -5,7 +5,7 @@ import pytest
 
 from nnssl.errors import UserError
 from nnssl.methods.settings import TrainingSettings, describe_settings, resolve_settings, resolve_stage, split_overrides
-from planners.plan import StageSchedule
+from nnssl.plan import StageSchedule
 
 TRAINING = TrainingSettings(
     epochs=200,

@@ -1,7 +1,7 @@
 """What a plan says of the tiny networks of ``tests.nnssl.networks.test_hybrid``: thick slices, sides that all differ."""
 
 from nnssl.methods import METHODS
-from planners.plan import (
+from nnssl.plan import (
     AnatomyChoices,
     ContextChoices,
     DenseSampling,

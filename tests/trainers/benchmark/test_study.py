@@ -9,7 +9,7 @@ import torch
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
 from nnssl.methods import find_method
-from planners.plan import read_plan
+from nnssl.plan import read_plan
 from tests.trainers.phantom_study import LABELLED, SOURCE
 from trainers.benchmark.arms import (
     OWN_FOLDER,

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 import pytest
 
 from nnssl.errors import UserError
-from planners.plan import (
+from nnssl.plan import (
     SCHEMA_VERSION,
     AnatomyChoices,
     ContextChoices,
@@ -74,6 +74,8 @@ def test_round_trip(tmp_path):
         (lambda p: p["configurations"]["3d_fullres_hybrid"].update(queue_length="64"), "queue_length"),
         (lambda p: p["configurations"]["3d_fullres_hybrid"]["tokens"].update(grid=[1.5]), "tokens.grid"),
         (lambda p: p.update(schema_version=99), "schema_version is 99"),
+        (lambda p: p.update(schema_version=SCHEMA_VERSION - 1), f"schema_version is {SCHEMA_VERSION - 1}"),
+        (lambda p: p.pop("schema_version"), "schema_version is None"),
     ],
 )
 def test_wrong_key_is_an_error_that_names_file_and_key(tmp_path, change, message):

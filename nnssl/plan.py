@@ -245,38 +245,12 @@ def plan_from_dict(content: Any, source: str) -> Plan:
     if not isinstance(content, dict) or "pretext" not in content:
         raise UserError(f"{source}: has no 'pretext' section, so it is no plan of nnssl; run nnssl_plan_and_preprocess")
     version = content["pretext"].get("schema_version") if isinstance(content["pretext"], dict) else None
-    if version in (2, 3, 4):
-        content = _from_older_schema(content, source)
-        version = SCHEMA_VERSION
     if version != SCHEMA_VERSION:
         raise UserError(
             f"{source}: pretext.schema_version is {version}, this nnssl reads {SCHEMA_VERSION}; "
             "run nnssl_plan_and_preprocess again"
         )
     return Plan(nnunet=content, pretext=parse(Pretext, content["pretext"], f"{source}: pretext"))
-
-
-def _from_older_schema(content: dict[str, Any], source: str) -> dict[str, Any]:
-    """Add what earlier schemas did not have: ``context`` (2), ``anatomy`` (3) and its ``partners``, the tokens' ``width`` (4)."""
-    from planners.anatomy_rules import decide_anatomy
-    from planners.context_rules import decide_context
-
-    configurations = {}
-    try:
-        for name, own in content["pretext"]["configurations"].items():
-            network = content["configurations"][name]["architecture"]
-            patch, spacing_mm = own["patch_size"], own["spacing_mm"]
-            context = decide_context(network, patch, spacing_mm, own["thick_axis"])[0]
-            anatomy = asdict(decide_anatomy(network, patch, spacing_mm)[0])
-            anatomy |= own.get("anatomy", {})
-            tokens = own["tokens"]
-            if tokens is not None:
-                tokens = {"width": network["arch_kwargs"]["features_per_stage"][tokens["stage"]], **tokens}
-            configurations[name] = {"context": asdict(context), **own, "anatomy": anatomy, "tokens": tokens}
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise UserError(f"{source}: is an incomplete plan of an older nnssl ({error}); plan again") from error
-    pretext = {**content["pretext"], "schema_version": SCHEMA_VERSION, "configurations": configurations}
-    return {**content, "pretext": pretext}
 
 
 def read_plan(path: Path) -> Plan:
