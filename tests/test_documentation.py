@@ -23,10 +23,10 @@ from nnssl.methods.settings import resolve_settings, split_overrides
 from planners.case_record import CaseRecord
 from planners.fingerprint import Fingerprint
 from planners.presets import PRESETS
-from tests.benchmarks.gather_deviations import PAGE, gather, section_of
-from tests.benchmarks.picture_of_stages import COMMANDS
 from tests.nnssl.methods.tiny_configuration import make_configuration
 from tests.test_layers import ALLOWED
+from tools.gather_deviations import PAGE, gather, section_of
+from tools.picture_of_stages import COMMANDS
 from trainers.benchmark.arms import parse_arms
 
 if sys.version_info >= (3, 11):
@@ -211,7 +211,7 @@ def test_shown_command_of_nnunet_parses(page, line):
     assert trainer in ours | theirs or trainer.startswith("nnssl_"), f"{page}: {line}: there is no trainer {trainer}"
 
 
-@pytest.mark.parametrize(("page", "line"), shown_calls(r"python -m tests\."))
+@pytest.mark.parametrize(("page", "line"), shown_calls(r"python -m tools\."))
 def test_shown_measurement_parses(page, line):
     module, *arguments = shlex.split(line.replace("(", "").replace(")", ""))[2:]
     program = ROOT / (module.replace(".", "/") + ".py")
@@ -221,8 +221,8 @@ def test_shown_measurement_parses(page, line):
 
 
 def test_pages_say_where_measurements_run():
-    for name in {page for page, _ in shown_calls(r"python -m tests\.")}:
-        assert "checkout" in (ROOT / name).read_text(), f"{name}: an installed nnssl has no tests/"
+    for name in {page for page, _ in shown_calls(r"python -m tools\.")}:
+        assert "checkout" in (ROOT / name).read_text(), f"{name}: an installed nnssl has no tools/"
 
 
 def check_settings(stages: Sequence[Stage], overrides: Sequence[str]) -> None:
@@ -296,7 +296,7 @@ def test_stages_and_trainers_are_those_of_the_code(method):
 
 
 def test_deviations_are_those_of_the_method_pages():
-    assert PAGE.read_text() == gather(), "python -m tests.benchmarks.gather_deviations writes the page again"
+    assert PAGE.read_text() == gather(), "python -m tools.gather_deviations writes the page again"
 
 
 def test_methods_are_compared_as_the_index_has_them():

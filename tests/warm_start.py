@@ -15,8 +15,13 @@ from typing import Any
 
 import pytest
 
-IMPORTED = ("nnssl.cli.plan_and_preprocess", "nnssl.data.preprocess", "planners.pretrain_planner", "trainers.pretrain",
-            "trainers.finetune_run")  # fmt: skip
+IMPORTED = (
+    "nnssl.cli.plan_and_preprocess",
+    "nnssl.data.preprocess",
+    "planners.pretrain_planner",
+    "trainers.pretraining.pretrain",
+    "trainers.finetuning.finetune",
+)
 COLD: Callable[..., Any] = multiprocessing.get_context
 
 

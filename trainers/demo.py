@@ -14,9 +14,9 @@ from nnssl.files import read_json
 from nnssl.paths import Folders, make_writable, resolve_folders
 from nnssl.plan import Plan
 from planners.plan_and_preprocess import plan_and_preprocess
-from trainers.finetune_result import ArmResult, comparison
-from trainers.finetune_run import finetune
-from trainers.pretrain import pretrain
+from trainers.finetuning.finetune import finetune
+from trainers.finetuning.result import ArmResult, comparison
+from trainers.pretraining.pretrain import pretrain
 
 UNLABELLED, LABELLED = "Dataset901_PhantomsUnlabelled", "Dataset902_PhantomsLabelled"
 SHAPE, SPACING_MM = (32, 48, 40), (2.5, 1.5, 1.7)

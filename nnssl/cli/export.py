@@ -110,7 +110,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _result(path: Path) -> dict[str, object]:
     """Return the row of a card that tells of one arm of a fine-tuning."""
-    from trainers.finetune_result import read_result
+    from trainers.finetuning.result import read_result
 
     arm = read_result(path)
     steps = arm.schedule.epochs * arm.schedule.iterations_per_epoch

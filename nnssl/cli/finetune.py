@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from trainers.finetune_run import finetune
+    from trainers.finetuning.finetune import finetune
 
     results = finetune(
         args.dataset,

@@ -64,9 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from nnssl.data.import_dataset import import_dataset
-    from nnssl.data.import_record import RECORD_FILE, format_import
-    from nnssl.data.import_sources import Choices
+    from nnssl.imports.dataset import import_dataset
+    from nnssl.imports.record import RECORD_FILE, format_import
+    from nnssl.imports.sources import Choices
     from nnssl.paths import resolve_folders
 
     folders = resolve_folders(say)

@@ -111,7 +111,7 @@ def _run(args: argparse.Namespace) -> None:
     folders = resolve_folders(say)
     device = choose_device(args.device, say)
 
-    from trainers.pretrain import pretrain
+    from trainers.pretraining.pretrain import pretrain
 
     final = pretrain(
         args.method,

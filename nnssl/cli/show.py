@@ -23,8 +23,8 @@ from nnssl.cli.command import (
 
 if TYPE_CHECKING:
     from nnssl.data.case_store import CaseStore
-    from nnssl.evaluation.dense_network import DenseNetwork
-    from trainers.pretrained_weights import Weights
+    from nnssl.pictures.dense_network import DenseNetwork
+    from trainers.finetuning.pretrained_weights import Weights
 
 Draw = Callable[[argparse.Namespace, "Weights", "CaseStore"], None]
 """Draws one kind of picture of weights and cases, and says what is in it."""
@@ -125,8 +125,8 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _similarity(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
-    from nnssl.evaluation.dense_similarity import compare_cases
-    from nnssl.evaluation.pictures import similarity_figure, write_picture
+    from nnssl.pictures.figures import similarity_figure, write_picture
+    from nnssl.pictures.similarity import compare_cases
 
     network, described = _open_network(args, weights, store)
     case = args.case or store.names[0]
@@ -144,9 +144,9 @@ def _similarity(args: argparse.Namespace, weights: "Weights", store: "CaseStore"
 
 
 def _embedding(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
-    from nnssl.evaluation.dense_components import embed_case
-    from nnssl.evaluation.dense_network import find_case
-    from nnssl.evaluation.pictures import embedding_figure, write_picture
+    from nnssl.pictures.components import embed_case
+    from nnssl.pictures.dense_network import find_case
+    from nnssl.pictures.figures import embedding_figure, write_picture
 
     network, described = _open_network(args, weights, store)
     embedding = embed_case(network, find_case(store, args.case or store.names[0]), args.slice, args.seed)
@@ -154,9 +154,9 @@ def _embedding(args: argparse.Namespace, weights: "Weights", store: "CaseStore")
 
 
 def _uncertainty(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
-    from nnssl.evaluation.dense_network import find_case
-    from nnssl.evaluation.pictures import uncertainty_figure, write_picture
-    from nnssl.evaluation.teacher_uncertainty import measure_uncertainty, open_teacher
+    from nnssl.pictures.dense_network import find_case
+    from nnssl.pictures.figures import uncertainty_figure, write_picture
+    from nnssl.pictures.teacher_uncertainty import measure_uncertainty, open_teacher
 
     teacher, _ = open_teacher(weights.path, args.passes, choose_device(args.device, say), say)
     case = find_case(store, args.case or store.names[0])
@@ -166,9 +166,9 @@ def _uncertainty(args: argparse.Namespace, weights: "Weights", store: "CaseStore
 
 
 def _reconstruction(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
-    from nnssl.evaluation.dense_network import find_case
-    from nnssl.evaluation.pictures import reconstruction_figure, write_picture
-    from nnssl.evaluation.reconstructions import open_reconstructor, reconstruct_case
+    from nnssl.pictures.dense_network import find_case
+    from nnssl.pictures.figures import reconstruction_figure, write_picture
+    from nnssl.pictures.reconstructions import open_reconstructor, reconstruct_case
 
     device = choose_device(args.device, say)
     method, _ = open_reconstructor(weights.path, device)
@@ -182,9 +182,9 @@ def _reconstruction(args: argparse.Namespace, weights: "Weights", store: "CaseSt
 
 def _matches(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
     from nnssl.errors import UserError
-    from nnssl.evaluation.dense_network import find_case
-    from nnssl.evaluation.matches import find_matches, open_matcher
-    from nnssl.evaluation.pictures import matches_figure, write_picture
+    from nnssl.pictures.dense_network import find_case
+    from nnssl.pictures.figures import matches_figure, write_picture
+    from nnssl.pictures.matches import find_matches, open_matcher
 
     matcher, method = open_matcher(weights.path, store, choose_device(args.device, say))
     if len(store.names) < 2:
@@ -206,7 +206,7 @@ def _matches(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -
 
 def _open_network(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> "tuple[DenseNetwork, str]":
     """Return the network of the weights, and what it is in words."""
-    from nnssl.evaluation.dense_network import open_dense_network
+    from nnssl.pictures.dense_network import open_dense_network
 
     network, _ = open_dense_network(weights.path, args.features, choose_device(args.device, say), say)
     say(f"Features: {network.kind}")
@@ -216,10 +216,10 @@ def _open_network(args: argparse.Namespace, weights: "Weights", store: "CaseStor
 def _open_weights(args: argparse.Namespace) -> "tuple[Weights, CaseStore]":
     """Return the weights and the cases to show them, once it is sure that the picture can be written."""
     from nnssl.data.raw import find_dataset
-    from nnssl.evaluation.dense_network import open_cases
-    from nnssl.evaluation.pictures import check_picture_path
     from nnssl.paths import resolve_folders
-    from trainers.pretrained_weights import open_weights
+    from nnssl.pictures.dense_network import open_cases
+    from nnssl.pictures.figures import check_picture_path
+    from trainers.finetuning.pretrained_weights import open_weights
 
     check_picture_path(args.output)
     folders = resolve_folders(say)

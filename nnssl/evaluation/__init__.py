@@ -1,1 +1,1 @@
-"""Does pretraining help: metrics, statistics, probes, pictures and the report."""
+"""Segmentation quality: metrics, classes, segmentation files, summaries and the linear probe."""

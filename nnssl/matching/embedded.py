@@ -189,7 +189,7 @@ def best_cells(
 def corners_on_cells(shape: Sequence[int], tile: Sequence[int], cell: Sequence[int]) -> Iterator[tuple[int, ...]]:
     """Return the first voxels of tiles that cover a volume, half a tile apart, and at multiples of a cell.
 
-    So cells of all tiles lie on one grid; the tiles of ``nnssl.evaluation.tiles``, whose values are of voxels, are spread evenly.
+    So cells of all tiles lie on one grid; the tiles of ``nnssl.pictures.tiles``, whose values are of voxels, are spread evenly.
     """
     axes = []
     for length, size, unit in zip(shape, tile, cell, strict=True):

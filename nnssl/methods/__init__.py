@@ -13,7 +13,7 @@ class Stage:
 
     Attributes:
         name: ``method.stage``; names the schedule in the plan and the section in ``run.json``.
-        trainer: class in ``trainers.pretext``; names the results folder, as nnU-Net users expect.
+        trainer: class in ``trainers.pretraining.pretext``; names the results folder, as nnU-Net users expect.
         implementation: ``module:class`` of the method protocol's implementation.
         encoder_graphs: passes through the encoder per patch that keep a graph, for the planner's batch size.
         encoder_passes: passes through the encoder per patch without a graph.
@@ -25,7 +25,7 @@ class Stage:
         token_values: feature values for each token of a patch that stay in memory beside encoder and token decoder.
         configuration: where it runs, whatever the method's other stages run in; None for where they do.
         fresh: whether it starts from random weights, not from those of the stage before, which serves it in another way.
-        examination: ``module:function`` that measures what a finished stage is good for (``nnssl.evaluation``); None for no such
+        examination: ``module:function`` that measures what a finished stage is good for; None for no such
             thing.
     """
 
@@ -93,7 +93,7 @@ SAM_STAGE = Stage(
     decoder_graphs=1,
     useful_batch=2,
     configuration="3d_fullres",
-    examination="nnssl.evaluation.anatomical_sanity:examine",
+    examination="nnssl.matching.anatomical_sanity:examine",
 )
 
 METHODS = {

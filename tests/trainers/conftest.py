@@ -18,7 +18,7 @@ from planners.case_record import CaseRecord, IntensityStatistics
 from planners.fingerprint import Fingerprint
 from planners.pretrain_planner import plan_pretraining
 from tests.trainers import phantom_study
-from tests.trainers.finetuning import Run, folders_set, make_run
+from tests.trainers.finetuning.runs import Run, folders_set, make_run
 
 phantoms, folders = phantom_study.phantoms, phantom_study.folders
 SHAPE, SPACING_MM = (16, 24, 20), (2.0, 1.0, 1.25)

@@ -9,10 +9,10 @@ from nnssl.draws import sample_generators
 from nnssl.methods import METHODS, Stage
 from nnssl.methods.protocol import PretextMethod
 from tests.trainers.conftest import NAME
-from tests.trainers.finetuning import CPU
-from trainers import pretext
+from tests.trainers.finetuning.runs import CPU
 from trainers.nnunet_ext import nnssl_trainers
-from trainers.pretrain_trainer import PretrainTrainer
+from trainers.pretraining import pretext
+from trainers.pretraining.pretrain_trainer import PretrainTrainer
 
 CASES = [
     pytest.param(stage, configuration, id=f"{stage.name}-{configuration}")

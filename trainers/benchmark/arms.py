@@ -12,13 +12,13 @@ from filelock import FileLock
 from nnssl.checkpoint import FINAL
 from nnssl.environment import variables
 from nnssl.errors import UserError
-from nnssl.evaluation.study_table import SCRATCH
 from nnssl.files import content_digest
 from nnssl.methods import METHODS, Method, find_method, find_stage
 from nnssl.paths import Folders
 from nnssl.plan import Plan
-from trainers.pretrain import choose_configuration, is_finished, needed_runs, pretrain
-from trainers.stage_run import StageRun, stage_folder
+from nnssl.study.table import SCRATCH
+from trainers.pretraining.pretrain import choose_configuration, is_finished, needed_runs, pretrain
+from trainers.pretraining.stage_run import StageRun, stage_folder
 
 OWN_FOLDER = "nnssl_arms"
 """Below nnU-Net's results: pretraining with values of an arm, or of a stage alone, which must not share the method's folder."""

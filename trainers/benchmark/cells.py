@@ -6,13 +6,13 @@ from pathlib import Path
 
 from nnssl.evaluation.labels import foreground_labels
 from nnssl.evaluation.metrics import read_metrics_csv
-from nnssl.evaluation.statistics import tabulate
-from nnssl.evaluation.study_table import Cell, StudyTable
 from nnssl.export.source import SEGMENTATION
+from nnssl.study.statistics import tabulate
+from nnssl.study.table import Cell, StudyTable
 from trainers.benchmark.study import CellKey, Study
-from trainers.finetune_arm import arm_folder
-from trainers.finetune_result import FILE_NAME
-from trainers.pretrained_weights import Weights, open_weights, start_digest
+from trainers.finetuning.arm import arm_folder
+from trainers.finetuning.pretrained_weights import Weights, open_weights, start_digest
+from trainers.finetuning.result import FILE_NAME
 
 Say = Callable[[str], None]
 

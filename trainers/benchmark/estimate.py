@@ -12,9 +12,9 @@ from nnssl.checkpoint import FINAL, load_tensors
 from trainers.benchmark.arms import Pretraining, runs_of
 from trainers.benchmark.cells import StudyCells
 from trainers.benchmark.study import CellKey, Study
-from trainers.finetune_result import FILE_NAME
+from trainers.finetuning.result import FILE_NAME
 from trainers.precision import choose_precision
-from trainers.progress import METRICS_CSV, read_metrics
+from trainers.pretraining.progress import METRICS_CSV, read_metrics
 
 TRIAL_STEPS = 3
 """Steps of the bare network that are timed where nothing was measured yet; one more goes before them."""

@@ -7,7 +7,7 @@ from nnssl.errors import UserError
 from nnssl.files import read_names, some
 from trainers.benchmark.leaks import Seen, check_unseen, digest_cases, find_leaks
 from trainers.benchmark.settings import StudySettings
-from trainers.labelled_cases import label_order, read_case_names
+from trainers.finetuning.labelled_cases import label_order, read_case_names
 
 Say = Callable[[str], None]
 DEFAULT_SHARE = 0.25

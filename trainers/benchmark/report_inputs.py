@@ -13,8 +13,9 @@ import torch
 from nnssl.checkpoint import read_checkpoint
 from nnssl.data.raw import read_volume
 from nnssl.errors import UserError
-from nnssl.evaluation.method_pictures import method_pictures, picture_of
-from nnssl.evaluation.report import (
+from nnssl.files import read_json, write_atomically
+from nnssl.study.method_pictures import method_pictures, picture_of
+from nnssl.study.report import (
     Picture,
     PretrainingCurve,
     Report,
@@ -22,14 +23,13 @@ from nnssl.evaluation.report import (
     results_csv,
     write_report,
 )
-from nnssl.evaluation.segmentation_pictures import SegmentedCase, choose_cases, segmentation_figure
-from nnssl.evaluation.statistics import case_scores
-from nnssl.evaluation.study_table import SCRATCH, StudyTable
-from nnssl.files import read_json, write_atomically
+from nnssl.study.segmentation_pictures import SegmentedCase, choose_cases, segmentation_figure
+from nnssl.study.statistics import case_scores
+from nnssl.study.table import SCRATCH, StudyTable
 from trainers.benchmark.cells import StudyCells
 from trainers.benchmark.estimate import cell_seconds, format_duration
 from trainers.benchmark.study import CellKey, Study
-from trainers.progress import METRICS_CSV, read_metrics
+from trainers.pretraining.progress import METRICS_CSV, read_metrics
 
 PACKAGES = ("nnssl", "torch", "nnunetv2", "dynamic-network-architectures", "batchgenerators", "numpy", "scipy", "monai")
 BY_THE_USER = "command line"

@@ -17,10 +17,10 @@ import nnssl
 from nnssl.errors import UserError
 from nnssl.evaluation.labels import ignore_label
 from nnssl.evaluation.metrics import evaluate_folders, write_metrics_csv
-from nnssl.evaluation.study_table import SCRATCH, StudyTable
-from nnssl.evaluation.study_words import count
 from nnssl.files import write_json
 from nnssl.paths import make_writable
+from nnssl.study.table import SCRATCH, StudyTable
+from nnssl.study.words import count
 from nnssl.tables import align, number
 from planners.finetune_planner import adopt_plan
 from trainers.benchmark.arms import make_weights
@@ -28,9 +28,9 @@ from trainers.benchmark.cells import StudyCells
 from trainers.benchmark.estimate import estimate_seconds, format_duration
 from trainers.benchmark.patients import check_disjoint
 from trainers.benchmark.study import CellKey, Study
-from trainers.finetune_arm import run_arm
-from trainers.finetune_result import FILE_NAME, read_result
-from trainers.labelled_data import prepare_data
+from trainers.finetuning.arm import run_arm
+from trainers.finetuning.labelled_data import prepare_data
+from trainers.finetuning.result import FILE_NAME, read_result
 
 Say = Callable[[str], None]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from nnssl.errors import UserError
 from nnssl.plan import PLANS_NAME
-from trainers.finetune_schedule import Optimizer, check_mode
+from trainers.finetuning.schedule import Optimizer, check_mode
 
 
 @dataclass(frozen=True)

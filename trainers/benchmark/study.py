@@ -12,21 +12,21 @@ from nnssl.checkpoint import read_checkpoint
 from nnssl.data.patients import find_patients
 from nnssl.data.raw import RawDataset, find_dataset, read_dataset
 from nnssl.errors import UserError
-from nnssl.evaluation.study_table import SCRATCH
 from nnssl.files import read_json
 from nnssl.networks.backbone import build_network, planned_configuration
 from nnssl.paths import Folders
 from nnssl.plan import Plan, plan_from_dict, read_plan
+from nnssl.study.table import SCRATCH
 from planners.finetune_planner import AdoptedPlan, fit_plan
 from planners.primus_rules import CLASS_NAME as PRIMUS
 from trainers.benchmark.arms import HYBRID, Arm, Pretraining, Source, configuration_for, locate, parse_arms
 from trainers.benchmark.leaks import Seen, seen_by_checkpoint, seen_in_pretraining
 from trainers.benchmark.patients import choose_test, order_patients
 from trainers.benchmark.settings import StudySettings, check_settings
-from trainers.finetune_arm import Task
-from trainers.finetune_schedule import FinetuneSchedule, make_schedule
-from trainers.labelled_cases import Split, choose_unlabelled, find_labelled_cases
-from trainers.pretrain import find_plan
+from trainers.finetuning.arm import Task
+from trainers.finetuning.labelled_cases import Split, choose_unlabelled, find_labelled_cases
+from trainers.finetuning.schedule import FinetuneSchedule, make_schedule
+from trainers.pretraining.pretrain import find_plan
 
 Say = Callable[[str], None]
 

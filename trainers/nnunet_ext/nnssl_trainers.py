@@ -1,9 +1,9 @@
 """What ``nnUNet_extTrainer`` points at: nnU-Net imports this module by itself and finds nnssl's trainers in it."""
 
-from trainers.finetune import FinetuneTrainer
-from trainers.linear_probe import LinearProbeTrainer
-from trainers.mean_teacher import MeanTeacherTrainer
-from trainers.pretext import (
+from trainers.finetuning.finetune_trainer import FinetuneTrainer
+from trainers.finetuning.linear_probe import LinearProbeTrainer
+from trainers.finetuning.mean_teacher import MeanTeacherTrainer
+from trainers.pretraining.pretext import (
     AliceTrainer,
     PCRLTrainer,
     Pix2RepTrainer,

@@ -58,7 +58,7 @@ def test_a_flag_is_read_alike_in_every_command(flag):
 
 def test_words_of_the_help_are_those_of_the_code():
     from nnssl.plan import PLANS_NAME
-    from trainers.finetune_schedule import MODES, Optimizer
+    from trainers.finetuning.schedule import MODES, Optimizer
 
     assert command.PLANS_NAME == PLANS_NAME
     assert tuple(MODES) == command.MODES
@@ -142,14 +142,14 @@ def test_preprocessing_leads_to_a_pretraining_of_what_was_preprocessed(monkeypat
 
 
 def test_pretraining_leads_to_finetuning(monkeypatch, capsys):
-    monkeypatch.setattr("trainers.pretrain.pretrain", lambda *given, **named: WEIGHTS)
+    monkeypatch.setattr("trainers.pretraining.pretrain.pretrain", lambda *given, **named: WEIGHTS)
     assert pretrain.main(["-m", "reprec", "--device", "cpu"]) == 0
     assert last_lines(capsys) == [f"next: nnssl_finetune -d LABELLED_ID -w {WEIGHTS}"]
 
 
 def test_finetuning_leads_to_predictions(monkeypatch, capsys):
     arms = [SimpleNamespace(predict_command=f"nnUNetv2_predict_from_modelfolder -m {arm}") for arm in ("a", "b")]
-    monkeypatch.setattr("trainers.finetune_run.finetune", lambda *given, **named: arms)
+    monkeypatch.setattr("trainers.finetuning.finetune.finetune", lambda *given, **named: arms)
     assert finetune.main(["-d", "4", "--device", "cpu"]) == 0
     assert last_lines(capsys) == [
         "next: nnUNetv2_predict_from_modelfolder -m a",

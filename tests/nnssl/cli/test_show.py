@@ -14,21 +14,21 @@ from nnssl.cli import show
 from nnssl.draws import sample_generators
 from nnssl.environment import variables
 from nnssl.errors import UserError
-from nnssl.evaluation import pictures
-from nnssl.evaluation.dense_network import open_cases, open_dense_network
-from nnssl.evaluation.matches import find_matches, open_matcher
-from nnssl.evaluation.pretrained import restore_method
-from nnssl.evaluation.reconstructions import reconstruct_case
-from nnssl.evaluation.teacher_uncertainty import open_teacher, tile_uncertainty
 from nnssl.losses.distillation import normalised_entropy
 from nnssl.methods import METHODS
 from nnssl.methods.settings import resolve_stage
 from nnssl.methods.state import method_state
 from nnssl.networks.backbone import build_network, planned_configuration, seeded
 from nnssl.paths import Folders, resolve_folders
+from nnssl.pictures import figures as pictures
+from nnssl.pictures.dense_network import open_cases, open_dense_network
+from nnssl.pictures.matches import find_matches, open_matcher
+from nnssl.pictures.reconstructions import reconstruct_case
+from nnssl.pictures.teacher_uncertainty import open_teacher, tile_uncertainty
 from nnssl.plan import Plan
+from nnssl.weights.pretrained import restore_method
 from tests.trainers.conftest import NAME, SHAPE, plan_toy
-from trainers.stage_run import plain_settings
+from trainers.pretraining.stage_run import plain_settings
 
 OTHER = "Dataset502_Other"
 ALICE = ("projection_hidden=8", "projection_bottleneck=8", "projection_dimensions=8", "alignment_heads=2")
@@ -386,7 +386,7 @@ def test_an_exported_file_is_refused_in_one_line(files, capsys, tmp_path):
 
 
 def test_network_without_decoder_is_refused(files, capsys, monkeypatch):
-    monkeypatch.setattr("nnssl.evaluation.pretrained.build_network", lambda *arguments: torch.nn.Linear(1, 1))
+    monkeypatch.setattr("nnssl.weights.pretrained.build_network", lambda *arguments: torch.nn.Linear(1, 1))
     assert "Linear has no convolutional decoder" in fails(capsys, "embedding", "-w", files["2d"])
 
 

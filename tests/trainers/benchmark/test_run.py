@@ -22,8 +22,8 @@ from trainers.benchmark.arms import make_weights
 from trainers.benchmark.cells import StudyCells
 from trainers.benchmark.estimate import format_duration
 from trainers.benchmark.run import Part, describe_matrix, parse_part, run_cells, run_study
-from trainers.finetune_arm import arm_folder
-from trainers.finetune_result import FILE_NAME
+from trainers.finetuning.arm import arm_folder
+from trainers.finetuning.result import FILE_NAME
 
 COMMAND = [
     "-d", "4", "--from", "501", "-m", "pix2rep", "-c", "3d_fullres", "--labels", "2", "--seeds", "1", "--epochs", "1", "2",

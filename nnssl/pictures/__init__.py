@@ -1,0 +1,1 @@
+"""Pictures of what pretrained weights know, made without labels."""

@@ -1,0 +1,316 @@
+"""Pictures of what dense features know.
+
+The colours suit colour-blind readers, except where three components are shown as red, green and blue.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from jaxtyping import Float32
+from matplotlib import patheffects
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from nnssl.data.case_store import StoredCase
+from nnssl.errors import UserError
+from nnssl.files import write_atomically
+from nnssl.palette import BLUISH_GREEN, ORANGE, SKY_BLUE
+from nnssl.pictures.components import Embedding
+from nnssl.pictures.matches import PlaceMatch
+from nnssl.pictures.places import Voxel
+from nnssl.pictures.reconstructions import Reconstruction
+from nnssl.pictures.similarity import Comparison
+from nnssl.pictures.teacher_uncertainty import Uncertainty
+
+COLOUR_MAP = "inferno"
+"""Even steps of brightness, which also read without colour."""
+QUERY_COLOUR, NEAREST_COLOUR, BOX_COLOUR = SKY_BLUE, BLUISH_GREEN, ORANGE
+"""The shapes of the markers differ too."""
+OVERLAY = 0.65
+"""Opacity of the similarity over the image."""
+PANEL_INCHES = 2.6
+"""Height of the tallest plane."""
+LEAST_INCHES = 6.5
+"""Width that the title needs."""
+FONT_SIZE = 8
+DPI = 120
+AXES = "zyx"
+MODEL_NAMES = {"o": "encoder", "m": "moving average", "h": "hybrid", "s": "student"}
+
+
+def similarity_figure(comparison: Comparison, title: str) -> Figure:
+    """Draw the query and, for each case, the image beside its similarity to the query.
+
+    One row for each case: the planes through the query in its own case, through the nearest voxel in the others; first
+    the image alone, then with the similarity over it. Cosines below 0 have the colour of 0.
+
+    Args:
+        comparison: what to draw.
+        title: of the figure.
+    """
+    figure, panels = _make_panels([each.case for each in comparison.similarities], comparison.two_dimensional, title)
+    scale = Normalize(0, 1)
+    for row, similarity in zip(panels, comparison.similarities, strict=True):
+        own = similarity is comparison.similarities[0]
+        centre = comparison.query_vox if own else similarity.nearest_vox
+        planes = _planes(comparison.two_dimensional)
+        _draw_case(row, similarity.case, centre, planes)
+        for place, axis in enumerate(planes):
+            overlay = row[place + len(planes)]
+            if own:
+                for axes in (row[place], overlay):
+                    _mark(axes, axis, comparison.query_vox, "+", QUERY_COLOUR)
+            _draw_values(overlay, similarity.cosine, axis, centre, similarity.case.spacing_mm, scale)
+            if similarity.nearest_vox[axis] == centre[axis]:
+                for axes in (row[place], overlay) if not own else (overlay,):
+                    _mark(axes, axis, similarity.nearest_vox, "o", NEAREST_COLOUR)
+        _head(row[0], f"{similarity.case.name}{': query ' + _name(centre) if own else ''}")
+        _head(row[len(planes)], f"nearest {_name(similarity.nearest_vox)}, cosine {similarity.nearest_cosine:.3f}")
+    bar = figure.colorbar(
+        ScalarMappable(scale, COLOUR_MAP), ax=panels.ravel().tolist(), extend="min", alpha=OVERLAY, aspect=40
+    )
+    bar.set_label("cosine similarity to the query", fontsize=FONT_SIZE)
+    bar.ax.tick_params(labelsize=FONT_SIZE)
+    return figure
+
+
+def embedding_figure(embedding: Embedding, title: str) -> Figure:
+    """Draw the image beside the first three principal components of its features as red, green and blue.
+
+    Args:
+        embedding: what to draw.
+        title: of the figure.
+    """
+    figure, panels = _make_panels([embedding.case], embedding.two_dimensional, title)
+    planes = _planes(embedding.two_dimensional)
+    _draw_case(panels[0, : len(planes)], embedding.case, embedding.centre_vox, planes)
+    for place, axis in enumerate(planes):
+        colours = panels[0, place + len(planes)]
+        colour = np.moveaxis(embedding.components.take(embedding.centre_vox[axis], axis + 1), 0, -1)
+        colours.imshow(colour, aspect=_aspect(axis, embedding.case.spacing_mm), origin="lower", interpolation="nearest")
+        _orient(colours, axis)
+        colours.set_xlabel(f"{AXES[axis]} = {embedding.centre_vox[axis]}", fontsize=FONT_SIZE)
+    shares = ", ".join(f"{100 * share:.0f} %" for share in embedding.share)
+    _head(panels[0, 0], embedding.case.name)
+    _head(panels[0, len(planes)], f"components 1, 2, 3 as red, green, blue:\n{shares} of the variance")
+    return figure
+
+
+def uncertainty_figure(uncertainty: Uncertainty, title: str) -> Figure:
+    """Draw the image beside the uncertainty of the teacher over it.
+
+    Args:
+        uncertainty: what to draw.
+        title: of the figure.
+    """
+    case, centre = uncertainty.case, uncertainty.centre_vox
+    figure, panels = _make_panels([case], uncertainty.two_dimensional, title)
+    planes = _planes(uncertainty.two_dimensional)
+    _draw_case(panels[0], case, centre, planes)
+    shown = np.concatenate([uncertainty.values.take(centre[axis], axis).ravel() for axis in planes])
+    scale = Normalize(*np.nanpercentile(shown, (1, 99)))
+    for axes, axis in zip(panels[0, len(planes) :], planes, strict=True):
+        _draw_values(axes, uncertainty.values, axis, centre, case.spacing_mm, scale)
+    _head(panels[0, 0], case.name)
+    _head(panels[0, len(planes)], f"mean uncertainty {np.nanmean(shown):.3f}")
+    bar = figure.colorbar(
+        ScalarMappable(scale, COLOUR_MAP), ax=panels.ravel().tolist(), extend="both", alpha=OVERLAY, aspect=40
+    )
+    bar.set_label("uncertainty: 0 sure, 1 no idea", fontsize=FONT_SIZE)
+    bar.ax.tick_params(labelsize=FONT_SIZE)
+    return figure
+
+
+def reconstruction_figure(reconstructions: Sequence[Reconstruction], spacing_mm: Sequence[float], title: str) -> Figure:
+    """Draw what each model sees, what is asked for and what the decoder makes, one row for each.
+
+    Args:
+        reconstructions: of one patch.
+        spacing_mm: of its voxels.
+        title: of the figure.
+    """
+    down, across = spacing_mm[-2:]
+    figure, panels = _rows_of_three(len(reconstructions), reconstructions[0].seen.shape, spacing_mm, title)
+    low, high = np.percentile(np.stack([each.target for each in reconstructions]), (1, 99))
+    for row, each in zip(panels, reconstructions, strict=True):
+        for axes, image in zip(row, (each.seen, each.target, each.output), strict=True):
+            axes.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=down / across, interpolation="nearest")
+        _head(row[0], f"{MODEL_NAMES[each.model]}: input")
+        _head(row[1], "asked for")
+        _head(row[2], f"made: error {each.error:.2f}, untold {each.error_untold:.2f}")
+    return figure
+
+
+def matches_figure(matches: Sequence[PlaceMatch], spacing_mm: Sequence[float], title: str) -> Figure:
+    """Draw each place in its case, where embeddings find it in the other case, and where the body's box has it.
+
+    Args:
+        matches: one row for each.
+        spacing_mm: of the voxels.
+        title: of the figure.
+    """
+    down, across = spacing_mm[-2:]
+    rows, columns = matches[0].query.shape
+    figure, panels = _rows_of_three(len(matches), (rows, columns), spacing_mm, title)
+    shown = np.stack([image for each in matches for image in (each.query, each.found, each.box)])
+    low, high = np.percentile(shown, (1, 99))
+    for row, each in zip(panels, matches, strict=True):
+        crops = ((each.query, "+", QUERY_COLOUR), (each.found, "o", NEAREST_COLOUR), (each.box, "s", BOX_COLOUR))
+        for axes, (image, marker, colour) in zip(row, crops, strict=True):
+            axes.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=down / across, interpolation="nearest")
+            _mark(axes, 0, (0, rows // 2, columns // 2), marker, colour)
+        _head(row[0], f"place {_name(each.query_vox)}")
+        _head(row[1], f"embeddings: similarity {each.score:.2f}, back within {each.cycle_mm:.0f} mm")
+        _head(row[2], "the same place of the body's box")
+    return figure
+
+
+def check_picture_path(path: Path) -> Path:
+    """Return the path of a picture that can be written.
+
+    Raises:
+        UserError: it does not end in ``.png``, or its folder does not exist.
+    """
+    if path.suffix.lower() != ".png":
+        raise UserError(f"{path}: pictures are PNG files; give a name that ends in .png")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.absolute().parent}; make it first")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder; give the name of a file")
+    return path
+
+
+def write_picture(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG, atomically.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    write_atomically(path, lambda file: save_png(figure, file))
+
+
+def save_png(figure: Figure, file: BinaryIO) -> None:
+    """Save a figure as PNG, whatever window system matplotlib is set up for."""
+    # once before: the layout makes room for labels before planes have their proportions
+    FigureCanvasAgg(figure).draw()
+    figure.savefig(file, format="png", dpi=DPI)
+
+
+def _planes(two_dimensional: bool) -> tuple[int, ...]:
+    """Return the axes across which planes are cut."""
+    return (0,) if two_dimensional else (0, 1, 2)
+
+
+def _make_panels(cases: Sequence[Any], two_dimensional: bool, title: str) -> tuple[Figure, Any]:
+    """Return a figure and its axes (case, plane of the image and then of the overlay), as wide as the planes in mm."""
+    extents_mm = np.max([np.multiply(case.shape, case.spacing_mm) for case in cases], axis=0)
+    planes = _planes(two_dimensional)
+    widths = [extents_mm[1] if axis == 2 else extents_mm[2] for axis in planes] * 2
+    tall_mm = max(extents_mm[1] if axis == 0 else extents_mm[0] for axis in planes)
+    inches = PANEL_INCHES / tall_mm
+    width = max(sum(widths) * inches * 1.1 + 1.2, LEAST_INCHES)
+    figure = Figure(figsize=(width, (PANEL_INCHES + 0.55) * len(cases) + 0.6), layout="constrained")
+    figure.suptitle(title, fontsize=FONT_SIZE + 1)
+    panels = figure.subplots(len(cases), len(widths), squeeze=False, width_ratios=widths)
+    for axes in panels.ravel():
+        axes.set_xticks([])
+        axes.set_yticks([])
+    return figure, panels
+
+
+def _rows_of_three(count: int, shape: Sequence[int], spacing_mm: Sequence[float], title: str) -> tuple[Figure, Any]:
+    """Return a figure and its axes (row, 3) for crops of one shape, in their proportions in mm, without ticks."""
+    down, across = spacing_mm[-2:]
+    width = PANEL_INCHES * shape[1] * across / (shape[0] * down)
+    size = (max(3 * width + 0.4, LEAST_INCHES), (PANEL_INCHES + 0.4) * count + 0.5)
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(title, fontsize=FONT_SIZE + 1)
+    panels = figure.subplots(count, 3, squeeze=False)
+    for axes in panels.ravel():
+        axes.set_xticks([])
+        axes.set_yticks([])
+    return figure, panels
+
+
+def _window(volume: Float32[np.ndarray, "z y x"], centre: Voxel, planes: Sequence[int]) -> tuple[float, float]:
+    """Return the intensities to show as black and as white: 1st and 99th percentile of the planes."""
+    shown = np.concatenate([volume.take(centre[axis], axis).ravel() for axis in planes])
+    low, high = np.percentile(shown, (1, 99))
+    return float(low), float(high)
+
+
+def _draw_case(panels: Sequence[Any], case: StoredCase, centre: Voxel, planes: Sequence[int]) -> None:
+    """Draw the planes of a case through a voxel, once or, where there are twice as many panels, twice."""
+    volume = case.read_box((0, 0, 0), case.shape)[0]
+    bounds = _window(volume, centre, planes)
+    for place, axes in enumerate(panels):
+        _draw_plane(axes, volume, planes[place % len(planes)], centre, case.spacing_mm, bounds)
+
+
+def _draw_values(
+    axes: Any,
+    values: Float32[np.ndarray, "z y x"],
+    axis: int,
+    centre: Voxel,
+    spacing_mm: Sequence[float],
+    scale: Normalize,
+) -> None:
+    """Draw values over a plane of a case."""
+    aspect = _aspect(axis, spacing_mm)
+    shown = values.take(centre[axis], axis)
+    axes.imshow(shown, norm=scale, cmap=COLOUR_MAP, alpha=OVERLAY, aspect=aspect, origin="lower")
+    _orient(axes, axis)
+
+
+def _draw_plane(
+    axes: Any,
+    volume: Float32[np.ndarray, "z y x"],
+    axis: int,
+    centre: Voxel,
+    spacing_mm: Sequence[float],
+    bounds: tuple[float, float],
+) -> None:
+    axes.imshow(
+        volume.take(centre[axis], axis),
+        cmap="gray",
+        vmin=bounds[0],
+        vmax=bounds[1],
+        aspect=_aspect(axis, spacing_mm),
+        origin="lower",
+        interpolation="nearest",
+    )
+    _orient(axes, axis)
+    axes.set_xlabel(f"{AXES[axis]} = {centre[axis]}", fontsize=FONT_SIZE)
+
+
+def _orient(axes: Any, axis: int) -> None:
+    """Put the first row of a slice at the top, and the first slice at the bottom, as they are usually looked at."""
+    if axis == 0 and not axes.yaxis_inverted():
+        axes.invert_yaxis()
+
+
+def _aspect(axis: int, spacing_mm: Sequence[float]) -> float:
+    """Return how much taller than wide a pixel of a plane is."""
+    down, across = (length for other, length in enumerate(spacing_mm) if other != axis)
+    return down / across
+
+
+def _mark(axes: Any, axis: int, point: Voxel, marker: str, colour: str) -> None:
+    """Mark a point in a plane; the black rim keeps it visible on white."""
+    down, across = (place for other, place in enumerate(point) if other != axis)
+    rim = [patheffects.Stroke(linewidth=3, foreground="black"), patheffects.Normal()]
+    axes.plot(
+        across, down, marker, markersize=10, markeredgewidth=1.6, fillstyle="none", color=colour, path_effects=rim
+    )
+
+
+def _head(axes: Any, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=FONT_SIZE)
+
+
+def _name(point: Voxel) -> str:
+    return "({}, {}, {})".format(*point)

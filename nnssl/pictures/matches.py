@@ -1,0 +1,110 @@
+"""Where places of one case are found in another: by the embeddings of SAM, and by the body's box beside it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+
+from nnssl.data.case_store import CaseStore, StoredCase
+from nnssl.draws import draw_seed
+from nnssl.errors import UserError
+from nnssl.matching.body_box import BodyBoxMatcher
+from nnssl.matching.embedded import EmbeddingMatcher
+from nnssl.matching.points import cycle_error_mm
+from nnssl.pictures.places import Voxel
+from nnssl.weights.pretrained import Pretrained, method_of, open_pretrained
+
+METHOD = "sam"
+
+
+@dataclass(frozen=True)
+class PlaceMatch:
+    """A place and where it was found; each crop is a slice across the first axis with the place in its middle, channel 0.
+
+    Attributes:
+        query_vox: zyx of the place in its preprocessed case.
+        found_vox: zyx of the nearest voxel to where embeddings find it in the other case.
+        box_vox: zyx where the body's box has it.
+        score: mean of the cosines of the embeddings.
+        cycle_mm: from the place to where its match leads back to.
+        query: (y, x), around the place.
+        found: around the match.
+        box: around the place of the box.
+    """
+
+    query_vox: Voxel
+    found_vox: Voxel
+    box_vox: Voxel
+    score: float
+    cycle_mm: float
+    query: Float32[np.ndarray, "y x"]
+    found: Float32[np.ndarray, "y x"]
+    box: Float32[np.ndarray, "y x"]
+
+
+def open_matcher(path: Path, store: CaseStore, device: torch.device) -> tuple[EmbeddingMatcher, Any]:
+    """Restore SAM from a checkpoint; see ``matcher_of``.
+
+    Raises:
+        UserError: as ``open_pretrained`` and ``matcher_of``.
+    """
+    return matcher_of(open_pretrained(path), store, device)
+
+
+def matcher_of(pretrained: Pretrained, store: CaseStore, device: torch.device) -> tuple[EmbeddingMatcher, Any]:
+    """Return what finds places among the cases of a store by the embeddings of SAM, and the method.
+
+    Raises:
+        UserError: the checkpoint is of another method, or as ``method_of``.
+    """
+    found = pretrained.provenance.method
+    if found != METHOD:
+        raise UserError(f"{pretrained.path}: is of {found} and has no embeddings of places; take {METHOD}'s")
+    method = method_of(pretrained, device)
+    return EmbeddingMatcher(method.embedding, store, method.configuration.patch_size, device), method
+
+
+def find_matches(
+    matcher: EmbeddingMatcher, store: CaseStore, query: str, key: str, count: int, seed: int, patch: tuple[int, ...]
+) -> list[PlaceMatch]:
+    """Look for places in the body of a case in another case.
+
+    Args:
+        matcher: by embeddings.
+        store: of both cases.
+        query: name of the case that the places belong to.
+        key: name of the other case.
+        count: of places, drawn in the body.
+        seed: of the places.
+        patch: voxels of a crop, of which the middle slice is shown.
+    """
+    case, other = store.case(query), store.case(key)
+    body = case.body_vox
+    rng = np.random.default_rng(draw_seed(seed, "matches", query))
+    points_vox = body[rng.integers(len(body), size=count)]
+    points_mm = points_vox * np.array(case.spacing_mm)
+    matches = matcher.match_points(query, points_mm, key)
+    cycles = cycle_error_mm(matcher, query, points_mm, key, matches)
+    boxed_mm = BodyBoxMatcher(store).match_points(query, points_mm, key).points_mm
+    rows = []
+    for index, point in enumerate(points_vox):
+        places = [_voxel(point), *(_voxel(each[index] / other.spacing_mm) for each in (matches.points_mm, boxed_mm))]
+        crops = [_crop(each, place, patch) for each, place in zip((case, other, other), places, strict=True)]
+        query_vox, found_vox, box_vox = places
+        score, cycle = float(matches.score[index]), float(cycles[index])
+        rows.append(PlaceMatch(query_vox, found_vox, box_vox, score, cycle, *crops))
+    return rows
+
+
+def _voxel(place: np.ndarray) -> Voxel:
+    z, y, x = (round(float(each)) for each in place)
+    return z, y, x
+
+
+def _crop(case: StoredCase, place: Voxel, patch: tuple[int, ...]) -> Float32[np.ndarray, "y x"]:
+    size = (1, *patch[1:])
+    lower = [each - length // 2 for each, length in zip(place, size, strict=True)]
+    return case.read_box(lower, size)[0, 0]

@@ -1,0 +1,116 @@
+"""What the decoder of a method makes of a patch of a case: what the encoder sees, what is asked for, and the answer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+
+from nnssl.checkpoint import Provenance
+from nnssl.data.case_store import StoredCase
+from nnssl.draws import make_generator
+from nnssl.errors import UserError
+from nnssl.methods.alice import Alice, PairedViews
+from nnssl.methods.pcrl import errors_untold, mix, reconstruction_targets
+from nnssl.pictures.places import choose_centre
+from nnssl.weights.pretrained import method_of, open_pretrained
+
+METHODS = ("alice", "pcrl")
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """One model's input, what its code asks for, and what the decoder makes; the middle slice of the patch, channel 0.
+
+    Attributes:
+        model: ``o``, ``m`` or ``h`` of PCRL; ``s`` of Alice.
+        seen: (y, x), the corrupted crop; of the hybrid the mix of both crops; of Alice the visible tokens.
+        target: the clean crop, flipped and turned where a code asks for it.
+        output: of the decoder; of Alice that of masked tokens, in the contrast that each has, beside the visible ones.
+        error: mean squared error over the patch, all channels; of Alice over the masked tokens, each standardised.
+        error_untold: the least error of an answer that does not listen to the code, without attention that of the mean; of Alice
+            that of the mean of the visible tokens.
+    """
+
+    model: str
+    seen: Float32[np.ndarray, "y x"]
+    target: Float32[np.ndarray, "y x"]
+    output: Float32[np.ndarray, "y x"]
+    error: float
+    error_untold: float
+
+
+def open_reconstructor(path: Path, device: torch.device) -> tuple[Any, Provenance]:
+    """Restore a method that reconstructs from a checkpoint.
+
+    Raises:
+        UserError: the checkpoint is of another method, reconstructs nothing, or as ``method_of``.
+    """
+    pretrained = open_pretrained(path)
+    provenance = pretrained.provenance
+    if provenance.method not in METHODS:
+        raise UserError(
+            f"{path}: is of {provenance.method} and reconstructs nothing; take those of {' or '.join(METHODS)}"
+        )
+    if not provenance.settings["reconstruction_weight"]:
+        raise UserError(f"{path}: was pretrained with reconstruction_weight=0; take weights that reconstruct")
+    return method_of(pretrained, device), provenance
+
+
+@torch.no_grad()
+def reconstruct_case(
+    method: Any, case: StoredCase, slice_vox: int | None, seed: int, device: torch.device
+) -> list[Reconstruction]:
+    """Reconstruct a patch in the middle of the body, for all models.
+
+    Args:
+        method: that reconstructs.
+        case: the case.
+        slice_vox: z of the slice for a 2D network; None for the one with the most body.
+        seed: of crops, corruption and transformations.
+        device: where to compute.
+
+    Raises:
+        UserError: the slice lies outside the case, or the network is not 2D.
+    """
+    patch = method.configuration.patch_size
+    flat = len(patch) == 2
+    centre = choose_centre(case, slice_vox, flat, "the middle of a patch")
+    size = (1, *patch) if flat else patch
+    box = case.read_box([place - length // 2 for place, length in zip(centre, size, strict=True)], size)
+    volume = torch.from_numpy(box).to(device)
+    volumes = (volume.squeeze(1) if flat else volume)[None]
+    views = method.make_views(volumes, [make_generator(seed, "reconstructions", case.name)])
+    return _of_tokens(method, views) if isinstance(method, Alice) else _of_contexts(method, views)
+
+
+def _of_tokens(method: Alice, views: PairedViews) -> list[Reconstruction]:
+    made = method.recover(views)
+    seen, target, output = (_middle(each) for each in (made.seen, views.patches, made.output))
+    return [Reconstruction("s", seen, target, output, float(made.error), float(made.error_of_mean))]
+
+
+def _of_contexts(method: Any, views: Any) -> list[Reconstruction]:
+    outputs = method.reconstruct(method.network.encoder(views.seen_o), method.teacher(views.seen_m), views)
+    targets = reconstruction_targets(views, method.settings.hybrid_target)
+    untold = errors_untold(views, method.settings)
+    seen = {"o": views.seen_o, "m": views.seen_m, "h": mix(views.seen_o, views.seen_m, views.mixing)}
+    return [
+        Reconstruction(
+            model,
+            _middle(seen[model]),
+            _middle(targets[model]),
+            _middle(output),
+            float((output.float() - targets[model]).square().mean()),
+            float(untold[model]),
+        )
+        for model, output in outputs.items()
+    ]
+
+
+def _middle(volumes: torch.Tensor) -> Float32[np.ndarray, "y x"]:
+    """Return the middle slice of the first channel of the first sample."""
+    volume = volumes[0, 0].float().cpu().numpy()
+    return volume if volume.ndim == 2 else volume[len(volume) // 2]

@@ -1,0 +1,138 @@
+"""Where the teacher of Pixel-global is not sure: the entropy of its passes with dropout, voxel by voxel (the paper's figure 2).
+
+Source: "Pixel-global self-supervised learning with uncertainty-aware context stabilizer" (2022).
+
+Deviations: the head is standardised over the points that it is given together. In training these are the points of a step;
+here they are all voxels of a tile, in random order and so many at a time as memory allows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor
+
+from nnssl.checkpoint import Provenance
+from nnssl.data.case_store import StoredCase
+from nnssl.draws import draw_seed, make_generator
+from nnssl.errors import UserError
+from nnssl.methods.pixelglobal import point_uncertainty
+from nnssl.networks.heads import PointAssignment
+from nnssl.pictures.dense_network import DenseNetwork, dense_network_of
+from nnssl.pictures.places import Voxel, choose_centre
+from nnssl.pictures.tiles import average_over_tiles, tiles_through
+from nnssl.weights.pretrained import Pretrained, method_of, open_pretrained
+
+METHOD = "pixelglobal"
+POINTS_AT_ONCE = 2**15
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The teacher's network and the head whose passes are compared."""
+
+    network: DenseNetwork
+    head: PointAssignment
+    temperature: float
+    passes: int
+
+
+@dataclass(frozen=True)
+class Uncertainty:
+    """How unsure the teacher is of the voxels of a case.
+
+    Attributes:
+        case: the case.
+        centre_vox: the voxel that the shown planes run through.
+        values: (z, y, x), 0 to 1; NaN away from the planes.
+        two_dimensional: whether one slice is shown.
+    """
+
+    case: StoredCase
+    centre_vox: Voxel
+    values: Float32[np.ndarray, "z y x"]
+    two_dimensional: bool
+
+
+def open_teacher(
+    path: Path, passes: int | None, device: torch.device, say: Callable[[str], None]
+) -> tuple[Teacher, Provenance]:
+    """Build the teacher of a checkpoint of Pixel-global, and say where it comes from; see ``teacher_of``.
+
+    Raises:
+        UserError: as ``open_pretrained`` and ``teacher_of``.
+    """
+    pretrained = open_pretrained(path)
+    return teacher_of(pretrained, passes, device, say), pretrained.provenance
+
+
+def teacher_of(pretrained: Pretrained, passes: int | None, device: torch.device, say: Callable[[str], None]) -> Teacher:
+    """Build the teacher of Pixel-global.
+
+    Args:
+        pretrained: the checkpoint.
+        passes: with dropout; None for the setting of the pretraining, or the paper's 20 where that is 0.
+        device: where to compute.
+        say: called with lines for the user.
+
+    Raises:
+        UserError: the checkpoint is of another method, or as ``dense_network_of``.
+    """
+    found = pretrained.provenance.method
+    if found != METHOD:
+        raise UserError(
+            f"{pretrained.path}: is of {found}, which has no teacher that says how sure it is; take {METHOD}'s"
+        )
+    network = dense_network_of(pretrained, "single", device, say)
+    method = method_of(pretrained, device)
+    wanted = passes or method.settings.uncertainty_passes or 20  # the paper's
+    teacher = replace(network, network=method.teacher)
+    return Teacher(teacher, method.teacher_local_head, method.settings.teacher_temperature, wanted)
+
+
+def measure_uncertainty(teacher: Teacher, case: StoredCase, slice_vox: int | None) -> Uncertainty:
+    """Compute the uncertainty of a case where three planes or one slice show it.
+
+    Args:
+        teacher: whose passes are compared.
+        case: the case.
+        slice_vox: z of the slice for a 2D network; None for the one with the most body.
+
+    Raises:
+        UserError: the slice lies outside the case, or the network is not 2D.
+    """
+    network = teacher.network
+    centre = choose_centre(case, slice_vox, network.two_dimensional, "three planes")
+    lowers = tiles_through(case.shape, network.tile_vox, centre, network.two_dimensional)
+    values = average_over_tiles(network, case, lowers, 1, lambda maps: tile_uncertainty(teacher, maps[-1], case.name))
+    return Uncertainty(case, centre, values[0], network.two_dimensional)
+
+
+@torch.inference_mode()
+def tile_uncertainty(
+    teacher: Teacher, feature_map: Float[Tensor, "1 channel *shape"], name: str
+) -> Float[Tensor, " 1 *shape"]:
+    """Return the uncertainty of all voxels of a tile, 0 to 1.
+
+    Args:
+        teacher: whose head is used.
+        feature_map: of full resolution.
+        name: of the case; decides the draws.
+    """
+    features = feature_map.flatten(2)[0].T
+    order = torch.randperm(len(features), generator=make_generator(0, "uncertainty", name)).to(features.device)
+    values = torch.empty(len(features), device=features.device)
+    for place, chosen in enumerate(_even_chunks(order)):
+        seed = draw_seed(0, "uncertainty", name, place) % 2**60
+        values[chosen] = point_uncertainty(
+            teacher.head, features[chosen][None], (seed,), teacher.passes, teacher.temperature
+        )[0]
+    return values.view(1, *feature_map.shape[2:])
+
+
+def _even_chunks(order: Tensor) -> Sequence[Tensor]:
+    """Split an order into parts of about the same length, none longer than ``POINTS_AT_ONCE``."""
+    return order.tensor_split(-(-len(order) // POINTS_AT_ONCE))

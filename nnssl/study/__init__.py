@@ -1,0 +1,1 @@
+"""Label-efficiency studies: their table, statistics, words, figures and report."""

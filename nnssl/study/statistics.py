@@ -1,0 +1,276 @@
+"""What may be concluded from a study: paired differences from scratch with intervals, tests and a rule for a claim.
+
+A case is the unit: its score is the mean Dice over its classes, averaged over the seeds. Intervals and tests say how far
+results carry over to other cases, not to other labelled patients; for that the differences of the single seeds stand beside
+them, and a claim needs all of them to agree.
+
+Source: Wilcoxon signed-rank test and bias-corrected bootstrap (Efron, JASA 1987) as SciPy has them; Holm, Scandinavian
+Journal of Statistics 6, 1979.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+from nnssl.study.table import SCRATCH, Cell, Gain, Interval, Rise, Row, StudyTable
+from nnssl.study.words import GAIN, LOSS, NO_CLAIM, NO_DIFFERENCE, signed_points
+
+CONVERGED_RISE = 0.02
+"""Scratch has stopped improving when its Dice rises by less than this from the second longest to the longest length."""
+BEGUN_DICE = 0.1
+"""A network below it at the longest length finds little but its largest class: it stands still before it learns, not after."""
+MAY_STAY_LOW = "linear"
+"""Mode in which scratch may end below that: what a linear layer finds in features of random weights."""
+LEVEL = 0.05
+CONFIDENCE = 0.95
+RESAMPLES = 5000
+ROUNDING_DIGITS = 12
+"""Differences are rounded to so many before they are ranked, or 0.1 - 0.3 + 0.2 would be ranked as a difference."""
+FEWEST_CASES = 6
+"""With fewer, Wilcoxon's two-sided p cannot fall below 0.05."""
+
+
+def case_scores(cell: Cell) -> dict[str, float]:
+    """Return the mean Dice over the classes that count, by case; cases without any are left out."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for entry in cell.metrics:
+        if entry.dice is not None:
+            values[entry.case].append(entry.dice)
+    return {case: float(np.mean(dice)) for case, dice in values.items()}
+
+
+def bootstrap_interval(values: Float[np.ndarray, " case"], seed: int = 0, resamples: int = RESAMPLES) -> Interval:
+    """Return the mean and its 95 % interval by the bias-corrected and accelerated bootstrap over cases.
+
+    Args:
+        values: one per case.
+        seed: of the resampling.
+        resamples: number of them.
+
+    Returns:
+        An interval of no width for a single case, or for equal values.
+    """
+    mean = float(np.mean(values))
+    if len(values) < 2 or np.ptp(values) < 1e-12:
+        return Interval(mean, mean, mean)
+    found = stats.bootstrap(
+        (values,), np.mean, confidence_level=CONFIDENCE, n_resamples=resamples, rng=np.random.default_rng(seed)
+    ).confidence_interval
+    return Interval(mean, float(found.low), float(found.high))
+
+
+def paired_p_value(differences: Float[np.ndarray, " case"]) -> float:
+    """Return the two-sided p value of Wilcoxon's signed-rank test; 1 where all differences are 0."""
+    rounded = np.round(differences, ROUNDING_DIGITS)
+    if not np.any(rounded):
+        return 1.0
+    return float(stats.wilcoxon(rounded).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return Holm's adjusted p values, in the order given: the family-wise error rate is at most the level."""
+    order = np.argsort(p_values, kind="stable")
+    adjusted = np.empty(len(p_values))
+    largest = 0.0
+    for place, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted.tolist()
+
+
+def labels_of_scratch(curve: Mapping[int, float], target: float) -> str:
+    """Return the number of labels that scratch needs for a Dice: its curve, linear in the logarithm of labels.
+
+    Where the curve is not monotone, the last crossing counts: from there on scratch stays above the target.
+
+    Args:
+        curve: Dice of scratch by number of labels.
+        target: Dice to reach.
+
+    Returns:
+        ``4.2``; ``> 20`` if the curve ends below the target, ``< 1`` if it is never below it.
+    """
+    labels = sorted(curve)
+    if curve[labels[-1]] < target:
+        return f"> {labels[-1]}"
+    below = [place for place, number in enumerate(labels) if curve[number] < target]
+    if not below:
+        return f"< {labels[0]}" if curve[labels[0]] > target else f"{labels[0]}"
+    first, second = labels[below[-1]], labels[below[-1] + 1]
+    share = (target - curve[first]) / (curve[second] - curve[first])
+    needed = math.exp(math.log(first) + share * (math.log(second) - math.log(first)))
+    return f"{needed:.2g}" if needed < 10 else f"{needed:.0f}"
+
+
+def tabulate(cells: Sequence[Cell], tolerance_mm: float, resamples: int = RESAMPLES) -> StudyTable:
+    """Return the table of a study, finished or not.
+
+    Args:
+        cells: those that are finished, in any order.
+        tolerance_mm: of the normalised surface distance in them.
+        resamples: of every bootstrap.
+    """
+    groups: dict[tuple[str, int, int], dict[str, dict[int, Cell]]] = defaultdict(lambda: defaultdict(dict))
+    arms = list(dict.fromkeys([SCRATCH, *(cell.arm for cell in cells)]))
+    for cell in cells:
+        groups[cell.mode, cell.labels, cell.steps][cell.arm][cell.seed] = cell
+    means = {key: _mean_of(found[SCRATCH]) for key, found in groups.items() if found.get(SCRATCH)}
+    rises = _find_rises(groups, means)
+    modes = list(dict.fromkeys(cell.mode for cell in cells))
+    rows: list[Row] = []
+    for key in sorted(groups, key=lambda key: (modes.index(key[0]), key[1], key[2])):
+        rows += _rows_of_group(key, groups[key], arms, means, rises, resamples)
+    cases = {entry.case for cell in cells for entry in cell.metrics}
+    return StudyTable(tuple(rows), tuple(rises.values()), tolerance_mm, len(cases))
+
+
+Group = Mapping[str, Mapping[int, Cell]]
+Key = tuple[str, int, int]
+"""Mode, number of labels, steps."""
+
+
+def _rows_of_group(
+    key: Key,
+    group: Group,
+    arms: Sequence[str],
+    means: Mapping[Key, float],
+    rises: Mapping[tuple[str, int], Rise],
+    resamples: int,
+) -> list[Row]:
+    """Return the rows that are compared with one another: same mode, number of labels and steps."""
+    mode, labels, steps = key
+    curve = {other[1]: mean for other, mean in means.items() if (other[0], other[2]) == (mode, steps)}
+    scratch = group.get(SCRATCH, {})
+    shared = {arm: sorted(set(group.get(arm, {})) & set(scratch)) for arm in arms if arm != SCRATCH and group.get(arm)}
+    paired = {
+        arm: _differences(group[arm], scratch, seeds) for arm, seeds in shared.items() if seeds == sorted(group[arm])
+    }
+    paired = {arm: differences for arm, differences in paired.items() if differences.size}
+    p_values = {arm: paired_p_value(differences.mean(axis=0)) for arm, differences in paired.items()}
+    corrected = dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    rows = []
+    for arm in arms:
+        if not group.get(arm):
+            continue
+        gain = None
+        if arm in paired:
+            difference = bootstrap_interval(paired[arm].mean(axis=0), resamples=resamples)
+            seeds = tuple(paired[arm].mean(axis=1).tolist())
+            gain = Gain(difference, seeds, p_values[arm], corrected[arm])
+        rows.append(_make_row(arm, key, group[arm], gain, curve, rises.get((mode, labels)), paired.get(arm), resamples))
+    return rows
+
+
+def _make_row(
+    arm: str,
+    key: Key,
+    cells: Mapping[int, Cell],
+    gain: Gain | None,
+    curve: Mapping[int, float],
+    rise: Rise | None,
+    paired: Float[np.ndarray, "seed case"] | None,
+    resamples: int,
+) -> Row:
+    mode, labels, steps = key
+    seeds = tuple(sorted(cells))
+    scores = [case_scores(cells[seed]) for seed in seeds]
+    by_case = _mean_by_case(scores)
+    entries = [entry for seed in seeds for entry in cells[seed].metrics]
+    classes = dict.fromkeys(entry.label for entry in entries)
+    dice = bootstrap_interval(np.array(list(by_case.values()) or [0.0]), resamples=resamples)
+    return Row(
+        arm=arm,
+        mode=mode,
+        labels=labels,
+        steps=steps,
+        seeds=seeds,
+        dice=dice,
+        seed_dice=tuple(float(np.mean(list(each.values()))) if each else 0.0 for each in scores),
+        class_dice={name: _mean([e.dice for e in entries if e.label == name]) for name in classes},
+        nsd=_mean([entry.nsd for entry in entries]),
+        hd95_mm=_mean([entry.hd95_mm for entry in entries]),
+        gain=gain,
+        verdict="" if arm == SCRATCH else judge(gain, steps, rise, 0 if paired is None else paired.shape[1]),
+        labels_of_scratch="" if arm == SCRATCH or not curve else labels_of_scratch(curve, dice.mean),
+    )
+
+
+def judge(gain: Gain | None, steps: int, rise: Rise | None, num_cases: int) -> str:
+    """Return what may be said of a gain, in a few words.
+
+    Args:
+        gain: None if scratch lacks a seed.
+        steps: of fine-tuning.
+        rise: of scratch between its two longest lengths; None if there is one length only.
+        num_cases: that were paired.
+    """
+    if gain is None:
+        return f"scratch is not finished{NO_CLAIM}"
+    if rise is None:
+        return f"one length only{NO_CLAIM}"
+    if steps < rise.steps[1]:
+        return f"short schedule{NO_CLAIM}"
+    if not rise.begun:
+        return f"scratch has hardly begun to segment{NO_CLAIM}"
+    if not rise.stopped:
+        return f"scratch still rises by {signed_points(rise.difference)} points{NO_CLAIM}"
+    if len(gain.seed_differences) < 2:
+        return f"one seed only{NO_CLAIM}"
+    if num_cases < FEWEST_CASES:
+        return f"fewer than {FEWEST_CASES} cases{NO_CLAIM}"
+    if gain.p_holm < LEVEL and all(difference > 0 for difference in gain.seed_differences):
+        return GAIN
+    if gain.p_holm < LEVEL and all(difference < 0 for difference in gain.seed_differences):
+        return LOSS
+    return NO_DIFFERENCE
+
+
+def _find_rises(groups: Mapping[Key, Group], means: Mapping[Key, float]) -> dict[tuple[str, int], Rise]:
+    """Return how much scratch rises between its two longest lengths, by mode and labels, over the seeds that both have."""
+    rises = {}
+    for mode, labels in dict.fromkeys((mode, labels) for mode, labels, _ in sorted(means)):
+        lengths = sorted(steps for other, number, steps in means if (other, number) == (mode, labels))
+        if len(lengths) < 2:
+            continue
+        before, after = (groups[mode, labels, steps][SCRATCH] for steps in lengths[-2:])
+        common = sorted(set(before) & set(after))
+        if not common:
+            continue
+        reached = _mean_of({s: after[s] for s in common})
+        rise = reached - _mean_of({s: before[s] for s in common})
+        begun = mode == MAY_STAY_LOW or reached >= BEGUN_DICE
+        stopped = begun and rise < CONVERGED_RISE
+        rises[mode, labels] = Rise(mode, labels, (lengths[-2], lengths[-1]), rise, begun, stopped)
+    return rises
+
+
+def _differences(
+    arm: Mapping[int, Cell], scratch: Mapping[int, Cell], seeds: Sequence[int]
+) -> Float[np.ndarray, "seed case"]:
+    """Return the difference from scratch of every seed and case that all of them have."""
+    ours, theirs = ([case_scores(cells[seed]) for seed in seeds] for cells in (arm, scratch))
+    common = sorted(set.intersection(*(set(scores) for scores in (*ours, *theirs)))) if seeds else []
+    return np.array([[a[case] - b[case] for case in common] for a, b in zip(ours, theirs, strict=True)])
+
+
+def _mean_of(cells: Mapping[int, Cell]) -> float:
+    scores = list(_mean_by_case([case_scores(cell) for cell in cells.values()]).values())
+    return float(np.mean(scores)) if scores else 0.0
+
+
+def _mean_by_case(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean over the seeds by case."""
+    values: dict[str, list[float]] = defaultdict(list)
+    for each in scores:
+        for case, score in each.items():
+            values[case].append(score)
+    return {case: float(np.mean(values[case])) for case in sorted(values)}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    counted = [value for value in values if value is not None]
+    return float(np.mean(counted)) if counted else None

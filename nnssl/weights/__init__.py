@@ -1,0 +1,1 @@
+"""Checkpoints of pretraining, opened."""

@@ -1,0 +1,317 @@
+"""Mean teacher: its formulas, which images and labels it uses, and that stock nnU-Net predicts with the result."""
+
+import copy
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+
+from nnssl.data.phantoms import write_phantom_dataset
+from nnssl.errors import UserError
+from tests.trainers.finetuning.runs import (
+    CASES,
+    DATASET,
+    TEST_CASES,
+    assert_stock_nnunet_predicts_the_same,
+    final_weights,
+    finetune_and_catch_trainers,
+    killed_and_resumed,
+    trainer_of,
+)
+from trainers.finetuning.finetune import finetune
+from trainers.finetuning.finetune_trainer import FinetuneTrainer
+from trainers.finetuning.labelled_cases import Split, choose_unlabelled
+from trainers.finetuning.mean_teacher import (
+    STUDENT_KEY,
+    Consistency,
+    MeanTeacherTrainer,
+    consistency_weight,
+    teacher_momentum,
+)
+from trainers.finetuning.result import read_result
+
+UNLABELLED = {"train_cases": CASES[:2], "test_cases": CASES[4:], "unlabelled_cases": CASES[2:4]}
+
+
+@pytest.fixture(autouse=True)
+def exact(monkeypatch):
+    monkeypatch.setenv("NNSSL_PRECISION", "float32")
+
+
+def teacher_of(run, folder, **changes):
+    return trainer_of(run, folder, trainer_class=MeanTeacherTrainer, **{**UNLABELLED, **changes})
+
+
+def test_weight_rises_as_a_gaussian_and_momentum_as_a_mean():
+    numbers = Consistency(weight=0.2, ramp_share=0.5, momentum=0.9)
+    weights = [consistency_weight(step, 20, numbers) for step in range(20)]
+    assert weights[0] == pytest.approx(0.2 * math.exp(-5))
+    assert weights[5] == pytest.approx(0.2 * math.exp(-5 * 0.25))
+    assert weights[10:] == [pytest.approx(0.2)] * 10
+    assert [teacher_momentum(step, numbers) for step in (0, 1, 3)] == [0, 0.5, 0.75]
+    assert teacher_momentum(100, numbers) == 0.9
+
+
+def test_the_numbers_are_those_of_the_papers():
+    numbers = Consistency()
+    ramp = [consistency_weight(step, 1000, numbers) for step in (0, 100, 200, 400, 999)]
+    assert ramp == pytest.approx([0.000673795, 0.006005, 0.02865048, 0.1, 0.1], rel=1e-4)
+    assert [teacher_momentum(step, numbers) for step in (9, 98, 99, 5000)] == pytest.approx(
+        [0.9, 0.98989899, 0.99, 0.99]
+    )
+
+
+def test_consistency_is_the_squared_difference_of_probabilities(run, tmp_path):
+    """Voxel by voxel, from the logits of both networks on what each of them saw."""
+    trainer = teacher_of(run, tmp_path / "model")
+    trainer.on_train_start()
+    with torch.no_grad():
+        for parameter in trainer.teacher.parameters():
+            parameter.mul_(1.1)
+    seen = {}
+    trainer.network.register_forward_hook(lambda m, args, output: seen.update(student=(args[0], output[0])))
+    trainer.teacher.register_forward_hook(lambda m, args, output: seen.update(teacher=(args[0], output[0])))
+    volumes = next(trainer.dataloader_train)["unlabelled"]
+    loss = trainer.consistency_loss(volumes)
+    student, teacher = (logits.detach().double().numpy() for _, logits in (seen["student"], seen["teacher"]))
+    total = 0.0
+    for sample in range(student.shape[0]):
+        for voxel in range(student[sample, 0].size):
+            exponents = [
+                [math.exp(side[sample, c].flat[voxel]) for c in range(student.shape[1])] for side in (student, teacher)
+            ]
+            shares = [[e / sum(row) for e in row] for row in exponents]
+            total += sum((a - b) ** 2 for a, b in zip(*shares, strict=True))
+    assert loss.item() == pytest.approx(total / student.size, rel=1e-4)
+    noises = [seen[who][0] - volumes for who in ("student", "teacher")]
+    assert not torch.equal(*noises)
+    for noise in noises:
+        assert noise.abs().max() <= 0.2 + 1e-6
+        assert noise.std().item() == pytest.approx(0.1, rel=0.1)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in trainer.teacher.parameters())
+    assert all(key == "student" or not seen[key][1].requires_grad for key in seen)
+    assert any(
+        parameter.grad.abs().sum() > 0 for parameter in trainer.network.parameters() if parameter.grad is not None
+    )
+
+
+def test_probabilities_are_those_that_nnunet_predicts_with(run, tmp_path):
+    """One sigmoid per region where labels are regions that overlap."""
+    labels = {"labels": {"background": 0, "whole": [1, 2, 3, 4], "part": [2, 3]}, "regions_class_order": [1, 2]}
+    trainer = teacher_of(run, tmp_path / "model", labels=labels)
+    trainer.on_train_start()
+    assert trainer.label_manager.has_regions
+    with torch.no_grad():
+        for parameter in trainer.teacher.parameters():
+            parameter.mul_(1.1)
+    logits = []
+    for network in (trainer.teacher, trainer.network):
+        network.register_forward_hook(lambda m, args, output: logits.append(output[0].detach()))
+    loss = trainer.consistency_loss(next(trainer.dataloader_train)["unlabelled"])
+    teacher, student = (1 / (1 + torch.exp(-side.double())) for side in logits)
+    assert teacher.shape[1] == 2
+    assert loss.item() == pytest.approx(((student - teacher) ** 2).mean().item(), rel=1e-4)
+
+
+def test_loss_is_that_of_fine_tuning_and_the_weighted_consistency(run, tmp_path):
+    trainer = teacher_of(run, tmp_path / "model")
+    trainer.on_train_start()
+    batch = next(trainer.dataloader_train)
+    trainer.steps_done = 1
+    supervised, consistency = FinetuneTrainer.batch_loss(trainer, batch), trainer.consistency_loss(batch["unlabelled"])
+    weight = 0.1 * math.exp(-5 * (1 - 1 / (0.4 * 4)) ** 2)
+    assert weight * consistency.item() > 1e-8
+    terms = [term.item() for term in trainer.batch_losses(batch)]
+    assert terms == pytest.approx([supervised.item(), weight * consistency.item()], rel=1e-4)
+    assert trainer.train_step(batch)["loss"] == pytest.approx(sum(terms), rel=1e-4)
+
+
+def test_one_loss_gives_up_its_graph_before_the_next_is_made(run, tmp_path):
+    """Else a batch that fits fine-tuning would not fit the mean teacher. The gradient is that of the sum."""
+    trainer = teacher_of(run, tmp_path / "model")
+    trainer.on_train_start()
+    batch = next(trainer.dataloader_train)
+    trainer.optimizer.zero_grad()
+    sum(trainer.batch_losses(batch)).backward()
+    expected = [p.grad.clone() for p in trainer.network.parameters() if p.grad is not None]
+    torch.nn.utils.clip_grad_norm_(trainer.network.parameters(), 12)
+    graphs = []
+    consistency = trainer.consistency_loss
+
+    def watched(volumes):
+        graphs.append([p.grad is not None for p in trainer.network.parameters()])
+        return consistency(volumes)
+
+    trainer.consistency_loss = watched
+    trainer.optimizer.step = lambda: None
+    norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in expected]))
+    trainer.train_step(batch)
+    assert any(graphs[0])  # the first backward pass is done when the second loss is made
+    found = [p.grad for p in trainer.network.parameters() if p.grad is not None]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other * min(1.0, 12 / float(norm)), rtol=1e-3, atol=1e-6)
+
+
+def test_teacher_is_the_average_of_the_students(run, tmp_path):
+    trainer = teacher_of(run, tmp_path / "model")
+    students = []
+    original = trainer.train_step
+
+    def watched(batch):
+        result = original(batch)
+        students.append(copy.deepcopy(trainer.network.state_dict()))
+        return result
+
+    trainer.train_step = watched
+    trainer.run_training()
+    assert len(students) == 4
+    saved = torch.load(tmp_path / "model" / "fold_0" / "checkpoint_final.pth", weights_only=True)
+    assert STUDENT_KEY not in saved
+    for key, found in saved["network_weights"].items():
+        expected = torch.zeros_like(found)
+        for step, student in enumerate(students):
+            momentum = min(1 - 1 / (step + 1), 0.99)
+            expected = momentum * expected + (1 - momentum) * student[key]
+        torch.testing.assert_close(found, expected)
+        assert torch.equal(trainer.network.state_dict()[key], found)
+    key = "encoder.stages.0.0.convs.0.conv.weight"
+    assert not torch.allclose(saved["network_weights"][key], students[-1][key], atol=1e-6)
+
+
+def test_the_curve_is_that_of_the_teacher(run, tmp_path):
+    trainer = teacher_of(run, tmp_path / "model")
+    trainer.on_train_start()
+    with torch.no_grad():
+        for parameter in trainer.teacher.parameters():
+            parameter.mul_(1.5)
+    batch = next(trainer.dataloader_val)
+    student = trainer.network
+    with torch.no_grad():
+        found = trainer.validation_step(copy.deepcopy(batch))["loss"]
+        assert trainer.network is student
+        expected = trainer.loss(trainer.teacher(batch["data"]), batch["target"]).item()
+        other = trainer.loss(student(batch["data"]), batch["target"]).item()
+    assert found == pytest.approx(expected)
+    assert found != pytest.approx(other)
+
+
+def test_without_weight_the_student_is_fine_tuned_as_ever(run, tmp_path):
+    plain = trainer_of(run, tmp_path / "plain", **{**UNLABELLED, "unlabelled_cases": ()})
+    plain.run_training()
+    trainer = teacher_of(run, tmp_path / "model")
+    trainer.consistency = Consistency(weight=0.0)
+    students = {}
+    original = trainer.on_train_end
+    trainer.on_train_end = lambda: (students.update(copy.deepcopy(trainer.network.state_dict())), original())
+    trainer.run_training()
+    for key, value in plain.network.state_dict().items():
+        assert torch.equal(students[key], value), key
+
+
+def test_labels_of_unlabelled_cases_do_not_matter(run, tmp_path, monkeypatch):
+    """With their segmentations replaced by others and their class locations gone, the weights are the same to the bit."""
+    first = teacher_of(run, tmp_path / "first")
+    first.run_training()
+    second = teacher_of(run, tmp_path / "second")
+    second.initialize()
+    dataset_class = infer_dataset_class(second.preprocessed_dataset_folder)
+    original = dataset_class.load_case
+    spoiled = []
+
+    def load_case(self, identifier):
+        data, segmentation, previous, properties = original(self, identifier)
+        if identifier in UNLABELLED["unlabelled_cases"]:
+            spoiled.append(identifier)
+            segmentation = torch.randint(0, 2, segmentation.shape, generator=torch.Generator().manual_seed(0)).numpy()
+            properties = {**properties, "class_locations": None}
+        return data, segmentation, previous, properties
+
+    monkeypatch.setattr(dataset_class, "load_case", load_case)
+    second.run_training()
+    assert set(spoiled) == set(UNLABELLED["unlabelled_cases"])
+    other = second.network.state_dict()
+    for key, value in first.network.state_dict().items():
+        assert torch.equal(other[key], value), key
+
+
+def test_a_killed_training_goes_on_and_ends_with_the_same_weights(run, tmp_path):
+    def make(folder, **options):
+        return teacher_of(run, folder, epochs=3, **options)
+
+    make(tmp_path / "whole").run_training()
+    latest, found, resumed = killed_and_resumed(make, tmp_path / "killed")
+    assert set(latest[STUDENT_KEY]) == set(latest["network_weights"])
+    assert any(not torch.equal(value, latest[STUDENT_KEY][key]) for key, value in latest["network_weights"].items())
+    assert resumed.steps_done == 6
+    for key, value in final_weights(tmp_path / "whole").items():
+        assert torch.equal(found[key], value), key
+
+
+# cases and results
+
+
+def test_unlabelled_cases_are_those_that_are_left(tmp_path):
+    split = Split(CASES[:2], CASES[4:], "2cases")
+    assert choose_unlabelled(CASES, split) == CASES[2:4]
+    listed = tmp_path / "unlabelled.txt"
+    listed.write_text(CASES[3])
+    assert choose_unlabelled(CASES, split, listed) == (CASES[3],)
+    for name, side in ((CASES[0], "trained on"), (CASES[5], "held out")):
+        listed.write_text(f"{CASES[3]}\n{name}")
+        with pytest.raises(UserError, match=f"{name} {side} too; take such cases out"):
+            choose_unlabelled(CASES, split, listed)
+    with pytest.raises(
+        UserError, match="all 6 labelled cases are trained on or held out, and it needs others; name the"
+    ):
+        choose_unlabelled(CASES, Split(CASES[:2], CASES[2:], "2cases"))
+
+
+def test_from_the_command_to_what_stock_nnunet_predicts(run, tmp_path, monkeypatch):
+    options = {**run.arguments, "labels": 2, "mode": "mean_teacher", "epochs": 1, "warmup_epochs": 0}
+    options = {**options, "scratch": False, "learning_rate": None}
+    (result,), (trainer,) = finetune_and_catch_trainers(monkeypatch, 4, run.weights, **options)
+    assert "nnssl_rep-rec-mean-teacher_2cases_seed3_" in result.model_folder
+    assert read_result(trainer.settings.model_folder / "finetune.json") == result
+    assert (result.mode, result.schedule.learning_rate, result.schedule.optimizer) == ("mean_teacher", 0.01, "sgd")
+    assert result.unlabelled_cases == tuple(sorted(set(CASES) - set(result.train_cases) - set(TEST_CASES)))
+    assert_stock_nnunet_predicts_the_same(run, result, trainer, tmp_path)
+
+
+def test_images_of_a_data_set_without_labels(run, tmp_path, monkeypatch):
+    """Preprocessed as the labelled ones: a copy of a labelled image gives the same voxels."""
+    raw = run.folder / "raw"
+    source = raw / "Dataset777_Images"
+    write_phantom_dataset(raw, source.name, 2, 0, (24, 32, 28), labelled=False, first_case=50)
+    shutil.copyfile(raw / DATASET / "imagesTr" / f"{CASES[3]}_0000.nii.gz", source / "imagesTr" / "copy_0000.nii.gz")
+    options = {**run.arguments, "labels": 2, "mode": "mean_teacher", "epochs": 1, "warmup_epochs": 0, "scratch": False}
+    options = {**options, "learning_rate": None, "unlabelled": "777"}
+    (result,), (trainer,) = finetune_and_catch_trainers(monkeypatch, 4, run.weights, **options)
+    assert result.unlabelled_cases == ("copy", "phantom_0050", "phantom_0051")
+    folder = trainer.settings.unlabelled_folder
+    assert folder is not None
+    assert folder.parent.name.endswith("_unlabelled")
+    dataset_class = infer_dataset_class(trainer.preprocessed_dataset_folder)
+    labelled = dataset_class(trainer.preprocessed_dataset_folder, [CASES[3]]).load_case(CASES[3])[0]
+    copied = dataset_class(str(folder), ["copy"]).load_case("copy")[0]
+    assert np.array_equal(copied[:], labelled[:])
+    with pytest.raises(UserError, match="not found"):
+        finetune(4, run.weights, **{**options, "unlabelled": 888})
+    content = json.loads((source / "dataset.json").read_text())
+    content["channel_names"] = {"0": "T1", "1": "T2"}
+    (source / "dataset.json").write_text(json.dumps(content))
+    for image in list((source / "imagesTr").iterdir()):
+        shutil.copyfile(image, str(image).replace("_0000.", "_0001."))
+    with pytest.raises(UserError, match=r"has 2 channel\(s\), Dataset004_Phantoms has 1"):
+        finetune(4, run.weights, **{**options, "unlabelled": 777})
+    shutil.rmtree(source)
+
+
+def test_nothing_is_prepared_when_no_case_is_left(run, monkeypatch):
+    monkeypatch.setattr("trainers.finetuning.finetune.prepare_data", lambda *args: pytest.fail("prepared"))
+    with pytest.raises(UserError, match="--mode mean_teacher: all 6 labelled cases"):
+        finetune(4, run.weights, **{**run.arguments, "labels": 4, "mode": "mean_teacher"})

@@ -1,0 +1,345 @@
+"""The loop end to end on a toy data set: stages, checkpoints, resume, several processes, nnU-Net's own command."""
+
+import csv
+import json
+import math
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnssl.checkpoint import read_checkpoint
+from nnssl.cli.info import explain_checkpoint, explain_installation
+from nnssl.errors import UserError
+from nnssl.methods import METHODS
+from nnssl.paths import resolve_folders
+from nnssl.plan import read_plan
+from tests.trainers.conftest import NAME, plan_toy
+from trainers.pretraining import pretrain_trainer
+from trainers.pretraining.pretext import RepRecContrastiveTrainer
+from trainers.pretraining.pretrain import pretrain
+
+CONFIGURATION = "3d_fullres_hybrid"
+
+
+def run(folders, *overrides, **arguments) -> Path:
+    return pretrain("reprec", folders, NAME, CONFIGURATION, overrides=overrides, workers=0, **arguments)
+
+
+def folder_of(folders, stage: str, configuration: str = CONFIGURATION) -> Path:
+    return folders.results / NAME / f"RepRec{stage}Trainer__nnsslPlans__{configuration}" / "fold_all"
+
+
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    content, _ = read_checkpoint(path)
+    found = dict(content["network_weights"])
+    found |= {f"method/{k}": v for k, v in content["nnssl"]["state"]["method"].items()}
+    for index, entry in content["optimizer_state"]["state"].items():
+        found |= {f"optimizer/{index}/{k}": v for k, v in entry.items() if isinstance(v, torch.Tensor)}
+    return found
+
+
+def assert_same(first: dict, second: dict, **tolerance) -> None:
+    assert set(first) == set(second)
+    for key in first:
+        if tolerance:
+            assert torch.allclose(first[key], second[key], **tolerance), key
+        else:
+            assert torch.equal(first[key], second[key]), key
+
+
+def test_a_later_stage_alone_starts_from_random_weights(toy):
+    final = run(toy, stages=("reprec.generative",))
+    assert final == folder_of(toy, "Generative") / "checkpoint_final.pth"
+    assert not folder_of(toy, "Contrastive").exists()
+    assert read_checkpoint(final)[1].init is None
+
+
+@pytest.mark.figures
+def test_both_stages_and_what_they_leave(toy):
+    final = run(toy)
+    contrastive, generative = (
+        folder_of(toy, stage) / "checkpoint_final.pth" for stage in ("Contrastive", "Generative")
+    )
+    assert final == generative
+    for path, stage in ((contrastive, "reprec.contrastive"), (generative, "reprec.generative")):
+        content = torch.load(path, weights_only=True)
+        assert content["trainer_name"] == "nnUNetTrainer"
+        _, provenance = read_checkpoint(path)
+        assert (provenance.stage, provenance.step, provenance.finished) == (stage, 6, True)
+        assert provenance.cases == tuple(f"toy_{number:02}" for number in range(6))
+        assert not (path.parent / "checkpoint_latest.pth").exists()
+        assert (path.parent / "progress.png").stat().st_size > 5000
+        rows = list(csv.DictReader((path.parent / "metrics.csv").open()))
+        assert [row["epoch"] for row in rows] == ["0", "1"]
+        assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+        assert {"loss", "feature_std", "effective_rank", "learning_rate", "data_wait_share"} <= set(rows[0])
+        described = json.loads((path.parent / "run.json").read_text())
+        assert described["settings"]["epochs"] == {"value": 2, "origin": "plan"}
+        assert described["settings"]["weight_decay"]["origin"] == "method default"
+        assert any(path.parent.glob("training_log_*.txt"))
+    # what stage 1 learned is what stage 2 used and left as it was
+    first, second = tensors_of(contrastive), tensors_of(generative)
+    encoder = [key for key in first if key.startswith("encoder.")]
+    assert encoder
+    assert all(torch.equal(first[key], second[key]) for key in encoder)
+    assert read_checkpoint(generative)[1].init == str(contrastive)
+    moved = [k for k in second if k.startswith("transformer.blocks") and not torch.equal(first[k], second[k])]
+    assert moved
+    assert float(first["transformer.gate"]) == 0.0
+    assert float(second["transformer.gate"]) == 1.0
+    assert "  pretrained parts: encoder., decoder.encoder., transformer.embed., transformer.blocks." in "\n".join(
+        explain_checkpoint(final)
+    )
+
+
+def test_final_checkpoint_is_what_stock_nnunet_takes(toy):
+    final = run(toy)
+    manager = PlansManager(read_plan(toy.preprocessed / NAME / "nnsslPlans.json").nnunet)
+    weights = read_checkpoint(final)[0]["network_weights"]
+    for configuration in (CONFIGURATION, "3d_fullres"):
+        network = nnUNetTrainer.build_network_architecture(
+            manager, manager.get_configuration(configuration), 1, 5, True
+        )
+        load_pretrained_weights(network, str(final))
+        state = network.state_dict()
+        kept = [key for key in state if ".seg_layers." not in key]
+        assert all(torch.equal(state[key], weights[key]) for key in kept)
+        assert any("transformer" in key for key in kept) == (configuration == CONFIGURATION)
+
+
+def test_finished_stages_are_skipped_and_other_settings_are_refused(toy):
+    final = run(toy)
+    before = final.stat().st_mtime_ns
+    said = []
+    run(toy, say=said.append)
+    assert final.stat().st_mtime_ns == before
+    assert sum("finished before" in line for line in said) == 2
+    with pytest.raises(UserError, match=r"other settings \(temperature 0.2 -> 0.1\); --restart"):
+        run(toy, "temperature=0.1")
+    run(toy, "temperature=0.1", restart=True)
+    assert final.stat().st_mtime_ns != before
+
+
+def test_a_run_with_a_plan_of_an_earlier_schema_is_recognised(toy):
+    path = toy.preprocessed / NAME / "nnsslPlans.json"
+    content = json.loads(path.read_text())
+    content["pretext"]["schema_version"] = 4
+    configurations = content["pretext"]["configurations"]
+    del configurations["3d_fullres_primus"]  # which no plan of that schema has
+    for configuration in configurations.values():
+        if configuration["tokens"] is not None:
+            del configuration["tokens"]["width"]
+    path.write_text(json.dumps(content))
+    alone = {"stages": ("reprec.generative",)}
+    run(toy, **alone)
+    said: list[str] = []
+    run(toy, **alone, say=said.append)
+    assert said[0].startswith("reprec.generative: finished before")
+
+
+@pytest.mark.parametrize("stage", ["Contrastive", "Generative"])
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_stopped_run_ends_bit_identical(toy, monkeypatch, stage, step):
+    """SIGTERM in the middle and at the end of an epoch; the run goes on and ends like one never stopped."""
+    final = run(toy)
+    expected = {
+        name: tensors_of(folder_of(toy, name) / "checkpoint_final.pth") for name in ("Contrastive", "Generative")
+    }
+    wanted = f"RepRec{stage}Trainer"
+    original = pretrain_trainer.PretrainTrainer.train_step
+
+    def interrupted(self, batch):
+        if type(self).__name__ == wanted and self.current_step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, batch)
+
+    monkeypatch.setattr(pretrain_trainer.PretrainTrainer, "train_step", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        run(toy, restart=True)
+    assert stopped.value.code == 143
+    latest = folder_of(toy, stage) / "checkpoint_latest.pth"
+    assert read_checkpoint(latest)[1].step == step
+    assert not final.exists()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    monkeypatch.undo()
+    monkeypatch.setenv("NNSSL_PRECISION", "float32")
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(getattr(toy, name)))
+    run(toy)
+    for name, tensors in expected.items():
+        assert_same(tensors_of(folder_of(toy, name) / "checkpoint_final.pth"), tensors)
+    rows = list(csv.DictReader((folder_of(toy, stage) / "metrics.csv").open()))
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+
+
+def test_two_processes_equal_one(toy, cold_start):
+    """Weights, teacher and optimizer after both stages: every gradient and every draw was the same.
+
+    With SGD, because AdamW blows up the rounding noise of gradients that are zero (a bias before a norm).
+    """
+    sgd = ("optimizer=sgd", "learning_rate=0.01")
+    run(toy, *sgd)
+    alone = {name: tensors_of(folder_of(toy, name) / "checkpoint_final.pth") for name in ("Contrastive", "Generative")}
+    run(toy, *sgd, restart=True, processes=2)
+    for name, tensors in alone.items():
+        assert_same(tensors_of(folder_of(toy, name) / "checkpoint_final.pth"), tensors, rtol=1e-3, atol=2e-5)
+
+
+def test_readers_end_with_a_failed_step(toy, monkeypatch):
+    """A failure must surface: readers that outlive it would keep the process from ending."""
+
+    def fail(self, batch):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(pretrain_trainer.PretrainTrainer, "train_step", fail)
+    with pytest.raises(ZeroDivisionError):
+        pretrain("reprec", toy, NAME, CONFIGURATION, workers=1)
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(
+    "setting", ["temperature=0", "epochs=0", "batch_size=0", "crop_fraction=2,3", "mask_ratio=1", "mask_block=1,1"]
+)
+def test_values_out_of_range_are_refused(toy, setting):
+    with pytest.raises(UserError, match=f"--set {setting.partition('=')[0]}"):
+        run(toy, setting)
+
+
+def test_odd_batch_is_refused_on_two_processes(toy):
+    with pytest.raises(UserError, match=r"batch_size 3 .* cannot be shared evenly by 2 processes; --set batch_size=2"):
+        run(toy, "batch_size=3", processes=2)
+
+
+def test_seed_decides_everything(toy):
+    first = tensors_of(run(toy))
+    assert_same(tensors_of(run(toy, restart=True)), first)
+    other = tensors_of(run(toy, restart=True, seed=1))
+    assert not torch.equal(other["transformer.embed.weight"], first["transformer.embed.weight"])
+
+
+def test_two_dimensions_and_two_channels(nnunet_folders):
+    """bfloat16 where the CPU has it, slices instead of volumes, two channels."""
+    folders = resolve_folders()
+    plan_toy(folders, channels=2)
+    final = pretrain("reprec", folders, NAME, "2d_hybrid", workers=0)
+    content, provenance = read_checkpoint(final)
+    assert provenance.configuration == "2d_hybrid"
+    assert content["network_weights"]["encoder.stages.0.0.convs.0.conv.weight"].shape[1] == 2
+
+
+def test_nnunets_own_command_runs_the_same_training(toy, monkeypatch):
+    """nnUNetv2_train with nnUNet_extTrainer, from the same seed, ends in the same tensors as nnssl_pretrain."""
+    from nnunetv2.run.run_training import run_training
+
+    monkeypatch.setattr(pretrain_trainer, "default_workers", lambda device: 0)
+    run(toy)
+    expected = tensors_of(folder_of(toy, "Contrastive") / "checkpoint_final.pth")
+    line = next(line for line in _ext_trainer_lines() if line.startswith("export nnUNet_extTrainer="))
+    monkeypatch.setenv("nnUNet_extTrainer", line.partition("=")[2])
+    for stage in ("Contrastive", "Generative"):
+        for file in folder_of(toy, stage).glob("checkpoint*"):
+            file.unlink()
+    run_training("501", CONFIGURATION, "all", "RepRecContrastiveTrainer", "nnsslPlans", device=torch.device("cpu"))
+    assert_same(tensors_of(folder_of(toy, "Contrastive") / "checkpoint_final.pth"), expected)
+
+
+def _ext_trainer_lines() -> list[str]:
+    import contextlib
+    import io
+
+    from nnssl.cli.info import main
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main(["--ext-trainer"]) == 0
+    return out.getvalue().splitlines()
+
+
+def test_data_set_planned_last_is_taken_and_said(toy):
+    said = []
+    from trainers.pretraining.pretrain import find_plan
+
+    assert find_plan(toy, None, "nnsslPlans", said.append).parent.name == NAME
+    assert said == [f"no -d given: the data set planned last is {NAME}"]
+
+
+def test_wrong_inputs_are_one_line(toy, tmp_path):
+    def message(function, *args, **kwargs) -> str:
+        with pytest.raises(UserError) as error:
+            function(*args, **kwargs)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert f"there is no method 'nosuch'; nnssl has {', '.join(sorted(METHODS))}" in message(
+        pretrain, "nosuch", toy, NAME
+    )
+    assert "data set Dataset777_No: not found" in message(pretrain, "reprec", toy, "Dataset777_No")
+    (toy.raw / "Dataset777_No").mkdir(parents=True)
+    for wanted in ("Dataset777_No", 777):  # its number as well as its name
+        assert "run nnssl_plan_and_preprocess -d Dataset777_No" in message(pretrain, "reprec", toy, wanted)
+    assert "needs a convolutional U-Net with a transformer" in message(pretrain, "reprec", toy, NAME, "3d_fullres")
+    assert "has no configuration '4d'" in message(pretrain, "reprec", toy, NAME, "4d")
+    assert "no setting 'colour'" in message(run, toy, "colour=blue")
+    assert "--set epochs=many" in message(run, toy, "epochs=many")
+    empty = tmp_path / "results2"
+    empty.mkdir()
+    plans = {**read_plan(toy.preprocessed / NAME / "nnsslPlans.json").nnunet, "continue_training": False}
+    dataset_json = json.loads((toy.preprocessed / NAME / "dataset.json").read_text())
+    assert "only fold is 'all'" in message(
+        RepRecContrastiveTrainer, dict(plans), CONFIGURATION, 0, dataset_json, torch.device("cpu")
+    )
+    # stage 2 without stage 1
+    from trainers.pretraining.pretext import RepRecGenerativeTrainer
+
+    trainer = RepRecGenerativeTrainer(dict(plans), CONFIGURATION, "all", dataset_json, torch.device("cpu"))
+    assert "starts from these weights; run nnssl_pretrain -m reprec" in message(trainer.initialize)
+
+
+def test_weights_of_another_plan_are_refused(toy, nnunet_folders):
+    final = run(toy)
+    path = toy.preprocessed / NAME / "nnsslPlans.json"
+    content = json.loads(path.read_text())
+    hybrid = content["configurations"][CONFIGURATION]["architecture"]["arch_kwargs"]
+    hybrid["features_per_stage"] = [2 * n for n in hybrid["features_per_stage"]]
+    other = toy.preprocessed / NAME / "otherPlans.json"
+    content["plans_name"] = "otherPlans"
+    other.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"checkpoint_final.pth: only \d+.\d% of the encoder's parameters .*--like"):
+        run(toy, init=final, plans_name="otherPlans")
+
+
+def test_init_starts_from_the_weights(toy, monkeypatch):
+    final = run(toy)
+    weights = read_checkpoint(final)[0]["network_weights"]
+    seen = {}
+
+    def watch(self):
+        seen.update({k: v.clone() for k, v in self.network.state_dict().items()})
+        raise SystemExit
+
+    monkeypatch.setattr(RepRecContrastiveTrainer, "on_train_start", lambda self: (self.initialize(), watch(self)))
+    with pytest.raises(SystemExit):
+        _start_elsewhere(toy, final)
+    assert torch.equal(
+        seen["encoder.stages.0.0.convs.0.conv.weight"], weights["encoder.stages.0.0.convs.0.conv.weight"]
+    )
+
+
+def _start_elsewhere(toy, final: Path) -> None:
+    """Start stage 1 anew, from a copy of the weights."""
+    copy = final.parent.parent.parent / "copy.pth"
+    copy.write_bytes(final.read_bytes())
+    run(toy, init=copy, restart=True)
+
+
+def test_info_lists_methods_and_folders(toy):
+    lines = "\n".join(explain_installation())
+    assert "reprec: Representation Recovering" in lines
+    assert f"nnUNet_results: {toy.results}" in lines

@@ -1,0 +1,94 @@
+"""A run goes on from its own checkpoint only: what makes it another one, and what does not."""
+
+import copy
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from nnssl.errors import UserError
+from nnssl.methods import find_stage
+from nnssl.methods.settings import TrainingSettings
+from nnssl.plan import plan_from_dict
+from tests.nnssl.test_checkpoint import make_provenance
+from tests.nnssl.test_plan import NNUNET, make_pretext
+from trainers.pretraining.stage_run import StageRun, check_same_run, plain_settings
+
+CONFIGURATION = "3d_fullres_hybrid"
+STAGE = "reprec.contrastive"
+
+
+@dataclass(frozen=True)
+class Settings:
+    training: TrainingSettings = TrainingSettings(2, 3, 4, "sgd", 0.1, (0.9, 0.999), 0.0, "constant", 0, 1.0)
+    temperature: float = 0.2
+    flip_axes: tuple[int, int] = (1, 2)
+
+
+SETTINGS = plain_settings(Settings())
+TRAINING = {key: value for key, value in SETTINGS.items() if key not in ("temperature", "flip_axes")}
+
+
+def make_content() -> dict:
+    own = {CONFIGURATION: {"patch_size": [16, 24, 20], "batch_size": 2}}
+    return json.loads(json.dumps({**NNUNET, "configurations": own, "pretext": asdict(make_pretext())}))
+
+
+def check(found, content=None) -> None:
+    plan = plan_from_dict(content or make_content(), "plan")
+    run = StageRun(plan, find_stage(STAGE)[1], CONFIGURATION, (), 0, Settings(), {})
+    check_same_run(Path("checkpoint.pth"), found, run)
+
+
+FOUND = make_provenance(plans=make_content(), settings=SETTINGS)
+
+
+def test_the_same_run_goes_on():
+    check(FOUND)
+    content = make_content()
+    content["pretext"]["decisions"] = []  # what was said of the plan may change
+    content["pretext"]["nnssl_version"] = "1"
+    check(FOUND, content)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("stage", "reprec.generative"),
+        ("dataset_name", "Dataset502_Other"),
+        ("plans_name", "otherPlans"),
+        ("configuration", "2d_hybrid"),
+        ("seed", 1),
+    ],
+)
+def test_another_run_is_refused_by_what_differs(key, value):
+    with pytest.raises(UserError, match=rf"checkpoint.pth: is of {key} {value}, this run of .*; --restart"):
+        check(replace(FOUND, **{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.1, "flip_axes": [1, 2]}, r"temperature 0.1 -> 0.2\)"),
+        ({"temperature": 0.2, "flip_axes": [2]}, r"flip_axes \[2\] -> \[1, 2\]\)"),
+        ({"temperature": 0.2}, r"flip_axes None -> \[1, 2\]\)"),
+        ({"temperature": 0.2, "flip_axes": [1, 2], "epochs": 9}, r"epochs 9 -> 2\)"),
+    ],
+)
+def test_other_settings_are_named(settings, message):
+    with pytest.raises(UserError, match=rf"was run with other settings \({message}"):
+        check(replace(FOUND, settings={**TRAINING, **settings}))
+
+
+def test_a_plan_that_was_made_again_is_refused_where_it_differs():
+    changes = (
+        lambda content: content["configurations"][CONFIGURATION].update(patch_size=[16, 24, 24]),
+        lambda content: content["pretext"]["configurations"][CONFIGURATION].update(crop_overlap=0.5),
+        lambda content: content["configurations"].update(parent={}),  # what a configuration inherits counts
+    )
+    for change in changes:
+        content = copy.deepcopy(make_content())
+        change(content)
+        with pytest.raises(UserError, match="was run with an earlier plan nnsslPlans"):
+            check(FOUND, content)

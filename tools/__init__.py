@@ -1,0 +1,1 @@
+"""Tools for developers: measurements, and what writes pages and pictures of the documentation."""

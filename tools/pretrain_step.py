@@ -1,0 +1,244 @@
+"""A pretraining step against the bare network on the same batch: ``python -m tools.pretrain_step --dataset 501``.
+
+Bare is what no implementation of the stage can do without. RepRec, contrastive: the encoder forward and backward on one view
+and forward on the other; generative: the encoder forward, the transformer and the token decoder forward and backward.
+Pix2Rep: encoder and decoder forward and backward on both views. Pixel-global: both forward on both views, backward on one.
+PCRL: the encoder forward on both views and the decoder on three times the batch, backward through all but one encoder.
+SAM: encoder, decoder and heads down to the fine embeddings, forward and backward on both views. Alice: the encoder on the visible
+tokens and the token decoder, forward and backward, and the encoder forward on all tokens; its pairs are by the body's box.
+SimCLR: the encoder forward and backward on both views.
+Both are timed in turns in one process, under the same precision, so that a busy machine slows both. ``--memory`` gives the
+largest resident memory instead, of processes that do nothing but steps and nothing but the bare network.
+"""
+
+import argparse
+import concurrent.futures
+import multiprocessing
+import resource
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+from unittest import mock
+
+import torch
+
+from nnssl.data.case_store import CaseStore
+from nnssl.data.patch_pairs import PairTable
+from nnssl.matching.body_box import BodyBoxMatcher
+from nnssl.matching.pairs import make_pairs
+from nnssl.methods import METHODS, Stage
+from nnssl.methods.settings import split_overrides
+from nnssl.networks.dense import decode, decoder_maps
+from nnssl.paths import resolve_folders
+from tools.machine import describe
+from trainers.pretraining import pretext, pretrain_trainer
+from trainers.pretraining.pretrain import find_plan
+from trainers.pretraining.pretrain_trainer import PretrainTrainer
+from trainers.pretraining.stage_run import RunOptions
+
+
+def bare_contrastive(trainer: PretrainTrainer, views: Any) -> None:
+    """Encoder on both views, backward through one."""
+    method: Any = trainer.method
+    with trainer.precision.autocast(trainer.device):
+        output = method.encoder(views[0])[-1]
+        with torch.no_grad():
+            method.key_encoder(views[1])
+    output.float().square().mean().backward()
+
+
+def bare_generative(trainer: PretrainTrainer, views: Any) -> None:
+    """Frozen encoder, then transformer and decoder on the visible tokens with backward."""
+    method: Any = trainer.method
+    with trainer.precision.autocast(trainer.device):
+        with torch.no_grad():
+            feature = method.encoder(views.volumes)[method.token_stage].flatten(2).transpose(1, 2)
+        seen = feature.gather(1, views.visible[..., None].expand(-1, -1, feature.shape[2]))
+        positions = torch.zeros(feature.shape[1], method.transformer.width)
+        encoded = method.transformer.encode(seen, positions[views.visible])
+        output = method.decoder(encoded, views.visible, positions)
+    output.float().square().mean().backward()
+
+
+def bare_dense(trainer: PretrainTrainer, views: Any) -> None:
+    """Encoder and decoder on both views, with backward."""
+    method: Any = trainer.method
+    with trainer.precision.autocast(trainer.device):
+        output = decoder_maps(method.network, torch.cat([views.before, views.warped]))[-1]
+    output.float().square().mean().backward()
+
+
+def bare_distillation(trainer: PretrainTrainer, views: Any) -> None:
+    """Encoder and decoder on both views, backward through one."""
+    method: Any = trainer.method
+    with trainer.precision.autocast(trainer.device):
+        output = decoder_maps(method.network, views.student)[-1]
+        with torch.no_grad():
+            decoder_maps(method.teacher, views.teacher)
+    output.float().square().mean().backward()
+
+
+def bare_contexts(trainer: PretrainTrainer, views: Any) -> None:
+    """Encoder on both views, decoder on three times the batch, backward through all but the second encoder."""
+    method: Any = trainer.method
+    with trainer.precision.autocast(trainer.device):
+        features = method.network.encoder(views.seen_o)
+        with torch.no_grad():
+            taught = method.teacher(views.seen_m)
+        pairs = zip(features, taught, strict=True)
+        output = decode(method.network.decoder, [torch.cat([own, other, own]) for own, other in pairs])[-1]
+    output.float().square().mean().backward()
+
+
+def bare_embedding(trainer: PretrainTrainer, views: Any) -> None:
+    """Encoder and both heads on both views, decoder down to the fine embeddings, with backward."""
+    method: Any = trainer.method
+    with trainer.precision.autocast(trainer.device):
+        maps = method.embedding(torch.cat([views.first, views.second]))
+    (maps.fine.square().mean() + maps.coarse.square().mean()).backward()
+
+
+def bare_alignment(trainer: PretrainTrainer, views: Any) -> None:
+    """Encoder on visible tokens and token decoder with backward, encoder on all tokens."""
+    method: Any = trainer.method
+    with trainer.precision.autocast(trainer.device):
+        seen = method.student(views.patches, views.visible)
+        output = method.decoder(seen, views.visible, method.positions)
+        with torch.no_grad():
+            method.teacher(views.strong)
+    output.float().square().mean().backward()
+
+
+def bare_views(trainer: PretrainTrainer, views: Any) -> None:
+    """Encoder on both views, backward through both."""
+    method: Any = trainer.method
+    with trainer.precision.autocast(trainer.device):
+        output = torch.cat([method.encoder(volumes)[-1] for volumes in views])
+    output.float().square().mean().backward()
+
+
+BARE = {
+    "reprec.contrastive": bare_contrastive,
+    "reprec.generative": bare_generative,
+    "pix2rep.dense": bare_dense,
+    "pix2rep_v2.dense": bare_dense,
+    "pixelglobal.distillation": bare_distillation,
+    "pcrl.contexts": bare_contexts,
+    "sam.embedding": bare_embedding,
+    "alice.alignment": bare_alignment,
+    "simclr.contrast": bare_views,
+}
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Return the seconds a call takes."""
+    started = perf_counter()
+    function()
+    return perf_counter() - started
+
+
+def main() -> None:
+    """Print one row for each stage of a method."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", required=True)
+    parser.add_argument("--method", default="reprec", choices=METHODS)
+    parser.add_argument("--configuration", help="(default: the method's first)")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings, as in nnssl_pretrain")
+    parser.add_argument("--memory", action="store_true", help="largest memory instead of seconds")
+    args = parser.parse_args()
+    args.configuration = args.configuration or METHODS[args.method].configurations[0]
+    folders = resolve_folders()
+    path = find_plan(folders, args.dataset, "nnsslPlans", print)
+    print(describe())
+    stages = METHODS[args.method].stages
+    if args.memory:
+        print("| stage | batch | step (GB) | bare (GB) | ratio |\n|---|---|---|---|---|")
+        for stage in stages:
+            step, own = (in_own_process(largest_memory, path, stage, args, bare) for bare in (False, True))
+            print(f"| {stage.name} | {args.batch_size} | {step:.2f} | {own:.2f} | {step / own:.2f} |", flush=True)
+        return
+    print("| stage | batch | step (s) | bare (s) | ratio | waiting for data |\n|---|---|---|---|---|---|")
+    for stage in stages:
+        step, own, ratio, wait = time_stage(path, stage, args)
+        print(f"| {stage.name} | {args.batch_size} | {step:.3f} | {own:.3f} | {ratio:.2f} | {wait:.1%} |", flush=True)
+
+
+def time_stage(path: Any, stage: Any, args: argparse.Namespace) -> tuple[float, float, float, float]:
+    """Return medians: seconds of a step, of the bare network, their ratio, and the share of a step that waits for data."""
+    trainer = make_trainer(path, stage, args)
+    steps, bares, waits = [], [], []
+    for repeat in range(args.repeats + 2):
+        started = perf_counter()
+        batch = next(trainer.dataloader_train)
+        waited = perf_counter() - started
+        seconds = timed(lambda batch=batch: trainer.train_step(batch))
+        trainer.current_step += 1
+        views = views_of(trainer, batch)
+        own = timed(lambda views=views: BARE[stage.name](trainer, views))
+        trainer.optimizer.zero_grad(set_to_none=True)
+        if repeat >= 2:  # the first two warm caches
+            steps.append(seconds)
+            bares.append(own)
+            waits.append(waited / (waited + seconds))
+    trainer._end_readers()
+    ratio = statistics.median([a / b for a, b in zip(steps, bares, strict=True)])
+    return statistics.median(steps), statistics.median(bares), ratio, statistics.median(waits)
+
+
+def largest_memory(path: Any, stage: Any, args: argparse.Namespace, bare: bool) -> float:
+    """Return the largest resident memory of this process in GB after some steps, or as many runs of the bare network."""
+    trainer = make_trainer(path, stage, args)
+    for _ in range(4):
+        batch = next(trainer.dataloader_train)
+        if bare:
+            BARE[stage.name](trainer, views_of(trainer, batch))
+            trainer.optimizer.zero_grad(set_to_none=True)
+        else:
+            trainer.train_step(batch)
+            trainer.current_step += 1
+    trainer._end_readers()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns in a fresh process, whose memory nothing else has used."""
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def views_of(trainer: PretrainTrainer, batch: Any) -> Any:
+    """Return the views of a batch, drawn anew."""
+    generators = [torch.Generator().manual_seed(i) for i in range(len(batch.samples))]
+    return trainer.method.make_views(batch.volumes, generators)
+
+
+def pairs_of_boxes(folder: Path, store: CaseStore, partners: str | None, *_: Any, **__: Any) -> PairTable | None:
+    """Return pairs by the body's box where a stage wants pairs, and write none."""
+    return None if partners is None else make_pairs(store, None, BodyBoxMatcher(store), 0, lambda line: None)
+
+
+def make_trainer(path: Any, stage: Stage, args: argparse.Namespace) -> PretrainTrainer:
+    """Return a trainer that is set up and writes no results; the generative stage starts from random weights."""
+    from nnssl.files import read_json
+
+    plans = {**read_json(path, "plan"), "continue_training": False}
+    dataset_json = read_json(path.parent / "dataset.json", "description of the data set")
+    trainer: PretrainTrainer = getattr(pretext, stage.trainer)(
+        plans, stage.runs_in(args.configuration), "all", dataset_json, torch.device("cpu")
+    )
+    given = split_overrides(args.set, {each.name: each.load() for each in METHODS[args.method].stages})
+    trainer.options = RunOptions(overrides=(f"batch_size={args.batch_size}", *given[stage.name]), alone=True)
+    trainer.disable_checkpointing = True
+    trainer.initialize()
+    with mock.patch.object(pretrain_trainer, "pairs_of_run", pairs_of_boxes):
+        trainer.dataloader_train, _ = trainer.get_dataloaders()
+    trainer.method.train()
+    return trainer
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Fine-tuning on labelled cases: from plan, weights and cases to Dice."""

@@ -1,0 +1,104 @@
+"""Weights that were made elsewhere, adapted to a labelled data set or to a network that is about to be pretrained."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from nnssl.checkpoint import load_tensors
+from nnssl.errors import UserError
+from nnssl.export.adaptation_plan import KEY
+from nnssl.export.fit import fit_weights
+from nnssl.export.fit_report import LEAST_SHARE, refuse_below
+from nnssl.export.formats import write_for_nnunet
+from nnssl.export.source import open_source
+from nnssl.export.target import build_target
+from nnssl.files import file_digest, read_json, write_json
+from nnssl.paths import Folders
+from planners.finetune_planner import check_described
+from planners.foreign_planner import CONFIGURATION, plan_for_network
+from trainers.finetuning.labelled_data import make_fingerprint
+from trainers.finetuning.pretrained_weights import NEWEST
+
+
+def adapt_if_made_elsewhere(
+    weights: str | Path, dataset_name: str, folders: Folders, processes: int, say: Callable[[str], None]
+) -> str | Path:
+    """Plan a labelled data set around weights that were made elsewhere, and write them for that plan.
+
+    Plan and weights stand in the data set's preprocessed folder; a second call finds them there.
+
+    Args:
+        weights: a checkpoint; one of nnssl, and the word for the latest of those, are returned as they are.
+        dataset_name: of the labelled data set.
+        folders: nnU-Net's folders.
+        processes: processes to make a fingerprint in.
+        say: called with lines for the user.
+
+    Returns:
+        A checkpoint of nnssl, whose plan is the data set's.
+
+    Raises:
+        UserError: the file cannot be read, the data set cannot be planned, or too little fits.
+    """
+    if str(weights) == NEWEST:
+        return weights
+    path = Path(weights).expanduser().absolute()
+    content = load_tensors(path)
+    if "nnssl" in content or KEY not in content:
+        return weights
+    source = open_source(path)
+    assert source.adaptation is not None
+    raw = folders.raw / dataset_name / "dataset.json"
+    dataset_json = read_json(raw, "dataset.json of a labelled data set")
+    check_described(dataset_name, dataset_json)
+    name = f"nnsslPlansOf{re.sub(r'[^A-Za-z0-9]+', '', path.stem)[:24]}{file_digest(path)[:6]}"
+    folder = folders.preprocessed / dataset_name
+    plans_file, out = folder / f"{name}.json", folder / f"{name}_weights.pth"
+    say(f"{path}: made elsewhere; {dataset_name} is planned around its network")
+    make_fingerprint(dataset_name, folders, processes, say)
+    patch = source.adaptation.recommended_patch_vox or source.patch_vox
+    plan = plan_for_network(source.architecture, patch, source.adaptation.spacing_mm, dataset_name, name, folders)
+    if plans_file.exists() and read_json(plans_file, "plan") != plan:
+        raise UserError(
+            f"{plans_file}: is another plan than the one these weights need now; delete it, and what was preprocessed with it"
+        )
+    if plans_file.exists() and out.exists():
+        say(f"Plan and weights: there already ({out})")
+        return out
+    target = build_target(plan, CONFIGURATION, dataset_json, f"{CONFIGURATION} of {name}")
+    report = fit_weights(source, target)
+    refuse_below(report, LEAST_SHARE, str(path), say)
+    write_for_nnunet(out, source, target, report)
+    write_json(plans_file, plan)
+    say(f"Plan {name} for {dataset_name}: patch {plan['configurations'][CONFIGURATION]['patch_size']} ({plans_file})")
+    return out
+
+
+def start_network(
+    path: Path,
+    network: nn.Module,
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
+    """Fill a network that is about to be pretrained with what fits of other weights, and say what that was.
+
+    Args:
+        path: a checkpoint of nnssl, or one in the adaptation-plan format.
+        network: changed in place.
+        plans: content of its plans file.
+        configuration: of the plans.
+        dataset_json: names its channels.
+        say: called with lines of a table.
+
+    Raises:
+        UserError: the file cannot be read, or less than half of the encoder comes from it.
+    """
+    label = f"{configuration} of {plans['plans_name']}"
+    target = build_target(plans, configuration, dataset_json, label, network=network)
+    report = fit_weights(open_source(path), target)
+    refuse_below(report, LEAST_SHARE, str(path), say)

@@ -1,0 +1,205 @@
+"""One arm of a comparison, from plan and weights to Dice: trained, predicted and evaluated in a folder of its own.
+
+An arm is one training. Its folder is one that nnU-Net's prediction commands take. A second call recognises a finished arm and
+goes on with an unfinished one.
+"""
+
+import os
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+
+import nnssl
+from nnssl import schema
+from nnssl.checkpoint import FINAL, LATEST
+from nnssl.environment import quiet
+from nnssl.files import content_digest
+from nnssl.paths import Folders
+from nnssl.study.table import SCRATCH
+from planners.finetune_planner import AdoptedPlan
+from trainers.finetuning.finetune_trainer import FinetuneSettings, FinetuneTrainer, make_trainer
+from trainers.finetuning.labelled_cases import Split
+from trainers.finetuning.linear_probe import LinearProbeTrainer
+from trainers.finetuning.mean_teacher import MeanTeacherTrainer
+from trainers.finetuning.pretrained_weights import Weights, load_weights
+from trainers.finetuning.result import FILE_NAME, SCHEMA_VERSION, ArmResult, read_dice, read_result
+from trainers.finetuning.schedule import FinetuneSchedule
+
+Say = Callable[[str], None]
+ARM_PREFIX = "nnssl_"
+TRAINERS: dict[str, type[FinetuneTrainer]] = {
+    "finetune": FinetuneTrainer,
+    "linear": LinearProbeTrainer,
+    "mean_teacher": MeanTeacherTrainer,
+}
+"""By mode."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all arms of one call share."""
+
+    dataset_name: str
+    dataset_json: dict[str, Any]
+    plan: AdoptedPlan
+    configuration: str
+    split: Split
+    schedule: FinetuneSchedule
+    seed: int
+    device: torch.device
+    processes: int
+    mode: str
+    unlabelled: tuple[str, ...]
+    unlabelled_folder: Path | None = None
+    """Where these lie preprocessed; None for the folder of the labelled cases."""
+
+
+def arm_folder(task: Task, weights: Weights | None, folders: Folders) -> Path:
+    """Return the model folder of an arm, ``nnssl_<arm>_<cases>_seed<seed>_<digest>__<plan>__<configuration>``.
+
+    The digest is over everything that makes two arms differ: weights, plan, cases, seed, schedule, mode. So two arms
+    never share a folder, and a folder never holds another arm than the one asked for. The name has nnU-Net's form
+    ``trainer__plan__configuration``, so ``nnUNetv2_predict -tr`` finds it too.
+    """
+    identity = {
+        "weights": weights.digest if weights else None,
+        "plan": task.plan.content,
+        "configuration": task.configuration,
+        "train": sorted(task.split.train),
+        "test": sorted(task.split.test),
+        "seed": task.seed,
+        "schedule": {key: value for key, value in asdict(task.schedule).items() if value not in (None, "sgd")},
+        "mode": task.mode,
+        **({"unlabelled": sorted(task.unlabelled)} if task.unlabelled else {}),
+        **({"unlabelled_in": task.unlabelled_folder.name} if task.unlabelled_folder else {}),
+    }
+    name = f"{ARM_PREFIX}{_arm_name(weights, task.mode)}_{task.split.name}_seed{task.seed}_{content_digest(identity)}"
+    return folders.results / task.dataset_name / f"{name}__{task.plan.name}__{task.configuration}"
+
+
+def run_arm(task: Task, weights: Weights | None, folders: Folders, restart: bool, say: Say) -> ArmResult:
+    """Train, predict and evaluate one arm, or what is left to do of it.
+
+    Args:
+        task: what the arms share.
+        weights: where the arm starts; None for random weights.
+        folders: nnU-Net's folders.
+        restart: delete what there is of this arm first.
+        say: called with lines for the user.
+
+    Returns:
+        The arm's result, which stands in ``finetune.json`` of its folder too.
+
+    Raises:
+        UserError: nnU-Net's loader refuses the weights.
+    """
+    folder = arm_folder(task, weights, folders)
+    arm = _arm_name(weights, task.mode)
+    if restart and folder.exists():
+        shutil.rmtree(folder)
+    fold = folder / "fold_0"
+    if (folder / FILE_NAME).exists() and (fold / FINAL).exists():
+        say(f"Arm {arm}: finished already ({folder})")
+        return read_result(folder / FILE_NAME)
+    fold.mkdir(parents=True, exist_ok=True)
+    resume = (fold / LATEST).exists()
+    with quiet(fold / "nnunet_output.txt", say) as aloud:
+        trainer = make_trainer(
+            task.plan.content,
+            task.configuration,
+            task.dataset_json,
+            task.device,
+            _settings(task, folder),
+            aloud,
+            resume,
+            TRAINERS[task.mode],
+        )
+        _train(trainer, weights, fold, arm, aloud)
+        aloud(f"Arm {arm}: predicting {len(task.split.test)} held-out cases ...")
+        trainer.perform_actual_validation()
+    result = _result(task, weights, folder, sum(parameter.numel() for parameter in trainer.network.parameters()))
+    schema.write(folder / FILE_NAME, result)
+    return result
+
+
+def _settings(task: Task, folder: Path) -> FinetuneSettings:
+    return FinetuneSettings(
+        schedule=task.schedule,
+        seed=task.seed,
+        train_cases=task.split.train,
+        test_cases=task.split.test,
+        unlabelled_cases=task.unlabelled,
+        unlabelled_folder=task.unlabelled_folder,
+        model_folder=folder,
+        processes=task.processes,
+        augmentation_processes=_augmentation_processes(task.device),
+    )
+
+
+def _result(task: Task, weights: Weights | None, folder: Path, num_parameters: int) -> ArmResult:
+    """Return what an arm was and, from nnU-Net's evaluation, how well it did."""
+    dice, mean_dice = read_dice(folder / "fold_0" / "validation" / "summary.json", task.dataset_json["labels"])
+    device = "" if task.device.type == "cuda" else f" -device {task.device.type}"
+    return ArmResult(
+        schema_version=SCHEMA_VERSION,
+        nnssl_version=nnssl.__version__,
+        mode=task.mode,
+        arm=_arm_name(weights, task.mode),
+        dataset_name=task.dataset_name,
+        plans_name=task.plan.name,
+        configuration=task.configuration,
+        weights=str(weights.path) if weights else None,
+        weights_digest=weights.digest if weights else None,
+        schedule=task.schedule,
+        seed=task.seed,
+        train_cases=task.split.train,
+        test_cases=task.split.test,
+        unlabelled_cases=task.unlabelled,
+        num_parameters=num_parameters,
+        dice=dice,
+        mean_dice=mean_dice,
+        model_folder=str(folder),
+        predict_command=(
+            "nnUNetv2_predict_from_modelfolder -i INPUT_FOLDER -o OUTPUT_FOLDER "
+            f"-m {shlex.quote(str(folder))} -f 0{device}"
+        ),
+    )
+
+
+def _train(trainer: FinetuneTrainer, weights: Weights | None, fold: Path, arm: str, say: Say) -> None:
+    """Train from where the arm stands: not at all, from its last checkpoint, or from its first weights."""
+    if trainer.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # as nnU-Net's command
+    if (fold / FINAL).exists():
+        say(f"Arm {arm}: trained already, not evaluated yet")
+        trainer.load_checkpoint(str(fold / FINAL))
+        return
+    if (fold / LATEST).exists():
+        trainer.load_checkpoint(str(fold / LATEST))
+        say(f"Arm {arm}: goes on at epoch {trainer.current_epoch} of {trainer.num_epochs}")
+    elif weights is not None:
+        load_weights(trainer, weights)
+    else:
+        trainer.initialize()
+    say(f"Arm {arm}: training in {trainer.precision.name}, log and curve in {fold}")
+    trainer.run_training()
+
+
+def _augmentation_processes(device: torch.device) -> int:
+    """None on the CPU, where they would compete with training, unless nnU-Net's variable asks for them."""
+    if device.type == "cpu" and "nnUNet_n_proc_DA" not in os.environ:
+        return 0
+    return get_allowed_n_proc_DA()
+
+
+def _arm_name(weights: Weights | None, mode: str) -> str:
+    """Method and mode, fit for a folder name: nnU-Net splits at double underscores."""
+    name = weights.provenance.method if weights else SCRATCH
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", name if mode == "finetune" else f"{name}-{mode}")

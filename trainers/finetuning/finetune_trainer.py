@@ -1,0 +1,332 @@
+"""FinetuneTrainer: nnU-Net's training on labelled cases, from given weights, with a warm-up and reproducible batches.
+
+Loss, augmentation, network, SGD, prediction and evaluation are nnU-Net's. What differs from ``nnUNetTrainer``:
+
+- the learning rate rises linearly before nnU-Net's polynomial decay (as in its ``nnUNetTrainer_warmup``);
+- a batch depends on the seed and the step alone, not on worker processes or on restarts, so that two runs that are
+  compared see the same batches;
+- mixed precision also on CPUs (``trainers.precision``);
+- held-out cases draw the online validation curve and nothing else: there is no ``checkpoint_best``, which would be
+  chosen on them;
+- checkpoints are written atomically, hold plain values only, and name ``nnUNetTrainer``: stock nnU-Net predicts with
+  them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import time
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module  # noqa: N813 (a module)
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+
+from nnssl.checkpoint import to_plain
+from nnssl.draws import draw_seed
+from nnssl.environment import variables
+from nnssl.errors import UserError
+from nnssl.files import write_atomically
+from trainers.finetuning.keyed_batches import KeyedBatches, fix_transforms, global_seed
+from trainers.finetuning.schedule import FinetuneSchedule
+from trainers.precision import FullPrecisionLoss, choose_precision
+
+STOCK_TRAINER = "nnUNetTrainer"
+SETTINGS_KEY = "nnssl_finetune"
+GRADIENT_NORM = 12  # nnU-Net's
+TRANSFORMER_GRADIENT_NORM = 1  # of nnU-Net's trainers of Primus, whose AdamW is adamw
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """All that decides a fine-tuning run beside plan, data and weights."""
+
+    schedule: FinetuneSchedule
+    seed: int
+    train_cases: tuple[str, ...]
+    test_cases: tuple[str, ...]
+    model_folder: Path
+    """Where the model goes; nnU-Net's commands take it with ``-m``."""
+    unlabelled_cases: tuple[str, ...] = ()
+    """Cases of which the mean teacher sees the images; empty in other modes."""
+    unlabelled_folder: Path | None = None
+    """Where they lie preprocessed; None for the folder of the labelled cases."""
+    processes: int = 1
+    """Processes that write and evaluate predictions."""
+    augmentation_processes: int = 0
+    """Processes that make batches, 0 for the main process. Batches do not depend on it."""
+    validation_iterations: int = 5
+    """Batches of held-out cases per epoch, for the curve in ``progress.png``."""
+
+
+def learning_rate(epoch: int, highest: float, epochs: int, warmup_epochs: int) -> float:
+    """Return the learning rate of an epoch: linear warm-up, then nnU-Net's polynomial decay.
+
+    Source: nnU-Net's ``Lin_incr_LRScheduler`` and ``PolyLRScheduler_offset``, exponent 0.9.
+    """
+    if epoch < warmup_epochs:
+        return highest * (epoch + 1) / warmup_epochs
+    return highest * (1 - (epoch - warmup_epochs) / (epochs - warmup_epochs)) ** 0.9
+
+
+class WarmupPolySchedule:
+    """Sets the learning rate of an optimizer at the start of an epoch; keeps no state, so nothing is to be restored."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, highest: float, epochs: int, warmup_epochs: int):
+        self.optimizer = optimizer
+        self.rate = lambda epoch: learning_rate(epoch, highest, epochs, warmup_epochs)
+
+    def step(self, epoch: int) -> None:
+        """Set the learning rate of an epoch, counted from 0."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(epoch)
+
+
+class FinetuneTrainer(nnUNetTrainer):
+    """nnU-Net's trainer for a labelled data set; made by ``make_trainer``."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
+    ):
+        # nnU-Net fixes this signature and makes the results folder in its constructor, so the settings travel in the
+        # plans, as its own "continue_training" does.
+        if SETTINGS_KEY not in plans:
+            raise UserError(
+                "FinetuneTrainer: needs settings that nnUNetv2_train does not have; start it with nnssl_finetune"
+            )
+        self.settings: FinetuneSettings = plans.pop(SETTINGS_KEY)
+        self.say: Callable[[str], None] = lambda line: None
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs = self.settings.schedule.epochs
+        self.num_iterations_per_epoch = self.settings.schedule.iterations_per_epoch
+        self.num_val_iterations_per_epoch = self.settings.validation_iterations
+        self.initial_lr = self.settings.schedule.learning_rate
+        self.save_every = max(1, self.num_epochs // 50)
+        self._best_ema = float("inf")  # nothing is better, so nnU-Net never writes checkpoint_best
+        self.precision = choose_precision(self.device)
+        if not self.precision.scaler:
+            self.grad_scaler = None
+
+    @property
+    def output_folder_base(self) -> str:
+        """The model folder of the settings."""
+        return str(self.settings.model_folder)
+
+    @output_folder_base.setter
+    def output_folder_base(self, derived: str) -> None:
+        """Pass over the folder that nnU-Net derives from the class's name."""
+
+    def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
+        """Write to the log file only: what the user should see goes through ``say``."""
+        super().print_to_log_file(*args, also_print_to_console=False, add_timestamp=add_timestamp)
+
+    def initialize(self) -> None:
+        """Build network, optimizer and loss; the network's random weights depend on the seed only."""
+        with global_seed(self.settings.seed, "finetune/weights"):
+            super().initialize()
+        self.precision.lay_out(self.network, len(self.configuration_manager.patch_size))
+        self.print_to_log_file(f"Precision: {self.precision}")
+
+    def _set_batch_size_and_oversample(self) -> None:
+        # nnU-Net shares the batch out over processes here; fine-tuning runs in one
+        self.batch_size: int = self.settings.schedule.batch_size or self.configuration_manager.batch_size
+
+    def _build_loss(self) -> nn.Module:
+        with np.errstate(invalid="ignore"):
+            loss = super()._build_loss()
+        if isinstance(loss, DeepSupervisionWrapper) and len(loss.weight_factors) == 1:
+            loss.weight_factors = (1.0,)  # nnU-Net leaves out the lowest resolution, also where it is the only one
+        return FullPrecisionLoss(loss)
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupPolySchedule]:
+        """Return the optimizer of the settings, and the schedule with warm-up."""
+        optimizer, _ = super().configure_optimizers()
+        if self.settings.schedule.optimizer == "adam":
+            optimizer = torch.optim.Adam(self.network.parameters(), lr=self.initial_lr)
+        if self.settings.schedule.optimizer == "adamw":
+            parameters = self.network.parameters()
+            optimizer = torch.optim.AdamW(parameters, self.initial_lr, betas=(0.9, 0.98), weight_decay=5e-2)
+        return optimizer, WarmupPolySchedule(
+            optimizer, self.initial_lr, self.num_epochs, self.settings.schedule.warmup_epochs
+        )
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """Return the training and the held-out cases of the settings."""
+        return list(self.settings.train_cases), list(self.settings.test_cases)
+
+    def get_dataloaders(self) -> tuple[Iterator[dict[str, Any]], Iterator[dict[str, Any]]]:
+        """Return nnU-Net's batches for training and for the curve, from the current epoch on."""
+        with variables(nnUNet_n_proc_DA="0"):  # makes nnU-Net return its loaders without processes of its own
+            train, validation = (augmenter.data_loader for augmenter in super().get_dataloaders())
+        fix_transforms(train.transforms)
+        processes = self.settings.augmentation_processes
+        return (
+            self.make_train_batches(train),
+            self.iterate(validation, "finetune/validation", self.num_val_iterations_per_epoch, min(processes, 1)),
+        )
+
+    def make_train_batches(self, loader: nnUNetDataLoader) -> Iterator[dict[str, Any]]:
+        """Return the training batches from the current epoch on, given nnU-Net's loader of the training cases."""
+        processes = self.settings.augmentation_processes
+        return self.iterate(loader, "finetune/train", self.num_iterations_per_epoch, processes)
+
+    def iterate(
+        self, loader: nnUNetDataLoader, purpose: str, iterations: int, processes: int
+    ) -> Iterator[dict[str, Any]]:
+        """Return a loader's batches from the current epoch on.
+
+        Args:
+            loader: nnU-Net's.
+            purpose: what they are for; decides the draws together with seed and step.
+            iterations: batches per epoch.
+            processes: that make them, 0 for this one.
+        """
+        batches = KeyedBatches(loader, self.settings.seed, purpose)
+        first, last = self.current_epoch * iterations, self.num_epochs * iterations
+        return batches.iterate(first, last, processes, pin_memory=self.device.type == "cuda")
+
+    def on_train_epoch_start(self) -> None:
+        """Set the learning rate and seed what a network may draw itself (dropout)."""
+        torch.manual_seed(draw_seed(self.settings.seed, "finetune/epoch", self.current_epoch))
+        super().on_train_epoch_start()
+
+    def train_step(self, batch: dict) -> dict:
+        """Take one optimizer step on a batch and return its loss."""
+        largest = TRANSFORMER_GRADIENT_NORM if self.settings.schedule.optimizer == "adamw" else GRADIENT_NORM
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), device=self.device)
+        for loss in self.batch_losses(batch):
+            # each term gives up its graph before the next is made
+            (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+            total += loss.detach()
+        if self.grad_scaler is None:
+            nn.utils.clip_grad_norm_(self.network.parameters(), largest)
+            self.optimizer.step()
+        else:
+            self.grad_scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), largest)
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+        return {"loss": total.cpu().numpy()}
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Log the mean loss of the epoch.
+
+        Raises:
+            UserError: it is not a number: what follows would be worth nothing.
+        """
+        super().on_train_epoch_end(train_outputs)
+        if not all(np.isfinite(output["loss"]).all() for output in train_outputs):
+            raise UserError(
+                f"{self.output_folder}: the loss of epoch {self.current_epoch} is not a number; take a lower --learning-rate, "
+                "and look for NaN in the images"
+            )
+
+    def batch_losses(self, batch: dict) -> Iterator[Tensor]:
+        """Yield the terms of the loss of a batch, whose gradients add up; a term is made when the one before is done."""
+        yield self.batch_loss(batch)
+
+    def batch_loss(self, batch: dict) -> Tensor:
+        """Return nnU-Net's loss of a batch of labelled patches."""
+        volumes = batch["data"].to(self.device, non_blocking=True)
+        volumes = self.precision.lay_out(volumes, volumes.ndim - 2)
+        target = batch["target"]
+        if isinstance(target, list):
+            target = [entry.to(self.device, non_blocking=True) for entry in target]
+        else:
+            target = target.to(self.device, non_blocking=True)
+        with self.precision.autocast(self.device):
+            outputs = self.network(volumes)
+        return self.loss(outputs, target)
+
+    @property
+    def bare_network(self) -> nn.Module:
+        """The network without what compiles it."""
+        return self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+
+    def weights_to_save(self) -> dict[str, Any]:
+        """Return what a checkpoint holds of the model: nnU-Net predicts with ``network_weights``."""
+        return {"network_weights": self.bare_network.state_dict()}
+
+    def validation_step(self, batch: dict) -> dict:
+        """Return loss and overlap counts of a held-out batch."""
+        with self.precision.autocast(self.device):
+            return super().validation_step(batch)
+
+    def on_epoch_end(self) -> None:
+        """Log, draw the curve, save; say one line for every checkpoint's worth of epochs."""
+        epoch = self.current_epoch + 1
+        super().on_epoch_end()
+        if epoch % self.save_every == 0 or epoch == self.num_epochs:
+            loss, dice = (self.logger.get_value(key, step=-1) for key in ("train_losses", "mean_fg_dice"))
+            seconds = time() - self.logger.get_value("epoch_start_timestamps", step=-1)
+            self.say(
+                f"  epoch {epoch}/{self.num_epochs}: loss {loss:.3f}, "
+                f"Dice on held-out patches {dice:.3f}, {seconds:.1f} s"
+            )
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Write nnU-Net's checkpoint atomically, plain values only, under the name of the stock trainer."""
+        content = {
+            **self.weights_to_save(),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": self.grad_scaler.state_dict() if self.grad_scaler is not None else None,
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": self._best_ema,
+            "current_epoch": self.current_epoch + 1,
+            "init_args": self.my_init_kwargs,
+            "trainer_name": STOCK_TRAINER,
+            "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+        }
+        plain = to_plain(content)
+        write_atomically(Path(filename), lambda file: torch.save(plain, file))
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Predict and evaluate the held-out cases as nnU-Net does, in as many processes as the settings say."""
+        # nnU-Net reads this number once, when it is imported
+        before = nnunet_module.default_num_processes
+        nnunet_module.default_num_processes = self.settings.processes
+        try:
+            super().perform_actual_validation(save_probabilities)
+        finally:
+            nnunet_module.default_num_processes = before
+            # nnU-Net switches it off for this and then on, whatever it was
+            self.set_deep_supervision_enabled(self.enable_deep_supervision)
+
+
+def make_trainer(
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    device: torch.device,
+    settings: FinetuneSettings,
+    say: Callable[[str], None],
+    resume: bool = False,
+    trainer_class: "type[FinetuneTrainer] | None" = None,
+) -> FinetuneTrainer:
+    """Make the trainer of one run; its folders are made, its network is not built yet.
+
+    Args:
+        plans: content of the plans file, unchanged by the call.
+        configuration: name of a configuration in it.
+        dataset_json: content of the data set's ``dataset.json``.
+        device: where to train.
+        settings: schedule, cases, seed, folder.
+        say: called with lines for the user.
+        resume: whether a checkpoint will be loaded to go on from.
+        trainer_class: the trainer of a mode; None to train all weights.
+    """
+    content = {**plans, "continue_training": resume, SETTINGS_KEY: settings}
+    trainer = (trainer_class or FinetuneTrainer)(content, configuration, 0, dataset_json, device)
+    trainer.say = say
+    return trainer

@@ -1,0 +1,38 @@
+"""LinearProbeTrainer: the segmentation layer alone is trained, on features that stay as they were pretrained.
+
+Source: Seince et al., Pix2Rep, MIDL 2024 (linear probing): a 1 x 1 layer on the last feature map, Adam, learning rate 1e-2.
+
+Deviations: loss, augmentation and learning-rate schedule are those of ``FinetuneTrainer``, so that a probe and a fine-tuned
+network differ in what is trained and by which optimizer, and in nothing else. There is no deep supervision, whose other
+layers would be trained on features that no prediction uses.
+"""
+
+from typing import Any
+
+import torch
+
+from trainers.finetuning.finetune_trainer import FinetuneTrainer, WarmupPolySchedule
+
+
+class LinearProbeTrainer(FinetuneTrainer):
+    """Trains the last segmentation layer of a network whose other weights are frozen; made by ``make_trainer``."""
+
+    def initialize(self) -> None:
+        """Build network, optimizer and loss without deep supervision: other layers are not trained."""
+        self.enable_deep_supervision = False
+        super().initialize()
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupPolySchedule]:
+        """Freeze all but the last segmentation layer and return Adam for it, with the schedule of fine-tuning."""
+        self.network.requires_grad_(False)
+        network: Any = self.bare_network
+        layer = network.decoder.seg_layers[-1].requires_grad_(True)
+        optimizer = torch.optim.Adam(layer.parameters(), lr=self.initial_lr)
+        return optimizer, WarmupPolySchedule(
+            optimizer, self.initial_lr, self.num_epochs, self.settings.schedule.warmup_epochs
+        )
+
+    def on_train_epoch_start(self) -> None:
+        """Set the learning rate and compute features as in prediction: no dropout, stored statistics."""
+        super().on_train_epoch_start()
+        self.network.eval()

@@ -1,0 +1,1 @@
+"""Pretraining: one loop for all methods, one trainer class for each pretext stage."""

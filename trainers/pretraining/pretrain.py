@@ -1,0 +1,235 @@
+"""Runs the stages of a pretext method in order, going on where an earlier run stopped."""
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from nnssl.checkpoint import FINAL, read_checkpoint
+from nnssl.data.jobs import default_processes
+from nnssl.data.raw import find_dataset
+from nnssl.errors import UserError
+from nnssl.export.source import open_source
+from nnssl.files import read_json
+from nnssl.methods import Method, find_method
+from nnssl.methods.settings import split_overrides
+from nnssl.paths import Folders
+from nnssl.plan import PLANS_NAME, Plan, existing_plan, read_plan
+from trainers.pretraining.launch import StageJob, is_first_process, launch, number_of_processes
+from trainers.pretraining.probe_run import CASES, ProbeOptions, prepare_probe
+from trainers.pretraining.stage_run import RunOptions, StageRun, check_same_run, resolve_run
+
+
+def pretrain(
+    method_name: str,
+    folders: Folders,
+    dataset: str | int | None = None,
+    configuration: str | None = None,
+    plans_name: str = PLANS_NAME,
+    overrides: Sequence[str] = (),
+    init: Path | None = None,
+    seed: int = 0,
+    workers: int | None = None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008  a device is immutable
+    processes: int = 1,
+    restart: bool = False,
+    stages: Sequence[str] | None = None,
+    probe: str | int | None = None,
+    probe_cases: int = CASES,
+    probe_every: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
+    """Pretrain a planned data set with a method, all its stages in order.
+
+    A finished stage with the same plan and settings is recognised and skipped; an unfinished one goes on from its last
+    checkpoint. Results lie in ``<results>/<data set>/<Trainer>__<plans>__<configuration>/fold_all``, one folder per stage.
+
+    Args:
+        method_name: a key of ``nnssl.methods.METHODS``.
+        folders: nnU-Net's folders.
+        dataset: number or name; None for the data set that was planned last.
+        configuration: of the plan; None for the first one of the plan that the method can use.
+        plans_name: identifier of the plan.
+        overrides: settings as ``key=value``, or ``stage.key=value`` for one stage only.
+        init: checkpoint whose weights the first stage starts from, among those whose weights are handed on.
+        seed: of weights and of every draw.
+        workers: processes that read patches; None to choose.
+        device: where to train.
+        processes: number of processes (GPUs); the global batch stays that of the plan.
+        restart: remove earlier results of the method's stages first.
+        stages: names of the stages to run, None for all; one whose predecessor is not run starts from random weights.
+        probe: labelled data set, number or name, for a linear probe during training; None for none.
+        probe_cases: labelled cases that it learns from, and as many others that it is scored on.
+        probe_every: epochs between two probes; None for about twenty in a stage.
+        say: called with lines for the user.
+
+    Returns:
+        The last stage's ``checkpoint_final.pth``.
+
+    Raises:
+        UserError: method, data set, plan, configuration or a setting is not there or does not fit; a checkpoint belongs to
+            another run.
+    """
+    method = find_method(method_name)
+    path = find_plan(folders, dataset, plans_name, say)
+    plan = read_plan(path)
+    configuration = choose_configuration(method, plan, configuration)
+    runs = needed_runs(method, plan, configuration, stages, overrides, seed)
+    for stage in method.stages:
+        if (stages is None or stage.name in stages) and stage not in [run.stage for run in runs]:
+            say(f"{stage.name}: left out, nothing asks for it with these settings")
+    if init is not None:
+        open_source(init)
+    if restart and is_first_process():
+        _remove([run.folder(folders.results) for run in runs], say)
+    probed = None
+    if probe is not None:
+        probed = _prepare_probe(probe, plan, configuration, folders, probe_cases, probe_every, say)
+    # what only prepares another stage does not hand its weights on
+    begun = next((run for run in reversed(runs) if run.stage.fresh), runs[0])
+    for run in runs:
+        folder = run.folder(folders.results)
+        if is_finished(folders.results, run):
+            say(f"{run.stage.name}: finished before, {folder / FINAL}")
+            continue
+        say(f"{run.stage.name}: {folder}")
+        options = RunOptions(
+            run.overrides,
+            init if run is begun else None,
+            seed,
+            workers,
+            alone=run is runs[0] and run.stage != method.stages[0],
+            probe=probed if run.configuration == configuration else None,
+        )
+        count = number_of_processes(processes)
+        if count > 1:
+            check_batch(run, count)
+        launch(StageJob(path, run.stage.trainer, run.configuration, options, device), count)
+    return runs[-1].folder(folders.results) / FINAL
+
+
+def _remove(results: Sequence[Path], say: Callable[[str], None]) -> None:
+    for folder in results:
+        if folder.exists():
+            say(f"--restart: removing {folder}")
+            shutil.rmtree(folder)
+
+
+def _prepare_probe(
+    probe: str | int,
+    plan: Plan,
+    configuration: str,
+    folders: Folders,
+    cases: int,
+    every: int | None,
+    say: Callable[[str], None],
+) -> ProbeOptions:
+    if not plan.configuration(configuration).has_feature_maps:
+        raise UserError(
+            f"--probe {probe}: reads feature maps of a U-Net, which {configuration} has not; leave it out or take another -c"
+        )
+    dataset_name = find_dataset(probe, folders)
+    return prepare_probe(dataset_name, plan, configuration, folders, cases, every, default_processes(), say)
+
+
+def find_plan(folders: Folders, dataset: str | int | None, plans_name: str, say: Callable[[str], None]) -> Path:
+    """Return the plans file of a data set, number or name, or of the one that was planned last.
+
+    Raises:
+        UserError: there is no such plan.
+    """
+    if dataset is not None:
+        return existing_plan(folders, find_dataset(dataset, folders), plans_name)
+    plans = [
+        path
+        for path in folders.preprocessed.glob(f"Dataset*/{plans_name}.json")
+        if "pretext" in read_json(path, "plan")
+    ]
+    if not plans:
+        raise UserError(f"{folders.preprocessed}: no data set was planned yet; run nnssl_plan_and_preprocess -d ID")
+    newest = max(plans, key=lambda path: path.stat().st_mtime)
+    say(f"no -d given: the data set planned last is {newest.parent.name}")
+    return newest
+
+
+def choose_configuration(method: Method, plan: Plan, wanted: str | None) -> str:
+    """Return the configuration to pretrain: the wanted one if it has the method's backbone, or the first that has it.
+
+    Raises:
+        UserError: the plan has no configuration with that backbone, or the wanted one lacks it.
+    """
+    usable = [name for name in method.configurations if name in plan.pretext.configurations]
+    if wanted is None:
+        if not usable:
+            known = ", ".join(sorted(plan.pretext.configurations))
+            raise UserError(
+                f"{method.name} needs {method.backbone}; plan {plan.name} of {plan.dataset_name} has only {known} "
+                "(its reasons say why)"
+            )
+        return usable[0]
+    plan.configuration(wanted)
+    if wanted not in usable:
+        raise UserError(
+            f"{method.name} needs {method.backbone}, which configuration {wanted} does not have; "
+            f"take -c {' or '.join(usable) or 'another method'}"
+        )
+    return wanted
+
+
+def needed_runs(
+    method: Method,
+    plan: Plan,
+    configuration: str,
+    stages: Sequence[str] | None,
+    overrides: Sequence[str],
+    seed: int,
+) -> list[StageRun]:
+    """Return the runs of a method's stages, without those that later ones have no use for under their settings.
+
+    Args:
+        method: whose stages are run.
+        plan: of the data set.
+        configuration: that the method was asked to run in.
+        stages: names of the stages to run, None for all.
+        overrides: settings as ``key=value``, or ``stage.key=value`` for one stage only.
+        seed: of the runs.
+
+    Raises:
+        UserError: a setting is wrong, or the plan has no schedule for a stage.
+    """
+    given = split_overrides(overrides, {stage.name: stage.load() for stage in method.stages})
+    wanted = [stage for stage in method.stages if stages is None or stage.name in stages]
+    runs = [resolve_run(plan, stage, configuration, given[stage.name], seed) for stage in wanted]
+    spared = {name for run in runs for name in run.stage.load().spares(run.settings)}
+    return [run for run in runs if run.stage.name not in spared]
+
+
+def is_finished(results: Path, run: StageRun) -> bool:
+    """Return whether nnU-Net's folder of results holds the final checkpoint of a run.
+
+    Raises:
+        UserError: it holds that of a run with another plan or other settings.
+    """
+    final = run.folder(results) / FINAL
+    if not final.exists():
+        return False
+    check_same_run(final, read_checkpoint(final)[1], run)
+    return True
+
+
+def check_batch(run: StageRun, processes: int) -> None:
+    """Check that the global batch can be shared out evenly.
+
+    Raises:
+        UserError: it cannot.
+    """
+    batch = run.settings.training.batch_size
+    unit = processes * run.stage.batch_multiple
+    if batch % unit:
+        nearest = max(unit, batch - batch % unit)
+        each = "" if run.stage.batch_multiple == 1 else f", a multiple of {run.stage.batch_multiple} for each"
+        raise UserError(
+            f"batch_size {batch} of {run.stage.name} cannot be shared evenly by {processes} processes{each}; "
+            f"--set batch_size={nearest}"
+        )

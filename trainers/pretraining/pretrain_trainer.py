@@ -1,0 +1,418 @@
+"""THE pretraining loop, once, for all methods: a trainer of nnU-Net that takes nothing from labels.
+
+Results folders, log files, the constructor and the multi-GPU start are nnU-Net's, so ``nnUNetv2_train DATASET CONFIG all
+-p nnsslPlans -tr RepRecContrastiveTrainer`` runs the same training as ``nnssl_pretrain``. What nnU-Net's trainer takes
+from labels (targets, Dice, splits, deep supervision, validation) is overridden in this file and nowhere else.
+
+The loop owns device, precision, compilation, clipping, the moving average, logging, collapse monitors, checkpoints and
+resume; the pretext stage declares the rest (``nnssl.methods.protocol``).
+"""
+
+import math
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from time import perf_counter, time
+from typing import Any, ClassVar
+
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import Tensor
+
+from nnssl.checkpoint import FINAL, LATEST, read_checkpoint, to_plain, write_checkpoint
+from nnssl.data.case_store import CaseStore
+from nnssl.data.loader import PatchBatch, default_workers, make_loader
+from nnssl.distributed import average_gradients, rank, world_size
+from nnssl.draws import sample_generators
+from nnssl.errors import UserError
+from nnssl.files import write_json
+from nnssl.methods import find_stage
+from nnssl.methods.protocol import PretextMethod, StepOutput
+from nnssl.momentum import update_teacher
+from nnssl.networks.backbone import build_network, parts_to_compile, seeded
+from nnssl.plan import plan_from_dict
+from trainers.precision import choose_precision
+from trainers.pretraining.epoch import Epoch, mean_of_steps
+from trainers.pretraining.initial_weights import load_initial_weights
+from trainers.pretraining.optimisation import learning_rate_factor, make_optimizer, set_learning_rate, step_optimizer
+from trainers.pretraining.pairing import EXAMINATION, pairs_of_run
+from trainers.pretraining.probe_run import BEST, KEY, ProbeRun
+from trainers.pretraining.progress import (
+    METRICS_CSV,
+    collect_metrics,
+    last_values,
+    log_epoch,
+    plot_progress,
+    write_metrics,
+)
+from trainers.pretraining.run_record import describe_run, opening_lines, provenance_of
+from trainers.pretraining.run_state import network_weights, read_state, run_state
+from trainers.pretraining.stage_run import RunOptions, check_same_run, resolve_run
+from trainers.pretraining.stopping import TERMINATED, StopRequest
+
+SAVING_SHARE = 0.05
+"""Writing checkpoints may take this share of the time."""
+
+
+class PretrainTrainer(nnUNetTrainer):
+    """Runs one pretext stage; subclasses in ``trainers.pretraining.pretext`` name the stage and change nothing else.
+
+    Set ``options`` between construction and ``run_training`` (nnU-Net's constructor takes no further arguments).
+    """
+
+    stage: ClassVar[str]
+
+    def __init__(
+        self,
+        plans: dict[str, Any],
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict[str, Any],
+        device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net compares signatures
+    ) -> None:
+        if fold != "all":
+            raise UserError(f"fold {fold}: pretraining uses all images, so its only fold is 'all'")
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        if device.type != "cuda" or device.index is not None:
+            # nnU-Net takes several processes for several GPUs of one machine
+            self.device = device
+        if device.type != "cuda":
+            self.grad_scaler = None
+        self.options = RunOptions()
+        self.plan = plan_from_dict(self.plans_manager.plans, f"plan {self.plans_manager.plans_name}")
+        self.method_entry, self.stage_entry = find_stage(self.stage)
+        if configuration not in self.method_entry.configurations:
+            raise UserError(
+                f"{self.method_entry.name} needs {self.method_entry.backbone}, which configuration {configuration} does not "
+                f"have; take -c {' or '.join(self.method_entry.configurations)}"
+            )
+        self.configuration = self.plan.configuration(configuration)
+        self.was_initialized: bool = False
+        self.method: PretextMethod
+        self.dataloader_train: Iterator[PatchBatch] | None = None
+        self.current_step = 0
+        self.epoch = Epoch()
+        self.cases: tuple[str, ...] = ()
+        self.probe: ProbeRun | None = None
+        self._probe_state: dict[str, Any] | None = None
+        self._warning: str | None = None
+        self._last_save = time()
+        self._save_seconds = 0.0
+
+    @property
+    def folder(self) -> Path:
+        """Where the stage leaves its results."""
+        return Path(self.output_folder)
+
+    # ---------------------------------------------------------------- set-up
+
+    def initialize(self) -> None:
+        """Resolve settings, build network, stage, optimizer and the wrapper for several processes."""
+        if self.was_initialized:
+            raise RuntimeError("the trainer was initialized before")
+        seed = self.options.seed
+        self.run = resolve_run(self.plan, self.stage_entry, self.configuration_name, self.options.overrides, seed)
+        self.training = self.run.settings.training
+        self.num_epochs = self.training.epochs
+        self.num_iterations_per_epoch = self.training.iterations_per_epoch
+        self.num_input_channels = len(self.configuration_manager.normalization_schemes)
+        architecture = self.configuration_manager.configuration["architecture"]
+        heads = self.label_manager.num_segmentation_heads
+        self.network = build_network(architecture, self.num_input_channels, heads, seed)
+        self.init = load_initial_weights(
+            self.network, self.run, self.options, self.folder.parents[2], self.dataset_json, self.print_to_log_file
+        )
+        make = self.stage_entry.load()
+        self.method = seeded(lambda: make(self.network, self.run.settings, self.configuration), seed, self.stage)
+        self.precision = choose_precision(self.device)
+        self.method.to(self.device)
+        self.network.to(self.device)
+        self.precision.lay_out(self.method, len(self.configuration.patch_size))
+        self.optimizer = make_optimizer(self.method.parameter_groups(), self.training)
+        if not self.precision.scaler:
+            self.grad_scaler = None
+        if self._do_i_compile():
+            # a graph that cannot be compiled runs as it is, and torch says so once
+            torch._dynamo.config.suppress_errors = True
+            for part in parts_to_compile(self.network):
+                part.compile()
+        self.parallel = average_gradients(self.method, self.device)
+        self.was_initialized = True
+
+    def _autocast(self) -> AbstractContextManager:
+        return self.precision.autocast(self.device)
+
+    def get_dataloaders(self) -> tuple[Iterator[PatchBatch], None]:
+        """Return the patches from the current step to the end of the stage; there is no validation part."""
+        store = self._store()
+        self.cases = tuple(sorted({*self.cases, *store.names}))
+        workers = self.options.workers
+        pairs = pairs_of_run(
+            self.folder,
+            store,
+            self.method.partners(),
+            self.run,
+            anew=self.current_step == 0,
+            device=self.device,
+            autocast=self._autocast,
+            say=self.print_to_log_file,
+        )
+        return iter(
+            make_loader(
+                store,
+                self.configuration.patch_size,
+                self.training.batch_size,
+                seed=self.options.seed,
+                stage=self.stage,
+                first_step=self.current_step,
+                last_step=self.training.total_steps,
+                rank=rank(),
+                world_size=world_size(),
+                num_workers=default_workers(self.device) if workers is None else workers,
+                pin_memory=self.device.type == "cuda",
+                pairs=pairs,
+            )
+        ), None
+
+    def _store(self) -> CaseStore:
+        return CaseStore(Path(self.preprocessed_dataset_folder_base) / self.configuration.case_folder)
+
+    # ---------------------------------------------------------------- the loop
+
+    def run_training(self) -> None:
+        """Run the stage from the current step to its end.
+
+        Raises:
+            SystemExit: after SIGTERM, once a checkpoint is written.
+        """
+        self.on_train_start()
+        try:
+            self._run_steps()
+        finally:
+            self._end_readers()
+        self.on_train_end()
+
+    def _run_steps(self) -> None:
+        assert self.dataloader_train is not None
+        steps = self.num_iterations_per_epoch
+        with StopRequest() as stop:
+            while self.current_step < self.training.total_steps:
+                self.current_epoch = self.current_step // steps
+                if self.current_step % steps == 0:
+                    self.on_epoch_start()
+                started = perf_counter()
+                batch = next(self.dataloader_train)
+                waited = perf_counter() - started
+                record = self.train_step(batch)
+                seconds = perf_counter() - started
+                self.epoch.records.append({**record, "seconds_waiting": waited, "seconds": seconds})
+                self.current_step += 1
+                if self.current_step % steps == 0:
+                    self.on_train_epoch_end(self.epoch.records)
+                    self.on_epoch_end()
+                if stop.agreed(self.current_step, self.device):
+                    self._save_and_exit()
+
+    def train_step(self, batch: PatchBatch) -> dict[str, Tensor]:
+        """Run one step: views, losses, backward, optimizer, moving average, queue.
+
+        Returns:
+            Detached scalars by name, left on the device so that the step does not wait for them.
+        """
+        progress = batch.step / self.training.total_steps
+        rate = self.training.learning_rate * learning_rate_factor(self.training, batch.step)
+        set_learning_rate(self.optimizer, rate)
+        volumes: Any = batch.volumes.to(self.device, non_blocking=True)
+        volumes = self.precision.lay_out(volumes, len(self.configuration.patch_size))
+        generators = sample_generators(self.options.seed, f"{self.stage}/views", batch.step, batch.samples)
+        with torch.no_grad():
+            views = self.method.make_views(volumes, generators)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            output: StepOutput = self.parallel(views, progress)
+        total = torch.stack([loss.float() for loss in output.losses.values()]).sum()
+        norm = step_optimizer(total, self.optimizer, self.grad_scaler, self.training.gradient_clip)
+        for student, teacher in self.method.momentum_pairs():
+            update_teacher(student, teacher, self.method.momentum(progress))
+        self.method.after_step(output.carry)
+        if output.embeddings is not None:
+            self.epoch.keep(output.embeddings)
+        parts = {f"loss_{name}": loss.detach() for name, loss in output.losses.items()}
+        return {"loss": total.detach(), **parts, **output.monitors, "gradient_norm": norm}
+
+    def _save_and_exit(self) -> None:
+        self.save_checkpoint(str(self.folder / LATEST))
+        self.print_to_log_file(f"Asked to stop: saved at step {self.current_step}; run the same command again to go on")
+        raise SystemExit(TERMINATED)
+
+    def _end_readers(self) -> None:
+        # after an error the traceback keeps the iterator alive, and with it readers that the interpreter waits for
+        shut_down = getattr(self.dataloader_train, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()
+        self.dataloader_train = None
+
+    # ---------------------------------------------------------------- before, between and after the epochs
+
+    def on_train_start(self) -> None:
+        """Start the loader, and write what says what is about to run."""
+        if not self.was_initialized:
+            self.initialize()
+        self.dataloader_train, self.dataloader_val = self.get_dataloaders()
+        self.method.train()
+        if self.local_rank != 0:
+            return
+        base = self.folder.parent
+        write_json(base / "plans.json", self.plans_manager.plans)
+        write_json(base / "dataset.json", self.dataset_json)
+        fingerprint = Path(self.preprocessed_dataset_folder_base) / "dataset_fingerprint.json"
+        if fingerprint.exists():
+            shutil.copyfile(fingerprint, base / fingerprint.name)
+        write_json(self.folder / "run.json", describe_run(self.run, self.init, self.device, self.precision))
+        lines, settings = opening_lines(self.run, self.method, self.current_step, self.device, self.precision)
+        for line in lines:
+            self.print_to_log_file(line)
+        for line in settings:
+            self.print_to_log_file(line, also_print_to_console=False)
+        self._start_probe()
+
+    def _start_probe(self) -> None:
+        if self.options.probe is None:
+            return
+        with_decoder = any("decoder.stages.".startswith(prefix) for prefix in self.method.exported().pretrained)
+        patch, epochs = self.configuration.patch_size, self.training.epochs
+        self.probe = ProbeRun(self.options.probe, patch, epochs, with_decoder, self.device)
+        self.probe.take_up(self._probe_state)
+        if self.current_step == 0:
+            self._run_probe(0)
+
+    def _run_probe(self, finished_epochs: int) -> float:
+        """Probe after so many epochs if it is due, and keep the best weights; NaN if it is not."""
+        if self.probe is None or not self.probe.is_due(finished_epochs):
+            return math.nan
+        with self._autocast():
+            dice = self.probe.measure(self.network, finished_epochs)
+        self.print_to_log_file(self.probe.describe())
+        write_json(self.folder / "probe.json", self.probe.state())
+        if finished_epochs and self.probe.best["epochs"] == finished_epochs:
+            self.save_checkpoint(str(self.folder / BEST), leaves=True)
+        return dice
+
+    def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
+        """Log the means of the epoch over steps and processes, and the collapse monitors."""
+        values = mean_of_steps(train_outputs, self.training.batch_size, self.device)
+        if not math.isfinite(values["loss"]):
+            raise RuntimeError(
+                f"the loss of epoch {self.current_epoch} is {values['loss']}; the last checkpoint is intact"
+            )
+        monitors, self._warning = self.epoch.collapse()
+        if self.options.probe is not None or KEY in self.logger.get_checkpoint():
+            values = {KEY: self._run_probe(self.current_epoch + 1), **values}
+        log_epoch(self.logger, self.current_epoch, values | monitors, self.optimizer.param_groups[0]["lr"])
+
+    def on_epoch_end(self) -> None:
+        """Print the epoch, write table, figure and, when due, a checkpoint."""
+        self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
+        self.epoch = Epoch()
+        metrics = self.metrics()
+        self.print_to_log_file(f"Epoch {self.current_epoch}: {last_values(metrics)}")
+        if self._warning:
+            self.print_to_log_file(self._warning)
+        if self.local_rank == 0:
+            write_metrics(self.folder / METRICS_CSV, metrics)
+        due = time() - self._last_save > self._save_seconds / SAVING_SHARE
+        if due and self.current_step < self.training.total_steps:
+            self._draw_progress()
+            self.save_checkpoint(str(self.folder / LATEST))
+
+    def metrics(self) -> dict[str, list[float]]:
+        """Return one value per finished epoch for every metric that was logged."""
+        return collect_metrics(self.logger.get_checkpoint())
+
+    def _draw_progress(self) -> None:
+        if self.local_rank == 0:
+            title = f"{self.stage}, {self.plan.dataset_name}, {self.configuration_name}"
+            plot_progress(self.folder / "progress.png", title, self.metrics())
+
+    def on_train_end(self) -> None:
+        """Write the final checkpoint, from which the weights leave, after what the stage says of itself."""
+        self._draw_progress()
+        self._examine()
+        self.save_checkpoint(str(self.folder / FINAL))
+        if self.local_rank == 0:
+            (self.folder / LATEST).unlink(missing_ok=True)
+        self.print_to_log_file(f"Stage {self.stage} done: {self.folder / FINAL}")
+
+    def _examine(self) -> None:
+        examine = self.stage_entry.load_examination()
+        if examine is None or self.local_rank != 0:
+            return
+        self.save_checkpoint(str(self.folder / LATEST))  # nothing of the training is lost if this fails
+        self.method.eval()
+        content, lines = examine(self.method, self._store(), self.options.seed, self.device, self._autocast)
+        write_json(self.folder / EXAMINATION, to_plain(content))
+        for line in lines:
+            self.print_to_log_file(line)
+
+    # ---------------------------------------------------------------- checkpoints
+
+    def save_checkpoint(self, filename: str, leaves: bool = False) -> None:
+        """Write a checkpoint of nnssl's schema atomically; only the first process writes.
+
+        Args:
+            filename: its path.
+            leaves: write the weights as they leave a finished stage, also before its end.
+        """
+        if self.local_rank != 0 or self.disable_checkpointing:
+            return
+        started = time()
+        exported = self.method.exported()
+        provenance = provenance_of(
+            self.run, self.dataset_json, self.init, self.current_step, exported.pretrained, self.cases
+        )
+        content = {
+            "network_weights": network_weights(self.network, exported if provenance.finished or leaves else None),
+            "optimizer_state": self.optimizer.state_dict(),
+            "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
+            "logging": self.logger.get_checkpoint(),
+            "_best_ema": None,
+            "current_epoch": self.current_step // self.num_iterations_per_epoch,
+            "init_args": {"configuration": self.configuration_name, "fold": self.fold},
+            # stock nnU-Net looks this name up when it predicts
+            "trainer_name": "nnUNetTrainer",
+            "inference_allowed_mirroring_axes": None,
+        }
+        probed = self.probe.state(chose_weights=leaves) if self.probe else self._probe_state
+        write_checkpoint(Path(filename), content, provenance, run_state(self.network, self.method, self.epoch, probed))
+        if not leaves:
+            self._last_save, self._save_seconds = time(), time() - started
+
+    def load_checkpoint(self, filename_or_checkpoint: str | dict) -> None:
+        """Go on from a checkpoint of the same stage, plan and settings.
+
+        Raises:
+            UserError: the checkpoint belongs to another stage, plan or to other settings.
+        """
+        if not self.was_initialized:
+            self.initialize()
+        path = Path(str(filename_or_checkpoint))
+        content, provenance = read_checkpoint(path)
+        check_same_run(path, provenance, self.run)
+        self.epoch, self._probe_state = read_state(path, content, self.network, self.method, self.device)
+        self.optimizer.load_state_dict(content["optimizer_state"])
+        if self.grad_scaler is not None and content["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(content["grad_scaler_state"])
+        self.logger.load_checkpoint(content["logging"])
+        self.current_step = provenance.step
+        self.current_epoch = content["current_epoch"]
+        self.cases = provenance.cases or ()
+
+    # ---------------------------------------------------------------- what needs labels in nnU-Net
+
+    def perform_actual_validation(self, save_probabilities: bool = False) -> None:
+        """Do nothing: without labels there is no Dice; ``nnssl_finetune`` evaluates the weights."""
+        self.print_to_log_file("Pretraining has no validation Dice; evaluate the weights with nnssl_finetune")
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        """Do nothing: no pretext loss looks at the segmentation layers."""

@@ -1,0 +1,237 @@
+"""The online probe of a pretraining: a few labelled cases, what a linear layer reads off the features, and its trend.
+
+The cases are seen as fine-tuning would see them: the plan of the pretraining is adopted for their data set and nnU-Net
+preprocesses them. Nothing of the training depends on the probe.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
+from filelock import FileLock
+
+from nnssl.data.patients import patient_in_name
+from nnssl.draws import make_generator
+from nnssl.errors import UserError
+from nnssl.evaluation.labels import foreground_labels, ignore_label
+from nnssl.evaluation.probe import IGNORED, LabelledTile, fit_probe, mean_dice, score_probe
+from nnssl.files import read_json
+from nnssl.paths import Folders, make_writable
+from nnssl.plan import Plan
+from planners.finetune_planner import adopt_plan
+from trainers.finetuning.labelled_cases import find_labelled_cases, label_order
+from trainers.finetuning.labelled_data import prepare_data
+
+KEY = "probe_dice"
+"""Name of the probe's Dice among the metrics."""
+BEST = "checkpoint_probe_best.pth"
+CASES = 4
+"""Labelled cases that the probe learns from, and as many others that it is scored on, unless the user says otherwise."""
+PROBES = 20
+"""About so many probes fall into a stage, unless the user says otherwise."""
+TILES = 4
+"""Tiles of each case."""
+TREND_PROBES = 5
+FLAT = 0.01
+"""Change of Dice over the last probes that counts as none."""
+
+
+@dataclass(frozen=True)
+class ProbeOptions:
+    """What a run needs to know of its probe; plain values, which travel to other processes.
+
+    Attributes:
+        dataset_name: labelled data set.
+        data_folder: nnU-Net's preprocessed cases.
+        labels: values by class, background left out.
+        ignore: value of voxels that nobody labelled.
+        train: cases that the probe learns from.
+        test: cases that it is scored on.
+        every: epochs between two probes; None for about twenty in the stage.
+    """
+
+    dataset_name: str
+    data_folder: Path
+    labels: dict[str, int]
+    ignore: int | None
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    every: int | None = None
+
+
+def prepare_probe(
+    dataset_name: str,
+    plan: Plan,
+    configuration: str,
+    folders: Folders,
+    cases: int,
+    every: int | None,
+    processes: int,
+    say: Callable[[str], None],
+) -> ProbeOptions:
+    """Choose the labelled cases of a probe and preprocess their data set with the plan of the pretraining.
+
+    Args:
+        dataset_name: labelled data set in nnU-Net's raw format.
+        plan: of the pretraining.
+        configuration: that is pretrained.
+        folders: nnU-Net's folders.
+        cases: to learn from, each of another patient, and as many of further patients to score on.
+        every: epochs between two probes, or None.
+        processes: for preprocessing.
+        say: called with lines for the user.
+
+    Raises:
+        UserError: too few cases, labels that overlap, other channels than the plan's, or nnU-Net cannot prepare the data.
+    """
+    labelled = find_labelled_cases(dataset_name, folders)
+    one_each = {patient_in_name(case): case for case in reversed(labelled)}
+    if len(one_each) < 2 * cases:
+        raise UserError(
+            f"--probe {dataset_name}: has {len(one_each)} labelled patients, and {2 * cases} are needed, half to learn from and "
+            f"half to score on; take --probe-cases {len(one_each) // 2}"
+            if len(one_each) > 1
+            else f"--probe {dataset_name}: has one labelled patient, and two are needed at least"
+        )
+    content = read_json(folders.raw / dataset_name / "dataset.json", "dataset.json of a labelled data set")
+    labels = foreground_labels(content)
+    regions = [name for name, value in labels.items() if not isinstance(value, int)]
+    if regions:
+        raise UserError(
+            f"--probe {dataset_name}: has regions ({regions[0]}), which overlap; the probe tells classes apart"
+        )
+    order = label_order(sorted(one_each.values()), seed=0)
+    lock = make_writable(folders.preprocessed / dataset_name) / "nnssl_probe.lock"
+    with FileLock(lock):  # every process of torchrun comes here
+        adopted = adopt_plan(plan.nnunet, dataset_name, folders, say)
+        prepare_data(dataset_name, adopted, configuration, labelled, folders, processes, say)
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    data = PlansManager(adopted.content).get_configuration(configuration).data_identifier
+    train, test = tuple(sorted(order[:cases])), tuple(sorted(order[cases : 2 * cases]))
+    say(
+        f"Probe: learns from {', '.join(train)}; scored on {', '.join(test)} of {dataset_name}, which are no test cases then"
+    )
+    values = {name: value for name, value in labels.items() if isinstance(value, int)}
+    return ProbeOptions(
+        dataset_name, folders.preprocessed / dataset_name / data, values, ignore_label(content), train, test, every
+    )
+
+
+class ProbeRun:
+    """The probe of one stage: its tiles, and the Dice of every probe so far."""
+
+    def __init__(
+        self, options: ProbeOptions, patch_size: Sequence[int], epochs: int, with_decoder: bool, device: torch.device
+    ) -> None:
+        self.options = options
+        self.device = device
+        self.with_decoder = with_decoder
+        self.every = options.every or max(1, epochs // PROBES)
+        self.epochs = epochs
+        self.history: list[dict[str, Any]] = []
+        self.train, self.test = (read_tiles(options, cases, patch_size) for cases in (options.train, options.test))
+
+    def is_due(self, finished_epochs: int) -> bool:
+        """Whether to probe after so many epochs: at the start, every so often, and at the end."""
+        return finished_epochs % self.every == 0 or finished_epochs == self.epochs
+
+    def measure(self, network: Any, finished_epochs: int) -> float:
+        """Fit and score the probe, note the result, and return its mean Dice."""
+        classes = (0, *self.options.labels.values())
+        probe = fit_probe(network, self.train, classes, self.with_decoder, 0, self.device)
+        dice = score_probe(network, probe, self.test, self.with_decoder, self.device)
+        names = {value: name for name, value in self.options.labels.items()}
+        mean = mean_dice(dice)
+        self.history = [entry for entry in self.history if entry["epochs"] < finished_epochs]
+        self.history.append(
+            {"epochs": finished_epochs, "dice": {names[value]: own for value, own in dice.items()}, "mean": mean}
+        )
+        return mean
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The probe with the highest mean Dice, the first of equals; not the one before any training."""
+        trained = [entry for entry in self.history if entry["epochs"] > 0] or self.history
+        return max(trained, key=lambda entry: entry["mean"])
+
+    def describe(self) -> str:
+        """Return the last result, the best so far and the trend in one line."""
+        last, best = self.history[-1], self.best
+        if last["epochs"] == 0:
+            return f"Probe before training: Dice {last['mean']:.3f}"
+        return (
+            f"Probe: Dice {last['mean']:.3f} (best {best['mean']:.3f} after {best['epochs']} epochs; "
+            f"{trend([entry['mean'] for entry in self.history])})"
+        )
+
+    def state(self, chose_weights: bool = False) -> dict[str, Any]:
+        """Return what a checkpoint and ``probe.json`` hold: the cases and every result.
+
+        Args:
+            chose_weights: whether the weights are kept for their Dice, so that the cases must not be test cases.
+        """
+        return {
+            "dataset_name": self.options.dataset_name,
+            "train": list(self.options.train),
+            "test": list(self.options.test),
+            "chose_weights": chose_weights,
+            "history": self.history,
+        }
+
+    def take_up(self, state: dict[str, Any] | None) -> None:
+        """Go on from the results of a checkpoint, if they are of the same cases."""
+        own = self.state()
+        if state is not None and all(state[key] == own[key] for key in ("dataset_name", "train", "test")):
+            self.history = list(state["history"])
+
+
+def trend(values: Sequence[float]) -> str:
+    """Say in words where the last probes lead: the change of a straight line through them."""
+    last = np.array(values[-TREND_PROBES:])
+    if len(last) < 3:
+        return "too early for a trend"
+    change = float(np.polyfit(np.arange(len(last)), last, 1)[0] * (len(last) - 1))
+    direction = "flat" if abs(change) < FLAT else "still rising" if change > 0 else "falling"
+    return f"{direction}, {change:+.3f} over the last {len(last)} probes"
+
+
+def read_tiles(options: ProbeOptions, cases: Sequence[str], patch_size: Sequence[int]) -> list[LabelledTile]:
+    """Return tiles of labelled cases around drawn foreground voxels, always the same ones.
+
+    Args:
+        options: of the probe.
+        cases: names.
+        patch_size: voxels of a tile, (z, y, x) or (y, x).
+
+    Raises:
+        UserError: a case has no foreground.
+    """
+    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+    dataset = nnUNetDatasetBlosc2(str(options.data_folder), list(cases))
+    tiles = []
+    for case in cases:
+        volume, segmentation, *_ = dataset.load_case(case)
+        labels = np.asarray(segmentation[0]).astype(np.int16)
+        if options.ignore is not None:
+            labels[labels == options.ignore] = IGNORED
+        generator = make_generator(0, "probe/tiles", case)
+        present = [value for value in options.labels.values() if (labels == value).any()]
+        if not present:
+            raise UserError(f"--probe: case {case} has no foreground to probe; take another data set or label it")
+        for number in range(TILES):
+            places = np.argwhere(labels == present[number % len(present)])
+            centre = places[int(torch.randint(len(places), (1,), generator=generator))]
+            size = (*[1] * (3 - len(patch_size)), *patch_size)
+            box = [[int(c) - n // 2, int(c) - n // 2 + n] for c, n in zip(centre, size, strict=True)]
+            tile = np.asarray(crop_and_pad_nd(volume, box, 0)).astype(np.float32)
+            known = np.asarray(crop_and_pad_nd(labels[None], box, IGNORED))[0]
+            if len(patch_size) == 2:
+                tile, known = tile[:, 0], known[0]
+            tiles.append(LabelledTile(case, np.ascontiguousarray(tile), np.ascontiguousarray(known)))
+    return tiles
