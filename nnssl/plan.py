@@ -162,6 +162,30 @@ class PretextConfiguration:
         """Whether the network is a U-Net: one whose voxels become tokens at once has no maps of several resolutions."""
         return self.tokens is None or self.tokens.stage is not None
 
+    @property
+    def token_grid(self) -> TokenGrid:
+        """The tokens, for a stage that cannot do without them.
+
+        Raises:
+            UserError: If the configuration has none.
+        """
+        if self.tokens is None:
+            raise UserError(f"the configuration with patch {self.patch_size} has no token grid; choose another with -c")
+        return self.tokens
+
+    @property
+    def transformer_size(self) -> TransformerSize:
+        """The size of the transformer, for a stage that cannot do without one.
+
+        Raises:
+            UserError: If the network of the configuration has no transformer.
+        """
+        if self.transformer is None:
+            raise UserError(
+                f"the configuration with patch {self.patch_size} has no transformer; choose another with -c"
+            )
+        return self.transformer
+
 
 @dataclass(frozen=True)
 class Pretext:

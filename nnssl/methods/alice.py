@@ -176,7 +176,7 @@ class Alice(PretextMethod):
         self.settings = settings
         self.configuration = configuration
         network.requires_grad_(False)
-        encoder = token_encoder(network, configuration.tokens.stage, configuration.patch_size)
+        encoder = token_encoder(network, configuration.token_grid.stage, configuration.patch_size)
         check_mask(encoder.grid, settings.mask_block, settings.mask_ratio)
         self.student = trained_up_to_tokens(encoder)
         width, dimensions = self.student.width, settings.projection_dimensions
@@ -213,7 +213,7 @@ class Alice(PretextMethod):
             "intensity_views": changes_in_common(configuration.intensity_views, cls.defaults.intensity_views),
             "mask_block": (1,) * len(configuration.patch_size),
             "partners": configuration.anatomy.partners,
-            "projection_hidden": min(cls.defaults.projection_hidden, HIDDEN_SHARE * int(configuration.tokens.width)),
+            "projection_hidden": min(cls.defaults.projection_hidden, HIDDEN_SHARE * configuration.token_grid.width),
         } | ({} if size is None else {"decoder_depth": size.decoder_depth})
 
     @classmethod

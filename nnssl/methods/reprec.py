@@ -254,7 +254,7 @@ class RepRecGenerative(PretextMethod):
     def __init__(self, network: Any, settings: GenerativeSettings, configuration: PretextConfiguration) -> None:
         super().__init__()
         check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
-        check_mask(configuration.tokens.grid, settings.mask_block, settings.mask_ratio)
+        check_mask(configuration.token_grid.grid, settings.mask_block, settings.mask_ratio)
         self.settings = settings
         self.configuration = configuration
         network.requires_grad_(False)
@@ -263,15 +263,15 @@ class RepRecGenerative(PretextMethod):
         self.transformer.embed.requires_grad_(True)
         self.transformer.blocks.requires_grad_(True)
         self.token_stage = network.token_stage
-        size, channels = configuration.transformer, network.encoder.output_channels[network.token_stage]
+        size, channels = configuration.transformer_size, network.encoder.output_channels[network.token_stage]
         self.decoder = TokenDecoder(size.width, settings.decoder_depth, size.heads, channels)
 
     @classmethod
     def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
         """Return mask block, depth of the decoder, crop and flips as the plan has them."""
         return {
-            "mask_block": configuration.tokens.mask_block,
-            "decoder_depth": configuration.transformer.decoder_depth,
+            "mask_block": configuration.token_grid.mask_block,
+            "decoder_depth": configuration.transformer_size.decoder_depth,
             "crop_fraction": configuration.crop_fraction,
             "flip_axes": configuration.flip_axes,
         }
@@ -282,7 +282,7 @@ class RepRecGenerative(PretextMethod):
         """Return one random crop of each patch and the block mask of its tokens."""
         own, spacing_mm, device = self.settings, self.configuration.spacing_mm, volumes.device
         crop = draw_affine(generators, affine_range(own), volumes.shape[2:], spacing_mm)
-        mask = draw_block_mask(generators, self.configuration.tokens.grid, own.mask_block, own.mask_ratio)
+        mask = draw_block_mask(generators, self.configuration.token_grid.grid, own.mask_block, own.mask_ratio)
         visible = visible_tokens(mask)
         return MaskedViews(apply_affine(volumes, crop), mask.to(device), visible.to(device))
 
@@ -291,7 +291,7 @@ class RepRecGenerative(PretextMethod):
         with torch.no_grad():
             features = map_to_tokens(self.encoder(views.volumes)[self.token_stage])
             target = standardise_tokens(features)
-        positions = sine_cosine_positions(self.configuration.tokens.grid, self.transformer.width, features.device)
+        positions = sine_cosine_positions(self.configuration.token_grid.grid, self.transformer.width, features.device)
         encoded = self.transformer.encode(take_tokens(features, views.visible), positions[views.visible])
         recovered = self.decoder(encoded, views.visible, positions)
         losses = {"recovery": masked_token_mse(recovered, target, views.mask)}

@@ -109,6 +109,16 @@ def test_only_a_network_of_tokens_has_no_feature_maps():
     assert not replace(hybrid, tokens=replace(hybrid.tokens, stage=None)).has_feature_maps
 
 
+def test_what_a_stage_cannot_do_without_is_there_or_an_error():
+    (hybrid,) = make_pretext().configurations.values()
+    assert (hybrid.token_grid, hybrid.transformer_size) == (hybrid.tokens, hybrid.transformer)
+    plain = replace(hybrid, tokens=None, transformer=None)
+    with pytest.raises(UserError, match="has no token grid"):
+        plain.token_grid  # noqa: B018
+    with pytest.raises(UserError, match="has no transformer"):
+        plain.transformer_size  # noqa: B018
+
+
 def test_unknown_configuration_names_the_known_ones(tmp_path):
     plan = write_plan(tmp_path / "nnsslPlans.json", NNUNET, make_pretext())
     with pytest.raises(UserError, match="no configuration '2d'; it has 3d_fullres_hybrid"):
