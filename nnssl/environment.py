@@ -1,13 +1,8 @@
-"""State of the whole process that holds for a while: environment variables, and where printed lines go.
-
-nnU-Net reads some of its settings from variables only, and prints much that belongs into a log file.
-"""
+"""Environment variables that are set for a while; nnU-Net reads some of its settings from variables only."""
 
 import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 @contextmanager
@@ -23,24 +18,3 @@ def variables(**values: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
-
-
-@contextmanager
-def quiet(log: Path, say: Callable[[str], None] = lambda line: None) -> Iterator[Callable[[str], None]]:
-    """Send what is printed to a log file inside a ``with`` block.
-
-    Args:
-        log: appended to.
-        say: may print.
-
-    Yields:
-        ``say``, printing where it did before.
-    """
-    before = sys.stdout
-
-    def aloud(line: str) -> None:
-        with redirect_stdout(before):
-            say(line)
-
-    with open(log, "a", buffering=1) as file, redirect_stdout(file):
-        yield aloud

@@ -6,11 +6,11 @@ and is put into the environment, so that nnU-Net code of the same process finds 
 """
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from nnssl.errors import UserError
+from nnssl.log import logger
 
 VARIABLES = {"raw": "nnUNet_raw", "preprocessed": "nnUNet_preprocessed", "results": "nnUNet_results"}
 
@@ -24,11 +24,8 @@ class Folders:
     results: Path
 
 
-def resolve_folders(say: Callable[[str], None] | None = None) -> Folders:
+def resolve_folders() -> Folders:
     """Return nnU-Net's folders, falling back to ``./nnssl_workspace`` for each variable that is not set.
-
-    Args:
-        say: called with one line for each folder that was not set; None to stay silent.
 
     Returns:
         The three folders as absolute paths; ``preprocessed`` and ``results`` exist and can be written to.
@@ -42,8 +39,7 @@ def resolve_folders(say: Callable[[str], None] | None = None) -> Folders:
         if not value:
             folder = Path.cwd() / "nnssl_workspace" / name
             os.environ[variable] = str(folder)
-            if say is not None:
-                say(f"{variable} is not set: using {folder}")
+            logger.info(f"{variable} is not set: using {folder}")
         else:
             folder = Path(value).expanduser().absolute()
         if name != "raw" or not value:

@@ -6,7 +6,7 @@ nnU-Net plan without nnssl's ``pretext`` section: that one describes the pretrai
 """
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -16,6 +16,7 @@ from typing import Any
 from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
+from nnssl.log import logger
 from nnssl.paths import Folders
 from nnssl.plan import plan_path
 
@@ -31,11 +32,7 @@ class AdoptedPlan:
 
 
 def adopt_plan(
-    plan: Mapping[str, Any],
-    target_dataset: str,
-    folders: Folders,
-    say: Callable[[str], None],
-    plans_name: str | None = None,
+    plan: Mapping[str, Any], target_dataset: str, folders: Folders, plans_name: str | None = None
 ) -> AdoptedPlan:
     """Write the plan of pretrained weights for a labelled data set, and say so; what is there is kept.
 
@@ -43,7 +40,6 @@ def adopt_plan(
         plan: as ``fit_plan``.
         target_dataset: as ``fit_plan``.
         folders: as ``fit_plan``.
-        say: called with one line about what was written.
         plans_name: as ``fit_plan``.
 
     Returns:
@@ -52,22 +48,18 @@ def adopt_plan(
     Raises:
         UserError: as ``fit_plan``.
     """
-    adopted = fit_plan(plan, target_dataset, folders, say, plans_name)
+    adopted = fit_plan(plan, target_dataset, folders, plans_name)
     if adopted.path.exists():
-        say(f"Plan {adopted.name} for {target_dataset}: there already and the same ({adopted.path})")
+        logger.info(f"Plan {adopted.name} for {target_dataset}: there already and the same ({adopted.path})")
         return adopted
     adopted.path.parent.mkdir(parents=True, exist_ok=True)
     write_json(adopted.path, adopted.content)
-    say(f"Plan {adopted.name} for {target_dataset}: that of {plan['dataset_name']}, written to {adopted.path}")
+    logger.info(f"Plan {adopted.name} for {target_dataset}: that of {plan['dataset_name']}, written to {adopted.path}")
     return adopted
 
 
 def fit_plan(
-    plan: Mapping[str, Any],
-    target_dataset: str,
-    folders: Folders,
-    say: Callable[[str], None],
-    plans_name: str | None = None,
+    plan: Mapping[str, Any], target_dataset: str, folders: Folders, plans_name: str | None = None
 ) -> AdoptedPlan:
     """Return the plan of pretrained weights for a labelled data set, and the file that it has or gets; nothing is written.
 
@@ -78,7 +70,6 @@ def fit_plan(
         plan: content of the plans file the weights were pretrained with.
         target_dataset: name of the labelled data set, ``DatasetXXX_Name``.
         folders: nnU-Net's folders.
-        say: called with one line about a file of another plan that is kept.
         plans_name: name of the file, to choose it oneself.
 
     Raises:
@@ -92,7 +83,7 @@ def fit_plan(
         content = moved_plan(plan, target_dataset, name)
         if not path.exists() or _without_pretext(read_json(path, "plan")) == content:
             return AdoptedPlan(name, path, content)
-        say(f"Plan {name} for {target_dataset}: there is another one with this name, kept as it is ({path})")
+        logger.info(f"Plan {name} for {target_dataset}: there is another one with this name, kept as it is ({path})")
     raise UserError(
         f"{path}: is another plan than the one these weights need; choose a free name with --plans-name, or delete the "
         "file if it is no longer needed"

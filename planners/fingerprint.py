@@ -9,7 +9,6 @@ Deviations: nnU-Net takes foreground from the labels, here it is ``nnssl.data.bo
 """
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from nnssl.data.image_files import find_source_state
 from nnssl.data.jobs import follow_jobs, run_jobs
 from nnssl.data.raw import UNKNOWN_CHANNEL, RawDataset
 from nnssl.errors import UserError
+from nnssl.log import logger
 from nnssl.paths import Folders, make_writable
 from nnssl.schema import STRICT, read, write
 from planners.case_record import (
@@ -81,7 +81,7 @@ class Fingerprint:
         return frozenset(case.name for case in self.cases)
 
 
-def extract_fingerprint(dataset: RawDataset, processes: int, say: Callable[[str], None]) -> Fingerprint:
+def extract_fingerprint(dataset: RawDataset, processes: int) -> Fingerprint:
     """Measure every case of a data set.
 
     The result depends on the data only, not on the number of processes.
@@ -89,7 +89,6 @@ def extract_fingerprint(dataset: RawDataset, processes: int, say: Callable[[str]
     Args:
         dataset: the data set.
         processes: worker processes; up to 1 runs in this process.
-        say: called with lines on progress, and with one for each thing that was inferred or left out.
 
     Returns:
         The fingerprint.
@@ -101,7 +100,7 @@ def extract_fingerprint(dataset: RawDataset, processes: int, say: Callable[[str]
     set_aside = list(dataset.set_aside)
     duplicates = []
     first_with: dict[str, str] = {}
-    for outcome in _measure_cases(dataset, processes, say):
+    for outcome in _measure_cases(dataset, processes):
         if isinstance(outcome, SetAside):
             set_aside.append(outcome)
         elif outcome.record.digest in first_with:
@@ -112,12 +111,12 @@ def extract_fingerprint(dataset: RawDataset, processes: int, say: Callable[[str]
     measured, odd = _split_dimensions(dataset, measured)
     set_aside = sorted(set_aside + odd, key=lambda entry: (entry.case, entry.file))
     for entry in set_aside:
-        say(f"set aside {entry.case}: {entry.reason} ({entry.file})")
+        logger.info(f"set aside {entry.case}: {entry.reason} ({entry.file})")
     for duplicate in duplicates:
-        say(f"left out {duplicate.case}: it has the same voxels as {duplicate.same_as}")
+        logger.info(f"left out {duplicate.case}: it has the same voxels as {duplicate.same_as}")
     if not measured:
         raise UserError(_too_many(dataset.name, set_aside, len(set_aside) + len(duplicates)))
-    modalities = _judge_modalities(dataset, [entry.record for entry in measured], say)
+    modalities = _judge_modalities(dataset, [entry.record for entry in measured])
     names = zip(dataset.channel_names, modalities, strict=True)
     return Fingerprint(
         schema_version=SCHEMA_VERSION,
@@ -135,7 +134,7 @@ def extract_fingerprint(dataset: RawDataset, processes: int, say: Callable[[str]
     )
 
 
-def read_or_extract(dataset: RawDataset, folders: Folders, processes: int, say: Callable[[str], None]) -> Fingerprint:
+def read_or_extract(dataset: RawDataset, folders: Folders, processes: int) -> Fingerprint:
     """Return the stored fingerprint if it was made from the same files, else extract and store it.
 
     It is stored as ``<nnUNet_preprocessed>/<data set>/nnssl_fingerprint.json``.
@@ -144,7 +143,6 @@ def read_or_extract(dataset: RawDataset, folders: Folders, processes: int, say: 
         dataset: the data set.
         folders: nnU-Net's folders.
         processes: see ``extract_fingerprint``.
-        say: see ``extract_fingerprint``.
 
     Returns:
         The fingerprint.
@@ -157,13 +155,13 @@ def read_or_extract(dataset: RawDataset, folders: Folders, processes: int, say: 
         try:
             stored = read(Fingerprint, path, "fingerprint")
         except UserError:
-            say(f"{path} is of another version of nnssl or damaged: measuring the data set again")
+            logger.info(f"{path} is of another version of nnssl or damaged: measuring the data set again")
         else:
             if stored.schema_version == SCHEMA_VERSION and stored.sources == digest_sources(dataset):
-                say(f"fingerprint of {dataset.name} taken from {path}: the images have not changed")
+                logger.info(f"fingerprint of {dataset.name} taken from {path}: the images have not changed")
                 return stored
-            say(f"the images of {dataset.name} are not those of {path}: measuring them again")
-    fingerprint = extract_fingerprint(dataset, processes, say)
+            logger.info(f"the images of {dataset.name} are not those of {path}: measuring them again")
+    fingerprint = extract_fingerprint(dataset, processes)
     write(path, fingerprint)
     return fingerprint
 
@@ -206,7 +204,7 @@ def digest_sources(dataset: RawDataset) -> str:
     return digest.hexdigest()
 
 
-def _measure_cases(dataset: RawDataset, processes: int, say: Callable[[str], None]) -> list[MeasuredCase | SetAside]:
+def _measure_cases(dataset: RawDataset, processes: int) -> list[MeasuredCase | SetAside]:
     """Return what was measured on each case, in the order of the cases."""
     work = partial(
         measure_case,
@@ -216,7 +214,7 @@ def _measure_cases(dataset: RawDataset, processes: int, say: Callable[[str], Non
     )
     total = len(dataset.cases)
     outcomes = run_jobs(work, dataset.cases, min(processes, total), None)
-    found = list(follow_jobs(outcomes, "measuring", "measured", total, say))
+    found = list(follow_jobs(outcomes, "measuring", "measured", total))
     return sorted(found, key=lambda each: each.case if isinstance(each, SetAside) else each.record.name)
 
 
@@ -231,7 +229,7 @@ def _split_dimensions(dataset: RawDataset, measured: list[MeasuredCase]) -> tupl
     return kept, [SetAside(entry.record.name, files[entry.record.name], reason) for entry in odd]
 
 
-def _judge_modalities(dataset: RawDataset, records: list[CaseRecord], say: Callable[[str], None]) -> tuple[str, ...]:
+def _judge_modalities(dataset: RawDataset, records: list[CaseRecord]) -> tuple[str, ...]:
     """Return CT or the channel's name for each channel, judging unnamed channels from intensities."""
     modalities = []
     for channel, name in enumerate(dataset.channel_names):
@@ -240,11 +238,15 @@ def _judge_modalities(dataset: RawDataset, records: list[CaseRecord], say: Calla
         seen = f"{looks} of {len(records)} cases have voxels below {CT_AIR_HU:g}"
         if name == UNKNOWN_CHANNEL:
             modalities.append("CT" if like_ct else "MRI")
-            say(f"{dataset.name}: channel {channel} is taken for {modalities[-1]}, as {seen}; if not so, name it")
+            logger.info(
+                f"{dataset.name}: channel {channel} is taken for {modalities[-1]}, as {seen}; if not so, name it"
+            )
         else:
             modalities.append("CT" if name.casefold() == "ct" else name)  # nnU-Net's rule
             if (modalities[-1] == "CT") != like_ct:
-                say(f"{dataset.name}: channel {channel} is treated as {name} as dataset.json says, though {seen}")
+                logger.info(
+                    f"{dataset.name}: channel {channel} is treated as {name} as dataset.json says, though {seen}"
+                )
     return tuple(modalities)
 
 

@@ -1,6 +1,6 @@
 """From raw images to preprocessed cases in one call: fingerprint, plan, preprocessing; what is done is recognised."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from nnssl.data.jobs import default_processes
 from nnssl.data.preprocess import PreprocessReport, preprocess_dataset
 from nnssl.data.raw import find_dataset, leave_out, read_dataset
 from nnssl.errors import UserError
+from nnssl.log import logger
 from nnssl.methods import METHODS
 from nnssl.paths import Folders
 from nnssl.plan import PLANS_NAME, Plan, plan_path
@@ -62,7 +63,6 @@ def plan_and_preprocess(
     dask_address: str | None = None,
     preprocess: bool = True,
     restart: bool = False,
-    say: Callable[[str], None] = lambda line: None,
 ) -> PreparedDataset:
     """Look at unlabelled images, plan their pretraining, and preprocess them.
 
@@ -82,7 +82,6 @@ def plan_and_preprocess(
         dask_address: of a Dask scheduler to preprocess on instead.
         preprocess: False to plan only.
         restart: preprocess again what is there already.
-        say: called with lines for the user: progress, the table of decisions, and what is not used.
 
     Returns:
         Fingerprint, plan and what preprocessing did.
@@ -91,23 +90,23 @@ def plan_and_preprocess(
         UserError: data set, plan, list or numbers do not fit; too many cases cannot be used; a file cannot be written.
     """
     processes = default_processes() if processes is None else processes
-    raw = read_dataset(dataset, folders, say, None if channel_names is None else tuple(channel_names))
+    raw = read_dataset(dataset, folders, None if channel_names is None else tuple(channel_names))
     if exclude is not None:
-        raw = leave_out(raw, exclude, say)
-    preset = choose_preset(preset, say)
+        raw = leave_out(raw, exclude)
+    preset = choose_preset(preset)
     around = None if like is None else _find_nnunet_plan(like, like_plans, folders)
-    fingerprint = read_or_extract(raw, folders, processes, say)
-    plan = plan_pretraining(raw, fingerprint, folders, preset, plans_name, around, say, spacing_mm, dense_width)
+    fingerprint = read_or_extract(raw, folders, processes)
+    plan = plan_pretraining(raw, fingerprint, folders, preset, plans_name, around, spacing_mm, dense_width)
     for line in format_decisions(plan):
-        say(line)
+        logger.info(line)
     report = None
     if preprocess:
         report = preprocess_dataset(
-            raw, plan, fingerprint.usable, folders, configurations, processes, dask_address, say, restart
+            raw, plan, fingerprint.usable, folders, configurations, processes, dask_address, restart
         )
     prepared = PreparedDataset(fingerprint, plan, report)
     for line in format_unused(prepared):
-        say(line)
+        logger.info(line)
     return prepared
 
 

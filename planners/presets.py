@@ -1,12 +1,12 @@
 """Memory targets: what a user's machine allows, and which of nnU-Net's planners knows such a machine."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from nnssl.errors import UserError
+from nnssl.log import logger
 from nnssl.plan import TransformerSize
 
 
@@ -71,7 +71,7 @@ def find_preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def choose_preset(name: str | None, say: Callable[[str], None]) -> str:
+def choose_preset(name: str | None) -> str:
     """Return the name of the preset asked for, or of the one for this machine's GPU, said aloud.
 
     Raises:
@@ -82,7 +82,7 @@ def choose_preset(name: str | None, say: Callable[[str], None]) -> str:
         return name
     memory_gb = torch.cuda.get_device_properties(0).total_memory / 1024**3 if torch.cuda.is_available() else None
     chosen, sentence = preset_for_gpu(memory_gb)
-    say(sentence)
+    logger.info(sentence)
     return chosen
 
 

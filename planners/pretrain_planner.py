@@ -10,7 +10,7 @@ import io
 import math
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from nnssl.data.raw import RawDataset
 from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
+from nnssl.log import logger
 from nnssl.paths import Folders
 from nnssl.plan import PLANS_NAME, SCHEMA_VERSION, Plan, Pretext, plan_path, write_plan
 from planners.dense_rules import widen_last_stage
@@ -82,7 +83,6 @@ def plan_pretraining(
     preset_name: str,
     plans_name: str = PLANS_NAME,
     like: Path | None = None,
-    say: Callable[[str], None] = lambda line: None,
     spacing_mm: Sequence[float] | None = None,
     dense_width: int | None = None,
 ) -> Plan:
@@ -97,7 +97,6 @@ def plan_pretraining(
         preset_name: memory target, a key of ``planners.presets.PRESETS``.
         plans_name: identifier of the plan.
         like: plans file of nnU-Net whose spacing, patch and networks are taken over; None to plan from the data.
-        say: called with lines for the user.
         spacing_mm: z, y, x as stored, in place of the one from the data; 2D takes its plane.
         dense_width: channels of the stages at full resolution, in place of the preset's.
 
@@ -147,7 +146,7 @@ def plan_pretraining(
     write_json(folder / "dataset.json", _plain(dataset_json))
     path = plan_path(folders, dataset.name, plans_name)
     plan = write_plan(path, _plain(nnunet), pretext)
-    say(f"plan: {path}")
+    logger.info(f"plan: {path}")
     return plan
 
 

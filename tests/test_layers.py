@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 FOUNDATION = {
     "nnssl",
     "nnssl.errors",
+    "nnssl.log",
     "nnssl.files",
     "nnssl.schema",
     "nnssl.sizes",
@@ -204,7 +205,7 @@ LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 LONGER_FILES = {
     "nnssl.methods.pcrl": (415, "one method is one file: the contrast, and what each model is asked to restore"),
     "trainers.pretraining.pretrain_trainer": (
-        415,
+        430,
         "what nnU-Net's trainer takes from labels is overridden in this file alone",
     ),
 }

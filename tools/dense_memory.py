@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, nargs="+", default=[250, 1000, 2048, 4096])
     args = parser.parse_args()
     folders = resolve_folders()
-    path = find_plan(folders, args.dataset, "nnsslPlans", print)
+    path = find_plan(folders, args.dataset, "nnsslPlans")
     print(describe())
     print("| points | step (s) | largest memory (GB) | over the bare network (GB) |\n|---|---|---|---|")
     bare = None

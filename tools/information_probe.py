@@ -94,14 +94,14 @@ def main() -> None:
     args = parser.parse_args()
     print("| encoder | rotation | relative position |\n|---|---|---|")
     for place, path in enumerate([args.weights[0], *args.weights]):
-        network, provenance = open_dense_network(path, "pyramid", torch.device("cpu"), lambda line: None)
+        network, provenance = open_dense_network(path, "pyramid", torch.device("cpu"))
         encoder = network.network.encoder
         if not place:
             torch.manual_seed(0)
             encoder.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
         patch = plan_from_dict(provenance.plans, str(path)).configuration(provenance.configuration).patch_size
         architecture = provenance.plans["configurations"][provenance.configuration]["architecture"]
-        store = open_cases(provenance, provenance.dataset_name, resolve_folders(), lambda line: None)
+        store = open_cases(provenance, provenance.dataset_name, resolve_folders())
         size = crop_side(patch, encoder_strides(architecture))
         found = measure(encoder, store, size, network.two_dimensional, args.crops_per_case)
         label = provenance.stage if place else "random"

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10)
     args = parser.parse_args()
     folders = resolve_folders()
-    plan = read_plan(find_plan(folders, args.dataset, "nnsslPlans", print))
+    plan = read_plan(find_plan(folders, args.dataset, "nnsslPlans"))
     configuration = plan.configuration(args.configuration)
     architecture = plan.nnunet["configurations"][args.configuration]["architecture"]
     network = build_network(architecture, len(plan.pretext.modalities), 2, seed=0)

@@ -113,7 +113,7 @@ def main() -> None:
     folders = resolve_folders()
     provenance = read_checkpoint(args.weights)[1]
     dataset = find_dataset(args.dataset, folders) if args.dataset else provenance.dataset_name
-    store = open_cases(provenance, dataset, folders, print)
+    store = open_cases(provenance, dataset, folders)
     matcher, _ = open_matcher(args.weights, store, torch.device(args.device))
     raw = folders.raw / find_dataset(args.labelled, folders)
     axes = provenance.plans["transpose_forward"]

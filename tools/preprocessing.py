@@ -32,8 +32,8 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=12)
     args = parser.parse_args()
     folders = resolve_folders()
-    plan = read_plan(find_plan(folders, args.dataset, "nnsslPlans", print))
-    dataset = read_dataset(args.labelled, folders, lambda line: None)
+    plan = read_plan(find_plan(folders, args.dataset, "nnsslPlans"))
+    dataset = read_dataset(args.labelled, folders)
     labels = folders.raw / dataset.name / "labelsTr"
     manager = PlansManager(plan.nnunet)
     configuration = manager.get_configuration(args.configuration)

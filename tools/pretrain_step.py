@@ -152,7 +152,7 @@ def main() -> None:
     args = parser.parse_args()
     args.configuration = args.configuration or METHODS[args.method].configurations[0]
     folders = resolve_folders()
-    path = find_plan(folders, args.dataset, "nnsslPlans", print)
+    path = find_plan(folders, args.dataset, "nnsslPlans")
     print(describe())
     stages = METHODS[args.method].stages
     if args.memory:
@@ -218,7 +218,7 @@ def views_of(trainer: PretrainTrainer, batch: Any) -> Any:
 
 def pairs_of_boxes(folder: Path, store: CaseStore, partners: str | None, *_: Any, **__: Any) -> PairTable | None:
     """Return pairs by the body's box where a stage wants pairs, and write none."""
-    return None if partners is None else make_pairs(store, None, BodyBoxMatcher(store), 0, lambda line: None)
+    return None if partners is None else make_pairs(store, None, BodyBoxMatcher(store), 0)
 
 
 def make_trainer(path: Any, stage: Stage, args: argparse.Namespace) -> PretrainTrainer:

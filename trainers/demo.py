@@ -1,6 +1,6 @@
 """The main job on generated phantoms, from images to a Dice for scratch and for pretrained, with a report."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -11,6 +11,7 @@ from nnssl.data.phantoms import write_phantom_dataset
 from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.files import read_json
+from nnssl.log import logger
 from nnssl.paths import Folders, make_writable, resolve_folders
 from nnssl.plan import Plan
 from planners.plan_and_preprocess import plan_and_preprocess
@@ -22,8 +23,6 @@ UNLABELLED, LABELLED = "Dataset901_PhantomsUnlabelled", "Dataset902_PhantomsLabe
 SHAPE, SPACING_MM = (32, 48, 40), (2.5, 1.5, 1.7)
 CONFIGURATION = "3d_fullres_hybrid"
 BATCH_SIZE = 8
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class DemoSize:
     iterations_per_epoch: int = 15
 
 
-def run_demo(folder: Path, size: DemoSize, seed: int, device: torch.device, say: Say = lambda line: None) -> Path:
+def run_demo(folder: Path, size: DemoSize, seed: int, device: torch.device) -> Path:
     """Make phantoms, plan, preprocess, pretrain with RepRec, fine-tune with and without the weights, and write a report.
 
     What a demo of this size has done before in the folder is recognised and skipped.
@@ -55,7 +54,6 @@ def run_demo(folder: Path, size: DemoSize, seed: int, device: torch.device, say:
         size: of the data sets and runs.
         seed: of phantoms, weights and views.
         device: where to train.
-        say: called with lines for the user.
 
     Returns:
         The pretrained weights; the report is ``report.md`` in the folder.
@@ -67,25 +65,25 @@ def run_demo(folder: Path, size: DemoSize, seed: int, device: torch.device, say:
     root = make_writable(folder.absolute())
     with variables(**{f"nnUNet_{name}": str(root / name) for name in ("raw", "preprocessed", "results")}):
         folders = resolve_folders()
-        _make_phantoms(folders, size, seed, say)
-        say("2/5 fingerprint, plan and preprocessing")
-        prepared = plan_and_preprocess(UNLABELLED, folders, configurations=[CONFIGURATION], preset="cpu", say=say)
-        say("3/5 pretraining: RepRec, two stages")
-        weights = _pretrain(folders, size, seed, device, say)
-        say(f"4/5 fine-tuning on {size.labels} labelled phantoms, pretrained and from scratch")
-        results = _finetune(weights, size, seed, device, say)
-        say("5/5 report")
+        _make_phantoms(folders, size, seed)
+        logger.info("2/5 fingerprint, plan and preprocessing")
+        prepared = plan_and_preprocess(UNLABELLED, folders, configurations=[CONFIGURATION], preset="cpu")
+        logger.info("3/5 pretraining: RepRec, two stages")
+        weights = _pretrain(folders, size, seed, device)
+        logger.info(f"4/5 fine-tuning on {size.labels} labelled phantoms, pretrained and from scratch")
+        results = _finetune(weights, size, seed, device)
+        logger.info("5/5 report")
         report = root / "report.md"
         report.write_text("\n".join(_report(prepared.plan, weights, results, time() - started)) + "\n")
         for line in comparison(results):
-            say(line)
-        say(f"report: {report} ({(time() - started) / 60:.1f} minutes)")
+            logger.info(line)
+        logger.info(f"report: {report} ({(time() - started) / 60:.1f} minutes)")
     return weights
 
 
-def _make_phantoms(folders: Folders, size: DemoSize, seed: int, say: Say) -> None:
+def _make_phantoms(folders: Folders, size: DemoSize, seed: int) -> None:
     labelled = size.labels + size.held_out
-    say(f"1/5 phantoms: {size.unlabelled} without labels, {labelled} with labels, in {folders.raw}")
+    logger.info(f"1/5 phantoms: {size.unlabelled} without labels, {labelled} with labels, in {folders.raw}")
     for name, count, first in ((UNLABELLED, size.unlabelled, 0), (LABELLED, labelled, size.unlabelled)):
         description = folders.raw / name / "dataset.json"
         if description.exists():
@@ -101,7 +99,7 @@ def _make_phantoms(folders: Folders, size: DemoSize, seed: int, say: Say) -> Non
         )
 
 
-def _pretrain(folders: Folders, size: DemoSize, seed: int, device: torch.device, say: Say) -> Path:
+def _pretrain(folders: Folders, size: DemoSize, seed: int, device: torch.device) -> Path:
     contrastive, generative, _ = size.epochs
     overrides = [
         f"contrastive.epochs={contrastive}",
@@ -109,12 +107,10 @@ def _pretrain(folders: Folders, size: DemoSize, seed: int, device: torch.device,
         f"iterations_per_epoch={size.iterations_per_epoch}",
         f"batch_size={BATCH_SIZE}",
     ]
-    return pretrain(
-        "reprec", folders, UNLABELLED, CONFIGURATION, overrides=overrides, seed=seed, device=device, say=say
-    )
+    return pretrain("reprec", folders, UNLABELLED, CONFIGURATION, overrides=overrides, seed=seed, device=device)
 
 
-def _finetune(weights: Path, size: DemoSize, seed: int, device: torch.device, say: Say) -> list[ArmResult]:
+def _finetune(weights: Path, size: DemoSize, seed: int, device: torch.device) -> list[ArmResult]:
     return finetune(
         LABELLED,
         weights,
@@ -126,7 +122,6 @@ def _finetune(weights: Path, size: DemoSize, seed: int, device: torch.device, sa
         optimizer="adam",  # nnU-Net's SGD predicts no foreground yet after so few steps
         learning_rate=0.003,
         device=device,
-        say=say,
     )
 
 

@@ -20,10 +20,10 @@ from nnssl.cli.command import (
     choose_device,
     positive_int,
     positive_number,
+    print_next,
     run_command,
-    say,
-    say_next,
 )
+from nnssl.log import print_line
 
 NAME = "nnssl_benchmark"
 
@@ -133,8 +133,8 @@ def _run(command: str, args: argparse.Namespace) -> None:
     from trainers.benchmark.study import prepare_study
 
     part = parse_part(args.part)
-    folders = resolve_folders(say)
-    device = choose_device(args.device, say)
+    folders = resolve_folders()
+    device = choose_device(args.device)
     common = {"epochs": args.pretrain_epochs, "iterations_per_epoch": args.pretrain_iterations}
     settings = StudySettings(
         dataset=args.dataset,
@@ -157,18 +157,18 @@ def _run(command: str, args: argparse.Namespace) -> None:
         pretrain_overrides=tuple(f"{key}={value}" for key, value in common.items() if value is not None),
         tolerance_mm=args.tolerance_mm,
     )
-    study = prepare_study(settings, folders, device, args.processes or default_processes(), say)
+    study = prepare_study(settings, folders, device, args.processes or default_processes())
     if args.dry_run:
-        cells = StudyCells(study, say)
+        cells = StudyCells(study)
         for line in [*describe_matrix(cells), *describe_estimate(cells)]:
-            say(line)
-        say_next("the same command without --dry-run")
+            print_line(line)
+        print_next("the same command without --dry-run")
         return
     folder = study_folder(study, args.name)
-    if run_study(study, folder, part, command, say) is None:
-        say_next(command)
+    if run_study(study, folder, part, command) is None:
+        print_next(command)
     else:
-        say_next(
+        print_next(
             f"nnssl_finetune -d {args.dataset} -w CHECKPOINT (of the arm that {folder / 'report.html'} speaks for)"
         )
 

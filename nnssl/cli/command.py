@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nnssl.errors import UserError
+from nnssl.log import print_line
 
 if TYPE_CHECKING:
     import torch
@@ -24,16 +25,11 @@ MODES = ("finetune", "linear", "mean_teacher")
 OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
-def say(line: str) -> None:
-    """Print one line at once, also into a pipe or a log file."""
-    print(line, flush=True)
-
-
-def say_next(command: str, *others: str) -> None:
+def print_next(command: str, *others: str) -> None:
     """Print what to call next, as every command does at its end, and what else one may call."""
-    say(f"next: {command}")
+    print_line(f"next: {command}")
     for other in others:
-        say(f"  or: {other}")
+        print_line(f"  or: {other}")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -71,12 +67,11 @@ def run_command(
     return 0
 
 
-def choose_device(choice: str | None, say: Callable[[str], None]) -> "torch.device":
+def choose_device(choice: str | None) -> "torch.device":
     """Return the device asked for, or the GPU if there is one and the CPU otherwise, said aloud.
 
     Args:
         choice: ``cpu``, ``cuda``, ``mps`` or None.
-        say: called with one line when the choice was made here.
 
     Raises:
         UserError: the device asked for is not there.
@@ -86,7 +81,7 @@ def choose_device(choice: str | None, say: Callable[[str], None]) -> "torch.devi
     if choice is None:
         choice = "cuda" if torch.cuda.is_available() else "cpu"
         reason = "found a GPU" if choice == "cuda" else "no CUDA GPU found"
-        say(f"Device: {choice} ({reason}; --device to choose another)")
+        print_line(f"Device: {choice} ({reason}; --device to choose another)")
     missing = (choice == "cuda" and not torch.cuda.is_available()) or (
         choice == "mps" and not torch.backends.mps.is_available()
     )

@@ -12,9 +12,8 @@ from nnssl.cli.command import (
     add_verbose_argument,
     choose_device,
     positive_int,
+    print_next,
     run_command,
-    say,
-    say_next,
 )
 
 NAME = "nnssl_demo"
@@ -63,8 +62,8 @@ def _run(args: argparse.Namespace) -> None:
     from trainers.demo import DemoSize, run_demo
 
     size = DemoSize(args.unlabelled, args.labels, args.held_out, tuple(args.epochs), args.iterations_per_epoch)
-    weights = run_demo(args.folder, size, args.seed, choose_device(args.device, say), say)
-    say_next(
+    weights = run_demo(args.folder, size, args.seed, choose_device(args.device))
+    print_next(
         f"nnssl_info {weights}",
         "nnssl_plan_and_preprocess -d ID (your own images; nnssl_import makes a data set of them)",
     )

@@ -9,9 +9,8 @@ from nnssl.cli.command import (
     CommandParser,
     add_processes_argument,
     add_verbose_argument,
+    print_next,
     run_command,
-    say,
-    say_next,
 )
 
 NAME = "nnssl_evaluate"
@@ -51,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     from nnssl.evaluation.evaluate import evaluate
 
-    evaluate(args.predictions, args.references, args.labels, args.tolerance_mm, args.output, args.processes, say)
-    say_next("nnssl_benchmark -d LABELLED_ID -m METHOD (whether pretraining is what helps, with how many labels)")
+    evaluate(args.predictions, args.references, args.labels, args.tolerance_mm, args.output, args.processes)
+    print_next("nnssl_benchmark -d LABELLED_ID -m METHOD (whether pretraining is what helps, with how many labels)")
 
 
 if __name__ == "__main__":

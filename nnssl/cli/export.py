@@ -10,9 +10,8 @@ from nnssl.cli.command import (
     add_configuration_argument,
     add_seed_argument,
     add_verbose_argument,
+    print_next,
     run_command,
-    say,
-    say_next,
 )
 from nnssl.errors import UserError
 
@@ -81,7 +80,7 @@ def _run(args: argparse.Namespace) -> None:
         raise UserError(f"--results: are for the card of --format hub, not for {args.form}")
     exported = export(
         args.checkpoint.expanduser(),
-        resolve_folders(say),
+        resolve_folders(),
         for_plans=args.for_plans,
         plans_name=args.plans,
         configuration=args.configuration,
@@ -94,18 +93,17 @@ def _run(args: argparse.Namespace) -> None:
         licence=args.license,
         results=[_result(path) for path in args.results],
         seed=args.seed,
-        say=say,
     )
     if args.form == "nnunet":
         target = exported.target
         trainer = f" -tr {target.trainer}" if target.trainer else ""
         data = target.plans["dataset_name"].removeprefix("Dataset").split("_")[0]
-        say_next(
+        print_next(
             f"nnUNetv2_train {data} {target.configuration} 0 -p {target.plans['plans_name']}{trainer} "
             f"-pretrained_weights {exported.path}"
         )
     else:
-        say_next(f"nnssl_info {exported.path}")
+        print_next(f"nnssl_info {exported.path}")
 
 
 def _result(path: Path) -> dict[str, object]:

@@ -20,9 +20,8 @@ from nnssl.cli.command import (
     choose_device,
     natural_int,
     positive_int,
+    print_next,
     run_command,
-    say,
-    say_next,
 )
 
 NAME = "nnssl_finetune"
@@ -102,15 +101,14 @@ def _run(args: argparse.Namespace) -> None:
         learning_rate=args.learning_rate,
         batch_size=args.batch_size,
         optimizer=args.optimizer,
-        device=choose_device(args.device, say),
+        device=choose_device(args.device),
         processes=args.processes,
         plans_name=args.plans_name,
         mode=args.mode,
         unlabelled=args.unlabelled,
         restart=args.restart,
-        say=say,
     )
-    say_next(*(result.predict_command for result in results))
+    print_next(*(result.predict_command for result in results))
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from nnssl.cli.command import (
     add_restart_argument,
     add_verbose_argument,
     positive_int,
+    print_next,
     run_command,
-    say,
-    say_next,
 )
+from nnssl.log import print_line
 
 NAME = "nnssl_import"
 KIND_NAMES = ("folder", "bids", "list", "dicom", "collection")
@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace) -> None:
     from nnssl.imports.sources import Choices
     from nnssl.paths import resolve_folders
 
-    folders = resolve_folders(say)
+    folders = resolve_folders()
     choices = Choices(
         channels=tuple(args.channels or ()),
         pattern=args.pattern,
@@ -77,11 +77,11 @@ def _run(args: argparse.Namespace) -> None:
         mixed=args.mixed,
         min_slices=args.min_slices,
     )
-    record = import_dataset(args.source, args.number, args.name, folders, say, args.kind, choices, args.restart)
+    record = import_dataset(args.source, args.number, args.name, folders, args.kind, choices, args.restart)
     for line in format_import(record):
-        say(line)
-    say(f"record: {folders.raw / record.dataset_name / RECORD_FILE}")
-    say_next(f"nnssl_plan_and_preprocess -d {args.number}")
+        print_line(line)
+    print_line(f"record: {folders.raw / record.dataset_name / RECORD_FILE}")
+    print_next(f"nnssl_plan_and_preprocess -d {args.number}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnssl.cli.command import CommandParser, add_verbose_argument, run_command, say, say_next
+from nnssl.cli.command import CommandParser, add_verbose_argument, print_next, run_command
+from nnssl.log import print_line
 from nnssl.sizes import in_mm, in_voxels
 
 if TYPE_CHECKING:
@@ -42,14 +43,14 @@ def _run(args: argparse.Namespace) -> None:
         spec = importlib.util.find_spec("trainers")
         assert spec is not None
         assert spec.origin is not None
-        say(f"export nnUNet_extTrainer={Path(spec.origin).parent / 'nnunet_ext'}")
+        print_line(f"export nnUNet_extTrainer={Path(spec.origin).parent / 'nnunet_ext'}")
     elif args.checkpoint is not None:
         for line in explain_checkpoint(args.checkpoint):
-            say(line)
+            print_line(line)
     else:
         for line in explain_installation():
-            say(line)
-        say_next("nnssl_plan_and_preprocess -d ID", "nnssl_import SOURCE -d ID -n NAME", "nnssl_demo")
+            print_line(line)
+        print_next("nnssl_plan_and_preprocess -d ID", "nnssl_import SOURCE -d ID -n NAME", "nnssl_demo")
 
 
 def explain_installation() -> list[str]:

@@ -14,9 +14,8 @@ from nnssl.cli.command import (
     add_restart_argument,
     add_verbose_argument,
     positive_int,
+    print_next,
     run_command,
-    say,
-    say_next,
 )
 
 NAME = "nnssl_plan_and_preprocess"
@@ -86,7 +85,7 @@ def _run(args: argparse.Namespace) -> None:
 
     prepared = plan_and_preprocess(
         args.dataset,
-        resolve_folders(say),
+        resolve_folders(),
         configurations=args.configurations,
         plans_name=args.plans,
         preset=args.preset,
@@ -100,15 +99,14 @@ def _run(args: argparse.Namespace) -> None:
         dask_address=args.dask,
         preprocess=not args.no_preprocessing,
         restart=args.restart,
-        say=say,
     )
     if prepared.report is None:
-        say_next("the same command without --no-preprocessing")
+        print_next("the same command without --no-preprocessing")
         return
     method, configuration = prepared.first_pretraining()
     plans = "" if args.plans == PLANS_NAME else f" -p {args.plans}"
     chosen = "" if configuration is None else f" -c {configuration}"
-    say_next(
+    print_next(
         f"nnssl_pretrain -m {method} -d {prepared.plan.dataset_name}{plans}{chosen} (or another method: nnssl_info)"
     )
 

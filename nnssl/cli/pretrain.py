@@ -17,10 +17,10 @@ from nnssl.cli.command import (
     choose_device,
     natural_int,
     positive_int,
+    print_next,
     run_command,
-    say,
-    say_next,
 )
+from nnssl.log import print_line
 from nnssl.methods import METHODS
 
 NAME = "nnssl_pretrain"
@@ -108,8 +108,8 @@ def _run(args: argparse.Namespace) -> None:
         overrides += [f"{stage.name}.epochs={count}" for stage, count in zip(stages, counts, strict=True)]
     if args.iterations_per_epoch is not None:
         overrides.append(f"iterations_per_epoch={args.iterations_per_epoch}")
-    folders = resolve_folders(say)
-    device = choose_device(args.device, say)
+    folders = resolve_folders()
+    device = choose_device(args.device)
 
     from trainers.pretraining.pretrain import pretrain
 
@@ -129,10 +129,9 @@ def _run(args: argparse.Namespace) -> None:
         probe=args.probe,
         probe_cases=args.probe_cases,
         probe_every=args.probe_every,
-        say=say,
     )
-    say(f"weights: {final}")
-    say_next(f"nnssl_finetune -d LABELLED_ID -w {final}")
+    print_line(f"weights: {final}")
+    print_next(f"nnssl_finetune -d LABELLED_ID -w {final}")
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ from nnssl.cli.command import (
     choose_device,
     natural_int,
     positive_int,
+    print_next,
     run_command,
-    say,
-    say_next,
 )
+from nnssl.log import print_line
 
 if TYPE_CHECKING:
     from nnssl.data.case_store import CaseStore
@@ -120,8 +120,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> None:
     weights, store = _open_weights(args)
     args.function(args, weights, store)
-    say(f"picture: {args.output}")
-    say_next(f"nnssl_finetune -d LABELLED_ID -w {weights.path}")
+    print_line(f"picture: {args.output}")
+    print_next(f"nnssl_finetune -d LABELLED_ID -w {weights.path}")
 
 
 def _similarity(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
@@ -134,13 +134,13 @@ def _similarity(args: argparse.Namespace, weights: "Weights", store: "CaseStore"
     following = [*store.names[place:], *store.names[:place]]
     others = [name for name in following if name != case][:OTHERS] if args.others is None else args.others
     point = None if args.point is None else tuple(args.point)
-    comparison = compare_cases(network, store, case, point, others, args.seed, say)
+    comparison = compare_cases(network, store, case, point, others, args.seed)
     write_picture(args.output, similarity_figure(comparison, described))
     for similarity in comparison.similarities:
         nearest = " ".join(map(str, similarity.nearest_vox))
-        say(f"{similarity.case.name}: nearest {nearest}, cosine {similarity.nearest_cosine:.3f}")
+        print_line(f"{similarity.case.name}: nearest {nearest}, cosine {similarity.nearest_cosine:.3f}")
     query = " ".join(map(str, comparison.query_vox))
-    say(f"query: --case {case} --point {query}")
+    print_line(f"query: --case {case} --point {query}")
 
 
 def _embedding(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
@@ -158,7 +158,7 @@ def _uncertainty(args: argparse.Namespace, weights: "Weights", store: "CaseStore
     from nnssl.pictures.figures import uncertainty_figure, write_picture
     from nnssl.pictures.teacher_uncertainty import measure_uncertainty, open_teacher
 
-    teacher, _ = open_teacher(weights.path, args.passes, choose_device(args.device, say), say)
+    teacher, _ = open_teacher(weights.path, args.passes, choose_device(args.device))
     case = find_case(store, args.case or store.names[0])
     uncertainty = measure_uncertainty(teacher, case, args.slice)
     described = _describe(weights, f"{teacher.passes} passes", store)
@@ -170,14 +170,14 @@ def _reconstruction(args: argparse.Namespace, weights: "Weights", store: "CaseSt
     from nnssl.pictures.figures import reconstruction_figure, write_picture
     from nnssl.pictures.reconstructions import open_reconstructor, reconstruct_case
 
-    device = choose_device(args.device, say)
+    device = choose_device(args.device)
     method, _ = open_reconstructor(weights.path, device)
     case = find_case(store, args.case or store.names[0])
     made = reconstruct_case(method, case, args.slice, args.seed, device)
     described = _describe(weights, case.name, store)
     write_picture(args.output, reconstruction_figure(made, method.configuration.spacing_mm, described))
     for each in made:
-        say(f"{each.model}: mean squared error {each.error:.3f}, {UNTOLD[each.model]} {each.error_untold:.3f}")
+        print_line(f"{each.model}: mean squared error {each.error:.3f}, {UNTOLD[each.model]} {each.error_untold:.3f}")
 
 
 def _matches(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
@@ -186,7 +186,7 @@ def _matches(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -
     from nnssl.pictures.figures import matches_figure, write_picture
     from nnssl.pictures.matches import find_matches, open_matcher
 
-    matcher, method = open_matcher(weights.path, store, choose_device(args.device, say))
+    matcher, method = open_matcher(weights.path, store, choose_device(args.device))
     if len(store.names) < 2:
         raise UserError(f"{store.folder}: has one case only, and nothing to look in; give another data set with -d")
     case = find_case(store, args.case or store.names[0]).name
@@ -199,7 +199,7 @@ def _matches(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -
         place, by_embedding, by_box = (
             " ".join(map(str, vox)) for vox in (each.query_vox, each.found_vox, each.box_vox)
         )
-        say(
+        print_line(
             f"{place}: {by_embedding}, similarity {each.score:.3f}, back within {each.cycle_mm:.1f} mm; body's box {by_box}"
         )
 
@@ -208,8 +208,8 @@ def _open_network(args: argparse.Namespace, weights: "Weights", store: "CaseStor
     """Return the network of the weights, and what it is in words."""
     from nnssl.pictures.dense_network import open_dense_network
 
-    network, _ = open_dense_network(weights.path, args.features, choose_device(args.device, say), say)
-    say(f"Features: {network.kind}")
+    network, _ = open_dense_network(weights.path, args.features, choose_device(args.device))
+    print_line(f"Features: {network.kind}")
     return network, _describe(weights, f"features: {network.kind}", store)
 
 
@@ -222,11 +222,11 @@ def _open_weights(args: argparse.Namespace) -> "tuple[Weights, CaseStore]":
     from trainers.finetuning.pretrained_weights import open_weights
 
     check_picture_path(args.output)
-    folders = resolve_folders(say)
-    weights = open_weights(args.weights, folders, say)
+    folders = resolve_folders()
+    weights = open_weights(args.weights, folders)
     provenance = weights.provenance
     dataset = provenance.dataset_name if args.dataset is None else find_dataset(args.dataset, folders)
-    return weights, open_cases(provenance, dataset, folders, say)
+    return weights, open_cases(provenance, dataset, folders)
 
 
 def _describe(weights: "Weights", detail: str, store: "CaseStore") -> str:

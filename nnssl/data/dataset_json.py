@@ -1,24 +1,24 @@
 """``dataset.json`` of a raw data set: what it says, and what nnU-Net wants it to say."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nnssl.errors import UserError
 from nnssl.files import read_json
+from nnssl.log import logger
 
 NO_LABELS = {"background": 0, "foreground": 1}
 """nnU-Net wants two labels at least in a dataset.json, also where nothing is labelled."""
 
 
-def read_dataset_json(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def read_dataset_json(folder: Path) -> dict[str, Any]:
     """Return the content of dataset.json, or an empty dict where there is none."""
     if not folder.is_dir():
         raise UserError(f"{folder}: the data set has no raw images there; copy them or set nnUNet_raw")
     path = folder / "dataset.json"
     if not path.exists():
-        say(f"{folder.name}: no dataset.json, so channels and file ending are taken from the files")
+        logger.info(f"{folder.name}: no dataset.json, so channels and file ending are taken from the files")
         return {}
     content = read_json(path, "dataset.json")
     if not isinstance(content, dict):
@@ -35,7 +35,7 @@ def channel_names_in(content: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def complete_dataset_json(
-    content: dict[str, Any], ending: str, names: tuple[str, ...], cases: int, dataset: str, say: Callable[[str], None]
+    content: dict[str, Any], ending: str, names: tuple[str, ...], cases: int, dataset: str
 ) -> dict[str, Any]:
     """Return a dataset.json that nnU-Net accepts."""
     completed = copy.deepcopy(content)
@@ -47,7 +47,7 @@ def complete_dataset_json(
     if not isinstance(labels, dict) or "background" not in labels:
         completed["labels"] = dict(NO_LABELS)
     if completed.get("numTraining", cases) != cases:
-        say(f"{dataset}: dataset.json counts {completed['numTraining']} cases, {cases} can be used")
+        logger.info(f"{dataset}: dataset.json counts {completed['numTraining']} cases, {cases} can be used")
     completed["numTraining"] = cases
     completed["file_ending"] = ending
     return completed

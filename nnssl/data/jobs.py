@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from nnssl.errors import UserError
+from nnssl.log import logger
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -74,7 +75,7 @@ def run_jobs(work: Callable[[J], R], jobs: Iterable[J], processes: int, dask_add
             executor.shutdown(cancel_futures=True)
 
 
-def follow_jobs(results: Iterable[R], doing: str, done: str, total: int, say: Callable[[str], None]) -> Iterator[R]:
+def follow_jobs(results: Iterable[R], doing: str, done: str, total: int) -> Iterator[R]:
     """Pass results on and show how far the jobs are: a bar on a terminal, else a line now and then.
 
     Args:
@@ -82,7 +83,6 @@ def follow_jobs(results: Iterable[R], doing: str, done: str, total: int, say: Ca
         doing: what the jobs do, for the bar: "preprocessing".
         done: what has become of the finished ones, for the lines: "preprocessed".
         total: number of jobs; each is a case.
-        say: called with the lines.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm
@@ -92,7 +92,7 @@ def follow_jobs(results: Iterable[R], doing: str, done: str, total: int, say: Ca
     last = time.monotonic()
     for number, result in enumerate(results, start=1):
         if time.monotonic() - last >= SECONDS_PER_LINE or number == total:
-            say(f"{done} {number} of {total} cases")
+            logger.info(f"{done} {number} of {total} cases")
             last = time.monotonic()
         yield result
 

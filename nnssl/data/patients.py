@@ -2,10 +2,11 @@
 
 import csv
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from nnssl.errors import UserError
+from nnssl.log import logger
 
 SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
 """BIDS: the entity that names a subject."""
@@ -54,13 +55,12 @@ def read_patients(path: Path) -> dict[str, str]:
     return patients
 
 
-def find_patients(cases: Sequence[str], path: Path | None, say: Callable[[str], None]) -> dict[str, str]:
+def find_patients(cases: Sequence[str], path: Path | None) -> dict[str, str]:
     """Return the patient of every case.
 
     Args:
         cases: names.
         path: table that says it, which must name every case; None to take it from the names.
-        say: called with a line where names were read as several cases of a patient.
 
     Raises:
         UserError: the table cannot be read or leaves a case out.
@@ -77,7 +77,7 @@ def find_patients(cases: Sequence[str], path: Path | None, say: Callable[[str], 
     number = len(set(patients.values()))
     if number < len(cases):
         first = next(case for case in cases if patients[case] != case)
-        say(
+        logger.info(
             f"{len(cases)} cases of {number} patients, by their names ({first} is of {patients[first]}); "
             "--patients FILE says otherwise"
         )

@@ -8,7 +8,7 @@ filled only where a channel is normalised inside that mask, since they cannot ch
 A case is read once for all the folders it goes to. Each folder serves every configuration that shares its spacing.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from nnssl.data.recipe import FOREGROUND_POINTS, Recipe, Target, digest_case, fi
 from nnssl.draws import draw_seed
 from nnssl.errors import UserError
 from nnssl.files import some
+from nnssl.log import logger
 from nnssl.paths import Folders, make_writable
 from nnssl.plan import Plan
 
@@ -66,7 +67,6 @@ def preprocess_dataset(
     configurations: Sequence[str] | None,
     processes: int,
     dask_address: str | None,
-    say: Callable[[str], None],
     restart: bool = False,
 ) -> PreprocessReport:
     """Preprocess the usable cases of a data set for configurations of a plan.
@@ -84,7 +84,6 @@ def preprocess_dataset(
         configurations: names; None for all of the plan.
         processes: processes of this machine; up to 1 works in this process.
         dask_address: of a Dask scheduler to use instead.
-        say: called with single lines.
         restart: preprocess complete cases again, too.
 
     Returns:
@@ -98,22 +97,22 @@ def preprocess_dataset(
     cases = [case for case in dataset.cases if case.name in usable]
     for target in targets:
         remove_leftovers(make_writable(target.folder))
-        _remove_foreign(target, usable, restart, say)
+        _remove_foreign(target, usable, restart)
     jobs = [Job(case, dataset.reader, find_outdated(case, dataset.reader, targets)) for case in cases]
     jobs = [job for job in jobs if job.targets]
     for job in jobs:
         for target in job.targets:
             remove_case(target.folder, job.case.name)
     skipped = len(cases) - len(jobs)
-    say(f"preprocessing {dataset.name}: {len(jobs)} cases to do, {skipped} done before")
+    logger.info(f"preprocessing {dataset.name}: {len(jobs)} cases to do, {skipped} done before")
     processes = min(processes, len(jobs))
     outcomes: Iterable[SetAside | None] = ()
     if jobs:
         outcomes = run_jobs(preprocess_case, jobs, processes, dask_address)
-        outcomes = follow_jobs(outcomes, "preprocessing", "preprocessed", len(jobs), say)
+        outcomes = follow_jobs(outcomes, "preprocessing", "preprocessed", len(jobs))
     set_aside = sorted((outcome for outcome in outcomes if outcome is not None), key=lambda entry: entry.case)
     for entry in set_aside:
-        say(f"set aside {entry.case}: {entry.reason} ({entry.file})")
+        logger.info(f"set aside {entry.case}: {entry.reason} ({entry.file})")
     if len(set_aside) > MOST_SET_ASIDE * len(cases):
         raise UserError(
             f"{dataset.name}: {len(set_aside)} of {len(cases)} cases cannot be preprocessed, first {set_aside[0].case} "
@@ -123,12 +122,12 @@ def preprocess_dataset(
     return PreprocessReport(tuple(target.folder for target in targets), done, skipped, tuple(set_aside))
 
 
-def _remove_foreign(target: Target, usable: Collection[str], restart: bool, say: Callable[[str], None]) -> None:
+def _remove_foreign(target: Target, usable: Collection[str], restart: bool) -> None:
     """Remove complete cases that the data set no longer has, or all of them."""
     present = complete_cases(target.folder)
     foreign = [name for name in present if name not in usable]
     if foreign:
-        say(f"{target.folder}: removing {len(foreign)} cases that the data set no longer has ({some(foreign)})")
+        logger.info(f"{target.folder}: removing {len(foreign)} cases that the data set no longer has ({some(foreign)})")
     for name in present if restart else foreign:
         remove_case(target.folder, name)
 

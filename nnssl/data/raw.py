@@ -7,7 +7,6 @@ channel, ``_0001`` and so on). ``dataset.json`` is optional; what it does not sa
 import contextlib
 import re
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from nnssl.data.image_files import ENDINGS, read_file_header, read_images
 from nnssl.data.raw_files import group_folder_files, group_listed_files
 from nnssl.errors import UserError
 from nnssl.files import read_names
+from nnssl.log import logger
 from nnssl.paths import Folders
 
 UNKNOWN_CHANNEL = "unknown"
@@ -91,12 +91,7 @@ def find_dataset(dataset: str | int, folders: Folders) -> str:
     raise UserError(f"data set {wanted}: not found in {folders.raw}; {there}; put it there or set nnUNet_raw")
 
 
-def read_dataset(
-    dataset: str | int,
-    folders: Folders,
-    say: Callable[[str], None],
-    channel_names: tuple[str, ...] | None = None,
-) -> RawDataset:
+def read_dataset(dataset: str | int, folders: Folders, channel_names: tuple[str, ...] | None = None) -> RawDataset:
     """List the cases of a raw data set; image headers and voxels stay closed but for one case to choose the reader.
 
     Hidden files are passed over. Symbolic links are followed. Files that do not make a case (another number of channels
@@ -105,7 +100,6 @@ def read_dataset(
     Args:
         dataset: number or name.
         folders: nnU-Net's folders.
-        say: called with one line for everything that was inferred because dataset.json does not say it.
         channel_names: names to use instead of those of dataset.json.
 
     Returns:
@@ -116,19 +110,19 @@ def read_dataset(
     """
     name = find_dataset(dataset, folders)
     folder = folders.raw / name
-    content = read_dataset_json(folder, say)
+    content = read_dataset_json(folder)
     if "dataset" in content:
         ending, groups, set_aside = group_listed_files(content, folder)
     else:
-        ending, groups, set_aside = group_folder_files(content, folder, say)
-    reader = _choose_reader(content, ending, groups, say)
+        ending, groups, set_aside = group_folder_files(content, folder)
+    reader = _choose_reader(content, ending, groups)
     given = channel_names or channel_names_in(content)
     if channel_names is not None:
-        say(f"{name}: channels are called {', '.join(channel_names)}, as asked")
+        logger.info(f"{name}: channels are called {', '.join(channel_names)}, as asked")
     files_per_case, channels_per_file = _count_channels(groups, reader, given, name)
     if given is None:
         given = (UNKNOWN_CHANNEL,) * (files_per_case * channels_per_file)
-        say(f"{name}: {len(given)} channel(s) found, their modality will be judged from the intensities")
+        logger.info(f"{name}: {len(given)} channel(s) found, their modality will be judged from the intensities")
     cases = []
     for case, files in sorted(groups.items()):
         if sorted(files) == list(range(files_per_case)):
@@ -140,17 +134,16 @@ def read_dataset(
     if not cases:
         raise UserError(f"{folder}: no case has {files_per_case} channel files; mend channel_names in dataset.json")
     set_aside.sort(key=lambda entry: (entry.case, entry.file))
-    completed = complete_dataset_json(content, ending, given, len(cases), name, say)
+    completed = complete_dataset_json(content, ending, given, len(cases), name)
     return RawDataset(name, folder, ending, given, tuple(cases), reader, completed, tuple(set_aside))
 
 
-def leave_out(dataset: RawDataset, path: Path, say: Callable[[str], None]) -> RawDataset:
+def leave_out(dataset: RawDataset, path: Path) -> RawDataset:
     """Return the data set without the cases that a file names, one per line; a test set stays unseen that way.
 
     Args:
         dataset: the data set.
         path: list of cases.
-        say: called with one line.
 
     Raises:
         UserError: the file is no list, names a case that the data set does not have, or leaves none.
@@ -162,13 +155,11 @@ def leave_out(dataset: RawDataset, path: Path, say: Callable[[str], None]) -> Ra
     kept = tuple(case for case in dataset.cases if case.name not in names)
     if not kept:
         raise UserError(f"{path}: names all cases of {dataset.name}; leave some to pretrain on")
-    say(f"{dataset.name}: {len(names)} of {len(dataset.cases)} cases left out, as {path} asks")
+    logger.info(f"{dataset.name}: {len(names)} of {len(dataset.cases)} cases left out, as {path} asks")
     return replace(dataset, cases=kept)
 
 
-def _choose_reader(
-    content: dict[str, Any], ending: str, groups: dict[str, dict[int, Path]], say: Callable[[str], None]
-) -> str:
+def _choose_reader(content: dict[str, Any], ending: str, groups: dict[str, dict[int, Path]]) -> str:
     """Return the name of the reader that nnU-Net takes: the first of its classes that reads an example."""
     from nnunetv2.imageio import reader_writer_registry as registry  # slow to import
 
@@ -179,7 +170,9 @@ def _choose_reader(
         try:
             return registry.recursive_find_reader_writer_by_name(wanted).__name__
         except RuntimeError:
-            say(f"dataset.json asks for the reader {wanted}, which nnU-Net does not have; taking one by file ending")
+            logger.info(
+                f"dataset.json asks for the reader {wanted}, which nnU-Net does not have; taking one by file ending"
+            )
     candidates = [cls for cls in registry.LIST_OF_IO_CLASSES if ending.lower() in cls.supported_file_endings]
     if not candidates:
         raise UserError(f"file ending {ending}: nnU-Net reads {' '.join(ENDINGS)}; convert the images")

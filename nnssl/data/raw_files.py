@@ -3,7 +3,6 @@
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from nnssl.data.case_error import SetAside
 from nnssl.data.dicom_series import SERIES_ENDING
 from nnssl.data.image_files import ENDINGS, ending_of
 from nnssl.errors import UserError
+from nnssl.log import logger
 
 KNOWN_ENDINGS = (*ENDINGS, SERIES_ENDING)
 
@@ -34,9 +34,7 @@ def group_listed_files(content: dict[str, Any], folder: Path) -> tuple[str, dict
     return content.get("file_ending") or str(counts.most_common(1)[0][0]), groups, set_aside
 
 
-def group_folder_files(
-    content: dict[str, Any], folder: Path, say: Callable[[str], None]
-) -> tuple[str, dict[str, dict[int, Path]], list[SetAside]]:
+def group_folder_files(content: dict[str, Any], folder: Path) -> tuple[str, dict[str, dict[int, Path]], list[SetAside]]:
     """Group the files of imagesTr by case and channel."""
     images = folder / "imagesTr"
     if not images.is_dir():
@@ -44,7 +42,7 @@ def group_folder_files(
     files = sorted(
         path for path in images.iterdir() if not path.name.startswith(".") and ending_of(path.name, KNOWN_ENDINGS)
     )
-    ending = _decide_ending(content, images, files, say)
+    ending = _decide_ending(content, images, files)
     groups: dict[str, dict[int, Path]] = defaultdict(dict)
     set_aside = []
     for file in files:
@@ -68,7 +66,7 @@ def group_folder_files(
     return ending, dict(groups), set_aside
 
 
-def _decide_ending(content: dict[str, Any], images: Path, files: list[Path], say: Callable[[str], None]) -> str:
+def _decide_ending(content: dict[str, Any], images: Path, files: list[Path]) -> str:
     """Return the file ending of a data set, from dataset.json or else the only one there is."""
     counts = Counter(ending_of(path.name, KNOWN_ENDINGS) for path in files)
     found = " and ".join(f"{count} {ending}" for ending, count in sorted(counts.items()))
@@ -79,7 +77,7 @@ def _decide_ending(content: dict[str, Any], images: Path, files: list[Path], say
         if len(counts) > 1:
             raise UserError(f"{images}: holds {found} files; keep one kind or name it as file_ending in dataset.json")
         ending = str(next(iter(counts)))
-        say(f"{images.parent.name}: file ending {ending} taken from the {len(files)} files of imagesTr")
+        logger.info(f"{images.parent.name}: file ending {ending} taken from the {len(files)} files of imagesTr")
     elif ending not in counts:
         raise UserError(f"{images}: dataset.json says file_ending {ending}, but there are {found} files; mend one")
     return str(ending)

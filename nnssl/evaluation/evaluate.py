@@ -1,7 +1,6 @@
 """Two folders of segmentations against one another: metrics case by case and their means, printed and written."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from nnssl.evaluation.labels import find_labels
 from nnssl.evaluation.metrics import evaluate_folders, write_metrics_csv
 from nnssl.evaluation.summary import format_summary, summarise
 from nnssl.files import write_json
+from nnssl.log import logger
 from nnssl.paths import make_writable
 
 METRICS_FILE, SUMMARY_FILE = "metrics.csv", "summary_nnssl.json"
@@ -23,7 +23,6 @@ def evaluate(
     tolerance_mm: float = 2.0,
     output: Path | None = None,
     processes: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Compare the segmentations of a folder with references of the same names, and write metrics and means.
 
@@ -34,7 +33,6 @@ def evaluate(
         tolerance_mm: of the surface distance.
         output: folder for ``metrics.csv`` and ``summary_nnssl.json``; None for the predictions'.
         processes: None for one for each core, at most 8.
-        say: called with lines for the user, the table among them.
 
     Returns:
         The content of ``summary_nnssl.json``.
@@ -44,14 +42,14 @@ def evaluate(
     """
     if not 0 < tolerance_mm < math.inf:
         raise UserError(f"--tolerance-mm {tolerance_mm:g}: give a number of mm above 0")
-    labels, ignore = find_labels(labels_file, predictions, references, say)
+    labels, ignore = find_labels(labels_file, predictions, references)
     folder = make_writable(output or predictions)
     workers = default_processes() if processes is None else processes
-    metrics = evaluate_folders(predictions, references, labels, tolerance_mm, ignore, workers, say=say)
+    metrics = evaluate_folders(predictions, references, labels, tolerance_mm, ignore, workers)
     summary = summarise(metrics, list(labels), tolerance_mm)
     write_metrics_csv(folder / METRICS_FILE, metrics)
     write_json(folder / SUMMARY_FILE, summary)
     for line in format_summary(summary):
-        say(line)
-    say(f"per case and class: {folder / METRICS_FILE}; means: {folder / SUMMARY_FILE}")
+        logger.info(line)
+    logger.info(f"per case and class: {folder / METRICS_FILE}; means: {folder / SUMMARY_FILE}")
     return summary

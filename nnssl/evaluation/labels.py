@@ -1,6 +1,6 @@
 """Which classes a segmentation has: as a ``dataset.json`` names them, or as they are found."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import numpy as np
 from nnssl.errors import UserError
 from nnssl.evaluation.segmentation_files import find_segmentations, read_segmentation
 from nnssl.files import read_json
+from nnssl.log import logger
 
 DATASET_JSON = "dataset.json"
 MOST_CLASSES = 255
@@ -35,9 +36,7 @@ def ignore_label(dataset_json: Mapping[str, Any]) -> int | None:
     return None if value is None else int(value)
 
 
-def find_labels(
-    file: Path | None, predictions: Path, references: Path, say: Callable[[str], None]
-) -> tuple[dict[str, Any], int | None]:
+def find_labels(file: Path | None, predictions: Path, references: Path) -> tuple[dict[str, Any], int | None]:
     """Return the classes to evaluate and the value to ignore: from a file, from one beside either folder, or as found.
 
     nnU-Net writes a ``dataset.json`` into the folder of its predictions.
@@ -46,7 +45,6 @@ def find_labels(
         file: None to look beside the segmentations.
         predictions: folder.
         references: folder.
-        say: called with a line on where the classes come from.
 
     Raises:
         UserError: there is no such folder, a file cannot be read, or predictions and references have different labels.
@@ -56,7 +54,7 @@ def find_labels(
     beside = [predictions / DATASET_JSON, references / DATASET_JSON, references.absolute().parent / DATASET_JSON]
     paths = [file] if file is not None else [path for path in beside if path.exists()]
     if not paths:
-        return _labels_as_found(predictions, references, say), None
+        return _labels_as_found(predictions, references), None
     found = {path: _parse_labels(read_json(path, "dataset.json"), path) for path in paths}
     first = paths[0]
     for path in paths[1:]:
@@ -65,7 +63,7 @@ def find_labels(
                 f"{first} and {path}: have different labels, {_describe(found[first])} and {_describe(found[path])}; "
                 "--labels FILE says which are meant"
             )
-    say(f"labels: {first}")
+    logger.info(f"labels: {first}")
     return found[first]
 
 
@@ -95,7 +93,7 @@ def _describe(labels: tuple[dict[str, Any], int | None]) -> str:
     return ", ".join(names if ignore is None else [*names, f"ignore {ignore}"])
 
 
-def _labels_as_found(predictions: Path, references: Path, say: Callable[[str], None]) -> dict[str, int]:
+def _labels_as_found(predictions: Path, references: Path) -> dict[str, int]:
     """Return every value of the segmentations but 0 as a class of that name."""
     values: set[int] = set()
     for folder in (predictions, references):
@@ -111,5 +109,5 @@ def _labels_as_found(predictions: Path, references: Path, say: Callable[[str], N
         raise UserError(
             f"{predictions}, {references}: hold background only; --labels FILE says which classes there are"
         )
-    say(f"no dataset.json found: the classes are the values {', '.join(labels)}; --labels FILE names them")
+    logger.info(f"no dataset.json found: the classes are the values {', '.join(labels)}; --labels FILE names them")
     return labels

@@ -11,7 +11,7 @@ which no distance in it is larger. So a missed organ is never passed over.
 
 import csv
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
@@ -138,7 +138,6 @@ def evaluate_folders(
     ignore: int | None = None,
     processes: int = 1,
     cases: Sequence[str] | None = None,
-    say: Callable[[str], None] | None = None,
 ) -> list[CaseMetrics]:
     """Evaluate the segmentations of a folder, one entry for each case and class, sorted by case.
 
@@ -150,7 +149,6 @@ def evaluate_folders(
         ignore: as ``evaluate_case``.
         processes: worker processes; 1 works in this one.
         cases: to evaluate; None for all that either folder has.
-        say: called with lines on how far the work is, unless a terminal shows a bar; None for neither.
 
     Raises:
         UserError: a prediction or a reference is missing, or a process was killed; or as ``evaluate_case``.
@@ -167,7 +165,7 @@ def evaluate_folders(
     evaluate = partial(_evaluate_pair, labels=labels, tolerance_mm=tolerance_mm, ignore=ignore)
     pairs = [(name, ours[name], theirs[name]) for name in names]
     outcomes = run_jobs(evaluate, pairs, min(processes, len(pairs)), None)
-    results = dict(outcomes if say is None else follow_jobs(outcomes, "evaluating", "evaluated", len(pairs), say))
+    results = dict(follow_jobs(outcomes, "evaluating", "evaluated", len(pairs)))
     return [entry for name in names for entry in results[name]]
 
 

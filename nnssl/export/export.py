@@ -1,6 +1,6 @@
 """A checkpoint made into what somebody else loads: read, fitted to a network, written and tried."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,6 +12,7 @@ from nnssl.export.formats import check_output, table_of, write_encoder, write_fo
 from nnssl.export.kernels import ChannelPolicy
 from nnssl.export.source import SourceWeights, choose_configuration, open_source
 from nnssl.export.target import TargetNetwork, build_target, open_target
+from nnssl.log import logger
 from nnssl.paths import Folders
 
 Format = Literal["nnunet", "hub", "encoder"]
@@ -51,7 +52,6 @@ def export(
     licence: str = "unknown",
     results: Sequence[Mapping[str, Any]] = (),
     seed: int = 0,
-    say: Callable[[str], None] = lambda line: None,
 ) -> Exported:
     """Make pretrained weights fit a network and write them in a form that others load.
 
@@ -70,7 +70,6 @@ def export(
         licence: of the weights, for hub and encoder.
         results: of fine-tuning, for the hub's card.
         seed: of what stays random.
-        say: called with lines for the user.
 
     Raises:
         UserError: the file cannot be read, the target cannot be built, too little fits, or nothing can be written.
@@ -83,27 +82,27 @@ def export(
         raise UserError(f"--format {form}: describes the network of a plan, so --trainer has no place with it")
     check_policy(policy)
     source = open_source(checkpoint)
-    say(f"Weights: {checkpoint} ({source.label}), channels {_channel_text(source)}")
+    logger.info(f"Weights: {checkpoint} ({source.label}), channels {_channel_text(source)}")
     target = _open(source, folders, for_plans, plans_name, configuration, channels, trainer, seed)
     names = f" ({', '.join(target.channel_names)})" if target.channel_names else ""
-    say(f"Target: {target.label}, {target.num_channels} channel(s){names}")
+    logger.info(f"Target: {target.label}, {target.num_channels} channel(s){names}")
     path = (out or _default_output(target, form)).expanduser().absolute()
     if form == "nnunet":
         check_output(path, source)
     report = fit_weights(source, target, policy)
-    refuse_below(report, least_share, str(checkpoint), say, ADVICE)
+    refuse_below(report, least_share, str(checkpoint), ADVICE)
     remark = ""
     if form == "nnunet":
         remark = write_for_nnunet(path, source, target, report)
-        say(f"Written and read back by nnU-Net's own loader: {path} (table: {table_of(path).name})")
+        logger.info(f"Written and read back by nnU-Net's own loader: {path} (table: {table_of(path).name})")
     elif form == "hub":
         remark = write_for_hub(path, source, target, report, licence, results)
-        say(f"Written, and its checkpoint read back by nnU-Net's own loader: {path}")
+        logger.info(f"Written, and its checkpoint read back by nnU-Net's own loader: {path}")
     else:
         count = write_encoder(path, source, target, report, licence)
-        say(f"Written: {path}, {count:,} parameters; python {path / 'load_encoder.py'} loads them")
+        logger.info(f"Written: {path}, {count:,} parameters; python {path / 'load_encoder.py'} loads them")
     if remark:
-        say(f"Adaptation plan: {remark}")
+        logger.info(f"Adaptation plan: {remark}")
     return Exported(path, target, report)
 
 

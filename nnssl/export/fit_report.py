@@ -1,11 +1,11 @@
 """What became of every tensor when weights were made to fit a network, and whether enough of them arrived."""
 
 import re
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 from nnssl.errors import UserError
+from nnssl.log import logger
 from nnssl.schema import STRICT
 from nnssl.tables import align
 
@@ -96,23 +96,20 @@ class FitReport:
         }
 
 
-def refuse_below(
-    report: FitReport, least_share: float, what: str, say: Callable[[str], None], advice: str = ""
-) -> None:
+def refuse_below(report: FitReport, least_share: float, what: str, advice: str = "") -> None:
     """Print a report's table, and refuse weights of which too little arrives.
 
     Args:
         report: of the fit.
         least_share: of the target's encoder that has to come from the checkpoint; 0 lets everything through.
         what: the checkpoint.
-        say: called with the lines of the table.
         advice: more that a user can do about it.
 
     Raises:
         UserError: less than ``least_share`` comes from the checkpoint, or its first layer does not.
     """
     for line in report.table():
-        say(line)
+        logger.info(line)
     share = report.share(encoder=True)
     hint = f"the table says why. Take plans whose network is like the pretrained one, or plan with --like{advice}"
     if share < least_share:

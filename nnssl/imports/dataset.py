@@ -23,6 +23,7 @@ from nnssl.imports.folders import find_in_bids, find_in_folder
 from nnssl.imports.lists import find_in_collection, find_in_list
 from nnssl.imports.record import RECORD_FILE, SCHEMA_VERSION, ImportRecord, TakenCase
 from nnssl.imports.sources import KINDS, Candidate, Choices, Found, check_choices, detect_kind, volume_ending
+from nnssl.log import logger
 from nnssl.paths import Folders, make_writable
 from nnssl.schema import read, write
 
@@ -43,7 +44,6 @@ def import_dataset(
     number: int,
     name: str,
     folders: Folders,
-    say: Callable[[str], None],
     kind: str | None = None,
     choices: Choices | None = None,
     restart: bool = False,
@@ -58,7 +58,6 @@ def import_dataset(
         number: of the data set, 1 to 999.
         name: of the data set, without ``DatasetXXX_``.
         folders: nnU-Net's folders.
-        say: called with single lines.
         kind: a key of ``KINDS``; None to find out.
         choices: which images are taken and how they make cases.
         restart: replace what an earlier import made.
@@ -79,7 +78,7 @@ def import_dataset(
     if kind is not None and not source.exists():
         raise UserError(f"{source}: there is no such file or folder; mend the path")
     kind = kind or detect_kind(source)
-    say(f"{source}: {KINDS[kind]}")
+    logger.info(f"{source}: {KINDS[kind]}")
     check_choices(kind, choices)
     found = FINDERS[kind](source, choices)
     names = number_equal_names(candidate.name for candidate in found.candidates)
@@ -103,7 +102,7 @@ def import_dataset(
     series = {each.name: asdict(each.series) for each in candidates if each.series is not None and each.name in kept}
     if folder.is_dir() and any(folder.iterdir()):
         if _is_same(folder, record, series):
-            say(f"{folder}: was imported from the same files with the same choices; nothing to do")
+            logger.info(f"{folder}: was imported from the same files with the same choices; nothing to do")
             return record
         if not restart:
             raise UserError(

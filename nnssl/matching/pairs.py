@@ -4,7 +4,7 @@ Each pair is a point in the body of one scan and its match in another. Matches a
 of all, and that lead back to within 20 mm of their point; where too few are found, the place in the body's box is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from nnssl.data.case_store import CaseStore
 from nnssl.data.patch_pairs import PairTable
 from nnssl.data.patients import patient_in_name
 from nnssl.draws import draw_seed
+from nnssl.log import logger
 from nnssl.matching.points import PointMatcher, cycle_error_mm, least_score, reliable
 
 PARTNERS = 4
@@ -46,9 +47,7 @@ class Candidates(NamedTuple):
     cycle_mm: Float[np.ndarray, " point"]
 
 
-def make_pairs(
-    store: CaseStore, matcher: PointMatcher | None, fallback: PointMatcher, seed: int, say: Callable[[str], None]
-) -> PairTable:
+def make_pairs(store: CaseStore, matcher: PointMatcher | None, fallback: PointMatcher, seed: int) -> PairTable:
     """Pair places of every scan with places of other patients' scans.
 
     Args:
@@ -56,7 +55,6 @@ def make_pairs(
         matcher: None to take the fallback for all.
         fallback: for places without a reliable match.
         seed: of partners and points.
-        say: called with a line about what was found.
     """
     names = store.names
     found = []
@@ -70,7 +68,7 @@ def make_pairs(
     queries, keys, query_vox, key_mm, matched = (np.concatenate(column) for column in zip(*columns, strict=True))
     table = PairTable(tuple(names), queries, keys, query_vox, key_mm / spacings[keys], matched)
     by = "by embeddings" if matcher else "all by the body's box"
-    say(
+    logger.info(
         f"{len(table.query)} pairs of places of {len(names)} scans, {by}: {table.matched.mean():.0%} with a reliable match"
     )
     return table

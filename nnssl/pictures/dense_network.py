@@ -1,6 +1,6 @@
 """A pretrained network whose features describe voxels, and the preprocessed cases that it can be shown."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from nnssl.checkpoint import Provenance
 from nnssl.data.case_store import CaseStore, StoredCase
 from nnssl.errors import UserError
+from nnssl.log import logger
 from nnssl.networks.backbone import planned_configuration
 from nnssl.networks.dense import DenseKind, dense_maps
 from nnssl.paths import Folders
@@ -56,28 +57,23 @@ class DenseNetwork:
         return [each.float() for each in dense_maps(self.network, tile, self.kind)]
 
 
-def open_dense_network(
-    path: Path, kind: DenseKind | None, device: torch.device, say: Callable[[str], None]
-) -> tuple[DenseNetwork, Provenance]:
+def open_dense_network(path: Path, kind: DenseKind | None, device: torch.device) -> tuple[DenseNetwork, Provenance]:
     """Build the network of a checkpoint, and say where its weights come from; see ``dense_network_of``.
 
     Raises:
         UserError: as ``open_pretrained`` and ``dense_network_of``.
     """
     pretrained = open_pretrained(path)
-    return dense_network_of(pretrained, kind, device, say), pretrained.provenance
+    return dense_network_of(pretrained, kind, device), pretrained.provenance
 
 
-def dense_network_of(
-    pretrained: Pretrained, kind: DenseKind | None, device: torch.device, say: Callable[[str], None]
-) -> DenseNetwork:
+def dense_network_of(pretrained: Pretrained, kind: DenseKind | None, device: torch.device) -> DenseNetwork:
     """Build the network of a checkpoint of pretraining and load its weights.
 
     Args:
         pretrained: the checkpoint.
         kind: which maps are read; None for those that the weights were pretrained to compare, else all of them.
         device: where to compute.
-        say: called with one line if the decoder was not pretrained.
 
     Raises:
         UserError: the weights do not fit the network of the plan, or that network has no decoder that makes feature maps.
@@ -91,7 +87,7 @@ def dense_network_of(
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f"{path}: its weights do not fit the network of its plan ({reason}); pretrain again") from error
     if not provenance.pretrains("decoder.stages."):
-        say(
+        logger.info(
             f"Warning: {provenance.method} does not pretrain the decoder, whose features are shown as they were "
             f"initialised; pretrained are only {', '.join(provenance.pretrained)}"
         )
@@ -126,14 +122,13 @@ def pretrained_kind(settings: dict[str, Any]) -> DenseKind:
     return found if found in get_args(DenseKind) else "pyramid"
 
 
-def open_cases(provenance: Provenance, dataset_name: str, folders: Folders, say: Callable[[str], None]) -> CaseStore:
+def open_cases(provenance: Provenance, dataset_name: str, folders: Folders) -> CaseStore:
     """Return the preprocessed cases of a data set.
 
     Args:
         provenance: of the weights.
         dataset_name: ``DatasetXXX_Name``; need not be the one the weights were pretrained on.
         folders: nnU-Net's folders.
-        say: called with one line if the voxels are of another size than in pretraining.
 
     Raises:
         UserError: the data set has no plan of that name with this configuration, that plan normalises or turns images in
@@ -155,7 +150,7 @@ def open_cases(provenance: Provenance, dataset_name: str, folders: Folders, say:
         )
     spacing_mm = own.configuration(name).spacing_mm
     if not np.allclose(spacing_mm, pretext.spacing_mm, rtol=SPACING_TOLERANCE):
-        say(
+        logger.info(
             f"Warning: pretrained at a spacing of {spacing_mm} mm, the cases of {dataset_name} have {pretext.spacing_mm}"
         )
     return CaseStore(folders.preprocessed / dataset_name / pretext.case_folder)

@@ -10,7 +10,7 @@ Deviations:
       case can be a little below 1 at the query. Embeddings of a whole volume are never held.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from nnssl.data.case_store import CaseStore, StoredCase
+from nnssl.log import logger
 from nnssl.pictures.dense_network import DenseNetwork, find_case
 from nnssl.pictures.features import (
     CONSTANT,
@@ -62,13 +63,7 @@ class Comparison:
 
 
 def compare_cases(
-    network: DenseNetwork,
-    store: CaseStore,
-    case: str,
-    point_vox: Voxel | None,
-    others: Sequence[str],
-    seed: int,
-    say: Callable[[str], None],
+    network: DenseNetwork, store: CaseStore, case: str, point_vox: Voxel | None, others: Sequence[str], seed: int
 ) -> Comparison:
     """Compute the similarity of the voxels of some cases to one voxel.
 
@@ -81,7 +76,6 @@ def compare_cases(
         point_vox: the query; None for the middle of the case's body.
         others: cases to search.
         seed: of the sample that features are standardised over.
-        say: called with one line for each case.
 
     Returns:
         The query's case and the others in the order given.
@@ -99,7 +93,7 @@ def compare_cases(
         lowers = tile_corners(each.shape, network.tile_vox)
         if network.two_dimensional and place == 0:
             lowers = [lower for lower in lowers if lower[0] == query_vox[0]]
-        say(f"{each.name}: comparing {len(lowers)} tiles")
+        logger.info(f"{each.name}: comparing {len(lowers)} tiles")
         cosine = average_over_tiles(
             network, each, lowers, 1, lambda maps: cosines(maps, network.shape, query, standardisation)
         )[0]

@@ -6,7 +6,7 @@ Deviations: the head is standardised over the points that it is given together. 
 here they are all voxels of a tile, in random order and so many at a time as memory allows.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,26 +57,23 @@ class Uncertainty:
     two_dimensional: bool
 
 
-def open_teacher(
-    path: Path, passes: int | None, device: torch.device, say: Callable[[str], None]
-) -> tuple[Teacher, Provenance]:
+def open_teacher(path: Path, passes: int | None, device: torch.device) -> tuple[Teacher, Provenance]:
     """Build the teacher of a checkpoint of Pixel-global, and say where it comes from; see ``teacher_of``.
 
     Raises:
         UserError: as ``open_pretrained`` and ``teacher_of``.
     """
     pretrained = open_pretrained(path)
-    return teacher_of(pretrained, passes, device, say), pretrained.provenance
+    return teacher_of(pretrained, passes, device), pretrained.provenance
 
 
-def teacher_of(pretrained: Pretrained, passes: int | None, device: torch.device, say: Callable[[str], None]) -> Teacher:
+def teacher_of(pretrained: Pretrained, passes: int | None, device: torch.device) -> Teacher:
     """Build the teacher of Pixel-global.
 
     Args:
         pretrained: the checkpoint.
         passes: with dropout; None for the setting of the pretraining, or the paper's 20 where that is 0.
         device: where to compute.
-        say: called with lines for the user.
 
     Raises:
         UserError: the checkpoint is of another method, or as ``dense_network_of``.
@@ -86,7 +83,7 @@ def teacher_of(pretrained: Pretrained, passes: int | None, device: torch.device,
         raise UserError(
             f"{pretrained.path}: is of {found}, which has no teacher that says how sure it is; take {METHOD}'s"
         )
-    network = dense_network_of(pretrained, "single", device, say)
+    network = dense_network_of(pretrained, "single", device)
     method = method_of(pretrained, device)
     wanted = passes or method.settings.uncertainty_passes or 20  # the paper's
     teacher = replace(network, network=method.teacher)

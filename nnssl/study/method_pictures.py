@@ -26,7 +26,7 @@ from nnssl.pictures.teacher_uncertainty import measure_uncertainty, teacher_of
 from nnssl.study.report import Picture
 from nnssl.weights.pretrained import Pretrained, method_of, open_pretrained
 
-Maker = Callable[[Pretrained, Folders, torch.device, Callable[[str], None]], tuple[Picture, ...]]
+Maker = Callable[[Pretrained, Folders, torch.device], tuple[Picture, ...]]
 MATCHES = 4
 """Places that are looked for."""
 COMPARED_CASES = 3
@@ -40,26 +40,23 @@ def picture_of(figure: Figure, alt: str, caption: str) -> Picture:
     return Picture(file.getvalue(), alt, caption)
 
 
-def dense_pictures(
-    pretrained: Pretrained, folders: Folders, device: torch.device, say: Callable[[str], None]
-) -> tuple[Picture, ...]:
+def dense_pictures(pretrained: Pretrained, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
     """Return the similarity of a point to the voxels of other cases, and the first components of the features of a case.
 
     Args:
         pretrained: checkpoint of a method that pretrains features of voxels.
         folders: nnU-Net's folders, with the preprocessed cases of its data set.
         device: where to compute.
-        say: called with lines on what is being done.
 
     Raises:
         UserError: as ``dense_network_of`` and ``open_cases``.
     """
     provenance = pretrained.provenance
-    network = dense_network_of(pretrained, None, device, say)
-    store = open_cases(provenance, provenance.dataset_name, folders, say)
+    network = dense_network_of(pretrained, None, device)
+    store = open_cases(provenance, provenance.dataset_name, folders)
     one_each = {patient_in_name(name): name for name in reversed(store.names)}
     query, *others = sorted(one_each.values())[:COMPARED_CASES]
-    comparison = compare_cases(network, store, query, None, others, 0, say)
+    comparison = compare_cases(network, store, query, None, others, 0)
     similarity = picture_of(
         similarity_figure(comparison, f"{provenance.method}: what resembles one point"),
         f"Slices of {', '.join([query, *others])} with the cosine similarity of every voxel to one point of {query} over them; "
@@ -77,39 +74,35 @@ def dense_pictures(
     return similarity, colours
 
 
-def uncertainty_pictures(
-    pretrained: Pretrained, folders: Folders, device: torch.device, say: Callable[[str], None]
-) -> tuple[Picture, ...]:
+def uncertainty_pictures(pretrained: Pretrained, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
     """Return where Pixel-global's teacher is not sure of a case, and what dense features show.
 
     Raises:
         UserError: as ``teacher_of`` and ``open_cases``.
     """
     provenance = pretrained.provenance
-    teacher = teacher_of(pretrained, None, device, say)
-    store = open_cases(provenance, provenance.dataset_name, folders, say)
+    teacher = teacher_of(pretrained, None, device)
+    store = open_cases(provenance, provenance.dataset_name, folders)
     case = store.case(store.names[0])
     picture = picture_of(
         uncertainty_figure(measure_uncertainty(teacher, case, None), f"{provenance.method}: how sure the teacher is"),
         f"A slice of {case.name} with the uncertainty of the teacher over it",
         f"Entropy of {teacher.passes} passes with dropout: bright where the teacher does not know what it sees.",
     )
-    return picture, *dense_pictures(pretrained, folders, device, say)
+    return picture, *dense_pictures(pretrained, folders, device)
 
 
-def reconstruction_pictures(
-    pretrained: Pretrained, folders: Folders, device: torch.device, say: Callable[[str], None]
-) -> tuple[Picture, ...]:
+def reconstruction_pictures(pretrained: Pretrained, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
     """Return what PCRL's decoder makes of a patch, and what dense features show.
 
     Raises:
         UserError: as ``method_of`` and ``open_cases``.
     """
     method, provenance = method_of(pretrained, device), pretrained.provenance
-    dense = dense_pictures(pretrained, folders, device, say)
+    dense = dense_pictures(pretrained, folders, device)
     if not provenance.settings["reconstruction_weight"]:
         return dense
-    store = open_cases(provenance, provenance.dataset_name, folders, say)
+    store = open_cases(provenance, provenance.dataset_name, folders)
     name = store.names[0]
     made = reconstruct_case(method, store.case(name), None, 0, device)
     picture = picture_of(
@@ -121,9 +114,7 @@ def reconstruction_pictures(
     return picture, *dense
 
 
-def recovery_pictures(
-    pretrained: Pretrained, folders: Folders, device: torch.device, say: Callable[[str], None]
-) -> tuple[Picture, ...]:
+def recovery_pictures(pretrained: Pretrained, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
     """Return what Alice's decoder makes of masked tokens; nothing without a loss for them.
 
     Raises:
@@ -132,7 +123,7 @@ def recovery_pictures(
     method, provenance = method_of(pretrained, device), pretrained.provenance
     if not provenance.settings["reconstruction_weight"]:
         return ()
-    store = open_cases(provenance, provenance.dataset_name, folders, say)
+    store = open_cases(provenance, provenance.dataset_name, folders)
     name = store.names[0]
     made = reconstruct_case(method, store.case(name), None, 0, device)
     return (
@@ -145,17 +136,15 @@ def recovery_pictures(
     )
 
 
-def match_pictures(
-    pretrained: Pretrained, folders: Folders, device: torch.device, say: Callable[[str], None]
-) -> tuple[Picture, ...]:
+def match_pictures(pretrained: Pretrained, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
     """Return where SAM finds places of a case in another case, and what dense features show; the latter alone for one case.
 
     Raises:
         UserError: as ``matcher_of`` and ``open_cases``.
     """
-    dense = dense_pictures(pretrained, folders, device, say)
+    dense = dense_pictures(pretrained, folders, device)
     provenance = pretrained.provenance
-    store = open_cases(provenance, provenance.dataset_name, folders, say)
+    store = open_cases(provenance, provenance.dataset_name, folders)
     if len(store.names) < 2:
         return dense
     matcher, method = matcher_of(pretrained, store, device)
@@ -181,13 +170,11 @@ MAKERS: dict[str, Maker] = {
 """By method; a method without an entry shows nothing of its own."""
 
 
-def method_pictures(
-    method: str, checkpoint: Path, folders: Folders, device: torch.device, say: Callable[[str], None]
-) -> tuple[Picture, ...]:
+def method_pictures(method: str, checkpoint: Path, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
     """Return what a method shows of itself; empty for one that shows nothing.
 
     Raises:
         UserError: the weights or the cases cannot be shown.
     """
     maker = MAKERS.get(method)
-    return () if maker is None else maker(open_pretrained(checkpoint), folders, device, say)
+    return () if maker is None else maker(open_pretrained(checkpoint), folders, device)

@@ -3,6 +3,7 @@ import pytest
 from nnssl.data.phantoms import write_phantom_dataset
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
+from nnssl.log import lines_to
 from nnssl.paths import resolve_folders
 from planners.finetune_planner import adopt_plan, check_channels
 from tests.trainers.tiny_plan import tiny_plan
@@ -23,7 +24,8 @@ def test_the_plan_is_what_nnunets_own_command_writes(target, nnunet_folders):
 
     plan = tiny_plan()
     said: list[str] = []
-    adopted = adopt_plan(plan, TARGET, resolve_folders(), said.append)
+    with lines_to(said.append):
+        adopted = adopt_plan(plan, TARGET, resolve_folders())
     assert (adopted.name, adopted.path) == ("nnsslPlans", target / "nnsslPlans.json")
     assert read_json(adopted.path, "plan") == adopted.content
     assert adopted.content["dataset_name"] == TARGET
@@ -45,43 +47,43 @@ def test_the_plan_is_what_nnunets_own_command_writes(target, nnunet_folders):
 
 def test_the_same_plan_is_found_again_and_another_one_is_never_overwritten(target):
     folders = resolve_folders()
-    first = adopt_plan(tiny_plan(), TARGET, folders, str)
+    first = adopt_plan(tiny_plan(), TARGET, folders)
     written = first.path.stat().st_mtime_ns
-    assert adopt_plan(tiny_plan(), TARGET, folders, str) == first
+    assert adopt_plan(tiny_plan(), TARGET, folders) == first
     assert first.path.stat().st_mtime_ns == written
 
     changed = tiny_plan()
     changed["configurations"]["3d_fullres"]["patch_size"] = [16, 16, 16]
-    second = adopt_plan(changed, TARGET, folders, str)
+    second = adopt_plan(changed, TARGET, folders)
     assert second.name == "nnsslPlansFrom501"
     assert second.content["plans_name"] == "nnsslPlansFrom501"
     # another name, other preprocessed data
     assert second.content["configurations"]["3d_fullres"]["data_identifier"] == "nnsslPlansFrom501_3d_fullres"
-    assert adopt_plan(changed, TARGET, folders, str) == second
-    assert adopt_plan(tiny_plan(), TARGET, folders, str) == first
+    assert adopt_plan(changed, TARGET, folders) == second
+    assert adopt_plan(tiny_plan(), TARGET, folders) == first
 
     changed["configurations"]["3d_fullres"]["patch_size"] = [24, 16, 16]
     with pytest.raises(UserError, match=r"nnsslPlansFrom501.json.*--plans-name"):
-        adopt_plan(changed, TARGET, folders, str)
-    third = adopt_plan(changed, TARGET, folders, str, plans_name="mine")
+        adopt_plan(changed, TARGET, folders)
+    third = adopt_plan(changed, TARGET, folders, plans_name="mine")
     assert third.path.name == "mine.json"
     assert read_json(first.path, "plan")["configurations"]["3d_fullres"]["patch_size"] == [8, 16, 12]
     with pytest.raises(UserError, match="mine.json"):
-        adopt_plan(tiny_plan(), TARGET, folders, str, plans_name="mine")
+        adopt_plan(tiny_plan(), TARGET, folders, plans_name="mine")
 
 
 def test_weights_pretrained_on_the_labelled_data_set_itself_use_its_plan(target):
     plan = {**tiny_plan(TARGET), "image_reader_writer": "SimpleITKIO"}
     target.mkdir()
     write_json(target / "nnsslPlans.json", plan)
-    adopted = adopt_plan(plan, TARGET, resolve_folders(), str)
+    adopted = adopt_plan(plan, TARGET, resolve_folders())
     assert adopted.name == "nnsslPlans"
     assert read_json(adopted.path, "plan") == plan, "its pretext section stays"
 
 
 def test_other_channels_are_refused(target):
     with pytest.raises(UserError, match=r"has 1 channel\(s\) \(MRI\), but the weights were pretrained on 2"):
-        adopt_plan(tiny_plan(channels=2), TARGET, resolve_folders(), str)
+        adopt_plan(tiny_plan(channels=2), TARGET, resolve_folders())
     assert not target.exists()
     two = {"channel_names": {"0": "T1", "1": "T2"}, "labels": {"background": 0}, "file_ending": ".nii.gz"}
     with pytest.raises(UserError, match=r"has 2 channel\(s\) \(T1, T2\), but the weights were pretrained on 1"):
@@ -93,11 +95,11 @@ def test_a_data_set_that_nobody_labelled_is_refused(target, nnunet_folders):
         check_channels(tiny_plan(), TARGET, {"channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"})
     (nnunet_folders / "raw" / TARGET / "dataset.json").unlink()
     with pytest.raises(UserError, match="dataset.json"):
-        adopt_plan(tiny_plan(), TARGET, resolve_folders(), str)
+        adopt_plan(tiny_plan(), TARGET, resolve_folders())
 
 
 def test_no_image_to_read_is_one_line(target, nnunet_folders):
     next((nnunet_folders / "raw" / TARGET / "imagesTr").iterdir()).unlink()
     with pytest.raises(UserError, match="cannot read its images") as caught:
-        adopt_plan(tiny_plan(), TARGET, resolve_folders(), str)
+        adopt_plan(tiny_plan(), TARGET, resolve_folders())
     assert "\n" not in str(caught.value)

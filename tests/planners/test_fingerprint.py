@@ -13,6 +13,7 @@ from nnssl.data.case_error import SetAside
 from nnssl.data.phantoms import make_phantom, write_phantom_dataset
 from nnssl.data.raw import UNKNOWN_CHANNEL, read_dataset
 from nnssl.errors import UserError
+from nnssl.log import lines_to
 from nnssl.paths import resolve_folders
 from planners import fingerprint as module
 from planners.fingerprint import (
@@ -85,7 +86,7 @@ def test_record_of_a_case(folders, monkeypatch):
     second[1, 5, 5] = -150  # widens the crop along z
     write_case(folder, "a", first, second)
     write_names(folder, "MRI", "T2")
-    found = extract_fingerprint(read_dataset(601, folders, hush), 1, hush)
+    found = extract_fingerprint(read_dataset(601, folders), 1)
     (record,) = found.cases
     volume = np.stack([first, second])
     cropped = crop_to_nonzero(volume)[0]
@@ -112,7 +113,7 @@ def test_cases_weigh_the_same_whatever_their_size(folders):
     for name, shape, level in (("a", (8, 9, 10), 100), ("b", (24, 28, 30), 900)):
         write_case(folder, name, np.random.default_rng(1).normal(level, 1, shape).astype(np.float32))
     write_names(folder, "MRI")
-    found = nnunet_fingerprint(extract_fingerprint(read_dataset(602, folders, hush), 1, hush))
+    found = nnunet_fingerprint(extract_fingerprint(read_dataset(602, folders), 1))
     properties = found["foreground_intensity_properties_per_channel"]["0"]
     assert properties["mean"] == pytest.approx(500, abs=1)
     assert properties["std"] == pytest.approx(400, abs=1)
@@ -139,9 +140,10 @@ def test_unusable_cases_are_set_aside_and_duplicates_listed(folders):
     cut = folder / "imagesTr" / "cut_0000.nii.gz"
     cut.write_bytes(cut.read_bytes()[:-200])
     write_names(folder, "MRI")
-    dataset = read_dataset(603, folders, hush)
+    dataset = read_dataset(603, folders)
     said = []
-    found = extract_fingerprint(dataset, 1, said.append)
+    with lines_to(said.append):
+        found = extract_fingerprint(dataset, 1)
     # "copy" comes first by name
     assert [record.name for record in found.cases] == ["copy", "good0", "good1", "good3"]
     assert found.duplicates == (Duplicate("good2", "copy"),)
@@ -174,7 +176,7 @@ def test_the_fewer_of_slices_and_volumes_are_set_aside(folders, slices, volumes,
     for number in range(volumes):
         write_case(folder, f"volume{number}", tissue(9 + number))
     write_names(folder, "MRI")
-    found = extract_fingerprint(read_dataset(612, folders, hush), 1, hush)
+    found = extract_fingerprint(read_dataset(612, folders), 1)
     assert [record.name[:-1] for record in found.cases] == [kept] * max(slices, volumes)
     assert {entry.reason for entry in found.set_aside} == {reason}
     assert len(found.set_aside) == min(slices, volumes)
@@ -196,7 +198,7 @@ def test_the_size_after_cropping_is_the_median(folders):
         volume[:, rows:] = 0
         write_case(folder, f"case{number}", volume)
     write_names(folder, "MRI")
-    found = extract_fingerprint(read_dataset(613, folders, hush), 1, hush)
+    found = extract_fingerprint(read_dataset(613, folders), 1)
     assert nnunet_fingerprint(found)["median_relative_size_after_cropping"] == pytest.approx(13 / 14)
 
 
@@ -207,7 +209,8 @@ def test_one_case_with_negative_numbers_makes_no_ct(folders):
         volume[:2] = -1000 if number == 0 else 0
         write_case(folder, f"case{number}", volume)
     said = []
-    found = extract_fingerprint(read_dataset(614, folders, hush), 1, said.append)
+    with lines_to(said.append):
+        found = extract_fingerprint(read_dataset(614, folders), 1)
     assert found.modalities == ("MRI",)
     assert any("1 of 3 cases have voxels below -100" in line for line in said)
 
@@ -220,7 +223,7 @@ def test_a_voxel_of_air_makes_no_ct_but_a_hundredth_of_them_does(folders, voxels
         volume.reshape(-1)[:voxels] = -1000
         write_case(folder, f"case{number}", volume)
     assert 13 < volume.size / 100 < 14
-    assert extract_fingerprint(read_dataset(615, folders, hush), 1, hush).modalities == (modality,)
+    assert extract_fingerprint(read_dataset(615, folders), 1).modalities == (modality,)
 
 
 def test_nan_is_found_where_the_reader_hands_it_on(folders):
@@ -231,7 +234,7 @@ def test_nan_is_found_where_the_reader_hands_it_on(folders):
     holes[3, 4, 5] = np.nan
     for name, array in (("a", tissue(0)), ("b", holes)):
         sitk.WriteImage(sitk.GetImageFromArray(array), str(images / f"{name}_0000.nrrd"))
-    found = extract_fingerprint(read_dataset(611, folders, hush), 1, hush)
+    found = extract_fingerprint(read_dataset(611, folders), 1)
     assert [(entry.case, entry.reason) for entry in found.set_aside] == [("b", "holds NaN or infinite intensities")]
 
 
@@ -246,14 +249,14 @@ def test_a_tenth_may_be_set_aside_and_no_more():
 def test_nothing_usable_is_an_error(folders):
     write_case(folders.raw / "Dataset604_Flat", "a", np.zeros(SHAPE, np.float32))
     with pytest.raises(UserError, match=r"1 of 1 cases cannot be used .*constant"):
-        extract_fingerprint(read_dataset(604, folders, hush), 1, hush)
+        extract_fingerprint(read_dataset(604, folders), 1)
 
 
 def test_equal_voxels_in_another_shape_are_no_duplicate(folders):
     folder = folders.raw / "Dataset605_Shapes"
     write_case(folder, "a", tissue(0))
     write_case(folder, "b", tissue(0).reshape(14, 9, 11))
-    assert extract_fingerprint(read_dataset(605, folders, hush), 1, hush).duplicates == ()
+    assert extract_fingerprint(read_dataset(605, folders), 1).duplicates == ()
 
 
 @pytest.mark.parametrize(("modality", "judged"), [("CT", "CT"), ("MR", "MRI")])
@@ -261,9 +264,10 @@ def test_modality_is_judged_when_nothing_names_it(folders, modality, judged):
     folder = write_phantom_dataset(folders.raw, "Dataset606_X", 3, 1, (16, 24, 20), (5, 3, 4), modality, False)
     (folder / "dataset.json").unlink()
     said = []
-    dataset = read_dataset(606, folders, hush)
+    dataset = read_dataset(606, folders)
     assert dataset.channel_names == (UNKNOWN_CHANNEL,)
-    found = extract_fingerprint(dataset, 1, said.append)
+    with lines_to(said.append):
+        found = extract_fingerprint(dataset, 1)
     assert found.modalities == found.channel_names == (judged,)
     assert any(f"taken for {judged}" in line for line in said)
 
@@ -273,20 +277,21 @@ def test_names_decide_the_modality_and_a_doubt_is_said(folders):
     for name, modality, doubts in (("ct", "CT", 0), ("MRI", "MRI", 1)):
         write_names(folder, name)
         said = []
-        found = extract_fingerprint(read_dataset(607, folders, hush), 1, said.append)
+        with lines_to(said.append):
+            found = extract_fingerprint(read_dataset(607, folders), 1)
         assert (found.channel_names, found.modalities) == ((name,), (modality,))
         assert len(said) == 1 + doubts
 
 
 def test_any_number_of_processes_gives_the_same_fingerprint(folders):
     write_phantom_dataset(folders.raw, "Dataset608_X", 4, 1, (16, 24, 20), (5, 3, 4), "MR", False)
-    dataset = read_dataset(608, folders, hush)
-    assert extract_fingerprint(dataset, 2, hush) == extract_fingerprint(dataset, 1, hush)
+    dataset = read_dataset(608, folders)
+    assert extract_fingerprint(dataset, 2) == extract_fingerprint(dataset, 1)
 
 
 def test_kept_intensities_are_bounded(folders, monkeypatch):
     write_phantom_dataset(folders.raw, "Dataset609_X", 3, 1, (16, 24, 20), (5, 3, 4), "MR", False)
-    dataset = read_dataset(609, folders, hush)
+    dataset = read_dataset(609, folders)
     sizes = []
     measure = module.measure_case
 
@@ -297,29 +302,30 @@ def test_kept_intensities_are_bounded(folders, monkeypatch):
 
     monkeypatch.setattr(module, "measure_case", spy)
     monkeypatch.setattr(module, "SAMPLED_INTENSITIES", 100)
-    extract_fingerprint(dataset, 1, hush)
+    extract_fingerprint(dataset, 1)
     assert sizes == [33, 33, 33]
 
 
 def test_a_stored_fingerprint_is_reused_until_the_images_change(folders, monkeypatch):
     folder = write_phantom_dataset(folders.raw, "Dataset610_X", 2, 1, (16, 24, 20), (5, 3, 4), "MR", False)
-    first = read_or_extract(read_dataset(610, folders, hush), folders, 1, hush)
+    first = read_or_extract(read_dataset(610, folders), folders, 1)
     path = folders.preprocessed / "Dataset610_X" / "nnssl_fingerprint.json"
     runs = []
     extract = module.extract_fingerprint
     monkeypatch.setattr(module, "extract_fingerprint", lambda *arguments: runs.append(1) or extract(*arguments))
     said = []
-    assert read_or_extract(read_dataset(610, folders, hush), folders, 1, said.append) == first
+    with lines_to(said.append):
+        assert read_or_extract(read_dataset(610, folders), folders, 1) == first
     assert not runs
     assert "have not changed" in said[0]
     write_case(folder, "phantom_0000", tissue(0))
-    assert read_or_extract(read_dataset(610, folders, hush), folders, 1, hush).cases[0].shape == SHAPE
+    assert read_or_extract(read_dataset(610, folders), folders, 1).cases[0].shape == SHAPE
     assert len(runs) == 1
     write_names(folder, "CT")  # the same files, read as something else
-    assert read_or_extract(read_dataset(610, folders, hush), folders, 1, hush).modalities == ("CT",)
+    assert read_or_extract(read_dataset(610, folders), folders, 1).modalities == ("CT",)
     assert len(runs) == 2
     path.write_text(path.read_text().replace('"orientation"', '"direction"', 1))
-    read_or_extract(read_dataset(610, folders, hush), folders, 1, hush)
+    read_or_extract(read_dataset(610, folders), folders, 1)
     assert len(runs) == 3
 
 
@@ -327,7 +333,7 @@ def test_a_stored_fingerprint_is_reused_until_the_images_change(folders, monkeyp
 def test_an_image_has_changed_if_its_size_or_its_time_has(folders, added_bytes, later_ns):
     folder = write_phantom_dataset(folders.raw, "Dataset610_X", 2, 1, (16, 24, 20), (5, 3, 4), "MR", False)
     image = folder / "imagesTr" / "phantom_0001_0000.nii.gz"
-    dataset, state = read_dataset(610, folders, hush), image.stat()
+    dataset, state = read_dataset(610, folders), image.stat()
     before = digest_sources(dataset)
     with image.open("ab") as file:
         file.write(bytes(added_bytes))
@@ -344,6 +350,6 @@ def test_real_images_have_the_foreground_and_modality_that_they_show(real_data, 
         images.mkdir(parents=True)
         for file in sorted((real_data / name / "imagesTr").iterdir())[:2]:
             (images / file.name).symlink_to(file)
-        found = extract_fingerprint(read_dataset(number, folders, hush), 1, hush)
+        found = extract_fingerprint(read_dataset(number, folders), 1)
         assert found.modalities == (modality,)
         assert all(least <= case.foreground_share <= most for case in found.cases)

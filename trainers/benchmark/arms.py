@@ -2,7 +2,7 @@
 
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from nnssl.checkpoint import FINAL
 from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.files import content_digest
+from nnssl.log import logger
 from nnssl.methods import METHODS, Method, find_method, find_stage
 from nnssl.paths import Folders
 from nnssl.plan import Plan
@@ -171,13 +172,13 @@ def locate(arm: Arm, source: Source) -> Pretraining:
     return Pretraining(method, arm.stages, configuration, overrides, root, final)
 
 
-def make_weights(pretraining: Pretraining, source: Source, say: Callable[[str], None]) -> None:
+def make_weights(pretraining: Pretraining, source: Source) -> None:
     """Run the pretraining of an arm, or what is left of it."""
     pretraining.results.mkdir(parents=True, exist_ok=True)
     if pretraining.results != source.folders.results:
         for run in runs_of(pretraining.method, pretraining.stages, pretraining.overrides, source):
             if run.stage.configuration is not None and len(pretraining.stages) > 1:
-                _share_stage(pretraining, run, source, say)
+                _share_stage(pretraining, run, source)
     with variables(nnUNet_results=str(pretraining.results)):
         pretrain(
             pretraining.method.name,
@@ -189,11 +190,10 @@ def make_weights(pretraining: Pretraining, source: Source, say: Callable[[str], 
             seed=source.seed,
             device=source.device,
             stages=pretraining.stages,
-            say=say,
         )
 
 
-def _share_stage(pretraining: Pretraining, run: StageRun, source: Source, say: Callable[[str], None]) -> None:
+def _share_stage(pretraining: Pretraining, run: StageRun, source: Source) -> None:
     """Let arms that are prepared by the same stage with the same settings run it once."""
     own = run.folder(pretraining.results)
     if (own / FINAL).exists():
@@ -213,10 +213,9 @@ def _share_stage(pretraining: Pretraining, run: StageRun, source: Source, say: C
             seed=source.seed,
             device=source.device,
             stages=(name,),
-            say=say,
         )
     shared = run.folder(root)
-    say(f"{name}: taken from {shared}")
+    logger.info(f"{name}: taken from {shared}")
     shutil.copytree(shared, own, dirs_exist_ok=True)
 
 

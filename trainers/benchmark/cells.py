@@ -1,12 +1,12 @@
 """The cells of a study as they are on disk: where each lies, what it starts from, whether it is finished, what was measured."""
 
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
 from nnssl.evaluation.labels import foreground_labels
 from nnssl.evaluation.metrics import read_metrics_csv
 from nnssl.export.source import SEGMENTATION
+from nnssl.log import logger
 from nnssl.study.statistics import tabulate
 from nnssl.study.table import Cell, StudyTable
 from trainers.benchmark.study import CellKey, Study
@@ -14,20 +14,16 @@ from trainers.finetuning.arm import arm_folder
 from trainers.finetuning.pretrained_weights import Weights, open_weights, start_digest
 from trainers.finetuning.result import FILE_NAME
 
-Say = Callable[[str], None]
-
 
 class StudyCells:
     """Looks at the cells of a study; nothing is written.
 
     Args:
         study: which cells there are.
-        say: called with lines on the weights that are opened.
     """
 
-    def __init__(self, study: Study, say: Say) -> None:
+    def __init__(self, study: Study) -> None:
         self.study = study
-        self.say = say
         self.opened: dict[str, Weights] = {}
         self.starts: dict[str, str] = {}
         """The arm that was opened first, by what the network takes from its weights."""
@@ -43,10 +39,10 @@ class StudyCells:
         if path is None:
             return None
         if arm not in self.opened:
-            weights = open_weights(path, self.study.folders, self.say)
+            weights = open_weights(path, self.study.folders)
             first = self.starts.setdefault(start_digest(path, self.taken), arm)
             if first != arm:
-                self.say(
+                logger.info(
                     f"{arm}: gives {self.study.configuration} the same weights as {first}, so its cells are those of {first}; "
                     f"what else it trained has a place in {weights.provenance.configuration} only"
                 )

@@ -5,7 +5,7 @@ of cases in each checkpoint. A test image counts as seen if its voxels equal tho
 files are called, or if the name of its patient is also that of a pretraining case.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from nnssl.errors import UserError
 from nnssl.export.adaptation_plan import KEY
 from nnssl.export.description import ELSEWHERE
 from nnssl.files import some
+from nnssl.log import logger
 from nnssl.paths import Folders
 from nnssl.schema import read
 from planners.case_record import digest_volume
@@ -66,13 +67,11 @@ def seen_in_pretraining(dataset_name: str, folders: Folders, patients: Path | No
     )
 
 
-def seen_by_checkpoint(
-    path: Path, folders: Folders, patients: Path | None, say: Callable[[str], None] = lambda line: None
-) -> list[Seen]:
+def seen_by_checkpoint(path: Path, folders: Folders, patients: Path | None) -> list[Seen]:
     """Return what the weights of a checkpoint have seen, those that they started from included.
 
     Labelled cases of an online probe count where they have chosen the weights. What weights that were made elsewhere have
-    seen is not known; ``say`` is told.
+    seen is not known; a message says so.
 
     Raises:
         UserError: a checkpoint or a fingerprint is not there.
@@ -84,7 +83,7 @@ def seen_by_checkpoint(
         made_here = KEY not in content or "nnssl" in content
         provenance = parse_provenance(source, content) if made_here else None
         if provenance is None or provenance.dataset_name == ELSEWHERE:
-            say(f"{source}: was made elsewhere, so whether it has seen held-out cases cannot be checked")
+            logger.info(f"{source}: was made elsewhere, so whether it has seen held-out cases cannot be checked")
             break
         probe = content["nnssl"]["state"].get("probe")  # earlier versions had none
         if probe is not None and probe["chose_weights"]:

@@ -1,15 +1,15 @@
 """Which patients of a study are held out, and in which order the others are labelled. A patient is on one side only."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from nnssl.data.raw import RawDataset
 from nnssl.errors import UserError
 from nnssl.files import read_names, some
+from nnssl.log import logger
 from trainers.benchmark.leaks import Seen, check_unseen, digest_cases, find_leaks
 from trainers.benchmark.settings import StudySettings
 from trainers.finetuning.labelled_cases import label_order, read_case_names
 
-Say = Callable[[str], None]
 DEFAULT_SHARE = 0.25
 """Of the labelled patients that are held out when the user names none."""
 
@@ -20,7 +20,6 @@ def choose_test(
     labelled: tuple[str, ...],
     patients: Mapping[str, str],
     seen: Sequence[Seen],
-    say: Say,
 ) -> tuple[str, ...]:
     """Return the cases to hold out: those that the user names, or drawn ones.
 
@@ -28,19 +27,15 @@ def choose_test(
         UserError: a case was seen in pretraining, or too few were not.
     """
     if settings.test_cases is None:
-        return draw_test_cases(dataset, patients, settings.test_patients, seen, say)
+        return draw_test_cases(dataset, patients, settings.test_patients, seen)
     test = read_case_names(settings.test_cases, labelled)
     check_unseen(find_leaks(digest_cases(dataset, test), patients, seen), str(settings.test_cases))
-    say(f"{len(test)} cases are held out; no pretraining has seen them (checked by voxels and by patient)")
+    logger.info(f"{len(test)} cases are held out; no pretraining has seen them (checked by voxels and by patient)")
     return test
 
 
 def draw_test_cases(
-    dataset: RawDataset,
-    patients: Mapping[str, str],
-    wanted: int | None,
-    seen: Sequence[Seen],
-    say: Callable[[str], None],
+    dataset: RawDataset, patients: Mapping[str, str], wanted: int | None, seen: Sequence[Seen]
 ) -> tuple[str, ...]:
     """Draw patients to hold out among those that pretraining has not seen; always the same ones.
 
@@ -49,7 +44,6 @@ def draw_test_cases(
         patients: of its labelled cases.
         wanted: number of patients; None for a quarter of all, one at least.
         seen: what the pretrainings have seen.
-        say: called with one line.
 
     Returns:
         All cases of the patients.
@@ -72,7 +66,7 @@ def draw_test_cases(
             "pretrain again and give --test-cases FILE"
         )
     cases = tuple(sorted(case for patient in chosen for case in cases_of[patient]))
-    say(f"{len(cases)} cases of {len(chosen)} patients are held out, which no pretraining has seen")
+    logger.info(f"{len(cases)} cases of {len(chosen)} patients are held out, which no pretraining has seen")
     return cases
 
 

@@ -14,6 +14,7 @@ from nnssl.checkpoint import read_checkpoint
 from nnssl.data.raw import read_volume
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_atomically
+from nnssl.log import logger, silence
 from nnssl.study.method_pictures import method_pictures, picture_of
 from nnssl.study.report import (
     Picture,
@@ -51,9 +52,9 @@ def write_results(cells: StudyCells, folder: Path, command: str) -> StudyTable:
     text = markdown_table(table)
     write_atomically(folder / "table.md", lambda file: file.write(text.encode()))
     write_report(folder / "report.html", gather_report(cells, table, command))
-    cells.say(text.rstrip())
+    logger.info(text.rstrip())
     for name in ("results.csv", "table.md", "report.html"):
-        cells.say(f"{name}: {folder / name}")
+        logger.info(f"{name}: {folder / name}")
     return table
 
 
@@ -94,7 +95,8 @@ def gather_report(cells: StudyCells, table: StudyTable, command: str) -> Report:
 def _own_pictures(cells: StudyCells, arm: str) -> tuple[Picture, ...]:
     weights, study = cells.weights(arm), cells.study
     assert weights is not None
-    return method_pictures(weights.provenance.method, weights.path, study.folders, study.device, lambda line: None)
+    with silence():
+        return method_pictures(weights.provenance.method, weights.path, study.folders, study.device)
 
 
 def _segmentation_pictures(cells: StudyCells) -> list[Picture]:

@@ -5,7 +5,7 @@ stopped, so a study that is killed at any moment ends in the same table, and a l
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -18,6 +18,7 @@ from nnssl.errors import UserError
 from nnssl.evaluation.labels import ignore_label
 from nnssl.evaluation.metrics import evaluate_folders, write_metrics_csv
 from nnssl.files import write_json
+from nnssl.log import lines_to, logger, silence
 from nnssl.paths import make_writable
 from nnssl.study.table import SCRATCH, StudyTable
 from nnssl.study.words import count
@@ -31,8 +32,6 @@ from trainers.benchmark.study import CellKey, Study
 from trainers.finetuning.arm import run_arm
 from trainers.finetuning.labelled_data import prepare_data
 from trainers.finetuning.result import FILE_NAME, read_result
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def parse_part(text: str) -> Part:
     return part
 
 
-def run_study(study: Study, folder: Path, part: Part, command: str, say: Say) -> StudyTable | None:
+def run_study(study: Study, folder: Path, part: Part, command: str) -> StudyTable | None:
     """Do what is left of a study, or of a part of it, and write table and report once all cells are there.
 
     Args:
@@ -68,7 +67,6 @@ def run_study(study: Study, folder: Path, part: Part, command: str, say: Say) ->
         folder: for ``study.json``, ``results.csv`` and ``report.html``.
         part: the share of this process.
         command: that repeats the study, for the report.
-        say: called with lines for the user.
 
     Returns:
         The table; None where cells are missing that other parts make.
@@ -76,48 +74,50 @@ def run_study(study: Study, folder: Path, part: Part, command: str, say: Say) ->
     Raises:
         UserError: weights, cases or finished cells do not fit.
     """
-    cells = StudyCells(study, say)
+    cells = StudyCells(study)
     write_json(make_writable(folder) / "study.json", describe_study(study, command))
-    pretrain_arms(study, part, say)
-    prepare_cells(study, folder, say)
+    pretrain_arms(study, part)
+    prepare_cells(study, folder)
     waiting = run_cells(cells, folder, part)
     missing = [cell for cell in study.cells if not cells.is_finished(cell)]
     if waiting:
         arms = ", ".join(sorted({cell.arm for cell in waiting}))
-        say(f"{len(waiting)} cells wait for the weights of {arms}, which another part makes; run this part again then")
+        logger.info(
+            f"{len(waiting)} cells wait for the weights of {arms}, which another part makes; run this part again then"
+        )
     if missing:
-        say(f"{len(missing)} of {len(study.cells)} cells are not finished; the last part to end writes the report")
+        logger.info(
+            f"{len(missing)} of {len(study.cells)} cells are not finished; the last part to end writes the report"
+        )
         return None
     from trainers.benchmark.report_inputs import write_results  # slow to import
 
     return write_results(cells, folder, command)
 
 
-def pretrain_arms(study: Study, part: Part, say: Say) -> None:
+def pretrain_arms(study: Study, part: Part) -> None:
     """Pretrain the arms of a part that have no weights yet."""
     for index, (arm, pretraining) in enumerate(study.pretrainings.items()):
         if pretraining.finished or not part.has(index):
             continue
-        say(f"Pretraining {arm} on {study.plan.dataset_name}, {pretraining.configuration} ...")
+        logger.info(f"Pretraining {arm} on {study.plan.dataset_name}, {pretraining.configuration} ...")
         assert study.source is not None
-        make_weights(pretraining, study.source, say)
+        make_weights(pretraining, study.source)
 
 
-def prepare_cells(study: Study, folder: Path, say: Say) -> None:
+def prepare_cells(study: Study, folder: Path) -> None:
     """Write the plan of the labelled cases and preprocess them, one process at a time.
 
     Raises:
         UserError: nnU-Net cannot do it, or another plan has taken the name of this study's since it was looked at.
     """
     with FileLock(folder / "preparing.lock"):
-        adopted = adopt_plan(study.plan.nnunet, study.dataset.name, study.folders, say)
+        adopted = adopt_plan(study.plan.nnunet, study.dataset.name, study.folders)
         if adopted != study.adopted:
             raise UserError(
                 f"{study.adopted.path}: has become another plan in the meantime; run the same command again"
             )
-        prepare_data(
-            study.dataset.name, adopted, study.configuration, study.labelled, study.folders, study.processes, say
-        )
+        prepare_data(study.dataset.name, adopted, study.configuration, study.labelled, study.folders, study.processes)
 
 
 def run_cells(cells: StudyCells, folder: Path, part: Part) -> list[CellKey]:
@@ -136,7 +136,7 @@ def run_cells(cells: StudyCells, folder: Path, part: Part) -> list[CellKey]:
         elif not cells.is_finished(cell):
             started = perf_counter()
             run_cell(cells, cell, folder / "log.txt")
-            cells.say(_describe_cell(cells, cell, perf_counter() - started, own))
+            logger.info(_describe_cell(cells, cell, perf_counter() - started, own))
     return waiting
 
 
@@ -153,23 +153,25 @@ def run_cell(cells: StudyCells, cell: CellKey, log: Path) -> None:
     """
     study, task = cells.study, cells.study.task(cell)
     check_disjoint(task.split.train, task.split.test, study.patients)
-    with open(log, "a", buffering=1) as file:
-        result = run_arm(task, cells.weights(cell.arm), study.folders, False, lambda line: _write_line(file, line))
+    weights = cells.weights(cell.arm)
+    with open(log, "a", buffering=1) as file, lines_to(lambda line: _write_line(file, line)):
+        result = run_arm(task, weights, study.folders, False)
     if set(result.dice) != set(cells.classes):
         folder = cells.folder(cell)
         raise UserError(
             f"{folder / FILE_NAME}: was trained with the labels {', '.join(result.dice)}, {study.dataset.name} now has "
             f"{', '.join(cells.classes)}; delete {folder} to train it again"
         )
-    metrics = evaluate_folders(
-        cells.predictions(cell),
-        cells.references,
-        cells.classes,
-        study.settings.tolerance_mm,
-        ignore_label(study.dataset_json),
-        study.processes,
-        study.test,
-    )
+    with silence():
+        metrics = evaluate_folders(
+            cells.predictions(cell),
+            cells.references,
+            cells.classes,
+            study.settings.tolerance_mm,
+            ignore_label(study.dataset_json),
+            study.processes,
+            study.test,
+        )
     write_metrics_csv(cells.metrics_path(cell), metrics)
 
 

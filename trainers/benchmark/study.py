@@ -1,6 +1,6 @@
 """What a study compares: data sets, arms, held-out cases and the cells of the matrix, all fixed before anything is trained."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from nnssl.data.patients import find_patients
 from nnssl.data.raw import RawDataset, find_dataset, read_dataset
 from nnssl.errors import UserError
 from nnssl.files import read_json
+from nnssl.log import silence
 from nnssl.networks.backbone import build_network, planned_configuration
 from nnssl.paths import Folders
 from nnssl.plan import Plan, plan_from_dict, read_plan
@@ -27,8 +28,6 @@ from trainers.finetuning.arm import Task
 from trainers.finetuning.labelled_cases import Split, choose_unlabelled, find_labelled_cases
 from trainers.finetuning.schedule import FinetuneSchedule, make_schedule
 from trainers.pretraining.pretrain import find_plan
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -127,7 +126,7 @@ class Study:
         )
 
 
-def prepare_study(settings: StudySettings, folders: Folders, device: torch.device, processes: int, say: Say) -> Study:
+def prepare_study(settings: StudySettings, folders: Folders, device: torch.device, processes: int) -> Study:
     """Find everything that a study needs and check that it is fair; nothing is trained, preprocessed or written.
 
     Args:
@@ -135,7 +134,6 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
         folders: nnU-Net's folders.
         device: where to train.
         processes: for preprocessing and evaluation.
-        say: called with lines for the user.
 
     Raises:
         UserError: a data set, plan or file is not there; arms do not fit one plan; a held-out case was seen in pretraining
@@ -145,9 +143,10 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
     arms = parse_arms(settings.arms)
     dataset_name = find_dataset(settings.dataset, folders)
     labelled = find_labelled_cases(dataset_name, folders)
-    dataset = read_dataset(dataset_name, folders, lambda line: None)
-    patients = find_patients(labelled, settings.patients, say)
-    plan = find_source_plan(settings, arms, folders, say)
+    with silence():
+        dataset = read_dataset(dataset_name, folders)
+    patients = find_patients(labelled, settings.patients)
+    plan = find_source_plan(settings, arms, folders)
     configuration = choose_finetuning(settings, arms, plan)
     source = None
     if not pretrains_nothing(settings, arms):
@@ -156,8 +155,8 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
     for arm in arms:
         if arm.checkpoint is not None:
             check_plan(arm.checkpoint, plan, configuration)
-    seen = find_seen(arms, pretrainings, plan, source, settings, folders, say)
-    test = choose_test(settings, dataset, labelled, patients, seen, say)
+    seen = find_seen(arms, pretrainings, plan, source, settings, folders)
+    test = choose_test(settings, dataset, labelled, patients, seen)
     orders = order_patients(settings, labelled, patients, test)
     cells = tuple(
         CellKey(arm, mode, labels, seed, epochs)
@@ -180,7 +179,7 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
         pretrainings=pretrainings,
         source=source,
         plan=plan,
-        adopted=fit_plan(plan.nnunet, dataset_name, folders, say),
+        adopted=fit_plan(plan.nnunet, dataset_name, folders),
         configuration=configuration,
         cells=cells,
         device=device,
@@ -193,7 +192,7 @@ def pretrains_nothing(settings: StudySettings, arms: Sequence[Arm]) -> bool:
     return settings.source is None and all(arm.checkpoint is not None for arm in arms)
 
 
-def find_source_plan(settings: StudySettings, arms: Sequence[Arm], folders: Folders, say: Say) -> Plan:
+def find_source_plan(settings: StudySettings, arms: Sequence[Arm], folders: Folders) -> Plan:
     """Return the plan that all arms share: of the data set to pretrain on, or else of the first checkpoint.
 
     Raises:
@@ -203,7 +202,7 @@ def find_source_plan(settings: StudySettings, arms: Sequence[Arm], folders: Fold
         checkpoint = arms[0].checkpoint
         assert checkpoint is not None
         return plan_from_dict(read_checkpoint(checkpoint)[1].plans, str(checkpoint))
-    return read_plan(find_plan(folders, settings.source, settings.plans_name, say))
+    return read_plan(find_plan(folders, settings.source, settings.plans_name))
 
 
 def choose_finetuning(settings: StudySettings, arms: Sequence[Arm], plan: Plan) -> str:
@@ -256,11 +255,10 @@ def find_seen(
     source: Source | None,
     settings: StudySettings,
     folders: Folders,
-    say: Say,
 ) -> list[Seen]:
     """Return all that the weights of the arms have seen, or will have once they are pretrained."""
     seen = [] if source is None else [seen_in_pretraining(plan.dataset_name, folders, settings.patients)]
     finished = [pretraining.final for pretraining in pretrainings.values() if pretraining.finished]
     for path in (*finished, *(arm.checkpoint for arm in arms if arm.checkpoint is not None)):
-        seen += seen_by_checkpoint(path, folders, settings.patients, say)
+        seen += seen_by_checkpoint(path, folders, settings.patients)
     return seen

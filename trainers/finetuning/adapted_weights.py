@@ -1,7 +1,6 @@
 """Weights that were made elsewhere, adapted to a labelled data set or to a network that is about to be pretrained."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from nnssl.export.formats import write_for_nnunet
 from nnssl.export.source import open_source
 from nnssl.export.target import build_target
 from nnssl.files import file_digest, read_json, write_json
+from nnssl.log import logger
 from nnssl.paths import Folders
 from planners.finetune_planner import check_described
 from planners.foreign_planner import CONFIGURATION, plan_for_network
@@ -23,9 +23,7 @@ from trainers.finetuning.labelled_data import make_fingerprint
 from trainers.finetuning.pretrained_weights import NEWEST
 
 
-def adapt_if_made_elsewhere(
-    weights: str | Path, dataset_name: str, folders: Folders, processes: int, say: Callable[[str], None]
-) -> str | Path:
+def adapt_if_made_elsewhere(weights: str | Path, dataset_name: str, folders: Folders, processes: int) -> str | Path:
     """Plan a labelled data set around weights that were made elsewhere, and write them for that plan.
 
     Plan and weights stand in the data set's preprocessed folder; a second call finds them there.
@@ -35,7 +33,6 @@ def adapt_if_made_elsewhere(
         dataset_name: of the labelled data set.
         folders: nnU-Net's folders.
         processes: processes to make a fingerprint in.
-        say: called with lines for the user.
 
     Returns:
         A checkpoint of nnssl, whose plan is the data set's.
@@ -57,8 +54,8 @@ def adapt_if_made_elsewhere(
     name = f"nnsslPlansOf{re.sub(r'[^A-Za-z0-9]+', '', path.stem)[:24]}{file_digest(path)[:6]}"
     folder = folders.preprocessed / dataset_name
     plans_file, out = folder / f"{name}.json", folder / f"{name}_weights.pth"
-    say(f"{path}: made elsewhere; {dataset_name} is planned around its network")
-    make_fingerprint(dataset_name, folders, processes, say)
+    logger.info(f"{path}: made elsewhere; {dataset_name} is planned around its network")
+    make_fingerprint(dataset_name, folders, processes)
     patch = source.adaptation.recommended_patch_vox or source.patch_vox
     plan = plan_for_network(source.architecture, patch, source.adaptation.spacing_mm, dataset_name, name, folders)
     if plans_file.exists() and read_json(plans_file, "plan") != plan:
@@ -66,24 +63,21 @@ def adapt_if_made_elsewhere(
             f"{plans_file}: is another plan than the one these weights need now; delete it, and what was preprocessed with it"
         )
     if plans_file.exists() and out.exists():
-        say(f"Plan and weights: there already ({out})")
+        logger.info(f"Plan and weights: there already ({out})")
         return out
     target = build_target(plan, CONFIGURATION, dataset_json, f"{CONFIGURATION} of {name}")
     report = fit_weights(source, target)
-    refuse_below(report, LEAST_SHARE, str(path), say)
+    refuse_below(report, LEAST_SHARE, str(path))
     write_for_nnunet(out, source, target, report)
     write_json(plans_file, plan)
-    say(f"Plan {name} for {dataset_name}: patch {plan['configurations'][CONFIGURATION]['patch_size']} ({plans_file})")
+    logger.info(
+        f"Plan {name} for {dataset_name}: patch {plan['configurations'][CONFIGURATION]['patch_size']} ({plans_file})"
+    )
     return out
 
 
 def start_network(
-    path: Path,
-    network: nn.Module,
-    plans: dict[str, Any],
-    configuration: str,
-    dataset_json: dict[str, Any],
-    say: Callable[[str], None],
+    path: Path, network: nn.Module, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]
 ) -> None:
     """Fill a network that is about to be pretrained with what fits of other weights, and say what that was.
 
@@ -93,7 +87,6 @@ def start_network(
         plans: content of its plans file.
         configuration: of the plans.
         dataset_json: names its channels.
-        say: called with lines of a table.
 
     Raises:
         UserError: the file cannot be read, or less than half of the encoder comes from it.
@@ -101,4 +94,4 @@ def start_network(
     label = f"{configuration} of {plans['plans_name']}"
     target = build_target(plans, configuration, dataset_json, label, network=network)
     report = fit_weights(open_source(path), target)
-    refuse_below(report, LEAST_SHARE, str(path), say)
+    refuse_below(report, LEAST_SHARE, str(path))

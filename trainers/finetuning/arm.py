@@ -8,7 +8,6 @@ import os
 import re
 import shlex
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,8 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 import nnssl
 from nnssl import schema
 from nnssl.checkpoint import FINAL, LATEST
-from nnssl.environment import quiet
 from nnssl.files import content_digest
+from nnssl.log import logger, printed_output_to
 from nnssl.paths import Folders
 from nnssl.study.table import SCRATCH
 from planners.finetune_planner import AdoptedPlan
@@ -32,7 +31,6 @@ from trainers.finetuning.pretrained_weights import Weights, load_weights
 from trainers.finetuning.result import FILE_NAME, SCHEMA_VERSION, ArmResult, read_dice, read_result
 from trainers.finetuning.schedule import FinetuneSchedule
 
-Say = Callable[[str], None]
 ARM_PREFIX = "nnssl_"
 TRAINERS: dict[str, type[FinetuneTrainer]] = {
     "finetune": FinetuneTrainer,
@@ -84,7 +82,7 @@ def arm_folder(task: Task, weights: Weights | None, folders: Folders) -> Path:
     return folders.results / task.dataset_name / f"{name}__{task.plan.name}__{task.configuration}"
 
 
-def run_arm(task: Task, weights: Weights | None, folders: Folders, restart: bool, say: Say) -> ArmResult:
+def run_arm(task: Task, weights: Weights | None, folders: Folders, restart: bool) -> ArmResult:
     """Train, predict and evaluate one arm, or what is left to do of it.
 
     Args:
@@ -92,7 +90,6 @@ def run_arm(task: Task, weights: Weights | None, folders: Folders, restart: bool
         weights: where the arm starts; None for random weights.
         folders: nnU-Net's folders.
         restart: delete what there is of this arm first.
-        say: called with lines for the user.
 
     Returns:
         The arm's result, which stands in ``finetune.json`` of its folder too.
@@ -106,23 +103,22 @@ def run_arm(task: Task, weights: Weights | None, folders: Folders, restart: bool
         shutil.rmtree(folder)
     fold = folder / "fold_0"
     if (folder / FILE_NAME).exists() and (fold / FINAL).exists():
-        say(f"Arm {arm}: finished already ({folder})")
+        logger.info(f"Arm {arm}: finished already ({folder})")
         return read_result(folder / FILE_NAME)
     fold.mkdir(parents=True, exist_ok=True)
     resume = (fold / LATEST).exists()
-    with quiet(fold / "nnunet_output.txt", say) as aloud:
+    with printed_output_to(fold / "nnunet_output.txt"):
         trainer = make_trainer(
             task.plan.content,
             task.configuration,
             task.dataset_json,
             task.device,
             _settings(task, folder),
-            aloud,
             resume,
             TRAINERS[task.mode],
         )
-        _train(trainer, weights, fold, arm, aloud)
-        aloud(f"Arm {arm}: predicting {len(task.split.test)} held-out cases ...")
+        _train(trainer, weights, fold, arm)
+        logger.info(f"Arm {arm}: predicting {len(task.split.test)} held-out cases ...")
         trainer.perform_actual_validation()
     result = _result(task, weights, folder, sum(parameter.numel() for parameter in trainer.network.parameters()))
     schema.write(folder / FILE_NAME, result)
@@ -173,22 +169,22 @@ def _result(task: Task, weights: Weights | None, folder: Path, num_parameters: i
     )
 
 
-def _train(trainer: FinetuneTrainer, weights: Weights | None, fold: Path, arm: str, say: Say) -> None:
+def _train(trainer: FinetuneTrainer, weights: Weights | None, fold: Path, arm: str) -> None:
     """Train from where the arm stands: not at all, from its last checkpoint, or from its first weights."""
     if trainer.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # as nnU-Net's command
     if (fold / FINAL).exists():
-        say(f"Arm {arm}: trained already, not evaluated yet")
+        logger.info(f"Arm {arm}: trained already, not evaluated yet")
         trainer.load_checkpoint(str(fold / FINAL))
         return
     if (fold / LATEST).exists():
         trainer.load_checkpoint(str(fold / LATEST))
-        say(f"Arm {arm}: goes on at epoch {trainer.current_epoch} of {trainer.num_epochs}")
+        logger.info(f"Arm {arm}: goes on at epoch {trainer.current_epoch} of {trainer.num_epochs}")
     elif weights is not None:
         load_weights(trainer, weights)
     else:
         trainer.initialize()
-    say(f"Arm {arm}: training in {trainer.precision.name}, log and curve in {fold}")
+    logger.info(f"Arm {arm}: training in {trainer.precision.name}, log and curve in {fold}")
     trainer.run_training()
 
 

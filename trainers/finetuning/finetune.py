@@ -4,7 +4,7 @@ The pretrained arm comes first, and on request the same network, plan, cases, se
 comparison fair is decided here, once for all arms; ``trainers.finetuning.arm`` does one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from nnssl.data.jobs import default_processes
 from nnssl.data.raw import RawDataset, find_dataset, read_dataset
 from nnssl.errors import UserError
 from nnssl.files import read_json
+from nnssl.log import logger
 from nnssl.networks.backbone import planned_configuration
 from nnssl.paths import Folders, resolve_folders
 from planners.finetune_planner import adopt_plan
@@ -25,8 +26,6 @@ from trainers.finetuning.labelled_data import prepare_data, prepare_unlabelled
 from trainers.finetuning.pretrained_weights import NEWEST, Weights, configuration_to_train, open_weights
 from trainers.finetuning.result import ArmResult, comparison
 from trainers.finetuning.schedule import Optimizer, check_mode, make_schedule
-
-Say = Callable[[str], None]
 
 
 def finetune(
@@ -51,7 +50,6 @@ def finetune(
     mode: str = "finetune",
     unlabelled: str | int | None = None,
     restart: bool = False,
-    say: Say = lambda line: None,
 ) -> list[ArmResult]:
     """Fine-tune pretrained weights on a labelled data set and evaluate them on its held-out cases.
 
@@ -81,7 +79,6 @@ def finetune(
         unlabelled: file with these cases, one name per line, or a data set (number or name), all of whose images are taken;
             None for all labelled cases that are neither trained on nor held out.
         restart: delete these arms first and train them again.
-        say: called with lines for the user.
 
     Returns:
         The pretrained arm, then the one from scratch if asked for.
@@ -99,24 +96,22 @@ def finetune(
     processes = processes if processes is not None else default_processes()
     if processes < 1:
         raise UserError(f"--processes {processes}: at least one process does the work; give 1 or more")
-    folders = resolve_folders(say)
+    folders = resolve_folders()
     dataset_name = find_dataset(dataset, folders)
-    weights = adapt_if_made_elsewhere(weights, dataset_name, folders, processes, say)
-    origin = open_weights(weights, folders, say)
+    weights = adapt_if_made_elsewhere(weights, dataset_name, folders, processes)
+    origin = open_weights(weights, folders)
     labelled = find_labelled_cases(dataset_name, folders)
     split = split_cases(labelled, seed, labels, cases, test_cases)
     configuration = configuration_to_train(configuration, origin)
     network = planned_configuration(origin.provenance.plans, configuration)["architecture"]["network_class_name"]
     schedule = schedule_for(transformer=network == PRIMUS)
-    plan = adopt_plan(origin.provenance.plans, dataset_name, folders, say, plans_name)
+    plan = adopt_plan(origin.provenance.plans, dataset_name, folders, plans_name)
     split = split or fold_split(labelled, dataset_name, folders)
-    others, source = (
-        _find_unlabelled(unlabelled, labelled, split, folders, say) if mode == "mean_teacher" else ((), None)
-    )
-    prepare_data(dataset_name, plan, configuration, labelled, folders, processes, say)
+    others, source = _find_unlabelled(unlabelled, labelled, split, folders) if mode == "mean_teacher" else ((), None)
+    prepare_data(dataset_name, plan, configuration, labelled, folders, processes)
     others_folder = None
     if source is not None:
-        others_folder = prepare_unlabelled(source, dataset_name, plan, configuration, folders, processes, say)
+        others_folder = prepare_unlabelled(source, dataset_name, plan, configuration, folders, processes)
     task = Task(
         dataset_name=dataset_name,
         dataset_json=read_json(folders.preprocessed / dataset_name / "dataset.json", "dataset.json"),
@@ -132,14 +127,14 @@ def finetune(
         unlabelled_folder=others_folder,
     )
     also = f", {len(others)} without their labels" if others else ""
-    say(f"{dataset_name}: {len(split.train)} cases to train on{also}, {len(split.test)} held out")
+    logger.info(f"{dataset_name}: {len(split.train)} cases to train on{also}, {len(split.test)} held out")
     if mode == "linear" and not origin.provenance.pretrains("decoder.stages."):
-        say("Note: these weights have no pretrained decoder; the probe sees features of a random one")
+        logger.info("Note: these weights have no pretrained decoder; the probe sees features of a random one")
     arms: list[Weights | None] = [origin, None] if scratch else [origin]
-    return run_arms(task, arms, folders, restart, say)
+    return run_arms(task, arms, folders, restart)
 
 
-def run_arms(task: Task, arms: Sequence[Weights | None], folders: Folders, restart: bool, say: Say) -> list[ArmResult]:
+def run_arms(task: Task, arms: Sequence[Weights | None], folders: Folders, restart: bool) -> list[ArmResult]:
     """Do every arm, and say how they compare and how to predict with them.
 
     Args:
@@ -147,22 +142,21 @@ def run_arms(task: Task, arms: Sequence[Weights | None], folders: Folders, resta
         arms: where each starts; None for random weights.
         folders: nnU-Net's folders.
         restart: delete what there is of these arms first.
-        say: called with lines for the user.
 
     Raises:
         UserError: nnU-Net's loader refuses the weights.
     """
-    results = [run_arm(task, arm, folders, restart, say) for arm in arms]
+    results = [run_arm(task, arm, folders, restart) for arm in arms]
     for line in comparison(results):
-        say(line)
+        logger.info(line)
     return results
 
 
 def _find_unlabelled(
-    unlabelled: str | int | None, labelled: tuple[str, ...], split: Split, folders: Folders, say: Say
+    unlabelled: str | int | None, labelled: tuple[str, ...], split: Split, folders: Folders
 ) -> tuple[tuple[str, ...], RawDataset | None]:
     """Return the cases of which the mean teacher sees the images, and their data set, None for the labelled one."""
     if unlabelled is None or Path(str(unlabelled)).exists():
         return choose_unlabelled(labelled, split, None if unlabelled is None else Path(str(unlabelled))), None
-    source = read_dataset(unlabelled, folders, say)
+    source = read_dataset(unlabelled, folders)
     return tuple(case.name for case in source.cases), source

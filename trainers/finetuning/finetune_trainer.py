@@ -12,7 +12,7 @@ Loss, augmentation, network, SGD, prediction and evaluation are nnU-Net's. What 
   them.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
@@ -32,6 +32,7 @@ from nnssl.draws import draw_seed
 from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.files import write_atomically
+from nnssl.log import logger
 from trainers.finetuning.keyed_batches import KeyedBatches, fix_transforms, global_seed
 from trainers.finetuning.schedule import FinetuneSchedule
 from trainers.precision import FullPrecisionLoss, choose_precision
@@ -105,7 +106,6 @@ class FinetuneTrainer(nnUNetTrainer):
                 "FinetuneTrainer: needs settings that nnUNetv2_train does not have; start it with nnssl_finetune"
             )
         self.settings: FinetuneSettings = plans.pop(SETTINGS_KEY)
-        self.say: Callable[[str], None] = lambda line: None
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.settings.schedule.epochs
         self.num_iterations_per_epoch = self.settings.schedule.iterations_per_epoch
@@ -127,7 +127,7 @@ class FinetuneTrainer(nnUNetTrainer):
         """Pass over the folder that nnU-Net derives from the class's name."""
 
     def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
-        """Write to the log file only: what the user should see goes through ``say``."""
+        """Write to the log file only; messages for the user go through ``nnssl.log``."""
         super().print_to_log_file(*args, also_print_to_console=False, add_timestamp=add_timestamp)
 
     def initialize(self) -> None:
@@ -264,13 +264,13 @@ class FinetuneTrainer(nnUNetTrainer):
             return super().validation_step(batch)
 
     def on_epoch_end(self) -> None:
-        """Log, draw the curve, save; say one line for every checkpoint's worth of epochs."""
+        """Log, draw the curve, save; print one line for every checkpoint's worth of epochs."""
         epoch = self.current_epoch + 1
         super().on_epoch_end()
         if epoch % self.save_every == 0 or epoch == self.num_epochs:
             loss, dice = (self.logger.get_value(key, step=-1) for key in ("train_losses", "mean_fg_dice"))
             seconds = time() - self.logger.get_value("epoch_start_timestamps", step=-1)
-            self.say(
+            logger.info(
                 f"  epoch {epoch}/{self.num_epochs}: loss {loss:.3f}, "
                 f"Dice on held-out patches {dice:.3f}, {seconds:.1f} s"
             )
@@ -310,7 +310,6 @@ def make_trainer(
     dataset_json: dict[str, Any],
     device: torch.device,
     settings: FinetuneSettings,
-    say: Callable[[str], None],
     resume: bool = False,
     trainer_class: "type[FinetuneTrainer] | None" = None,
 ) -> FinetuneTrainer:
@@ -322,11 +321,8 @@ def make_trainer(
         dataset_json: content of the data set's ``dataset.json``.
         device: where to train.
         settings: schedule, cases, seed, folder.
-        say: called with lines for the user.
         resume: whether a checkpoint will be loaded to go on from.
         trainer_class: the trainer of a mode; None to train all weights.
     """
     content = {**plans, "continue_training": resume, SETTINGS_KEY: settings}
-    trainer = (trainer_class or FinetuneTrainer)(content, configuration, 0, dataset_json, device)
-    trainer.say = say
-    return trainer
+    return (trainer_class or FinetuneTrainer)(content, configuration, 0, dataset_json, device)

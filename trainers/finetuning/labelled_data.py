@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,15 @@ import numpy as np
 
 from nnssl.data.jobs import run_jobs
 from nnssl.data.raw import RawDataset
-from nnssl.environment import quiet
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
+from nnssl.log import logger, printed_output_to
 from nnssl.paths import Folders, make_writable
 from planners.finetune_planner import AdoptedPlan
 
 
 def prepare_data(
-    dataset_name: str,
-    plan: AdoptedPlan,
-    configuration: str,
-    labelled: Sequence[str],
-    folders: Folders,
-    processes: int,
-    say: Callable[[str], None],
+    dataset_name: str, plan: AdoptedPlan, configuration: str, labelled: Sequence[str], folders: Folders, processes: int
 ) -> None:
     """Do what nnU-Net needs before it trains: dataset.json, fingerprint, preprocessed cases; what is there is kept.
 
@@ -36,7 +30,6 @@ def prepare_data(
         labelled: names of all its cases.
         folders: nnU-Net's folders.
         processes: processes to work in.
-        say: called with a line for each thing done or skipped.
 
     Raises:
         UserError: nnU-Net cannot do it; names the log.
@@ -47,19 +40,19 @@ def prepare_data(
     labels_changed = _copy_dataset_json(folders.raw / dataset_name / "dataset.json", folder / "dataset.json")
     data = folder / PlansManager(plan.content).get_configuration(configuration).data_identifier
     log = folder / "nnssl_finetune_log.txt"
-    make_fingerprint(dataset_name, folders, processes, say)
+    make_fingerprint(dataset_name, folders, processes)
     try:
         if not labels_changed and is_preprocessed(data, folder / "gt_segmentations", labelled):
-            say(f"Preprocessed cases: all {len(labelled)} there already ({data})")
+            logger.info(f"Preprocessed cases: all {len(labelled)} there already ({data})")
         else:
-            say(f"Preprocessing {len(labelled)} cases for {configuration} ...")
-            with quiet(log):
+            logger.info(f"Preprocessing {len(labelled)} cases for {configuration} ...")
+            with printed_output_to(log):
                 _preprocess(dataset_name, plan.name, configuration, processes)
     except RuntimeError as error:
         raise _failed(dataset_name, error, log) from error
 
 
-def make_fingerprint(dataset_name: str, folders: Folders, processes: int, say: Callable[[str], None]) -> Path:
+def make_fingerprint(dataset_name: str, folders: Folders, processes: int) -> Path:
     """Let nnU-Net make the fingerprint of a labelled data set, unless it is there, and return its file.
 
     Raises:
@@ -72,10 +65,10 @@ def make_fingerprint(dataset_name: str, folders: Folders, processes: int, say: C
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    say(f"Fingerprint of {dataset_name} ...")
+    logger.info(f"Fingerprint of {dataset_name} ...")
     log = folder / "nnssl_finetune_log.txt"
     try:
-        with quiet(log):
+        with printed_output_to(log):
             extractor = DatasetFingerprintExtractor(dataset_name, processes)
             extractor.show_progress_bar = sys.stderr.isatty()
             extractor.run()
@@ -104,13 +97,7 @@ class UnlabelledJob:
 
 
 def prepare_unlabelled(
-    source: RawDataset,
-    dataset_name: str,
-    plan: AdoptedPlan,
-    configuration: str,
-    folders: Folders,
-    processes: int,
-    say: Callable[[str], None],
+    source: RawDataset, dataset_name: str, plan: AdoptedPlan, configuration: str, folders: Folders, processes: int
 ) -> Path:
     """Preprocess the images of a data set without labels as those of the labelled one; what is there is kept.
 
@@ -121,7 +108,6 @@ def prepare_unlabelled(
         configuration: to preprocess.
         folders: nnU-Net's folders.
         processes: processes to work in.
-        say: called with a line.
 
     Returns:
         The folder with the preprocessed images, below that of the labelled data set.
@@ -146,8 +132,8 @@ def prepare_unlabelled(
         if not (folder / f"{case.name}.pkl").exists()  # what nnU-Net writes last
     ]
     if jobs:
-        say(f"Preprocessing {len(jobs)} images of {source.name} for {configuration} ...")
-        with quiet(folders.preprocessed / dataset_name / "nnssl_finetune_log.txt"):
+        logger.info(f"Preprocessing {len(jobs)} images of {source.name} for {configuration} ...")
+        with printed_output_to(folders.preprocessed / dataset_name / "nnssl_finetune_log.txt"):
             for _ in run_jobs(preprocess_unlabelled, jobs, min(processes, len(jobs)), None):
                 pass
     return folder

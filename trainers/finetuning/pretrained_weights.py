@@ -1,7 +1,7 @@
 """Weights of pretraining: found, opened safely, and loaded into a network by nnU-Net's own loader."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from nnssl.checkpoint import FINAL, Provenance, load_tensors, read_checkpoint
 from nnssl.errors import UserError
 from nnssl.export.source import choose_configuration
 from nnssl.files import file_digest
+from nnssl.log import logger
 from nnssl.paths import Folders
 from trainers.finetuning.finetune_trainer import FinetuneTrainer
 from trainers.finetuning.result import FILE_NAME
@@ -34,7 +35,7 @@ class Weights:
         return file_digest(self.path)
 
 
-def open_weights(weights: str | Path, folders: Folders, say: Callable[[str], None]) -> Weights:
+def open_weights(weights: str | Path, folders: Folders) -> Weights:
     """Open a checkpoint of pretraining, without running anything in it, and say what it is.
 
     Raises:
@@ -43,7 +44,7 @@ def open_weights(weights: str | Path, folders: Folders, say: Callable[[str], Non
     path = find_latest(folders) if str(weights) == NEWEST else Path(weights).expanduser().absolute()
     provenance = read_checkpoint(path)[1]
     state = "" if provenance.finished else f", unfinished: step {provenance.step} of {provenance.total_steps}"
-    say(
+    logger.info(
         f"Weights: {path} ({provenance.method}, stage {provenance.stage}, pretrained on {provenance.dataset_name} with "
         f"{provenance.configuration}{state})"
     )

@@ -1,6 +1,5 @@
 """The weights that a pretext stage starts from: those of the stage before it, or others that the user names."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,7 @@ from trainers.pretraining.stage_run import RunOptions, StageRun, stage_folder
 
 
 def load_initial_weights(
-    network: nn.Module,
-    run: StageRun,
-    options: RunOptions,
-    results: Path,
-    dataset_json: dict[str, Any],
-    say: Callable[[str], None],
+    network: nn.Module, run: StageRun, options: RunOptions, results: Path, dataset_json: dict[str, Any]
 ) -> str | None:
     """Load the weights that a stage starts from into its network.
 
@@ -29,7 +23,6 @@ def load_initial_weights(
         options: of the run.
         results: nnU-Net's folder of results.
         dataset_json: of the data set.
-        say: called with lines for the user.
 
     Returns:
         The checkpoint that they come from; None where the stage starts from random weights.
@@ -52,7 +45,7 @@ def load_initial_weights(
         _take_over(network, source, run)
     else:
         # positions and channels may differ where all shapes agree, so these are always fitted
-        start_network(source, network, run.plan.nnunet, run.configuration, dataset_json, say)
+        start_network(source, network, run.plan.nnunet, run.configuration, dataset_json)
     return str(source)
 
 

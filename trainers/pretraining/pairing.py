@@ -14,6 +14,7 @@ from nnssl.data.case_store import CaseStore
 from nnssl.data.patch_pairs import PairTable, read_pairs, write_pairs
 from nnssl.distributed import is_distributed, rank
 from nnssl.errors import UserError
+from nnssl.log import logger
 from nnssl.matching.anatomical_sanity import Sanity
 from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import EmbeddingMatcher
@@ -34,7 +35,6 @@ def pairs_of_run(
     anew: bool,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
-    say: Callable[[str], None],
 ) -> PairTable | None:
     """Return the pairs of a run, found by its first process and read by all; None for one that pairs nothing.
 
@@ -46,7 +46,6 @@ def pairs_of_run(
         anew: find them although the file is there.
         device: where to compute.
         autocast: gives the context of mixed precision.
-        say: called with lines for the user.
 
     Raises:
         UserError: SAM was not trained on this plan, or its checkpoint does not fit; a file of pairs cannot be read.
@@ -58,8 +57,8 @@ def pairs_of_run(
         matcher = None
         if partners == "sam":
             embeddings = stage_folder(folder.parents[2], run.plan, find_stage(SAM)[1], run.configuration) / FINAL
-            matcher = usable_matcher(embeddings, run.plan, store, device, autocast, say)
-        write_pairs(path, make_pairs(store, matcher, BodyBoxMatcher(store), run.seed, say))
+            matcher = usable_matcher(embeddings, run.plan, store, device, autocast)
+        write_pairs(path, make_pairs(store, matcher, BodyBoxMatcher(store), run.seed))
     if is_distributed():
         dist.barrier()
     pairs = read_pairs(path)
@@ -74,7 +73,6 @@ def usable_matcher(
     store: CaseStore,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
-    say: Callable[[str], None],
 ) -> EmbeddingMatcher | None:
     """Return a matcher by the embeddings of a checkpoint, None where they did not pass their examination.
 
@@ -88,7 +86,7 @@ def usable_matcher(
         )
     examined = schema.read(Sanity, embeddings.parent / EXAMINATION, "examination of the embeddings")
     if not examined.usable:
-        say(f"The body's box pairs places instead of embeddings: {'; '.join(examined.reasons)}")
+        logger.info(f"The body's box pairs places instead of embeddings: {'; '.join(examined.reasons)}")
         return None
     method, provenance = restore_method(embeddings, device)
     own = plan.pretext.configurations.get(provenance.configuration)

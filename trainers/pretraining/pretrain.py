@@ -1,7 +1,7 @@
 """Runs the stages of a pretext method in order, going on where an earlier run stopped."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +12,7 @@ from nnssl.data.raw import find_dataset
 from nnssl.errors import UserError
 from nnssl.export.source import open_source
 from nnssl.files import read_json
+from nnssl.log import logger
 from nnssl.methods import Method, find_method
 from nnssl.methods.settings import split_overrides
 from nnssl.paths import Folders
@@ -38,7 +39,6 @@ def pretrain(
     probe: str | int | None = None,
     probe_cases: int = CASES,
     probe_every: int | None = None,
-    say: Callable[[str], None] = lambda line: None,
 ) -> Path:
     """Pretrain a planned data set with a method, all its stages in order.
 
@@ -62,7 +62,6 @@ def pretrain(
         probe: labelled data set, number or name, for a linear probe during training; None for none.
         probe_cases: labelled cases that it learns from, and as many others that it is scored on.
         probe_every: epochs between two probes; None for about twenty in a stage.
-        say: called with lines for the user.
 
     Returns:
         The last stage's ``checkpoint_final.pth``.
@@ -72,28 +71,28 @@ def pretrain(
             another run.
     """
     method = find_method(method_name)
-    path = find_plan(folders, dataset, plans_name, say)
+    path = find_plan(folders, dataset, plans_name)
     plan = read_plan(path)
     configuration = choose_configuration(method, plan, configuration)
     runs = needed_runs(method, plan, configuration, stages, overrides, seed)
     for stage in method.stages:
         if (stages is None or stage.name in stages) and stage not in [run.stage for run in runs]:
-            say(f"{stage.name}: left out, nothing asks for it with these settings")
+            logger.info(f"{stage.name}: left out, nothing asks for it with these settings")
     if init is not None:
         open_source(init)
     if restart and is_first_process():
-        _remove([run.folder(folders.results) for run in runs], say)
+        _remove([run.folder(folders.results) for run in runs])
     probed = None
     if probe is not None:
-        probed = _prepare_probe(probe, plan, configuration, folders, probe_cases, probe_every, say)
+        probed = _prepare_probe(probe, plan, configuration, folders, probe_cases, probe_every)
     # what only prepares another stage does not hand its weights on
     begun = next((run for run in reversed(runs) if run.stage.fresh), runs[0])
     for run in runs:
         folder = run.folder(folders.results)
         if is_finished(folders.results, run):
-            say(f"{run.stage.name}: finished before, {folder / FINAL}")
+            logger.info(f"{run.stage.name}: finished before, {folder / FINAL}")
             continue
-        say(f"{run.stage.name}: {folder}")
+        logger.info(f"{run.stage.name}: {folder}")
         options = RunOptions(
             run.overrides,
             init if run is begun else None,
@@ -109,31 +108,25 @@ def pretrain(
     return runs[-1].folder(folders.results) / FINAL
 
 
-def _remove(results: Sequence[Path], say: Callable[[str], None]) -> None:
+def _remove(results: Sequence[Path]) -> None:
     for folder in results:
         if folder.exists():
-            say(f"--restart: removing {folder}")
+            logger.info(f"--restart: removing {folder}")
             shutil.rmtree(folder)
 
 
 def _prepare_probe(
-    probe: str | int,
-    plan: Plan,
-    configuration: str,
-    folders: Folders,
-    cases: int,
-    every: int | None,
-    say: Callable[[str], None],
+    probe: str | int, plan: Plan, configuration: str, folders: Folders, cases: int, every: int | None
 ) -> ProbeOptions:
     if not plan.configuration(configuration).has_feature_maps:
         raise UserError(
             f"--probe {probe}: reads feature maps of a U-Net, which {configuration} has not; leave it out or take another -c"
         )
     dataset_name = find_dataset(probe, folders)
-    return prepare_probe(dataset_name, plan, configuration, folders, cases, every, default_processes(), say)
+    return prepare_probe(dataset_name, plan, configuration, folders, cases, every, default_processes())
 
 
-def find_plan(folders: Folders, dataset: str | int | None, plans_name: str, say: Callable[[str], None]) -> Path:
+def find_plan(folders: Folders, dataset: str | int | None, plans_name: str) -> Path:
     """Return the plans file of a data set, number or name, or of the one that was planned last.
 
     Raises:
@@ -149,7 +142,7 @@ def find_plan(folders: Folders, dataset: str | int | None, plans_name: str, say:
     if not plans:
         raise UserError(f"{folders.preprocessed}: no data set was planned yet; run nnssl_plan_and_preprocess -d ID")
     newest = max(plans, key=lambda path: path.stat().st_mtime)
-    say(f"no -d given: the data set planned last is {newest.parent.name}")
+    logger.info(f"no -d given: the data set planned last is {newest.parent.name}")
     return newest
 
 

@@ -27,6 +27,7 @@ from nnssl.distributed import average_gradients, rank, world_size
 from nnssl.draws import sample_generators
 from nnssl.errors import UserError
 from nnssl.files import write_json
+from nnssl.log import lines_to
 from nnssl.methods import find_stage
 from nnssl.methods.protocol import PretextMethod, StepOutput
 from nnssl.momentum import update_teacher
@@ -120,9 +121,10 @@ class PretrainTrainer(nnUNetTrainer):
         architecture = self.configuration_manager.configuration["architecture"]
         heads = self.label_manager.num_segmentation_heads
         self.network = build_network(architecture, self.num_input_channels, heads, seed)
-        self.init = load_initial_weights(
-            self.network, self.run, self.options, self.folder.parents[2], self.dataset_json, self.print_to_log_file
-        )
+        with lines_to(self.print_to_log_file):
+            self.init = load_initial_weights(
+                self.network, self.run, self.options, self.folder.parents[2], self.dataset_json
+            )
         make = self.stage_entry.load()
         self.method = seeded(lambda: make(self.network, self.run.settings, self.configuration), seed, self.stage)
         self.precision = choose_precision(self.device)
@@ -148,16 +150,16 @@ class PretrainTrainer(nnUNetTrainer):
         store = self._store()
         self.cases = tuple(sorted({*self.cases, *store.names}))
         workers = self.options.workers
-        pairs = pairs_of_run(
-            self.folder,
-            store,
-            self.method.partners(),
-            self.run,
-            anew=self.current_step == 0,
-            device=self.device,
-            autocast=self._autocast,
-            say=self.print_to_log_file,
-        )
+        with lines_to(self.print_to_log_file):
+            pairs = pairs_of_run(
+                self.folder,
+                store,
+                self.method.partners(),
+                self.run,
+                anew=self.current_step == 0,
+                device=self.device,
+                autocast=self._autocast,
+            )
         return iter(
             make_loader(
                 store,

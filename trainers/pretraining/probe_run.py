@@ -4,7 +4,7 @@ The cases are seen as fine-tuning would see them: the plan of the pretraining is
 preprocesses them. Nothing of the training depends on the probe.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from nnssl.errors import UserError
 from nnssl.evaluation.labels import foreground_labels, ignore_label
 from nnssl.evaluation.probe import IGNORED, LabelledTile, fit_probe, mean_dice, score_probe
 from nnssl.files import read_json
+from nnssl.log import logger
 from nnssl.paths import Folders, make_writable
 from nnssl.plan import Plan
 from planners.finetune_planner import adopt_plan
@@ -64,14 +65,7 @@ class ProbeOptions:
 
 
 def prepare_probe(
-    dataset_name: str,
-    plan: Plan,
-    configuration: str,
-    folders: Folders,
-    cases: int,
-    every: int | None,
-    processes: int,
-    say: Callable[[str], None],
+    dataset_name: str, plan: Plan, configuration: str, folders: Folders, cases: int, every: int | None, processes: int
 ) -> ProbeOptions:
     """Choose the labelled cases of a probe and preprocess their data set with the plan of the pretraining.
 
@@ -83,7 +77,6 @@ def prepare_probe(
         cases: to learn from, each of another patient, and as many of further patients to score on.
         every: epochs between two probes, or None.
         processes: for preprocessing.
-        say: called with lines for the user.
 
     Raises:
         UserError: too few cases, labels that overlap, other channels than the plan's, or nnU-Net cannot prepare the data.
@@ -107,13 +100,13 @@ def prepare_probe(
     order = label_order(sorted(one_each.values()), seed=0)
     lock = make_writable(folders.preprocessed / dataset_name) / "nnssl_probe.lock"
     with FileLock(lock):  # every process of torchrun comes here
-        adopted = adopt_plan(plan.nnunet, dataset_name, folders, say)
-        prepare_data(dataset_name, adopted, configuration, labelled, folders, processes, say)
+        adopted = adopt_plan(plan.nnunet, dataset_name, folders)
+        prepare_data(dataset_name, adopted, configuration, labelled, folders, processes)
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     data = PlansManager(adopted.content).get_configuration(configuration).data_identifier
     train, test = tuple(sorted(order[:cases])), tuple(sorted(order[cases : 2 * cases]))
-    say(
+    logger.info(
         f"Probe: learns from {', '.join(train)}; scored on {', '.join(test)} of {dataset_name}, which are no test cases then"
     )
     values = {name: value for name, value in labels.items() if isinstance(value, int)}

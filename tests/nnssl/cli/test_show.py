@@ -187,8 +187,7 @@ def test_uncertainty(files, drawn, capsys):
 @pytest.mark.parametrize("name", ["teacher", "teacher3d"])
 def test_uncertainty_is_that_of_the_teacher(files, name):
     """Of its network and its head, not of the student's: recomputed from the weights in the file."""
-    say = [].append
-    teacher, _ = open_teacher(files[name], None, torch.device("cpu"), say)
+    teacher, _ = open_teacher(files[name], None, torch.device("cpu"))
     state = read_checkpoint(files[name])[0]["nnssl"]["state"]["method"]
     for key, value in teacher.network.network.state_dict().items():
         assert torch.equal(value, state[f"teacher.{key}"])
@@ -230,7 +229,7 @@ def test_recovered_tokens(files, drawn, capsys, name):
     assert "s: mean squared error" in capsys.readouterr().out
     assert len(drawn[0].axes) == 3
     method, provenance = restore_method(files[name], torch.device("cpu"))
-    case = open_cases(provenance, NAME, resolve_folders(), print).case("toy_02")
+    case = open_cases(provenance, NAME, resolve_folders()).case("toy_02")
     patch = torch.from_numpy(case.read_box((0, 0, 0), method.configuration.patch_size))[None]
     views = method.make_views(patch, sample_generators(0, "test", 0, [0]))
     made = method.recover(views)
@@ -263,7 +262,7 @@ def test_matches(files, drawn, capsys):
 
 def test_a_case_is_found_in_itself_and_its_crops_lie_where_it_says(files):
     _, provenance = restore_method(files["sam"], torch.device("cpu"))
-    store = open_cases(provenance, NAME, resolve_folders(), print)
+    store = open_cases(provenance, NAME, resolve_folders())
     matcher, method = open_matcher(files["sam"], store, torch.device("cpu"))
     patch = method.configuration.patch_size
     volume = store.case("toy_01").read_box((0, 0, 0), store.case("toy_01").shape)[0]
@@ -307,7 +306,7 @@ def test_a_state_with_other_parts_is_refused(files, tmp_path):
 def test_a_reconstruction_is_what_the_decoder_makes(files):
     """Recomputed from the restored method with the same draws: error and picture of every model."""
     method, provenance = restore_method(files["pcrl"], torch.device("cpu"))
-    case = open_cases(provenance, NAME, resolve_folders(), print).case("toy_01")
+    case = open_cases(provenance, NAME, resolve_folders()).case("toy_01")
     made = reconstruct_case(method, case, 4, 3, torch.device("cpu"))
     again = reconstruct_case(method, case, 4, 4, torch.device("cpu"))
     assert [each.model for each in made] == ["o", "m", "h"]
@@ -322,12 +321,12 @@ def test_a_reconstruction_is_what_the_decoder_makes(files):
 
 def test_features_of_the_weights_or_as_asked_for(files):
     for name, asked, kind in (("2d", None, "single"), ("2d", "pyramid", "pyramid"), ("hybrid", None, "pyramid")):
-        network, _ = open_dense_network(files[name], asked, torch.device("cpu"), lambda line: None)
+        network, _ = open_dense_network(files[name], asked, torch.device("cpu"))
         assert network.kind == kind
 
 
 def test_loaded_weights_are_those_of_the_file(files):
-    network, _ = open_dense_network(files["3d"], None, torch.device("cpu"), lambda line: None)
+    network, _ = open_dense_network(files["3d"], None, torch.device("cpu"))
     stored = read_checkpoint(files["3d"])[0]["network_weights"]
     assert all(torch.equal(value, stored[name]) for name, value in network.network.state_dict().items())
     assert not network.network.training
@@ -382,7 +381,7 @@ def test_an_exported_file_is_refused_in_one_line(files, capsys, tmp_path):
     assert "exported for 2d of nnUNetPlans, without the plan of the pretraining" in line
     assert "take the checkpoint of nnssl_pretrain that the file was made from" in line
     with pytest.raises(UserError, match="exported.pth: exported for 2d of nnUNetPlans"):
-        open_dense_network(tmp_path / "exported.pth", None, torch.device("cpu"), print)
+        open_dense_network(tmp_path / "exported.pth", None, torch.device("cpu"))
 
 
 def test_network_without_decoder_is_refused(files, capsys, monkeypatch):

@@ -4,6 +4,7 @@ import pytest
 
 from nnssl.data.patients import find_patients, patient_in_name, read_patients
 from nnssl.errors import UserError
+from nnssl.log import lines_to
 
 
 @pytest.mark.parametrize(
@@ -32,17 +33,19 @@ def test_patient_in_a_name(case, patient):
 def test_names_are_read_aloud():
     said = []
     cases = ["p1_frame1", "p1_frame2", "p2_frame1"]
-    assert find_patients(cases, None, said.append) == {"p1_frame1": "p1", "p1_frame2": "p1", "p2_frame1": "p2"}
+    with lines_to(said.append):
+        assert find_patients(cases, None) == {"p1_frame1": "p1", "p1_frame2": "p1", "p2_frame1": "p2"}
     assert said == ["3 cases of 2 patients, by their names (p1_frame1 is of p1); --patients FILE says otherwise"]
     said.clear()
-    assert find_patients(["a_1", "a_2"], None, said.append) == {"a_1": "a_1", "a_2": "a_2"}
+    with lines_to(said.append):
+        assert find_patients(["a_1", "a_2"], None) == {"a_1": "a_1", "a_2": "a_2"}
     assert said == []
 
 
 def test_a_table_overrules_names(tmp_path):
     table = tmp_path / "patients.csv"
     table.write_text("case,age,patient\np1_frame1,40,anna\np1_frame2,40,berta\nother,1,carla\n")
-    assert find_patients(["p1_frame1", "p1_frame2"], table, print) == {"p1_frame1": "anna", "p1_frame2": "berta"}
+    assert find_patients(["p1_frame1", "p1_frame2"], table) == {"p1_frame1": "anna", "p1_frame2": "berta"}
 
 
 @pytest.mark.parametrize(
@@ -65,6 +68,6 @@ def test_a_table_must_name_every_case(tmp_path):
     table = tmp_path / "patients.csv"
     table.write_text("case,patient\na,b\n")
     with pytest.raises(UserError, match=r"does not name c \(2 cases are missing\)"):
-        find_patients(["a", "c", "d"], table, print)
+        find_patients(["a", "c", "d"], table)
     with pytest.raises(UserError, match="cannot be read as a table"):
         read_patients(tmp_path / "no.csv")

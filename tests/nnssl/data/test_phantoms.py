@@ -88,7 +88,7 @@ def test_written_data_set_is_nnunets_raw_layout(nnunet_folders):
         "phantom_0003.nii.gz",
         "phantom_0004.nii.gz",
     ]
-    dataset = read_dataset(901, folders, print)
+    dataset = read_dataset(901, folders)
     assert dataset.channel_names == ("CT",)
     volume, spacing_mm = read_volume(dataset.cases[1], dataset.reader)
     assert spacing_mm == SPACING_MM
@@ -98,7 +98,7 @@ def test_written_data_set_is_nnunets_raw_layout(nnunet_folders):
     # the same patient again from another first_case, without labels
     bare = write_phantom_dataset(folders.raw, "Dataset902_Bare", 1, 7, SHAPE, SPACING_MM, "CT", False, first_case=4)
     assert not (bare / "labelsTr").exists()
-    again = read_dataset(902, folders, print)
+    again = read_dataset(902, folders)
     np.testing.assert_array_equal(read_volume(again.cases[0], again.reader)[0], volume)
     with pytest.raises(UserError, match="already holds files"):
         write_phantom_dataset(folders.raw, "Dataset902_Bare", 1, 7, SHAPE, SPACING_MM, "CT", False)

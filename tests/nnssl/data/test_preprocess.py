@@ -16,6 +16,7 @@ from nnssl.data.preprocess import Job, draw_foreground, preprocess_dataset, prep
 from nnssl.data.raw import read_dataset
 from nnssl.data.recipe import Recipe, digest_case, find_sources, plan_targets
 from nnssl.errors import UserError
+from nnssl.log import lines_to
 from nnssl.paths import resolve_folders
 from nnssl.plan import AnatomyChoices, ContextChoices, DenseSampling, Plan, Pretext, PretextConfiguration
 from planners.fingerprint import extract_fingerprint
@@ -140,21 +141,21 @@ class Scene:
             write_image(path, volume[channel], (2.5 + number % 2, 0.9, 1.0))
 
     def measure(self) -> None:
-        self.dataset = read_dataset(501, self.folders, silent, ("MRI",) * self.channels)
-        self.fingerprint = extract_fingerprint(self.dataset, 0, silent)
+        self.dataset = read_dataset(501, self.folders, ("MRI",) * self.channels)
+        self.fingerprint = extract_fingerprint(self.dataset, 0)
 
     def run(self, plan=None, configurations=None, processes=1, dask=None, say=silent, restart=False):
-        return preprocess_dataset(
-            self.dataset,
-            plan or self.plan,
-            self.fingerprint.usable,
-            self.folders,
-            configurations,
-            processes,
-            dask,
-            say,
-            restart,
-        )
+        with lines_to(say):
+            return preprocess_dataset(
+                self.dataset,
+                plan or self.plan,
+                self.fingerprint.usable,
+                self.folders,
+                configurations,
+                processes,
+                dask,
+                restart,
+            )
 
     def folder(self, name="cases_3d") -> Path:
         return self.folders.preprocessed / NAME / name

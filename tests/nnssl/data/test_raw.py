@@ -18,6 +18,7 @@ from nnssl.data.raw import (
     read_volume,
 )
 from nnssl.errors import UserError
+from nnssl.log import lines_to
 from nnssl.paths import resolve_folders
 
 SHAPE = (5, 7, 11)
@@ -74,7 +75,7 @@ def test_a_preprocessed_data_set_is_found_without_its_raw_folder(folders):
     (folders.preprocessed / "Dataset009_Gone").mkdir()
     assert find_dataset(9, folders) == "Dataset009_Gone"
     with pytest.raises(UserError, match="no raw images"):
-        read_dataset(9, folders, print)
+        read_dataset(9, folders)
 
 
 def test_dataset_json_is_taken_at_its_word_and_nothing_is_said(folders):
@@ -87,7 +88,8 @@ def test_dataset_json_is_taken_at_its_word_and_nothing_is_said(folders):
     }
     folder = make_dataset(folders, channels=2, dataset_json=content)
     said = []
-    dataset = read_dataset(501, folders, said.append)
+    with lines_to(said.append):
+        dataset = read_dataset(501, folders)
     assert said == []
     assert dataset.channel_names == ("CT", "T2")
     assert [case.name for case in dataset.cases] == ["a", "b"]
@@ -103,7 +105,8 @@ def test_dataset_json_is_taken_at_its_word_and_nothing_is_said(folders):
 def test_without_dataset_json_everything_is_inferred_and_said(folders):
     make_dataset(folders, channels=2, ending=".nrrd")
     said = []
-    dataset = read_dataset("501", folders, said.append)
+    with lines_to(said.append):
+        dataset = read_dataset("501", folders)
     assert len(said) == 3
     assert "no dataset.json" in said[0]
     assert ".nrrd" in said[1]
@@ -121,7 +124,8 @@ def test_legacy_dataset_json_becomes_a_valid_one(folders):
     legacy = {"modality": {"0": "CT"}, "labels": {"0": "background", "1": "liver"}, "numTraining": 7}
     make_dataset(folders, dataset_json=legacy)
     said = []
-    dataset = read_dataset(501, folders, said.append)
+    with lines_to(said.append):
+        dataset = read_dataset(501, folders)
     assert dataset.channel_names == ("CT",)
     assert dataset.dataset_json["channel_names"] == {"0": "CT"}
     assert dataset.dataset_json["labels"] == {"background": 0, "liver": 1}
@@ -131,24 +135,25 @@ def test_legacy_dataset_json_becomes_a_valid_one(folders):
 
 def test_names_given_by_the_user_win(folders):
     make_dataset(folders, dataset_json={"channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"})
-    assert read_dataset(501, folders, print, channel_names=("CT",)).dataset_json["channel_names"] == {"0": "CT"}
+    assert read_dataset(501, folders, channel_names=("CT",)).dataset_json["channel_names"] == {"0": "CT"}
     with pytest.raises(UserError, match="2 channel name"):
-        read_dataset(501, folders, print, channel_names=("CT", "PET"))
+        read_dataset(501, folders, channel_names=("CT", "PET"))
 
 
 def test_cases_of_a_list_are_left_out(folders, tmp_path):
     make_dataset(folders, cases=("a", "b", "c"))
-    dataset, said = read_dataset(501, folders, print), []
+    dataset, said = read_dataset(501, folders), []
     listed = tmp_path / "test.txt"
     listed.write_text("# held out\nb\n\n")
-    assert [case.name for case in leave_out(dataset, listed, said.append).cases] == ["a", "c"]
+    with lines_to(said.append):
+        assert [case.name for case in leave_out(dataset, listed).cases] == ["a", "c"]
     assert said == [f"Dataset501_Tiny: 1 of 3 cases left out, as {listed} asks"]
     for text, message in (("b\nz\n", "has no case z"), ("a\nb\nc\n", "names all cases"), ("b\nb\n", "more than once")):
         listed.write_text(text)
         with pytest.raises(UserError, match=message):
-            leave_out(dataset, listed, print)
+            leave_out(dataset, listed)
     with pytest.raises(UserError, match="cannot be read as a list"):
-        leave_out(dataset, tmp_path / "no.txt", print)
+        leave_out(dataset, tmp_path / "no.txt")
 
 
 def test_files_that_make_no_case_are_set_aside_with_a_reason(folders):
@@ -162,7 +167,7 @@ def test_files_that_make_no_case_are_set_aside_with_a_reason(folders):
     (images / "e_0000.nii.gz").symlink_to(images / "nowhere.nii.gz")
     (images / "._a_0000.nii.gz").write_text("")
     (images / "notes.txt").write_text("")
-    dataset = read_dataset(501, folders, print)
+    dataset = read_dataset(501, folders)
     assert [case.name for case in dataset.cases] == ["a"]
     assert [(entry.case, entry.reason) for entry in dataset.set_aside] == [
         ("b", "has channel files _0000, _0002, the data set has 2 per case"),
@@ -177,7 +182,7 @@ def test_files_that_make_no_case_are_set_aside_with_a_reason(folders):
 def test_without_dataset_json_the_usual_number_of_channels_counts(folders):
     folder = make_dataset(folders, cases=("a", "b", "c"), channels=2)
     (folder / "imagesTr" / "b_0001.nii.gz").unlink()
-    dataset = read_dataset(501, folders, print)
+    dataset = read_dataset(501, folders)
     assert [case.name for case in dataset.cases] == ["a", "c"]
     assert [entry.case for entry in dataset.set_aside] == ["b"]
 
@@ -189,7 +194,7 @@ def test_links_are_followed_and_labels_never_opened(folders, tmp_path):
     (folder / "imagesTr").mkdir(parents=True)
     (folder / "imagesTr" / "a_0000.nii.gz").symlink_to(elsewhere / "scan.nii.gz")
     (folder / "labelsTr").mkdir(mode=0o000)
-    dataset = read_dataset(501, folders, print)
+    dataset = read_dataset(501, folders)
     volume, _ = read_volume(dataset.cases[0], dataset.reader)
     np.testing.assert_array_equal(volume[0], make_array())
 
@@ -202,7 +207,7 @@ def test_images_listed_in_dataset_json(folders, tmp_path, monkeypatch):
         "dataset": {"far": {"images": ["$FAR/one.nii.gz"], "label": "labelsTr/none.nii.gz"},
                     "near": {"images": ["imagesTr/x_0000.nii.gz"], "label": ""},
                     "lost": {"images": ["imagesTr/y_0000.nii.gz"], "label": ""}}})  # fmt: skip
-    dataset = read_dataset(501, folders, print)
+    dataset = read_dataset(501, folders)
     assert [case.name for case in dataset.cases] == ["far", "near"]
     assert dataset.cases[0].images == (tmp_path / "far" / "one.nii.gz",)
     assert dataset.cases[1].images == (folder / "imagesTr" / "x_0000.nii.gz",)
@@ -225,7 +230,7 @@ def test_images_listed_in_dataset_json(folders, tmp_path, monkeypatch):
 def test_mistakes_end_in_one_line(folders, break_it, message):
     break_it(make_dataset(folders))
     with pytest.raises(UserError, match=message) as error:
-        read_dataset(501, folders, lambda line: None)
+        read_dataset(501, folders)
     assert "\n" not in str(error.value)
 
 
@@ -233,10 +238,11 @@ def test_an_unknown_reader_is_said_and_a_known_one_taken(folders):
     folder = make_dataset(
         folders, dataset_json={"channel_names": {"0": "CT"}, "overwrite_image_reader_writer": "NibabelIO"}
     )
-    assert read_dataset(501, folders, lambda line: None).reader == "NibabelIO"
+    assert read_dataset(501, folders).reader == "NibabelIO"
     (folder / "dataset.json").write_text('{"overwrite_image_reader_writer": "MyReader"}')
     said = []
-    assert read_dataset(501, folders, said.append).reader == "SimpleITKIO"
+    with lines_to(said.append):
+        assert read_dataset(501, folders).reader == "SimpleITKIO"
     assert any("MyReader" in line for line in said)
 
 
@@ -273,7 +279,7 @@ def test_axes_are_zyx(tmp_path):
 @pytest.mark.parametrize("ending", [".nii.gz", ".nii", ".nrrd", ".mha", ".gipl"])
 def test_every_3d_format_is_read_from_header_and_voxels(folders, ending):
     make_dataset(folders, ending=ending)
-    dataset = read_dataset(501, folders, lambda line: None)
+    dataset = read_dataset(501, folders)
     assert dataset.file_ending == ending
     volume, spacing_mm = read_volume(dataset.cases[0], dataset.reader)
     np.testing.assert_array_equal(volume[0], make_array())
@@ -287,7 +293,7 @@ def test_natural_images_with_colours_are_one_file_of_three_channels(folders):
     images.mkdir(parents=True)
     for case in "ab":
         io.imsave(images / f"{case}_0000.png", make_array(shape=(6, 9, 3), dtype=np.uint8), check_contrast=False)
-    dataset = read_dataset(501, folders, lambda line: None)
+    dataset = read_dataset(501, folders)
     assert dataset.reader == "NaturalImage2DIO"
     assert dataset.channel_names == (UNKNOWN_CHANNEL,) * 3
     assert [case.name for case in dataset.cases] == ["a", "b"]
@@ -301,7 +307,7 @@ def test_tif_spacing_follows_nnunets_side_file(folders):
     images.mkdir(parents=True)
     tifffile.imwrite(images / "a_0000.tif", make_array())
     (images / "a.json").write_text('{"spacing": [5.0, 2.0, 1.0]}')
-    dataset = read_dataset(501, folders, lambda line: None)
+    dataset = read_dataset(501, folders)
     assert dataset.reader == "Tiff3DIO"
     assert read_header(dataset.cases[0], dataset.reader) == (SHAPE, (5.0, 2.0, 1.0), "")
 
@@ -370,7 +376,7 @@ def test_real_data_set_agrees_with_nnunet(real_data, folders, monkeypatch):
     folder = folders.raw / "Dataset504_Hippocampus"
     folder.mkdir()
     (folder / "imagesTr").symlink_to(real_data / "Dataset004_Hippocampus" / "imagesTr")
-    dataset = read_dataset(504, folders, lambda line: None)
+    dataset = read_dataset(504, folders)
     assert len(dataset.cases) == 200
     for case in dataset.cases[:3]:
         oracle, properties = recursive_find_reader_writer_by_name("SimpleITKIO")().read_images([str(case.images[0])])

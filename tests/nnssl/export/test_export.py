@@ -16,6 +16,7 @@ from nnssl.export.fit_report import refuse_below
 from nnssl.export.formats import table_of
 from nnssl.export.source import count_values, open_source
 from nnssl.export.target import build_target
+from nnssl.log import lines_to
 from nnssl.networks.backbone import build_network
 from nnssl.paths import Folders
 from tests.nnssl.export.tiny_networks import architecture, dataset_json, plans, primus, unet, write_plans, write_source
@@ -197,8 +198,8 @@ def test_tokens_of_another_size_stay_random(tmp_path):
     assert "2 x 3 x 2" in status(report, "eva.pos_embed").reason
     assert report.share(encoder=True) > 0.5
     with pytest.raises(UserError, match=r"layer that sees the images \(down_projection.proj\) stays random"):
-        refuse_below(report, 0.5, "a.pth", lambda line: None)
-    refuse_below(report, 0.0, "a.pth", lambda line: None)
+        refuse_below(report, 0.5, "a.pth")
+    refuse_below(report, 0.0, "a.pth")
 
 
 def test_a_volume_that_does_not_change_along_z_is_answered_like_its_slice(tmp_path):
@@ -326,8 +327,11 @@ def test_too_little_is_refused_and_nothing_is_written(tmp_path, folders):
     write_source(tmp_path / "a.pth", unet("plain", 3), 3, ["CT"])
     path = write_plans(tmp_path / "user", plans(unet("residual", 3), 3, 1), ["CT"])
     lines = []
-    with pytest.raises(UserError, match=r"only 0.0% of the encoder's parameters .* less than 50%"):
-        export(tmp_path / "a.pth", folders, for_plans=str(path), out=tmp_path / "out.pth", say=lines.append)
+    with (
+        pytest.raises(UserError, match=r"only 0.0% of the encoder's parameters .* less than 50%"),
+        lines_to(lines.append),
+    ):
+        export(tmp_path / "a.pth", folders, for_plans=str(path), out=tmp_path / "out.pth")
     assert any("the source has none" in line for line in lines)
     assert not (tmp_path / "out.pth").exists()
     wide = write_plans(tmp_path / "wide", plans(unet("plain", 3, features_per_stage=[4, 6, 10]), 3, 1), ["CT"])

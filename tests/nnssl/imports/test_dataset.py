@@ -19,6 +19,7 @@ from nnssl.imports.dataset import FINDERS, import_dataset
 from nnssl.imports.dicom import MIN_SLICES
 from nnssl.imports.record import ImportRecord, format_import
 from nnssl.imports.sources import KINDS, KNOWN_CHOICES, Choices, detect_kind
+from nnssl.log import lines_to
 from nnssl.paths import resolve_folders
 from nnssl.schema import read
 from planners.fingerprint import extract_fingerprint
@@ -55,7 +56,8 @@ def source(tmp_path):
 
 def run(source, folders, **kwargs):
     choices = Choices(**{name: kwargs.pop(name) for name in list(kwargs) if name in Choices.__dataclass_fields__})
-    return import_dataset(source, 501, "Scans", folders, kwargs.pop("say", silent), choices=choices, **kwargs)
+    with lines_to(kwargs.pop("say", silent)):
+        return import_dataset(source, 501, "Scans", folders, choices=choices, **kwargs)
 
 
 def cases_of(record):
@@ -80,7 +82,7 @@ def test_a_folder_of_several_formats_is_read_as_simpleitk_reads_it(folders, sour
     assert said[0] == f"{source}: a folder of image files"
     assert cases_of(record) == [f"scan-{number}u" for number in range(5)]
     assert record.refused == ()
-    dataset = read_dataset(501, folders, silent)
+    dataset = read_dataset(501, folders)
     assert dataset.reader == "SimpleITKIO"
     assert dataset.channel_names == (UNKNOWN_CHANNEL,)
     for case, taken, ending in zip(dataset.cases, record.taken, endings, strict=True):
@@ -92,7 +94,7 @@ def test_a_folder_of_several_formats_is_read_as_simpleitk_reads_it(folders, sour
         assert taken.shape == volume.shape[1:]
         expected = sitk.DICOMOrientImageFilter_GetOrientationFromDirectionCosines(oracle.GetDirection())
         assert read_header(case, dataset.reader)[2] == expected
-    assert len(extract_fingerprint(dataset, 0, silent).cases) == 5
+    assert len(extract_fingerprint(dataset, 0).cases) == 5
     assert {path: path.stat().st_mtime_ns for path in source.iterdir()} == before
     assert sorted(path.name for path in dataset.folder.rglob("*")) == ["dataset.json", "imagesTr", "import.json"]
 
@@ -127,7 +129,7 @@ def test_channels_are_chosen_by_suffix(folders, source):
         write_image(source / f"{name}.nii.gz")
     assert "emil" in cases_of(run(source, folders, channels=("T1=_t1", "POST=_post_t1"), restart=True))
     run(source, folders, channels=("T1=_t1", "T1CE=_t1ce", "T2=_t2"), restart=True)
-    dataset = read_dataset(501, folders, silent)
+    dataset = read_dataset(501, folders)
     assert dataset.channel_names == ("T1", "T1CE", "T2")
     assert read_volume(dataset.cases[0], dataset.reader)[0].shape == (3, 5, 7, 11)
 
@@ -225,7 +227,7 @@ def test_four_axes_are_channels_when_they_are_named(folders, source):
     record = run(source, folders, channels=("T1", "T2", "FLAIR"))
     assert cases_of(record) == ["a"]
     assert "has 1 volumes in one file where 3 is wanted" in record.refused[0].reason
-    dataset = read_dataset(501, folders, silent)
+    dataset = read_dataset(501, folders)
     assert read_volume(dataset.cases[0], dataset.reader)[0].shape == (3, 5, 7, 11)
 
 
@@ -284,7 +286,7 @@ def test_a_bids_tree_with_two_sessions_keeps_its_geometry(folders, source):
     assert record.channel_names == ("T1w",)
     assert record.passed_over == {"folder derivatives": 1, ".json": 6}
     assert not any("derivatives" in refusal.file for refusal in record.refused)
-    dataset = read_dataset(501, folders, silent)
+    dataset = read_dataset(501, folders)
     for case, taken in zip(dataset.cases, record.taken, strict=True):
         oracle = sitk.ReadImage(str(case.images[0]))
         np.testing.assert_allclose(oracle.GetDirection(), oblique_directions().ravel(), atol=1e-5)
@@ -317,8 +319,8 @@ def test_bids_suffixes_are_chosen(folders, source):
     record = run(source, folders, mixed=True, restart=True)
     assert (record.channel_names, len(record.taken)) == (("mixed",), 5)
     assert "has 4 volumes in one file" in refusals_of(record, source)["sub-02/func/sub-02_task-rest_bold.nii.gz"]
-    dataset = read_dataset(501, folders, silent)
-    fingerprint = extract_fingerprint(dataset, 0, silent)
+    dataset = read_dataset(501, folders)
+    fingerprint = extract_fingerprint(dataset, 0)
     assert (len(fingerprint.cases), len(fingerprint.duplicates)) == (
         2,
         3,
@@ -502,7 +504,7 @@ def test_the_same_import_again_does_nothing_and_another_is_refused(folders, sour
         run(source, folders)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert cases_of(run(source, folders, restart=True)) == ["a", "b"]
-    assert len(read_dataset(501, folders, silent).cases) == 2
+    assert len(read_dataset(501, folders).cases) == 2
     assert [path.name for path in folders.raw.iterdir()] == ["Dataset501_Scans"]
 
 
@@ -515,10 +517,10 @@ def test_what_no_import_made_is_never_touched(folders, source):
     assert own.exists()
     (folders.preprocessed / "Dataset502_Other").mkdir()
     with pytest.raises(UserError, match="has Dataset502_Other of this number"):
-        import_dataset(source, 502, "Scans", folders, silent)
+        import_dataset(source, 502, "Scans", folders)
     for number, name in ((0, "Scans"), (1000, "Scans"), (3, "My Scans"), (3, "Dataset003_Scans")):
         with pytest.raises(UserError):
-            import_dataset(source, number, name, folders, silent)
+            import_dataset(source, number, name, folders)
 
 
 def test_the_command_prints_the_table_and_ends_errors_in_one_line(folders, source, capsys):
@@ -529,7 +531,7 @@ def test_the_command_prints_the_table_and_ends_errors_in_one_line(folders, sourc
     assert "taken: 1 cases of 1 channel(s) (CT), from 1 .nii.gz" in out
     assert "refused: 1" in out
     assert out[-1] == "next: nnssl_plan_and_preprocess -d 7"
-    assert read_dataset(7, folders, silent).channel_names == ("CT",)
+    assert read_dataset(7, folders).channel_names == ("CT",)
     assert main([str(source), "-d", "7", "-n", "Scans"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("nnssl_import: error: ")

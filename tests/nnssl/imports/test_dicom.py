@@ -21,6 +21,7 @@ from nnssl.errors import UserError
 from nnssl.imports.dataset import import_dataset
 from nnssl.imports.dicom import MIN_SLICES, _drop_copies, find_series
 from nnssl.imports.sources import Choices, Found
+from nnssl.log import lines_to
 from nnssl.paths import resolve_folders
 from planners.fingerprint import digest_sources, extract_fingerprint
 from planners.pretrain_planner import plan_pretraining
@@ -46,7 +47,7 @@ def source(tmp_path):
 
 def run(source, folders, **kwargs):
     choices = Choices(**{name: kwargs.pop(name) for name in list(kwargs) if name in Choices.__dataclass_fields__})
-    return import_dataset(source, 501, "Scans", folders, silent, choices=choices, **kwargs)
+    return import_dataset(source, 501, "Scans", folders, choices=choices, **kwargs)
 
 
 def reasons_of(source, **choices):
@@ -59,7 +60,7 @@ def test_an_oblique_series_in_shuffled_order_keeps_geometry_and_voxels(folders, 
     files = write_series(source / "a", values)
     assert [file.name for file in files] != sorted(file.name for file in files)
     record = run(source, folders)
-    dataset = read_dataset(501, folders, silent)
+    dataset = read_dataset(501, folders)
     (case,) = dataset.cases
     assert (case.name, dataset.reader, dataset.channel_names) == (CASE, DICOM_READER, ("CT",))
 
@@ -87,7 +88,7 @@ def test_reading_leaves_the_locale_alone(folders, source):
     write_series(source, make_values())
     before = locale.setlocale(locale.LC_ALL)
     run(source, folders)
-    dataset = read_dataset(501, folders, silent)
+    dataset = read_dataset(501, folders)
     read_volume(dataset.cases[0], dataset.reader)
     assert locale.setlocale(locale.LC_ALL) == before
 
@@ -96,7 +97,7 @@ def test_a_sagittal_series_is_oriented_as_simpleitk_says(folders, source):
     directions = np.array([[0.0, 0, -1], [1, 0, 0], [0, -1, 0]])  # x along P, y along I, z along R
     write_series(source, make_values((6, 9, 11)), directions=directions)
     run(source, folders)
-    dataset = read_dataset(501, folders, silent)
+    dataset = read_dataset(501, folders)
     oracle = sitk.ReadImage(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(source)))
     expected = sitk.DICOMOrientImageFilter_GetOrientationFromDirectionCosines(oracle.GetDirection())
     assert read_header(dataset.cases[0], dataset.reader)[2] == expected == "PIR"
@@ -125,7 +126,7 @@ def test_each_slice_keeps_its_own_rescale_values(folders, source):
         with kept_locale():
             writer.Execute(rescaled)
     run(source, folders)
-    dataset = read_dataset(501, folders, silent)
+    dataset = read_dataset(501, folders)
     volume, _ = read_volume(dataset.cases[0], dataset.reader)
     oracle = [sitk.GetArrayFromImage(sitk.Cast(sitk.ReadImage(str(file)), sitk.sitkFloat64))[0] for file in files]
     assert np.unique(np.stack(oracle) % 1).size > 1
@@ -138,18 +139,18 @@ def test_dicom_goes_through_fingerprint_plan_and_preprocessing(folders, source):
         write_series(source / str(number), values, uid=f"1.2.{number}", patient=f"P{number}", modality="MR")
     before = {path: path.stat().st_mtime_ns for path in source.rglob("*")}
     run(source, folders)
-    dataset = read_dataset(501, folders, silent)
+    dataset = read_dataset(501, folders)
     assert sum(path.stat().st_size for path in dataset.folder.rglob("*") if path.is_file()) < 30_000  # no voxels
-    fingerprint = extract_fingerprint(dataset, 0, silent)
+    fingerprint = extract_fingerprint(dataset, 0)
     assert [case.shape for case in fingerprint.cases] == [(9, 25, 31), (10, 25, 31), (11, 25, 31)]
     assert fingerprint.set_aside == ()
     assert fingerprint.modalities == ("MRI",)
     plan = plan_pretraining(dataset, fingerprint, folders, "cpu")
     assert plan.nnunet["image_reader_writer"] == "SimpleITKIO"  # what stock nnU-Net knows
-    report = preprocess_dataset(dataset, plan, fingerprint.usable, folders, ["3d_fullres"], 1, None, silent)
+    report = preprocess_dataset(dataset, plan, fingerprint.usable, folders, ["3d_fullres"], 1, None)
     assert (report.done, report.set_aside) == (3, ())
     assert set(CaseStore(report.folders[0]).names) == {f"sub-P{number}_thorax-1.0-B30f_series-4" for number in range(3)}
-    again = preprocess_dataset(dataset, plan, fingerprint.usable, folders, ["3d_fullres"], 1, None, silent)
+    again = preprocess_dataset(dataset, plan, fingerprint.usable, folders, ["3d_fullres"], 1, None)
     assert (again.done, again.skipped) == (0, 3)
     assert {path: path.stat().st_mtime_ns for path in source.rglob("*")} == before
 
@@ -261,7 +262,7 @@ def test_series_of_equal_names_are_two_cases_of_one_patient(folders, source):
     names = [case.case for case in record.taken]
     assert names == [CASE, f"{CASE}_scan-2"]
     assert {patient_in_name(name) for name in names} == {"sub-Anna1"}
-    dataset = read_dataset(501, folders, silent)
+    dataset = read_dataset(501, folders)
     volumes = [read_volume(case, dataset.reader)[0][0] for case in dataset.cases]
     np.testing.assert_array_equal(volumes[0], make_values(seed=0))
     np.testing.assert_array_equal(volumes[1], make_values(seed=1))
@@ -296,13 +297,14 @@ def test_a_description_in_another_character_set(folders, source):
         file.write_bytes(file.read_bytes().replace(b"Schaedel", b"Sch\xe4del "))
     record = run(source, folders)
     assert [case.case for case in record.taken] == ["sub-Anna1_Schadel_series-4"]
-    assert read_dataset(501, folders, silent).cases[0].name == "sub-Anna1_Schadel_series-4"
+    assert read_dataset(501, folders).cases[0].name == "sub-Anna1_Schadel_series-4"
     assert import_again(source, folders)
 
 
 def import_again(source, folders) -> bool:
     said = []
-    import_dataset(source, 501, "Scans", folders, said.append)
+    with lines_to(said.append):
+        import_dataset(source, 501, "Scans", folders)
     return "nothing to do" in said[-1]
 
 
@@ -315,7 +317,7 @@ def test_the_same_import_again_sees_the_slices(folders, source):
         run(source, folders)
     run(source, folders, restart=True)
     assert import_again(source, folders)
-    dataset = read_dataset(501, folders, silent)
+    dataset = read_dataset(501, folders)
     np.testing.assert_array_equal(read_volume(dataset.cases[0], dataset.reader)[0][0], make_values())
 
 
@@ -347,7 +349,7 @@ def test_modalities_are_chosen(folders, source):
 def test_a_change_of_the_slices_is_noticed(folders, source):
     files = write_series(source, make_values())
     run(source, folders)
-    dataset = read_dataset(501, folders, silent)
+    dataset = read_dataset(501, folders)
     digest = digest_sources(dataset)
     assert digest_sources(dataset) == digest
     os.utime(files[2], ns=(1, files[2].stat().st_mtime_ns + 10**9))
@@ -360,7 +362,7 @@ def test_a_change_of_the_slices_is_noticed(folders, source):
     with pytest.raises(CaseError, match="a slice of the series cannot be found"):
         read_header(dataset.cases[0], dataset.reader)
     with pytest.raises(UserError, match="a slice of the series cannot be found"):
-        extract_fingerprint(dataset, 0, silent)
+        extract_fingerprint(dataset, 0)
 
 
 @pytest.mark.parametrize(

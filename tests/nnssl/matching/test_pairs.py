@@ -11,6 +11,7 @@ from nnssl.data.loader import make_loader, shared_move
 from nnssl.data.patch_pairs import PairTable, read_pairs, write_pairs
 from nnssl.data.patients import patient_in_name
 from nnssl.errors import UserError
+from nnssl.log import lines_to
 from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import CASES_KEPT
 from nnssl.matching.pairs import PARTNERS, POINTS, choose_partners, make_pairs
@@ -33,8 +34,10 @@ def test_reliable_matches_are_taken_and_the_box_stands_in(tmp_path):
     image = make_image()
     store = store_of(tmp_path, a=(image, everywhere()), b=(image, everywhere()[:, [0, 1, 2]]))
     lines = []
-    table = make_pairs(store, Shifted(), BodyBoxMatcher(store), 0, lines.append)
-    again = make_pairs(store, Shifted(), BodyBoxMatcher(store), 0, lines.append)
+    with lines_to(lines.append):
+        table = make_pairs(store, Shifted(), BodyBoxMatcher(store), 0)
+    with lines_to(lines.append):
+        again = make_pairs(store, Shifted(), BodyBoxMatcher(store), 0)
     assert all(np.array_equal(getattr(table, n), getattr(again, n)) for n in ("query", "key", "query_vox", "key_vox"))
     assert len(table.query) == 2 * POINTS
     assert (table.query != table.key).all()
@@ -59,7 +62,7 @@ def test_low_scores_are_left_out(tmp_path):
         def match_points(self, query, points_mm, key):
             return Matches(points_mm.copy(), -points_mm[:, 2])
 
-    table = make_pairs(store, Perfect(), BodyBoxMatcher(store), 0, lambda line: None)
+    table = make_pairs(store, Perfect(), BodyBoxMatcher(store), 0)
     assert table.matched.all()
     assert table.query_vox[:, 2].max() < np.quantile(everywhere()[:, 2], 0.85)
 
@@ -74,7 +77,7 @@ def test_a_pair_of_scans_that_score_low_is_left_to_the_box(tmp_path):
             strange = "c" in (query, key)
             return Matches(points_mm.copy(), np.full(len(points_mm), 0.1 if strange else 0.9))
 
-    table = make_pairs(store, Strangers(), BodyBoxMatcher(store), 0, lambda line: None)
+    table = make_pairs(store, Strangers(), BodyBoxMatcher(store), 0)
     strange = (table.query == 2) | (table.key == 2)
     assert table.matched[~strange].all()
     # two thirds of the scores are those of strangers, so the lowest quarter is among them
@@ -86,7 +89,7 @@ def test_a_pair_of_scans_that_score_low_is_left_to_the_box(tmp_path):
             low = {query, key} == {"a", "c"}
             return Matches(found.points_mm, np.where(low, 0.1 + 1e-3 * np.arange(len(points_mm)), 0.9))
 
-    table = make_pairs(store, Friends(), BodyBoxMatcher(store), 0, lambda line: None)
+    table = make_pairs(store, Friends(), BodyBoxMatcher(store), 0)
     low = (table.query + table.key == 2) & (table.query != 1)
     assert table.matched[~low].all()
     assert table.matched[low].mean() < 0.8  # a quarter of all are three quarters of theirs
@@ -117,7 +120,8 @@ def test_without_a_matcher_and_with_one_scan(tmp_path):
     image = make_image()
     store = store_of(tmp_path, only=(image, np.zeros((0, 3), dtype=int)))
     lines = []
-    table = make_pairs(store, None, BodyBoxMatcher(store), 0, lines.append)
+    with lines_to(lines.append):
+        table = make_pairs(store, None, BodyBoxMatcher(store), 0)
     assert not table.matched.any()
     assert (table.query == table.key).all()
     np.testing.assert_allclose(table.key_vox, table.query_vox)
@@ -127,7 +131,7 @@ def test_without_a_matcher_and_with_one_scan(tmp_path):
 def test_the_file(tmp_path):
     image = make_image()
     store = store_of(tmp_path, a=(image, everywhere()), b=(image, everywhere()))
-    table = make_pairs(store, None, BodyBoxMatcher(store), 0, lambda line: None)
+    table = make_pairs(store, None, BodyBoxMatcher(store), 0)
     write_pairs(tmp_path / "pairs.npz", table)
     read = read_pairs(tmp_path / "pairs.npz")
     assert read.cases == table.cases
@@ -160,7 +164,7 @@ def test_places_are_in_voxels_of_their_own_scan(tmp_path):
         volume = np.zeros((1, *shape), dtype=np.float32)
         write_case(tmp_path, name, volume, np.zeros((0, 3), dtype=int), properties, (8, 16, 16))
     store = CaseStore(tmp_path)
-    table = make_pairs(store, None, BodyBoxMatcher(store), 0, lambda line: None)
+    table = make_pairs(store, None, BodyBoxMatcher(store), 0)
     last = [np.array(shapes[name]) - 1 for name in "ab"]
     share = table.query_vox / np.array([last[index] for index in table.query])
     np.testing.assert_allclose(table.key_vox / np.array([last[index] for index in table.key]), share, atol=1e-6)
@@ -169,7 +173,7 @@ def test_places_are_in_voxels_of_their_own_scan(tmp_path):
 def test_every_pair_of_scans_has_points_of_its_own(tmp_path):
     image = make_image()
     store = store_of(tmp_path, **{name: (image, everywhere()) for name in "abc"})
-    table = make_pairs(store, None, BodyBoxMatcher(store), 0, lambda line: None)
+    table = make_pairs(store, None, BodyBoxMatcher(store), 0)
     seen = {}
     for query, key in ((0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)):
         rows = table.query_vox[(table.query == query) & (table.key == key)]
@@ -182,7 +186,7 @@ def test_every_pair_of_scans_has_points_of_its_own(tmp_path):
 def test_each_scan_is_the_first_of_a_pair_once_in_each_pass(tmp_path):
     image = make_image()
     store = store_of(tmp_path, **{name: (image, everywhere()) for name in "abc"})
-    table = make_pairs(store, None, BodyBoxMatcher(store), 0, lambda line: None)
+    table = make_pairs(store, None, BodyBoxMatcher(store), 0)
     for size in (2, 4):  # one pair, two pairs in a step
         batches = make_loader(store, (8, 16, 16), size, 3, "test", 0, 12, pairs=table)
         first = [batch.cases[place] for batch in batches for place in range(0, size, 2)]

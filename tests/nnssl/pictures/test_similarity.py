@@ -55,7 +55,7 @@ def brute_cosines(features: np.ndarray, query: np.ndarray, mean: np.ndarray, std
 def test_flipped_voxel_is_the_nearest(store, dim):
     query = (4, 2, 11)
     flipped = (SHAPE[0] - 1 - 4, 2, SHAPE[2] - 1 - 11)
-    comparison = compare_cases(make_network(dim, TILES[dim]), store, "a", query, ["b", "c"], 0, silent)
+    comparison = compare_cases(make_network(dim, TILES[dim]), store, "a", query, ["b", "c"], 0)
     own, found, other = comparison.similarities
     assert comparison.query_vox == own.nearest_vox == query
     assert found.nearest_vox == flipped
@@ -72,7 +72,7 @@ def test_flipped_voxel_is_the_nearest(store, dim):
 def test_maps_equal_a_loop_over_voxels(store, dim):
     """The cases are seen in tiles; each sampled voxel is seen by some tile, so mean and spread can be had from outside."""
     network = make_network(dim, TILES[dim])
-    comparison = compare_cases(network, store, "a", (1, 7, 3), ["c"], 3, silent)
+    comparison = compare_cases(network, store, "a", (1, 7, 3), ["c"], 3)
     features = {name: single_features(store.case(name).read_box((0, 0, 0), SHAPE)) for name in "ac"}
     sample = torch.cat([sample_features(network, store.case(name), 3) for name in "ac"]).numpy().astype(np.float64)
     for similarity in comparison.similarities:
@@ -90,7 +90,7 @@ def test_raw_features_would_all_look_alike(store):
     """What standardisation is for."""
     features = single_features(store.case("a").read_box((0, 0, 0), SHAPE))
     raw = brute_cosines(features, features[1, 7, 3], np.zeros(6), np.ones(6))
-    standardised = compare_cases(make_network(3, SHAPE), store, "a", (1, 7, 3), [], 0, silent).similarities[0].cosine
+    standardised = compare_cases(make_network(3, SHAPE), store, "a", (1, 7, 3), [], 0).similarities[0].cosine
     assert raw.min() > 0.9
     assert np.median(standardised) < 0.3
 
@@ -279,15 +279,15 @@ def test_slice_with_most_body_and_middle_of_the_body(tmp_path):
     assert middle_of(case) == tuple(ring[distance.argmin()]) != tuple(np.round(ring.mean(axis=0)))
     assert fullest_slice(case) == 1
     assert embed_case(make_network(2, TILES[2]), case, None, 0).centre_vox[0] == 1
-    assert compare_cases(make_network(2, TILES[2]), store, "a", None, [], 0, silent).query_vox == middle_of(case)
+    assert compare_cases(make_network(2, TILES[2]), store, "a", None, [], 0).query_vox == middle_of(case)
 
 
 def test_what_is_not_there_is_refused(store):
     network = make_network(3, TILES[3])
     with pytest.raises(UserError, match=r"point 6 0 0: lies outside case a, whose shape .* is 6 10 14"):
-        compare_cases(network, store, "a", (6, 0, 0), [], 0, silent)
+        compare_cases(network, store, "a", (6, 0, 0), [], 0)
     with pytest.raises(UserError, match=r"case d: .* has no such case; it has a, b, c"):
-        compare_cases(network, store, "a", (0, 0, 0), ["d"], 0, silent)
+        compare_cases(network, store, "a", (0, 0, 0), ["d"], 0)
     with pytest.raises(UserError, match=r"slice 2: these weights are 3D"):
         embed_case(network, store.case("a"), 2, 0)
     with pytest.raises(UserError, match=r"lies outside case a"):

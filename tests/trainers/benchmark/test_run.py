@@ -15,6 +15,7 @@ from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.evaluation.metrics import CaseMetrics
 from nnssl.files import write_json
+from nnssl.log import lines_to
 from tests.trainers.benchmark.test_study import prepare
 from tests.trainers.phantom_study import LABELLED
 from trainers.benchmark import run as run_module
@@ -113,7 +114,7 @@ def pretend(monkeypatch):
     state = Pretend()
     state.trained = []
 
-    def run_arm(task, weights, folders, restart, say):
+    def run_arm(task, weights, folders, restart):
         folder = arm_folder(task, weights, folders)
         if len(state.trained) >= state.after:
             raise Killed
@@ -148,14 +149,15 @@ def make_study(folders, arms=("pix2rep",)):
     for pretraining in study.pretrainings.values():
         assert study.source is not None
         if not pretraining.finished:
-            make_weights(pretraining, study.source, print)
+            make_weights(pretraining, study.source)
     return prepare(folders, arms=arms)
 
 
 def fill(study, folder, say=print) -> StudyCells:
     """Fill the cells of a study that are not finished yet, and return them."""
-    cells = StudyCells(study, say)
-    run_cells(cells, folder, Part())
+    cells = StudyCells(study)
+    with lines_to(say):
+        run_cells(cells, folder, Part())
     return cells
 
 
@@ -187,7 +189,7 @@ def test_parts_share_out_all_cells_and_the_last_one_reports(folders, pretend, tm
     trained = []
     for number in (1, 2, 3):
         assert not reports
-        run_study(study, tmp_path, Part(number, 3), "command", print)
+        run_study(study, tmp_path, Part(number, 3), "command")
         trained.append(list(pretend.trained))
         pretend.trained.clear()
     assert len(reports) == 1
@@ -200,7 +202,8 @@ def test_cells_wait_for_weights_that_another_part_makes(folders, pretend, tmp_pa
     study = prepare(folders)
     monkeypatch.setattr(run_module, "make_weights", lambda *arguments: pytest.fail("not of this part"))
     said: list[str] = []
-    assert run_study(study, tmp_path, Part(2, 2), "command", said.append) is None
+    with lines_to(said.append):
+        assert run_study(study, tmp_path, Part(2, 2), "command") is None
     assert any("cells wait for the weights of pix2rep" in line for line in said)
     assert all("scratch" in name for name in pretend.trained)
 
@@ -234,7 +237,7 @@ def test_weights_that_start_the_network_alike_share_their_cells(folders, pretend
 
 def test_networks_of_other_labels_are_refused(folders, pretend, tmp_path):
     study = make_study(folders)
-    cells = StudyCells(study, print)
+    cells = StudyCells(study)
     cells.classes = {"liver": 1, "kidney": 2}
     with pytest.raises(
         UserError, match="was trained with the labels liver, spleen, stomach, aorta, .* now has liver, kidney"
@@ -249,7 +252,7 @@ def test_a_plan_that_has_changed_in_the_meantime_is_refused(folders, pretend, tm
     try:
         write_json(path, {**study.adopted.content, "configurations": {}})
         with pytest.raises(UserError, match=r"nnsslPlans\.json: has become another plan in the meantime"):
-            run_study(study, tmp_path, Part(), "command", print)
+            run_study(study, tmp_path, Part(), "command")
     finally:
         path.with_name("nnsslPlansFrom501.json").unlink()
         path.unlink() if before is None else path.write_text(before)

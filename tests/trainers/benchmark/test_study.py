@@ -8,6 +8,7 @@ import torch
 
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
+from nnssl.log import lines_to
 from nnssl.methods import find_method
 from nnssl.plan import read_plan
 from tests.trainers.phantom_study import LABELLED, SOURCE
@@ -39,7 +40,8 @@ SETTINGS = StudySettings(
 
 
 def prepare(folders, said=None, **changes):
-    return prepare_study(replace(SETTINGS, **changes), folders, CPU, 1, (said if said is not None else []).append)
+    with lines_to((said if said is not None else []).append):
+        return prepare_study(replace(SETTINGS, **changes), folders, CPU, 1)
 
 
 def cases_of(first: int, last: int) -> list[str]:
@@ -198,10 +200,10 @@ def test_where_weights_of_an_arm_are(folders):
     plain, changed = parse_arm("pix2rep"), parse_arm("pix2rep:temperature=0.2")
     assert (locate(plain, source).final, locate(plain, source).finished) == (own, False)
     assert OWN_FOLDER in str(locate(changed, source).final)
-    make_weights(locate(plain, source), source, print)
+    make_weights(locate(plain, source), source)
     assert locate(plain, source).finished
     assert not locate(changed, source).finished
-    make_weights(locate(changed, source), source, print)
+    make_weights(locate(changed, source), source)
     assert locate(changed, source).finished
     assert locate(changed, source).final.exists()
     assert locate(parse_arm("pix2rep:epochs=1"), source).final == own  # as the plan has it, so the same run
@@ -240,7 +242,8 @@ def test_arms_prepared_alike_share_the_preparation(folders):
     finals = []
     for own in (f"{sam}:{small}", f"{sam}:{small}:intra_weight=0", f"alice:{small}:inter_weight=0"):
         made = locate(parse_arm(own), source)
-        make_weights(made, source, lines.append)
+        with lines_to(lines.append):
+            make_weights(made, source)
         finals.append(made.final)
     assert all(final.exists() for final in finals)
     prepared = list((folders.results / OWN_FOLDER).glob("sam.embedding-*"))
@@ -260,7 +263,7 @@ def test_arms_must_share_the_plan(folders, tmp_path):
     path = folders.preprocessed / SOURCE / "nnsslPlans.json"
     source = Source(read_plan(path), "3d_fullres", (), folders, CPU)
     made = locate(parse_arm("pix2rep"), source)
-    make_weights(made, source, print)
+    make_weights(made, source)
     checkpoint = f"mine={made.final}"
     assert prepare(folders, arms=(checkpoint,), source=None).plan.dataset_name == SOURCE
     assert prepare(folders, arms=("pix2rep_v2", checkpoint)).weights_path("mine") == made.final

@@ -14,6 +14,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnssl.data.phantoms import write_phantom_dataset
 from nnssl.environment import variables
 from nnssl.files import read_json
+from nnssl.log import lines_to
 from nnssl.paths import resolve_folders
 from tests.trainers.tiny_plan import PATCH_SIZE, tiny_plan, write_weights
 from trainers.finetuning import arm as finetune_arm
@@ -64,7 +65,8 @@ def make_run(folder: Path) -> Run:
             "device": CPU,
         }  # fmt: skip
         said: list[str] = []
-        results = finetune(4, "latest", **arguments, say=said.append)
+        with lines_to(said.append):
+            results = finetune(4, "latest", **arguments)
     return Run(folder, weights, tensors, arguments, results, said)
 
 
@@ -85,7 +87,6 @@ def make_settings(folder: Path, **changes) -> FinetuneSettings:
 def trainer_of(
     run: Run,
     folder: Path,
-    say=lambda line: None,
     resume=False,
     trainer_class=None,
     norm_op="InstanceNorm3d",
@@ -99,13 +100,11 @@ def trainer_of(
     kwargs = plan["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     kwargs["norm_op"] = f"torch.nn.modules.{module}.{norm_op}"
     settings = make_settings(folder, **changes)
-    return make_trainer(
-        plan, "3d_fullres", {**dataset_json, **(labels or {})}, CPU, settings, say, resume, trainer_class
-    )
+    return make_trainer(plan, "3d_fullres", {**dataset_json, **(labels or {})}, CPU, settings, resume, trainer_class)
 
 
 def weights_of(run: Run) -> Weights:
-    return open_weights(run.weights, resolve_folders(), lambda line: None)
+    return open_weights(run.weights, resolve_folders())
 
 
 def killed_and_resumed(make: Callable[..., FinetuneTrainer], folder: Path) -> tuple[dict, dict, FinetuneTrainer]:
@@ -118,8 +117,8 @@ def killed_and_resumed(make: Callable[..., FinetuneTrainer], folder: Path) -> tu
     def die(line):
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        make(folder, say=die).run_training()
+    with pytest.raises(KeyboardInterrupt), lines_to(die):
+        make(folder).run_training()
     latest = folder / "fold_0" / "checkpoint_latest.pth"
     content = torch.load(latest, weights_only=True)
     resumed = make(folder, resume=True)

@@ -10,6 +10,7 @@ from nnssl.errors import UserError
 from nnssl.export.adaptation_plan import KEY, write_adaptation_plan
 from nnssl.export.export import export
 from nnssl.files import read_json
+from nnssl.log import lines_to
 from nnssl.networks.backbone import build_network
 from nnssl.paths import resolve_folders
 from nnssl.plan import read_plan
@@ -52,7 +53,8 @@ def test_finetuning(labelled):
     torch.save(content, labelled / "mae.pth")
     said = []
     arguments = {**SCHEDULE, "labels": 3, "processes": 1, "device": CPU}
-    (result,) = finetune(4, labelled / "mae.pth", **arguments, say=said.append)
+    with lines_to(said.append):
+        (result,) = finetune(4, labelled / "mae.pth", **arguments)
     assert result.configuration == "3d_fullres"
     folder = labelled / "preprocessed" / DATASET
     plan = read_json(folder / f"{result.plans_name}.json", "plan")["configurations"]["3d_fullres"]
@@ -66,14 +68,15 @@ def test_finetuning(labelled):
     assert torch.equal(state[name], weights[name])
     assert len(result.train_cases) == 3
     said.clear()
-    finetune(4, labelled / "mae.pth", **arguments, say=said.append)
+    with lines_to(said.append):
+        finetune(4, labelled / "mae.pth", **arguments)
     assert any("there already" in line for line in said)
     assert any("finished already" in line for line in said)
 
 
 def test_primus_has_a_plan_with_a_last_layer_for_any_classes(labelled):
     weights = write_elsewhere(labelled / "mae.pth", primus(), channels=1)
-    path = adapt_if_made_elsewhere(labelled / "mae.pth", DATASET, resolve_folders(), 1, lambda line: None)
+    path = adapt_if_made_elsewhere(labelled / "mae.pth", DATASET, resolve_folders(), 1)
     content, provenance = read_checkpoint(path)
     name = provenance.plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"]
     assert name == "nnssl.networks.primus.PlannedPrimus"
@@ -85,7 +88,7 @@ def test_a_patch_is_not_longer_than_the_images(labelled):
     from trainers.finetuning.labelled_data import make_fingerprint
 
     folders = resolve_folders()
-    make_fingerprint(DATASET, folders, 1, lambda line: None)
+    make_fingerprint(DATASET, folders, 1)
     # phantoms of 24 x 32 x 28 voxels; strides of 2 x 4 x 4
     plan = plan_for_network(unet("residual", 3), (160, 160, 160), None, DATASET, "aPlans", folders)
     configuration = plan["configurations"]["3d_fullres"]
@@ -154,9 +157,11 @@ def test_info_explains_them(tmp_path):
 def test_what_weights_made_elsewhere_have_seen_is_not_known(toy, tmp_path):
     write_elsewhere(tmp_path / "mae.pth", unet("residual", 3), channels=1)
     said = []
-    assert seen_by_checkpoint(tmp_path / "mae.pth", toy, None, said.append) == []
+    with lines_to(said.append):
+        assert seen_by_checkpoint(tmp_path / "mae.pth", toy, None) == []
     assert "cannot be checked" in said[0]
     path = write_plans(tmp_path / "user", plans(unet("residual", 3), 3, 1), ["CT"])
     adapted = export(tmp_path / "mae.pth", toy, for_plans=str(path), out=tmp_path / "o.pth").path
-    assert seen_by_checkpoint(adapted, toy, None, said.append) == []
+    with lines_to(said.append):
+        assert seen_by_checkpoint(adapted, toy, None) == []
     assert len(said) == 2

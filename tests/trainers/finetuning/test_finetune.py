@@ -14,6 +14,7 @@ from nnssl.cli.finetune import main
 from nnssl.data.phantoms import LABELS, write_phantom_dataset
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
+from nnssl.log import lines_to
 from nnssl.networks.backbone import planned_configuration
 from nnssl.paths import resolve_folders
 from planners.finetune_planner import AdoptedPlan
@@ -174,7 +175,8 @@ def test_a_checkpoint_with_code_is_refused_and_does_not_run(run, tmp_path):
 
 def test_every_weight_but_the_segmentation_layers_arrives(run, tmp_path):
     trainer = trainer_of(run, tmp_path / "model")
-    load_weights(trainer, open_weights(run.weights, resolve_folders(), run.said.append))
+    with lines_to(run.said.append):
+        load_weights(trainer, open_weights(run.weights, resolve_folders()))
     state = trainer.network.state_dict()
     arrived = [key for key in state if not is_segmentation_layer(key)]
     assert len(arrived) > 20
@@ -219,9 +221,9 @@ def test_latest_is_the_newest_pretraining_and_no_finetuned_model(run, tmp_path):
     newer = folders.results / "Dataset502_Other" / "fold_all" / "checkpoint_final.pth"
     write_weights(newer, tiny_plan())
     os.utime(newer, (0, 0))
-    assert open_weights("latest", folders, str).path == run.weights
+    assert open_weights("latest", folders).path == run.weights
     os.utime(newer)
-    assert open_weights("latest", folders, str).path == newer
+    assert open_weights("latest", folders).path == newer
     newer.unlink()
 
 
@@ -290,8 +292,8 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_weights(run, tmp_path)
     def die(line):
         raise KeyboardInterrupt
 
-    killed = trainer_of(run, tmp_path / "killed", epochs=3, say=die)
-    with pytest.raises(KeyboardInterrupt):
+    killed = trainer_of(run, tmp_path / "killed", epochs=3)
+    with pytest.raises(KeyboardInterrupt), lines_to(die):
         killed.run_training()
     latest = tmp_path / "killed" / "fold_0" / "checkpoint_latest.pth"
     assert torch.load(latest, weights_only=True)["current_epoch"] == 1
@@ -309,7 +311,8 @@ def test_finished_arms_are_recognised(run):
     files = [run.fold(arm) / "checkpoint_final.pth" for arm in (0, 1)]
     before = [path.stat().st_mtime_ns for path in files]
     said: list[str] = []
-    assert finetune(4, run.weights, **run.arguments, say=said.append) == run.results
+    with lines_to(said.append):
+        assert finetune(4, run.weights, **run.arguments) == run.results
     assert [path.stat().st_mtime_ns for path in files] == before
     assert sum("finished already" in line for line in said) == 2
     assert any("all 6 there already" in line for line in said)
@@ -320,14 +323,15 @@ def test_an_arm_that_was_trained_but_not_evaluated_is_evaluated_only(run, monkey
     Path(run.results[1].model_folder, "finetune.json").unlink()
     monkeypatch.setattr(FinetuneTrainer, "run_training", lambda trainer: pytest.fail("trained again"))
     said: list[str] = []
-    assert finetune(4, run.weights, **run.arguments, say=said.append) == run.results
+    with lines_to(said.append):
+        assert finetune(4, run.weights, **run.arguments) == run.results
     assert any("Arm scratch: trained already" in line for line in said)
 
 
 def test_restart_deletes_what_there_is(run, monkeypatch):
     seen = []
 
-    def note(trainer, weights, fold, arm, say):
+    def note(trainer, weights, fold, arm):
         seen.append((fold, sorted(path.name for path in fold.glob("*.pth"))))
         raise KeyboardInterrupt
 
@@ -342,7 +346,7 @@ def test_restart_deletes_what_there_is(run, monkeypatch):
 def test_another_seed_schedule_or_case_list_gets_a_folder_of_its_own(run, monkeypatch):
     folders = []
 
-    def note(task, weights, nnunet_folders, restart, say):
+    def note(task, weights, nnunet_folders, restart):
         folders.append(finetune_arm.arm_folder(task, weights, nnunet_folders).name)
         return run.results[0]
 

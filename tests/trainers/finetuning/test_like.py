@@ -33,7 +33,7 @@ def test_weights_drop_into_the_unchanged_plan(finetuned, tmp_path, capsys, plann
     shutil.copytree(tmp_path / "raw" / DATASET / "imagesTr", tmp_path / "raw" / UNLABELLED / "imagesTr")
     with folders_set(tmp_path):
         folders = resolve_folders()
-        make_fingerprint(DATASET, folders, 1, lambda line: None)
+        make_fingerprint(DATASET, folders, 1)
         planner(DATASET, plans_name=plans_name).plan_experiment()
         path = folders.preprocessed / DATASET / f"{plans_name}.json"
         before = path.read_bytes()

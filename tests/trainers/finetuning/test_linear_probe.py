@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nnssl.errors import UserError
+from nnssl.log import lines_to
 from tests.trainers.finetuning.runs import (
     CASES,
     assert_stock_nnunet_predicts_the_same,
@@ -108,7 +109,8 @@ def test_from_the_command_to_what_stock_nnunet_predicts(run, tmp_path, monkeypat
     """Both arms: of pretrained and of random features; each predicts with its own."""
     said = []
     options = {**run.arguments, "mode": "linear", "epochs": 1, "warmup_epochs": 0, "learning_rate": None}
-    results, trainers = finetune_and_catch_trainers(monkeypatch, 4, run.weights, **options, say=said.append)
+    with lines_to(said.append):
+        results, trainers = finetune_and_catch_trainers(monkeypatch, 4, run.weights, **options)
     assert [result.arm for result in results] == ["rep-rec-linear", "scratch-linear"]
     for result, trainer in zip(results, trainers, strict=True):
         assert f"nnssl_{result.arm}_3cases_seed3_" in result.model_folder

@@ -61,7 +61,7 @@ def test_fine_tuning_trains_it_also_with_an_earlier_plan(nnunet_folders, tmp_pat
     (data / "case.b2nd").touch()  # tells nnU-Net what kind of files there are
     settings = make_settings(tmp_path / "model", optimizer="adamw", learning_rate=3e-4)
     described = dataset_json(["CT"])
-    trainer = make_trainer(primus_plan(single), "3d_fullres", described, CPU, settings, lambda line: None, False, None)
+    trainer = make_trainer(primus_plan(single), "3d_fullres", described, CPU, settings, False, None)
     trainer.initialize()
     assert_learns(trainer)
     with pytest.raises(UserError, match="the loss of epoch 0 is not a number"):

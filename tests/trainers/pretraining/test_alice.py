@@ -16,6 +16,7 @@ from nnssl.data.case_store import CaseStore
 from nnssl.data.patch_pairs import read_pairs
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
+from nnssl.log import lines_to
 from nnssl.plan import read_plan
 from tests.trainers.conftest import NAME
 from tests.trainers.pretraining.stopping import stopped_at
@@ -56,7 +57,8 @@ def test_stock_nnunet_takes_the_encoder(toy, configuration):
 def test_a_stage_that_nothing_asks_for_is_left_out(toy):
     """The toy's scans are hardly larger than a patch, so the plan has no use for embeddings."""
     lines: list[str] = []
-    final = run(toy, "alice", *SMALL, say=lines.append)
+    with lines_to(lines.append):
+        final = run(toy, "alice", *SMALL)
     assert "sam.embedding: left out, nothing asks for it with these settings" in lines
     results = final.parents[2]
     assert not list(results.glob("SAMTrainer*"))
@@ -80,7 +82,8 @@ def test_sam_runs_first_in_its_own_configuration_and_its_weights_are_not_taken(t
     assert not matched.any()
     assert read_checkpoint(from_sam)[1].init is None
     lines: list[str] = []
-    run(toy, "alice", "partners=sam", *SMALL, *SMALL_SAM, configuration="3d_fullres_primus", say=lines.append)
+    with lines_to(lines.append):
+        run(toy, "alice", "partners=sam", *SMALL, *SMALL_SAM, configuration="3d_fullres_primus")
     assert lines[0].startswith("sam.embedding: finished before")
 
 

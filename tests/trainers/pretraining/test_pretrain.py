@@ -17,6 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnssl.checkpoint import read_checkpoint
 from nnssl.cli.info import explain_checkpoint, explain_installation
 from nnssl.errors import UserError
+from nnssl.log import lines_to
 from nnssl.methods import METHODS
 from nnssl.paths import resolve_folders
 from nnssl.plan import read_plan
@@ -118,7 +119,8 @@ def test_finished_stages_are_skipped_and_other_settings_are_refused(toy):
     final = run(toy)
     before = final.stat().st_mtime_ns
     said = []
-    run(toy, say=said.append)
+    with lines_to(said.append):
+        run(toy)
     assert final.stat().st_mtime_ns == before
     assert sum("finished before" in line for line in said) == 2
     with pytest.raises(UserError, match=r"other settings \(temperature 0.2 -> 0.1\); --restart"):
@@ -140,7 +142,8 @@ def test_a_run_with_a_plan_of_an_earlier_schema_is_recognised(toy):
     alone = {"stages": ("reprec.generative",)}
     run(toy, **alone)
     said: list[str] = []
-    run(toy, **alone, say=said.append)
+    with lines_to(said.append):
+        run(toy, **alone)
     assert said[0].startswith("reprec.generative: finished before")
 
 
@@ -266,7 +269,8 @@ def test_data_set_planned_last_is_taken_and_said(toy):
     said = []
     from trainers.pretraining.pretrain import find_plan
 
-    assert find_plan(toy, None, "nnsslPlans", said.append).parent.name == NAME
+    with lines_to(said.append):
+        assert find_plan(toy, None, "nnsslPlans").parent.name == NAME
     assert said == [f"no -d given: the data set planned last is {NAME}"]
 
 

@@ -11,6 +11,7 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
 from nnssl.checkpoint import read_checkpoint
 from nnssl.errors import UserError
+from nnssl.log import lines_to
 from nnssl.networks.backbone import build_network
 from nnssl.plan import read_plan
 from tests.trainers.phantom_study import LABELLED, SOURCE
@@ -26,18 +27,10 @@ SHORT = ("epochs=3", "iterations_per_epoch=2")
 
 
 def run(folders, *, method="pix2rep", configuration="3d_fullres", probe=4, said=None, **more):
-    return pretrain(
-        method,
-        folders,
-        SOURCE,
-        configuration,
-        overrides=SHORT,
-        workers=0,
-        probe=probe,
-        probe_cases=2,
-        say=(said if said is not None else []).append,
-        **more,
-    )
+    with lines_to((said if said is not None else []).append):
+        return pretrain(
+            method, folders, SOURCE, configuration, overrides=SHORT, workers=0, probe=probe, probe_cases=2, **more
+        )
 
 
 def weights_of(path):
@@ -118,7 +111,7 @@ def test_a_probe_may_come_later_or_go(folders, monkeypatch):
     """The column is empty where there was none, and the run is still the same run."""
     plan_path = folders.preprocessed / SOURCE / "nnsslPlans.json"
     plan = read_plan(plan_path)
-    probe = prepare_probe(LABELLED, plan, "3d_fullres", folders, 2, None, 1, lambda line: None)
+    probe = prepare_probe(LABELLED, plan, "3d_fullres", folders, 2, None, 1)
     on_epoch_end = PretrainTrainer.on_epoch_end
     stops = iter((0, 1))
     stop_at = next(stops)
@@ -177,7 +170,7 @@ def test_trend_in_words(values, said):
 
 def test_when_a_probe_is_due(folders):
     plan = read_plan(folders.preprocessed / SOURCE / "nnsslPlans.json")
-    probe = prepare_probe(LABELLED, plan, "3d_fullres", folders, 2, None, 1, lambda line: None)
+    probe = prepare_probe(LABELLED, plan, "3d_fullres", folders, 2, None, 1)
     patch = plan.configuration("3d_fullres").patch_size
     runs = [
         ProbeRun(each, patch, epochs, True, CPU) for each, epochs in ((probe, 100), (replace(probe, every=30), 100))
@@ -195,19 +188,17 @@ def test_a_patient_is_on_one_side_only(folders, monkeypatch):
     monkeypatch.setattr("trainers.pretraining.probe_run.find_labelled_cases", lambda *arguments: names)
     monkeypatch.setattr("trainers.pretraining.probe_run.prepare_data", lambda *arguments: None)
     plan = read_plan(folders.preprocessed / SOURCE / "nnsslPlans.json")
-    probe = prepare_probe(LABELLED, plan, "3d_fullres", folders, 1, None, 1, lambda line: None)
+    probe = prepare_probe(LABELLED, plan, "3d_fullres", folders, 1, None, 1)
     assert len({name.split("_")[0] for name in (*probe.train, *probe.test)}) == 2
     with pytest.raises(UserError, match="has 3 labelled patients, and 4 are needed"):
-        prepare_probe(LABELLED, plan, "3d_fullres", folders, 2, None, 1, lambda line: None)
+        prepare_probe(LABELLED, plan, "3d_fullres", folders, 2, None, 1)
 
 
 def test_wrong_probes_end_before_training(folders, tmp_path):
     plan = read_plan(folders.preprocessed / SOURCE / "nnsslPlans.json")
 
     def prepare(cases=2, **changes):
-        return prepare_probe(
-            LABELLED, plan, "3d_fullres", replace(folders, **changes), cases, None, 1, lambda line: None
-        )
+        return prepare_probe(LABELLED, plan, "3d_fullres", replace(folders, **changes), cases, None, 1)
 
     with pytest.raises(UserError, match="has 8 labelled patients, and 10 are needed.*take --probe-cases 4"):
         prepare(cases=5)

@@ -1,0 +1,73 @@
+"""Messages for the user: one logger, named ``nnssl``, for the library, the planners and the trainers.
+
+Its lines are printed by default, in commands and notebooks alike. ``logging.getLogger("nnssl").setLevel("WARNING")`` silences
+them; a handler that is added to that logger receives them too.
+"""
+
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+logger = logging.getLogger("nnssl")
+
+
+class LineHandler(logging.Handler):
+    """Passes every message to a function, which can be replaced for a while (``lines_to``)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.receive: Callable[[str], None] = print_line
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Pass on one message."""
+        self.receive(self.format(record))
+
+
+def print_line(line: str) -> None:
+    """Print one line and flush, so that pipes and log files receive it immediately."""
+    print(line, file=sys.stdout, flush=True)  # noqa: T201
+
+
+_handler = LineHandler()
+logger.addHandler(_handler)
+logger.setLevel(logging.INFO)
+logger.propagate = False
+
+
+@contextmanager
+def lines_to(receive: Callable[[str], None]) -> Iterator[None]:
+    """Pass messages to a function instead of printing them inside a ``with`` block."""
+    before = _handler.receive
+    _handler.receive = receive
+    try:
+        yield
+    finally:
+        _handler.receive = before
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Drop messages inside a ``with`` block."""
+    with lines_to(lambda line: None):
+        yield
+
+
+@contextmanager
+def printed_output_to(path: Path) -> Iterator[None]:
+    """Append what other libraries print inside a ``with`` block to a log file.
+
+    Messages of the logger are still printed where they were before.
+
+    Args:
+        path: File to append to.
+    """
+    stdout, receive = sys.stdout, _handler.receive
+
+    def receive_outside(line: str) -> None:
+        with redirect_stdout(stdout):
+            receive(line)
+
+    with open(path, "a", buffering=1) as file, redirect_stdout(file), lines_to(receive_outside):
+        yield
