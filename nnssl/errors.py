@@ -1,8 +1,31 @@
-"""The error that a user's input can cause."""
+"""Errors that a user's input can cause."""
+
+import re
+from collections.abc import Mapping
 
 
 class UserError(Exception):
-    """Something the user can mend: its message is one line that names the thing, what is wrong and what to do.
+    """An error that the user can fix. Its message is one line that names the thing, what is wrong and what to do.
 
-    Commands print the message and end with exit code 2; ``--verbose`` adds the traceback.
+    Commands print the message and exit with code 2; ``--verbose`` adds the traceback.
     """
+
+
+class ArgumentError(UserError):
+    """A wrong argument. Python callers read the argument's name, users of a command the flag.
+
+    Args:
+        message: One line that names the arguments as in Python: ``"epochs must be at least 1, got 0"``.
+        arguments: Names of the arguments in the message.
+    """
+
+    def __init__(self, message: str, *arguments: str) -> None:
+        super().__init__(message)
+        self.arguments = arguments
+
+    def with_flags(self, flags: Mapping[str, str]) -> str:
+        """Return the message with every argument replaced by the flag of a command, where it has one."""
+        text = str(self)
+        for name in self.arguments:
+            text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", flags.get(name, name), text)
+        return text

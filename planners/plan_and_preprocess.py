@@ -1,6 +1,5 @@
 """From raw images to preprocessed cases in one call: fingerprint, plan, preprocessing; what is done is recognised."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +9,13 @@ from nnssl.data.raw import find_dataset, leave_out, read_dataset
 from nnssl.errors import UserError
 from nnssl.log import logger
 from nnssl.methods import METHODS
-from nnssl.paths import Folders
-from nnssl.plan import PLANS_NAME, Plan, plan_path
+from nnssl.paths import Folders, resolve_folders
+from nnssl.plan import Plan, plan_path
 from planners.fingerprint import Fingerprint, read_or_extract
 from planners.presets import choose_preset
 from planners.pretrain_planner import plan_pretraining
 from planners.reasons import format_decisions
-
-NNUNET_PLANS_NAME = "nnUNetPlans"
-"""What nnU-Net calls a plan unless it is asked to call it otherwise."""
+from planners.settings import PlanSettings
 
 
 @dataclass(frozen=True)
@@ -47,62 +44,55 @@ class PreparedDataset:
 
 
 def plan_and_preprocess(
-    dataset: str | int,
-    folders: Folders,
-    *,
-    configurations: Sequence[str] | None = None,
-    plans_name: str = PLANS_NAME,
-    preset: str | None = None,
-    like: str | int | None = None,
-    like_plans: str = NNUNET_PLANS_NAME,
-    spacing_mm: Sequence[float] | None = None,
-    dense_width: int | None = None,
-    channel_names: Sequence[str] | None = None,
-    exclude: Path | None = None,
-    processes: int | None = None,
-    dask_address: str | None = None,
-    preprocess: bool = True,
-    restart: bool = False,
+    dataset: str | int, settings: PlanSettings | None = None, folders: Folders | None = None
 ) -> PreparedDataset:
-    """Look at unlabelled images, plan their pretraining, and preprocess them.
+    """Measure unlabelled images, plan their pretraining, and preprocess them. Finished work is skipped.
 
     Args:
-        dataset: number or name of a raw data set.
-        folders: nnU-Net's folders.
-        configurations: of the plan, to preprocess; None for all.
-        plans_name: identifier of the plan.
-        preset: memory target, a key of ``planners.presets.PRESETS``; None for that of the GPU.
-        like: data set, number or name, whose nnU-Net plan is planned around; None to plan from the data.
-        like_plans: identifier of that plan.
-        spacing_mm: z, y, x as stored, in place of the one from the data.
-        dense_width: channels at full resolution, in place of the preset's.
-        channel_names: what the channels are; None for what ``dataset.json`` says.
-        exclude: list of cases to leave out.
-        processes: processes of this machine; None for one for each core, at most 8.
-        dask_address: of a Dask scheduler to preprocess on instead.
-        preprocess: False to plan only.
-        restart: preprocess again what is there already.
+        dataset: Number or name of a raw data set in nnU-Net's format.
+        settings: What to plan and preprocess; None for the defaults.
+        folders: nnU-Net's folders; None for those of the environment.
 
     Returns:
-        Fingerprint, plan and what preprocessing did.
+        The fingerprint, the plan and a report of the preprocessing.
 
     Raises:
-        UserError: data set, plan, list or numbers do not fit; too many cases cannot be used; a file cannot be written.
+        UserError: If the data set, a plan, a list or a number does not fit, too many cases are unusable, or a file cannot be
+            written.
     """
-    processes = default_processes() if processes is None else processes
-    raw = read_dataset(dataset, folders, None if channel_names is None else tuple(channel_names))
-    if exclude is not None:
-        raw = leave_out(raw, exclude)
-    preset = choose_preset(preset)
-    around = None if like is None else _find_nnunet_plan(like, like_plans, folders)
+    settings = settings or PlanSettings()
+    folders = folders or resolve_folders()
+    processes = default_processes() if settings.processes is None else settings.processes
+    channels = settings.channel_names
+    raw = read_dataset(dataset, folders, None if channels is None else tuple(channels))
+    if settings.exclude is not None:
+        raw = leave_out(raw, settings.exclude)
+    preset = choose_preset(settings.preset)
+    around = None if settings.like is None else _find_nnunet_plan(settings.like, settings.like_plans, folders)
     fingerprint = read_or_extract(raw, folders, processes)
-    plan = plan_pretraining(raw, fingerprint, folders, preset, plans_name, around, spacing_mm, dense_width)
+    plan = plan_pretraining(
+        raw,
+        fingerprint,
+        folders,
+        preset,
+        settings.plans_name,
+        around,
+        settings.spacing_mm,
+        settings.dense_width,
+    )
     for line in format_decisions(plan):
         logger.info(line)
     report = None
-    if preprocess:
+    if settings.preprocess:
         report = preprocess_dataset(
-            raw, plan, fingerprint.usable, folders, configurations, processes, dask_address, restart
+            raw,
+            plan,
+            fingerprint.usable,
+            folders,
+            settings.configurations,
+            processes,
+            settings.dask_address,
+            settings.restart,
         )
     prepared = PreparedDataset(fingerprint, plan, report)
     for line in format_unused(prepared):

@@ -15,9 +15,12 @@ from nnssl.log import logger
 from nnssl.paths import Folders, make_writable, resolve_folders
 from nnssl.plan import Plan
 from planners.plan_and_preprocess import plan_and_preprocess
+from planners.settings import PlanSettings
 from trainers.finetuning.finetune import finetune
 from trainers.finetuning.result import ArmResult, comparison
+from trainers.finetuning.settings import FinetuneSettings
 from trainers.pretraining.pretrain import pretrain
+from trainers.pretraining.settings import PretrainSettings
 
 UNLABELLED, LABELLED = "Dataset901_PhantomsUnlabelled", "Dataset902_PhantomsLabelled"
 SHAPE, SPACING_MM = (32, 48, 40), (2.5, 1.5, 1.7)
@@ -67,7 +70,7 @@ def run_demo(folder: Path, size: DemoSize, seed: int, device: torch.device) -> P
         folders = resolve_folders()
         _make_phantoms(folders, size, seed)
         logger.info("2/5 fingerprint, plan and preprocessing")
-        prepared = plan_and_preprocess(UNLABELLED, folders, configurations=[CONFIGURATION], preset="cpu")
+        prepared = plan_and_preprocess(UNLABELLED, PlanSettings(configurations=[CONFIGURATION], preset="cpu"), folders)
         logger.info("3/5 pretraining: RepRec, two stages")
         weights = _pretrain(folders, size, seed, device)
         logger.info(f"4/5 fine-tuning on {size.labels} labelled phantoms, pretrained and from scratch")
@@ -101,19 +104,19 @@ def _make_phantoms(folders: Folders, size: DemoSize, seed: int) -> None:
 
 def _pretrain(folders: Folders, size: DemoSize, seed: int, device: torch.device) -> Path:
     contrastive, generative, _ = size.epochs
-    overrides = [
-        f"contrastive.epochs={contrastive}",
-        f"generative.epochs={generative}",
-        f"iterations_per_epoch={size.iterations_per_epoch}",
-        f"batch_size={BATCH_SIZE}",
-    ]
-    return pretrain("reprec", folders, UNLABELLED, CONFIGURATION, overrides=overrides, seed=seed, device=device)
+    settings = PretrainSettings(
+        configuration=CONFIGURATION,
+        epochs=(contrastive, generative),
+        iterations_per_epoch=size.iterations_per_epoch,
+        overrides=(f"batch_size={BATCH_SIZE}",),
+        seed=seed,
+        device=device,
+    )
+    return pretrain("reprec", UNLABELLED, settings, folders)
 
 
 def _finetune(weights: Path, size: DemoSize, seed: int, device: torch.device) -> list[ArmResult]:
-    return finetune(
-        LABELLED,
-        weights,
+    settings = FinetuneSettings(
         scratch=True,
         labels=size.labels,
         seed=seed,
@@ -123,6 +126,7 @@ def _finetune(weights: Path, size: DemoSize, seed: int, device: torch.device) ->
         learning_rate=0.003,
         device=device,
     )
+    return finetune(LABELLED, weights, settings)
 
 
 def _report(plan: Plan, weights: Path, results: Sequence[ArmResult], seconds: float) -> list[str]:

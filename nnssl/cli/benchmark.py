@@ -17,13 +17,11 @@ from nnssl.cli.command import (
     add_plans_argument,
     add_processes_argument,
     add_verbose_argument,
-    choose_device,
     positive_int,
     positive_number,
     print_next,
     run_command,
 )
-from nnssl.log import print_line
 
 NAME = "nnssl_benchmark"
 
@@ -124,17 +122,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, args: argparse.Namespace) -> None:
-    from nnssl.data.jobs import default_processes
-    from nnssl.paths import resolve_folders
-    from trainers.benchmark.cells import StudyCells
-    from trainers.benchmark.estimate import describe_estimate
-    from trainers.benchmark.run import describe_matrix, parse_part, run_study, study_folder
+    from trainers.benchmark.benchmark import benchmark, preview
     from trainers.benchmark.settings import StudySettings
-    from trainers.benchmark.study import prepare_study
 
-    part = parse_part(args.part)
-    folders = resolve_folders()
-    device = choose_device(args.device)
     common = {"epochs": args.pretrain_epochs, "iterations_per_epoch": args.pretrain_iterations}
     settings = StudySettings(
         dataset=args.dataset,
@@ -157,20 +147,17 @@ def _run(command: str, args: argparse.Namespace) -> None:
         pretrain_overrides=tuple(f"{key}={value}" for key, value in common.items() if value is not None),
         tolerance_mm=args.tolerance_mm,
     )
-    study = prepare_study(settings, folders, device, args.processes or default_processes())
     if args.dry_run:
-        cells = StudyCells(study)
-        for line in [*describe_matrix(cells), *describe_estimate(cells)]:
-            print_line(line)
+        preview(settings, device=args.device, processes=args.processes)
         print_next("the same command without --dry-run")
         return
-    folder = study_folder(study, args.name)
-    if run_study(study, folder, part, command) is None:
+    table = benchmark(
+        settings, name=args.name, part=args.part, device=args.device, processes=args.processes, command=command
+    )
+    if table is None:
         print_next(command)
     else:
-        print_next(
-            f"nnssl_finetune -d {args.dataset} -w CHECKPOINT (of the arm that {folder / 'report.html'} speaks for)"
-        )
+        print_next(f"nnssl_finetune -d {args.dataset} -w CHECKPOINT (of the arm that the report recommends)")
 
 
 if __name__ == "__main__":

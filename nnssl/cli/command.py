@@ -9,13 +9,10 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.log import print_line
-
-if TYPE_CHECKING:
-    import torch
 
 USER_ERROR = 2
 INTERRUPTED = 130  # what a shell reports for Ctrl-C
@@ -59,7 +56,8 @@ def run_command(
     except UserError as error:
         if args.verbose:
             traceback.print_exc()
-        print(f"{parser.prog}: error: {error}", file=sys.stderr, flush=True)
+        message = error.with_flags(flags_of(parser)) if isinstance(error, ArgumentError) else str(error)
+        print(f"{parser.prog}: error: {message}", file=sys.stderr, flush=True)
         return USER_ERROR
     except KeyboardInterrupt:
         print(f"{parser.prog}: interrupted; run the same command again to go on", file=sys.stderr, flush=True)
@@ -67,27 +65,30 @@ def run_command(
     return 0
 
 
-def choose_device(choice: str | None) -> "torch.device":
-    """Return the device asked for, or the GPU if there is one and the CPU otherwise, said aloud.
+PYTHON_NAMES = {
+    "plans": "plans_name",
+    "input_policy": "policy",
+    "license": "licence",
+    "output": "out",
+    "spacing": "spacing_mm",
+    "dask": "dask_address",
+    "mode": "modes",
+}
+"""Names of arguments in Python where they differ from the flag's."""
 
-    Args:
-        choice: ``cpu``, ``cuda``, ``mps`` or None.
 
-    Raises:
-        UserError: the device asked for is not there.
-    """
-    import torch
-
-    if choice is None:
-        choice = "cuda" if torch.cuda.is_available() else "cpu"
-        reason = "found a GPU" if choice == "cuda" else "no CUDA GPU found"
-        print_line(f"Device: {choice} ({reason}; --device to choose another)")
-    missing = (choice == "cuda" and not torch.cuda.is_available()) or (
-        choice == "mps" and not torch.backends.mps.is_available()
-    )
-    if missing:
-        raise UserError(f"--device {choice}: PyTorch finds no such device here; leave --device out or take cpu")
-    return torch.device(choice)
+def flags_of(parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Return the flag of every argument, by the name that the argument has in Python."""
+    flags: dict[str, str] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                flags |= flags_of(below)
+        elif action.option_strings:
+            flag = action.option_strings[-1]
+            name = flag.lstrip("-").replace("-", "_")
+            flags |= {each: flag for each in (action.dest, name, PYTHON_NAMES.get(name, name))}
+    return flags
 
 
 # arguments that several commands have
@@ -150,7 +151,7 @@ def add_seed_argument(parser: argparse.ArgumentParser, of: str) -> None:
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--device cpu|cuda|mps``; left out, ``choose_device`` decides."""
+    """Add ``--device cpu|cuda|mps``; left out, ``nnssl.devices.find_device`` decides."""
     parser.add_argument(
         "--device", choices=DEVICES, default=None, help="where to compute (default: cuda if there is one, else cpu)"
     )

@@ -10,7 +10,6 @@ from nnssl.cli.command import (
     add_device_argument,
     add_seed_argument,
     add_verbose_argument,
-    choose_device,
     positive_int,
     print_next,
     run_command,
@@ -59,10 +58,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from nnssl.devices import find_device
     from trainers.demo import DemoSize, run_demo
 
     size = DemoSize(args.unlabelled, args.labels, args.held_out, tuple(args.epochs), args.iterations_per_epoch)
-    weights = run_demo(args.folder, size, args.seed, choose_device(args.device))
+    weights = run_demo(args.folder, size, args.seed, find_device(args.device))
     print_next(
         f"nnssl_info {weights}",
         "nnssl_plan_and_preprocess -d ID (your own images; nnssl_import makes a data set of them)",

@@ -74,25 +74,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     from nnssl.export.export import export
-    from nnssl.paths import resolve_folders
+    from nnssl.export.settings import ExportSettings
 
     if args.results and args.form != "hub":
         raise UserError(f"--results: are for the card of --format hub, not for {args.form}")
     exported = export(
         args.checkpoint.expanduser(),
-        resolve_folders(),
-        for_plans=args.for_plans,
-        plans_name=args.plans,
-        configuration=args.configuration,
-        channels=args.channels,
-        policy=args.input_policy,
-        trainer=args.trainer,
-        form=args.form,
-        out=args.output,
-        least_share=args.least_share,
-        licence=args.license,
-        results=[_result(path) for path in args.results],
-        seed=args.seed,
+        ExportSettings(
+            for_plans=args.for_plans,
+            plans_name=args.plans,
+            configuration=args.configuration,
+            channels=args.channels,
+            policy=args.input_policy,
+            trainer=args.trainer,
+            form=args.form,
+            out=args.output,
+            least_share=args.least_share,
+            licence=args.license,
+            results=[_result(path) for path in args.results],
+            seed=args.seed,
+        ),
     )
     if args.form == "nnunet":
         target = exported.target

@@ -17,7 +17,6 @@ from nnssl.cli.command import (
     add_seed_argument,
     add_verbose_argument,
     add_weights_argument,
-    choose_device,
     natural_int,
     positive_int,
     print_next,
@@ -85,28 +84,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace) -> None:
     from trainers.finetuning.finetune import finetune
+    from trainers.finetuning.settings import FinetuneSettings
 
     results = finetune(
         args.dataset,
         args.weights,
-        configuration=args.configuration,
-        scratch=args.scratch,
-        labels=args.labels,
-        cases=args.cases,
-        test_cases=args.test_cases,
-        seed=args.seed,
-        epochs=args.epochs,
-        iterations_per_epoch=args.iterations_per_epoch,
-        warmup_epochs=args.warmup_epochs,
-        learning_rate=args.learning_rate,
-        batch_size=args.batch_size,
-        optimizer=args.optimizer,
-        device=choose_device(args.device),
-        processes=args.processes,
-        plans_name=args.plans_name,
-        mode=args.mode,
-        unlabelled=args.unlabelled,
-        restart=args.restart,
+        FinetuneSettings(
+            configuration=args.configuration,
+            scratch=args.scratch,
+            labels=args.labels,
+            cases=args.cases,
+            test_cases=args.test_cases,
+            seed=args.seed,
+            epochs=args.epochs,
+            iterations_per_epoch=args.iterations_per_epoch,
+            warmup_epochs=args.warmup_epochs,
+            learning_rate=args.learning_rate,
+            batch_size=args.batch_size,
+            optimizer=args.optimizer,
+            device=args.device,
+            processes=args.processes,
+            plans_name=args.plans_name,
+            mode=args.mode,
+            unlabelled=args.unlabelled,
+            restart=args.restart,
+        ),
     )
     print_next(*(result.predict_command for result in results))
 

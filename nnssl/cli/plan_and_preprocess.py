@@ -80,25 +80,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from nnssl.paths import resolve_folders
     from planners.plan_and_preprocess import plan_and_preprocess
+    from planners.settings import PlanSettings
 
     prepared = plan_and_preprocess(
         args.dataset,
-        resolve_folders(),
-        configurations=args.configurations,
-        plans_name=args.plans,
-        preset=args.preset,
-        like=args.like,
-        like_plans=args.like_plans,
-        spacing_mm=args.spacing,
-        dense_width=args.dense_width,
-        channel_names=args.channel_names,
-        exclude=args.exclude,
-        processes=args.processes,
-        dask_address=args.dask,
-        preprocess=not args.no_preprocessing,
-        restart=args.restart,
+        PlanSettings(
+            configurations=args.configurations,
+            plans_name=args.plans,
+            preset=args.preset,
+            like=args.like,
+            like_plans=args.like_plans,
+            spacing_mm=args.spacing,
+            dense_width=args.dense_width,
+            channel_names=args.channel_names,
+            exclude=args.exclude,
+            processes=args.processes,
+            dask_address=args.dask,
+            preprocess=not args.no_preprocessing,
+            restart=args.restart,
+        ),
     )
     if prepared.report is None:
         print_next("the same command without --no-preprocessing")

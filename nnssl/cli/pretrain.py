@@ -14,7 +14,6 @@ from nnssl.cli.command import (
     add_restart_argument,
     add_seed_argument,
     add_verbose_argument,
-    choose_device,
     natural_int,
     positive_int,
     print_next,
@@ -95,40 +94,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from nnssl.errors import UserError
-    from nnssl.methods import find_method
-    from nnssl.paths import resolve_folders
-
-    stages = find_method(args.method).stages
-    overrides = list(args.overrides)
-    if args.epochs:
-        if len(args.epochs) not in (1, len(stages)):
-            raise UserError(f"--epochs: {args.method} has {len(stages)} stages; give one number, or one for each")
-        counts = args.epochs * len(stages) if len(args.epochs) == 1 else args.epochs
-        overrides += [f"{stage.name}.epochs={count}" for stage, count in zip(stages, counts, strict=True)]
-    if args.iterations_per_epoch is not None:
-        overrides.append(f"iterations_per_epoch={args.iterations_per_epoch}")
-    folders = resolve_folders()
-    device = choose_device(args.device)
-
     from trainers.pretraining.pretrain import pretrain
+    from trainers.pretraining.settings import PretrainSettings
 
     final = pretrain(
         args.method,
-        folders,
-        dataset=args.dataset,
-        configuration=args.configuration,
-        plans_name=args.plans,
-        overrides=overrides,
-        init=args.init,
-        seed=args.seed,
-        workers=args.workers,
-        device=device,
-        processes=args.num_gpus,
-        restart=args.restart,
-        probe=args.probe,
-        probe_cases=args.probe_cases,
-        probe_every=args.probe_every,
+        args.dataset,
+        PretrainSettings(
+            configuration=args.configuration,
+            plans_name=args.plans,
+            epochs=args.epochs,
+            iterations_per_epoch=args.iterations_per_epoch,
+            overrides=args.overrides,
+            init=args.init,
+            seed=args.seed,
+            workers=args.workers,
+            device=args.device,
+            num_gpus=args.num_gpus,
+            restart=args.restart,
+            probe=args.probe,
+            probe_cases=args.probe_cases,
+            probe_every=args.probe_every,
+        ),
     )
     print_line(f"weights: {final}")
     print_next(f"nnssl_finetune -d LABELLED_ID -w {final}")

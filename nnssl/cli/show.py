@@ -13,12 +13,12 @@ from nnssl.cli.command import (
     add_seed_argument,
     add_verbose_argument,
     add_weights_argument,
-    choose_device,
     natural_int,
     positive_int,
     print_next,
     run_command,
 )
+from nnssl.devices import find_device
 from nnssl.log import print_line
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def _uncertainty(args: argparse.Namespace, weights: "Weights", store: "CaseStore
     from nnssl.pictures.figures import uncertainty_figure, write_picture
     from nnssl.pictures.teacher_uncertainty import measure_uncertainty, open_teacher
 
-    teacher, _ = open_teacher(weights.path, args.passes, choose_device(args.device))
+    teacher, _ = open_teacher(weights.path, args.passes, find_device(args.device))
     case = find_case(store, args.case or store.names[0])
     uncertainty = measure_uncertainty(teacher, case, args.slice)
     described = _describe(weights, f"{teacher.passes} passes", store)
@@ -170,7 +170,7 @@ def _reconstruction(args: argparse.Namespace, weights: "Weights", store: "CaseSt
     from nnssl.pictures.figures import reconstruction_figure, write_picture
     from nnssl.pictures.reconstructions import open_reconstructor, reconstruct_case
 
-    device = choose_device(args.device)
+    device = find_device(args.device)
     method, _ = open_reconstructor(weights.path, device)
     case = find_case(store, args.case or store.names[0])
     made = reconstruct_case(method, case, args.slice, args.seed, device)
@@ -186,7 +186,7 @@ def _matches(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -
     from nnssl.pictures.figures import matches_figure, write_picture
     from nnssl.pictures.matches import find_matches, open_matcher
 
-    matcher, method = open_matcher(weights.path, store, choose_device(args.device))
+    matcher, method = open_matcher(weights.path, store, find_device(args.device))
     if len(store.names) < 2:
         raise UserError(f"{store.folder}: has one case only, and nothing to look in; give another data set with -d")
     case = find_case(store, args.case or store.names[0]).name
@@ -208,7 +208,7 @@ def _open_network(args: argparse.Namespace, weights: "Weights", store: "CaseStor
     """Return the network of the weights, and what it is in words."""
     from nnssl.pictures.dense_network import open_dense_network
 
-    network, _ = open_dense_network(weights.path, args.features, choose_device(args.device))
+    network, _ = open_dense_network(weights.path, args.features, find_device(args.device))
     print_line(f"Features: {network.kind}")
     return network, _describe(weights, f"features: {network.kind}", store)
 

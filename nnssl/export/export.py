@@ -1,109 +1,98 @@
 """A checkpoint made into what somebody else loads: read, fitted to a network, written and tried."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
 
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.export.fit import check_policy, fit_weights
-from nnssl.export.fit_report import LEAST_SHARE, FitReport, refuse_below
+from nnssl.export.fit_report import FitReport, refuse_below
 from nnssl.export.formats import check_output, table_of, write_encoder, write_for_hub, write_for_nnunet
-from nnssl.export.kernels import ChannelPolicy
+from nnssl.export.settings import FORMATS, ExportSettings, Format
 from nnssl.export.source import SourceWeights, choose_configuration, open_source
 from nnssl.export.target import TargetNetwork, build_target, open_target
 from nnssl.log import logger
-from nnssl.paths import Folders
+from nnssl.paths import Folders, resolve_folders
 
-Format = Literal["nnunet", "hub", "encoder"]
-FORMATS: tuple[Format, ...] = get_args(Format)
-
-ADVICE = ", or lower --least-share (0 lets everything through)"
+ADVICE = ", or lower least_share (0 accepts everything)"
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export left.
+    """The result of an export.
 
     Attributes:
-        path: the file, or the folder.
-        target: the network that the weights were made for.
-        report: what became of every tensor.
+        path: The file or folder written.
+        target: The network that the weights were fitted to.
+        report: What became of every tensor.
     """
 
     path: Path
-    target: TargetNetwork
-    report: FitReport
+    target: TargetNetwork = field(repr=False)
+    report: FitReport = field(repr=False)
 
 
-def export(
-    checkpoint: Path,
-    folders: Folders,
-    *,
-    for_plans: str | None = None,
-    plans_name: str | None = None,
-    configuration: str | None = None,
-    channels: Sequence[str] | None = None,
-    policy: ChannelPolicy | None = None,
-    trainer: str | None = None,
-    form: Format = "nnunet",
-    out: Path | None = None,
-    least_share: float = LEAST_SHARE,
-    licence: str = "unknown",
-    results: Sequence[Mapping[str, Any]] = (),
-    seed: int = 0,
-) -> Exported:
-    """Make pretrained weights fit a network and write them in a form that others load.
+def export(checkpoint: Path, settings: ExportSettings | None = None, folders: Folders | None = None) -> Exported:
+    """Fit pretrained weights to a network and write them in a form that others load.
 
     Args:
-        checkpoint: of nnssl, or of others in the adaptation-plan format.
-        folders: nnU-Net's folders.
-        for_plans: a plans file, or a data set whose plans are meant; None for the plan that the weights were pretrained with.
-        plans_name: which plans of that data set.
-        configuration: of the plans; None for the one that the weights were pretrained with, if the plans have it.
-        channels: names of the target's channels, or one number; None for those of its ``dataset.json``.
-        policy: for other channels than the source's (``fit_input_channels``); None to choose.
-        trainer: one of nnU-Net's trainers with a network of its own, such as ``nnUNet_Primus_S_Trainer``.
-        form: ``nnunet``, one file for ``-pretrained_weights``; ``hub``, a folder to upload; ``encoder``, the encoder alone.
-        out: file or folder to write; None for one in the working folder.
-        least_share: of the target encoder's parameters that have to come from the checkpoint.
-        licence: of the weights, for hub and encoder.
-        results: of fine-tuning, for the hub's card.
-        seed: of what stays random.
+        checkpoint: A checkpoint of nnssl, or one made elsewhere in the adaptation-plan format.
+        settings: The target and the form; None for the network that the weights were pretrained in, for nnU-Net.
+        folders: nnU-Net's folders; None for those of the environment.
 
     Raises:
-        UserError: the file cannot be read, the target cannot be built, too little fits, or nothing can be written.
+        UserError: If the file cannot be read, the target cannot be built, too few weights fit, or nothing can be written.
     """
-    if not 0 <= least_share <= 1:
-        raise UserError(f"--least-share {least_share}: is a share, 0 to 1")
-    if form not in FORMATS:
-        raise UserError(f"--format {form}: is not known; take {', '.join(FORMATS)}")
-    if trainer is not None and form != "nnunet":
-        raise UserError(f"--format {form}: describes the network of a plan, so --trainer has no place with it")
-    check_policy(policy)
+    settings = settings or ExportSettings()
+    folders = folders or resolve_folders()
+    _check_settings(settings)
+    form = settings.form
     source = open_source(checkpoint)
     logger.info(f"Weights: {checkpoint} ({source.label}), channels {_channel_text(source)}")
-    target = _open(source, folders, for_plans, plans_name, configuration, channels, trainer, seed)
+    target = _open_target(source, settings, folders)
     names = f" ({', '.join(target.channel_names)})" if target.channel_names else ""
     logger.info(f"Target: {target.label}, {target.num_channels} channel(s){names}")
-    path = (out or _default_output(target, form)).expanduser().absolute()
+    path = (settings.out or _default_output(target, form)).expanduser().absolute()
     if form == "nnunet":
         check_output(path, source)
-    report = fit_weights(source, target, policy)
-    refuse_below(report, least_share, str(checkpoint), ADVICE)
+    report = fit_weights(source, target, settings.policy)
+    refuse_below(report, settings.least_share, str(checkpoint), ADVICE)
     remark = ""
     if form == "nnunet":
         remark = write_for_nnunet(path, source, target, report)
         logger.info(f"Written and read back by nnU-Net's own loader: {path} (table: {table_of(path).name})")
     elif form == "hub":
-        remark = write_for_hub(path, source, target, report, licence, results)
+        remark = write_for_hub(path, source, target, report, settings.licence, settings.results)
         logger.info(f"Written, and its checkpoint read back by nnU-Net's own loader: {path}")
     else:
-        count = write_encoder(path, source, target, report, licence)
+        count = write_encoder(path, source, target, report, settings.licence)
         logger.info(f"Written: {path}, {count:,} parameters; python {path / 'load_encoder.py'} loads them")
     if remark:
         logger.info(f"Adaptation plan: {remark}")
     return Exported(path, target, report)
+
+
+def _check_settings(settings: ExportSettings) -> None:
+    """Check what can be wrong in itself.
+
+    Raises:
+        ArgumentError: If something is.
+    """
+    if not 0 <= settings.least_share <= 1:
+        raise ArgumentError(f"least_share must be between 0 and 1, got {settings.least_share}", "least_share")
+    if settings.form not in FORMATS:
+        raise ArgumentError(f"form must be one of {', '.join(FORMATS)}, got {settings.form}", "form")
+    if settings.trainer is not None and settings.form != "nnunet":
+        raise ArgumentError(
+            f"trainer can only be given with form nnunet, because form {settings.form} describes the network of a plan",
+            "trainer",
+            "form",
+        )
+    check_policy(settings.policy)
+    if settings.for_plans is None:
+        given = {"plans_name": settings.plans_name, "channels": settings.channels, "trainer": settings.trainer}
+        for name, value in given.items():
+            if value is not None:
+                raise ArgumentError(f"{name} needs for_plans, which names the target's plans", name, "for_plans")
 
 
 def own_target(source: SourceWeights, seed: int = 0, configuration: str | None = None) -> TargetNetwork:
@@ -120,32 +109,19 @@ def own_target(source: SourceWeights, seed: int = 0, configuration: str | None =
     return build_target(origin.plans, chosen, origin.dataset_json, label, seed=seed)
 
 
-def _open(
-    source: SourceWeights,
-    folders: Folders,
-    for_plans: str | None,
-    plans_name: str | None,
-    configuration: str | None,
-    channels: Sequence[str] | None,
-    trainer: str | None,
-    seed: int,
-) -> TargetNetwork:
-    if for_plans is None:
-        given = {"-p": plans_name, "--channels": channels, "--trainer": trainer}
-        wrong = next((flag for flag, value in given.items() if value is not None), None)
-        if wrong:
-            raise UserError(f"{wrong}: needs --for-plans, which says whose plans are meant")
-        return own_target(source, seed, configuration)
+def _open_target(source: SourceWeights, settings: ExportSettings, folders: Folders) -> TargetNetwork:
+    if settings.for_plans is None:
+        return own_target(source, settings.seed, settings.configuration)
     usual = source.provenance.configuration if source.provenance else "3d_fullres"
     return open_target(
-        for_plans,
+        settings.for_plans,
         folders,
-        plans_name=plans_name,
-        configuration=configuration,
+        plans_name=settings.plans_name,
+        configuration=settings.configuration,
         usual_configuration=usual,
-        channels=channels,
-        trainer=trainer,
-        seed=seed,
+        channels=settings.channels,
+        trainer=settings.trainer,
+        seed=settings.seed,
     )
 
 

@@ -4,7 +4,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError
 from nnssl.log import logger
 from nnssl.schema import STRICT
 from nnssl.tables import align
@@ -106,19 +106,21 @@ def refuse_below(report: FitReport, least_share: float, what: str, advice: str =
         advice: more that a user can do about it.
 
     Raises:
-        UserError: less than ``least_share`` comes from the checkpoint, or its first layer does not.
+        ArgumentError: less than ``least_share`` comes from the checkpoint, or its first layer does not.
     """
     for line in report.table():
         logger.info(line)
     share = report.share(encoder=True)
     hint = f"the table says why. Take plans whose network is like the pretrained one, or plan with --like{advice}"
     if share < least_share:
-        raise UserError(
-            f"{what}: only {share:.1%} of the encoder's parameters come from the checkpoint, less than {least_share:.0%}; {hint}"
+        raise ArgumentError(
+            f"{what}: only {share:.1%} of the encoder's parameters come from the checkpoint, less than {least_share:.0%}; {hint}",
+            "least_share",
         )
     if least_share > 0 and not report.sees_as_before():
-        raise UserError(
-            f"{what}: the layer that sees the images ({report.first}) stays random, so what follows has no use; {hint}"
+        raise ArgumentError(
+            f"{what}: the layer that sees the images ({report.first}) stays random, so what follows has no use; {hint}",
+            "least_share",
         )
 
 

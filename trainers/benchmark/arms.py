@@ -19,6 +19,7 @@ from nnssl.paths import Folders
 from nnssl.plan import Plan
 from nnssl.study.table import SCRATCH
 from trainers.pretraining.pretrain import choose_configuration, is_finished, needed_runs, pretrain
+from trainers.pretraining.settings import PretrainSettings
 from trainers.pretraining.stage_run import StageRun, stage_folder
 
 OWN_FOLDER = "nnssl_arms"
@@ -182,14 +183,16 @@ def make_weights(pretraining: Pretraining, source: Source) -> None:
     with variables(nnUNet_results=str(pretraining.results)):
         pretrain(
             pretraining.method.name,
-            replace(source.folders, results=pretraining.results),
             source.plan.dataset_name,
-            pretraining.configuration,
-            source.plan.name,
-            overrides=pretraining.overrides,
-            seed=source.seed,
-            device=source.device,
-            stages=pretraining.stages,
+            PretrainSettings(
+                configuration=pretraining.configuration,
+                plans_name=source.plan.name,
+                overrides=pretraining.overrides,
+                seed=source.seed,
+                device=source.device,
+                stages=pretraining.stages,
+            ),
+            replace(source.folders, results=pretraining.results),
         )
 
 
@@ -205,14 +208,16 @@ def _share_stage(pretraining: Pretraining, run: StageRun, source: Source) -> Non
     with FileLock(root / "preparing.lock"), variables(nnUNet_results=str(root)):
         pretrain(
             find_stage(name)[0].name,
-            replace(source.folders, results=root),
             source.plan.dataset_name,
-            run.configuration,
-            source.plan.name,
-            overrides=run.overrides,
-            seed=source.seed,
-            device=source.device,
-            stages=(name,),
+            PretrainSettings(
+                configuration=run.configuration,
+                plans_name=source.plan.name,
+                overrides=run.overrides,
+                seed=source.seed,
+                device=source.device,
+                stages=(name,),
+            ),
+            replace(source.folders, results=root),
         )
     shared = run.folder(root)
     logger.info(f"{name}: taken from {shared}")

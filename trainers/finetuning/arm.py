@@ -23,7 +23,7 @@ from nnssl.log import logger, printed_output_to
 from nnssl.paths import Folders
 from nnssl.study.table import SCRATCH
 from planners.finetune_planner import AdoptedPlan
-from trainers.finetuning.finetune_trainer import FinetuneSettings, FinetuneTrainer, make_trainer
+from trainers.finetuning.finetune_trainer import ArmSettings, FinetuneTrainer, make_trainer
 from trainers.finetuning.labelled_cases import Split
 from trainers.finetuning.linear_probe import LinearProbeTrainer
 from trainers.finetuning.mean_teacher import MeanTeacherTrainer
@@ -125,8 +125,8 @@ def run_arm(task: Task, weights: Weights | None, folders: Folders, restart: bool
     return result
 
 
-def _settings(task: Task, folder: Path) -> FinetuneSettings:
-    return FinetuneSettings(
+def _settings(task: Task, folder: Path) -> ArmSettings:
+    return ArmSettings(
         schedule=task.schedule,
         seed=task.seed,
         train_cases=task.split.train,

@@ -44,7 +44,7 @@ TRANSFORMER_GRADIENT_NORM = 1  # of nnU-Net's trainers of Primus, whose AdamW is
 
 
 @dataclass(frozen=True)
-class FinetuneSettings:
+class ArmSettings:
     """All that decides a fine-tuning run beside plan, data and weights."""
 
     schedule: FinetuneSchedule
@@ -105,7 +105,7 @@ class FinetuneTrainer(nnUNetTrainer):
             raise UserError(
                 "FinetuneTrainer: needs settings that nnUNetv2_train does not have; start it with nnssl_finetune"
             )
-        self.settings: FinetuneSettings = plans.pop(SETTINGS_KEY)
+        self.settings: ArmSettings = plans.pop(SETTINGS_KEY)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs = self.settings.schedule.epochs
         self.num_iterations_per_epoch = self.settings.schedule.iterations_per_epoch
@@ -309,7 +309,7 @@ def make_trainer(
     configuration: str,
     dataset_json: dict[str, Any],
     device: torch.device,
-    settings: FinetuneSettings,
+    settings: ArmSettings,
     resume: bool = False,
     trainer_class: "type[FinetuneTrainer] | None" = None,
 ) -> FinetuneTrainer:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError
 from nnssl.schema import STRICT
 
 Optimizer = Literal["sgd", "adam", "adamw"]
@@ -45,13 +45,13 @@ ADAMW_RATE = 3e-4
 
 
 def check_mode(mode: str) -> None:
-    """Check that there is such a mode.
+    """Check that a mode exists.
 
     Raises:
-        UserError: there is not.
+        ArgumentError: If it does not.
     """
     if mode not in MODES:
-        raise UserError(f"--mode {mode}: is not known; take one of {', '.join(MODES)}")
+        raise ArgumentError(f"mode must be one of {', '.join(MODES)}, got {mode}", "mode")
 
 
 def make_schedule(
@@ -64,10 +64,10 @@ def make_schedule(
     optimizer: Optimizer | None,
     transformer: bool = False,
 ) -> FinetuneSchedule:
-    """Return the schedule of a mode, with the mode's numbers where None is given, or those of Primus for a transformer.
+    """Return the schedule of a mode. None stands for the mode's default, or for that of Primus for a transformer.
 
     Raises:
-        UserError: a number or the optimizer does not fit.
+        ArgumentError: If a number or the optimizer does not fit.
     """
     if transformer and optimizer is None and "adamw" in MODES[mode].optimizers:
         optimizer = "adamw"
@@ -75,16 +75,22 @@ def make_schedule(
     if learning_rate is None:
         learning_rate = ADAMW_RATE if optimizer == "adamw" else MODES[mode].learning_rate
     if optimizer not in MODES[mode].optimizers:
-        raise UserError(
-            f"--optimizer {optimizer}: --mode {mode} takes {' or '.join(MODES[mode].optimizers)}; leave it out"
-        )
+        known = " or ".join(MODES[mode].optimizers)
+        raise ArgumentError(f"optimizer must be {known} in mode {mode}, got {optimizer}", "optimizer", "mode")
     warmup = epochs // 20 if warmup is None else warmup
-    if epochs < 1 or iterations < 1:
-        raise UserError(f"--epochs {epochs}, --iterations-per-epoch {iterations}: each is 1 or more")
-    if not 0 <= warmup < epochs:
-        raise UserError(f"--warmup-epochs {warmup}: is not within 0 to {epochs - 1}; it is part of the {epochs} epochs")
+    if not 0 <= warmup < max(1, epochs):
+        raise ArgumentError(
+            f"warmup_epochs must be between 0 and {epochs - 1} with {epochs} epochs, got {warmup}", "warmup_epochs"
+        )
+    _check_at_least_1(epochs=epochs, iterations_per_epoch=iterations)
     if learning_rate <= 0:
-        raise UserError(f"--learning-rate {learning_rate}: is above 0")
-    if batch_size is not None and batch_size < 1:
-        raise UserError(f"--batch-size {batch_size}: is 1 or more")
+        raise ArgumentError(f"learning_rate must be above 0, got {learning_rate:g}", "learning_rate")
+    if batch_size is not None:
+        _check_at_least_1(batch_size=batch_size)
     return FinetuneSchedule(epochs, iterations, warmup, learning_rate, batch_size, optimizer)
+
+
+def _check_at_least_1(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ArgumentError(f"{name} must be at least 1, got {value}", name)

@@ -4,87 +4,67 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from nnssl.checkpoint import FINAL, read_checkpoint
 from nnssl.data.jobs import default_processes
 from nnssl.data.raw import find_dataset
-from nnssl.errors import UserError
+from nnssl.devices import find_device
+from nnssl.errors import ArgumentError, UserError
 from nnssl.export.source import open_source
 from nnssl.files import read_json
 from nnssl.log import logger
 from nnssl.methods import Method, find_method
 from nnssl.methods.settings import split_overrides
-from nnssl.paths import Folders
-from nnssl.plan import PLANS_NAME, Plan, existing_plan, read_plan
+from nnssl.paths import Folders, resolve_folders
+from nnssl.plan import Plan, existing_plan, read_plan
 from trainers.pretraining.launch import StageJob, is_first_process, launch, number_of_processes
-from trainers.pretraining.probe_run import CASES, ProbeOptions, prepare_probe
+from trainers.pretraining.probe_run import ProbeOptions, prepare_probe
+from trainers.pretraining.settings import PretrainSettings
 from trainers.pretraining.stage_run import RunOptions, StageRun, check_same_run, resolve_run
 
 
 def pretrain(
     method_name: str,
-    folders: Folders,
     dataset: str | int | None = None,
-    configuration: str | None = None,
-    plans_name: str = PLANS_NAME,
-    overrides: Sequence[str] = (),
-    init: Path | None = None,
-    seed: int = 0,
-    workers: int | None = None,
-    device: torch.device = torch.device("cpu"),  # noqa: B008  a device is immutable
-    processes: int = 1,
-    restart: bool = False,
-    stages: Sequence[str] | None = None,
-    probe: str | int | None = None,
-    probe_cases: int = CASES,
-    probe_every: int | None = None,
+    settings: PretrainSettings | None = None,
+    folders: Folders | None = None,
 ) -> Path:
     """Pretrain a planned data set with a method, all its stages in order.
 
-    A finished stage with the same plan and settings is recognised and skipped; an unfinished one goes on from its last
-    checkpoint. Results lie in ``<results>/<data set>/<Trainer>__<plans>__<configuration>/fold_all``, one folder per stage.
+    A finished stage with the same plan and settings is recognised and skipped; an unfinished one continues from its last
+    checkpoint. Results are written to ``<results>/<data set>/<Trainer>__<plans>__<configuration>/fold_all``, one folder per
+    stage.
 
     Args:
-        method_name: a key of ``nnssl.methods.METHODS``.
-        folders: nnU-Net's folders.
-        dataset: number or name; None for the data set that was planned last.
-        configuration: of the plan; None for the first one of the plan that the method can use.
-        plans_name: identifier of the plan.
-        overrides: settings as ``key=value``, or ``stage.key=value`` for one stage only.
-        init: checkpoint whose weights the first stage starts from, among those whose weights are handed on.
-        seed: of weights and of every draw.
-        workers: processes that read patches; None to choose.
-        device: where to train.
-        processes: number of processes (GPUs); the global batch stays that of the plan.
-        restart: remove earlier results of the method's stages first.
-        stages: names of the stages to run, None for all; one whose predecessor is not run starts from random weights.
-        probe: labelled data set, number or name, for a linear probe during training; None for none.
-        probe_cases: labelled cases that it learns from, and as many others that it is scored on.
-        probe_every: epochs between two probes; None for about twenty in a stage.
+        method_name: A key of ``nnssl.methods.METHODS``.
+        dataset: Number or name of a planned data set; None for the one planned last.
+        settings: How to pretrain; None for the defaults.
+        folders: nnU-Net's folders; None for those of the environment.
 
     Returns:
         The last stage's ``checkpoint_final.pth``.
 
     Raises:
-        UserError: method, data set, plan, configuration or a setting is not there or does not fit; a checkpoint belongs to
-            another run.
+        UserError: If the method, data set, plan, configuration or a setting is unknown or does not fit, or if a checkpoint
+            belongs to another run.
     """
+    settings = settings or PretrainSettings()
+    folders = folders or resolve_folders()
     method = find_method(method_name)
-    path = find_plan(folders, dataset, plans_name)
+    overrides = settings.all_overrides(method)
+    path = find_plan(folders, dataset, settings.plans_name)
     plan = read_plan(path)
-    configuration = choose_configuration(method, plan, configuration)
-    runs = needed_runs(method, plan, configuration, stages, overrides, seed)
+    configuration = choose_configuration(method, plan, settings.configuration)
+    device = find_device(settings.device)
+    runs = needed_runs(method, plan, configuration, settings.stages, overrides, settings.seed)
     for stage in method.stages:
-        if (stages is None or stage.name in stages) and stage not in [run.stage for run in runs]:
+        asked = settings.stages is None or stage.name in settings.stages
+        if asked and stage not in [run.stage for run in runs]:
             logger.info(f"{stage.name}: left out, nothing asks for it with these settings")
-    if init is not None:
-        open_source(init)
-    if restart and is_first_process():
+    if settings.init is not None:
+        open_source(settings.init)
+    if settings.restart and is_first_process():
         _remove([run.folder(folders.results) for run in runs])
-    probed = None
-    if probe is not None:
-        probed = _prepare_probe(probe, plan, configuration, folders, probe_cases, probe_every)
+    probed = None if settings.probe is None else _prepare_probe(settings, plan, configuration, folders)
     # what only prepares another stage does not hand its weights on
     begun = next((run for run in reversed(runs) if run.stage.fresh), runs[0])
     for run in runs:
@@ -95,13 +75,13 @@ def pretrain(
         logger.info(f"{run.stage.name}: {folder}")
         options = RunOptions(
             run.overrides,
-            init if run is begun else None,
-            seed,
-            workers,
+            settings.init if run is begun else None,
+            settings.seed,
+            settings.workers,
             alone=run is runs[0] and run.stage != method.stages[0],
             probe=probed if run.configuration == configuration else None,
         )
-        count = number_of_processes(processes)
+        count = number_of_processes(settings.num_gpus)
         if count > 1:
             check_batch(run, count)
         launch(StageJob(path, run.stage.trainer, run.configuration, options, device), count)
@@ -115,14 +95,17 @@ def _remove(results: Sequence[Path]) -> None:
             shutil.rmtree(folder)
 
 
-def _prepare_probe(
-    probe: str | int, plan: Plan, configuration: str, folders: Folders, cases: int, every: int | None
-) -> ProbeOptions:
+def _prepare_probe(settings: PretrainSettings, plan: Plan, configuration: str, folders: Folders) -> ProbeOptions:
+    assert settings.probe is not None
     if not plan.configuration(configuration).has_feature_maps:
-        raise UserError(
-            f"--probe {probe}: reads feature maps of a U-Net, which {configuration} has not; leave it out or take another -c"
+        raise ArgumentError(
+            f"probe {settings.probe} reads feature maps of a U-Net, but {configuration} has none; leave probe out or choose "
+            "another configuration",
+            "probe",
+            "configuration",
         )
-    dataset_name = find_dataset(probe, folders)
+    dataset_name = find_dataset(settings.probe, folders)
+    cases, every = settings.probe_cases, settings.probe_every
     return prepare_probe(dataset_name, plan, configuration, folders, cases, every, default_processes())
 
 

@@ -164,13 +164,11 @@ def test_an_evaluation_leads_to_a_study(monkeypatch, capsys):
 
 
 def test_a_study_leads_to_its_rest_or_to_finetuning(monkeypatch, capsys):
-    monkeypatch.setattr("trainers.benchmark.study.prepare_study", lambda *given: None)
-    monkeypatch.setattr("trainers.benchmark.run.study_folder", lambda study, name: Path("/study"))
     argv = ["-d", "4", "-m", "reprec", "--part", "1/2", "--device", "cpu"]
-    monkeypatch.setattr("trainers.benchmark.run.run_study", lambda *given: None)
+    monkeypatch.setattr("trainers.benchmark.benchmark.benchmark", lambda *given, **named: None)
     assert benchmark.main(argv) == 0
     assert last_lines(capsys) == [f"next: nnssl_benchmark {' '.join(argv)}"]
-    monkeypatch.setattr("trainers.benchmark.run.run_study", lambda *given: "table")
+    monkeypatch.setattr("trainers.benchmark.benchmark.benchmark", lambda *given, **named: "table")
     assert benchmark.main(argv) == 0
     assert last_lines(capsys)[0].startswith("next: nnssl_finetune -d 4 -w CHECKPOINT ")
 

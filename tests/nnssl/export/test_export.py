@@ -14,6 +14,7 @@ from nnssl.export.export import export
 from nnssl.export.fit import fit_weights
 from nnssl.export.fit_report import refuse_below
 from nnssl.export.formats import table_of
+from nnssl.export.settings import ExportSettings
 from nnssl.export.source import count_values, open_source
 from nnssl.export.target import build_target
 from nnssl.log import lines_to
@@ -61,7 +62,7 @@ def test_matrix(tmp_path, folders, kind, dim, source_channels, channels):
     network = architecture(kind, dim)
     weights = write_source(tmp_path / "a.pth", network, dim, [f"s{n}" for n in range(source_channels)])
     path = write_plans(tmp_path / "user", plans(network, dim, channels), [f"t{n}" for n in range(channels)], 4)
-    out = export(tmp_path / "a.pth", folders, for_plans=str(path), out=tmp_path / "out.pth").path
+    out = export(tmp_path / "a.pth", ExportSettings(for_plans=str(path), out=tmp_path / "out.pth"), folders).path
     for deep_supervision, classes in itertools.product([True, False], [2, 5]):
         target = stock(network, channels, classes, deep_supervision)
         untouched = {name: value.clone() for name, value in target.state_dict().items()}
@@ -83,7 +84,7 @@ def test_what_was_not_pretrained_is_a_seeded_start(tmp_path, folders, kind, dim)
     network = architecture(kind, dim)
     weights = write_source(tmp_path / "a.pth", network, dim, ["CT"], pretrained=("encoder.", "transformer."))
     path = write_plans(tmp_path / "user", plans(network, dim, 1), ["CT"])
-    done = export(tmp_path / "a.pth", folders, for_plans=str(path), out=tmp_path / "out.pth", seed=3)
+    done = export(tmp_path / "a.pth", ExportSettings(for_plans=str(path), out=tmp_path / "out.pth", seed=3), folders)
     written = torch.load(done.path, weights_only=True)["network_weights"]
     fresh = build_network(network, 1, 3, 3).state_dict()
     for name, value in written.items():
@@ -103,7 +104,7 @@ def test_hybrid_weights_fit_the_plain_network_and_back(tmp_path, folders):
     for source, target, dropped, missing in [("hybrid", "plain", True, False), ("plain", "hybrid", False, True)]:
         weights = write_source(tmp_path / "a.pth", unet(source, 3), 3, ["CT"])
         path = write_plans(tmp_path / "user", plans(unet(target, 3), 3, 1), ["CT"])
-        done = export(tmp_path / "a.pth", folders, for_plans=str(path), out=tmp_path / "out.pth")
+        done = export(tmp_path / "a.pth", ExportSettings(for_plans=str(path), out=tmp_path / "out.pth"), folders)
         written = torch.load(done.path, weights_only=True)["network_weights"]
         shared = [name for name in written if name in weights and ".seg_layers." not in name]
         assert all(torch.equal(written[name], weights[name]) for name in shared)
@@ -258,7 +259,7 @@ def test_labels_that_a_cascade_puts_behind_the_images_begin_at_zero(tmp_path, fo
     content["configurations"]["3d_cascade_fullres"] = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
     path = write_plans(tmp_path / "user", content, ["CT"], classes=4)
     options = {"for_plans": str(path), "configuration": "3d_cascade_fullres", "out": tmp_path / "o.pth"}
-    done = export(tmp_path / "a.pth", folders, **options)
+    done = export(tmp_path / "a.pth", ExportSettings(**options), folders)
     first = "encoder.stages.0.0.convs.0.conv.weight"
     found = torch.load(done.path, weights_only=True)["network_weights"][first]
     assert torch.equal(found[:, :1], weights[first])
@@ -304,7 +305,9 @@ def test_named_channels(tmp_path, folders):
 
     def exported(names, policy=None):
         path = write_plans(tmp_path / "user", plans(network, 3, len(names)), names)
-        out = export(tmp_path / "a.pth", folders, for_plans=str(path), out=tmp_path / "o.pth", policy=policy).path
+        out = export(
+            tmp_path / "a.pth", ExportSettings(for_plans=str(path), out=tmp_path / "o.pth", policy=policy), folders
+        ).path
         return torch.load(out, weights_only=True)["network_weights"][first]
 
     zeros = torch.zeros_like(weights[first][:, 0])
@@ -331,11 +334,13 @@ def test_too_little_is_refused_and_nothing_is_written(tmp_path, folders):
         pytest.raises(UserError, match=r"only 0.0% of the encoder's parameters .* less than 50%"),
         lines_to(lines.append),
     ):
-        export(tmp_path / "a.pth", folders, for_plans=str(path), out=tmp_path / "out.pth")
+        export(tmp_path / "a.pth", ExportSettings(for_plans=str(path), out=tmp_path / "out.pth"), folders)
     assert any("the source has none" in line for line in lines)
     assert not (tmp_path / "out.pth").exists()
     wide = write_plans(tmp_path / "wide", plans(unet("plain", 3, features_per_stage=[4, 6, 10]), 3, 1), ["CT"])
-    done = export(tmp_path / "a.pth", folders, for_plans=str(wide), out=tmp_path / "out.pth", least_share=0.1)
+    done = export(
+        tmp_path / "a.pth", ExportSettings(for_plans=str(wide), out=tmp_path / "out.pth", least_share=0.1), folders
+    )
     assert 0.1 < done.report.share(encoder=True) < 0.5
     assert (
         status(done.report, "encoder.stages.2.0.convs.0.conv.weight").reason
@@ -351,7 +356,9 @@ def test_stock_trainers_of_primus(tmp_path, folders):
     path = write_plans(tmp_path / "user", plans(unet("plain", 3), 3, 1, patch_size=[16, 24, 16]), ["CT"], classes=5)
     name = "nnUNet_Primus_S_Trainer"
     done = export(
-        tmp_path / "a.pth", folders, for_plans=str(path), out=tmp_path / "o.pth", trainer=name, least_share=0.05
+        tmp_path / "a.pth",
+        ExportSettings(for_plans=str(path), out=tmp_path / "o.pth", trainer=name, least_share=0.05),
+        folders,
     )
     written = torch.load(done.path, weights_only=True)
     assert "nnssl_adaptation_plan" not in written
@@ -361,7 +368,11 @@ def test_stock_trainers_of_primus(tmp_path, folders):
         open_source(done.path)
     (tmp_path / "user" / "dataset.json").unlink()
     with pytest.raises(UserError, match="decide the shape of this trainer's network"):
-        export(tmp_path / "a.pth", folders, for_plans=str(path), channels=["CT"], trainer=name, out=tmp_path / "p.pth")
+        export(
+            tmp_path / "a.pth",
+            ExportSettings(for_plans=str(path), channels=["CT"], trainer=name, out=tmp_path / "p.pth"),
+            folders,
+        )
     state = written["network_weights"]
     assert torch.equal(state["eva.blocks.0.mlp.fc2.weight"], weights["eva.blocks.0.mlp.fc2.weight"])
     assert state["eva.pos_embed"].shape == (1, 12, 396)

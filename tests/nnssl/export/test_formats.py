@@ -13,6 +13,7 @@ from nnssl.cli.info import explain_checkpoint
 from nnssl.errors import UserError
 from nnssl.export.adaptation_plan import KEY, RESENC_L, read_adaptation_plan, write_adaptation_plan
 from nnssl.export.export import export
+from nnssl.export.settings import ExportSettings
 from nnssl.export.source import open_source
 from nnssl.files import write_json
 from nnssl.networks.backbone import build_network
@@ -30,7 +31,7 @@ def folders(tmp_path):
 def exported(tmp_path, folders, kind="residual", dim=3, **options):
     write_source(tmp_path / "a.pth", architecture(kind, dim), dim, ["CT"])
     path = write_plans(tmp_path / "user", plans(architecture(kind, dim), dim, 2), ["CT", "PET"])
-    return export(tmp_path / "a.pth", folders, for_plans=str(path), **options).path
+    return export(tmp_path / "a.pth", ExportSettings(for_plans=str(path), **options), folders).path
 
 
 @pytest.mark.parametrize(("kind", "dim"), [("plain", 2), ("plain", 3), ("residual", 3), ("hybrid", 3), ("primus", 3)])
@@ -117,7 +118,7 @@ def test_a_checkpoint_made_elsewhere_is_read(tmp_path, folders, kind):
     assert source.provenance is None
     assert not any(name.startswith(("decoder.stages", "up_projection")) for name in source.tensors)
     target = write_plans(tmp_path / "third", plans(architecture(kind, 3), 3, 1), ["CT"])
-    done = export(path, folders, for_plans=str(target), out=tmp_path / "third.pth")
+    done = export(path, ExportSettings(for_plans=str(target), out=tmp_path / "third.pth"), folders)
     state = torch.load(done.path, weights_only=True)["network_weights"]
     first = {"primus": "down_projection.proj.weight", "plain": "encoder.stages.0.0.convs.0.conv.weight"}
     name = first.get(kind, "encoder.stem.convs.0.conv.weight")
@@ -126,7 +127,7 @@ def test_a_checkpoint_made_elsewhere_is_read(tmp_path, folders, kind):
     if name in weights:
         assert torch.equal(state[name], weights[name])
     with pytest.raises(UserError, match="made elsewhere and has no plans"):
-        export(path, folders, out=tmp_path / "x.pth")
+        export(path, ExportSettings(out=tmp_path / "x.pth"), folders)
 
 
 def test_names_of_networks_made_elsewhere(tmp_path):
@@ -268,9 +269,9 @@ def test_an_exported_file_remembers_its_pretraining(tmp_path, folders):
     network = unet("plain", 3)
     write_source(tmp_path / "a.pth", network, 3, ["T1", "T2"], spacing=[2.0, 1.0, 1.0])
     first = write_plans(tmp_path / "first", plans(network, 3, 1), ["CT"])
-    once = export(tmp_path / "a.pth", folders, for_plans=str(first), out=tmp_path / "once.pth").path
+    once = export(tmp_path / "a.pth", ExportSettings(for_plans=str(first), out=tmp_path / "once.pth"), folders).path
     second = write_plans(tmp_path / "second", plans(network, 3, 2), ["CT", "PET"])
-    twice = export(once, folders, for_plans=str(second), out=tmp_path / "twice.pth").path
+    twice = export(once, ExportSettings(for_plans=str(second), out=tmp_path / "twice.pth"), folders).path
     source = open_source(twice)
     assert source.pretraining["spacing_mm"] == [2.0, 1.0, 1.0]
     assert source.pretraining["channel_names"] == ["T1", "T2"]
@@ -308,12 +309,12 @@ def test_a_patch_that_was_cut_smaller_than_the_plan_says(tmp_path, folders):
     content[KEY]["pretrain_plan"]["configurations"]["3d_fullres"]["patch_size"] = [16, 48, 32]
     torch.save(content, path)
     target = write_plans(tmp_path / "third", plans(primus(), 3, 1), ["CT"])
-    done = export(path, folders, for_plans=str(target), out=tmp_path / "third.pth")
+    done = export(path, ExportSettings(for_plans=str(target), out=tmp_path / "third.pth"), folders)
     state = torch.load(done.path, weights_only=True)["network_weights"]
     assert torch.equal(state["eva.pos_embed"], weights["eva.pos_embed"])
     del content[KEY]["pretrain_patch_size"]  # then the positions do not fit what the plan says
     torch.save(content, path)
-    report = export(path, folders, for_plans=str(target), out=tmp_path / "third.pth").report
+    report = export(path, ExportSettings(for_plans=str(target), out=tmp_path / "third.pth"), folders).report
     assert (
         "24 positions in the source, 8 x 6 x 4" in next(t for t in report.tensors if t.name == "eva.pos_embed").reason
     )
@@ -326,7 +327,7 @@ def test_citations_come_along(tmp_path, folders):
     content["citations"] = [theirs]
     torch.save(content, path)
     target = write_plans(tmp_path / "third", plans(architecture("residual", 3), 3, 1), ["CT"])
-    hub = export(path, folders, for_plans=str(target), form="hub", out=tmp_path / "hub").path
+    hub = export(path, ExportSettings(for_plans=str(target), form="hub", out=tmp_path / "hub"), folders).path
     assert theirs in torch.load(hub / "checkpoint_final.pth", weights_only=True)["citations"]
     card = (hub / "README.md").read_text()
     assert "He et al., 2022" in card
@@ -357,7 +358,7 @@ def test_plans_and_descriptions_that_cannot_be_used(tmp_path, folders, change, d
     dataset = path.with_name("dataset.json")
     write_json(dataset, json.loads(dataset.read_text()) | described)
     with pytest.raises(UserError, match=message):
-        export(tmp_path / "a.pth", folders, for_plans=str(path), out=tmp_path / "o.pth")
+        export(tmp_path / "a.pth", ExportSettings(for_plans=str(path), out=tmp_path / "o.pth"), folders)
     assert not (tmp_path / "o.pth").exists()
 
 
@@ -367,7 +368,7 @@ def test_weights_with_nan_are_refused_by_name(tmp_path, folders):
     content["network_weights"]["encoder.stages.1.0.convs.0.norm.bias"][0] = float("nan")
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"encoder.stages.1.0.convs.0.norm.bias holds NaN"):
-        export(tmp_path / "a.pth", folders, out=tmp_path / "o.pth")
+        export(tmp_path / "a.pth", ExportSettings(out=tmp_path / "o.pth"), folders)
 
 
 def test_command(tmp_path, nnunet_folders, capsys, monkeypatch):

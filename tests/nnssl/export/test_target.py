@@ -11,6 +11,7 @@ from nnssl.export import formats
 from nnssl.export.adaptation_plan import KEY, KEYS, PLAIN, RESENC_L, RESIDUAL, network_kind
 from nnssl.export.export import export
 from nnssl.export.formats import check_loads
+from nnssl.export.settings import ExportSettings
 from nnssl.export.source import open_source
 from nnssl.export.target import _choose_configuration, _dataset_json, _find_plans, build_target
 from nnssl.files import write_json
@@ -131,7 +132,7 @@ def test_channel_names_of_a_source_are_in_the_order_of_their_numbers(tmp_path):
 
 def test_a_name_that_only_begins_like_a_part_is_another_part(tmp_path, folders):
     write_source(tmp_path / "a.pth", unet("residual", 2), 2, ["CT"])
-    path = export(tmp_path / "a.pth", folders, out=tmp_path / "o.pth").path
+    path = export(tmp_path / "a.pth", ExportSettings(out=tmp_path / "o.pth"), folders).path
     content = torch.load(path, weights_only=True)
     del content["nnssl"]
     assert content[KEY]["key_to_encoder"] == "encoder.stages"
@@ -165,7 +166,7 @@ def test_what_a_file_does_not_bring_back_is_found(tmp_path):
 
 def test_a_file_that_nnunet_refuses_does_not_replace_a_former_export(tmp_path, folders, monkeypatch):
     write_source(tmp_path / "a.pth", unet("plain", 2), 2, ["CT"])
-    path = export(tmp_path / "a.pth", folders, out=tmp_path / "out" / "o.pth").path
+    path = export(tmp_path / "a.pth", ExportSettings(out=tmp_path / "out" / "o.pth"), folders).path
     before = path.read_bytes()
 
     def refuse(*_):
@@ -173,7 +174,7 @@ def test_a_file_that_nnunet_refuses_does_not_replace_a_former_export(tmp_path, f
 
     monkeypatch.setattr(formats, "check_loads", refuse)
     with pytest.raises(UserError, match="refuses"):
-        export(tmp_path / "a.pth", folders, out=path, seed=1)
+        export(tmp_path / "a.pth", ExportSettings(out=path, seed=1), folders)
     assert path.read_bytes() == before
     assert sorted(each.name for each in path.parent.iterdir()) == ["o.pth", "o.pth.table.json"]
 
@@ -184,7 +185,7 @@ def test_an_export_says_what_was_pretrained_and_a_hub_gets_no_section_of_nnssl(t
     content = torch.load(tmp_path / "a.pth", weights_only=True)
     content["nnssl"]["provenance"]["plans"]["pretext"] = {"schema_version": 5}
     torch.save(content, tmp_path / "a.pth")
-    path = export(tmp_path / "a.pth", folders, form="hub", out=tmp_path / "hub").path
+    path = export(tmp_path / "a.pth", ExportSettings(form="hub", out=tmp_path / "hub"), folders).path
     assert "pretext" not in json.loads((path / "nnsslPlans.json").read_text())
     made = open_source(path / "checkpoint_final.pth").provenance
     assert made.pretrains("encoder.stages.1.")

@@ -19,10 +19,11 @@ from nnssl.paths import resolve_folders
 from tests.trainers.tiny_plan import PATCH_SIZE, tiny_plan, write_weights
 from trainers.finetuning import arm as finetune_arm
 from trainers.finetuning.finetune import finetune
-from trainers.finetuning.finetune_trainer import FinetuneSettings, FinetuneTrainer, make_trainer
+from trainers.finetuning.finetune_trainer import ArmSettings, FinetuneTrainer, make_trainer
 from trainers.finetuning.pretrained_weights import Weights, open_weights
 from trainers.finetuning.result import ArmResult
 from trainers.finetuning.schedule import FinetuneSchedule
+from trainers.finetuning.settings import FinetuneSettings
 
 DATASET = "Dataset004_Phantoms"
 CASES = tuple(f"phantom_{number:04d}" for number in range(6))
@@ -66,11 +67,11 @@ def make_run(folder: Path) -> Run:
         }  # fmt: skip
         said: list[str] = []
         with lines_to(said.append):
-            results = finetune(4, "latest", **arguments)
+            results = finetune(4, "latest", FinetuneSettings(**arguments))
     return Run(folder, weights, tensors, arguments, results, said)
 
 
-def make_settings(folder: Path, **changes) -> FinetuneSettings:
+def make_settings(folder: Path, **changes) -> ArmSettings:
     values = {
         "train_cases": CASES[:3],
         "test_cases": CASES[3:],
@@ -81,7 +82,7 @@ def make_settings(folder: Path, **changes) -> FinetuneSettings:
     }
     schedule = {"batch_size": None, "optimizer": "sgd", **SCHEDULE}
     schedule |= {key: values.pop(key) for key in schedule if key in values}
-    return FinetuneSettings(FinetuneSchedule(**schedule), **values)
+    return ArmSettings(FinetuneSchedule(**schedule), **values)
 
 
 def trainer_of(
@@ -161,7 +162,7 @@ def finetune_and_catch_trainers(monkeypatch, *arguments, **options) -> tuple[lis
         return trainers[-1]
 
     monkeypatch.setattr(finetune_arm, "make_trainer", make)
-    return finetune(*arguments, **options), trainers
+    return finetune(*arguments, FinetuneSettings(**options)), trainers
 
 
 def is_segmentation_layer(key: str) -> bool:

@@ -9,6 +9,7 @@ from nnssl.cli.info import explain_checkpoint
 from nnssl.errors import UserError
 from nnssl.export.adaptation_plan import KEY, write_adaptation_plan
 from nnssl.export.export import export
+from nnssl.export.settings import ExportSettings
 from nnssl.files import read_json
 from nnssl.log import lines_to
 from nnssl.networks.backbone import build_network
@@ -22,6 +23,7 @@ from tests.trainers.pretraining.test_pretrain import run as pretrain_toy
 from trainers.benchmark.leaks import seen_by_checkpoint
 from trainers.finetuning.adapted_weights import adapt_if_made_elsewhere
 from trainers.finetuning.finetune import finetune
+from trainers.finetuning.settings import FinetuneSettings
 from trainers.pretraining.pretext import RepRecContrastiveTrainer
 
 
@@ -54,7 +56,7 @@ def test_finetuning(labelled):
     said = []
     arguments = {**SCHEDULE, "labels": 3, "processes": 1, "device": CPU}
     with lines_to(said.append):
-        (result,) = finetune(4, labelled / "mae.pth", **arguments)
+        (result,) = finetune(4, labelled / "mae.pth", FinetuneSettings(**arguments))
     assert result.configuration == "3d_fullres"
     folder = labelled / "preprocessed" / DATASET
     plan = read_json(folder / f"{result.plans_name}.json", "plan")["configurations"]["3d_fullres"]
@@ -69,7 +71,7 @@ def test_finetuning(labelled):
     assert len(result.train_cases) == 3
     said.clear()
     with lines_to(said.append):
-        finetune(4, labelled / "mae.pth", **arguments)
+        finetune(4, labelled / "mae.pth", FinetuneSettings(**arguments))
     assert any("there already" in line for line in said)
     assert any("finished already" in line for line in said)
 
@@ -161,7 +163,7 @@ def test_what_weights_made_elsewhere_have_seen_is_not_known(toy, tmp_path):
         assert seen_by_checkpoint(tmp_path / "mae.pth", toy, None) == []
     assert "cannot be checked" in said[0]
     path = write_plans(tmp_path / "user", plans(unet("residual", 3), 3, 1), ["CT"])
-    adapted = export(tmp_path / "mae.pth", toy, for_plans=str(path), out=tmp_path / "o.pth").path
+    adapted = export(tmp_path / "mae.pth", ExportSettings(for_plans=str(path), out=tmp_path / "o.pth"), toy).path
     with lines_to(said.append):
         assert seen_by_checkpoint(adapted, toy, None) == []
     assert len(said) == 2

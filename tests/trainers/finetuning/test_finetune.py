@@ -38,6 +38,7 @@ from trainers.finetuning.labelled_data import is_preprocessed
 from trainers.finetuning.pretrained_weights import load_weights, open_weights
 from trainers.finetuning.result import comparison, read_dice, read_result
 from trainers.finetuning.schedule import FinetuneSchedule, make_schedule
+from trainers.finetuning.settings import FinetuneSettings
 
 # which cases
 
@@ -149,7 +150,7 @@ def test_both_arms_followed_the_schedule(run):
 )
 def test_schedules_that_cannot_be_are_refused(run, wrong):
     with pytest.raises(UserError):
-        finetune(4, run.weights, **{**run.arguments, **wrong})
+        finetune(4, run.weights, FinetuneSettings(**{**run.arguments, **wrong}))
 
 
 # weights
@@ -167,7 +168,7 @@ def test_a_checkpoint_with_code_is_refused_and_does_not_run(run, tmp_path):
     content = torch.load(run.weights, weights_only=True)
     torch.save({**content, "surprise": Payload(tmp_path / "ran")}, tmp_path / "bad.pth")
     with pytest.raises(UserError, match="could run code"):
-        finetune(4, tmp_path / "bad.pth", **run.arguments)
+        finetune(4, tmp_path / "bad.pth", FinetuneSettings(**run.arguments))
     assert not (tmp_path / "ran").exists()
     torch.load(tmp_path / "bad.pth", weights_only=False)
     assert (tmp_path / "ran").exists(), "the payload would have run"
@@ -203,7 +204,7 @@ def test_random_weights_depend_on_the_seed_alone(run, tmp_path):
 
 def test_weights_of_another_network_end_in_one_line(run):
     with pytest.raises(UserError, match="-c 3d_fullres") as caught:
-        finetune(4, run.weights, configuration="3d_fullres_wide", **run.arguments)
+        finetune(4, run.weights, FinetuneSettings(configuration="3d_fullres_wide", **run.arguments))
     assert "\n" not in str(caught.value)
     assert "features" not in str(caught.value)
     assert len(str(caught.value)) < 600
@@ -211,7 +212,7 @@ def test_weights_of_another_network_end_in_one_line(run):
 
 def test_an_unknown_configuration_lists_the_known_ones(run):
     with pytest.raises(UserError, match="3d_fullres, 3d_fullres_wide"):
-        finetune(4, run.weights, configuration="2d", **run.arguments)
+        finetune(4, run.weights, FinetuneSettings(configuration="2d", **run.arguments))
 
 
 def test_latest_is_the_newest_pretraining_and_no_finetuned_model(run, tmp_path):
@@ -312,7 +313,7 @@ def test_finished_arms_are_recognised(run):
     before = [path.stat().st_mtime_ns for path in files]
     said: list[str] = []
     with lines_to(said.append):
-        assert finetune(4, run.weights, **run.arguments) == run.results
+        assert finetune(4, run.weights, FinetuneSettings(**run.arguments)) == run.results
     assert [path.stat().st_mtime_ns for path in files] == before
     assert sum("finished already" in line for line in said) == 2
     assert any("all 6 there already" in line for line in said)
@@ -324,7 +325,7 @@ def test_an_arm_that_was_trained_but_not_evaluated_is_evaluated_only(run, monkey
     monkeypatch.setattr(FinetuneTrainer, "run_training", lambda trainer: pytest.fail("trained again"))
     said: list[str] = []
     with lines_to(said.append):
-        assert finetune(4, run.weights, **run.arguments) == run.results
+        assert finetune(4, run.weights, FinetuneSettings(**run.arguments)) == run.results
     assert any("Arm scratch: trained already" in line for line in said)
 
 
@@ -338,7 +339,7 @@ def test_restart_deletes_what_there_is(run, monkeypatch):
     monkeypatch.setattr(finetune_arm, "_train", note)
     for restart in (False, False, True):
         with pytest.raises(KeyboardInterrupt):
-            finetune(4, run.weights, **{**run.arguments, "seed": 8, "restart": restart})
+            finetune(4, run.weights, FinetuneSettings(**{**run.arguments, "seed": 8, "restart": restart}))
         (seen[0][0] / "checkpoint_latest.pth").touch()
     assert [names for _, names in seen] == [[], ["checkpoint_latest.pth"], []]
 
@@ -362,7 +363,7 @@ def test_another_seed_schedule_or_case_list_gets_a_folder_of_its_own(run, monkey
     ]
     changes.append({"test_cases": None})
     for change in changes:
-        finetune(4, run.weights, **{**run.arguments, **change})
+        finetune(4, run.weights, FinetuneSettings(**{**run.arguments, **change}))
     assert len(set(folders)) == 2 * len(changes)
     assert folders[:2] == [Path(result.model_folder).name for result in run.results]
     for name in folders:

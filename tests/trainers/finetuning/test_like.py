@@ -19,6 +19,7 @@ from nnssl.paths import resolve_folders
 from tests.trainers.finetuning.runs import DATASET, folders_set
 from trainers.finetuning.labelled_data import make_fingerprint
 from trainers.pretraining.pretrain import pretrain
+from trainers.pretraining.settings import PretrainSettings
 
 UNLABELLED = "Dataset501_Unlabelled"
 
@@ -40,7 +41,9 @@ def test_weights_drop_into_the_unchanged_plan(finetuned, tmp_path, capsys, plann
         arguments = ["-d", "501", "--like", "4", "--like-plans", plans_name, "-c", "3d_fullres", "--processes", "1"]
         assert main([*arguments, "--preset", "8gb"]) == 0, capsys.readouterr().err
         overrides = ["batch_size=2", "epochs=1", "iterations_per_epoch=1", "points=20"]
-        final = pretrain("pix2rep", folders, UNLABELLED, "3d_fullres", overrides=overrides, workers=0)
+        final = pretrain(
+            "pix2rep", UNLABELLED, PretrainSettings(configuration="3d_fullres", overrides=overrides, workers=0), folders
+        )
         assert path.read_bytes() == before
         manager = PlansManager(read_json(path, "plan"))
         network = nnUNetTrainer.build_network_architecture(manager, manager.get_configuration("3d_fullres"), 1, 5, True)

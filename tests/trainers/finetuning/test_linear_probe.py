@@ -22,6 +22,7 @@ from trainers.finetuning.finetune_trainer import learning_rate
 from trainers.finetuning.linear_probe import LinearProbeTrainer
 from trainers.finetuning.pretrained_weights import load_weights
 from trainers.finetuning.result import read_result
+from trainers.finetuning.settings import FinetuneSettings
 
 LAYER = "decoder.seg_layers.1."
 """The segmentation layer of full resolution in the tiny network."""
@@ -129,10 +130,12 @@ def test_from_the_command_to_what_stock_nnunet_predicts(run, tmp_path, monkeypat
 
 def test_an_optimizer_that_a_probe_does_not_have_is_refused(run):
     with pytest.raises(UserError, match="--optimizer sgd: --mode linear takes adam; leave it out"):
-        finetune(4, run.weights, **{**run.arguments, "mode": "linear", "optimizer": "sgd"})
+        finetune(4, run.weights, FinetuneSettings(**{**run.arguments, "mode": "linear", "optimizer": "sgd"}))
 
 
 def test_a_list_of_unlabelled_cases_is_refused(run, tmp_path):
     (tmp_path / "list.txt").write_text(CASES[0])
     with pytest.raises(UserError, match=r"--unlabelled .*: is for --mode mean_teacher"):
-        finetune(4, run.weights, **{**run.arguments, "mode": "linear", "unlabelled": tmp_path / "list.txt"})
+        finetune(
+            4, run.weights, FinetuneSettings(**{**run.arguments, "mode": "linear", "unlabelled": tmp_path / "list.txt"})
+        )

@@ -33,6 +33,7 @@ from trainers.finetuning.mean_teacher import (
     teacher_momentum,
 )
 from trainers.finetuning.result import read_result
+from trainers.finetuning.settings import FinetuneSettings
 
 UNLABELLED = {"train_cases": CASES[:2], "test_cases": CASES[4:], "unlabelled_cases": CASES[2:4]}
 
@@ -300,18 +301,18 @@ def test_images_of_a_data_set_without_labels(run, tmp_path, monkeypatch):
     copied = dataset_class(str(folder), ["copy"]).load_case("copy")[0]
     assert np.array_equal(copied[:], labelled[:])
     with pytest.raises(UserError, match="not found"):
-        finetune(4, run.weights, **{**options, "unlabelled": 888})
+        finetune(4, run.weights, FinetuneSettings(**{**options, "unlabelled": 888}))
     content = json.loads((source / "dataset.json").read_text())
     content["channel_names"] = {"0": "T1", "1": "T2"}
     (source / "dataset.json").write_text(json.dumps(content))
     for image in list((source / "imagesTr").iterdir()):
         shutil.copyfile(image, str(image).replace("_0000.", "_0001."))
     with pytest.raises(UserError, match=r"has 2 channel\(s\), Dataset004_Phantoms has 1"):
-        finetune(4, run.weights, **{**options, "unlabelled": 777})
+        finetune(4, run.weights, FinetuneSettings(**{**options, "unlabelled": 777}))
     shutil.rmtree(source)
 
 
 def test_nothing_is_prepared_when_no_case_is_left(run, monkeypatch):
     monkeypatch.setattr("trainers.finetuning.finetune.prepare_data", lambda *args: pytest.fail("prepared"))
     with pytest.raises(UserError, match="--mode mean_teacher: all 6 labelled cases"):
-        finetune(4, run.weights, **{**run.arguments, "labels": 4, "mode": "mean_teacher"})
+        finetune(4, run.weights, FinetuneSettings(**{**run.arguments, "labels": 4, "mode": "mean_teacher"}))

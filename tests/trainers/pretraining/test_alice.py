@@ -24,6 +24,7 @@ from tests.trainers.pretraining.test_pix2rep import run
 from tests.trainers.pretraining.test_pretrain import assert_same, tensors_of
 from tests.trainers.pretraining.test_sam import SMALL as SMALL_SAM
 from trainers.pretraining.pairing import usable_matcher
+from trainers.pretraining.settings import PretrainSettings
 
 SMALL = ("projection_hidden=16", "projection_bottleneck=8", "projection_dimensions=16", "alignment_heads=2")
 CONFIGURATIONS = ("3d_fullres_primus", "3d_fullres")
@@ -116,7 +117,7 @@ def test_a_stage_alone_says_what_it_misses(toy):
     from trainers.pretraining.pretrain import pretrain
 
     with pytest.raises(UserError, match="run nnssl_pretrain -m sam"):
-        pretrain("alice", toy, NAME, overrides=("partners=sam", *SMALL), stages=("alice.alignment",))
+        pretrain("alice", NAME, PretrainSettings(overrides=("partners=sam", *SMALL), stages=("alice.alignment",)), toy)
 
 
 def test_initial_weights_go_to_alice_not_to_sam(toy):
@@ -151,7 +152,7 @@ def test_two_processes_equal_one(toy, configuration, similarity):
     options = (*options, *SMALL)
     take_tokens_of_an_earlier_stage(toy)
     alone = tensors_of(run(toy, "alice", *options, configuration=configuration))
-    together = tensors_of(run(toy, "alice", *options, configuration=configuration, restart=True, processes=2))
+    together = tensors_of(run(toy, "alice", *options, configuration=configuration, restart=True, num_gpus=2))
     gradients = [value for key, value in alone.items() if key.endswith("momentum_buffer")]
     largest = max(float(gradient.abs().max()) for gradient in gradients)
     assert largest > 1e-3
@@ -162,7 +163,7 @@ def test_a_batch_that_would_part_a_pair_is_refused(toy):
     with pytest.raises(
         UserError, match=r"batch_size 6 .* by 2 processes, a multiple of 2 for each; --set batch_size=4"
     ):
-        run(toy, "alice", "batch_size=6", *SMALL, processes=2)
+        run(toy, "alice", "batch_size=6", *SMALL, num_gpus=2)
 
 
 @configurations

@@ -15,6 +15,7 @@ from tests.trainers.conftest import NAME
 from tests.trainers.pretraining.stopping import stopped_at
 from tests.trainers.pretraining.test_pretrain import assert_same, tensors_of
 from trainers.pretraining.pretrain import pretrain
+from trainers.pretraining.settings import PretrainSettings
 
 VERSIONS = ("pix2rep", "pix2rep_v2")
 # after one step of SGD its buffer is the gradient; later steps blow up rounding where a point sits on a kink
@@ -22,7 +23,12 @@ ONE_STEP = ("optimizer=sgd", "epochs=1", "iterations_per_epoch=1", "points=64", 
 
 
 def run(folders, method: str, *overrides: str, configuration: str = "3d_fullres", **arguments) -> Path:
-    return pretrain(method, folders, NAME, configuration, overrides=overrides, workers=0, **arguments)
+    return pretrain(
+        method,
+        NAME,
+        PretrainSettings(configuration=configuration, overrides=overrides, workers=0, device="cpu", **arguments),
+        folders,
+    )
 
 
 @pytest.mark.parametrize("configuration", ["3d_fullres", "2d"])
@@ -51,7 +57,7 @@ def test_stock_nnunet_takes_encoder_and_decoder(toy, configuration):
 def test_two_processes_equal_one(toy, method):
     """Gradients of network and head: points, statistics of the head and negatives of all ranks were the same."""
     alone = tensors_of(run(toy, method, *ONE_STEP))
-    together = tensors_of(run(toy, method, *ONE_STEP, restart=True, processes=2))
+    together = tensors_of(run(toy, method, *ONE_STEP, restart=True, num_gpus=2))
     gradients = [value for key, value in alone.items() if key.endswith("momentum_buffer")]
     largest = max(float(gradient.abs().max()) for gradient in gradients)
     assert largest > 0.01

@@ -25,12 +25,18 @@ from tests.trainers.conftest import NAME, plan_toy
 from trainers.pretraining import pretrain_trainer
 from trainers.pretraining.pretext import RepRecContrastiveTrainer
 from trainers.pretraining.pretrain import pretrain
+from trainers.pretraining.settings import PretrainSettings
 
 CONFIGURATION = "3d_fullres_hybrid"
 
 
 def run(folders, *overrides, **arguments) -> Path:
-    return pretrain("reprec", folders, NAME, CONFIGURATION, overrides=overrides, workers=0, **arguments)
+    return pretrain(
+        "reprec",
+        NAME,
+        PretrainSettings(configuration=CONFIGURATION, overrides=overrides, workers=0, device="cpu", **arguments),
+        folders,
+    )
 
 
 def folder_of(folders, stage: str, configuration: str = CONFIGURATION) -> Path:
@@ -190,7 +196,7 @@ def test_two_processes_equal_one(toy, cold_start):
     sgd = ("optimizer=sgd", "learning_rate=0.01")
     run(toy, *sgd)
     alone = {name: tensors_of(folder_of(toy, name) / "checkpoint_final.pth") for name in ("Contrastive", "Generative")}
-    run(toy, *sgd, restart=True, processes=2)
+    run(toy, *sgd, restart=True, num_gpus=2)
     for name, tensors in alone.items():
         assert_same(tensors_of(folder_of(toy, name) / "checkpoint_final.pth"), tensors, rtol=1e-3, atol=2e-5)
 
@@ -203,7 +209,7 @@ def test_readers_end_with_a_failed_step(toy, monkeypatch):
 
     monkeypatch.setattr(pretrain_trainer.PretrainTrainer, "train_step", fail)
     with pytest.raises(ZeroDivisionError):
-        pretrain("reprec", toy, NAME, CONFIGURATION, workers=1)
+        pretrain("reprec", NAME, PretrainSettings(configuration=CONFIGURATION, workers=1), toy)
     assert multiprocessing.active_children() == []
 
 
@@ -217,7 +223,7 @@ def test_values_out_of_range_are_refused(toy, setting):
 
 def test_odd_batch_is_refused_on_two_processes(toy):
     with pytest.raises(UserError, match=r"batch_size 3 .* cannot be shared evenly by 2 processes; --set batch_size=2"):
-        run(toy, "batch_size=3", processes=2)
+        run(toy, "batch_size=3", num_gpus=2)
 
 
 def test_seed_decides_everything(toy):
@@ -231,7 +237,7 @@ def test_two_dimensions_and_two_channels(nnunet_folders):
     """bfloat16 where the CPU has it, slices instead of volumes, two channels."""
     folders = resolve_folders()
     plan_toy(folders, channels=2)
-    final = pretrain("reprec", folders, NAME, "2d_hybrid", workers=0)
+    final = pretrain("reprec", NAME, PretrainSettings(configuration="2d_hybrid", workers=0), folders)
     content, provenance = read_checkpoint(final)
     assert provenance.configuration == "2d_hybrid"
     assert content["network_weights"]["encoder.stages.0.0.convs.0.conv.weight"].shape[1] == 2

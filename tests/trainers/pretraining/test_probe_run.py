@@ -20,6 +20,7 @@ from trainers.pretraining.launch import StageJob, run_stage
 from trainers.pretraining.pretrain import pretrain
 from trainers.pretraining.pretrain_trainer import PretrainTrainer
 from trainers.pretraining.probe_run import BEST, ProbeRun, prepare_probe, trend
+from trainers.pretraining.settings import PretrainSettings
 from trainers.pretraining.stage_run import RunOptions, stage_folder
 
 CPU = torch.device("cpu")
@@ -29,7 +30,12 @@ SHORT = ("epochs=3", "iterations_per_epoch=2")
 def run(folders, *, method="pix2rep", configuration="3d_fullres", probe=4, said=None, **more):
     with lines_to((said if said is not None else []).append):
         return pretrain(
-            method, folders, SOURCE, configuration, overrides=SHORT, workers=0, probe=probe, probe_cases=2, **more
+            method,
+            SOURCE,
+            PretrainSettings(
+                configuration=configuration, overrides=SHORT, workers=0, probe=probe, probe_cases=2, **more
+            ),
+            folders,
         )
 
 

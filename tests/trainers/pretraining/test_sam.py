@@ -66,7 +66,7 @@ def test_two_processes_equal_one(toy):
     """Coarse negatives are cells of the other process's patches too."""
     options = ("optimizer=sgd", "epochs=1", "iterations_per_epoch=1", "gradient_clip=1e9", "batch_size=4", *SMALL)
     alone = tensors_of(run(toy, "sam", *options))
-    together = tensors_of(run(toy, "sam", *options, restart=True, processes=2))
+    together = tensors_of(run(toy, "sam", *options, restart=True, num_gpus=2))
     gradients = [value for key, value in alone.items() if key.endswith("momentum_buffer")]
     largest = max(float(gradient.abs().max()) for gradient in gradients)
     assert largest > 1e-4

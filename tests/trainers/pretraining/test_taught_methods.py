@@ -58,7 +58,7 @@ def test_two_processes_equal_one(toy, method, options):
     """Gradients, the moving average and the queue: partners stay together, statistics and keys are of all ranks."""
     options = (*ONE_STEP, *SMALL[method], *options)
     alone = tensors_of(run(toy, method, *options))
-    together = tensors_of(run(toy, method, *options, restart=True, processes=2))
+    together = tensors_of(run(toy, method, *options, restart=True, num_gpus=2))
     gradients = [value for key, value in alone.items() if key.endswith("momentum_buffer")]
     largest = max(float(gradient.abs().max()) for gradient in gradients)
     assert largest > 1e-3
@@ -70,7 +70,7 @@ def test_two_processes_have_the_moving_average_and_the_queue_of_one(toy):
     options = (*ONE_STEP, *SMALL["pcrl"], *LONGER, "learning_rate=0.003", "learning_rate_schedule=constant")
     final = run(toy, "pcrl", *options, "negatives=queue")
     alone = {key: value for key, value in tensors_of(final).items() if not key.startswith("optimizer")}
-    run(toy, "pcrl", *options, "negatives=queue", restart=True, processes=2)
+    run(toy, "pcrl", *options, "negatives=queue", restart=True, num_gpus=2)
     together = {key: value for key, value in tensors_of(final).items() if not key.startswith("optimizer")}
     assert "method/queue.keys" in alone
     assert_same(together, alone, rtol=0, atol=3e-6)

@@ -1,0 +1,34 @@
+"""The device to compute on."""
+
+from typing import TYPE_CHECKING
+
+from nnssl.errors import ArgumentError
+from nnssl.log import logger
+
+if TYPE_CHECKING:
+    import torch
+
+
+def find_device(device: "torch.device | str | None" = None) -> "torch.device":
+    """Return the requested device, or the GPU if there is one and else the CPU; the choice is printed.
+
+    Args:
+        device: ``cpu``, ``cuda``, ``mps`` or a device of torch; None to choose.
+
+    Raises:
+        ArgumentError: If PyTorch does not find the requested device.
+    """
+    import torch
+
+    if device is None:
+        chosen = "cuda" if torch.cuda.is_available() else "cpu"
+        reason = "GPU found" if chosen == "cuda" else "no CUDA GPU found"
+        logger.info(f"Device: {chosen} ({reason})")
+        return torch.device(chosen)
+    found = torch.device(device)
+    missing = (found.type == "cuda" and not torch.cuda.is_available()) or (
+        found.type == "mps" and not torch.backends.mps.is_available()
+    )
+    if missing:
+        raise ArgumentError(f"device {found.type} is not available to PyTorch on this machine; use cpu", "device")
+    return found

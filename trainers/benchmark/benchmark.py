@@ -1,0 +1,76 @@
+"""A label-efficiency study in one call: does pretraining help on a labelled data set?"""
+
+from typing import TYPE_CHECKING
+
+from nnssl.data.jobs import default_processes
+from nnssl.devices import find_device
+from nnssl.log import logger
+from nnssl.paths import Folders, resolve_folders
+from nnssl.study.table import StudyTable
+from trainers.benchmark.cells import StudyCells
+from trainers.benchmark.estimate import describe_estimate
+from trainers.benchmark.run import describe_matrix, parse_part, run_study, study_folder
+from trainers.benchmark.settings import StudySettings
+from trainers.benchmark.study import Study, prepare_study
+
+if TYPE_CHECKING:
+    import torch
+
+
+def benchmark(
+    settings: StudySettings,
+    *,
+    name: str = "study",
+    part: str = "1/1",
+    device: "torch.device | str | None" = None,
+    processes: int | None = None,
+    folders: Folders | None = None,
+    command: str | None = None,
+) -> StudyTable | None:
+    """Compare pretrained weights with a start from scratch on few labels, and write the table and the report.
+
+    Finished cells are recognised and skipped, so an interrupted study continues where it stopped.
+
+    Args:
+        settings: What to compare on which data.
+        name: Name of the study's folder.
+        part: ``"i/n"`` to do the i-th of n shares, on a cluster.
+        device: Device to train on; None for a GPU if one is available, else the CPU.
+        processes: Worker processes for preprocessing and evaluation; None for one per core, at most 8.
+        folders: nnU-Net's folders; None for those of the environment.
+        command: Command that repeats the study, for the report; None for the call of this function.
+
+    Returns:
+        The table; None where cells are missing that other parts make.
+
+    Raises:
+        UserError: If settings, data, weights or plan do not fit one another, or a held-out case was seen in pretraining.
+    """
+    share = parse_part(part)
+    study = open_study(settings, device, processes, folders)
+    return run_study(study, study_folder(study, name), share, command or f"nnssl.benchmark({settings!r})")
+
+
+def preview(
+    settings: StudySettings,
+    *,
+    device: "torch.device | str | None" = None,
+    processes: int | None = None,
+    folders: Folders | None = None,
+) -> None:
+    """Print which cells a study has, which are finished and how long the others take. Nothing is trained or written.
+
+    Raises:
+        UserError: As ``benchmark``.
+    """
+    cells = StudyCells(open_study(settings, device, processes, folders))
+    for line in [*describe_matrix(cells), *describe_estimate(cells)]:
+        logger.info(line)
+
+
+def open_study(
+    settings: StudySettings, device: "torch.device | str | None", processes: int | None, folders: Folders | None
+) -> Study:
+    """Find and check everything that a study needs; arguments as for ``benchmark``."""
+    folders = folders or resolve_folders()
+    return prepare_study(settings, folders, find_device(device), processes or default_processes())

@@ -1,0 +1,80 @@
+"""What a user asks of a fine-tuning."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from trainers.finetuning.schedule import FinetuneSchedule, Optimizer, check_mode, make_schedule
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Settings of ``finetune``.
+
+    Attributes:
+        configuration: Configuration of the weights' plan; None for the one they were pretrained with.
+        scratch: Whether to train the same network from random weights as well.
+        labels: Number of training cases, drawn with ``seed`` so that smaller subsets are contained in larger ones; all other
+            cases are held out. Without it and without lists, nnU-Net's fold 0 is used.
+        cases: File that lists the training cases, one name per line, in place of ``labels``.
+        test_cases: File that lists the held-out cases.
+        seed: Random seed for the label subset, random weights and batches.
+        epochs: Total number of epochs, warm-up included; the default is nnU-Net's.
+        iterations_per_epoch: Optimizer steps per epoch.
+        warmup_epochs: Epochs with a rising learning rate; None for one in twenty.
+        learning_rate: Highest learning rate; None for the mode's: 0.01 in each, or 3e-4 with AdamW.
+        batch_size: Patches per step; None for the plan's.
+        optimizer: ``"sgd"`` as in nnU-Net, ``"adam"``, which needs fewer steps and another learning rate, or ``"adamw"``, with
+            which nnU-Net trains Primus. None for the default: Adam for ``"linear"``, AdamW for Primus, else SGD.
+        device: Device to compute on; None for a GPU if one is available, else the CPU.
+        processes: Worker processes for preprocessing and evaluation; None for one per core, at most 8.
+        plans_name: Name of the plan in the data set's folder; None to choose one.
+        mode: ``"finetune"`` trains all weights, ``"linear"`` the last segmentation layer alone, ``"mean_teacher"`` all weights
+            with a consistency term on unlabelled cases.
+        unlabelled: Unlabelled images for ``"mean_teacher"``: a file with case names, one per line, or a data set (number or
+            name), all of whose images are used. None for all labelled cases that are neither trained on nor held out.
+        restart: Whether to delete these arms first and train them again.
+    """
+
+    configuration: str | None = None
+    scratch: bool = False
+    labels: int | None = None
+    cases: Path | None = None
+    test_cases: Path | None = None
+    seed: int = 0
+    epochs: int = 1000
+    iterations_per_epoch: int = 250
+    warmup_epochs: int | None = None
+    learning_rate: float | None = None
+    batch_size: int | None = None
+    optimizer: Optimizer | None = None
+    device: torch.device | str | None = None
+    processes: int | None = None
+    plans_name: str | None = None
+    mode: str = "finetune"
+    unlabelled: str | int | None = None
+    restart: bool = False
+
+
+def schedule_from(settings: FinetuneSettings, transformer: bool) -> FinetuneSchedule:
+    """Return the schedule of a fine-tuning, with the defaults of its mode and network.
+
+    Args:
+        settings: How to fine-tune.
+        transformer: Whether the network is Primus, which has other defaults.
+
+    Raises:
+        ArgumentError: If the mode is unknown, or a number or the optimizer does not fit.
+    """
+    check_mode(settings.mode)
+    return make_schedule(
+        settings.mode,
+        settings.epochs,
+        settings.iterations_per_epoch,
+        settings.warmup_epochs,
+        settings.learning_rate,
+        settings.batch_size,
+        settings.optimizer,
+        transformer,
+    )
