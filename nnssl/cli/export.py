@@ -73,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from nnssl.export.export import export
-    from nnssl.export.settings import ExportSettings
+    from nnssl.weights.export import export
+    from nnssl.weights.export_settings import ExportSettings
 
     if args.results and args.form != "hub":
         raise UserError(f"--results: are for the card of --format hub, not for {args.form}")

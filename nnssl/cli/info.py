@@ -11,7 +11,7 @@ from nnssl.log import print_line
 from nnssl.sizes import in_mm, in_voxels
 
 if TYPE_CHECKING:
-    from nnssl.export.source import SourceWeights
+    from nnssl.weights.source import SourceWeights
 
 NAME = "nnssl_info"
 CHECKPOINT, ENCODER_FILE = "checkpoint_final.pth", "encoder.safetensors"
@@ -93,7 +93,7 @@ def explain_checkpoint(path: Path) -> list[str]:
         UserError: it is none of these.
     """
     from nnssl.checkpoint import load_tensors
-    from nnssl.export.source import EXPORT_KEY, open_source
+    from nnssl.weights.source import EXPORT_KEY, open_source
 
     if path.is_dir() and (path / CHECKPOINT).exists():
         path = path / CHECKPOINT
@@ -125,7 +125,7 @@ def _explain_encoder(path: Path) -> list[str]:
 
 
 def _explain_network(source: "SourceWeights") -> list[str]:
-    from nnssl.export.source import count_values
+    from nnssl.weights.source import count_values
 
     channels = f" ({', '.join(source.channel_names)})" if source.channel_names else ""
     made_on = source.pretraining

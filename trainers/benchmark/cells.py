@@ -5,10 +5,10 @@ from pathlib import Path
 
 from nnssl.evaluation.labels import foreground_labels
 from nnssl.evaluation.metrics import read_metrics_csv
-from nnssl.export.source import SEGMENTATION
 from nnssl.log import logger
 from nnssl.study.statistics import tabulate
 from nnssl.study.table import Cell, StudyTable
+from nnssl.weights.source import SEGMENTATION
 from trainers.benchmark.study import CellKey, Study
 from trainers.finetuning.arm import arm_folder
 from trainers.finetuning.pretrained_weights import Weights, open_weights, start_digest

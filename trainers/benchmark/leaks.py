@@ -14,12 +14,12 @@ from nnssl.data.case_error import CaseError
 from nnssl.data.patients import patient_in_name, read_patients
 from nnssl.data.raw import RawDataset, read_volume
 from nnssl.errors import UserError
-from nnssl.export.adaptation_plan import KEY
-from nnssl.export.description import ELSEWHERE
 from nnssl.files import some
 from nnssl.log import logger
 from nnssl.paths import Folders
 from nnssl.schema import read
+from nnssl.weights.adaptation_plan import KEY
+from nnssl.weights.description import ELSEWHERE
 from planners.case_record import digest_volume
 from planners.fingerprint import FILE_NAME, Fingerprint
 

@@ -8,15 +8,15 @@ from torch import nn
 
 from nnssl.checkpoint import load_tensors
 from nnssl.errors import UserError
-from nnssl.export.adaptation_plan import KEY
-from nnssl.export.fit import fit_weights
-from nnssl.export.fit_report import LEAST_SHARE, refuse_below
-from nnssl.export.formats import write_for_nnunet
-from nnssl.export.source import open_source
-from nnssl.export.target import build_target
 from nnssl.files import file_digest, read_json, write_json
 from nnssl.log import logger
 from nnssl.paths import Folders
+from nnssl.weights.adaptation_plan import KEY
+from nnssl.weights.fit import fit_weights
+from nnssl.weights.fit_report import LEAST_SHARE, refuse_below
+from nnssl.weights.formats import write_for_nnunet
+from nnssl.weights.source import open_source
+from nnssl.weights.target import build_target
 from planners.finetune_planner import check_described
 from planners.foreign_planner import CONFIGURATION, plan_for_network
 from trainers.finetuning.labelled_data import make_fingerprint

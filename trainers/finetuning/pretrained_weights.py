@@ -11,10 +11,10 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
 from nnssl.checkpoint import FINAL, Provenance, load_tensors, read_checkpoint
 from nnssl.errors import UserError
-from nnssl.export.source import choose_configuration
 from nnssl.files import file_digest
 from nnssl.log import logger
 from nnssl.paths import Folders
+from nnssl.weights.source import choose_configuration
 from trainers.finetuning.finetune_trainer import FinetuneTrainer
 from trainers.finetuning.result import FILE_NAME
 

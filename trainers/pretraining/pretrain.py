@@ -9,13 +9,13 @@ from nnssl.data.jobs import default_processes
 from nnssl.data.raw import find_dataset
 from nnssl.devices import find_device
 from nnssl.errors import ArgumentError, UserError
-from nnssl.export.source import open_source
 from nnssl.files import read_json
 from nnssl.log import logger
 from nnssl.methods import Method, find_method
 from nnssl.methods.settings import split_overrides
 from nnssl.paths import Folders, resolve_folders
 from nnssl.plan import Plan, existing_plan, read_plan
+from nnssl.weights.source import open_source
 from trainers.pretraining.launch import StageJob, is_first_process, launch, number_of_processes
 from trainers.pretraining.probe_run import ProbeOptions, prepare_probe
 from trainers.pretraining.settings import PretrainSettings

@@ -178,7 +178,7 @@ def test_an_export_leads_to_what_reads_it(monkeypatch, capsys, form):
     plans = {"dataset_name": "Dataset004_Hippocampus", "plans_name": "nnUNetPlans"}
     target = SimpleNamespace(trainer=None, configuration="3d_fullres", plans=plans)
     made = SimpleNamespace(target=target, path=Path("/out"))
-    monkeypatch.setattr("nnssl.export.export.export", lambda *given, **named: made)
+    monkeypatch.setattr("nnssl.weights.export.export", lambda *given, **named: made)
     assert export.main([str(WEIGHTS), "--format", form]) == 0
     own = "next: nnUNetv2_train 004 3d_fullres 0 -p nnUNetPlans -pretrained_weights /out"
     assert last_lines(capsys) == [own if form == "nnunet" else "next: nnssl_info /out"]

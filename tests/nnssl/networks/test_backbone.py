@@ -1,7 +1,7 @@
 import pytest
 
 from nnssl.networks.backbone import build_network, measurable_network
-from tests.nnssl.export.tiny_networks import primus, unet
+from tests.nnssl.weights.tiny_networks import primus, unet
 
 
 @pytest.mark.parametrize(

@@ -7,16 +7,16 @@ from nnssl.checkpoint import read_checkpoint
 from nnssl.cli.finetune import main
 from nnssl.cli.info import explain_checkpoint
 from nnssl.errors import UserError
-from nnssl.export.adaptation_plan import KEY, write_adaptation_plan
-from nnssl.export.export import export
-from nnssl.export.settings import ExportSettings
 from nnssl.files import read_json
 from nnssl.log import lines_to
 from nnssl.networks.backbone import build_network
 from nnssl.paths import resolve_folders
 from nnssl.plan import read_plan
+from nnssl.weights.adaptation_plan import KEY, write_adaptation_plan
+from nnssl.weights.export import export
+from nnssl.weights.export_settings import ExportSettings
 from planners.foreign_planner import plan_for_network
-from tests.nnssl.export.tiny_networks import plans, primus, unet, write_plans
+from tests.nnssl.weights.tiny_networks import plans, primus, unet, write_plans
 from tests.trainers.finetuning.runs import CPU, DATASET, SCHEDULE, folders_set
 from tests.trainers.pretraining.test_pretrain import CONFIGURATION, NAME
 from tests.trainers.pretraining.test_pretrain import run as pretrain_toy

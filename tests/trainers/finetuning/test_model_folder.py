@@ -12,7 +12,7 @@ import SimpleITK as sitk  # noqa: N813
 import torch
 
 from nnssl.networks.backbone import build_network
-from tests.nnssl.export.tiny_networks import primus, unet
+from tests.nnssl.weights.tiny_networks import primus, unet
 from tests.trainers.finetuning.runs import DATASET, TEST_CASES
 from tests.trainers.tiny_plan import PATCH_SIZE
 

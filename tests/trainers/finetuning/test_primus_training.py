@@ -9,7 +9,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnssl.errors import UserError
 from nnssl.plan import TransformerSize
 from planners.primus_rules import primus_architecture
-from tests.nnssl.export.tiny_networks import dataset_json, plans
+from tests.nnssl.weights.tiny_networks import dataset_json, plans
 from tests.trainers.finetuning.runs import CPU, make_settings
 from trainers.finetuning.finetune_trainer import make_trainer
 

@@ -23,7 +23,7 @@ def write_model_card(
         results: of fine-tuning: ``dataset``, ``labels``, ``steps``, ``arm``, ``dice`` of each.
         remark: on the adaptation plan; empty for none.
     """
-    template = (files("nnssl.export") / "model_card.md").read_text()
+    template = (files("nnssl.weights") / "model_card.md").read_text()
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     return environment.from_string(template).render(
         spec=spec, table=table, citations=citations, results=results, remark=remark

@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnssl.errors import ArgumentError, UserError
-from nnssl.export.fit import check_policy, fit_weights
-from nnssl.export.fit_report import FitReport, refuse_below
-from nnssl.export.formats import check_output, table_of, write_encoder, write_for_hub, write_for_nnunet
-from nnssl.export.settings import FORMATS, ExportSettings, Format
-from nnssl.export.source import SourceWeights, choose_configuration, open_source
-from nnssl.export.target import TargetNetwork, build_target, open_target
 from nnssl.log import logger
 from nnssl.paths import Folders, resolve_folders
+from nnssl.weights.export_settings import FORMATS, ExportSettings, Format
+from nnssl.weights.fit import check_policy, fit_weights
+from nnssl.weights.fit_report import FitReport, refuse_below
+from nnssl.weights.formats import check_output, table_of, write_encoder, write_for_hub, write_for_nnunet
+from nnssl.weights.source import SourceWeights, choose_configuration, open_source
+from nnssl.weights.target import TargetNetwork, build_target, open_target
 
 ADVICE = ", or lower least_share (0 accepts everything)"
 

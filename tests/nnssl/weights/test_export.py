@@ -10,17 +10,17 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnssl.cli.info import explain_checkpoint
 from nnssl.errors import UserError
-from nnssl.export.export import export
-from nnssl.export.fit import fit_weights
-from nnssl.export.fit_report import refuse_below
-from nnssl.export.formats import table_of
-from nnssl.export.settings import ExportSettings
-from nnssl.export.source import count_values, open_source
-from nnssl.export.target import build_target
 from nnssl.log import lines_to
 from nnssl.networks.backbone import build_network
 from nnssl.paths import Folders
-from tests.nnssl.export.tiny_networks import architecture, dataset_json, plans, primus, unet, write_plans, write_source
+from nnssl.weights.export import export
+from nnssl.weights.export_settings import ExportSettings
+from nnssl.weights.fit import fit_weights
+from nnssl.weights.fit_report import refuse_below
+from nnssl.weights.formats import table_of
+from nnssl.weights.source import count_values, open_source
+from nnssl.weights.target import build_target
+from tests.nnssl.weights.tiny_networks import architecture, dataset_json, plans, primus, unet, write_plans, write_source
 
 KINDS = [
     (kind, dim)
@@ -159,7 +159,7 @@ def test_one_more_residual_block_changes_nothing_at_first(tmp_path, monkeypatch)
                 parameter.add_(0.1)
         return built
 
-    monkeypatch.setattr("tests.nnssl.export.test_export.build_target", build_perturbed)
+    monkeypatch.setattr("tests.nnssl.weights.test_export.build_target", build_perturbed)
     network, report = fitted(tmp_path, unet("residual", 3), deep)
     same, _ = fitted(tmp_path, unet("residual", 3), unet("residual", 3))
     volume = torch.randn(1, 1, 8, 24, 16, generator=torch.Generator().manual_seed(0))

@@ -4,9 +4,9 @@ import json
 from typing import Any
 
 import nnssl
-from nnssl.export.source import SourceWeights
-from nnssl.export.target import TargetNetwork
 from nnssl.methods import METHODS
+from nnssl.weights.source import SourceWeights
+from nnssl.weights.target import TargetNetwork
 
 ELSEWHERE = "elsewhere"
 """Method and data set of weights that were not made here."""

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 import nnssl
 from nnssl.checkpoint import Provenance, load_tensors, to_plain, write_checkpoint
 from nnssl.errors import UserError
-from nnssl.export.adaptation_plan import KEY, write_adaptation_plan
-from nnssl.export.description import ELSEWHERE, citations, describe
-from nnssl.export.fit_report import ENCODER_PARTS, FitReport
-from nnssl.export.model_card import write_model_card
-from nnssl.export.source import EXPORT_KEY, SEGMENTATION, SourceWeights, names_by_tensor
-from nnssl.export.target import TargetNetwork
 from nnssl.files import whole_folder, write_atomically, write_json
+from nnssl.weights.adaptation_plan import KEY, write_adaptation_plan
+from nnssl.weights.description import ELSEWHERE, citations, describe
+from nnssl.weights.fit_report import ENCODER_PARTS, FitReport
+from nnssl.weights.model_card import write_model_card
+from nnssl.weights.source import EXPORT_KEY, SEGMENTATION, SourceWeights, names_by_tensor
+from nnssl.weights.target import TargetNetwork
 
 
 def write_for_nnunet(path: Path, source: SourceWeights, target: TargetNetwork, report: FitReport) -> str:

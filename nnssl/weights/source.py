@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nnssl.checkpoint import Provenance, load_tensors, parse_provenance
 from nnssl.errors import UserError
-from nnssl.export.adaptation_plan import KEY, KEYS, AdaptationPlan, network_kind, read_adaptation_plan
 from nnssl.networks.backbone import planned_configuration
+from nnssl.weights.adaptation_plan import KEY, KEYS, AdaptationPlan, network_kind, read_adaptation_plan
 
 SEGMENTATION = ".seg_layers."
 """What nnU-Net's loader passes over and starts anew."""

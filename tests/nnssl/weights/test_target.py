@@ -7,17 +7,17 @@ import pytest
 import torch
 
 from nnssl.errors import UserError
-from nnssl.export import formats
-from nnssl.export.adaptation_plan import KEY, KEYS, PLAIN, RESENC_L, RESIDUAL, network_kind
-from nnssl.export.export import export
-from nnssl.export.formats import check_loads
-from nnssl.export.settings import ExportSettings
-from nnssl.export.source import open_source
-from nnssl.export.target import _choose_configuration, _dataset_json, _find_plans, build_target
 from nnssl.files import write_json
 from nnssl.networks.backbone import build_network, planned_configuration
 from nnssl.paths import Folders
-from tests.nnssl.export.tiny_networks import dataset_json, plans, unet, write_plans, write_source
+from nnssl.weights import formats
+from nnssl.weights.adaptation_plan import KEY, KEYS, PLAIN, RESENC_L, RESIDUAL, network_kind
+from nnssl.weights.export import export
+from nnssl.weights.export_settings import ExportSettings
+from nnssl.weights.formats import check_loads
+from nnssl.weights.source import open_source
+from nnssl.weights.target import _choose_configuration, _dataset_json, _find_plans, build_target
+from tests.nnssl.weights.tiny_networks import dataset_json, plans, unet, write_plans, write_source
 
 NAME = "Dataset004_Labelled"
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from nnssl.export.fit_report import LEAST_SHARE
-from nnssl.export.kernels import ChannelPolicy
+from nnssl.weights.fit_report import LEAST_SHARE
+from nnssl.weights.kernels import ChannelPolicy
 
 Format = Literal["nnunet", "hub", "encoder"]
 FORMATS: tuple[Format, ...] = get_args(Format)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nnssl.export.kernels import fit_input_channels, fit_kernel
+from nnssl.weights.kernels import fit_input_channels, fit_kernel
 
 
 def drawn(*shape: int) -> torch.Tensor:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from nnssl.errors import UserError
-from nnssl.export.fit_report import FitReport, Fitted
-from nnssl.export.kernels import CHANNEL_POLICIES, ChannelPolicy, fit_input_channels, fit_kernel
-from nnssl.export.source import GATE, SEGMENTATION, SourceWeights, names_by_tensor
-from nnssl.export.target import TargetNetwork
 from nnssl.networks.primus import resample_positions
+from nnssl.weights.fit_report import FitReport, Fitted
+from nnssl.weights.kernels import CHANNEL_POLICIES, ChannelPolicy, fit_input_channels, fit_kernel
+from nnssl.weights.source import GATE, SEGMENTATION, SourceWeights, names_by_tensor
+from nnssl.weights.target import TargetNetwork
 
 TRANSFORMER = "transformer."
 

@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 from nnssl.cli.export import main
 from nnssl.cli.info import explain_checkpoint
 from nnssl.errors import UserError
-from nnssl.export.adaptation_plan import KEY, RESENC_L, read_adaptation_plan, write_adaptation_plan
-from nnssl.export.export import export
-from nnssl.export.settings import ExportSettings
-from nnssl.export.source import open_source
 from nnssl.files import write_json
 from nnssl.networks.backbone import build_network
 from nnssl.paths import Folders
-from tests.nnssl.export.tiny_networks import architecture, plans, primus, unet, write_plans, write_source
+from nnssl.weights.adaptation_plan import KEY, RESENC_L, read_adaptation_plan, write_adaptation_plan
+from nnssl.weights.export import export
+from nnssl.weights.export_settings import ExportSettings
+from nnssl.weights.source import open_source
+from tests.nnssl.weights.tiny_networks import architecture, plans, primus, unet, write_plans, write_source
 
 ENDS = ("PlainConvUNet", "ResidualEncoderUNet", "Primus", "PrimusS", "PrimusM", "PrimusL", "PrimusB", "ResEncL")
 
@@ -258,7 +258,7 @@ def test_nothing_of_the_users_is_replaced(tmp_path, folders):
     for form in ("hub", "encoder"):
         with pytest.raises(UserError, match="not an empty folder"):
             exported(tmp_path, folders, form=form, out=tmp_path / "a.pth")
-    with pytest.raises(UserError, match="--format safetensors: is not known"):
+    with pytest.raises(UserError, match="form must be one of nnunet, hub, encoder, got safetensors"):
         exported(tmp_path, folders, form="safetensors")
     with pytest.raises(UserError, match="--input-policy average: is not known"):
         exported(tmp_path, folders, policy="average")
@@ -393,7 +393,7 @@ def test_command(tmp_path, nnunet_folders, capsys, monkeypatch):
         (["--for-plans", "4", "-p", "otherPlans", "--trainer", "Nope"], "nnU-Net has no such trainer"),
         (["--for-plans", "4", "-p", "otherPlans", "--channels", "CT", "CT"], "names one twice"),
         (["--results", "x.json"], "are for the card"),
-        (["--least-share", "2"], "is a share"),
+        (["--least-share", "2"], "--least-share must be between 0 and 1, got 2.0"),
     ]
     for arguments, message in wrong:
         assert main([str(tmp_path / "a.pth"), *arguments]) == 2, arguments
