@@ -12,10 +12,10 @@ DOCUMENTATION = Path(__file__).parent.parent / "documentation"
 PAGE = DOCUMENTATION / "deviations.md"
 INTRODUCTION = """# Deviations
 
-Where a method computes something different from its paper or its authors' code, and why. This page is generated from the
-[method pages](methods.md) by `python -m tools.gather_deviations` in a checkout, so edit the method pages instead. The
-docstring at the top of each method's file cites the equations. The deviations of fine-tuning as a mean teacher are listed
-in `trainers/finetuning/mean_teacher.py`.
+Where a method computes something different from its paper or its authors' code, and why. This page is generated from
+the [method pages](methods.md) by `python -m tools.gather_deviations` in a checkout, so edit the method pages instead.
+The docstring at the top of each method's file cites the equations. The deviations of fine-tuning as a mean teacher are
+listed in `trainers/finetuning/mean_teacher.py`.
 """
 
 
