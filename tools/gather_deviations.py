@@ -1,6 +1,6 @@
-"""Gather the deviations of all methods, as their pages have them, on one page.
+"""Gather the deviations of all methods from their pages on one page.
 
-Run ``python -m tools.gather_deviations`` to write ``documentation/deviations.md`` again; a test compares the two.
+Run ``python -m tools.gather_deviations`` to update ``documentation/deviations.md``; a test compares the two.
 """
 
 import re
@@ -12,21 +12,21 @@ DOCUMENTATION = Path(__file__).parent.parent / "documentation"
 PAGE = DOCUMENTATION / "deviations.md"
 INTRODUCTION = """# Deviations
 
-Where a method computes something else than its paper or its authors' code, and why. This page is made of the sections of the
-[method pages](methods.md) by `python -m tools.gather_deviations` in a checkout: change them there. The docstring at
-the top of each method's file cites the equations. The deviations of fine-tuning as a mean teacher are listed in
-`trainers/finetuning/mean_teacher.py`.
+Where a method computes something different from its paper or its authors' code, and why. This page is generated from
+the [method pages](methods.md) by `python -m tools.gather_deviations` in a checkout, so edit the method pages instead.
+The docstring at the top of each method's file cites the equations. The deviations of fine-tuning as a mean teacher are
+listed in `trainers/finetuning/mean_teacher.py`.
 """
 
 
 def section_of(text: str, heading: str) -> str:
-    """Return what stands on a page between a heading of the second level and the next one."""
+    """Return the text of a page between a second-level heading and the next one."""
     (section,) = re.findall(rf"^## {re.escape(heading)}\n(.*?)(?=^## |\Z)", text, flags=re.MULTILINE | re.DOTALL)
     return str(section).strip("\n")
 
 
 def links_from_above(text: str, name: str) -> str:
-    """Return text of ``methods/<name>.md`` with its links as they are from the folder above."""
+    """Return text of ``methods/<name>.md`` with its links rewritten for the folder above."""
 
     def from_above(match: re.Match[str]) -> str:
         target = match.group(1)
@@ -40,12 +40,12 @@ def links_from_above(text: str, name: str) -> str:
 
 
 def gather(documentation: Path = DOCUMENTATION) -> str:
-    """Return the page: one section for each method, in the order of the index of methods."""
+    """Return the page: one section per method, in the order of ``METHODS``."""
     parts = [INTRODUCTION]
     for name in METHODS:
         text = (documentation / "methods" / f"{name}.md").read_text()
         title = text.partition("\n")[0].removeprefix("# ")
-        link = f"From [its page](methods/{name}.md#deviations)."
+        link = f"From the [page of {title}](methods/{name}.md#deviations)."
         parts.append(f"## {title}\n\n{link}\n\n{links_from_above(section_of(text, 'Deviations'), name)}\n")
     return "\n".join(parts)
 
