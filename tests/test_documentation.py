@@ -173,13 +173,44 @@ def test_index_lists_every_page():
     assert index in links_of(ROOT / "README.md")
 
 
+@pytest.fixture(scope="module")
+def site_hooks():
+    pytest.importorskip("mkdocs", reason="the documentation site needs the extra docs")
+    return importlib.import_module("tools.site_hooks")
+
+
+def test_site_has_every_page_in_its_navigation(site_hooks):
+    navigation = (ROOT / "mkdocs.yml").read_text().partition("\nnav:\n")[2]
+    listed = re.findall(r"([\w/]+\.md)$", navigation, flags=re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {site_hooks.place_in_site(name_of(page)) for page in PAGES}
+
+
+@pytest.mark.parametrize(
+    ("source", "link", "expected"),
+    [
+        ("README.md", "[plan](documentation/plan.md#presets)", "[plan](plan.md#presets)"),
+        ("README.md", "![Stages](documentation/stages.png)", "![Stages](stages.png)"),
+        ("README.md", "[pages](documentation/index.md)", "[pages](contents.md)"),
+        ("documentation/methods/sam.md", "[why](../../README.md#methods)", "[why](../index.md#methods)"),
+        ("documentation/methods/sam.md", "[how](../plan.md), [`here`](#idea)", "[how](../plan.md), [`here`](#idea)"),
+        ("documentation/plan.md", "[`plan.py`](../nnssl/plan.py)", "`plan.py`"),
+        ("documentation/plan.md", "[gone](../nnssl/gone.py)", "[gone](../nnssl/gone.py)"),
+        ("documentation/plan.md", "[nnU-Net](https://a.b/c.md)", "[nnU-Net](https://a.b/c.md)"),
+        ("documentation/plan.md", "```\n[a](../README.md)\n```", "```\n[a](../README.md)\n```"),
+    ],
+)
+def test_links_of_the_site_lead_where_those_of_the_repository_do(site_hooks, source, link, expected):
+    assert site_hooks.links_of_site(link, source) == expected
+
+
 def test_every_picture_is_shown_and_described():
     shown = set()
     for page in PAGES:
         for words, file in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", page.read_text()):
             assert len(words.split()) > 5, f"{name_of(page)}: {file} has no words for those who do not see it"
             shown.add((page.parent / file).resolve())
-    assert {path for path in DOCUMENTATION.rglob("*") if path.is_file() and path.suffix != ".md"} == shown
+    assert {path for path in DOCUMENTATION.rglob("*") if path.suffix in {".png", ".svg", ".jpg"}} == shown
 
 
 def test_commands_are_shown_at_all():
@@ -255,7 +286,7 @@ def test_flags_in_the_text_exist(page):
     }
     for span in code_spans(page.read_text()):
         for flag in re.findall(r"(?:^|(?<=[ /]))--[a-z][a-z-]*", span):
-            foreign = re.match(r"(ruff|mypy|dask|pip|torchrun|python) ", span)
+            foreign = re.match(r"(ruff|mypy|mkdocs|dask|pip|torchrun|python) ", span)
             assert foreign or flag in known | OTHERS_FLAGS, f"{name_of(page)}: no command has {flag}"
 
 

@@ -55,6 +55,7 @@ def test_source_distribution_holds_tests_and_documentation():
     grafted = {line.split()[1] for line in lines if line.startswith("graft ")}
     included = {name for line in lines if line.startswith("include ") for name in line.split()[1:]}
     assert {"tests", "documentation", ".ci"} <= grafted
+    assert "mkdocs.yml" in included
     assert {page.name for page in ROOT.glob("*.md")} - {"README.md"} <= included  # the README is always taken
 
 
