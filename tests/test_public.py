@@ -107,5 +107,3 @@ def test_examples_are_shown_on_the_page_of_the_public_names():
     for name in set(nnssl.__all__) - {"__version__"}:
         module = importlib.import_module(nnssl._MODULES[name])
         assert f"::: {module.__name__}.{name}" in page.read_text(), name
-
-

@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="for metrics.csv and summary.json (default: the predictions')",
+        help="folder for metrics.csv and summary_nnssl.json (default: the folder of the predictions)",
     )
     add_processes_argument(parser, "reading and comparing")
     add_verbose_argument(parser)
