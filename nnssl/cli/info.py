@@ -1,4 +1,4 @@
-"""``nnssl_info``: methods, folders and versions, or what is inside a checkpoint."""
+"""``nnssl_info``: methods, folders and versions, or the content of a checkpoint."""
 
 import argparse
 import sys
@@ -15,24 +15,28 @@ if TYPE_CHECKING:
 
 NAME = "nnssl_info"
 CHECKPOINT, ENCODER_FILE = "checkpoint_final.pth", "encoder.safetensors"
-"""Of the folders that nnssl_export writes."""
+"""Names of the weights in folders that nnssl_export writes."""
 MOST_PARTS = 20
-"""More prefixes than these are counted instead of listed; an exported file names single tensors."""
+"""Largest number of prefixes to list; more are only counted, because an exported file names every tensor."""
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = CommandParser(NAME, description="Show methods, folders and versions, or explain a checkpoint.")
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="a checkpoint to explain")
+    parser = CommandParser(NAME, description="Show methods, folders and versions, or describe a checkpoint.")
     parser.add_argument(
-        "--ext-trainer", action="store_true", help="print the line that makes stock nnU-Net find nnssl's trainers"
+        "checkpoint", nargs="?", type=Path, help="Checkpoint to describe, or a file or folder written by nnssl_export."
+    )
+    parser.add_argument(
+        "--ext-trainer",
+        action="store_true",
+        help="Print the shell command with which stock nnU-Net finds nnssl's trainers.",
     )
     add_verbose_argument(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     return run_command(make_parser(), _run, argv)
 
 
@@ -54,7 +58,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def explain_installation() -> list[str]:
-    """Return lines on versions, folders and methods; packages are looked up, not imported."""
+    """Return lines that describe versions, folders and methods; packages are not imported."""
     import os
     from importlib.metadata import PackageNotFoundError, version
 
@@ -84,13 +88,13 @@ def explain_installation() -> list[str]:
 
 
 def explain_checkpoint(path: Path) -> list[str]:
-    """Return lines on where the weights of a checkpoint come from and what they fit.
+    """Return lines that describe where the weights of a checkpoint come from and which network they fit.
 
     Args:
-        path: a checkpoint of nnssl, one with an adaptation plan, a file or folder of ``nnssl_export``.
+        path: Checkpoint of nnssl, checkpoint with an adaptation plan, or file or folder of ``nnssl_export``.
 
     Raises:
-        UserError: it is none of these.
+        UserError: If the path is none of these.
     """
     from nnssl.checkpoint import load_tensors
     from nnssl.weights.source import EXPORT_KEY, open_source

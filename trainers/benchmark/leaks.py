@@ -85,7 +85,8 @@ def seen_by_checkpoint(path: Path, folders: Folders, patients: Path | None) -> l
         if provenance is None or provenance.dataset_name == ELSEWHERE:
             logger.info(f"{source}: was made elsewhere, so whether it has seen held-out cases cannot be checked")
             break
-        probe = content["nnssl"]["state"].get("probe")  # earlier versions had none
+        state = content["nnssl"]["state"]
+        probe = state["probe"] if state else None  # exported weights have no state
         if probe is not None and probe["chose_weights"]:
             table = read_patients(patients) if patients else {}
             cases = (*probe["train"], *probe["test"])

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nnssl import schema
-from nnssl.errors import UserError
 from nnssl.files import read_json
 from nnssl.schema import STRICT
 from nnssl.tables import align, number
@@ -22,6 +21,7 @@ class ArmResult:
     """One finished arm: the weights it started from, the cases it saw, and its Dice on the held-out ones."""
 
     __pydantic_config__: ClassVar = STRICT
+    __schema_version__: ClassVar = SCHEMA_VERSION
 
     schema_version: int
     nnssl_version: str
@@ -53,25 +53,12 @@ class ArmResult:
 
 
 def read_result(path: Path) -> ArmResult:
-    """Read a ``finetune.json``, of the first schema too.
+    """Read a ``finetune.json``.
 
     Raises:
-        UserError: it is missing, of another schema version, or a key is wrong.
+        UserError: If the file is missing, has another schema version or a wrong key.
     """
-    content = read_json(path, "fine-tuning result")
-    if isinstance(content, dict) and content.get("schema_version") == 1:
-        content = _from_first_schema(content, path)
-    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(f"{path}: is no result of schema {SCHEMA_VERSION}; run nnssl_finetune again with --restart")
-    return schema.parse(ArmResult, content, str(path))
-
-
-def _from_first_schema(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Add what the first schema did not have to say: there was one mode, one optimizer and one batch size."""
-    if not isinstance(content.get("schedule"), dict):
-        raise UserError(f"{path}: key schedule is missing or wrong; run nnssl_finetune again with --restart")
-    schedule = {**content["schedule"], "batch_size": None, "optimizer": "sgd"}
-    return {**content, "schema_version": SCHEMA_VERSION, "schedule": schedule, "unlabelled_cases": []}
+    return schema.read(ArmResult, path, "fine-tuning result", "run nnssl_finetune again with --restart")
 
 
 def read_dice(summary: Path, labels: Mapping[str, int | Sequence[int]]) -> tuple[dict[str, float | None], float | None]:
