@@ -6,30 +6,29 @@ from typing import Any
 
 from torch import nn
 
-from nnssl.checkpoint import load_tensors
 from nnssl.errors import UserError
-from nnssl.files import file_digest, read_json, write_json
+from nnssl.files import read_json, write_json
 from nnssl.log import logger
 from nnssl.paths import Folders
-from nnssl.weights.adaptation_plan import KEY
 from nnssl.weights.fit import fit_weights
 from nnssl.weights.fit_report import LEAST_SHARE, refuse_below
 from nnssl.weights.formats import write_for_nnunet
-from nnssl.weights.source import open_source
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint, open_checkpoint
 from nnssl.weights.target import build_target
 from planners.finetune_planner import check_described
 from planners.foreign_planner import CONFIGURATION, plan_for_network
 from trainers.finetuning.labelled_data import make_fingerprint
-from trainers.finetuning.pretrained_weights import NEWEST
 
 
-def adapt_if_made_elsewhere(weights: str | Path, dataset_name: str, folders: Folders, processes: int) -> str | Path:
+def adapt_if_made_elsewhere(
+    source: OpenedCheckpoint, dataset_name: str, folders: Folders, processes: int
+) -> OpenedCheckpoint:
     """Plan a labelled data set around weights that were made elsewhere, and write them for that plan.
 
     Plan and weights stand in the data set's preprocessed folder; a second call finds them there.
 
     Args:
-        weights: a checkpoint; one of nnssl, and the word for the latest of those, are returned as they are.
+        source: A checkpoint; one that was not made elsewhere is returned as it is.
         dataset_name: of the labelled data set.
         folders: nnU-Net's folders.
         processes: processes to make a fingerprint in.
@@ -40,18 +39,15 @@ def adapt_if_made_elsewhere(weights: str | Path, dataset_name: str, folders: Fol
     Raises:
         UserError: the file cannot be read, the data set cannot be planned, or too little fits.
     """
-    if str(weights) == NEWEST:
-        return weights
-    path = Path(weights).expanduser().absolute()
-    content = load_tensors(path)
-    if "nnssl" in content or KEY not in content:
-        return weights
-    source = open_source(path)
+    if not source.made_elsewhere:
+        return source
+    source.check_tensors()
+    path = source.path
     assert source.adaptation is not None
     raw = folders.raw / dataset_name / "dataset.json"
     dataset_json = read_json(raw, "dataset.json of a labelled data set")
     check_described(dataset_name, dataset_json)
-    name = f"nnsslPlansOf{re.sub(r'[^A-Za-z0-9]+', '', path.stem)[:24]}{file_digest(path)[:6]}"
+    name = f"nnsslPlansOf{re.sub(r'[^A-Za-z0-9]+', '', path.stem)[:24]}{source.digest[:6]}"
     folder = folders.preprocessed / dataset_name
     plans_file, out = folder / f"{name}.json", folder / f"{name}_weights.pth"
     logger.info(f"{path}: made elsewhere; {dataset_name} is planned around its network")
@@ -64,7 +60,7 @@ def adapt_if_made_elsewhere(weights: str | Path, dataset_name: str, folders: Fol
         )
     if plans_file.exists() and out.exists():
         logger.info(f"Plan and weights: there already ({out})")
-        return out
+        return open_checkpoint(out)
     target = build_target(plan, CONFIGURATION, dataset_json, f"{CONFIGURATION} of {name}")
     report = fit_weights(source, target)
     refuse_below(report, LEAST_SHARE, str(path))
@@ -73,7 +69,7 @@ def adapt_if_made_elsewhere(weights: str | Path, dataset_name: str, folders: Fol
     logger.info(
         f"Plan {name} for {dataset_name}: patch {plan['configurations'][CONFIGURATION]['patch_size']} ({plans_file})"
     )
-    return out
+    return open_checkpoint(out)
 
 
 def start_network(
@@ -93,5 +89,5 @@ def start_network(
     """
     label = f"{configuration} of {plans['plans_name']}"
     target = build_target(plans, configuration, dataset_json, label, network=network)
-    report = fit_weights(open_source(path), target)
+    report = fit_weights(open_checkpoint(path), target)
     refuse_below(report, LEAST_SHARE, str(path))

@@ -22,12 +22,13 @@ from nnssl.files import content_digest
 from nnssl.log import logger, printed_output_to
 from nnssl.paths import Folders
 from nnssl.study.table import SCRATCH
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from planners.finetune_planner import AdoptedPlan
 from trainers.finetuning.finetune_trainer import ArmSettings, FinetuneTrainer, make_trainer
 from trainers.finetuning.labelled_cases import Split
 from trainers.finetuning.linear_probe import LinearProbeTrainer
 from trainers.finetuning.mean_teacher import MeanTeacherTrainer
-from trainers.finetuning.pretrained_weights import Weights, load_weights
+from trainers.finetuning.pretrained_weights import load_weights
 from trainers.finetuning.result import FILE_NAME, SCHEMA_VERSION, ArmResult, read_dice, read_result
 from trainers.finetuning.schedule import FinetuneSchedule
 
@@ -59,7 +60,7 @@ class Task:
     """Where these lie preprocessed; None for the folder of the labelled cases."""
 
 
-def arm_folder(task: Task, weights: Weights | None, folders: Folders) -> Path:
+def arm_folder(task: Task, weights: OpenedCheckpoint | None, folders: Folders) -> Path:
     """Return the model folder of an arm, ``nnssl_<arm>_<cases>_seed<seed>_<digest>__<plan>__<configuration>``.
 
     The digest is over everything that makes two arms differ: weights, plan, cases, seed, schedule, mode. So two arms
@@ -82,7 +83,7 @@ def arm_folder(task: Task, weights: Weights | None, folders: Folders) -> Path:
     return folders.results / task.dataset_name / f"{name}__{task.plan.name}__{task.configuration}"
 
 
-def run_arm(task: Task, weights: Weights | None, folders: Folders, restart: bool) -> ArmResult:
+def run_arm(task: Task, weights: OpenedCheckpoint | None, folders: Folders, restart: bool) -> ArmResult:
     """Train, predict and evaluate one arm, or what is left to do of it.
 
     Args:
@@ -139,7 +140,7 @@ def _settings(task: Task, folder: Path) -> ArmSettings:
     )
 
 
-def _result(task: Task, weights: Weights | None, folder: Path, num_parameters: int) -> ArmResult:
+def _result(task: Task, weights: OpenedCheckpoint | None, folder: Path, num_parameters: int) -> ArmResult:
     """Return what an arm was and, from nnU-Net's evaluation, how well it did."""
     dice, mean_dice = read_dice(folder / "fold_0" / "validation" / "summary.json", task.dataset_json["labels"])
     device = "" if task.device.type == "cuda" else f" -device {task.device.type}"
@@ -169,7 +170,7 @@ def _result(task: Task, weights: Weights | None, folder: Path, num_parameters: i
     )
 
 
-def _train(trainer: FinetuneTrainer, weights: Weights | None, fold: Path, arm: str) -> None:
+def _train(trainer: FinetuneTrainer, weights: OpenedCheckpoint | None, fold: Path, arm: str) -> None:
     """Train from where the arm stands: not at all, from its last checkpoint, or from its first weights."""
     if trainer.device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # as nnU-Net's command
@@ -195,7 +196,7 @@ def _augmentation_processes(device: torch.device) -> int:
     return get_allowed_n_proc_DA()
 
 
-def _arm_name(weights: Weights | None, mode: str) -> str:
+def _arm_name(weights: OpenedCheckpoint | None, mode: str) -> str:
     """Method and mode, fit for a folder name: nnU-Net splits at double underscores."""
-    name = weights.provenance.method if weights else SCRATCH
+    name = weights.own_provenance.method if weights else SCRATCH
     return re.sub(r"[^A-Za-z0-9.-]+", "-", name if mode == "finetune" else f"{name}-{mode}")

@@ -15,13 +15,14 @@ from nnssl.files import read_json
 from nnssl.log import logger
 from nnssl.networks.backbone import planned_configuration
 from nnssl.paths import Folders, resolve_folders
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint, open_checkpoint
 from planners.finetune_planner import adopt_plan
 from planners.primus_rules import CLASS_NAME as PRIMUS
 from trainers.finetuning.adapted_weights import adapt_if_made_elsewhere
 from trainers.finetuning.arm import Task, run_arm
 from trainers.finetuning.labelled_cases import Split, choose_unlabelled, find_labelled_cases, fold_split, split_cases
 from trainers.finetuning.labelled_data import prepare_data, prepare_unlabelled
-from trainers.finetuning.pretrained_weights import NEWEST, Weights, configuration_to_train, open_weights
+from trainers.finetuning.pretrained_weights import NEWEST, find_weights, log_weights
 from trainers.finetuning.result import ArmResult, comparison
 from trainers.finetuning.settings import FinetuneSettings, schedule_from
 
@@ -60,26 +61,34 @@ def finetune(
         raise ArgumentError(f"processes must be at least 1, got {processes}", "processes")
     folders = folders or resolve_folders()
     dataset_name = find_dataset(dataset, folders)
-    weights = adapt_if_made_elsewhere(weights, dataset_name, folders, processes)
-    origin = open_weights(weights, folders)
+    origin = _open_origin(weights, dataset_name, folders, processes)
     task = _make_task(settings, origin, dataset_name, folders, processes)
     also = f", {len(task.unlabelled)} without their labels" if task.unlabelled else ""
     logger.info(f"{dataset_name}: {len(task.split.train)} cases to train on{also}, {len(task.split.test)} held out")
-    if settings.mode == "linear" and not origin.provenance.pretrains("decoder.stages."):
+    if settings.mode == "linear" and not origin.own_provenance.pretrains("decoder.stages."):
         logger.info("Note: these weights have no pretrained decoder; the probe sees features of a random one")
-    arms: list[Weights | None] = [origin, None] if settings.scratch else [origin]
+    arms: list[OpenedCheckpoint | None] = [origin, None] if settings.scratch else [origin]
     return run_arms(task, arms, folders, settings.restart)
 
 
+def _open_origin(weights: str | Path, dataset_name: str, folders: Folders, processes: int) -> OpenedCheckpoint:
+    """Open the weights that a fine-tuning starts from, adapted to the data set if they were made elsewhere."""
+    found = open_checkpoint(find_weights(weights, folders))
+    origin = adapt_if_made_elsewhere(found, dataset_name, folders, processes)
+    log_weights(origin)
+    # nnU-Net's loader reads the file again, so the content need not stay in memory during the training
+    return origin.without_content()
+
+
 def _make_task(
-    settings: FinetuneSettings, origin: Weights, dataset_name: str, folders: Folders, processes: int
+    settings: FinetuneSettings, origin: OpenedCheckpoint, dataset_name: str, folders: Folders, processes: int
 ) -> Task:
     """Choose cases, network and schedule of a fine-tuning, and preprocess the cases."""
     labelled = find_labelled_cases(dataset_name, folders)
     split = split_cases(labelled, settings.seed, settings.labels, settings.cases, settings.test_cases)
-    configuration = configuration_to_train(settings.configuration, origin)
-    network = planned_configuration(origin.provenance.plans, configuration)["architecture"]["network_class_name"]
-    plan = adopt_plan(origin.provenance.plans, dataset_name, folders, settings.plans_name)
+    configuration = origin.choose_configuration(settings.configuration)
+    network = planned_configuration(origin.own_provenance.plans, configuration)["architecture"]["network_class_name"]
+    plan = adopt_plan(origin.own_provenance.plans, dataset_name, folders, settings.plans_name)
     split = split or fold_split(labelled, dataset_name, folders)
     others, source = (
         _find_unlabelled(settings.unlabelled, labelled, split, folders)
@@ -106,7 +115,7 @@ def _make_task(
     )
 
 
-def run_arms(task: Task, arms: Sequence[Weights | None], folders: Folders, restart: bool) -> list[ArmResult]:
+def run_arms(task: Task, arms: Sequence[OpenedCheckpoint | None], folders: Folders, restart: bool) -> list[ArmResult]:
     """Do every arm, and say how they compare and how to predict with them.
 
     Args:
