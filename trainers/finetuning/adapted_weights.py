@@ -1,4 +1,4 @@
-"""Weights that were made elsewhere, adapted to a labelled data set or to a network that is about to be pretrained."""
+"""Weights that were made elsewhere, adapted to a labelled data set or to a network before pretraining."""
 
 import re
 from pathlib import Path
@@ -25,19 +25,19 @@ def adapt_if_made_elsewhere(
 ) -> OpenedCheckpoint:
     """Plan a labelled data set around weights that were made elsewhere, and write them for that plan.
 
-    Plan and weights stand in the data set's preprocessed folder; a second call finds them there.
+    The plan and the weights are written to the data set's preprocessed folder; a second call reuses them.
 
     Args:
         source: A checkpoint; one that was not made elsewhere is returned as it is.
-        dataset_name: of the labelled data set.
+        dataset_name: Name of the labelled data set.
         folders: nnU-Net's folders.
-        processes: processes to make a fingerprint in.
+        processes: Number of worker processes for the fingerprint.
 
     Returns:
-        A checkpoint of nnssl, whose plan is the data set's.
+        A checkpoint of nnssl whose plan is that of the data set.
 
     Raises:
-        UserError: the file cannot be read, the data set cannot be planned, or too little fits.
+        UserError: If the file cannot be read, the data set cannot be planned, or too few weights fit.
     """
     if not source.made_elsewhere:
         return source
@@ -56,10 +56,10 @@ def adapt_if_made_elsewhere(
     plan = plan_for_network(source.architecture, patch, source.adaptation.spacing_mm, dataset_name, name, folders)
     if plans_file.exists() and read_json(plans_file, "plan") != plan:
         raise UserError(
-            f"{plans_file}: is another plan than the one these weights need now; delete it, and what was preprocessed with it"
+            f"{plans_file}: is not the plan that these weights need now; delete it and the cases that were preprocessed with it"
         )
     if plans_file.exists() and out.exists():
-        logger.info(f"Plan and weights: there already ({out})")
+        logger.info(f"Plan and weights exist already: {out}")
         return open_checkpoint(out)
     target = build_target(plan, CONFIGURATION, dataset_json, f"{CONFIGURATION} of {name}")
     report = fit_weights(source, target)
@@ -75,17 +75,17 @@ def adapt_if_made_elsewhere(
 def start_network(
     path: Path, network: nn.Module, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]
 ) -> None:
-    """Fill a network that is about to be pretrained with what fits of other weights, and say what that was.
+    """Initialise a network before pretraining with the weights of a checkpoint that fit, and log which these are.
 
     Args:
-        path: a checkpoint of nnssl, or one in the adaptation-plan format.
-        network: changed in place.
-        plans: content of its plans file.
-        configuration: of the plans.
-        dataset_json: names its channels.
+        path: A checkpoint of nnssl, or one in the adaptation-plan format.
+        network: The network; changed in place.
+        plans: Content of the network's plans file.
+        configuration: Name of the network's configuration.
+        dataset_json: Content of ``dataset.json``, which names the channels.
 
     Raises:
-        UserError: the file cannot be read, or less than half of the encoder comes from it.
+        UserError: If the file cannot be read, or less than half of the encoder comes from it.
     """
     label = f"{configuration} of {plans['plans_name']}"
     target = build_target(plans, configuration, dataset_json, label, network=network)

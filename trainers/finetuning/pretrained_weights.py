@@ -76,17 +76,17 @@ def find_latest(folders: Folders) -> Path:
     Raises:
         UserError: If there is none.
     """
-    finals = folders.results.rglob(f"fold_all/{FINAL}")  # of pretraining; an export has the name too
+    finals = folders.results.rglob(f"fold_all/{FINAL}")  # an export may have this name as well, but lies elsewhere
     found = [path for path in finals if not (path.parents[1] / FILE_NAME).exists()]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
-        # an arm that is being trained has no finetune.json yet, and stock nnU-Net's models lie here too
+        # An arm in training has no finetune.json yet, and models of stock nnU-Net lie in this folder as well.
         try:
             if "nnssl" in load_tensors(path):
                 return path
         except UserError:
             continue
     raise UserError(
-        f"-w {NEWEST}: no finished pretraining below {folders.results}; run nnssl_pretrain or give a checkpoint"
+        f"{folders.results}: no finished pretraining for weights '{NEWEST}'; run nnssl_pretrain or name a checkpoint"
     )
 
 
@@ -107,6 +107,6 @@ def load_weights(trainer: FinetuneTrainer, weights: OpenedCheckpoint) -> None:
     except AssertionError as error:
         reason = str(error).split(". ")[0]
         raise UserError(
-            f"{weights.path}: does not fit {trainer.configuration_name} ({reason}); take the configuration it was "
-            f"pretrained with, -c {weights.own_provenance.configuration}"
+            f"{weights.path}: does not fit configuration {trainer.configuration_name} ({reason}); use "
+            f"{weights.own_provenance.configuration}, which the weights were pretrained with"
         ) from error

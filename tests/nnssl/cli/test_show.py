@@ -340,7 +340,7 @@ def test_decoder_that_was_not_pretrained_is_told(files, capsys):
 
 def test_latest_weights(files, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
-    assert "-w latest: no finished pretraining" in fails(capsys, "embedding")
+    assert "no finished pretraining for weights 'latest'" in fails(capsys, "embedding")
     folder = tmp_path / NAME / "model" / "fold_all"
     folder.mkdir(parents=True)
     shutil.copy(files["2d"], folder / "checkpoint_final.pth")

@@ -73,7 +73,7 @@ def test_finetuning(labelled):
     said.clear()
     with lines_to(said.append):
         finetune(4, labelled / "mae.pth", FinetuneSettings(**arguments))
-    assert any("there already" in line for line in said)
+    assert any("Plan and weights exist already" in line for line in said)
     assert any("finished already" in line for line in said)
 
 
