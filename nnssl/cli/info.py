@@ -11,7 +11,7 @@ from nnssl.log import print_line
 from nnssl.sizes import in_mm, in_voxels
 
 if TYPE_CHECKING:
-    from nnssl.weights.source import SourceWeights
+    from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 
 NAME = "nnssl_info"
 CHECKPOINT, ENCODER_FILE = "checkpoint_final.pth", "encoder.safetensors"
@@ -96,22 +96,20 @@ def explain_checkpoint(path: Path) -> list[str]:
     Raises:
         UserError: If the path is none of these.
     """
-    from nnssl.checkpoint import load_tensors
-    from nnssl.weights.source import EXPORT_KEY, open_source
+    from nnssl.weights.opened_checkpoint import EXPORT_KEY, open_checkpoint
 
     if path.is_dir() and (path / CHECKPOINT).exists():
         path = path / CHECKPOINT
     if path.suffix == ".safetensors" or (path / ENCODER_FILE).exists():
         return _explain_encoder(path / ENCODER_FILE if path.is_dir() else path)
-    content = load_tensors(path)
-    if EXPORT_KEY in content:
-        spec = content[EXPORT_KEY]
+    source = open_checkpoint(path)
+    if EXPORT_KEY in source.content:
+        spec = source.content[EXPORT_KEY]
         return [
             str(path),
             f"  exported for nnU-Net's {spec['trainer']}, configuration {spec['configuration']} of plans {spec['plans']}, from",
             f"  {spec['checkpoint']} ({spec['stage']}, pretrained on {spec['pretraining_data']})",
         ]
-    source = open_source(path)
     return [str(path), *(_explain_elsewhere(source) if source.provenance is None else _explain_own(source))]
 
 
@@ -128,8 +126,8 @@ def _explain_encoder(path: Path) -> list[str]:
     ]
 
 
-def _explain_network(source: "SourceWeights") -> list[str]:
-    from nnssl.weights.source import count_values
+def _explain_network(source: "OpenedCheckpoint") -> list[str]:
+    from nnssl.weights.tensor_names import count_values
 
     channels = f" ({', '.join(source.channel_names)})" if source.channel_names else ""
     made_on = source.pretraining
@@ -143,7 +141,7 @@ def _explain_network(source: "SourceWeights") -> list[str]:
     return [*lines, f"  pretrained with patch {in_voxels(made_on['patch_vox'])}{spacing}{named}"]
 
 
-def _explain_elsewhere(source: "SourceWeights") -> list[str]:
+def _explain_elsewhere(source: "OpenedCheckpoint") -> list[str]:
     return [
         "  made elsewhere: a checkpoint in the adaptation-plan format",
         *_explain_network(source),
@@ -152,7 +150,7 @@ def _explain_elsewhere(source: "SourceWeights") -> list[str]:
     ]
 
 
-def _explain_own(source: "SourceWeights") -> list[str]:
+def _explain_own(source: "OpenedCheckpoint") -> list[str]:
     provenance = source.provenance
     assert provenance is not None
     state = "finished" if provenance.finished else "unfinished"

@@ -24,9 +24,9 @@ from nnssl.log import print_line
 if TYPE_CHECKING:
     from nnssl.data.case_store import CaseStore
     from nnssl.pictures.dense_network import DenseNetwork
-    from trainers.finetuning.pretrained_weights import Weights
+    from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 
-Draw = Callable[[argparse.Namespace, "Weights", "CaseStore"], None]
+Draw = Callable[[argparse.Namespace, "OpenedCheckpoint", "CaseStore"], None]
 """Function that draws one kind of picture from weights and cases, and prints its key values."""
 UNTOLD = dict.fromkeys("omh", "at best without the code") | {"s": "by the mean of what is visible"}
 """Reference that the error of a reconstruction is compared with, by model."""
@@ -137,7 +137,7 @@ def _run(args: argparse.Namespace) -> None:
     print_next(f"nnssl_finetune -d LABELLED_ID -w {weights.path}")
 
 
-def _similarity(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
+def _similarity(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "CaseStore") -> None:
     from nnssl.pictures.figures import similarity_figure, write_picture
     from nnssl.pictures.similarity import compare_cases
 
@@ -156,7 +156,7 @@ def _similarity(args: argparse.Namespace, weights: "Weights", store: "CaseStore"
     print_line(f"query: --case {case} --point {query}")
 
 
-def _embedding(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
+def _embedding(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "CaseStore") -> None:
     from nnssl.pictures.components import embed_case
     from nnssl.pictures.dense_network import find_case
     from nnssl.pictures.figures import embedding_figure, write_picture
@@ -166,25 +166,25 @@ def _embedding(args: argparse.Namespace, weights: "Weights", store: "CaseStore")
     write_picture(args.output, embedding_figure(embedding, described))
 
 
-def _uncertainty(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
+def _uncertainty(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "CaseStore") -> None:
     from nnssl.pictures.dense_network import find_case
     from nnssl.pictures.figures import uncertainty_figure, write_picture
-    from nnssl.pictures.teacher_uncertainty import measure_uncertainty, open_teacher
+    from nnssl.pictures.teacher_uncertainty import measure_uncertainty, teacher_of
 
-    teacher, _ = open_teacher(weights.path, args.passes, find_device(args.device))
+    teacher = teacher_of(weights, args.passes, find_device(args.device))
     case = find_case(store, args.case or store.names[0])
     uncertainty = measure_uncertainty(teacher, case, args.slice)
     described = _describe(weights, f"{teacher.passes} passes", store)
     write_picture(args.output, uncertainty_figure(uncertainty, described))
 
 
-def _reconstruction(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
+def _reconstruction(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "CaseStore") -> None:
     from nnssl.pictures.dense_network import find_case
     from nnssl.pictures.figures import reconstruction_figure, write_picture
-    from nnssl.pictures.reconstructions import open_reconstructor, reconstruct_case
+    from nnssl.pictures.reconstructions import reconstruct_case, reconstructor_of
 
     device = find_device(args.device)
-    method, _ = open_reconstructor(weights.path, device)
+    method = reconstructor_of(weights, device)
     case = find_case(store, args.case or store.names[0])
     made = reconstruct_case(method, case, args.slice, args.seed, device)
     described = _describe(weights, case.name, store)
@@ -193,13 +193,13 @@ def _reconstruction(args: argparse.Namespace, weights: "Weights", store: "CaseSt
         print_line(f"{each.model}: mean squared error {each.error:.3f}, {UNTOLD[each.model]} {each.error_untold:.3f}")
 
 
-def _matches(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
+def _matches(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "CaseStore") -> None:
     from nnssl.errors import UserError
     from nnssl.pictures.dense_network import find_case
     from nnssl.pictures.figures import matches_figure, write_picture
-    from nnssl.pictures.matches import find_matches, open_matcher
+    from nnssl.pictures.matches import find_matches, matcher_of
 
-    matcher, method = open_matcher(weights.path, store, find_device(args.device))
+    matcher, method = matcher_of(weights, store, find_device(args.device))
     if len(store.names) < 2:
         raise UserError(
             f"{store.folder}: holds only one case, so there is no other to search; choose another data set with -d"
@@ -219,16 +219,18 @@ def _matches(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -
         )
 
 
-def _open_network(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> "tuple[DenseNetwork, str]":
+def _open_network(
+    args: argparse.Namespace, weights: "OpenedCheckpoint", store: "CaseStore"
+) -> "tuple[DenseNetwork, str]":
     """Return the network of the weights and its description."""
-    from nnssl.pictures.dense_network import open_dense_network
+    from nnssl.pictures.dense_network import dense_network_of
 
-    network, _ = open_dense_network(weights.path, args.features, find_device(args.device))
+    network = dense_network_of(weights, args.features, find_device(args.device))
     print_line(f"Features: {network.kind}")
     return network, _describe(weights, f"features: {network.kind}", store)
 
 
-def _open_weights(args: argparse.Namespace) -> "tuple[Weights, CaseStore]":
+def _open_weights(args: argparse.Namespace) -> "tuple[OpenedCheckpoint, CaseStore]":
     """Check that the picture can be written, then return the weights and the cases to draw."""
     from nnssl.data.raw import find_dataset
     from nnssl.paths import resolve_folders
@@ -239,14 +241,14 @@ def _open_weights(args: argparse.Namespace) -> "tuple[Weights, CaseStore]":
     check_picture_path(args.output)
     folders = resolve_folders()
     weights = open_weights(args.weights, folders)
-    provenance = weights.provenance
+    provenance = weights.own_provenance
     dataset = provenance.dataset_name if args.dataset is None else find_dataset(args.dataset, folders)
     return weights, open_cases(provenance, dataset, folders)
 
 
-def _describe(weights: "Weights", detail: str, store: "CaseStore") -> str:
+def _describe(weights: "OpenedCheckpoint", detail: str, store: "CaseStore") -> str:
     """Return the two lines above a picture: the weights it was drawn with, and the data."""
-    own = weights.provenance
+    own = weights.own_provenance
     return (
         f"{own.stage}, step {own.step} of {own.total_steps}; {detail}\n"
         f"pretrained on {own.dataset_name} ({own.configuration}); cases of {store.folder.parent.name}"

@@ -75,10 +75,10 @@ def test_cases_that_are_not_trained_on_are_held_out(tmp_path):
         ({"cases": "# nothing\n"}, None, "names no case"),
         ({"cases": "a\nb\nc\nd\n"}, None, "none is left to be held out"),
         ({"test_cases": "a\nb\nc\nd\n"}, None, "none is left to be trained on"),
-        ({"test_cases": "a\nb\n"}, 3, "there are 2 labelled cases to choose from"),
-        ({}, 0, "take 1 to 4"),
+        ({"test_cases": "a\nb\n"}, 3, "labels must be between 1 and 2"),
+        ({}, 0, "labels must be between 1 and 4"),
         ({}, 4, "none is left to be held out"),
-        ({"cases": "a\n"}, 2, "give one of them"),
+        ({"cases": "a\n"}, 2, "labels and cases cannot be combined"),
     ],
 )
 def test_case_choices_that_cannot_be_are_refused(tmp_path, lists, labels, message):
@@ -316,7 +316,7 @@ def test_finished_arms_are_recognised(run):
         assert finetune(4, run.weights, FinetuneSettings(**run.arguments)) == run.results
     assert [path.stat().st_mtime_ns for path in files] == before
     assert sum("finished already" in line for line in said) == 2
-    assert any("all 6 there already" in line for line in said)
+    assert any("all 6 exist already" in line for line in said)
     assert sum("there already and the same" in line for line in said) == 1
 
 
