@@ -8,9 +8,11 @@ The loop owns device, precision, compilation, clipping, the moving average, logg
 resume; the pretext stage declares the rest (``nnssl.methods.protocol``).
 """
 
+import logging
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from time import perf_counter, time
 from typing import Any, ClassVar
@@ -26,7 +28,6 @@ from nnssl.distributed import average_gradients
 from nnssl.draws import sample_generators
 from nnssl.errors import UserError
 from nnssl.files import write_json
-from nnssl.log import lines_to
 from nnssl.methods import find_stage
 from nnssl.methods.protocol import PretextMethod, StepOutput
 from nnssl.momentum import update_teacher
@@ -48,6 +49,7 @@ from trainers.pretraining.progress import (
     plot_progress,
     write_metrics,
 )
+from trainers.pretraining.run_log import RunLog
 from trainers.pretraining.run_record import describe_run, opening_lines, provenance_of, write_model_folder
 from trainers.pretraining.run_state import network_weights, read_state, run_state
 from trainers.pretraining.saving import SavingCadence
@@ -73,7 +75,10 @@ class PretrainTrainer(nnUNetTrainer):
     ) -> None:
         if fold != "all":
             raise UserError(f"fold {fold}: pretraining uses all images, so its only fold is 'all'")
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        with redirect_stdout(StringIO()) as printed:
+            super().__init__(plans, configuration, fold, dataset_json, device)
+        self.print_to_log_file(printed.getvalue().rstrip())
+        self.run_log = RunLog(self.print_to_log_file, self.local_rank == 0)
         if device.type != "cuda" or device.index is not None:
             # nnU-Net takes several processes for several GPUs of one machine
             self.device = device
@@ -104,6 +109,10 @@ class PretrainTrainer(nnUNetTrainer):
         """Where the stage leaves its results."""
         return Path(self.output_folder)
 
+    def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
+        """Write to the log file only; messages for the user go through ``run_log``."""
+        super().print_to_log_file(*args, also_print_to_console=False, add_timestamp=add_timestamp)
+
     # ---------------------------------------------------------------- set-up
 
     def initialize(self) -> None:
@@ -119,7 +128,7 @@ class PretrainTrainer(nnUNetTrainer):
         architecture = self.configuration_manager.configuration["architecture"]
         heads = self.label_manager.num_segmentation_heads
         self.network = build_network(architecture, self.num_input_channels, heads, seed)
-        with lines_to(self.print_to_log_file):
+        with self.run_log.including_others():
             self.init = load_initial_weights(
                 self.network, self.run, self.options, self.folder.parents[2], self.dataset_json
             )
@@ -147,7 +156,7 @@ class PretrainTrainer(nnUNetTrainer):
         """Return the patches from the current step to the end of the stage; there is no validation part."""
         store = self._store()
         self.cases = tuple(sorted({*self.cases, *store.names}))
-        with lines_to(self.print_to_log_file):
+        with self.run_log.including_others():
             pairs = pairs_of_run(
                 self.folder,
                 store,
@@ -228,7 +237,7 @@ class PretrainTrainer(nnUNetTrainer):
 
     def _save_and_exit(self) -> None:
         self.save_checkpoint(str(self.folder / LATEST))
-        self.print_to_log_file(f"Asked to stop: saved at step {self.current_step}; run the same command again to go on")
+        self.run_log.tell(f"Asked to stop: saved at step {self.current_step}; run the same command again to go on")
         raise SystemExit(TERMINATED)
 
     def _end_readers(self) -> None:
@@ -253,9 +262,9 @@ class PretrainTrainer(nnUNetTrainer):
         write_json(self.folder / "run.json", describe_run(self.run, self.init, self.device, self.precision))
         lines, settings = opening_lines(self.run, self.method, self.current_step, self.device, self.precision)
         for line in lines:
-            self.print_to_log_file(line)
+            self.run_log.tell(line)
         for line in settings:
-            self.print_to_log_file(line, also_print_to_console=False)
+            self.print_to_log_file(line)
         self._start_probe()
 
     def _start_probe(self) -> None:
@@ -274,7 +283,7 @@ class PretrainTrainer(nnUNetTrainer):
             return math.nan
         with self._autocast():
             dice = self.probe.measure(self.network, finished_epochs)
-        self.print_to_log_file(self.probe.describe())
+        self.run_log.tell(self.probe.describe())
         write_json(self.folder / "probe.json", self.probe.state())
         if finished_epochs and self.probe.best["epochs"] == finished_epochs:
             self.save_checkpoint(str(self.folder / BEST), leaves=True)
@@ -297,9 +306,9 @@ class PretrainTrainer(nnUNetTrainer):
         self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
         self.epoch = Epoch()
         metrics = self.metrics()
-        self.print_to_log_file(f"Epoch {self.current_epoch}: {last_values(metrics)}")
+        self.run_log.tell(f"Epoch {self.current_epoch}: {last_values(metrics)}")
         if self._warning:
-            self.print_to_log_file(self._warning)
+            self.run_log.tell(self._warning, logging.WARNING)
         if self.local_rank == 0:
             write_metrics(self.folder / METRICS_CSV, metrics)
         if self._cadence.is_due() and self.current_step < self.training.total_steps:
@@ -322,7 +331,7 @@ class PretrainTrainer(nnUNetTrainer):
         self.save_checkpoint(str(self.folder / FINAL))
         if self.local_rank == 0:
             (self.folder / LATEST).unlink(missing_ok=True)
-        self.print_to_log_file(f"Stage {self.stage} done: {self.folder / FINAL}")
+        self.run_log.tell(f"Stage {self.stage} done: {self.folder / FINAL}")
 
     def _examine(self) -> None:
         examine = self.stage_entry.load_examination()
@@ -333,7 +342,7 @@ class PretrainTrainer(nnUNetTrainer):
         content, lines = examine(self.method, self._store(), self.options.seed, self.device, self._autocast)
         write_json(self.folder / EXAMINATION, to_plain(content))
         for line in lines:
-            self.print_to_log_file(line)
+            self.run_log.tell(line)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -385,7 +394,7 @@ class PretrainTrainer(nnUNetTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Do nothing: without labels there is no Dice; ``nnssl_finetune`` evaluates the weights."""
-        self.print_to_log_file("Pretraining has no validation Dice; evaluate the weights with nnssl_finetune")
+        self.run_log.tell("Pretraining has no validation Dice; evaluate the weights with nnssl_finetune")
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Do nothing: no pretext loss looks at the segmentation layers."""
