@@ -22,7 +22,7 @@ from nnssl.methods import METHODS
 from nnssl.paths import resolve_folders
 from nnssl.plan import read_plan
 from tests.trainers.conftest import NAME, plan_toy
-from trainers.pretraining import pretrain_trainer
+from trainers.pretraining import patches, pretrain_trainer
 from trainers.pretraining.pretext import RepRecContrastiveTrainer
 from trainers.pretraining.pretrain import pretrain
 from trainers.pretraining.settings import PretrainSettings
@@ -229,7 +229,7 @@ def test_nnunets_own_command_runs_the_same_training(toy, monkeypatch):
     """nnUNetv2_train with nnUNet_extTrainer, from the same seed, ends in the same tensors as nnssl_pretrain."""
     from nnunetv2.run.run_training import run_training
 
-    monkeypatch.setattr(pretrain_trainer, "default_workers", lambda device: 0)
+    monkeypatch.setattr(patches, "default_workers", lambda device: 0)
     run(toy)
     expected = tensors_of(folder_of(toy, "Contrastive") / "checkpoint_final.pth")
     line = next(line for line in _ext_trainer_lines() if line.startswith("export nnUNet_extTrainer="))
