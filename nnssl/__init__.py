@@ -15,6 +15,8 @@ The commands are functions with short names, here and in notebooks::
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from nnssl.version import __version__
+
 if TYPE_CHECKING:
     from nnssl.errors import UserError as UserError
     from nnssl.evaluation.evaluate import evaluate as evaluate
@@ -36,8 +38,6 @@ if TYPE_CHECKING:
     from trainers.finetuning.settings import FinetuneSettings as FinetuneSettings
     from trainers.pretraining.pretrain import pretrain as pretrain
     from trainers.pretraining.settings import PretrainSettings as PretrainSettings
-
-__version__ = "0.1.0"
 
 _MODULES = {
     "ExportSettings": "nnssl.weights.export_settings",

@@ -25,7 +25,6 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 
-import nnssl
 from nnssl.data.dicom_series import stock_reader
 from nnssl.data.raw import RawDataset
 from nnssl.environment import variables
@@ -34,6 +33,7 @@ from nnssl.files import read_json, write_json
 from nnssl.log import logger
 from nnssl.paths import Folders
 from nnssl.plan import PLANS_NAME, SCHEMA_VERSION, Plan, Pretext, plan_path, write_plan
+from nnssl.version import __version__
 from planners.dense_rules import widen_last_stage
 from planners.fingerprint import Fingerprint, check_set_aside, nnunet_fingerprint
 from planners.presets import Preset, find_preset
@@ -130,7 +130,7 @@ def plan_pretraining(
     rules.decide()
     pretext = Pretext(
         schema_version=SCHEMA_VERSION,
-        nnssl_version=nnssl.__version__,
+        nnssl_version=__version__,
         preset=preset_name,
         memory_target_gb=preset.memory_gb,
         like=None if like is None else f"{like.parent.name}/{like.name}",

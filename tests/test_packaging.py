@@ -62,7 +62,7 @@ def test_source_distribution_holds_tests_and_documentation():
 def test_version_is_written_once():
     assert "version" not in PYPROJECT["project"]
     assert PYPROJECT["project"]["dynamic"] == ["version"]
-    assert SETUPTOOLS["dynamic"]["version"] == {"attr": "nnssl.__version__"}
+    assert SETUPTOOLS["dynamic"]["version"] == {"attr": "nnssl.version.__version__"}
 
 
 def test_changelog_begins_with_the_version_of_the_code():

@@ -62,9 +62,9 @@ def explain_installation() -> list[str]:
     import os
     from importlib.metadata import PackageNotFoundError, version
 
-    from nnssl import __version__
     from nnssl.methods import METHODS
     from nnssl.paths import VARIABLES
+    from nnssl.version import __version__
 
     lines = [f"nnssl {__version__}, Python {sys.version.split()[0]}"]
     for package in ("torch", "nnunetv2", "dynamic-network-architectures", "blosc2", "SimpleITK"):

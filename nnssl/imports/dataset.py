@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-import nnssl
 from nnssl.data.case_error import CaseError
 from nnssl.data.dataset_json import NO_LABELS
 from nnssl.data.dicom_series import SERIES_ENDING, measure_series
@@ -26,6 +25,7 @@ from nnssl.imports.sources import KINDS, Candidate, Choices, Found, check_choice
 from nnssl.log import logger
 from nnssl.paths import Folders, make_writable
 from nnssl.schema import read, write
+from nnssl.version import __version__
 
 VOLUME_READER = "SimpleITKIO"
 """Reads all endings that are imported, also when a data set mixes them."""
@@ -88,7 +88,7 @@ def import_dataset(
         raise UserError(_nothing_left(source, kind, found))
     record = ImportRecord(
         schema_version=SCHEMA_VERSION,
-        nnssl_version=nnssl.__version__,
+        nnssl_version=__version__,
         dataset_name=dataset_name,
         source=str(source),
         kind=kind,

@@ -3,8 +3,8 @@
 import json
 from typing import Any
 
-import nnssl
 from nnssl.methods import METHODS
+from nnssl.version import __version__
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from nnssl.weights.target import TargetNetwork
 
@@ -18,7 +18,7 @@ def describe(source: OpenedCheckpoint, target: TargetNetwork, licence: str) -> d
     """Return what somebody who loads the weights has to know, as JSON takes it."""
     made = source.provenance
     return {
-        "library": f"nnssl {nnssl.__version__}",
+        "library": f"nnssl {__version__}",
         "method": made.method if made else ELSEWHERE,
         "stage": made.stage if made else ELSEWHERE,
         "steps": made.step if made and made.method != ELSEWHERE else None,

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import nnssl
 from nnssl.checkpoint import Provenance, load_tensors, to_plain, write_checkpoint
 from nnssl.errors import UserError
 from nnssl.files import whole_folder, write_atomically, write_json
+from nnssl.version import __version__
 from nnssl.weights.adaptation_plan import KEY, write_adaptation_plan
 from nnssl.weights.description import ELSEWHERE, citations, describe
 from nnssl.weights.fit_report import ENCODER_PARTS, FitReport
@@ -264,7 +264,7 @@ def _provenance(source: OpenedCheckpoint, target: TargetNetwork, report: FitRepo
             origin=source.pretraining,
         )
     return Provenance(
-        nnssl_version=nnssl.__version__,
+        nnssl_version=__version__,
         method=ELSEWHERE,
         stage=ELSEWHERE,
         dataset_name=ELSEWHERE,

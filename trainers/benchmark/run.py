@@ -13,7 +13,6 @@ from typing import Any, TextIO
 
 from filelock import FileLock
 
-import nnssl
 from nnssl.errors import UserError
 from nnssl.evaluation.labels import ignore_label
 from nnssl.evaluation.metrics import evaluate_folders, write_metrics_csv
@@ -23,6 +22,7 @@ from nnssl.paths import make_writable
 from nnssl.study.table import SCRATCH, StudyTable
 from nnssl.study.words import count
 from nnssl.tables import align, number
+from nnssl.version import __version__
 from planners.finetune_planner import adopt_plan
 from trainers.benchmark.arms import make_weights
 from trainers.benchmark.cells import StudyCells
@@ -199,7 +199,7 @@ def describe_study(study: Study, command: str) -> dict[str, Any]:
     """Return what ``study.json`` holds: everything that decides the study."""
     settings = {key: value for key, value in asdict(study.settings).items() if value is not None}
     return {
-        "nnssl_version": nnssl.__version__,
+        "nnssl_version": __version__,
         "command": command,
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()},
         "dataset_name": study.dataset.name,

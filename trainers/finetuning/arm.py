@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
-import nnssl
 from nnssl import schema
 from nnssl.checkpoint import FINAL, LATEST
 from nnssl.files import content_digest
 from nnssl.log import logger, printed_output_to
 from nnssl.paths import Folders
 from nnssl.study.table import SCRATCH
+from nnssl.version import __version__
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from planners.finetune_planner import AdoptedPlan
 from trainers.finetuning.finetune_trainer import ArmSettings, FinetuneTrainer, make_trainer
@@ -146,7 +146,7 @@ def _result(task: Task, weights: OpenedCheckpoint | None, folder: Path, num_para
     device = "" if task.device.type == "cuda" else f" -device {task.device.type}"
     return ArmResult(
         schema_version=SCHEMA_VERSION,
-        nnssl_version=nnssl.__version__,
+        nnssl_version=__version__,
         mode=task.mode,
         arm=_arm_name(weights, task.mode),
         dataset_name=task.dataset_name,

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
-import nnssl
 from nnssl.checkpoint import Provenance, to_plain
 from nnssl.distributed import world_size
 from nnssl.files import write_json
 from nnssl.methods import find_stage
 from nnssl.methods.settings import describe_settings
+from nnssl.version import __version__
 from trainers.precision import Precision
 from trainers.pretraining.stage_run import StageRun, plain_settings
 
@@ -44,7 +44,7 @@ def describe_run(run: StageRun, init: str | None, device: torch.device, precisio
     """
     return to_plain(
         {
-            "nnssl_version": nnssl.__version__,
+            "nnssl_version": __version__,
             "stage": run.stage.name,
             "dataset": run.plan.dataset_name,
             "plan": run.plan.name,
@@ -104,7 +104,7 @@ def provenance_of(
     """
     total = run.settings.training.total_steps
     return Provenance(
-        nnssl_version=nnssl.__version__,
+        nnssl_version=__version__,
         method=find_stage(run.stage.name)[0].name,
         stage=run.stage.name,
         dataset_name=run.plan.dataset_name,
