@@ -182,11 +182,11 @@ def test_pretraining_refuses(planned, capsys):
     def refuses(*argv: str) -> str:
         return fails(capsys, pretrain, "--device", "cpu", *argv)
 
-    assert f"there is no method 'nosuch'; nnssl has {', '.join(sorted(METHODS))}" in refuses("-m", "nosuch")
+    assert f"Unknown method 'nosuch'. Available methods: {', '.join(sorted(METHODS))}" in refuses("-m", "nosuch")
     line = refuses("-m", "reprec", "--set", "temprature=1")
-    assert "no setting 'temprature'" in line
+    assert "Unknown setting 'temprature'" in line
     assert "temperature" in line
-    assert "--set epochs=many" in refuses("-m", "reprec", "--set", "epochs=many")
+    assert "epochs must be of type int, got many" in refuses("-m", "reprec", "--set", "epochs=many")
     assert "2 stages; give one number, or one for each" in refuses("-m", "reprec", "--epochs", "1", "2", "3")
     assert "needs a convolutional U-Net with a transformer" in refuses("-m", "reprec", "-c", "3d_fullres")
     assert "no configuration 'nope'" in refuses("-m", "reprec", "-c", "nope")

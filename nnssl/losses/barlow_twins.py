@@ -1,4 +1,4 @@
-"""Barlow Twins over embeddings of points: the redundancy reduction of Pix2Rep v2.
+"""Barlow Twins over embeddings of points, the loss of Pix2Rep v2.
 
 Source: Zbontar et al., Barlow Twins, ICML 2021, equations 1 and 2; Seince et al., Pix2Rep, MIDL 2024.
 """
@@ -13,7 +13,7 @@ from nnssl.distributed import gather_with_gradient, standardise_over_ranks
 def barlow_twins(
     first: Float[Tensor, "pairs d"], second: Float[Tensor, "pairs d"], off_diagonal_weight: float
 ) -> Float[Tensor, ""]:
-    """Return ``sum_i (1 - C_ii)^2 + w sum_{i != j} C_ij^2``, C the correlation of the two sides' dimensions.
+    """Return ``sum_i (1 - C_ii)^2 + w sum_{i != j} C_ij^2`` for the correlation ``C`` of the two sides' dimensions.
 
     Dimensions are standardised over the pairs of all processes. Constant embeddings cost ``d``.
 
@@ -21,12 +21,12 @@ def barlow_twins(
     Deviations: none.
 
     Args:
-        first: one side of the pairs.
-        second: the other side; as many on every process.
-        off_diagonal_weight: w, at least 0.
+        first: Embeddings of one side of the pairs.
+        second: Embeddings of the other side; every process must have the same number of pairs.
+        off_diagonal_weight: Weight ``w`` of the redundancy, at least 0.
 
     Returns:
-        The loss of all pairs in float32, the same on every process, also under mixed precision.
+        Loss of all pairs in float32, also under mixed precision; the same on every process.
     """
     with torch.autocast(first.device.type, enabled=False):
         own = standardise_over_ranks(first.float()).T @ standardise_over_ranks(second.float()) / len(first)

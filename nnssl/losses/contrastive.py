@@ -1,12 +1,12 @@
-"""InfoNCE over embeddings of whole patches: against a queue of earlier keys, or against the batch.
+"""InfoNCE with negatives from a queue of earlier keys, from the batch, or of each query's own.
 
 Source: He et al., Momentum Contrast (MoCo), CVPR 2020, equation 1; Yan et al., RepRec, WACV 2023, section 4.1.
 
 Deviations:
-    * RepRec prints ``-log exp(q.p / t) / sum_{i=1..B} exp(q.i / t)``, whose sum runs over the batch with the query
-      itself in it and without the positive. Both functions here have the positive in the denominator, as in MoCo's
-      equation 1, and no self-similarity. Equal embeddings cost ``log(1 + K)`` with K keys, ``log B`` in a batch of B.
-    * RepRec's text follows MoCo's queue while its formula has negatives from the batch; both forms exist here.
+    * RepRec prints ``-log exp(q.p / t) / sum_{i=1..B} exp(q.i / t)``, whose sum over the batch includes the query itself but
+      not the positive. Here the denominator includes the positive, as in MoCo's equation 1, and no self-similarity. Equal
+      embeddings cost ``log(1 + K)`` with a queue of K keys, ``log B`` in a batch of B.
+    * RepRec's text follows MoCo's queue, while its formula takes negatives from the batch. Both forms exist here.
 """
 
 from typing import Literal
@@ -19,7 +19,7 @@ from torch import Tensor
 from nnssl.distributed import rank
 
 Negatives = Literal["batch", "queue", "both"]
-"""Whose keys: the other ones of the batch, the queue's earlier ones, or both."""
+"""Source of the negatives: the other keys of the batch, the earlier keys of the queue, or both."""
 
 
 def momentum_contrast(
@@ -30,18 +30,18 @@ def momentum_contrast(
     negatives: Negatives,
     temperature: float,
 ) -> Float[Tensor, ""]:
-    """Return InfoNCE of queries against their keys and the negatives that are asked for.
+    """Return InfoNCE of queries against their keys, with negatives from the chosen source.
 
     Args:
-        queries: embeddings of unit norm.
-        keys: the positive of each query, of unit norm.
-        all_keys: those of all processes, in the order of ranks.
-        queue: earlier keys; of no use to ``batch``.
-        negatives: ``batch``: the other keys of the batch; ``queue``: earlier ones; ``both``.
-        temperature: above 0.
+        queries: Embeddings of unit norm.
+        keys: Positive of each query, of unit norm.
+        all_keys: Keys of all processes, in the order of ranks.
+        queue: Earlier keys; not used with ``batch``, where it may be None.
+        negatives: Source of the negatives: the other keys of the batch (``batch``), earlier keys (``queue``), or ``both``.
+        temperature: Temperature, above 0.
 
     Returns:
-        The mean over the queries in float32, also under mixed precision.
+        Mean over the queries in float32, also under mixed precision.
     """
     if negatives == "batch":
         return info_nce_in_batch(queries, all_keys, temperature, first_row=rank() * len(queries))
@@ -63,13 +63,13 @@ def info_nce_with_queue(
     Deviations: none.
 
     Args:
-        queries: embeddings of unit norm; the gradient flows into these only.
-        keys: the positive of each query, of unit norm.
-        queue: negatives n_j, of unit norm.
-        temperature: t, above 0.
+        queries: Embeddings of unit norm; only these receive a gradient.
+        keys: Positive of each query, of unit norm.
+        queue: Negatives ``n_j``, of unit norm.
+        temperature: Temperature ``t``, above 0.
 
     Returns:
-        The loss in float32, also under mixed precision.
+        Loss in float32, also under mixed precision.
     """
     with torch.autocast(queries.device.type, enabled=False):
         queries = queries.float()
@@ -85,25 +85,26 @@ def info_nce_in_batch(
     temperature: float,
     first_row: int = 0,
 ) -> Float[Tensor, ""]:
-    """Return InfoNCE where the negatives of a query are the other keys of the batch.
+    """Return InfoNCE with the other keys of the batch as negatives of each query.
 
     Source: RepRec, WACV 2023, section 4.1.
-    Deviations: the printed sum holds the query itself; here it holds the positive key instead.
+    Deviations: the printed sum includes the query itself; here it includes the positive key instead.
 
     Args:
-        queries: embeddings of unit norm.
-        keys: embeddings of unit norm; may be those of all processes. The gradient flows into keys that carry one.
-        temperature: above 0.
-        first_row: row of ``keys`` that is the positive of the first query; the others follow in order.
+        queries: Embeddings of unit norm.
+        keys: Embeddings of unit norm, possibly those of all processes. Keys that require a gradient receive one.
+        temperature: Temperature, above 0.
+        first_row: Row of ``keys`` with the positive of the first query; those of the other queries follow in order.
 
     Returns:
-        The mean over the queries in float32, also under mixed precision.
+        Mean over the queries in float32, also under mixed precision.
 
     Raises:
-        ValueError: there is no key for some query.
+        ValueError: If a query has no key.
     """
     if first_row < 0 or first_row + len(queries) > len(keys):
-        raise ValueError(f"rows {first_row} to {first_row + len(queries) - 1} are not all among the {len(keys)} keys")
+        last_row = first_row + len(queries) - 1
+        raise ValueError(f"keys must contain rows {first_row} to {last_row} as positives, got {len(keys)} keys")
     with torch.autocast(queries.device.type, enabled=False):
         logits = queries.float() @ keys.float().T / temperature  # (batch, keys)
         return F.cross_entropy(logits, first_row + torch.arange(len(queries), device=logits.device))
@@ -116,20 +117,20 @@ def info_nce_with_negatives(
     present: Bool[Tensor, "query negative"],
     temperature: float,
 ) -> Float[Tensor, " query"]:
-    """Return InfoNCE of every query against negatives of its own.
+    """Return InfoNCE of every query against its own negatives.
 
     Source: Yan et al., SAM: Self-supervised Learning of Pixel-wise Anatomical Embeddings, TMI 2022, equation 2.
     Deviations: none.
 
     Args:
-        queries: embeddings of unit norm.
-        positives: one for each query, of unit norm.
-        negatives: of unit norm. The gradient flows into all three.
-        present: negatives that count.
-        temperature: above 0.
+        queries: Embeddings of unit norm.
+        positives: Positive of each query, of unit norm.
+        negatives: Negatives of each query, of unit norm. Queries, positives and negatives all receive a gradient.
+        present: Whether each negative is included.
+        temperature: Temperature, above 0.
 
     Returns:
-        The loss of each query in float32, also under mixed precision; 0 for one without negatives.
+        Loss of each query in float32, also under mixed precision; 0 for a query without negatives.
     """
     with torch.autocast(queries.device.type, enabled=False):
         queries = queries.float()

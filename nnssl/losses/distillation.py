@@ -1,4 +1,4 @@
-"""Cross-entropy between what a teacher and a student say of the same thing, and what is done to it voxel by voxel.
+"""Cross-entropy between the predictions of a teacher and a student, and its stabilisation and weighting at voxels.
 
 Source: "Pixel-global self-supervised learning with uncertainty-aware context stabilizer" (2022), equations 4 to 6; the
 cross-entropy between softmaxes of different temperature is DINO's (Caron et al., ICCV 2021).
@@ -14,6 +14,7 @@ from torch import Tensor
 from nnssl.distributed import mean_over_ranks
 
 Stabilizer = Literal["none", "literal", "signed_detached", "added"]
+"""Kind of context stabilizer; see ``stabilise``."""
 
 
 def distillation_cross_entropy(
@@ -21,19 +22,19 @@ def distillation_cross_entropy(
 ) -> Float[Tensor, " *rows"]:
     """Return ``-sum_d target_d log softmax(logits)_d`` for every row, in float32.
 
-    Source: equation 4 without its sum.
+    Source: equation 4 without its sum over voxels.
 
     Args:
-        target: probabilities of the teacher; no gradient goes there.
-        logits: of the student, divided by its temperature.
+        target: Probabilities of the teacher, which receive no gradient.
+        logits: Logits of the student, divided by its temperature.
     """
     return -(target.detach().float() * logits.float().log_softmax(dim=-1)).sum(dim=-1)
 
 
 def normalised_entropy(probabilities: Float[Tensor, "*rows d"]) -> Float[Tensor, " *rows"]:
-    """Return the entropy of every row divided by its largest value ``log d``: 0 for one certain class, 1 for no idea.
+    """Return the entropy of every row divided by the largest possible value ``log d``: 0 for one-hot, 1 for uniform.
 
-    Source: section on uncertainty; the division brings it into [0, 1], which the weight ``1 - U`` needs.
+    Source: section on uncertainty. The division limits it to [0, 1], as the weight ``1 - U`` requires.
     """
     values = probabilities.float()
     return -torch.special.xlogy(values, values).sum(dim=-1) / math.log(probabilities.shape[-1])
@@ -42,17 +43,17 @@ def normalised_entropy(probabilities: Float[Tensor, "*rows d"]) -> Float[Tensor,
 def stabilise(
     cross_entropy: Float[Tensor, "batch points"], partner: Int[Tensor, " batch"], kind: Stabilizer, share: float
 ) -> Float[Tensor, "batch points"]:
-    """Return what each point costs once the same point of another image is compared with it.
+    """Return the loss of each point after comparison with the same point of another image.
 
-    Source: equation 6, ``|CE_i - CE_i^delta|``, where ``CE^delta`` is that of another image under the same changes.
+    Source: equation 6, ``|CE_i - CE_i^delta|``, where ``CE^delta`` is the cross-entropy of another image under the same changes.
 
     Args:
-        cross_entropy: of all images, at points that are the same for an image and its partner.
-        partner: of each image the other one.
-        kind: ``none``: equation 4, the cross-entropy itself; ``literal``: equation 6; ``signed_detached``:
-            ``CE - CE^delta`` without a gradient through the second, whose gradient is that of ``none``; ``added``:
-            ``CE + share |CE - CE^delta|``, which keeps the reason to agree.
-        share: weight of the difference in ``added``.
+        cross_entropy: Cross-entropy of all images, at the same points for an image and its partner.
+        partner: Index of the other image of each image.
+        kind: ``none``: equation 4, the cross-entropy itself; ``literal``: equation 6; ``signed_detached``: ``CE - CE^delta``
+            without a gradient through the second term, which has the gradient of ``none``; ``added``:
+            ``CE + share |CE - CE^delta|``, which keeps the incentive to agree.
+        share: Weight of the difference in ``added``.
     """
     if kind == "none":
         return cross_entropy
@@ -64,12 +65,12 @@ def stabilise(
 
 
 def weighted_mean(values: Float[Tensor, "batch points"], weights: Float[Tensor, "batch points"]) -> Float[Tensor, ""]:
-    """Return the mean of the values with weights; 0 where all weights are 0.
+    """Return the weighted mean of the values; 0 if all weights are 0.
 
-    On several processes the weights of all of them count, so that the mean of the results over the processes is the weighted
-    mean over all points.
+    On several processes, the weights are summed over all of them, so that the mean of the results over the processes is the
+    weighted mean over all points.
 
-    Deviations: the paper sums over points, which would make the balance with the global loss a matter of patch size.
+    Deviations: the paper sums over points. The balance with the global loss would then depend on the patch size.
     """
     total = mean_over_ranks(weights.detach().sum())
     return (values * weights).sum() / total.clamp_min(torch.finfo(weights.dtype).tiny)

@@ -1,4 +1,4 @@
-"""Which of many candidates a contrastive loss compares a query with: hard ones, and different ones in every step."""
+"""Choice of the negatives of a contrastive loss: hard ones, and different ones in every step."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,26 +13,26 @@ def draw_hard_negatives(
     count: int,
     generator: torch.Generator,
 ) -> tuple[Int[Tensor, "query negative"], Bool[Tensor, "query negative"]]:
-    """Draw negatives of each query among those candidates that are most like it.
+    """Draw the negatives of each query among the candidates that are most similar to it.
 
     Source: Yan et al., SAM, TMI 2022, section III-B (hard and diverse negatives).
-    Deviations: what is not allowed ranks below everything, where the authors' code gives it a similarity of 0, so that it may
-    outrank true negatives.
+    Deviations: candidates that are not allowed rank below all others. The authors' code gives them a similarity of 0, so that
+    they may outrank true negatives.
 
     Args:
-        ranking: how much each candidate is like the query.
-        allowed: candidates that may be negatives of it.
-        pool: hardest candidates that are drawn from.
-        count: negatives of a query.
-        generator: on the device of the ranking.
+        ranking: Similarity of each candidate to the query.
+        allowed: Whether the candidate may be a negative of the query.
+        pool: Number of hardest candidates from which negatives are drawn.
+        count: Number of negatives per query.
+        generator: Generator on the device of the ranking.
 
     Returns:
-        Indices of candidates, without repetition, and which of them are allowed: all, unless a query has fewer than ``count``.
-        There are no more columns than candidates.
+        Indices of candidates, without repetition, and whether they are allowed: all are, unless a query has fewer than
+        ``count``. There are no more columns than candidates.
     """
     pool = min(pool, ranking.shape[1])
     values, hardest = ranking.float().masked_fill(~allowed, -torch.inf).topk(pool, dim=1)
     drawn = torch.rand(values.shape, generator=generator, device=values.device)
-    # random numbers lie below 1, so what is not allowed comes last
+    # Random numbers lie below 1, so candidates that are not allowed come last.
     chosen = drawn.masked_fill(values == -torch.inf, 2.0).argsort(dim=1)[:, : min(count, pool)]
     return hardest.gather(1, chosen), values.gather(1, chosen) > -torch.inf

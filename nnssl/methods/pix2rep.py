@@ -7,29 +7,29 @@ A patch ``x`` gets two draws of intensity changes, ``t`` and ``t'``, and one dra
 after the network, ``z_a = g(phi . f(t(x)))``, the other before it, ``z_b = g(f(phi . t'(x)))``. At the same point of the
 view both describe the same tissue. v1 contrasts pairs of points (NT-Xent), v2 decorrelates dimensions (Barlow Twins). There
 is no teacher and no stopped gradient: both branches train ``f``, the whole U-Net up to its segmentation layers, and ``g``.
-``f`` leaves, ``g`` does not.
+``f`` is exported, ``g`` is discarded.
 
 Deviations:
     * Order of warp and ``g``: the paper warps the projected map, ``phi . g(f(t(x)))``. Here ``f`` is interpolated at the
-      sampled points and ``g`` works on points: the projected map of full resolution is never made, and memory grows with
-      points. Where ``phi`` hits voxel centres the two are the same.
-    * Valid points: in the authors' code a point whose source lies outside of the patch is a zero vector that takes part in
-      the loss. Here only points whose source lies inside the patch are drawn.
+      sampled points and then projected by ``g``. The full-resolution projected map is never computed, and memory grows with
+      the number of points. Where ``phi`` hits voxel centres, both are the same.
+    * Valid points: in the authors' code, a point whose source lies outside the patch enters the loss as a zero vector. Here
+      such points are never drawn.
     * Where points are drawn: the code draws them from all voxels of slices that were cropped around the reference
-      segmentation. Here nothing is cropped, and half of the points are drawn from voxels brighter than their patch's mean.
-    * Number of points: "1,000" is per image in the text and per batch in the code. ``points`` is the number in a step,
+      segmentation. Here patches are whole, and half of the points are drawn from voxels brighter than the mean of their patch.
+    * Number of points: "1,000" is per image in the text and per batch in the code. ``points`` is the number per step,
       ``points_per_image`` overrides it. v2 correlates all pixels in the paper, here the drawn points.
-    * ``phi``: built in millimetres (``views.spatial``), about the axis of thick slices only; flips are drawn axis by axis.
-      The code turns by at most 90 degrees and never flips two axes.
-    * Crop and flips are the plan's, not the code's (0.11 to 0.9 of the patch, flips of any axis): the ranges that all methods
-      of a data set share. A turned crop need not fit into the patch; what lies outside is 0 there, the mean after z-scoring,
-      and takes part in no loss. In a patch of 320 x 128 turned by any angle 72 % of the view lie inside on average.
-    * Blur: in the code in voxels along all axes; here as wide in mm along thick slices as along the others.
-    * Inversion: the code has ``1 - x`` on values that were clipped and not scaled; here ``p1 + p99 - x``. CT is not inverted.
-    * Features: the paper widens the last decoder stage to 1,024 maps, which costs 8.6 GB for one patch of 128^3. ``single``
-      reads the plan's last stage, ``pyramid`` all decoder stages side by side (Goncharov et al., vox2vec, MICCAI 2023).
-    * v2's weight and dimensions are not stated: those of Barlow Twins (0.0051) and of v1's head (256).
-    * The code keeps the checkpoint of the best validation loss; here the last one leaves.
+    * ``phi`` is built in millimetres (``views.spatial``) and rotates thick slices only about their own axis; flips are drawn
+      for each axis separately. The code rotates by at most 90 degrees and never flips two axes.
+    * Crop and flips are those of the plan, which all methods of a data set share, not the code's (0.11 to 0.9 of the patch,
+      flips of any axis). After a rotation, voxels outside the patch are 0, the mean after z-scoring, and take part in no loss.
+      On average, 72 % of a view of 320 x 128 rotated by any angle lies inside.
+    * Blur: in voxels along all axes in the code; here of the same width in mm along thick slices as along the other axes.
+    * Inversion: the code has ``1 - x`` on values that are clipped but not scaled; here ``p1 + p99 - x``. CT is not inverted.
+    * Features: the paper widens the last decoder stage to 1,024 maps, which cost 8.6 GB for one patch of 128^3. ``single``
+      reads the plan's last stage, ``pyramid`` concatenates all decoder stages (Goncharov et al., vox2vec, MICCAI 2023).
+    * v2's weight and dimensions are not stated. Here they are those of Barlow Twins (0.0051) and of v1's head (256).
+    * The code keeps the checkpoint with the best validation loss; here the last one is exported.
 """
 
 import math
@@ -73,7 +73,7 @@ from nnssl.views.points import brighter_part, draw_points, interpolate_at
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine, map_points, valid_mask
 
 MONITORED_POINTS = 256
-"""Points of a step that retrieval is measured on, at even places."""
+"""Number of evenly spaced points of a step on which retrieval is measured."""
 
 TRAINING = TrainingSettings(
     epochs=200,  # [P]
@@ -91,22 +91,22 @@ TRAINING = TrainingSettings(
 
 @dataclass(frozen=True)
 class DenseSettings:
-    """What both versions share: the paper's numbers [P], those of the authors' code [C], or recommended ones [R]."""
+    """Settings of both versions. Sources of the defaults: the paper [P], the authors' code [C], recommended here [R]."""
 
     __pydantic_config__: ClassVar = STRICT
 
     training: TrainingSettings
     points: TwoOrMore = 1000  # [C]
-    """Pairs of points in a step, over all processes; the same number of each image."""
-    points_per_image: WholeNumber = 0  # [P] 1,000, read as the text has it
-    """Pairs of points of each image; 0 to share out ``points``."""
+    """Number of pairs of points per step, over all processes; every image gets the same number."""
+    points_per_image: WholeNumber = 0  # [P] 1,000, as the text can be read
+    """Number of pairs of points per image; 0 divides ``points`` among the images."""
     foreground_share: Share = 0.5  # [R]
-    """Of the points, drawn from the brighter voxels; the others from all."""
+    """Share of the points drawn from the voxels brighter than the mean of their patch; the others come from all voxels."""
     features: DenseKind = "single"  # [P]
     hidden_dimensions: Count = 256  # [C]
     embedding_dimensions: TwoOrMore = 256  # [C]
     crop_fraction: CropFraction = (0.11, 0.9)  # [C]
-    """Share of the patch's area or volume that the second view shows; in the code 0.33 to 0.95 of each side."""
+    """Smallest and largest share of the patch's area or volume in the second view; 0.33 to 0.95 of each side in the code."""
     rotation_deg: RotationDeg = (90.0,)  # [C]
     flip_axes: tuple[int, ...] = (0, 1)  # [P]
     flip_probability: Share = 0.5
@@ -119,7 +119,7 @@ class DenseSettings:
     noise: NotNegative = 0.5  # [C] in standard deviations of the patch
     noise_probability: Share = 0.3  # [C]
     blur_vox: NotNegative = 1.3  # [C]
-    """Largest sigma along the finest axis, and as many mm along the others."""
+    """Largest sigma of the blur along the finest axis; the same width in mm along the others."""
     blur_probability: Share = 0.5  # [C]
     gamma: tuple[Positive, Positive] = (0.95, 1.05)  # [C]
     gamma_probability: Share = 0.9  # [C]
@@ -147,10 +147,10 @@ class EquivariantViews:
     """Both views of a batch, and the points at which they are compared.
 
     Attributes:
-        before: (batch, channel, *shape), ``t(x)``, which is warped after the network.
-        warped: ``phi . t'(x)``.
-        points_before: (batch, points, d), where the points lie in ``before``, zyx in voxels.
-        points_warped: the same points in ``warped``: centres of voxels.
+        before: View ``t(x)`` (batch, channel, *shape), which is warped after the network.
+        warped: View ``phi . t'(x)``, of the same shape.
+        points_before: Positions of the points in ``before`` (batch, points, d), zyx in voxels.
+        points_warped: Positions of the same points in ``warped``, which are centres of voxels.
     """
 
     before: Float[Tensor, "batch channel *shape"]
@@ -160,15 +160,15 @@ class EquivariantViews:
 
 
 class DensePoints(PretextMethod):
-    """What both versions share: views, network, head and what leaves; a version says what pairs of points cost.
+    """Base class of both versions: views, network, head and exported weights; a version adds the loss of pairs of points.
 
     Args:
-        network: the plan's U-Net.
-        settings: resolved.
-        configuration: the plan's pretext configuration.
+        network: U-Net of the plan.
+        settings: Resolved settings of the stage.
+        configuration: The plan's pretext configuration.
 
     Raises:
-        UserError: the crop, the rotation, the flips or the intensity changes cannot be drawn.
+        UserError: If the crop, the rotation, the flips or the intensity changes cannot be drawn.
     """
 
     def __init__(self, network: Any, settings: Any, configuration: PretextConfiguration) -> None:
@@ -183,7 +183,7 @@ class DensePoints(PretextMethod):
 
     @classmethod
     def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
-        """Return views and features as the plan has them."""
+        """Return the plan's features and ranges of the views."""
         return {
             "features": configuration.dense.features,
             "crop_fraction": configuration.crop_fraction,
@@ -207,7 +207,7 @@ class DensePoints(PretextMethod):
         return EquivariantViews(before, warped, map_points(points, phi, "to_input"), points)
 
     def losses(self, views: EquivariantViews, progress: float) -> StepOutput:
-        """Return the loss of the pairs, the embeddings for the collapse monitors, and how well partners are found."""
+        """Return the loss of the pairs, embeddings for the collapse monitors, and similarity and retrieval of partners."""
         before, warped = embed_points(self.network, self.head, views, self.settings.features)
         chosen = torch.linspace(0, len(before) - 1, min(MONITORED_POINTS, len(before)), device=before.device).long()
         first, second = before.detach()[chosen].float(), warped.detach()[chosen].float()
@@ -218,7 +218,7 @@ class DensePoints(PretextMethod):
         return StepOutput(self.pair_losses(before, warped), first, monitors)
 
     def pair_losses(self, before: Float[Tensor, "pairs d"], warped: Float[Tensor, "pairs d"]) -> dict[str, Tensor]:
-        """Return the parts of the loss of pairs of embedded points."""
+        """Return the parts of the loss for pairs of embedded points."""
         raise NotImplementedError
 
     def parameter_groups(self) -> list[ParameterGroup]:
@@ -231,46 +231,46 @@ class DensePoints(PretextMethod):
 
 
 class Pix2Rep(DensePoints):
-    """v1: NT-Xent over sampled points of the whole batch."""
+    """Version 1: NT-Xent over sampled points of the whole batch."""
 
     defaults: ClassVar[Pix2RepSettings] = Pix2RepSettings(training=TRAINING)
 
     @classmethod
     def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
-        """Return views and features as the plan has them, and the points that can be compared with one another."""
+        """Return the plan's features, ranges of the views, and number of points for a contrast."""
         return {**super().from_plan(configuration), "points": configuration.dense.contrast_points}
 
     def pair_losses(self, before: Float[Tensor, "pairs d"], warped: Float[Tensor, "pairs d"]) -> dict[str, Tensor]:
-        """Return the paper's loss of v1."""
+        """Return NT-Xent, the paper's loss of version 1."""
         return {"contrast": nt_xent(before, warped, self.settings.temperature)}
 
 
 class Pix2RepV2(DensePoints):
-    """v2: Barlow Twins over sampled points of the whole batch."""
+    """Version 2: Barlow Twins over sampled points of the whole batch."""
 
     defaults: ClassVar[Pix2RepV2Settings] = Pix2RepV2Settings(training=TRAINING)
 
     @classmethod
     def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
-        """Return views and features as the plan has them, and the points whose dimensions can be correlated."""
+        """Return the plan's features, ranges of the views, and number of points for a correlation matrix."""
         return {**super().from_plan(configuration), "points": configuration.dense.correlation_points}
 
     def pair_losses(self, before: Float[Tensor, "pairs d"], warped: Float[Tensor, "pairs d"]) -> dict[str, Tensor]:
-        """Return the paper's loss of v2."""
+        """Return the loss of Barlow Twins, the paper's loss of version 2."""
         return {"redundancy": barlow_twins(before, warped, self.settings.off_diagonal_weight)}
 
 
 def affine_range(settings: DenseSettings) -> AffineRange:
-    """Return what ``phi`` is drawn from."""
+    """Return the range from which ``phi`` is drawn."""
     return AffineRange(settings.crop_fraction, settings.rotation_deg, settings.flip_axes, settings.flip_probability)
 
 
 def intensity_range(settings: DenseSettings, spacing_mm: Sequence[float]) -> IntensityRange:
-    """Return the intensity changes ``t`` of the settings.
+    """Return the range from which the intensity changes ``t`` and ``t'`` are drawn.
 
     Args:
-        settings: of the method.
-        spacing_mm: of the patches' voxels.
+        settings: Settings of the stage.
+        spacing_mm: Spacing of the patches along each axis.
     """
     ranges = IntensityRange(
         brightness_std=settings.brightness,
@@ -293,7 +293,7 @@ def intensity_range(settings: DenseSettings, spacing_mm: Sequence[float]) -> Int
 
 
 def points_of_image(settings: DenseSettings, shape: Sequence[int]) -> int:
-    """Return how many points are drawn from each image: what the settings say, but at most a quarter of its voxels."""
+    """Return the number of points to draw from each image: as the settings say, but at most a quarter of its voxels."""
     wanted = settings.points_per_image or settings.points // settings.training.batch_size
     return max(1, min(wanted, math.prod(shape) // 4))
 
@@ -301,9 +301,9 @@ def points_of_image(settings: DenseSettings, shape: Sequence[int]) -> int:
 def embed_points(
     network: Any, head: nn.Module, views: EquivariantViews, kind: DenseKind
 ) -> tuple[Float[Tensor, "pairs d"], Float[Tensor, "pairs d"]]:
-    """Return ``z_a`` and ``z_b`` at the points of all images, image by image."""
+    """Return ``z_a`` and ``z_b`` at the points of all images, one image after the other."""
     shape = views.before.shape[2:]
-    # one pass for both branches: nnU-Net's networks normalise every sample by itself
+    # One pass for both branches gives the same result, because nnU-Net's networks normalise every sample separately.
     maps = dense_maps(network, torch.cat([views.before, views.warped]), kind)
     sides = []
     for half, points in enumerate((views.points_before, views.points_warped)):

@@ -3,31 +3,33 @@
 Source: "Pixel-global self-supervised learning with uncertainty-aware context stabilizer" (2022), equations 2 to 6. No code
 of the authors is public.
 
-Student and teacher (its moving average) see two crops of a patch. Global: encoder features pooled to one vector, teacher and
-student compared by the cross-entropy of their softmaxes. Local: the same at every voxel of the student's crop that the
-teacher's crop shows too, found from the drawn parameters. The context stabilizer subtracts the same discrepancy measured on
-another image under the same changes; points of which the teacher is not sure, by the entropy of passes with dropout, weigh
-less. Encoder and decoder of the student leave; heads and teacher do not.
+Student and teacher (its moving average) see two crops of a patch. The global loss compares their pooled encoder features by
+the cross-entropy of their softmaxes. The local loss does the same at every voxel of the student's crop that the teacher's crop
+shows too; correspondences follow from the drawn parameters. The context stabilizer subtracts the same discrepancy measured on
+another image under the same changes. Points where the teacher is uncertain, by the entropy of passes with dropout, get a
+smaller weight. Encoder and decoder of the student are exported; heads and teacher are discarded.
 
 Deviations:
-    * Equation 2 is reversed: as printed the teacher would be 99.6 % student after one step. Here the teacher is kept.
-    * The stabilizer as printed (equation 6) gives no reason to agree: both images are drawn alike, so the signed difference is
-      0 on average, and its absolute value is smallest when all images disagree alike. ``literal`` is equation 6, ``none``
-      equation 4, ``signed_detached`` has the gradient of ``none``, ``added`` is ``CE + beta |CE - CE_delta|``. The
-      cross-entropy itself is logged beside the loss. The default is equation 6: on real data
-      equation 4 aligned views best, and equation 6 gave the better segmentations.
-    * The two images are two of the batch that get the same draws: images are taken in pairs, which costs no further pass.
-    * Sums over voxels become means over drawn voxels; weights are ``1 - U``, at least ``least_weight``: a fresh teacher is sure
-      of nothing, and a few points would decide.
+    * Equation 2 is reversed: as printed, the teacher would be 99.6 % student after one step. Here the teacher is kept.
+    * The stabilizer as printed (equation 6) gives no incentive to agree: both images are drawn in the same way, so the signed
+      difference is 0 on average, and its absolute value is smallest when all images disagree equally. ``literal`` is equation
+      6, ``none`` equation 4, ``signed_detached`` has the gradient of ``none``, ``added`` is ``CE + beta |CE - CE_delta|``. The
+      cross-entropy itself is logged beside the loss. The default is equation 6: on real data, equation 4 aligned views best,
+      and equation 6 gave the better segmentations.
+    * The other image is another image of the batch with the same draws: images are taken in pairs, which costs no further
+      pass.
+    * Sums over voxels become means over drawn voxels. Weights are ``1 - U``, but at least ``least_weight``, because an untrained
+      teacher is uncertain everywhere, and a few points would decide.
     * The entropy is divided by the log of the number of dimensions, so that ``1 - U`` lies between 0 and 1.
     * Dropout is in the heads, so the teacher's network runs once and its head ``uncertainty_passes`` times. The target is
       a pass without dropout.
-    * Against collapse the paper has batch normalisation, which these networks do not have: here the last layer of both heads
+    * Against collapse the paper has batch normalisation, which these networks do not have. Here the last layer of both heads
       is standardised (``networks.heads.standardised_rows``), and the teacher's softmax is sharper than the student's (DINO).
-    * Student and teacher are not exchanged: each crop is seen by one of them. The student's head drops values too.
-    * LARS with a rate of 0.2 at batch 8 is out of its regime: here AdamW.
-    * Teacher probabilities are interpolated, not its features: each corner voxel is projected and normalised before.
-    * The paper samples nothing; crops share at least ``least_overlap`` of the smaller one.
+    * Student and teacher are not swapped: each crop is seen by one of them. The student's head has dropout too.
+    * LARS with a learning rate of 0.2 is out of its regime at batch 8; here AdamW.
+    * The teacher's probabilities are interpolated instead of its features: each corner voxel is projected and normalised first.
+    * The paper uses all shared voxels of two random crops; here points are drawn, and crops share at least ``least_overlap`` of
+      the smaller one.
 """
 
 import math
@@ -77,37 +79,40 @@ from nnssl.views.points import corner_points, draw_points, interpolate_at, place
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine
 
 MONITORED_POINTS = 256
-"""Points of a step that retrieval is measured on."""
+"""Approximate number of points of a step on which retrieval is measured."""
 
 
 @dataclass(frozen=True)
 class PixelGlobalSettings:
-    """The paper's numbers [P], DINO's or BYOL's, which it builds on [D], or recommended ones where it is silent [R]."""
+    """Settings of the stage.
+
+    Sources of the defaults: the paper [P], DINO or BYOL, on which it builds [D], recommended here [R].
+    """
 
     __pydantic_config__: ClassVar = STRICT
 
     training: TrainingSettings
     stabilizer: Stabilizer = "literal"  # [P]
-    stabilizer_share: NotNegative = 0.5  # [R], of ``added`` only
+    stabilizer_share: NotNegative = 0.5  # [R], for ``added`` only
     uncertainty_passes: WholeNumber = 20  # [P]
-    """Passes of the teacher's head with dropout; 0 for equal weights."""
+    """Number of passes of the teacher's head with dropout; 0 gives all points the same weight."""
     least_weight: Share = 0.05  # [R]
     dropout: Annotated[float, Field(ge=0, le=0.9)] = 0.2  # not stated
     global_weight: NotNegative = 1.0  # [P]
     local_weight: NotNegative = 1.0  # [P]
     points: TwoOrMore = 8192  # [R]; all shared voxels in the paper
-    """Points in a step, over all processes; the same number of each image."""
+    """Number of points per step, over all processes; every image gets the same number."""
     global_hidden: Count = 256  # not stated
     global_dimensions: TwoOrMore = 256  # [R]
-    local_hidden: Count = 64  # [R]; what the passes cost
+    local_hidden: Count = 64  # [R]; the passes cost in proportion to it
     local_dimensions: TwoOrMore = 64  # [R]
     teacher_temperature: Positive = 0.04  # [D] DINO
     student_temperature: Positive = 0.1  # [D] DINO
     teacher_momentum: Factor = 0.996  # [P] rises to 1
     crop_fraction: CropFraction = (0.25, 1.0)  # [R]
-    """Share of the patch's area or volume that a view shows."""
+    """Smallest and largest share of the patch's area or volume that a view shows."""
     least_overlap: PositiveShare = 0.3  # [R]
-    """Share of the smaller crop that both have in common at least."""
+    """Smallest share of the smaller crop that both crops have in common."""
     rotation_deg: RotationDeg = (30.0,)  # [R]
     flip_axes: tuple[int, ...] = (0, 1)  # [P]
     flip_probability: Share = 0.5  # [R]
@@ -122,14 +127,14 @@ class CorrespondingViews:
     """Two crops of each patch and the points that both show.
 
     Attributes:
-        student: (batch, channel, *shape), what the student sees.
-        teacher: what the teacher sees.
-        points_student: (batch, points, d), voxels of the student's crop, zyx.
-        points_teacher: the same points in the teacher's crop.
-        valid: (batch, points), 1; 0 for all points of an image whose crops have no voxel in common. Where there are fewer
-            voxels than points, they are repeated.
-        partner: (batch,), of each image the one that got the same draws; itself where it is alone.
-        seeds: of dropout, one per image; partners have the same.
+        student: View of the student (batch, channel, *shape).
+        teacher: View of the teacher, of the same shape.
+        points_student: Positions of the points in the student's view (batch, points, d): centres of voxels, zyx.
+        points_teacher: Positions of the same points in the teacher's view.
+        valid: Validity of the points (batch, points): 1, or 0 for all points of an image whose crops have no voxel in common.
+            If there are fewer shared voxels than points, they are repeated.
+        partner: Index of the image with the same draws (batch,); the image's own index if it has no partner.
+        seeds: Random seed of each image for dropout; partners have the same.
     """
 
     student: Float[Tensor, "batch channel *shape"]
@@ -145,13 +150,12 @@ class PixelGlobal(PretextMethod):
     """Global and local distillation with the context stabilizer.
 
     Args:
-        network: the plan's U-Net.
-        settings: resolved.
-        configuration: the plan's pretext configuration.
+        network: U-Net of the plan.
+        settings: Resolved settings of the stage.
+        configuration: The plan's pretext configuration.
 
     Raises:
-        UserError: the batch is too small to compare images in it, or cannot be shared out in pairs; or its views
-            cannot be drawn.
+        UserError: If the batch is too small to compare its images or cannot be divided into pairs, or views cannot be drawn.
     """
 
     defaults: ClassVar[PixelGlobalSettings] = PixelGlobalSettings(
@@ -162,7 +166,7 @@ class PixelGlobal(PretextMethod):
             optimizer="adamw",  # [R]; LARS in the paper
             learning_rate=3e-4,  # [R]
             momentum=(0.9, 0.999),
-            weight_decay=1e-6,  # [D] BYOL's 1.5e-6
+            weight_decay=1e-6,  # [R]; 1.5e-6 in BYOL
             learning_rate_schedule="cosine",  # [P]
             warmup_epochs=2,  # [P]
             gradient_clip=12.0,  # nnU-Net's
@@ -189,7 +193,7 @@ class PixelGlobal(PretextMethod):
 
     @classmethod
     def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
-        """Return crop, rotation, flips and intensity views as the plan has them."""
+        """Return the plan's crop, rotation, flips and intensity views."""
         return {
             "crop_fraction": configuration.crop_fraction,
             "rotation_deg": configuration.rotation_deg,
@@ -200,7 +204,7 @@ class PixelGlobal(PretextMethod):
     def make_views(
         self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
     ) -> CorrespondingViews:
-        """Return two crops of each patch, the same draws for partners, and the points that both crops show."""
+        """Return two crops of each patch, with the same draws for partners, and points that both crops show."""
         own, spacing_mm, shape, device = self.settings, self.configuration.spacing_mm, volumes.shape[2:], volumes.device
         first, partner = pair_up(len(volumes))
         shared = [torch.Generator().set_state(generators[index].get_state()) for index in first]
@@ -223,7 +227,7 @@ class PixelGlobal(PretextMethod):
         )
 
     def losses(self, views: CorrespondingViews, progress: float) -> StepOutput:
-        """Return both losses, and the cross-entropy per voxel, uncertainty and retrieval as monitors."""
+        """Return both losses, with the cross-entropy per voxel, uncertainty and retrieval as monitors."""
         own = self.settings
         student_maps = decoder_maps(self.network, views.student)
         with torch.no_grad():
@@ -244,7 +248,7 @@ class PixelGlobal(PretextMethod):
             "local": own.local_weight * weighted_mean(stabilised, weights),
         }
         with torch.no_grad():
-            # without dropout, whose masks alone would look like variety
+            # These answers are computed without dropout, because different masks alone would look like variety.
             answers = (self.local_head(features, None) / own.student_temperature).softmax(dim=2)
             monitors = self._monitors(per_point, uncertainty, answers, local_target, views)
             monitors["global_retrieval_top1"] = retrieval_top1(whole, (global_target + 1e-6).log())
@@ -253,7 +257,7 @@ class PixelGlobal(PretextMethod):
     def local_target(
         self, teacher_map: Float[Tensor, "batch channel *shape"], views: CorrespondingViews
     ) -> Float[Tensor, "batch points d"]:
-        """Return the teacher's probabilities at the points: those of the voxels around each, linearly weighted."""
+        """Return the teacher's probabilities at the points: those of the voxels around each point, linearly weighted."""
         shape = views.teacher.shape[2:]
         corners, weights = corner_points(views.points_teacher, shape)
         features = interpolate_at(teacher_map, corners.flatten(1, 2), shape)
@@ -264,7 +268,7 @@ class PixelGlobal(PretextMethod):
     def uncertainty(
         self, teacher_map: Float[Tensor, "batch channel *shape"], views: CorrespondingViews
     ) -> Float[Tensor, "batch points"]:
-        """Return the normalised entropy of the mean of passes with dropout, 0 to 1; 0 without passes."""
+        """Return the normalised entropy of the mean over passes with dropout, 0 to 1; 0 if there are no passes."""
         passes = self.settings.uncertainty_passes
         if not passes:
             return torch.zeros_like(views.valid)
@@ -280,7 +284,7 @@ class PixelGlobal(PretextMethod):
     def _monitors(
         self, per_point: Tensor, uncertainty: Tensor, answers: Tensor, target: Tensor, views: CorrespondingViews
     ) -> dict[str, Tensor]:
-        """Return what tells whether views are aligned, whatever the stabilizer does to the loss."""
+        """Return monitors that show whether views are aligned, independently of the stabilizer."""
         every = self._every(answers)
         chosen = views.valid.flatten()[::every] > 0
         first, second = ((side.flatten(0, 1)[::every][chosen] + 1e-6).log() for side in (answers, target))
@@ -293,7 +297,7 @@ class PixelGlobal(PretextMethod):
         }
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Return student and heads, biases and norms without weight decay."""
+        """Return student and heads; biases and norms have no weight decay."""
         return split_by_decay(self)
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
@@ -305,7 +309,7 @@ class PixelGlobal(PretextMethod):
         ]
 
     def momentum(self, progress: float) -> float:
-        """Return the share of the teacher that is kept: rises to 1 by a cosine."""
+        """Return the share of the teacher that is kept, which rises to 1 by a cosine."""
         total = self.settings.training.total_steps
         return cosine_momentum(round(progress * total), total, self._momentum)
 
@@ -315,32 +319,32 @@ class PixelGlobal(PretextMethod):
 
 
 def check_settings(settings: PixelGlobalSettings, processes: int) -> None:
-    """Check that images of a batch can be compared, and that pairs stay in one process.
+    """Check that images of a batch can be compared, and that both images of a pair are in the same process.
 
     Args:
-        settings: of the method.
-        processes: that share the batch.
+        settings: Settings of the stage.
+        processes: Number of processes that share the batch.
 
     Raises:
-        UserError: they cannot.
+        UserError: If the batch is too small or cannot be divided into pairs.
     """
     batch = settings.training.batch_size
     if batch < 2 and (settings.global_weight or settings.stabilizer != "none"):
         raise UserError(
-            f"batch_size={batch}: the global loss and stabilizer={settings.stabilizer} compare the images of a batch; "
-            "--set batch_size=2, or global_weight=0 stabilizer=none"
+            f"batch_size must be at least 2, got {batch}: the global loss and stabilizer={settings.stabilizer} compare the "
+            "images of a batch; set batch_size=2, or global_weight=0 and stabilizer=none"
         )
-    if processes > 1:  # in one process an odd last image goes with a pair
+    if processes > 1:  # in one process, an odd last image joins a pair
         check_pairs(batch, processes)
 
 
 def affine_range(settings: PixelGlobalSettings) -> AffineRange:
-    """Return what crops, rotations and flips are drawn from."""
+    """Return the range of crops, rotations and flips."""
     return AffineRange(settings.crop_fraction, settings.rotation_deg, settings.flip_axes, settings.flip_probability)
 
 
 def intensity_range(settings: PixelGlobalSettings) -> IntensityRange:
-    """Return the intensity changes of the settings: contrast and gamma."""
+    """Return the range of the intensity changes named in the settings: contrast and gamma."""
     ranges = IntensityRange(
         contrast=settings.contrast,
         contrast_probability=1.0,
@@ -351,7 +355,7 @@ def intensity_range(settings: PixelGlobalSettings) -> IntensityRange:
 
 
 def points_of_image(settings: PixelGlobalSettings, shape: Sequence[int]) -> int:
-    """Return how many points are drawn from each image: what the settings say, but at most all of its voxels."""
+    """Return the number of points to draw from each image: as the settings say, but at most the number of its voxels."""
     return max(1, min(settings.points // settings.training.batch_size, math.prod(shape)))
 
 
@@ -362,16 +366,16 @@ def point_uncertainty(
     passes: int,
     temperature: float,
 ) -> Float[Tensor, "batch points"]:
-    """Return the entropy of the mean prediction over passes with dropout, divided by its largest value.
+    """Return the entropy of the mean prediction over passes with dropout, divided by the largest possible entropy.
 
     Source: section on uncertainty; Gal and Ghahramani, ICML 2016 (Monte-Carlo dropout).
 
     Args:
-        head: of the teacher.
-        features: of points.
-        seeds: one per sample; each pass adds to them.
-        passes: number of passes, 1 or more.
-        temperature: of the teacher's softmax.
+        head: Head of the teacher.
+        features: Features of the points.
+        seeds: Random seed of each sample, to which each pass adds its own offset.
+        passes: Number of passes, at least 1.
+        temperature: Temperature of the teacher's softmax.
     """
     total = torch.zeros(())
     for each in range(passes):

@@ -1,4 +1,8 @@
-"""What a pretext method declares. The trainer steps, logs, saves and moves devices; a method does none of these."""
+"""Protocol between a pretext method and the trainer.
+
+A method declares its views, losses, parameter groups, teacher and exported weights. ``PretrainTrainer`` does the rest for all
+methods: it steps the optimizer, updates the teacher, logs, saves and moves tensors between devices.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,108 +16,123 @@ from nnssl.plan import PretextConfiguration
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one step of a method gives to the trainer."""
+    """Result of one step of a method, which the trainer processes."""
 
     losses: dict[str, Tensor]
-    """Weighted scalar parts; their sum is minimised and each is logged."""
+    """Weighted scalar parts of the loss by name. Their sum is minimised, and each part is logged."""
     embeddings: Tensor | None = None
-    """(sample, dimension), any scale: what the collapse monitors look at. None where nothing can collapse."""
+    """Embeddings (sample, dimension) of any scale for the collapse monitors; None if nothing can collapse."""
     monitors: dict[str, Tensor] = field(default_factory=dict)
-    """Scalars that are logged and not minimised."""
+    """Scalars by name that are logged but not minimised."""
     carry: Any = None
-    """Handed to ``after_step`` as it is."""
+    """Value that the trainer passes unchanged to ``after_step``."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """Which weights leave."""
+    """Weights that a finished stage exports."""
 
     pretrained: tuple[str, ...]
-    """Prefixes of parameter names of the plan's network that were pretrained; the others are a seeded initialisation."""
+    """Prefixes of the names of the network's pretrained parameters. All other parameters get a seeded random initialisation."""
     fixed: dict[str, float] = field(default_factory=dict)
-    """Parameters that get this value when they leave."""
+    """Values that parameters are set to on export, by the parameter's name."""
 
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that the optimizer treats alike."""
+    """Parameters with the same learning rate and weight decay."""
 
     parameters: Sequence[nn.Parameter]
     learning_rate_factor: float = 1.0
+    """Factor by which the stage's learning rate is multiplied."""
     weight_decay: bool = True
+    """Whether the stage's weight decay applies."""
 
 
 class PretextMethod(nn.Module):
-    """Base of every pretext stage; a subclass is one file in ``nnssl/methods`` and reads like the paper.
+    """Base class of all pretext stages.
 
-    Args of a subclass's constructor: the plan's network; the stage's settings; the plan's ``PretextConfiguration``.
-    Parameters that the stage does not train must have ``requires_grad`` switched off by the constructor.
+    A subclass lives in the file of its method in ``nnssl/methods``, which should read like the paper. Its constructor takes
+    the plan's network, the resolved settings of the stage and the plan's ``PretextConfiguration``, in this order. It must
+    switch off ``requires_grad`` for all parameters that the stage does not train. State that must survive a restart has to be
+    a parameter or a buffer.
 
     Class attributes:
-        defaults: the settings with the paper's numbers.
+        defaults: Settings of the stage with the paper's numbers.
     """
 
     defaults: ClassVar[Any]
 
     @classmethod
     def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
-        """Return the settings that the plan decides, by key (the schedule's are added by the trainer)."""
+        """Return the settings that the plan decides, by key. The trainer adds those of the stage's schedule."""
         raise NotImplementedError
 
     @classmethod
     def spares(cls, settings: Any) -> tuple[str, ...]:
-        """Return the names of earlier stages that are of no use to this one under its settings."""
+        """Return the names of earlier stages that this stage does not need with these settings; they are skipped."""
         return ()
 
     def partners(self) -> str | None:
-        """Return what pairs the patches of a batch, neighbours then showing the same place of two scans; None for single patches.
+        """Return how the patches of a batch are paired; None if they are not.
 
-        ``sam`` asks SAM's embeddings (``nnssl.matching``), ``body_box`` the place in the box around the body.
+        In a paired batch, two neighbours show the same place of two scans. ``sam`` finds this place by SAM's embeddings
+        (``nnssl.matching``), ``body_box`` by its position in the box around the body.
         """
         return None
 
     def make_views(self, volumes: Tensor, generators: Sequence[torch.Generator]) -> Any:
-        """Return the views of a batch of raw patches (batch, channel, *shape), made on its device.
+        """Return the views of a batch of raw patches, computed on the device of the patches.
 
-        ``generators`` holds one generator per sample; every random number of the step comes from them.
+        Args:
+            volumes: Raw patches (batch, channel, *shape).
+            generators: One generator per sample, from which all random numbers of the step must come.
         """
         raise NotImplementedError
 
     def losses(self, views: Any, progress: float) -> StepOutput:
-        """Return the parts of the loss; ``progress`` runs from 0 to 1 over the stage."""
+        """Return the parts of the loss, and what the trainer logs.
+
+        Args:
+            views: Return value of ``make_views``.
+            progress: Share of the stage that is completed, 0 to 1.
+        """
         raise NotImplementedError
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Return what the optimizer gets."""
+        """Return the parameters for the optimizer: all that the stage trains."""
         raise NotImplementedError
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Return (student, teacher) modules for the moving average; empty without a teacher."""
+        """Return pairs of (student, teacher) modules for the moving average; none if the method has no teacher."""
         return []
 
     def momentum(self, progress: float) -> float:
-        """Return the share of the teacher that the moving average keeps; needed where there are momentum pairs."""
+        """Return the share of the teacher that the moving average keeps; required if there are momentum pairs."""
         raise NotImplementedError
 
     def after_step(self, carry: Any) -> None:
-        """Take up what the step produced (a queue does); called after the optimizer and the moving average."""
+        """Process ``StepOutput.carry``, for example enqueue keys, after the optimizer step and the moving average."""
 
     def exported(self) -> Exported:
-        """Return which weights leave under which names of the plan's network."""
+        """Return which weights of the plan's network were pretrained, and values that are set on export."""
         raise NotImplementedError
 
     def forward(self, views: Any, progress: float) -> StepOutput:
-        """Return ``losses``: this is what runs under mixed precision and on several processes."""
+        """Return ``losses``; mixed precision and distributed training wrap this call."""
         return self.losses(views, progress)
 
 
 def trained_parameters(method: PretextMethod) -> list[nn.Parameter]:
-    """Return what the method trains, in the order of its parts."""
+    """Return the parameters that the method trains, in the order of its modules."""
     return [parameter for parameter in method.parameters() if parameter.requires_grad]
 
 
 def split_by_decay(method: PretextMethod) -> list[ParameterGroup]:
-    """Group what the method trains: matrices and kernels decay, biases, norms and single vectors (1, 1, width) do not."""
+    """Return the trained parameters in two groups.
+
+    Weight decay applies to matrices and kernels, but not to biases, norms and single vectors such as (1, 1, width).
+    """
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for parameter in trained_parameters(method):
         groups[parameter.squeeze().ndim > 1].append(parameter)

@@ -3,26 +3,27 @@
 Source: Yan et al., Representation Recovering for Self-Supervised Pre-training on Medical Images, WACV 2023. No code of the
 authors is public. The contrastive stage follows MoCo (He et al., CVPR 2020), to which the paper defers.
 
-Stage 1, contrastive: ``E_c`` (the encoder of the plan's U-Net) sees two crops of a patch; InfoNCE against keys
-from a momentum encoder (section 4.1). Stage 2, generative: ``E_c`` is frozen; three quarters of the positions of its feature
-map are dropped, ``E_t`` sees the rest, a small decoder predicts the features of the dropped ones (section 4.2).
-``E_c`` and ``E_t`` leave; the decoder of stage 2, the heads and the queue do not.
+Stage 1, contrastive: ``E_c``, the encoder of the plan's U-Net, sees two crops of a patch. The loss is InfoNCE against keys
+from a momentum encoder (section 4.1). Stage 2, generative: ``E_c`` is frozen, and three quarters of the positions of its
+feature map are dropped. ``E_t`` sees the rest, and a small decoder predicts the features of the dropped positions
+(section 4.2). ``E_c`` and ``E_t`` are exported; the decoder of stage 2, the heads and the queue are discarded.
 
 Deviations:
     * Positive pairs: section 4.1 says elastic transforms, section 5.1.4 crop, jitter and flip. Here the latter.
     * Negatives: the printed formula sums over the batch and includes the query itself; the text follows MoCo's queue. Here
-      the batch, without the self-similarity; ``negatives=queue`` and ``negatives=both`` are there. A queue's keys come from
-      a key encoder some steps back, and in runs of hundreds or thousands of steps telling old from new is the first thing that
-      the encoder learns: on slices of ACDC the loss fell below chance while no patch was told from another.
+      they come from the batch, without the self-similarity; ``negatives=queue`` and ``negatives=both`` are options. The keys
+      of a queue come from the key encoder of earlier steps, and in runs of hundreds or thousands of steps the encoder first
+      learns to distinguish old keys from new ones: on slices of ACDC the loss fell below chance although no patch could be
+      distinguished from another.
     * Optimizer: SGD in the paper, learning rate not stated. Here AdamW: after 225 steps of batch 32 on the same slices, the
-      other view of a slice was the nearest of 48 for 42 % of them, with SGD at ten times MoCo's rate for 19 %.
-    * Pooling: MoCo pools the last feature map. Here a hidden layer comes before the mean (``networks.heads``), since
-      instance normalisation leaves the plain mean nearly the same for all images.
+      other view of a slice was the nearest of 48 for 42 % of the slices, with SGD at ten times MoCo's rate for 19 %.
+    * Pooling: MoCo pools the last feature map. Here a hidden layer comes before the mean (``networks.heads``), because
+      instance normalisation makes the plain mean nearly the same for all images.
     * Stage 2: the paper masks at random and does not say whether the loss covers visible tokens. Here blocks of tokens are
       masked (a neighbour of a single masked token has seen most of its voxels) and the loss covers masked tokens, as in MAE.
-      The target is standardised per token, since the scale of a feature is arbitrary (MAE's option).
-    * Whether ``E_c`` learns in stage 2 is not said. A trainable encoder that makes its own target could win by constant
-      features, and the paper's optimizer sentence lists ``E_t`` and ``D_t`` only. Here it is frozen.
+      The target is standardised per token, because the scale of a feature is arbitrary (an option of MAE).
+    * The paper does not say whether ``E_c`` learns in stage 2. An encoder that produces its own target can minimise the loss
+      with constant features, and the paper's sentence on the optimizer lists only ``E_t`` and ``D_t``. Here it is frozen.
 """
 
 from collections.abc import Sequence
@@ -62,14 +63,15 @@ from nnssl.networks.heads import PooledProjection, TokenDecoder
 from nnssl.networks.tokens import map_to_tokens, sine_cosine_positions, take_tokens
 from nnssl.plan import PretextConfiguration
 from nnssl.schema import STRICT
-from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
+from nnssl.views.intensity import IntensityRange, check_intensity, restrict_to
+from nnssl.views.jittered_crops import jittered_crop_pair
 from nnssl.views.masking import check_mask, draw_block_mask, visible_tokens
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine
 
 
 @dataclass(frozen=True)
 class ContrastiveSettings:
-    """Settings of stage 1: the paper's numbers [P], those of MoCo, to which it defers [D], or measured ones [M]."""
+    """Settings of stage 1. Sources of the defaults: the paper [P], MoCo, to which it defers [D], measured here [M]."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -77,7 +79,7 @@ class ContrastiveSettings:
     temperature: Positive = 0.2  # [D] MoCo v2; 0.07 in v1
     embedding_dimensions: TwoOrMore = 128  # [D]
     negatives: Negatives = "batch"  # [P] 4.1 as printed
-    """Whose keys: ``queue`` is MoCo's (the text), ``batch`` the printed formula's, ``both`` the two together."""
+    """Source of the negatives: ``queue`` as in MoCo (the text), ``batch`` as in the printed formula, or ``both``."""
     queue_length: Count = 65_536  # [D]
     teacher_momentum: Factor = 0.999  # [D]
     crop_fraction: CropFraction = (0.2, 1.0)  # [P] 5.1.4
@@ -90,7 +92,7 @@ class ContrastiveSettings:
 
 @dataclass(frozen=True)
 class GenerativeSettings:
-    """Settings of stage 2: the paper's numbers [P], those of MAE, to which it defers [D], or measured ones [M]."""
+    """Settings of stage 2. Sources of the defaults: the paper [P], MAE, to which it defers [D], measured here [M]."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -104,15 +106,15 @@ class GenerativeSettings:
 
 
 class RepRecContrastive(PretextMethod):
-    """Stage 1: momentum contrast on the pooled features of the convolutional encoder.
+    """Stage 1: momentum contrast of pooled features of the convolutional encoder.
 
     Args:
-        network: the hybrid network of the plan.
-        settings: resolved.
-        configuration: the plan's pretext configuration.
+        network: Hybrid network of the plan.
+        settings: Resolved settings of the stage.
+        configuration: The plan's pretext configuration.
 
     Raises:
-        UserError: the crop, the flips or the intensity changes cannot be drawn.
+        UserError: If the crop, the flips or the intensity changes cannot be drawn.
     """
 
     defaults: ClassVar[ContrastiveSettings] = ContrastiveSettings(
@@ -149,9 +151,10 @@ class RepRecContrastive(PretextMethod):
 
     @classmethod
     def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
-        """Return queue, teacher, crop, flips and intensity views as the plan has them.
+        """Return the plan's queue length, teacher momentum, crop, flips and intensity views.
 
-        What else suits the modality is not RepRec's; gamma and a bias field made two crops of a patch hard to match.
+        Of the plan's intensity views, only brightness and contrast are kept, because RepRec has no others. Gamma and a bias
+        field made two crops of a patch hard to match.
         """
         return {
             "queue_length": configuration.queue_length,
@@ -165,14 +168,8 @@ class RepRecContrastive(PretextMethod):
         self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
     ) -> tuple[Float[Tensor, "batch channel *shape"], Float[Tensor, "batch channel *shape"]]:
         """Return query and key: two random crops of each patch, zoomed to its size, flipped and jittered."""
-        return self._view(volumes, generators), self._view(volumes, generators)
-
-    def _view(self, volumes: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Return one view of each patch."""
-        own, spacing_mm = self.settings, self.configuration.spacing_mm
-        crop = draw_affine(generators, affine_range(own), volumes.shape[2:], spacing_mm)
-        changes = draw_intensity(generators, intensity_range(own), volumes.shape[1])
-        return apply_intensity(apply_affine(volumes, crop), changes)
+        crop, changes = affine_range(self.settings), intensity_range(self.settings)
+        return jittered_crop_pair(volumes, generators, crop, changes, self.configuration.spacing_mm)
 
     def losses(self, views: tuple[Tensor, Tensor], progress: float) -> StepOutput:
         """Return InfoNCE of the queries against their keys and the negatives (section 4.1; MoCo equation 1)."""
@@ -188,15 +185,15 @@ class RepRecContrastive(PretextMethod):
         return StepOutput(losses, queries.detach(), monitors, carry=all_keys)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Return encoder and head; all decay, as in MoCo."""
+        """Return encoder and head; all have weight decay, as in MoCo."""
         return [ParameterGroup(trained_parameters(self))]
 
     def momentum_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
-        """Return encoder and head with their key-side copies."""
+        """Return encoder and head with the copies that make the keys."""
         return [(self.encoder, self.key_encoder), (self.head, self.key_head)]
 
     def momentum(self, progress: float) -> float:
-        """Return MoCo's constant momentum, shortened to the length of the run."""
+        """Return MoCo's constant momentum, adapted to the length of the run."""
         return self._momentum
 
     def after_step(self, carry: Tensor) -> None:
@@ -211,12 +208,12 @@ class RepRecContrastive(PretextMethod):
 
 @dataclass(frozen=True)
 class MaskedViews:
-    """A batch of crops and the tokens of their feature maps that are dropped.
+    """A batch of crops and the mask of the tokens of their feature maps.
 
     Attributes:
-        volumes: (batch, channel, *shape), crops.
-        mask: (batch, tokens), True where a token is dropped.
-        visible: (batch, visible), tokens that are not, ascending.
+        volumes: Crops (batch, channel, *shape).
+        mask: Mask (batch, tokens), True for dropped tokens.
+        visible: Indices of the visible tokens (batch, visible), ascending.
     """
 
     volumes: Float[Tensor, "batch channel *shape"]
@@ -228,12 +225,12 @@ class RepRecGenerative(PretextMethod):
     """Stage 2: the transformer recovers masked features of the frozen encoder.
 
     Args:
-        network: the hybrid network of the plan, its encoder pretrained by stage 1.
-        settings: resolved.
-        configuration: the plan's pretext configuration.
+        network: Hybrid network of the plan, with the encoder pretrained by stage 1.
+        settings: Resolved settings of the stage.
+        configuration: The plan's pretext configuration.
 
     Raises:
-        UserError: the crop, the flips or the mask cannot be drawn.
+        UserError: If the crop, the flips or the mask cannot be drawn.
     """
 
     defaults: ClassVar[GenerativeSettings] = GenerativeSettings(
@@ -268,7 +265,7 @@ class RepRecGenerative(PretextMethod):
 
     @classmethod
     def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
-        """Return mask block, depth of the decoder, crop and flips as the plan has them."""
+        """Return the plan's mask block, decoder depth, crop and flips."""
         return {
             "mask_block": configuration.token_grid.mask_block,
             "decoder_depth": configuration.transformer_size.decoder_depth,
@@ -287,7 +284,7 @@ class RepRecGenerative(PretextMethod):
         return MaskedViews(apply_affine(volumes, crop), mask.to(device), visible.to(device))
 
     def losses(self, views: MaskedViews, progress: float) -> StepOutput:
-        """Return the mean squared error of the recovered features of the masked tokens (section 4.2)."""
+        """Return the mean squared error of the recovered features over the masked tokens (section 4.2)."""
         with torch.no_grad():
             features = map_to_tokens(self.encoder(views.volumes)[self.token_stage])
             target = standardise_tokens(features)
@@ -299,28 +296,28 @@ class RepRecGenerative(PretextMethod):
         return StepOutput(losses, encoded.detach().float().mean(dim=1), monitors)
 
     def train(self, mode: bool = True) -> "RepRecGenerative":
-        """Switch modes, leaving the frozen encoder in evaluation mode."""
+        """Switch the mode, but keep the frozen encoder in evaluation mode."""
         super().train(mode)
         self.encoder.eval()
         return self
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Return what of ``E_t`` the loss reaches, and ``D_t``."""
+        """Return ``D_t`` and the part of ``E_t`` that the loss reaches."""
         return split_by_decay(self)
 
     def exported(self) -> Exported:
-        """Return encoder and transformer; the gate opens, so that the transformer takes part from the first step on."""
+        """Return encoder and transformer; the gate is opened, so that the transformer takes part from the first step on."""
         return Exported(
             pretrained=(*ENCODER, "transformer.embed.", "transformer.blocks."), fixed={"transformer.gate": 1.0}
         )
 
 
 def affine_range(settings: ContrastiveSettings | GenerativeSettings) -> AffineRange:
-    """Return what crops and flips are drawn from (section 5.1.4, RandomResizedCrop); nothing is turned."""
+    """Return the range of crops and flips (section 5.1.4, RandomResizedCrop); there is no rotation."""
     return AffineRange(settings.crop_fraction, flip_axes=settings.flip_axes, flip_probability=settings.flip_probability)
 
 
 def intensity_range(settings: ContrastiveSettings) -> IntensityRange:
-    """Return the intensity changes of the settings: brightness and contrast."""
+    """Return the range of the intensity changes named in the settings: brightness and contrast."""
     ranges = IntensityRange(brightness_std=settings.brightness, contrast=settings.contrast)
     return restrict_to(ranges, settings.intensity_views)

@@ -1,24 +1,24 @@
-"""SAM: every voxel of a scan learns where in the body it is, from pairs of crops of one scan.
+"""SAM: anatomical embeddings of every voxel, learned from pairs of crops of one scan.
 
 Source: Yan et al., SAM: Self-supervised Learning of Pixel-wise Anatomical Embeddings in Radiological Images, TMI 2022, and
 the authors' code (alibaba-damo-academy/self-supervised-anatomical-embedding-v2).
 
-Two crops of a patch at scales and angles of their own. A voxel's embedding in one crop has to be more like that of the same
-place in the other than like those of other places: a fine embedding, whose negatives are hard ones by both embeddings,
-and a coarse one, with negatives of the same scan and of other scans. ``nnssl.matching`` finds points in other scans with them.
+Two crops of a patch are drawn with independent scales and rotations. The embedding of a voxel in one crop must be more similar
+to that of the same place in the other crop than to those of other places. This holds for a fine embedding, whose negatives are
+hard by both embeddings, and for a coarse one, with negatives from the same scan and from other scans. ``nnssl.matching`` uses
+the embeddings to find corresponding points in other scans.
 
 Deviations:
-    * The positive of a voxel is the other crop's embedding at the very place, interpolated; in the code it is the nearest
-      voxel's, up to 5 mm (fine) or 25 mm (coarse) away.
-    * Cells within the length of one cell of a query are no negatives, instead of 3 mm and 5 mm: with interpolated positives they
-      are part of the positive. What is not allowed is left out before the hardest are chosen; the code sets its
+    * The positive of a voxel is the other crop's embedding at the exact place, interpolated. In the code it is the embedding
+      of the nearest voxel, up to 5 mm (fine) or 25 mm (coarse) away.
+    * Negatives are farther from the query than the length of a cell, instead of 3 mm and 5 mm: with interpolated positives,
+      nearer cells are part of the positive. They are left out before the hardest negatives are chosen; the code sets their
       similarity to 0, which may outrank true negatives.
-    * For ranking alone, the coarse similarity at a fine cell is interpolated between coarse cells, not made of interpolated
-      embeddings.
-    * Crops always overlap; the code also has pairs that do not, a fifth, with each voxel its own positive.
-    * Crops lie in the plan's patch at the plan's spacing and cover a third of it or more. They may be turned by up to 10 degrees
-      (none in the code); never flipped, since left and right are different places.
-    * Optimizer: SGD with a rate of 0.02 in the code; here AdamW.
+    * To rank fine cells, coarse similarities are interpolated instead of coarse embeddings. This is for ranking only.
+    * Crops always overlap. In the code, a fifth of the pairs do not, and each voxel is then its own positive.
+    * Crops lie in the plan's patch at the plan's spacing and cover a third of it or more. They are rotated by up to 10 degrees
+      (none in the code) and never flipped, because left and right are different places.
+    * Optimizer: SGD with a learning rate of 0.02 in the code; here AdamW.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,7 @@ KINDS: tuple[EmbeddingKind, EmbeddingKind] = ("fine", "coarse")
 
 @dataclass(frozen=True)
 class SAMSettings:
-    """The paper's numbers [P], those of the authors' code [C], or recommended ones [R]."""
+    """Settings of the stage. Sources of the defaults: the paper [P], the authors' code [C], recommended here [R]."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -73,19 +73,19 @@ class SAMSettings:
     fine_stage: WholeNumber = 1  # [P] half the resolution
     coarse_stage: Count = 4  # [P] a sixteenth
     fine_queries: Count = 100  # [C]
-    """Of each view."""
+    """Number of queries in each view."""
     fine_pool: Count = 2000  # [C]
-    """Hardest cells of both views from which negatives are drawn."""
+    """Number of hardest cells of both views from which the negatives are drawn."""
     fine_negatives: Count = 500  # [P]
     coarse_queries: Count = 50  # [R]
     coarse_pool: Count = 250  # [C]
     coarse_negatives: Count = 200  # [C]
     other_negatives: WholeNumber = 300  # [C]
-    """Coarse cells of other patches of the batch."""
+    """Number of coarse cells of other patches of the batch that serve as negatives."""
     body_share: Share = 0.9  # [R]
     """Share of the queries that lie in the brighter part of the patch."""
     crop_fraction: CropFraction = (0.3, 1.0)
-    """[C]: scales of 0.8 to 1.2; share of the patch's volume, so the cube of their ratio."""
+    """[C]: scales of 0.8 to 1.2. As a share of the patch's volume, this is the cube of their ratio."""
     least_overlap: PositiveShare = 0.3  # [R]
     rotation_deg: RotationDeg = (10.0,)  # [R]; none in the code
     intensity_views: tuple[str, ...] = ("contrast", "brightness", "noise", "blur")  # [R]; blur and noise in the code
@@ -93,15 +93,15 @@ class SAMSettings:
 
 @dataclass(frozen=True)
 class PlacedViews:
-    """Two crops of each patch, and the places where their embeddings are compared.
+    """Two crops of each patch, and the places at which their embeddings are compared.
 
     Attributes:
-        first: (batch, channel, *shape).
-        second: the other crop.
-        params: where the crops lie.
-        fine: the queries of each view.
-        coarse: the same for the coarse embeddings.
-        seeds: one per sample, of the choice of negatives.
+        first: First crop (batch, channel, *shape).
+        second: Second crop, of the same shape.
+        params: Positions of the two crops in the patch.
+        fine: Queries of each view for the fine embeddings.
+        coarse: Queries of each view for the coarse embeddings.
+        seeds: Random seed of each sample for the choice of negatives.
     """
 
     first: Float[Tensor, "batch channel *shape"]
@@ -116,12 +116,12 @@ class Pair(NamedTuple):
     """Both crops of one sample.
 
     Attributes:
-        maps: of each crop, (1, dimension, *grid).
-        params: where each crop lies, one record.
-        queries: of each crop, by kind of embedding.
-        cells: of both crops, by kind.
-        place: of the sample in the batch of all processes.
-        seed: of the choice of negatives.
+        maps: Embeddings of each crop (1, dimension, *grid).
+        params: Position of each crop in the patch, one record each.
+        queries: Queries of each crop, by kind of embedding.
+        cells: Cells of both crops, by kind of embedding.
+        place: Index of the sample in the batch of all processes.
+        seed: Random seed for the choice of negatives.
     """
 
     maps: tuple[Embeddings, Embeddings]
@@ -133,12 +133,12 @@ class Pair(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """What became of the queries of one view of one sample.
+    """Result of comparing the queries of one view of one sample.
 
     Attributes:
-        losses: (query,).
-        hits: (query,), whether the positive is more like the query than all negatives.
-        queries: (query, dimension), their embeddings.
+        losses: Loss of each query (query,).
+        hits: Whether the positive is more similar to the query than every negative (query,).
+        queries: Embeddings of the queries (query, dimension).
     """
 
     losses: Float[Tensor, " query"]
@@ -150,13 +150,13 @@ class SAM(PretextMethod):
     """Fine and coarse anatomical embeddings.
 
     Args:
-        network: the plan's U-Net.
-        settings: resolved.
-        configuration: the plan's pretext configuration.
+        network: U-Net of the plan.
+        settings: Resolved settings of the stage.
+        configuration: The plan's pretext configuration.
 
     Raises:
-        UserError: a batch of one patch, which has no others to compare with; stages that the network does not have; or crops,
-            rotations or intensity changes that cannot be drawn.
+        UserError: If the batch has one patch and none to compare it with, the network does not have the stages, or crops,
+            rotations or intensity changes cannot be drawn.
     """
 
     defaults: ClassVar[SAMSettings] = SAMSettings(
@@ -186,7 +186,7 @@ class SAM(PretextMethod):
 
     @classmethod
     def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
-        """Return stages, rotation and intensity views as the plan has them."""
+        """Return the plan's stages, rotation and intensity views."""
         return {
             "fine_stage": configuration.anatomy.fine_stage,
             "coarse_stage": configuration.anatomy.coarse_stage,
@@ -197,7 +197,7 @@ class SAM(PretextMethod):
     def make_views(
         self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
     ) -> PlacedViews:
-        """Return two crops of each patch and the places that are compared: cells of each view that the other shows too."""
+        """Return two crops of each patch and the places to compare: cells of each view that the other view shows too."""
         own, shape, channels = self.settings, volumes.shape[2:], volumes.shape[1]
         params = draw_overlapping(
             generators, affine_range(own), shape, self.configuration.spacing_mm, own.least_overlap
@@ -219,7 +219,7 @@ class SAM(PretextMethod):
         return PlacedViews(first, second, params, fine, coarse, seeds)
 
     def losses(self, views: PlacedViews, progress: float) -> StepOutput:
-        """Return the contrast of the fine and of the coarse embeddings, means over the queries."""
+        """Return InfoNCE of the fine and of the coarse embeddings, each averaged over the queries."""
         count = len(views.first)
         maps = self.embedding(torch.cat([views.first, views.second]))
         first, second = (Embeddings(*each) for each in zip(*(each.split(count) for each in maps), strict=True))
@@ -263,11 +263,11 @@ class SAM(PretextMethod):
         """Compare the queries of one view with their positives and negatives.
 
         Args:
-            kind: of embedding.
-            view: 0 or 1.
-            pair: both crops of a sample.
-            cells: embeddings of the cells of both crops.
-            all_cells: coarse embeddings of the cells of all patches of all processes.
+            kind: Kind of embedding.
+            view: Index of the view, 0 or 1.
+            pair: Both crops of a sample.
+            cells: Embeddings of the cells of both crops.
+            all_cells: Coarse embeddings of the cells of all patches of all processes.
         """
         own, shape = self.settings, pair.params[0].shape
         here, there, valid = pair.queries[kind][view]
@@ -295,52 +295,58 @@ class SAM(PretextMethod):
         return Compared(losses * valid[0], hits, query)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Return encoder, the decoder up to the fine embeddings, and both heads; all decay."""
+        """Return encoder, the decoder up to the fine embeddings, and both heads; all have weight decay."""
         return [ParameterGroup(trained_parameters(self))]
 
     def exported(self) -> Exported:
-        """Return the encoder and the decoder's stages that the fine embeddings are made of."""
+        """Return the encoder and the decoder stages from which the fine embeddings are computed."""
         parts = decoder_parts(self.network, self.settings.fine_stage)
         return Exported(pretrained=(*ENCODER, *(f"{part}." for part in parts)))
 
 
 def check_settings(settings: SAMSettings, stages: int) -> None:
-    """Check that there are patches to compare, and stages to read.
+    """Check that there are patches to compare and stages to read.
+
+    Args:
+        settings: Settings of the stage.
+        stages: Number of encoder stages of the network.
 
     Raises:
-        UserError: a batch of one, or stages that a network of so many does not have in this order.
+        UserError: If the batch has one patch, or the network does not have the two stages in this order.
     """
     if settings.training.batch_size < 2 and settings.other_negatives:
         raise UserError(
-            "batch_size=1: coarse embeddings are compared with other patches of the batch; --set batch_size=2"
+            "batch_size must be at least 2, got 1: coarse embeddings are compared with other patches of the batch; "
+            "set batch_size=2"
         )
-    if not settings.fine_stage < settings.coarse_stage < stages:
+    if not settings.fine_stage < settings.coarse_stage:
+        raise UserError(f"fine_stage must be below coarse_stage={settings.coarse_stage}, got {settings.fine_stage}")
+    if not settings.coarse_stage < stages:
         raise UserError(
-            f"fine_stage={settings.fine_stage} coarse_stage={settings.coarse_stage}: the network has stages 0 to {stages - 1}, "
-            "and the fine one comes first"
+            f"coarse_stage must be at most {stages - 1}, the last encoder stage of the network, got {settings.coarse_stage}"
         )
 
 
 def affine_range(settings: SAMSettings) -> AffineRange:
-    """Return what crops and rotations are drawn from; nothing is flipped."""
+    """Return the range of crops and rotations; there are no flips."""
     return AffineRange(settings.crop_fraction, settings.rotation_deg)
 
 
 def intensity_range(settings: SAMSettings) -> IntensityRange:
-    """Return the intensity changes of the settings, as the views' defaults have them."""
+    """Return the intensity changes named in the settings, with the default ranges of ``IntensityRange``."""
     return restrict_to(IntensityRange(), settings.intensity_views)
 
 
 def read_unit_vectors(
     maps: Float[Tensor, "1 dimension *grid"], points_vox: Float[Tensor, "1 points d"], shape: Sequence[int]
 ) -> Float[Tensor, "points dimension"]:
-    """Return embeddings of one sample between its cells, brought back to unit norm."""
+    """Return embeddings of one sample interpolated between its cells and normalised again to unit norm."""
     return F.normalize(interpolate_at(maps, points_vox, shape)[0], dim=1)
 
 
 @torch.no_grad()
 def coarse_ranking(here: Float[Tensor, "1 query d"], view: int, pair: Pair) -> Float[Tensor, "query cell"]:
-    """Return the coarse similarity of the queries of a view to the fine cells of both views."""
+    """Return the coarse similarity of a view's queries to the fine cells of both views."""
     shape = pair.params[0].shape
     query = read_unit_vectors(pair.maps[view].coarse, here, shape)
     mode = "trilinear" if len(shape) == 3 else "bilinear"

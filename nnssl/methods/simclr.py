@@ -1,17 +1,18 @@
-"""SimCLR: two views of a patch are told from those of all other patches of the batch. The plain baseline of contrast.
+"""SimCLR, the plain contrastive baseline: two views of a patch are contrasted with all other patches of the batch.
 
 Source: Chen et al., A Simple Framework for Contrastive Learning of Visual Representations, ICML 2020.
 
-An encoder ``f`` and a projection ``g`` see two views of every patch; NT-Xent (equation 1) pulls the two together and pushes
-the views of other patches away. There is no teacher and no queue. ``f`` leaves, ``g`` does not.
+An encoder ``f`` and a projection ``g`` see two views of every patch. NT-Xent (equation 1) makes their embeddings more similar
+to each other than to those of all other patches of the batch. There is no teacher and no queue. ``f`` is exported, ``g`` is
+discarded.
 
 Deviations:
-    * Pooling: the paper pools the last feature map and projects by a perceptron with one hidden layer. Here the hidden layer
-      comes before the mean (``networks.heads``), since instance normalisation leaves the plain mean nearly the same for all
-      images.
-    * Views: crop, flip, colour distortion and blur in the paper. Here crop and flips as the plan has them for the data, and of
-      the plan's intensity changes those that answer to colour distortion and blur; there are no colours to drop.
-    * Optimizer: LARS for batches of thousands. Here AdamW, as for the other contrasts of this package.
+    * Pooling: the paper pools the last feature map and projects it by a perceptron with one hidden layer. Here the hidden
+      layer comes before the mean (``networks.heads``), because instance normalisation makes the plain mean nearly the same
+      for all images.
+    * Views: the paper uses crop, flip, colour distortion and blur. Here crop and flips are those of the plan, and of the
+      plan's intensity changes only contrast, brightness and blur are kept. There are no colours.
+    * Optimizer: LARS for batches of thousands in the paper. Here AdamW, as in the other contrastive methods.
 """
 
 from collections.abc import Sequence
@@ -30,13 +31,14 @@ from nnssl.networks.dense import ENCODER, trained_encoder
 from nnssl.networks.heads import PooledProjection
 from nnssl.plan import PretextConfiguration
 from nnssl.schema import STRICT
-from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
-from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine
+from nnssl.views.intensity import IntensityRange, check_intensity, restrict_to
+from nnssl.views.jittered_crops import jittered_crop_pair
+from nnssl.views.spatial import AffineRange, check_affine
 
 
 @dataclass(frozen=True)
 class SimCLRSettings:
-    """The paper's numbers [P], or recommended ones [R]."""
+    """Settings of the stage. Sources of the defaults: the paper [P], recommended here [R]."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -47,19 +49,19 @@ class SimCLRSettings:
     flip_axes: tuple[int, ...] = (-1,)  # [P] appendix A, horizontal
     flip_probability: Share = 0.5  # [P] appendix A
     intensity_views: tuple[str, ...] = ("brightness", "contrast", "blur")  # [P] appendix A
-    """What answers to colour distortion and blur."""
+    """Intensity changes that correspond to the paper's colour distortion and blur."""
 
 
 class SimCLR(PretextMethod):
-    """Contrast of pooled features of the encoder between two views of every patch of the batch.
+    """Contrast of pooled encoder features between two views of every patch of the batch.
 
     Args:
-        network: the U-Net of the plan.
-        settings: resolved.
-        configuration: the plan's pretext configuration.
+        network: U-Net of the plan.
+        settings: Resolved settings of the stage.
+        configuration: The plan's pretext configuration.
 
     Raises:
-        UserError: the crop, the flips or the intensity changes cannot be drawn.
+        UserError: If the crop, the flips or the intensity changes cannot be drawn.
     """
 
     defaults: ClassVar[SimCLRSettings] = SimCLRSettings(
@@ -89,7 +91,7 @@ class SimCLR(PretextMethod):
 
     @classmethod
     def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
-        """Return crop, flips and intensity views as the plan has them."""
+        """Return the plan's crop, flips and intensity views."""
         return {
             "crop_fraction": configuration.crop_fraction,
             "flip_axes": configuration.flip_axes,
@@ -99,18 +101,12 @@ class SimCLR(PretextMethod):
     def make_views(
         self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
     ) -> tuple[Float[Tensor, "batch channel *shape"], Float[Tensor, "batch channel *shape"]]:
-        """Return two views of each patch, each cropped, flipped and changed in intensity on its own."""
-        return self._view(volumes, generators), self._view(volumes, generators)
-
-    def _view(self, volumes: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Return one view of each patch."""
-        own, spacing_mm = self.settings, self.configuration.spacing_mm
-        crop = draw_affine(generators, affine_range(own), volumes.shape[2:], spacing_mm)
-        changes = draw_intensity(generators, intensity_range(own), volumes.shape[1])
-        return apply_intensity(apply_affine(volumes, crop), changes)
+        """Return two views of each patch, which are cropped, flipped and changed in intensity independently."""
+        crop, changes = affine_range(self.settings), intensity_range(self.settings)
+        return jittered_crop_pair(volumes, generators, crop, changes, self.configuration.spacing_mm)
 
     def losses(self, views: tuple[Tensor, Tensor], progress: float) -> StepOutput:
-        """Return NT-Xent of the projections of both views (equation 1), and how often the other view is the nearest."""
+        """Return NT-Xent of the projections of both views (equation 1), and the retrieval of the other view as monitor."""
         first, second = (self.head(self.encoder(volumes)[-1]) for volumes in views)
         monitors = {
             "positive_similarity": (first * second).sum(dim=1).mean().detach(),
@@ -120,19 +116,19 @@ class SimCLR(PretextMethod):
         return StepOutput(losses, first.detach(), monitors)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Return encoder and head; biases and norms do not decay (appendix B.1)."""
+        """Return encoder and head; biases and norms have no weight decay (appendix B.1)."""
         return split_by_decay(self)
 
     def exported(self) -> Exported:
-        """Return the encoder, under both names that nnU-Net gives it."""
+        """Return the encoder, under both names that nnU-Net has for it."""
         return Exported(pretrained=ENCODER)
 
 
 def affine_range(settings: SimCLRSettings) -> AffineRange:
-    """Return what crops and flips are drawn from; nothing is turned."""
+    """Return the range of crops and flips; there is no rotation."""
     return AffineRange(settings.crop_fraction, flip_axes=settings.flip_axes, flip_probability=settings.flip_probability)
 
 
 def intensity_range(settings: SimCLRSettings) -> IntensityRange:
-    """Return the intensity changes of the settings, as the views' defaults have them."""
+    """Return the intensity changes named in the settings, with the default ranges of ``IntensityRange``."""
     return restrict_to(IntensityRange(), settings.intensity_views)

@@ -1,4 +1,4 @@
-"""Anatomical embeddings: for every place of a patch, a vector that names the place in the body.
+"""Anatomical embeddings: a vector for every place of a patch that identifies this place in the body.
 
 Source: Yan et al., SAM: Self-supervised Learning of Pixel-wise Anatomical Embeddings in Radiological Images, TMI 2022.
 """
@@ -20,8 +20,8 @@ class Embeddings(NamedTuple):
     """Maps of unit vectors, in float32.
 
     Attributes:
-        fine: where exactly; of the resolution of an early stage.
-        coarse: which part of the body; of the resolution of a late one.
+        fine: Fine embeddings, which localise precisely, at the resolution of an early stage.
+        coarse: Coarse embeddings, which identify the part of the body, at the resolution of a late stage.
     """
 
     fine: Float[Tensor, "batch dimension *fine_grid"]
@@ -31,16 +31,16 @@ class Embeddings(NamedTuple):
 class AnatomicalEmbedding(nn.Module):
     """A U-Net with two heads: fine embeddings from its decoder, coarse ones from its encoder.
 
-    Source: SAM, section III-A: fine from a feature pyramid at half the resolution, coarse from the last stage; convolutions of
-    3 voxels, 128 dimensions, unit norm.
-    Deviations: SAM's backbone is a ResNet-18 with batch normalisation, inflated from ImageNet. The decoder of the U-Net
-    takes the place of the pyramid.
+    Source: SAM, section III-A: fine embeddings from a feature pyramid at half the resolution, coarse ones from the last stage;
+    convolutions of 3 voxels, 128 dimensions, unit norm.
+    Deviations: SAM's backbone is a ResNet-18 with batch normalisation, inflated from ImageNet weights. Here the decoder of the
+    U-Net replaces the pyramid.
 
     Args:
-        network: a U-Net of dynamic-network-architectures.
-        fine_stage: encoder stage whose resolution the fine embeddings have; not the last.
-        coarse_stage: encoder stage that the coarse embeddings are made of.
-        dimensions: of both.
+        network: U-Net of dynamic-network-architectures.
+        fine_stage: Encoder stage of the fine embedding, which localises precisely; not the last stage.
+        coarse_stage: Encoder stage of the coarse embedding, which identifies the part of the body.
+        dimensions: Number of dimensions of each embedding.
     """
 
     def __init__(self, network: Any, fine_stage: int, coarse_stage: int, dimensions: int) -> None:
@@ -62,7 +62,7 @@ class AnatomicalEmbedding(nn.Module):
         return Embeddings(F.normalize(fine.float(), dim=1), F.normalize(coarse.float(), dim=1))
 
     def grids(self, shape: Sequence[int]) -> dict[EmbeddingKind, tuple[int, ...]]:
-        """Return the cells along each axis of the map of each kind, for a patch of so many voxels."""
+        """Return the number of cells along each axis of the map of each kind, for a patch of this shape."""
         strides = stage_strides(self.network.encoder, len(shape))
         stages: dict[EmbeddingKind, int] = {"fine": self.fine_stage, "coarse": self.coarse_stage}
         return {

@@ -1,4 +1,4 @@
-"""Channel gates that tell a shared decoder which transformed version of its input to make (PCRL)."""
+"""Channel gates that tell a shared decoder which transformed version of its input to produce (PCRL)."""
 
 from typing import Any, Literal
 
@@ -10,28 +10,28 @@ from nnssl.networks.heads import pooled_positions
 
 AttentionKind = Literal["outer", "gate"]
 GATE_WIDTH = 256
-"""Hidden width of the gate of PCRL's code."""
+"""Hidden width of the gate, as in PCRL's code."""
 
 
 class TransformationAttention(nn.Module):
     """Transformation-conditioned attention: the code of a transformation gates the channels of a feature map.
 
-    Source: Zhou et al., PCRL, ICCV 2021, section 3.2: ``f_p`` from the code, ``f_l`` the mean of the map, their outer
-    product, ``ReLU(W flat(M))``, a sigmoid, a convolution of the gated map.
+    Source: Zhou et al., PCRL, ICCV 2021, section 3.2: ``f_p`` is computed from the code, ``f_l`` is the mean of the map; then
+    follow their outer product ``M``, ``ReLU(W flat(M))``, a sigmoid, and a convolution of the gated map.
     Deviations:
         * ``W`` has C^3 parameters in the paper, 134 million for 512 channels. Here ``f_p`` and ``f_l`` are projected to
           ``rank`` numbers each before their product.
-        * ``f_l`` is the mean of a perceptron at every position, not of the map (``heads.pooled_positions``). Both
-          factors are normalised (layer norm): without it most gates stay at 0.5, where the ReLU has no gradient.
-        * ``gate`` is what the authors' code has: two linear layers on the code and a sigmoid; no product, no mean of the
-          map, no convolution.
+        * ``f_l`` is the mean of a perceptron at every position, not of the map (``heads.pooled_positions``). Both factors are
+          normalised (layer norm), because most gates would otherwise stay at 0.5, where the ReLU has no gradient.
+        * ``gate`` is the attention of the authors' code: two linear layers on the code and a sigmoid, without the product, the
+          mean of the map and the convolution.
 
     Args:
-        channels: of the feature map.
-        bits: of the code.
-        kind: ``outer`` or ``gate``.
-        rank: of the product's factors; of no use to ``gate``.
-        kernel_size: of the convolution, one odd number per axis.
+        channels: Number of channels of the feature map.
+        bits: Number of bits of the code.
+        kind: Kind of attention, ``outer`` or ``gate``.
+        rank: Length of the product's two factors; not used by ``gate``.
+        kernel_size: Kernel size of the convolution, one odd number per axis.
     """
 
     def __init__(self, channels: int, bits: int, kind: AttentionKind, rank: int, kernel_size: tuple[int, ...]) -> None:
@@ -50,9 +50,9 @@ class TransformationAttention(nn.Module):
     def gates(
         self, feature_map: Float[Tensor, "batch channel *grid"], code: Float[Tensor, "batch bits"]
     ) -> Float[Tensor, "batch channel"]:
-        """Return the factor of every channel: 0.5 to 1 for ``outer``, whose ReLU comes before the sigmoid, else 0 to 1.
+        """Return the factor of every channel: 0.5 to 1 for ``outer``, which has a ReLU before the sigmoid, otherwise 0 to 1.
 
-        In float32 throughout: pooled maps of different images differ by little.
+        It is computed in float32, because pooled maps of different images differ only slightly.
         """
         with torch.autocast(feature_map.device.type, enabled=False):
             if self.kind == "gate":
@@ -65,7 +65,7 @@ class TransformationAttention(nn.Module):
     def forward(
         self, feature_map: Float[Tensor, "batch channel *grid"], code: Float[Tensor, "batch bits"]
     ) -> Float[Tensor, "batch channel *grid"]:
-        """Return the gated map, after a convolution for ``outer``."""
+        """Return the gated map, followed by a convolution for ``outer``."""
         gates = self.gates(feature_map, code)
         gated = feature_map * gates.view(*gates.shape, *(1,) * (feature_map.ndim - 2))
         return gated if self.kind == "gate" else self.mix(gated)

@@ -1,4 +1,4 @@
-"""The network of a plan, built the way nnU-Net builds it."""
+"""Building the network of a plan as nnU-Net does, and reading its shape."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ M = TypeVar("M")
 
 
 def planned_configuration(plans: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return nnU-Net's section of a configuration of a plan, with what it inherits from others."""
+    """Return nnU-Net's section of a plan's configuration, including what it inherits from other configurations."""
     configuration: dict[str, Any] = PlansManager(plans).get_configuration(name).configuration
     return configuration
 
@@ -24,16 +24,16 @@ def build_network(architecture: dict[str, Any], channels: int, num_classes: int,
     """Build the network that a plan's configuration names, with a seeded initialisation.
 
     Args:
-        architecture: the configuration's ``architecture`` (network_class_name, arch_kwargs, _kw_requires_import).
-        channels: of the input.
-        num_classes: outputs of the segmentation layer.
-        seed: of the initial weights; torch's global random state is left as it was.
+        architecture: The configuration's ``architecture`` (network_class_name, arch_kwargs, _kw_requires_import).
+        channels: Number of input channels.
+        num_classes: Number of outputs of the segmentation layer.
+        seed: Random seed of the initial weights; torch's global random state does not change.
 
     Returns:
-        The network with deep supervision on, as nnU-Net trains it.
+        Network with deep supervision switched on, as nnU-Net trains it.
 
     Raises:
-        UserError: the class cannot be imported.
+        UserError: If the class cannot be imported.
     """
 
     def build() -> nn.Module:
@@ -51,36 +51,37 @@ def build_network(architecture: dict[str, Any], channels: int, num_classes: int,
         return seeded(build, seed, "network")
     except ImportError as error:
         raise UserError(
-            f"plan: network class {architecture['network_class_name']} cannot be imported; plan again"
+            f"The plan's network class {architecture['network_class_name']} cannot be imported; plan again"
         ) from error
 
 
 def measurable_network(architecture: dict[str, Any], channels: int) -> Any:
-    """Build the network that a plan's configuration names without weights, which a planner need not wait for.
+    """Build the network that a plan's configuration names without weights, so that a planner can measure it quickly.
 
     Args:
-        architecture: as for ``build_network``.
-        channels: of the input.
+        architecture: As for ``build_network``.
+        channels: Number of input channels.
 
     Returns:
-        The network on torch's device ``meta``, with one class and the background: sizes and shapes are those of the real one.
+        Network on torch's device ``meta`` with two classes, background included. Its sizes and shapes are those of a network
+        with weights.
 
     Raises:
-        UserError: the class cannot be imported.
+        UserError: If the class cannot be imported.
     """
     with torch.device("meta"):
         return build_network(architecture, channels, 2, seed=0)
 
 
 def seeded(build: Callable[[], M], seed: int, purpose: str) -> M:
-    """Call a constructor under a seed that depends on (seed, purpose), leaving torch's random state as it was."""
+    """Call a constructor with a random seed that depends on (seed, purpose), and restore torch's random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(draw_seed(seed, purpose))
         return build()
 
 
 def parts_to_compile(network: nn.Module) -> list[nn.Module]:
-    """Return the parts of a plan's network that methods call one by one; a compiled whole would not cover them."""
+    """Return the parts of a plan's network that methods call separately, so that compiling the whole would not cover them."""
     blocks = getattr(getattr(network, "eva", None), "blocks", None)
     if blocks is not None:
         return list(blocks)
@@ -90,23 +91,23 @@ def parts_to_compile(network: nn.Module) -> list[nn.Module]:
 
 
 def input_channels(encoder: nn.Module) -> int:
-    """Return the channels of the images that an encoder takes."""
+    """Return the number of input channels of an encoder."""
     first = next(each for each in encoder.modules() if isinstance(each, (nn.Conv2d, nn.Conv3d)))
     return first.in_channels
 
 
 def widest_kernel(stage: nn.Module) -> tuple[int, ...]:
-    """Return the largest kernel of a stage of an encoder, which is 1 along axes that it does not look along."""
+    """Return the largest kernel of an encoder stage along each axis; 1 along axes on which it does not mix voxels."""
     kernels = [each.kernel_size for each in stage.modules() if isinstance(each, (nn.Conv2d, nn.Conv3d))]
     return tuple(max(along) for along in zip(*kernels, strict=True))
 
 
 def stage_strides(encoder: Any, axes: int) -> list[tuple[int, ...]]:
-    """Return how many voxels of the patch a position of each encoder stage stands for along each axis, full resolution first.
+    """Return the total stride of every encoder stage along each axis, in voxels of the patch, full resolution first.
 
     Args:
-        encoder: of a plan's network.
-        axes: of the patch.
+        encoder: Encoder of a plan's network.
+        axes: Number of axes of the patch.
     """
     total, strides = (1,) * axes, []
     for stride in encoder.strides:
@@ -116,7 +117,7 @@ def stage_strides(encoder: Any, axes: int) -> list[tuple[int, ...]]:
 
 
 def encoder_strides(architecture: dict[str, Any]) -> list[list[int]]:
-    """Return the stride per axis of every encoder stage, full resolution first."""
+    """Return the stride of every encoder stage relative to the stage before it, along each axis, full resolution first."""
     dim = len(architecture["arch_kwargs"]["kernel_sizes"][0])
     strides = architecture["arch_kwargs"]["strides"]
     return [_per_axis(stride, dim) for stride in strides]

@@ -1,6 +1,6 @@
-"""Dense features of nnU-Net's U-Nets: the maps that the decoder makes on its way to the segmentation layers.
+"""Dense features of nnU-Net's U-Nets: the maps of the decoder stages before the segmentation layers.
 
-nnU-Net's forward pass returns the segmentations only.
+nnU-Net's own forward pass returns only the segmentations.
 """
 
 from collections.abc import Sequence
@@ -12,19 +12,20 @@ from torch import Tensor
 
 DenseKind = Literal["single", "pyramid"]
 ENCODER_AND_DECODER = ("encoder.", "decoder.encoder.", "decoder.transpconvs.", "decoder.stages.")
-"""Prefixes of all but the segmentation layers of a U-Net; its decoder holds the encoder under a second name."""
+"""Prefixes of all parameters of a U-Net except the segmentation layers; the decoder holds the encoder under a second name."""
 ENCODER = ENCODER_AND_DECODER[:2]
+"""Prefixes of the encoder's parameters, under both names."""
 
 
 def trained_up_to_segmentation(network: Any) -> Any:
-    """Return the network with the gradient on for all but its segmentation layers."""
+    """Switch on the gradient of all parameters except the segmentation layers, and return the network."""
     network.requires_grad_(True)
     network.decoder.seg_layers.requires_grad_(False)
     return network
 
 
 def trained_up_to_level(network: Any, last_level: int) -> Any:
-    """Return the network with the gradient on for the encoder and the decoder up to the resolution of an encoder stage."""
+    """Switch on the gradient of only the encoder and the decoder up to an encoder stage's resolution; return the network."""
     trained_encoder(network)
     for part in decoder_parts(network, last_level):
         network.get_submodule(part).requires_grad_(True)
@@ -32,23 +33,23 @@ def trained_up_to_level(network: Any, last_level: int) -> Any:
 
 
 def trained_encoder(network: Any) -> Any:
-    """Return the network's encoder with its gradient on, and switch that of all the rest off."""
+    """Switch on the gradient of only the encoder, and return the encoder."""
     network.requires_grad_(False)
     return network.encoder.requires_grad_(True)
 
 
 def decoder_parts(network: Any, last_level: int) -> list[str]:
-    """Return the names of the parts of a network that ``decode`` runs after the encoder, up to a level."""
+    """Return the names of the modules that ``decode`` runs up to a level."""
     count = len(network.decoder.stages) - last_level
     return [f"decoder.{kind}.{index}" for kind in ("transpconvs", "stages") for index in range(count)]
 
 
 def decoder_maps(network: Any, volumes: Float[Tensor, "batch channel *shape"]) -> list[Tensor]:
-    """Return the bottleneck and the output of every decoder stage, coarsest first; the last has full resolution.
+    """Return the bottleneck and the output of every decoder stage, coarsest first; the last one has full resolution.
 
     Args:
-        network: a U-Net of dynamic-network-architectures, plain or with residual encoder, or nnssl's hybrid of one.
-        volumes: patches.
+        network: U-Net of dynamic-network-architectures, plain or with a residual encoder, or nnssl's hybrid of one.
+        volumes: Patches.
 
     Returns:
         Maps (batch, channel, *grid).
@@ -57,12 +58,12 @@ def decoder_maps(network: Any, volumes: Float[Tensor, "batch channel *shape"]) -
 
 
 def decode(decoder: Any, skips: Sequence[Tensor], last_level: int = 0) -> list[Tensor]:
-    """Return the bottleneck and the output of every decoder stage, coarsest first, from the maps of an encoder.
+    """Return the bottleneck and the output of every decoder stage, coarsest first, given the maps of the encoder.
 
     Args:
-        decoder: of a U-Net.
-        skips: maps (batch, channel, *grid) of the encoder's stages, full resolution first.
-        last_level: encoder stage whose resolution is the finest that is wanted; stages beyond it are not run.
+        decoder: Decoder of a U-Net.
+        skips: Maps of the encoder's stages (batch, channel, *grid), full resolution first.
+        last_level: Encoder stage with the resolution of the last decoder stage to run.
     """
     maps = [skips[-1]]
     stages = list(zip(decoder.transpconvs, decoder.stages, strict=True))
@@ -72,12 +73,12 @@ def decode(decoder: Any, skips: Sequence[Tensor], last_level: int = 0) -> list[T
 
 
 def dense_maps(network: Any, volumes: Float[Tensor, "batch channel *shape"], kind: DenseKind) -> list[Tensor]:
-    """Return the maps whose features, side by side, describe a point.
+    """Return the maps whose concatenated features describe a point.
 
     Args:
-        network: as ``decoder_maps``.
-        volumes: patches.
-        kind: ``single``: the last decoder stage, which the segmentation layer reads; ``pyramid``: all decoder stages and
+        network: As in ``decoder_maps``.
+        volumes: Patches.
+        kind: ``single`` for the last decoder stage, which the segmentation layer reads; ``pyramid`` for all decoder stages and
             the bottleneck.
 
     Returns:

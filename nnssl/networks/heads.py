@@ -1,4 +1,4 @@
-"""What pretext methods put on a network: projections and token decoders. They never leave with the weights."""
+"""Heads that pretext methods add to a network: projections and token decoders. They are never exported."""
 
 import math
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ from nnssl.networks.tokens import initialise_linear, map_to_tokens, transformer_
 def pooled_positions(
     layer: nn.Module, feature_map: Float[Tensor, "batch channel *grid"]
 ) -> Float[Tensor, "batch hidden"]:
-    """Return the mean over all positions of what a layer and a ReLU make of each.
+    """Return the mean over all positions after a layer and a ReLU at every position.
 
-    Instance normalisation, which nnU-Net's networks have, gives every channel of every image the same mean, so the plain mean of
-    a map says next to nothing of the image. How channels occur together survives: so the layer comes before the mean.
+    The layer comes before the mean, because instance normalisation in nnU-Net's networks gives every channel of every image the
+    same mean. The plain mean of a map therefore says almost nothing about the image, but how channels occur together does.
     """
     return nn.functional.relu(layer(map_to_tokens(feature_map))).mean(dim=1)
 
@@ -29,9 +29,9 @@ class PooledProjection(nn.Module):
     Deviations: MoCo pools first; here the hidden layer comes before the mean (``pooled_positions``).
 
     Args:
-        channels: of the feature map.
-        hidden: width of the hidden layer.
-        dimensions: of the embedding.
+        channels: Number of channels of the feature map.
+        hidden: Width of the hidden layer.
+        dimensions: Number of dimensions of the embedding.
     """
 
     def __init__(self, channels: int, hidden: int, dimensions: int) -> None:
@@ -48,14 +48,14 @@ class PooledAssignment(nn.Module):
     """A perceptron at every position, the mean over positions, and a projection that is standardised over the batch.
 
     Source: "Pixel-global self-supervised learning with uncertainty-aware context stabilizer" (2022): pooled features of the
-    encoder are projected and a softmax follows; dimensions and depth are not stated.
+    encoder are projected, and a softmax follows; dimensions and depth are not stated.
     Deviations: the hidden layer comes before the mean (``pooled_positions``). The last layer is standardised
     (``standardised_rows``).
 
     Args:
-        channels: of the feature map.
-        hidden: width of the hidden layer.
-        dimensions: of the output.
+        channels: Number of channels of the feature map.
+        hidden: Width of the hidden layer.
+        dimensions: Number of outputs.
     """
 
     def __init__(self, channels: int, hidden: int, dimensions: int) -> None:
@@ -72,15 +72,15 @@ class PooledAssignment(nn.Module):
 class PointAssignment(nn.Module):
     """A perceptron with dropout for the features of points, standardised over all points of the batch.
 
-    Source: as ``PooledAssignment``; dropout makes the passes of Monte-Carlo dropout differ.
-    Deviations: the paper does not say where dropout is. Here it acts on the features and on the hidden layer, so that the
-    network before the head runs once for all passes.
+    Source: as for ``PooledAssignment``; dropout makes the passes of Monte-Carlo dropout differ.
+    Deviations: the paper does not say where dropout is applied. Here it acts on the features and on the hidden layer, so that
+    the network before the head runs once for all passes.
 
     Args:
-        channels: features of a point.
-        hidden: width of the hidden layer.
-        dimensions: of the output.
-        dropout: probability that a value is dropped, in steps of 1/256.
+        channels: Number of features of a point.
+        hidden: Width of the hidden layer.
+        dimensions: Number of outputs.
+        dropout: Probability that a value is dropped, in steps of 1/256.
     """
 
     def __init__(self, channels: int, hidden: int, dimensions: int, dropout: float) -> None:
@@ -95,8 +95,8 @@ class PointAssignment(nn.Module):
         """Return a row of logits for every point, in float32 throughout.
 
         Args:
-            features: of points of each sample.
-            seeds: of the dropout of each sample; None for no dropout.
+            features: Features of the points of each sample.
+            seeds: Random seed of each sample's dropout; None for no dropout.
         """
         with torch.autocast(features.device.type, enabled=False):
             hidden = nn.functional.relu(self.hidden(self._drop(features.float(), seeds, 0)))
@@ -112,16 +112,16 @@ class PointAssignment(nn.Module):
 
 
 def standardised_rows(logits: Float[Tensor, "row dimension"]) -> Float[Tensor, "row dimension"]:
-    """Return logits of which no output can win for all rows and not all outputs can be alike, of a length of about 1.
+    """Return logits standardised against collapse: no output can win for all rows, and not all outputs can be equal.
 
-    What all outputs of a row have in common, which a softmax does not see, is taken away; then every output is standardised over
-    the rows of all processes, and divided by the root of the width. Standardised alone, a head could put all variance into
-    what the outputs have in common, and answer every row with a uniform softmax.
+    The mean over the outputs of a row, which does not affect a softmax, is subtracted. Then every output is standardised over
+    the rows of all processes and divided by the root of the width, so that rows have a length of about 1. With standardisation
+    alone, a head could put all variance into the mean over the outputs and answer every row with a uniform softmax.
 
     Source: batch normalisation against collapse, as in the Pixel-global paper; none for the rest.
     """
     own = logits - logits.mean(dim=1, keepdim=True)
-    # pooled features of different images differ by some thousandths: the epsilon must not swallow that
+    # Pooled features of different images differ by some thousandths, so the epsilon must be much smaller.
     return standardise_over_ranks(own, epsilon=1e-10) / math.sqrt(logits.shape[1])
 
 
@@ -129,12 +129,13 @@ class PointProjection(nn.Module):
     """``g``: a perceptron with one hidden layer and batch normalisation, for the features of points.
 
     Source: Seince et al., Pix2Rep, MIDL 2024, and the authors' code (hidden width 256, batch normalisation, ReLU).
-    Deviations: statistics are always those of the batch, of all processes; the head never leaves, so it needs no running ones.
+    Deviations: statistics are always those of the batch, over all processes; running statistics are not needed, because the
+    head is discarded.
 
     Args:
-        channels: features of a point.
-        hidden: width of the hidden layer.
-        dimensions: of the embedding.
+        channels: Number of features of a point.
+        hidden: Width of the hidden layer.
+        dimensions: Number of dimensions of the embedding.
     """
 
     def __init__(self, channels: int, hidden: int, dimensions: int) -> None:
@@ -147,7 +148,7 @@ class PointProjection(nn.Module):
     def forward(self, features: Float[Tensor, "points channel"]) -> Float[Tensor, "points dimension"]:
         """Return the embeddings of points, of any scale, in float32 throughout.
 
-        Half precision would lose what is left of a feature once its mean over the points is taken away.
+        In half precision, the differences of a feature from its mean over the points would be lost.
         """
         with torch.autocast(features.device.type, enabled=False):
             hidden = standardise_over_ranks(self.hidden(features.float())) * self.scale + self.shift
@@ -155,15 +156,15 @@ class PointProjection(nn.Module):
 
 
 class TokenDecoder(nn.Module):
-    """``D_t``: sees the encoded visible tokens and a learned token at every masked place, and predicts all of them.
+    """``D_t``: receives the encoded visible tokens and a learned token at every masked position, and predicts all tokens.
 
     Source: He et al., MAE, CVPR 2022, section 3; Yan et al., RepRec, WACV 2023, section 4.2.
 
     Args:
-        width: of the encoded tokens and of the decoder's.
-        depth: number of blocks.
-        heads: of the attention.
-        channels: of what is predicted for each token.
+        width: Width of the encoded tokens and of the decoder's tokens.
+        depth: Number of blocks.
+        heads: Number of attention heads.
+        channels: Number of values that are predicted for each token.
     """
 
     def __init__(self, width: int, depth: int, heads: int, channels: int) -> None:
@@ -182,7 +183,7 @@ class TokenDecoder(nn.Module):
         visible: Int[Tensor, "batch visible"],
         positions: Float[Tensor, "tokens width"],
     ) -> Float[Tensor, "batch tokens channel"]:
-        """Return a prediction for every token; arguments as in ``decode``."""
+        """Return the prediction for every token; see ``decode`` for the arguments."""
         return self.predict(self.decode(encoded, visible, positions))
 
     def decode(
@@ -191,12 +192,12 @@ class TokenDecoder(nn.Module):
         visible: Int[Tensor, "batch visible"],
         positions: Float[Tensor, "tokens width"],
     ) -> Float[Tensor, "batch tokens width"]:
-        """Return what a prediction is made of, for every token.
+        """Return every token as the blocks output it, before the prediction.
 
         Args:
-            encoded: the visible tokens as the encoder gives them.
-            visible: which token each of them is.
-            positions: embeddings of all places.
+            encoded: Visible tokens, as the encoder returns them.
+            visible: Index of each visible token.
+            positions: Position embeddings of all tokens.
         """
         known = self.embed(encoded)
         tokens = self.mask_token.to(known.dtype).expand(len(known), len(positions), -1)
@@ -205,7 +206,7 @@ class TokenDecoder(nn.Module):
 
 
 def _random_bytes(like: Tensor, seed: int) -> Tensor:
-    """Return uniform bytes of a tensor's shape; eight of a drawn integer, since drawing is what dropout costs."""
+    """Return uniform bytes of a tensor's shape, eight from each drawn integer, because drawing dominates the cost of dropout."""
     generator = torch.Generator(like.device).manual_seed(seed)
     drawn = torch.randint(-(2**63), 2**63 - 1, (-(-like.numel() // 8),), generator=generator, device=like.device)
     return drawn.view(torch.uint8)[: like.numel()].view(like.shape)

@@ -1,15 +1,16 @@
 """The RepRec network: a convolutional U-Net with a vision transformer on one of its feature maps.
 
 ``E_c -> E_t -> D_c`` with skips from every stage of ``E_c`` (Yan et al., Representation Recovering, WACV 2023, figure 2).
-Both classes are stock U-Nets of nnU-Net with one more module, ``transformer``: the names of encoder and decoder stay those
-of the stock U-Net, so one state dict serves both. A plan names the classes and nnU-Net builds, trains and predicts with them.
+Both classes are stock U-Nets of nnU-Net with one additional module, ``transformer``. Encoder and decoder keep the parameter
+names of the stock U-Net, so one state dict fits both. A plan names the class, and nnU-Net builds, trains and predicts with it.
 
 Deviations from the paper:
-    * Paper: ``E_t`` stands between encoder and decoder. Here: on the encoder stage that the plan names, and its output
-      replaces that stage's feature map on the way to the decoder; at the bottleneck the two are the same thing. Small
-      patches leave too few positions at the bottleneck for a transformer.
-    * Paper: the output of ``E_t`` replaces the feature map. Here: ``f + gate * project(E_t(f))``, with a learned gate that
-      starts at 0, so that a network with random weights starts as the plain U-Net; pretraining sets the gate to 1.
+    * In the paper, ``E_t`` stands between encoder and decoder. Here it works on the encoder stage that the plan names, and its
+      output replaces that stage's feature map on the way to the decoder. At the bottleneck, both are the same. Small patches
+      leave too few positions at the bottleneck for a transformer.
+    * In the paper, the output of ``E_t`` replaces the feature map. Here the map becomes ``f + gate * project(E_t(f))`` with a
+      learned gate that starts at 0, so that a network with random weights starts as the plain U-Net; pretraining sets the gate
+      to 1.
 """
 
 import math
@@ -33,13 +34,13 @@ from nnssl.networks.tokens import (
 
 
 class BottleneckTransformer(nn.Module):
-    """``E_t``: embeds the positions of a feature map as tokens, relates them, and adds the result back.
+    """``E_t``: embeds the positions of a feature map as tokens, relates them, and adds the result to the map.
 
     Args:
-        channels: of the feature map.
-        width: of a token; a multiple of ``heads``.
-        depth: number of blocks.
-        heads: of the attention.
+        channels: Number of channels of the feature map.
+        width: Width of a token, a multiple of ``heads``.
+        depth: Number of blocks.
+        heads: Number of attention heads.
     """
 
     def __init__(self, channels: int, width: int, depth: int, heads: int) -> None:
@@ -55,84 +56,79 @@ class BottleneckTransformer(nn.Module):
     def encode(
         self, features: Float[Tensor, "batch tokens channel"], positions: Float[Tensor, "#batch tokens width"]
     ) -> Float[Tensor, "batch tokens width"]:
-        """Embed features, add positions and run the blocks; any subset of the tokens of a map may be given."""
+        """Embed features, add positions and run the blocks, for all tokens of a map or any subset."""
         return self.blocks(self.embed(features) + positions)
 
     def forward(self, feature_map: Float[Tensor, "batch channel *grid"]) -> Float[Tensor, "batch channel *grid"]:
-        """Return the feature map with what the transformer says of it added."""
+        """Return the feature map plus the gated output of the transformer."""
         grid = feature_map.shape[2:]
         positions = sine_cosine_positions(grid, self.width, feature_map.device)
         tokens = self.encode(map_to_tokens(feature_map), positions[None])
         return feature_map + self.gate * tokens_to_map(self.project(tokens), grid)
 
     def compute_feature_size(self, tokens: int) -> int:
-        """Return the number of output values of the linear layers for one sample, nnU-Net's measure of memory."""
+        """Return nnU-Net's measure of memory, the number of output values of the linear layers for one sample."""
         per_block = (3 + 1 + MLP_RATIO + 1) * self.width
         return tokens * (2 * self.width + self.depth * per_block)
 
 
-def _attach(network: Any, token_stage: int, width: int, depth: int, heads: int) -> None:
-    n_stages = len(network.encoder.output_channels)
-    if not 0 <= token_stage < n_stages:
-        raise ValueError(f"token_stage is {token_stage}, the encoder has stages 0 to {n_stages - 1}")
-    network.token_stage = token_stage
-    network.transformer = BottleneckTransformer(network.encoder.output_channels[token_stage], width, depth, heads)
+class _TransformerOnStage(nn.Module):
+    """Mixin that adds a transformer to one encoder stage of the U-Net class that follows it among the bases.
+
+    Args:
+        token_stage: Encoder stage whose positions become tokens; 0 is full resolution.
+        transformer_width: Width of a token.
+        transformer_depth: Number of transformer blocks.
+        transformer_heads: Number of attention heads.
+        **unet: Arguments of the U-Net.
+
+    Raises:
+        ValueError: If the encoder does not have the stage.
+    """
+
+    encoder: Any
+    decoder: Any
+
+    def __init__(
+        self, *, token_stage: int, transformer_width: int, transformer_depth: int, transformer_heads: int, **unet: Any
+    ) -> None:
+        super().__init__(**unet)
+        channels = self.encoder.output_channels
+        if not 0 <= token_stage < len(channels):
+            raise ValueError(f"token_stage must be from 0 to {len(channels) - 1}, got {token_stage}")
+        self.token_stage = token_stage
+        self.transformer = BottleneckTransformer(
+            channels[token_stage], transformer_width, transformer_depth, transformer_heads
+        )
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """Return logits (batch, class, *shape), or a list with one tensor per resolution with deep supervision."""
+        skips = self.encoder(x)
+        skips[self.token_stage] = self.transformer(skips[self.token_stage])
+        return self.decoder(skips)
+
+    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
+        """Return nnU-Net's measure of memory for one patch, including the transformer."""
+        unet: Any = super()
+        stride = stage_strides(self.encoder, len(input_size))[self.token_stage]
+        tokens = math.prod(math.ceil(n / step) for n, step in zip(input_size, stride, strict=True))
+        return int(unet.compute_conv_feature_map_size(input_size)) + self.transformer.compute_feature_size(tokens)
 
 
-def _forward(network: Any, volumes: Tensor) -> Tensor | list[Tensor]:
-    skips = network.encoder(volumes)
-    skips[network.token_stage] = network.transformer(skips[network.token_stage])
-    return network.decoder(skips)
-
-
-def _feature_size(network: Any, unet_size: int, input_size: Sequence[int]) -> int:
-    stride = stage_strides(network.encoder, len(input_size))[network.token_stage]
-    tokens = math.prod(math.ceil(n / step) for n, step in zip(input_size, stride, strict=True))
-    return unet_size + network.transformer.compute_feature_size(tokens)
-
-
-class HybridUNet(PlainConvUNet):
+class HybridUNet(_TransformerOnStage, PlainConvUNet):
     """nnU-Net's plain U-Net with a transformer on one encoder stage.
 
     Args:
-        token_stage: encoder stage whose positions become tokens; 0 is full resolution.
-        transformer_width: channels of a token.
-        transformer_depth: number of transformer blocks.
-        transformer_heads: attention heads.
-        **unet: what ``PlainConvUNet`` takes.
+        token_stage: Encoder stage whose positions become tokens; 0 is full resolution.
+        transformer_width: Width of a token.
+        transformer_depth: Number of transformer blocks.
+        transformer_heads: Number of attention heads.
+        **unet: Arguments of ``PlainConvUNet``.
 
     Raises:
-        ValueError: the encoder has no such stage.
+        ValueError: If the encoder does not have the stage.
     """
 
-    def __init__(
-        self, *, token_stage: int, transformer_width: int, transformer_depth: int, transformer_heads: int, **unet: Any
-    ) -> None:
-        super().__init__(**unet)
-        _attach(self, token_stage, transformer_width, transformer_depth, transformer_heads)
 
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Return logits (batch, class, *shape), or one per resolution with deep supervision."""
-        return _forward(self, x)
-
-    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
-        """Return nnU-Net's measure of memory for one patch, the transformer's share included."""
-        return _feature_size(self, int(super().compute_conv_feature_map_size(input_size)), input_size)
-
-
-class HybridResidualEncoderUNet(ResidualEncoderUNet):
+class HybridResidualEncoderUNet(_TransformerOnStage, ResidualEncoderUNet):
     """nnU-Net's residual encoder U-Net with a transformer on one encoder stage; arguments as in ``HybridUNet``."""
-
-    def __init__(
-        self, *, token_stage: int, transformer_width: int, transformer_depth: int, transformer_heads: int, **unet: Any
-    ) -> None:
-        super().__init__(**unet)
-        _attach(self, token_stage, transformer_width, transformer_depth, transformer_heads)
-
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """Return logits (batch, class, *shape), or one per resolution with deep supervision."""
-        return _forward(self, x)
-
-    def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
-        """Return nnU-Net's measure of memory for one patch, the transformer's share included."""
-        return _feature_size(self, int(super().compute_conv_feature_map_size(input_size)), input_size)

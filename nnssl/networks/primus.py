@@ -1,11 +1,11 @@
-"""Primus, a vision transformer for volumes, as a plan's network: all but its last layer fits any number of classes.
+"""Primus, a vision transformer for volumes, as a plan's network, whose weights except the last layer fit any number of classes.
 
-Source: Wald et al., Primus: Enforcing Attention Usage for 3D Medical Image Segmentation, 2025; its implementation in
-dynamic-network-architectures, whose names the parameters of the encoder keep (``down_projection``, ``eva``).
+Source: Wald et al., Primus: Enforcing Attention Usage for 3D Medical Image Segmentation, 2025, and its implementation in
+dynamic-network-architectures. The encoder's parameters keep the names that they have there (``down_projection``, ``eva``).
 
-Deviations: the widths of Primus's decoder depend on the number of classes, so that no pretrained decoder, and not even its
-random start, would fit another data set. Here it ends in a fixed number of features, and a segmentation layer of one voxel
-follows. nnU-Net asks for that layer by the name of its U-Nets' (``decoder.seg_layers``).
+Deviations: the widths of Primus's decoder depend on the number of classes, so neither a pretrained decoder nor its random
+initialisation would fit another data set. Here the decoder ends in a fixed number of features, followed by a segmentation layer
+with a kernel of one voxel. nnU-Net finds this layer under the name that it has in its U-Nets (``decoder.seg_layers``).
 """
 
 import math
@@ -21,12 +21,13 @@ from nnssl.networks.tokens import map_to_tokens, take_tokens
 
 
 class SegmentationLayer(nn.Module):
-    """The last layer, under the names that nnU-Net gives those of its U-Nets.
+    """The segmentation layer, under the names that nnU-Net's U-Nets have for theirs.
 
     Args:
-        features: of the map.
-        classes: of the segmentation.
-        deep_supervision: whether logits come in a list, as nnU-Net's loss then wants them; there is one resolution.
+        features: Number of features of the map.
+        classes: Number of classes of the segmentation.
+        deep_supervision: Whether logits are returned in a list, as nnU-Net's loss for deep supervision requires; it contains
+            one resolution.
     """
 
     def __init__(self, features: int, classes: int, deep_supervision: bool) -> None:
@@ -41,23 +42,23 @@ class SegmentationLayer(nn.Module):
 
 
 class PlannedPrimus(Primus):
-    """Primus as nnU-Net builds a plan's network.
+    """Primus with the constructor that nnU-Net calls for a plan's network.
 
     Args:
-        input_channels: of the images.
-        num_classes: outputs of the segmentation layer.
-        deep_supervision: see ``SegmentationLayer``.
-        embed_dim: channels of a token; a multiple of six times ``eva_numheads``.
-        eva_depth: number of blocks.
-        eva_numheads: attention heads.
-        patch_embed_size: voxels of a token, (z, y, x), powers of two.
-        input_shape: voxels of the patch, which is fixed; a multiple of the token along every axis.
-        decoder_features: of the map that the segmentation layer reads.
-        drop_path_rate: share of the last block's samples that skip it in training, rising from 0 over the blocks.
-        strides: of no use here; nnU-Net reads from a plan at which resolutions logits come.
+        input_channels: Number of channels of the images.
+        num_classes: Number of outputs of the segmentation layer.
+        deep_supervision: See ``SegmentationLayer``.
+        embed_dim: Width of a token, a multiple of six times ``eva_numheads``.
+        eva_depth: Number of blocks.
+        eva_numheads: Number of attention heads.
+        patch_embed_size: Number of voxels of a token, (z, y, x), powers of two.
+        input_shape: Number of voxels of the patch, which is fixed and a multiple of the token along every axis.
+        decoder_features: Number of features of the map that the segmentation layer reads.
+        drop_path_rate: Share of samples that skip the last block in training; it rises from 0 over the blocks.
+        strides: Not used here; nnU-Net reads from the plan's strides at which resolutions there are logits.
 
     Raises:
-        ValueError: patch and token do not fit, or the width does not fit the heads.
+        ValueError: If patch and token do not fit, or the width does not fit the heads.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class PlannedPrimus(Primus):
             eva_numheads,
             tuple(input_shape),
             drop_path_rate=drop_path_rate,
-            init_values=0.1,  # these two as in nnU-Net's own trainers of Primus
+            init_values=0.1,  # this and the next value are those of nnU-Net's own trainers of Primus
             scale_attn_inner=True,
         )
         self.token_vox = tuple(patch_embed_size)
@@ -93,22 +94,22 @@ class PlannedPrimus(Primus):
         self.decoder = SegmentationLayer(decoder_features, num_classes, deep_supervision)
 
     def forward(self, x: Float[Tensor, "batch channel z y x"], ret_mask: bool = False) -> Any:
-        """Return logits, in a list with deep supervision; the second argument is Primus's and has no use."""
+        """Return logits, in a list with deep supervision; ``ret_mask`` is an argument of Primus and is ignored."""
         return self.decoder(super().forward(x))
 
     def encode(
         self, volumes: Float[Tensor, "batch channel z y x"], visible: Int[Tensor, "batch visible"] | None = None
     ) -> Float[Tensor, "batch visible width"]:
-        """Return tokens of patches, all of them or the visible ones, which then see nothing of the others.
+        """Return all encoded tokens of patches, or only the visible ones, which then do not depend on the others.
 
         Args:
-            volumes: patches.
-            visible: which tokens each patch shows, counted in C order of the grid.
+            volumes: Patches.
+            visible: Indices of each patch's visible tokens, in C order of the grid; None for all tokens.
         """
         return encode_tokens(self.down_projection, self.eva, volumes, visible)
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
-        """Return nnU-Net's measure of memory for one patch: the number of values that layers put out."""
+        """Return nnU-Net's measure of memory for one patch, the number of output values of all layers."""
         tokens = math.prod(n // token for n, token in zip(input_size, self.token_vox, strict=True))
         first: Any = self.eva.blocks[0]
         mlp = first.mlp.fc2.in_features
@@ -126,12 +127,12 @@ class PlannedPrimus(Primus):
 def encode_tokens(
     down_projection: Any, eva: Any, volumes: Float[Tensor, "batch channel z y x"], visible: Tensor | None
 ) -> Float[Tensor, "batch visible width"]:
-    """Return tokens from the two parts of Primus's encoder; see ``PlannedPrimus.encode``."""
+    """Return encoded tokens, given the two parts of Primus's encoder; see ``PlannedPrimus.encode``."""
     tokens = map_to_tokens(down_projection(volumes)) + eva.pos_embed
     rotation = eva.rope.get_embed()  # (tokens, sine and cosine)
     if visible is not None:
         tokens = take_tokens(tokens, visible)
-        # with an axis for the heads: without it the batch would be taken for heads where both are as many
+        # Without an axis for the heads, the batch would be broadcast over the heads if both have the same size.
         rotation = rotation[visible][:, None]
     for block in eva.blocks:
         tokens = block(tokens, rope=rotation)
@@ -139,31 +140,40 @@ def encode_tokens(
 
 
 def check_size(width: int, heads: int, token_vox: Sequence[int], shape: Sequence[int]) -> None:
-    """Check what Primus can be built for.
+    """Check that Primus can be built with these sizes.
+
+    Args:
+        width: Width of a token (``embed_dim``).
+        heads: Number of attention heads (``eva_numheads``).
+        token_vox: Number of voxels of a token along each axis (``patch_embed_size``).
+        shape: Number of voxels of the patch along each axis (``input_shape``).
 
     Raises:
-        ValueError: a token that is no power of two along some axis, or along all of them one voxel; a patch that is no
-            multiple of it; a width that is no multiple of six times the heads, for the rotary embedding of three axes.
+        ValueError: If the patch or the token does not have three axes, a side of the token is not a power of two, the token is
+            a single voxel, the patch is not a multiple of the token, or the width is not a multiple of six times the heads, as
+            the rotary embedding of three axes requires.
     """
     if len(token_vox) != 3 or len(shape) != 3:
-        raise ValueError(f"Primus takes volumes, not patches of {tuple(shape)}")
+        raise ValueError(
+            f"input_shape and patch_embed_size must have 3 axes, got {tuple(shape)} and {tuple(token_vox)}"
+        )
     if any(size < 1 or size & (size - 1) for size in token_vox) or max(token_vox) < 2:
-        raise ValueError(f"tokens of {tuple(token_vox)} voxels: every side must be a power of two, and one more than 1")
+        raise ValueError(f"patch_embed_size must be powers of two, at least one above 1, got {tuple(token_vox)}")
     if any(n % size for n, size in zip(shape, token_vox, strict=True)):
-        raise ValueError(f"a patch of {tuple(shape)} voxels is no multiple of tokens of {tuple(token_vox)}")
+        raise ValueError(f"input_shape must be a multiple of patch_embed_size {tuple(token_vox)}, got {tuple(shape)}")
     if width % (6 * heads):
-        raise ValueError(f"width {width} is no multiple of six times {heads} heads")
+        raise ValueError(f"embed_dim must be a multiple of six times the {heads} heads, got {width}")
 
 
 def resample_positions(
     positions: Float[Tensor, "1 tokens width"], grid: Sequence[int], new_grid: Sequence[int]
 ) -> Float[Tensor, "1 new_tokens width"]:
-    """Return learned position embeddings for another grid of tokens, interpolated linearly, as unchanged where grids agree.
+    """Return learned position embeddings for another grid of tokens by linear interpolation; unchanged if the grids agree.
 
     Args:
-        positions: in C order of the grid.
-        grid: tokens per axis that they were learned for.
-        new_grid: tokens per axis that are wanted.
+        positions: Position embeddings in C order of the grid.
+        grid: Number of tokens per axis for which they were learned.
+        new_grid: Number of tokens per axis of the result.
     """
     if tuple(grid) == tuple(new_grid):
         return positions

@@ -1,4 +1,4 @@
-"""What Alice puts on tokens: a projection, a predictor, and the attention by which views of other places are compared.
+"""Alice's heads on tokens: a projection, a predictor, and the attention through which token features are compared (CASA).
 
 Source: Jiang et al., Anatomical Invariance Modeling and Semantic Alignment for Self-supervised Learning in 3D Medical Image
 Analysis (Alice), ICCV 2023.
@@ -18,13 +18,13 @@ class TokenProjection(nn.Module):
     """``phi``, ``psi``: three linear layers, a bottleneck of unit norm, and a last layer whose weights have unit norm.
 
     Source: Alice, section 3.2, which takes it from DINO (Caron et al., ICCV 2021).
-    Deviations: Xavier's initial weights; with DINO's small ones tokens of a narrow network come out all but equal.
+    Deviations: Xavier initialisation; with DINO's small weights, tokens of a narrow network come out nearly equal.
 
     Args:
-        width: of a token.
-        hidden: width of the hidden layers.
-        bottleneck: width of what is brought to unit norm.
-        dimensions: of the output.
+        width: Width of a token.
+        hidden: Width of the hidden layers.
+        bottleneck: Width of the bottleneck, which is normalised.
+        dimensions: Number of dimensions of the output.
     """
 
     def __init__(self, width: int, hidden: int, bottleneck: int, dimensions: int) -> None:
@@ -43,14 +43,14 @@ class TokenProjection(nn.Module):
 
 
 class Predictor(nn.Module):
-    """A perceptron on the student's side, without which equal answers for everything would be the way out.
+    """A perceptron on the student's side, without which equal answers for all inputs would minimise the loss.
 
-    Source: BYOL, NeurIPS 2020, on whose loss Alice builds; the paper names no predictor.
-    Deviations: layer normalisation in place of batch normalisation.
+    Source: BYOL, NeurIPS 2020, on whose loss Alice builds; Alice's paper does not mention a predictor.
+    Deviations: layer normalisation instead of batch normalisation.
 
     Args:
-        dimensions: of input and output.
-        hidden: width of the hidden layer.
+        dimensions: Number of dimensions of input and output.
+        hidden: Width of the hidden layer.
     """
 
     def __init__(self, dimensions: int, hidden: int) -> None:
@@ -66,19 +66,20 @@ class Predictor(nn.Module):
 
 
 class ConditionalAlignment(nn.Module):
-    """CASA: visible tokens ask what they want to know, and other tokens answer.
+    """CASA: an attention in which visible tokens are the queries and all tokens of a view are the keys and values.
 
     ``q = LN(V) W_q``, ``k, v = LN(H) W_k, W_v``, ``ATT = softmax(q k' / sqrt(C))``, ``S = zeta(ATT v)``.
 
     Source: Alice, section 3.3.
-    Deviations: no residual from the query, which the code has: with it a value of 0 would make both sides alike. No dropout.
+    Deviations: unlike the code, there is no residual from the query, because values of 0 would then make both sides equal. There
+    is no dropout.
 
     Args:
-        width: of the asking tokens.
-        answer_width: of the answering tokens.
-        dimensions: of queries, keys, values and output, over all heads.
-        heads: of the attention.
-        hidden: width of the hidden layer of ``zeta``.
+        width: Width of the asking tokens (queries).
+        answer_width: Width of the answering tokens (keys and values).
+        dimensions: Number of dimensions of queries, keys, values and output, over all heads.
+        heads: Number of attention heads.
+        hidden: Width of the hidden layer of ``zeta``.
     """
 
     def __init__(self, width: int, answer_width: int, dimensions: int, heads: int, hidden: int) -> None:
@@ -94,7 +95,7 @@ class ConditionalAlignment(nn.Module):
     def attention(
         self, asking: Float[Tensor, "batch visible width"], answering: Float[Tensor, "batch tokens answer"]
     ) -> Float[Tensor, "batch heads visible tokens"]:
-        """Return how much each asking token listens to each answering one; rows sum to 1."""
+        """Return the attention of each asking token to each answering one; rows sum to 1."""
         query, key, _ = self._projected(asking, answering)
         return (query @ key.transpose(2, 3) / math.sqrt(query.shape[3])).softmax(dim=3)
 
@@ -108,7 +109,7 @@ class ConditionalAlignment(nn.Module):
             return self.zeta(heard.transpose(1, 2).flatten(2))
 
     def _projected(self, asking: Tensor, answering: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return query, key and value, (batch, heads, token, part)."""
+        """Return query, key and value (batch, heads, token, part)."""
         asks, answers = self.norm_query(asking.float()), self.norm_answer(answering.float())
         return self._split(self.query(asks)), self._split(self.key(answers)), self._split(self.value(answers))
 

@@ -1,9 +1,9 @@
-"""Encoders of visible tokens for masked image modelling: Primus, and a convolutional U-Net's.
+"""Encoders of visible tokens for masked image modelling: those of Primus and of a convolutional U-Net.
 
 Source: He et al., MAE, CVPR 2022 (visible tokens only); Tian et al., SparK, ICLR 2023 (convolutions: features are masked again
-after every stage, so that what is visible does not spread into what is not).
+after every stage, so that visible features do not spread into masked positions).
 
-Deviations from SparK: normalisation sees the zeros of masked places; the last stage alone is read.
+Deviations from SparK: normalisation includes the zeros of masked positions; only the last stage is read.
 """
 
 import math
@@ -21,13 +21,13 @@ from nnssl.networks.tokens import map_to_tokens, take_tokens
 
 
 class TokenEncoder(nn.Module):
-    """What masked modelling needs of an encoder.
+    """Interface of an encoder for masked modelling.
 
     Attributes:
-        token_vox: voxels of a token along each axis.
-        grid: tokens per axis of a patch.
-        width: channels of an encoded token.
-        exported: prefixes of the names that the encoder's parameters have in the plan's network.
+        token_vox: Number of voxels of a token along each axis.
+        grid: Number of tokens of a patch along each axis.
+        width: Width of an encoded token.
+        exported: Prefixes of the names that the encoder's parameters have in the plan's network.
     """
 
     token_vox: tuple[int, ...]
@@ -38,22 +38,22 @@ class TokenEncoder(nn.Module):
     def forward(
         self, volumes: Float[Tensor, "batch channel *shape"], visible: Int[Tensor, "batch visible"] | None = None
     ) -> Float[Tensor, "batch visible width"]:
-        """Return encoded tokens, those that are visible or all; visible ones say nothing of the voxels of others.
+        """Return all encoded tokens, or only the visible ones, which then do not depend on the voxels of other tokens.
 
         Args:
-            volumes: patches.
-            visible: which tokens each patch shows, in C order of the grid.
+            volumes: Patches.
+            visible: Indices of each patch's visible tokens, in C order of the grid; None for all tokens.
         """
         raise NotImplementedError
 
 
 class PrimusTokens(TokenEncoder):
-    """The encoder of Primus, which takes visible tokens only: masked ones cost nothing.
+    """The encoder of Primus, which receives only the visible tokens, so that masked tokens cost nothing.
 
-    Its blocks are never left out at random: that is for fine-tuning, and a teacher would give another target each time.
+    Its blocks are never dropped at random. Dropping is meant for fine-tuning, and would change a teacher's target each time.
 
     Args:
-        network: the plan's.
+        network: Network of the plan.
     """
 
     exported = ("down_projection.", "eva.")
@@ -63,7 +63,7 @@ class PrimusTokens(TokenEncoder):
         self.down_projection, self.eva = network.down_projection, network.eva
         self.token_vox, self.grid, self.width = network.token_vox, network.grid, network.embed_dim
         for layer in self.eva.modules():
-            if hasattr(layer, "drop_prob"):  # that of a whole block, as Primus's library calls it
+            if hasattr(layer, "drop_prob"):  # the probability of dropping a whole block, in Primus's library
                 layer.drop_prob = 0.0
 
     def forward(self, volumes: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -72,12 +72,12 @@ class PrimusTokens(TokenEncoder):
 
 
 class UNetTokens(TokenEncoder):
-    """The encoder of a U-Net up to one stage, whose positions are tokens.
+    """The encoder of a U-Net up to one stage, whose positions are the tokens.
 
     Args:
-        encoder: of the plan's network.
-        stage: whose positions are tokens.
-        shape: voxels of a patch; a multiple of the stage's stride along every axis.
+        encoder: Encoder of the plan's network.
+        stage: Encoder stage whose positions are the tokens.
+        shape: Number of voxels of a patch, a multiple of the stage's stride along every axis.
     """
 
     def __init__(self, encoder: Any, stage: int, shape: Sequence[int]) -> None:
@@ -108,7 +108,7 @@ class UNetTokens(TokenEncoder):
 
 
 def trained_up_to_tokens(encoder: TokenEncoder) -> TokenEncoder:
-    """Return a token encoder with the gradient on for what makes tokens, and off for later stages of a U-Net's encoder."""
+    """Switch on the gradient of all parts that compute tokens, but not of later stages of a U-Net; return the encoder."""
     encoder.requires_grad_(True)
     if isinstance(encoder, UNetTokens):
         encoder.encoder.stages[encoder.stage + 1 :].requires_grad_(False)
@@ -119,9 +119,9 @@ def token_encoder(network: Any, stage: int | None, shape: Sequence[int]) -> Toke
     """Return the token encoder of a plan's network.
 
     Args:
-        network: Primus or a U-Net.
-        stage: of the U-Net whose positions are tokens; None for Primus.
-        shape: voxels of a patch.
+        network: Network of the plan, Primus or a U-Net.
+        stage: Stage of the U-Net whose positions are the tokens; None for Primus.
+        shape: Number of voxels of a patch along each axis.
     """
     if isinstance(network, PlannedPrimus):
         return PrimusTokens(network)
@@ -130,7 +130,7 @@ def token_encoder(network: Any, stage: int | None, shape: Sequence[int]) -> Toke
 
 
 def _show(features: Tensor, shown: Bool[Tensor, " batch *grid"] | None) -> Tensor:
-    """Return a map with 0 where its token is not shown."""
+    """Return a map that is 0 at all positions whose token is not shown; unchanged if ``shown`` is None."""
     if shown is None:
         return features
     for axis, length in enumerate(features.shape[2:]):

@@ -1,4 +1,4 @@
-"""Tokens: how a map or a patch is cut into them and put together again, where they lie, and what relates them.
+"""Tokens: cutting maps and patches into tokens and joining them, their position embeddings, and transformer blocks.
 
 Tokens are counted in C order of their grid.
 """
@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 MLP_RATIO = 4
-"""Width of the hidden layer of a block over the width of its tokens (Dosovitskiy et al. 2021, table 1)."""
+"""Ratio of a block's hidden width to its token width (Dosovitskiy et al. 2021, table 1)."""
 
 
 def map_to_tokens(feature_map: Float[Tensor, "batch channel *grid"]) -> Float[Tensor, "batch tokens channel"]:
@@ -22,14 +22,14 @@ def map_to_tokens(feature_map: Float[Tensor, "batch channel *grid"]) -> Float[Te
 def tokens_to_map(
     tokens: Float[Tensor, "batch tokens channel"], grid: Sequence[int]
 ) -> Float[Tensor, "batch channel *grid"]:
-    """Put tokens in C order back into a feature map; the inverse of ``map_to_tokens``."""
+    """Join tokens in C order to a feature map; the inverse of ``map_to_tokens``."""
     return tokens.transpose(1, 2).unflatten(2, tuple(grid))
 
 
 def take_tokens(
     tokens: Float[Tensor, "batch tokens channel"], places: Int[Tensor, "batch taken"]
 ) -> Float[Tensor, "batch taken channel"]:
-    """Return some tokens of each sample, in the order of their places."""
+    """Return the tokens of each sample at the given indices, in this order."""
     return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[2]))
 
 
@@ -39,8 +39,8 @@ def cut_into_tokens(
     """Return the voxels of every token, channels first; tokens in C order of the grid.
 
     Args:
-        volumes: patches whose shape is a multiple of the token's.
-        token_vox: voxels of a token.
+        volumes: Patches whose shape is a multiple of the token's.
+        token_vox: Number of voxels of a token along each axis.
     """
     cells = volumes
     for axis, size in enumerate(token_vox):
@@ -53,13 +53,13 @@ def cut_into_tokens(
 def join_tokens(
     tokens: Float[Tensor, "batch tokens values"], grid: Sequence[int], token_vox: Sequence[int], channels: int
 ) -> Float[Tensor, "batch channel *shape"]:
-    """Return volumes from the voxels of every token, what ``cut_into_tokens`` has cut.
+    """Return volumes from the voxels of every token; the inverse of ``cut_into_tokens``.
 
     Args:
-        tokens: voxels of each, channels first.
-        grid: tokens per axis.
-        token_vox: voxels of a token.
-        channels: of the volumes.
+        tokens: Voxels of each token, channels first.
+        grid: Number of tokens along each axis.
+        token_vox: Number of voxels of a token along each axis.
+        channels: Number of channels of the volumes.
     """
     axes = len(token_vox)
     cells = tokens.unflatten(2, (channels, *token_vox)).unflatten(1, tuple(grid))
@@ -73,15 +73,15 @@ def sine_cosine_positions(
 ) -> Float[Tensor, "tokens width"]:
     """Return fixed sine-cosine position embeddings for a grid of tokens.
 
-    Source: Vaswani et al. 2017, section 3.5, one share of the channels for each axis (as MAE does in 2D).
+    Source: Vaswani et al. 2017, section 3.5, with an equal share of the channels for each axis (as MAE does in 2D).
 
     Args:
-        grid: tokens per axis; tokens are counted in C order.
-        width: channels of a token. What does not divide into a sine and a cosine per axis stays 0.
-        device: where to make them.
+        grid: Number of tokens along each axis; tokens are counted in C order.
+        width: Width of a token. Channels that do not divide evenly into a sine and a cosine per axis are 0.
+        device: Device of the result.
 
     Returns:
-        Embeddings in float32. They depend on the grid only, so that another patch size needs no new weights.
+        Embeddings in float32. They depend only on the grid and the width, so that another patch size needs no new weights.
     """
     frequencies = width // (2 * len(grid))
     scale = torch.exp(-math.log(10_000.0) * torch.arange(frequencies, device=device, dtype=torch.float32) / frequencies)
@@ -103,9 +103,9 @@ def transformer_blocks(width: int, depth: int, heads: int) -> nn.Module:
 
 
 def initialise_linear(module: nn.Module) -> None:
-    """Give linear layers and attention projections Xavier-uniform weights and no bias, as MAE does.
+    """Give linear layers and attention projections Xavier-uniform weights and zero biases, as MAE does.
 
-    A bias as nn.Linear draws it would be far larger than what tokens differ by.
+    Biases as ``nn.Linear`` draws them would be far larger than the differences between tokens.
     """
     for child in module.modules():
         if isinstance(child, nn.Linear):

@@ -1,6 +1,6 @@
-"""Axis-aligned boxes as values: where a crop lies in its patch, and what two crops have in common.
+"""Axis-aligned boxes, for the position of a crop in its patch and for the overlap of two crops.
 
-A box is continuous: voxel i reaches from i - 0.5 to i + 0.5, in the same coordinates as points. In mm the origin is the
+A box is continuous: voxel i reaches from i - 0.5 to i + 0.5, in the same coordinates as points. In mm, the origin is the
 centre of voxel 0.
 """
 
@@ -21,29 +21,29 @@ class Boxes:
 
     @property
     def upper(self) -> Tensor:
-        """Where the boxes end, (batch, d)."""
+        """Upper corners of the boxes (batch, d)."""
         return self.lower + self.size
 
 
 def boxes_of_voxels(lower_vox: Int[Tensor, "batch d"], size_vox: Int[Tensor, "batch d"]) -> Boxes:
-    """Return the boxes that cover whole voxels, from their first voxels and their sizes."""
+    """Return the boxes that cover whole voxels, given their first voxels and their sizes."""
     return Boxes(lower_vox.double() - 0.5, size_vox.double())
 
 
 def to_mm(boxes: Boxes, spacing_mm: Sequence[float]) -> Boxes:
-    """Return boxes given in voxels in mm, from the centre of voxel 0."""
+    """Convert boxes from voxels to mm, measured from the centre of voxel 0."""
     spacing = torch.as_tensor(spacing_mm, dtype=boxes.lower.dtype, device=boxes.lower.device)
     return Boxes(boxes.lower * spacing, boxes.size * spacing)
 
 
 def intersect(first: Boxes, second: Boxes) -> Boxes:
-    """Return what each pair of boxes has in common; of size 0 along axes where they are apart."""
+    """Return the intersection of each pair of boxes; its size is 0 along axes on which they do not overlap."""
     lower = torch.maximum(first.lower, second.lower)
     return Boxes(lower, (torch.minimum(first.upper, second.upper) - lower).clamp_min(0))
 
 
 def volume(boxes: Boxes) -> Float[Tensor, " batch"]:
-    """Return the boxes' volume (area in 2D), in voxels or in mm to the power of the number of axes."""
+    """Return the volume of the boxes (area in 2D), in voxels or in mm to the power of the number of axes."""
     return boxes.size.prod(dim=1)
 
 
@@ -53,12 +53,12 @@ def overlap_share(first: Boxes, second: Boxes) -> Float[Tensor, " batch"]:
 
 
 def intersection_over_union(first: Boxes, second: Boxes) -> Float[Tensor, " batch"]:
-    """Return the common volume of each pair over the volume that either covers, 0 to 1."""
+    """Return the intersection over union of each pair of boxes by volume, 0 to 1."""
     common = volume(intersect(first, second))
     return common / (volume(first) + volume(second) - common)
 
 
 def contains(boxes: Boxes, points: Float[Tensor, "batch points d"]) -> Bool[Tensor, "batch points"]:
-    """Return which points lie in their sample's box; the lower border belongs to it, the upper one does not."""
+    """Return which points lie in their sample's box; the box includes its lower border but not its upper one."""
     inside = (points >= boxes.lower[:, None]) & (points < boxes.upper[:, None])
     return inside.all(dim=2)

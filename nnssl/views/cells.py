@@ -1,6 +1,6 @@
-"""Cells of maps of two crops of a patch: where they lie, and those that are looked for in the other crop.
+"""Cells of the maps of two crops of a patch: their positions, and the choice of cells that serve as queries.
 
-A cell is a position of a map of lower resolution that covers its crop.
+A cell is one position of a map of lower resolution that covers its crop.
 
 Source: Yan et al., SAM, TMI 2022, section III-B (queries are cells that both crops show).
 """
@@ -19,12 +19,12 @@ from nnssl.views.spatial import AffineParams, map_points
 
 
 class Queries(NamedTuple):
-    """Places in one crop that are looked for in the other; zyx in voxels.
+    """Places in one crop whose counterparts in the other crop are compared with them; zyx in voxels.
 
     Attributes:
-        here: (batch, query, d), centres of cells of this crop.
-        there: the same places in the other crop.
-        valid: (batch, query), 0 where two crops have no cell in common, else 1.
+        here: Centres of cells of this crop (batch, query, d).
+        there: Positions of the same places in the other crop.
+        valid: Validity of each query (batch, query): 0 if the two crops have no cell in common, otherwise 1.
     """
 
     here: Float[Tensor, "batch query d"]
@@ -33,12 +33,12 @@ class Queries(NamedTuple):
 
 
 class PlacedCells(NamedTuple):
-    """Where the cells of crops lie in their patch, crop after crop.
+    """Positions of the cells of crops in their patch, one crop after the other.
 
     Attributes:
-        places_mm: (batch, cell, d), from the centre of the patch's first voxel.
-        shown: cells that show the patch; others lie outside it and are empty.
-        cell_mm: length of a cell, along its longest axis.
+        places_mm: Positions (batch, cell, d) in mm, from the centre of the patch's first voxel.
+        shown: Whether the cell shows the patch (batch, cell); other cells lie outside the patch and are empty.
+        cell_mm: Length of a cell along its longest axis, in mm.
     """
 
     places_mm: Float[Tensor, "batch cell d"]
@@ -58,13 +58,13 @@ def draw_queries(
     """Draw cells of a crop that the other crop shows too.
 
     Args:
-        generators: one per sample.
-        volumes: the crops whose cells are drawn.
-        own: where they lie.
-        other: where the other crops of the same patches lie.
-        grid: cells along each axis.
-        count: cells of each sample; where fewer are shown, they are repeated.
-        body_share: share of them that lie in the brighter part, 0 to 1.
+        generators: One generator per sample.
+        volumes: Crops whose cells are drawn.
+        own: Positions of these crops in their patches.
+        other: Positions of the other crops of the same patches.
+        grid: Number of cells along each axis.
+        count: Number of cells per sample; if fewer are shown, they are repeated.
+        body_share: Share of the cells that are drawn from the brighter part, 0 to 1.
     """
     shape = volumes.shape[2:]
     pool: Any = F.adaptive_avg_pool3d if len(shape) == 3 else F.adaptive_avg_pool2d
@@ -81,13 +81,13 @@ def draw_queries(
 def place_cells(
     crops: Sequence[AffineParams], grid: Sequence[int], shape: Sequence[int], device: torch.device
 ) -> PlacedCells:
-    """Return where the cells of crops of the same patches lie.
+    """Return the positions of the cells of crops of the same patches.
 
     Args:
-        crops: one record per sample each.
-        grid: cells along each axis.
-        shape: voxels of the patch.
-        device: where it is wanted.
+        crops: Positions of the crops in their patches, each with one record per sample.
+        grid: Number of cells along each axis.
+        shape: Number of voxels of the patch along each axis.
+        device: Device of the result.
     """
     centres = cell_centres_vox(grid, shape, device)
     places = torch.cat(
@@ -101,12 +101,12 @@ def place_cells(
 def far_enough(
     points_vox: Float[Tensor, "query d"], own: AffineParams, cells: PlacedCells
 ) -> Bool[Tensor, "query cell"]:
-    """Return which cells of one sample show the patch farther from each point than the length of a cell, in mm.
+    """Return which cells of one sample show the patch and are farther from each point than the length of a cell.
 
     Args:
-        points_vox: zyx in voxels of a crop.
-        own: of the crop that the points are of, one record.
-        cells: of the same sample alone.
+        points_vox: Points of a crop, zyx in voxels.
+        own: Position of this crop in its patch, one record.
+        cells: Cells of the same sample only.
     """
     spacing = torch.tensor(own.spacing_mm, device=points_vox.device)
     place_mm = map_points(points_vox[None], own, "to_input")[0] * spacing

@@ -1,24 +1,27 @@
-"""Corruption of views that a network learns to restore: noise inside or outside of boxes, and voxels that change places.
+"""Corruption of views that a network learns to restore: noise inside or outside boxes, and shuffled voxels.
 
-Inpainting replaces what is inside of a few small boxes by noise, outpainting what is outside of a few large ones. Local
-shuffling permutes the voxels inside of small windows. A sample is shuffled first, then painted.
+Inpainting replaces the inside of a few small boxes by noise, outpainting the outside of a few large ones. Local shuffling
+permutes the voxels inside small windows. A sample is shuffled first, then painted.
 
 Source: Zhou et al., PCRL, ICCV 2021, section 3.1 and the authors' code, which takes these three from Zhou et al., Models
 Genesis, MICCAI 2019.
 
 Deviations from the authors' code:
 
-* Noise is uniform in [0, 1] there, where data are; here between the percentiles 1 and 99 of the channel in its patch,
-  since data are z-scored. Every channel has its own noise.
-* 10,000 overlapping windows are pasted there one after the other, each shuffled from the uncorrupted patch, so that
-  voxels can be lost or be there twice. Here windows of one size per sample tile the patch at a random shift, all of them
+* Noise: the code draws it uniformly in [0, 1], the range of its data. Here it lies between the percentiles 1 and 99 of the
+  channel in its patch, because data are z-scored. Every channel has its own noise.
+* Windows: the code pastes 10,000 overlapping windows one after the other, each shuffled from the uncorrupted patch, so
+  that voxels can be lost or duplicated. Here windows of one size per sample tile the patch at a random shift, all of them
   are shuffled, and no voxel is lost.
-* A window's sides are there up to a tenth of the patch's voxels along each axis; here up to one length in mm along all
-  axes, so that thick slices are mixed less than voxels in the plane. Where two voxels fit, a side has two at least.
-* Only the first channel is shuffled there; here all channels of a sample alike.
-* Inpainting draws no box at all for 5 % of the samples there; here the first box of a sample is always drawn.
-* Boxes keep 3 voxels from the border there, and a patch without room for this is an error; here they come closer to it.
-* Sides are there from floor to floor of their shares of the patch; here whole voxels within these shares.
+* Sides of windows: in the code, they are up to a tenth of the patch's voxels along each axis. Here they are up to one length
+  in mm along all axes, so that thick slices are mixed less than voxels in the plane. If two voxels fit, a side has at least
+  two.
+* Channels: the code shuffles only the first channel; here all channels of a sample are shuffled in the same way.
+* Number of boxes: inpainting in the code draws no box for 5 % of the samples; here the first box is always drawn.
+* Border: in the code, boxes keep 3 voxels from the border, and a patch without room for this is an error; here they come
+  closer to the border.
+* Sides of boxes: in the code, they range from floor to floor of their shares of the patch; here they are whole voxels within
+  these shares.
 """
 
 import math
@@ -34,63 +37,66 @@ from nnssl.views.intensity_changes import percentiles
 NOT_PAINTED, INPAINTING, OUTPAINTING = 0, 1, 2
 NOISE_SHARES = (0.01, 0.99)
 SEED_BITS = 53
-"""Random bits of a float64."""
+"""Number of random bits of a float64."""
 KEY_BITS = 32
-"""Of the random numbers by which a window's voxels are sorted; the bits above hold the number of the window."""
+"""Number of bits of the random numbers by which a window's voxels are sorted; higher bits hold the window's number."""
 SHUFFLE_SHARE = 0.1
 ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
 class CorruptionRange:
-    """What may be drawn; painting and shuffling are off when their probability is 0.
+    """Ranges from which a corruption is drawn. A probability of 0 switches painting or shuffling off.
 
-    Sides of boxes are shares of the patch's extent along each axis, so in mm boxes have the proportions of the patch.
-    They are whole voxels; where the range holds none, the largest number below it, and at least 1.
+    Sides of boxes are shares of the patch's extent along each axis, so that boxes have the proportions of the patch in mm.
+    They are whole voxels. If a range contains no whole number, the largest one below it is used, but at least 1.
     """
 
     paint_probability: float = 0.9
-    """Of each sample to be in- or outpainted."""
+    """Probability that a sample is in- or outpainted."""
     inpainting_share: float = 0.2
-    """Of the painted samples; the others are outpainted."""
+    """Share of the painted samples that are inpainted; the others are outpainted."""
     boxes: int = 5
-    """Largest number of boxes of a sample."""
+    """Largest number of boxes per sample."""
     box_continues: float = 0.95
     """Probability of each box after the first, given the one before it."""
     inpainting_side: tuple[float, float] = (1 / 6, 1 / 3)
-    """Least and largest side of a box that noise fills."""
+    """Smallest and largest side of a box that is filled with noise."""
     outpainting_side: tuple[float, float] = (3 / 7, 4 / 7)
-    """Least and largest side of a box that is kept."""
+    """Smallest and largest side of a box that is kept."""
     margin_vox: int = 3
-    """Least distance of a box from the border, or as much of it as there is room for on both sides."""
+    """Smallest distance of a box from the border in voxels; less if there is no room for it on both sides."""
     shuffle_probability: float = 0.5
-    """Of each sample."""
+    """Probability that a sample is shuffled."""
     shuffle_side_mm: float | None = None
-    """Largest side of a window along every axis; along an axis of larger spacing, windows are one voxel thick.
+    """Largest side of a window along every axis in mm; along axes of larger spacing, windows are one voxel thick.
 
-    None: a tenth of the patch's shortest extent, axes of one voxel left out, but two of its smallest voxels at least.
+    None for a tenth of the patch's shortest extent, ignoring axes of one voxel, but at least two of its smallest voxels.
     """
 
 
 @dataclass(frozen=True)
 class CorruptionParams:
-    """What was drawn for a batch, on the CPU; zyx in voxels."""
+    """Drawn corruption of a batch, on the CPU; zyx in voxels."""
 
     shape: tuple[int, ...]
-    """Voxels of the patch."""
+    """Number of voxels of the patch along each axis."""
     kind: Int[Tensor, " batch"]
-    """NOT_PAINTED, INPAINTING or OUTPAINTING."""
+    """Kind of painting: NOT_PAINTED, INPAINTING or OUTPAINTING."""
     lower_vox: Int[Tensor, "batch boxes d"]
     """First voxel of each box."""
     size_vox: Int[Tensor, "batch boxes d"]
+    """Sides of each box."""
     used: Bool[Tensor, "batch boxes"]
-    """Which boxes there are; none where a sample is not painted."""
+    """Whether the box is used; no box of a sample that is not painted is."""
     noise_seed: Int[Tensor, " batch"]
+    """Random seed of the noise."""
     window_vox: Int[Tensor, "batch d"]
-    """Sides of the windows whose voxels are shuffled; 0 where a sample is not."""
+    """Sides of the windows whose voxels are shuffled; 0 for a sample that is not shuffled."""
     shift_vox: Int[Tensor, "batch d"]
-    """By how much the first window is cut off; less than its side, 0 where a sample is not shuffled."""
+    """Number of voxels by which the first window is cut off, less than its side; 0 for a sample that is not shuffled."""
     shuffle_seed: Int[Tensor, " batch"]
+    """Random seed of the order of the voxels."""
 
 
 def draw_corruption(
@@ -100,27 +106,28 @@ def draw_corruption(
     spacing_mm: Sequence[float],
     paint_like: CorruptionParams | None = None,
 ) -> CorruptionParams:
-    """Draw kind, boxes and windows of each sample.
+    """Draw the kind of painting, the boxes and the windows of each sample.
 
     Args:
-        generators: one per sample; each gives the same number of random numbers whatever is drawn, which depends on the
-            number of boxes and of axes only.
-        ranges: what may be drawn.
-        shape: voxels of the patch, (z, y, x) or (y, x).
-        spacing_mm: of the patch's voxels.
-        paint_like: the other view of the same samples, whose kind each sample then has; all else is drawn anew.
+        generators: One generator per sample. How many random numbers each gives depends only on the number of boxes and of
+            axes, not on what is drawn.
+        ranges: Ranges from which the corruption is drawn.
+        shape: Number of voxels of the patch, (z, y, x) or (y, x).
+        spacing_mm: Spacing of the patch along each axis.
+        paint_like: Corruption of the other view of the same samples, whose kind of painting is used; everything else is drawn
+            independently. None to draw the kind too.
 
     Raises:
-        ValueError: a range is not usable, shape and spacing differ in their number of axes, or the other view has
-            another number of samples.
+        ValueError: If a range cannot be used, shape and spacing differ in their number of axes, or the other view has another
+            number of samples.
     """
     _check(ranges)
     dimensions, boxes = len(shape), ranges.boxes
     if len(spacing_mm) != dimensions:
-        raise ValueError(f"spacing {tuple(spacing_mm)} is not for the {dimensions} axes of shape {tuple(shape)}")
+        raise ValueError(f"spacing_mm must have {dimensions} axes, as shape has, got {tuple(spacing_mm)}")
     if paint_like is not None and len(paint_like.kind) != len(generators):
-        raise ValueError(f"paint_like has {len(paint_like.kind)} samples, not {len(generators)}")
-    # the boxes come last, so that their number leaves the other draws as they are
+        raise ValueError(f"paint_like must have {len(generators)} samples, got {len(paint_like.kind)}")
+    # The boxes are drawn last, so that their number does not change the other draws.
     widths = [1, 1, 1, 1, 1, dimensions, dimensions, boxes, boxes * dimensions, boxes * dimensions]
     uniform = torch.stack([torch.rand(sum(widths), generator=each, dtype=torch.float64) for each in generators])
     paint, share, noise_seed, shuffle, shuffle_seed, side, shift, further, size, place = uniform.split(widths, dim=1)
@@ -151,11 +158,11 @@ def draw_corruption(
 
 
 def painted_mask(params: CorruptionParams, device: torch.device | str = "cpu") -> Bool[Tensor, " batch *shape"]:
-    """Return which voxels noise replaces: those in a box for inpainting, those in none for outpainting.
+    """Return which voxels are replaced by noise: those in a box for inpainting, those outside all boxes for outpainting.
 
     Args:
-        params: one record per sample.
-        device: where the mask is wanted.
+        params: Drawn corruption of the batch.
+        device: Device of the mask.
     """
     kind, used = params.kind.to(device), params.used.to(device)
     lower = params.lower_vox.to(device)
@@ -175,22 +182,24 @@ def painted_mask(params: CorruptionParams, device: torch.device | str = "cpu") -
 def apply_corruption(
     volumes: Float[Tensor, "batch channel *shape"], params: CorruptionParams
 ) -> Float[Tensor, "batch channel *shape"]:
-    """Return the volumes, first shuffled, then painted; the given ones stay as they are.
+    """Return copies of the volumes, first shuffled, then painted.
 
-    All channels of a sample are shuffled alike. Noise is uniform between the percentiles 1 and 99 of the channel in its
-    patch, one value per voxel and channel. It and the order of the voxels are made on the volumes' device from drawn
-    seeds: the same on the same kind of device.
+    All channels of a sample are shuffled in the same way. Noise is uniform between the percentiles 1 and 99 of the channel in
+    its patch, with one value per voxel and channel. Noise and the order of the voxels are generated on the volumes' device
+    from drawn seeds, so they are the same on the same kind of device.
 
     Args:
-        volumes: on any device.
-        params: one record per sample.
+        volumes: Volumes on any device.
+        params: Drawn corruption of the batch.
 
     Raises:
-        ValueError: the parameters were drawn for another number of samples or another shape.
+        ValueError: If the corruption was drawn for another number of samples or another shape.
     """
     if (len(volumes), *volumes.shape[2:]) != (len(params.kind), *params.shape):
         drawn = (len(params.kind), *params.shape)
-        raise ValueError(f"volumes are {tuple(volumes.shape)}, drawn was for (samples, *shape) {drawn}")
+        raise ValueError(
+            f"(samples, *shape) of volumes must be {drawn}, as drawn, got a batch of {tuple(volumes.shape)}"
+        )
     corrupted = volumes.clone()
     for sample, window in enumerate(params.window_vox.tolist()):
         if any(window):
@@ -201,7 +210,7 @@ def apply_corruption(
     if painted:
         mask = painted_mask(params, volumes.device)
         bounds = percentiles(volumes.flatten(0, 1), NOISE_SHARES).view(*volumes.shape[:2], 2)
-        for sample in painted:  # one stream per sample: it must not depend on the rest of the batch
+        for sample in painted:  # one random stream per sample, so that it does not depend on the rest of the batch
             noise = _noise(volumes[sample], bounds[sample], int(params.noise_seed[sample]))
             corrupted[sample] = torch.where(mask[sample], noise, corrupted[sample])
     return corrupted
@@ -210,7 +219,7 @@ def apply_corruption(
 def _place_boxes(
     size: Tensor, place: Tensor, ranges: CorruptionRange, kind: Tensor, shape: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Return first voxels and sides (batch, boxes, d) from uniform numbers of this shape for sides and places."""
+    """Return the first voxels and sides of boxes (batch, boxes, d) from uniform numbers of this shape."""
     is_out = (kind == OUTPAINTING)[:, None, None]
     (in_least, in_most), (out_least, out_most) = (
         _limits(sides, shape) for sides in (ranges.inpainting_side, ranges.outpainting_side)
@@ -222,7 +231,7 @@ def _place_boxes(
 
 
 def _limits(sides: tuple[float, float], shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return the least and the largest number of voxels (d,) within shares of the patch, at least 1."""
+    """Return the smallest and the largest number of voxels (d,) within shares of the patch, at least 1."""
     low, high = sides
     most = torch.tensor([max(1, math.floor(high * n + ROUNDING)) for n in shape])
     least = torch.tensor([max(1, math.ceil(low * n - ROUNDING)) for n in shape])
@@ -230,7 +239,7 @@ def _limits(sides: tuple[float, float], shape: Sequence[int]) -> tuple[Tensor, T
 
 
 def _largest_window(side_mm: float | None, shape: Sequence[int], spacing_mm: Sequence[float]) -> Tensor:
-    """Return the most voxels (d,) that a window has along each axis."""
+    """Return the largest number of voxels (d,) of a window along each axis."""
     if side_mm is None:
         long_axes = [(n * mm, mm) for n, mm in zip(shape, spacing_mm, strict=True) if n > 1]
         shortest_mm = min((extent for extent, _ in long_axes), default=0.0)
@@ -241,14 +250,14 @@ def _largest_window(side_mm: float | None, shape: Sequence[int], spacing_mm: Seq
 
 
 def _whole(uniform: Tensor, least: Tensor, most: Tensor) -> Tensor:
-    """Return whole numbers from ``least`` to ``most``, both among them, from uniform ones in [0, 1)."""
+    """Return whole numbers from ``least`` to ``most``, inclusive, from uniform numbers in [0, 1)."""
     return least + (uniform * (most - least + 1)).long()
 
 
 def _shuffled_places(
     shape: Sequence[int], window: Sequence[int], shift: Sequence[int], seed: int, device: torch.device
 ) -> Tensor:
-    """Return for each voxel (voxels,), in C order, the voxel of its window that takes its place."""
+    """Return the voxel of the same window that replaces each voxel (voxels,), in C order."""
     number = torch.zeros(tuple(shape), dtype=torch.long, device=device)
     for axis, (length, side, cut) in enumerate(zip(shape, window, shift, strict=True)):
         along = (torch.arange(length, device=device) + cut) // side
@@ -257,7 +266,7 @@ def _shuffled_places(
     number = number.flatten()
     generator = torch.Generator(device).manual_seed(seed)
     key = torch.randint(2**KEY_BITS, number.shape, generator=generator, device=device)
-    # both list window after window; the second one its voxels in order, the first at random
+    # Both sorted lists go window by window: this one in random order, the one below in the order of the voxels.
     mixed = (number << KEY_BITS | key).argsort(stable=True)
     places = torch.empty_like(mixed)
     places[number.argsort(stable=True)] = mixed
@@ -275,12 +284,14 @@ def _noise(volume: Tensor, bounds: Tensor, seed: int) -> Tensor:
 def _check(ranges: CorruptionRange) -> None:
     for name in ("paint_probability", "inpainting_share", "box_continues", "shuffle_probability"):
         if not 0 <= getattr(ranges, name) <= 1:
-            raise ValueError(f"{name} {getattr(ranges, name)} must be within [0, 1]")
+            raise ValueError(f"{name} must be within [0, 1], got {getattr(ranges, name)}")
     for name in ("inpainting_side", "outpainting_side"):
         low, high = getattr(ranges, name)
         if not 0 < low <= high <= 1:
-            raise ValueError(f"{name} {(low, high)} must rise within (0, 1]")
-    if ranges.boxes < 1 or ranges.margin_vox < 0:
-        raise ValueError(f"boxes {ranges.boxes} must be 1 or more, margin_vox {ranges.margin_vox} not negative")
+            raise ValueError(f"{name} must be two ascending numbers within (0, 1], got {(low, high)}")
+    if ranges.boxes < 1:
+        raise ValueError(f"boxes must be at least 1, got {ranges.boxes}")
+    if ranges.margin_vox < 0:
+        raise ValueError(f"margin_vox must be at least 0, got {ranges.margin_vox}")
     if ranges.shuffle_side_mm is not None and ranges.shuffle_side_mm <= 0:
-        raise ValueError(f"shuffle_side_mm {ranges.shuffle_side_mm} must be positive")
+        raise ValueError(f"shuffle_side_mm must be above 0, got {ranges.shuffle_side_mm}")

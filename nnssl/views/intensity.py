@@ -1,13 +1,13 @@
-"""Changes of intensity of a batch of z-scored volumes: drawn per sample and channel, applied on the device.
+"""Intensity changes of a batch of z-scored volumes, drawn per sample and channel and applied on the volumes' device.
 
-Each change (``nnssl.views.intensity_changes``) is made to the channels, of all samples, that it was drawn for. It leaves the
-other channels bit-exact, and a change that is switched off costs nothing.
+Each change (``nnssl.views.intensity_changes``) is applied only to the channels for which it was drawn. The other channels stay
+bit-identical, and a change that is switched off costs nothing.
 
 Source: colour jitter as in He et al., MoCo, CVPR 2020 (contrast, brightness); noise, blur, gamma, bias field and
 inversion as in Pix2Rep, MIDL 2024.
 
-Deviations: Pix2Rep inverts by ``1 - x`` without scaling to [0, 1] first; here ``p1 + p99 - x``, which is the same on
-data that is scaled. Ranges are in standard deviations of the channel.
+Deviations: Pix2Rep inverts by ``1 - x`` without scaling to [0, 1] first; here ``p1 + p99 - x``, which is the same on scaled
+data. Ranges are in standard deviations of the channel.
 """
 
 import math
@@ -33,34 +33,34 @@ from nnssl.views.intensity_changes import (
 )
 
 BLUR_REACH = 3.0
-"""Standard deviations that the kernel of a blur reaches to either side."""
+"""Reach of a blur's kernel to either side, in standard deviations of the kernel."""
 
 
 @dataclass(frozen=True)
 class IntensityRange:
-    """What may be drawn; a change is off when its probability is 0.
+    """Ranges from which intensity changes are drawn. A probability of 0 switches a change off.
 
-    Standard deviations are those of the channel in its patch. Probabilities are of each channel of each sample.
+    Standard deviations are those of the channel in its patch. Probabilities apply to each channel of each sample.
     """
 
     bias_field: float = 0.3
-    """Largest coefficient of the polynomial (degree 3, coordinates from -1 to 1) whose exponential is the field."""
+    """Largest coefficient of the polynomial whose exponential is the field (degree 3, coordinates from -1 to 1)."""
     bias_field_probability: float = 0.5
     inversion_probability: float = 0.35
     window_std: float = 0.3
-    """Largest shift of either bound of the window, in standard deviations; below 1."""
+    """Largest shift of each bound of the window, in standard deviations; below 1."""
     window_probability: float = 0.5
     contrast: float = 0.4
-    """The factor is uniform between 1 - contrast and 1 + contrast."""
+    """Largest change of the contrast factor, which is uniform between 1 - contrast and 1 + contrast."""
     contrast_probability: float = 1.0
     brightness_std: float = 0.4
     """Largest shift to either side, in standard deviations."""
     brightness_probability: float = 1.0
     gamma: tuple[float, float] = (0.7, 1.5)
-    """Least and largest exponent; its logarithm is uniform."""
+    """Smallest and largest exponent, whose logarithm is uniform."""
     gamma_probability: float = 0.5
     blur_vox: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """Largest sigma along z, y, x in voxels; one share of all three is drawn. 2D uses the last two."""
+    """Largest sigma along z, y, x in voxels, scaled by one drawn share; 2D uses the last two."""
     blur_probability: float = 0.5
     noise_std: float = 0.2
     """Largest sigma of Gaussian noise, in standard deviations."""
@@ -69,34 +69,38 @@ class IntensityRange:
 
 @dataclass(frozen=True)
 class Drawn:
-    """One change: the channels that it is drawn for, as sample * channels + channel, and its values."""
+    """Draws of one intensity change."""
 
     rows: tuple[int, ...]
+    """Channels that are changed, counted as sample * channels + channel."""
     values: Float[Tensor, "rows values"]
+    """Parameters of the change for each of these channels."""
 
 
 @dataclass(frozen=True)
 class IntensityParams:
-    """What was drawn for a batch, on the CPU; changes in the order in which they are applied."""
+    """Drawn intensity changes of a batch, on the CPU."""
 
     samples: int
     channels: int
     blur_radius_vox: tuple[int, int, int]
-    """Reach of the blur along z, y, x: from the range, so that a sample's result does not depend on its batch."""
+    """Reach of the blur along z, y, x. It follows from the range, so that a sample's result does not depend on its batch."""
     changes: dict[str, Drawn]
+    """Draws by the name of the change, in the order in which changes are applied."""
 
 
 def draw_intensity(generators: Sequence[torch.Generator], ranges: IntensityRange, channels: int) -> IntensityParams:
-    """Draw the changes of every channel of every sample.
+    """Draw the intensity changes of every channel of every sample.
 
     Args:
-        generators: one per sample; each gives the same number of random numbers whatever the ranges, so that switching
-            one change off leaves the draws of the others as they are.
-        ranges: what may be drawn.
-        channels: of the volumes.
+        generators: One generator per sample. Each gives the same number of random numbers for all ranges, so that switching
+            one change off does not affect the draws of the others.
+        ranges: Ranges from which the changes are drawn.
+        channels: Number of channels of the volumes.
 
     Raises:
-        ValueError: a range is not usable (window of 1 or more, negative contrast factor, falling or negative gamma).
+        ValueError: If a range cannot be used (a window of 1 or more, negative contrast factors, a descending or non-positive
+            gamma).
     """
     _check(ranges)
     width = sum(1 + change.width for change in _CHANGES.values())
@@ -113,29 +117,30 @@ def draw_intensity(generators: Sequence[torch.Generator], ranges: IntensityRange
 
 
 def check_intensity(ranges: IntensityRange) -> None:
-    """Check ranges that a user may have set, before anything is drawn.
+    """Check that ranges from a user's settings can be used, before anything is drawn.
 
     Raises:
-        UserError: a range is not usable; names it.
+        UserError: If a range cannot be used; the message names it.
     """
     try:
         _check(ranges)
     except ValueError as error:
-        raise UserError(f"{error}; --set another") from error
+        raise UserError(str(error)) from error
 
 
 def apply_intensity(
     volumes: Float[Tensor, "batch channel *shape"], params: IntensityParams
 ) -> Float[Tensor, "batch channel *shape"]:
-    """Return the changed volumes; the given ones stay as they are.
+    """Return changed copies of the volumes.
 
-    Noise is made on the volumes' device from drawn seeds: the same on the same kind of device.
+    Noise is generated on the volumes' device from drawn seeds, so it is the same on the same kind of device.
 
     Raises:
-        ValueError: the parameters were drawn for another number of samples or channels.
+        ValueError: If the changes were drawn for another number of samples or channels.
     """
     if volumes.shape[:2] != (params.samples, params.channels):
-        raise ValueError(f"volumes are {tuple(volumes.shape[:2])}, drawn was for {(params.samples, params.channels)}")
+        wanted = (params.samples, params.channels)
+        raise ValueError(f"(samples, channels) of volumes must be {wanted}, as drawn, got {tuple(volumes.shape[:2])}")
     changed = volumes.flatten(0, 1).clone()  # (batch * channel, *shape)
     for name, drawn in params.changes.items():
         rows = torch.tensor(drawn.rows, device=volumes.device)
@@ -144,28 +149,30 @@ def apply_intensity(
 
 
 def restrict_to(ranges: IntensityRange, names: Sequence[str]) -> IntensityRange:
-    """Return the ranges with every change switched off that is not named.
+    """Return the ranges with only the named changes switched on.
 
     Args:
-        ranges: what may be drawn.
-        names: as in the plan's ``intensity_views``.
+        ranges: Ranges from which the changes are drawn.
+        names: Names of changes, as in the plan's ``intensity_views``.
 
     Raises:
-        UserError: a name is not that of a change; lists those there are.
+        UserError: If a name is unknown; the message lists the available ones.
     """
     for name in names:
         if name not in _CHANGES:
-            raise UserError(f"intensity view {name!r}: there is none of this name; choose from {', '.join(_CHANGES)}")
+            raise UserError(f"Unknown intensity change {name!r} in intensity_views. Available: {', '.join(_CHANGES)}")
     off: dict[str, Any] = {f"{name}_probability": 0.0 for name in _CHANGES if name not in names}
     return replace(ranges, **off)
 
 
 def even_blur(largest_vox: float, spacing_mm: Sequence[float]) -> tuple[float, float, float]:
-    """Return the largest sigma along z, y, x in voxels of a blur as wide in mm along all axes: it hardly mixes thick slices.
+    """Return the largest sigma along z, y, x in voxels of a blur that has the same width in mm along all axes.
+
+    Such a blur hardly mixes thick slices.
 
     Args:
-        largest_vox: sigma along the finest axis.
-        spacing_mm: of the patches' voxels; two axes stand for y and x.
+        largest_vox: Largest sigma along the finest axis, in voxels.
+        spacing_mm: Spacing of the patches along each axis; two values are those of y and x.
     """
     z, y, x = (largest_vox * min(spacing_mm) / mm for mm in (spacing_mm[0], *spacing_mm)[-3:])
     return z, y, x
@@ -174,7 +181,7 @@ def even_blur(largest_vox: float, spacing_mm: Sequence[float]) -> tuple[float, f
 @dataclass(frozen=True)
 class _Change:
     width: int
-    """Uniform random numbers that one channel's values need."""
+    """Number of uniform random numbers for one channel."""
     values: Callable[[IntensityRange, Tensor], Tensor]
     apply: Callable[[Tensor, Tensor, IntensityParams], Tensor]
 
@@ -193,7 +200,7 @@ def _apply_blur(rows: Tensor, values: Tensor, params: IntensityParams) -> Tensor
     return blur(rows, values[:, -dimensions:], params.blur_radius_vox[-dimensions:])
 
 
-# in the order of the physics: what the scanner sees, what the display makes of it, what the detector adds
+# The order follows the physics: the scanner's field, the display's contrast, the detector's blur and noise.
 _CHANGES = {
     "bias_field": _Change(
         width=len(BIAS_EXPONENTS),
@@ -233,8 +240,8 @@ _CHANGES = {
 
 def _check(ranges: IntensityRange) -> None:
     if ranges.window_probability > 0 and not 0 <= ranges.window_std < 1:
-        raise ValueError(f"window_std {ranges.window_std} must be within [0, 1), or the bounds could cross")
+        raise ValueError(f"window_std must be within [0, 1), so that the bounds cannot cross, got {ranges.window_std}")
     if ranges.contrast_probability > 0 and not 0 <= ranges.contrast <= 1:
-        raise ValueError(f"contrast {ranges.contrast} must be within [0, 1], or factors could be negative")
+        raise ValueError(f"contrast must be within [0, 1], so that no factor is negative, got {ranges.contrast}")
     if ranges.gamma_probability > 0 and not 0 < ranges.gamma[0] <= ranges.gamma[1]:
-        raise ValueError(f"gamma {ranges.gamma} must be positive and rise")
+        raise ValueError(f"gamma must be two ascending numbers above 0, got {ranges.gamma}")

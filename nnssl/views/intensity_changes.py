@@ -1,8 +1,8 @@
-"""What may happen to the intensities of volumes: each change a function of the channels that it is made to, and of its values.
+"""Intensity changes of volumes, each a function of the channels that it changes and of its drawn values.
 
 ``rows`` are channels of samples, (row, *shape), in 3D or 2D. Standard deviations, ranges and percentiles are those of the row.
 
-Source: as in ``nnssl.views.intensity``, which draws the values.
+Source: see ``nnssl.views.intensity``, which draws the values.
 """
 
 import functools
@@ -16,7 +16,7 @@ from torch import Tensor
 PERCENTILE_VOXELS = 65_536
 BIAS_POWERS = 3
 BIAS_EXPONENTS = [e for e in itertools.product(range(BIAS_POWERS + 1), repeat=3) if 1 <= sum(e) <= BIAS_POWERS]
-"""Powers of (z, y, x) in the bias field: all polynomials of degree 1 to 3."""
+"""Powers of (z, y, x) in the bias field: all monomials of degree 1 to 3."""
 Rows = Float[Tensor, " rows *shape"]
 
 
@@ -32,7 +32,7 @@ def shift_brightness(rows: Rows, shift_std: Float[Tensor, " rows"]) -> Rows:
 
 
 def change_gamma(rows: Rows, gamma: Float[Tensor, " rows"]) -> Rows:
-    """Return ``min + range * ((x - min) / range)^gamma``: the range of the row stays as it is."""
+    """Return ``min + range * ((x - min) / range)^gamma``, which keeps the range of the row."""
     low, extent = _low_and_extent(rows)
     share = ((rows - low) / extent.clamp_min(torch.finfo(rows.dtype).tiny)).clamp(0, 1)
     return low + extent * share ** _per_row(gamma, rows)
@@ -42,11 +42,11 @@ def percentiles(rows: Rows, shares: Sequence[float]) -> Float[Tensor, "rows shar
     """Return percentiles of each row, from at most 131,072 of its voxels at a constant stride.
 
     Args:
-        rows: one per sample and channel.
-        shares: of the voxels that are smaller, 0 to 1.
+        rows: Channels of samples.
+        shares: Shares of the voxels that are smaller, 0 to 1.
     """
     flat = rows.flatten(1)
-    # an odd stride does not fall into step with the even sides of patches
+    # An odd stride does not align with the even sides of patches.
     stride = max(1, flat.shape[1] // PERCENTILE_VOXELS) | 1
     ordered = flat[:, ::stride].sort(dim=1).values
     last = ordered.shape[1] - 1
@@ -64,30 +64,30 @@ def invert_contrast(rows: Rows) -> Rows:
 
 
 def jitter_window(rows: Rows, shifts_std: Float[Tensor, "rows 2"]) -> Rows:
-    """Clip to the row's window with both bounds shifted, and spread the shifted window over the old one.
+    """Clip each row to its window with both bounds shifted, and stretch the shifted window to the original one.
 
-    The window is the row's range, which for CT ends where preprocessing clipped.
+    The window is the row's range. For CT, preprocessing has clipped the intensities to this range.
 
     Args:
-        rows: one per sample and channel.
-        shifts_std: of the lower and of the upper bound, each between -1 and 1 standard deviations.
+        rows: Channels of samples.
+        shifts_std: Shifts of the lower and the upper bound, each between -1 and 1 standard deviations.
     """
     low, extent = _low_and_extent(rows)
     std = _std(rows)
     shifted_low = low + _per_row(shifts_std[:, 0], rows) * std
     shifted_high = low + extent + _per_row(shifts_std[:, 1], rows) * std
-    # a standard deviation is at most half the range, so the shifted bounds of a row that varies cannot cross
+    # A standard deviation is at most half the range, so the shifted bounds cannot cross unless the row is constant.
     width = (shifted_high - shifted_low).clamp_min(torch.finfo(rows.dtype).tiny)
     return low + extent * (rows.clamp(shifted_low, shifted_high) - shifted_low) / width
 
 
 def blur(rows: Rows, sigma_vox: Float[Tensor, "rows d"], radius_vox: Sequence[int]) -> Rows:
-    """Convolve with a Gaussian, axis by axis, repeating the border.
+    """Convolve each row with a Gaussian, axis by axis, repeating the border.
 
     Args:
-        rows: one per sample and channel.
-        sigma_vox: along each axis; 0 leaves the axis exactly as it is.
-        radius_vox: voxels that the kernel reaches to either side along each axis.
+        rows: Channels of samples.
+        sigma_vox: Sigma along each axis in voxels; 0 leaves the values along this axis unchanged.
+        radius_vox: Reach of the kernel to either side along each axis, in voxels.
     """
     for axis, radius in enumerate(radius_vox):
         offset = torch.arange(-radius, radius + 1, device=rows.device, dtype=rows.dtype)
@@ -95,7 +95,7 @@ def blur(rows: Rows, sigma_vox: Float[Tensor, "rows d"], radius_vox: Sequence[in
         kernel = torch.exp(-0.5 * (offset / sigma).square())
         kernel = kernel / kernel.sum(dim=1, keepdim=True)  # (rows, 2 * radius + 1)
         length = rows.shape[axis + 1]
-        # a sum of shifted rows instead of a convolution, which mixed precision or TF32 would round
+        # This is a sum of shifted rows, because mixed precision or TF32 would round a convolution.
         blurred = torch.zeros_like(rows)
         for tap in range(2 * radius + 1):
             place = (torch.arange(length, device=rows.device) + tap - radius).clamp(0, length - 1)
@@ -105,9 +105,10 @@ def blur(rows: Rows, sigma_vox: Float[Tensor, "rows d"], radius_vox: Sequence[in
 
 
 def add_noise(rows: Rows, sigma_std: Float[Tensor, " rows"], seeds: Sequence[int]) -> Rows:
-    """Return ``x + sigma_std * std * noise``, normal noise of each row from its own seed."""
+    """Return ``x + sigma_std * std * noise``, with normal noise from each row's own seed."""
     noise = torch.empty_like(rows)
-    for row, seed in zip(noise, seeds, strict=True):  # one stream per row: it must not depend on the rest of the batch
+    # One random stream per row makes the noise independent of the rest of the batch.
+    for row, seed in zip(noise, seeds, strict=True):
         row.normal_(generator=torch.Generator(rows.device).manual_seed(seed))
     return rows + _per_row(sigma_std, rows) * _std(rows) * noise
 
@@ -116,16 +117,16 @@ def multiply_bias_field(rows: Rows, coefficients: Float[Tensor, "rows 19"]) -> R
     """Return ``min + (x - min) * exp(P)``, P a polynomial in coordinates that go from -1 to 1 across the patch.
 
     Args:
-        rows: one per sample and channel, in 3D or 2D.
-        coefficients: of z^a y^b x^c for 1 <= a + b + c <= 3, in ascending order of (a, b, c); those with z are not used
-            in 2D.
+        rows: Channels of samples, in 3D or 2D.
+        coefficients: Coefficients of z^a y^b x^c for 1 <= a + b + c <= 3, in ascending order of (a, b, c); those with z are
+            not used in 2D.
     """
     powers = BIAS_POWERS + 1
     cube = coefficients.new_zeros(len(rows), powers, powers, powers)
     z, y, x = torch.tensor(BIAS_EXPONENTS).T
     cube[:, z, y, x] = coefficients
     field = cube.to(rows) if rows.ndim == 4 else cube[:, 0].to(rows)
-    for axis in reversed(range(1, rows.ndim)):  # each turn replaces an axis of powers by an axis of voxels
+    for axis in reversed(range(1, rows.ndim)):  # each iteration replaces an axis of powers by an axis of voxels
         length = rows.shape[axis]
         place = (2 * torch.arange(length, device=rows.device, dtype=rows.dtype) + 1) / length - 1
         place = place.view(-1, *(1,) * (rows.ndim - 1 - axis))

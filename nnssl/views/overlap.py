@@ -1,4 +1,4 @@
-"""Two crops of one patch: drawn so that they overlap, what they have in common, and where one shows what the other shows.
+"""Two overlapping crops of one patch: drawing them, measuring their overlap, and mapping points from one to the other.
 
 Source: none; the overlap by intersection over union is that of PCRL's code (Zhou et al., ICCV 2021).
 """
@@ -17,9 +17,9 @@ from nnssl.views.spatial import AffineParams, AffineRange, draw_affine, map_poin
 
 LATTICE_POINTS = 24
 OVERLAP_TRIES = 8
-"""Crops that are drawn until one has the wanted overlap with another."""
+"""Largest number of second crops that are drawn until one overlaps enough."""
 ON_VOXEL = 1e-3
-"""Voxels by which rounding may move a point."""
+"""Distance in voxels by which rounding may move a point."""
 
 
 def draw_overlapping(
@@ -30,20 +30,20 @@ def draw_overlapping(
     least: float,
     measure: Literal["share", "iou"] = "share",
 ) -> tuple[AffineParams, AffineParams]:
-    """Draw two crops of each patch that overlap as much as wanted.
+    """Draw two overlapping crops of each patch.
 
-    The second is drawn until it overlaps enough, eight times at most; then its centre is moved to that of the first,
-    as far as the patch leaves room, and for ``iou`` it gets the zoom of the first. Turned crops near the size of the patch may
-    still overlap a little less than wanted.
+    The second crop is drawn until it overlaps enough, at most eight times. Otherwise its centre is moved to that of the first,
+    as far as the patch has room, and with ``iou`` it gets the zoom of the first. Rotated crops that are nearly as large as the
+    patch may still overlap a little less.
 
     Args:
-        generators: one per sample; each gives the same number of random numbers whatever is drawn.
-        ranges: what may be drawn, for both.
-        shape: voxels of the patch, (z, y, x) or (y, x).
-        spacing_mm: of the patch's voxels.
-        least: overlap that is wanted, 0 to 1.
-        measure: ``share`` of the smaller crop that both have in common, or ``iou``, what both have in common over what
-            either covers; both by volume in mm.
+        generators: One generator per sample; each always gives the same number of random numbers.
+        ranges: Range from which both crops are drawn.
+        shape: Number of voxels of the patch, (z, y, x) or (y, x).
+        spacing_mm: Spacing of the patch along each axis.
+        least: Smallest overlap, 0 to 1.
+        measure: Measure of the overlap by volume: ``share`` of the smaller crop that both have in common, or ``iou``, the
+            intersection over union.
     """
     first = draw_affine(generators, ranges, shape, spacing_mm)
     tries = [draw_affine(generators, ranges, shape, spacing_mm) for _ in range(OVERLAP_TRIES)]
@@ -65,7 +65,7 @@ def draw_overlapping(
 
 
 def crop_boxes(params: AffineParams) -> Boxes:
-    """Return the box around each crop, in voxels of the patch; for a crop that is not turned, the crop itself."""
+    """Return the bounding box of each crop in voxels of the patch; for a crop that is not rotated, the crop itself."""
     spacing = torch.tensor(params.spacing_mm, dtype=torch.float64)
     voxels = torch.tensor(params.shape, dtype=torch.float64)
     half = params.linear.abs() @ (voxels * spacing / 2) / spacing
@@ -76,17 +76,21 @@ def crop_boxes(params: AffineParams) -> Boxes:
 def common_share(first: AffineParams, second: AffineParams) -> Float[Tensor, " batch"]:
     """Return the share of the smaller crop that two crops of the same patch have in common, 0 to 1, on the CPU.
 
-    Exact where neither crop is turned by other than right angles; else counted on a lattice of 24 points per axis.
+    The share is exact if both crops are rotated only by right angles, or not at all. Otherwise it is counted on a lattice of
+    24 points per axis.
 
     Args:
-        first: one record per sample.
-        second: drawn for the same patches.
+        first: Positions of the first crops, one record per sample.
+        second: Positions of the second crops, drawn for the same patches.
 
     Raises:
-        ValueError: the patches differ in shape or spacing.
+        ValueError: If the patches differ in shape or spacing.
     """
     if (first.shape, first.spacing_mm) != (second.shape, second.spacing_mm):
-        raise ValueError("crops of patches that differ in shape or spacing have no common share")
+        raise ValueError(
+            f"second must be drawn for the shape and spacing of first, {(first.shape, first.spacing_mm)}, "
+            f"got {(second.shape, second.spacing_mm)}"
+        )
     share = overlap_share(crop_boxes(first), crop_boxes(second))
     turned = (~(_is_straight(first) & _is_straight(second))).nonzero()[:, 0]
     share[turned] = _counted_share(pick(first, turned), pick(second, turned))
@@ -94,7 +98,7 @@ def common_share(first: AffineParams, second: AffineParams) -> Float[Tensor, " b
 
 
 def _counted_share(first: AffineParams, second: AffineParams) -> Float[Tensor, " batch"]:
-    """Return the share of a lattice in the smaller crop that lies in the other crop too."""
+    """Return the share of a lattice in the smaller crop that also lies in the other crop."""
     axes = [(torch.arange(LATTICE_POINTS).double() + 0.5) / LATTICE_POINTS * n - 0.5 for n in first.shape]
     lattice = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, -2)
     voxels = torch.tensor(first.shape, dtype=torch.float64)
@@ -110,9 +114,9 @@ def _counted_share(first: AffineParams, second: AffineParams) -> Float[Tensor, "
 
 
 def crop_iou(first: AffineParams, second: AffineParams) -> Float[Tensor, " batch"]:
-    """Return the volume that two crops of the same patch have in common over the volume that either covers, 0 to 1.
+    """Return the intersection over union of two crops of the same patch by volume, 0 to 1.
 
-    Exact where ``common_share`` is.
+    It is exact if ``common_share`` is.
     """
     one, other = _volume_share(first), _volume_share(second)
     common = common_share(first, second) * torch.minimum(one, other)
@@ -122,12 +126,12 @@ def crop_iou(first: AffineParams, second: AffineParams) -> Float[Tensor, " batch
 def map_across(
     points_vox: Float[Tensor, "batch points d"], own: AffineParams, other: AffineParams
 ) -> tuple[Float[Tensor, "batch points d"], Float[Tensor, "batch points d"]]:
-    """Return where points of one crop lie in the patch, and where they lie in the other crop, zyx in voxels.
+    """Return the positions of one crop's points in the patch and in the other crop, zyx in voxels.
 
     Args:
-        points_vox: zyx in voxels of the crop.
-        own: of the crop that the points are of.
-        other: of the other crop of the same patches.
+        points_vox: Points of the crop, zyx in voxels.
+        own: Position of the points' crop in the patch.
+        other: Position of the other crop of the same patch.
     """
     places = map_points(points_vox, own, "to_input")
     return places, map_points(places, other, "to_output")
@@ -136,22 +140,22 @@ def map_across(
 def shown_by_both(
     own: AffineParams, other: AffineParams, shape: Sequence[int], device: torch.device
 ) -> Bool[Tensor, " batch *shape"]:
-    """Return which voxels of a crop show what the other crop shows too.
+    """Return which voxels of a crop are shown by the other crop too.
 
-    They and all voxels of the other crop around their place there show what lies in the patch.
+    These voxels lie inside the patch, and so do all voxels of the other crop that surround their position there.
 
     Args:
-        own: of the crop whose voxels are meant.
-        other: of the other crop of the same patches.
-        shape: voxels of the patch and of both crops.
-        device: where the mask is wanted.
+        own: Position of the crop whose voxels are returned.
+        other: Position of the other crop of the same patch.
+        shape: Number of voxels of the patch and of both crops along each axis.
+        device: Device of the mask.
     """
     voxels = cell_centres_vox(shape, shape, device)
     places, there = map_across(voxels.expand(len(own.linear), *voxels.shape), own, other)
     there = torch.where((there - there.round()).abs() < ON_VOXEL, there.round(), there)
     last = torch.tensor([length - 1 for length in shape], device=device)
     inside = ((there >= 0) & (there <= last) & (places >= -ON_VOXEL) & (places <= last + ON_VOXEL)).all(dim=2)
-    # the furthest that the voxels around a place in the other crop lie from it in the patch, axis by axis
+    # Along each axis of the patch: the largest distances of the surrounding voxels of the other crop from the position.
     spacing = torch.tensor(other.spacing_mm, dtype=torch.float64)
     matrix = (other.linear * spacing / spacing[:, None]).to(places)  # (batch, patch axis, crop axis)
     below, above = there.floor() - there, there.ceil() - there
@@ -164,7 +168,7 @@ def shown_by_both(
 
 
 def _moved_to(params: AffineParams, other: AffineParams) -> AffineParams:
-    """Return crops with their centres at those of others, moved so far inwards that they lie in the patch."""
+    """Return crops with their centres moved to those of others, and inwards if they would otherwise leave the patch."""
     spacing = torch.tensor(params.spacing_mm, dtype=torch.float64)
     reach_mm = (torch.tensor(params.shape) - 1) / 2 * spacing
     room_mm = (reach_mm - params.linear.abs() @ reach_mm).clamp_min(0)
@@ -172,11 +176,11 @@ def _moved_to(params: AffineParams, other: AffineParams) -> AffineParams:
 
 
 def _volume_share(params: AffineParams) -> Tensor:
-    """Return the share of the patch that each crop covers, (batch,)."""
+    """Return the share of the patch that each crop covers (batch,)."""
     return torch.linalg.det(params.linear).abs()
 
 
 def _is_straight(params: AffineParams) -> Tensor:
-    """Return which crops (batch,) have their edges along the axes."""
+    """Return which crops have their edges parallel to the axes (batch,)."""
     magnitude = params.linear.abs()
     return (magnitude.amax(dim=2) >= (1 - 1e-12) * magnitude.square().sum(dim=2).sqrt()).all(dim=1)

@@ -1,4 +1,4 @@
-"""Patches of a batch that are compared with each other: neighbours in twos."""
+"""Pairs of patches of a batch: each patch is compared with its neighbour."""
 
 import torch
 from jaxtyping import Int
@@ -8,13 +8,15 @@ from nnssl.errors import UserError
 
 
 def pair_up(count: int) -> tuple[list[int], list[int]]:
-    """Return for every sample of a batch the first of its group, and its partner: neighbours in twos, an odd last one in a three.
+    """Return the first sample of every sample's group, and its partner.
+
+    Two neighbours form a group; an odd last sample joins the group before it.
 
     Args:
-        count: samples.
+        count: Number of samples.
 
     Returns:
-        Index of the first sample of the group, and index of the partner; a single sample is its own.
+        Index of the first sample of the group, and index of the partner, for every sample. A single sample is its own partner.
     """
     first = [index - index % 2 for index in range(count)]
     if count % 2 and count > 1:
@@ -27,18 +29,19 @@ def pair_up(count: int) -> tuple[list[int], list[int]]:
 
 
 def partners_in_batch(count: int, device: torch.device) -> Int[Tensor, " batch"]:
-    """Return the partner of every sample, as ``pair_up`` has it, on a device."""
+    """Return the partner of every sample, as given by ``pair_up``, on a device."""
     return torch.tensor(pair_up(count)[1], device=device)
 
 
 def check_pairs(batch_size: int, processes: int) -> None:
-    """Check that pairs stay in one process.
+    """Check that both patches of a pair are in the same process.
 
     Raises:
-        UserError: the batch of some process would have a patch without a partner.
+        UserError: If the batch of a process would have a patch without a partner.
     """
     if batch_size % (2 * processes):
         wanted = max(1, batch_size // (2 * processes)) * 2 * processes
         raise UserError(
-            f"batch_size={batch_size}: patches go in pairs to {processes} process(es); --set batch_size={wanted}"
+            f"batch_size must be a multiple of {2 * processes}, got {batch_size}: patches come in pairs, on {processes} "
+            f"process(es); set batch_size={wanted}"
         )

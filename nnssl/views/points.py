@@ -1,7 +1,7 @@
-"""Points of a view: centres of cells, drawn with a preference for the body, and features read off a map at them.
+"""Points of a view: drawing them with a preference for the body, and reading features of a map at them.
 
-A point is zyx in voxels of its patch or view; voxel centres are integers. A feature map of another resolution covers the
-same patch, and is read with ``align_corners=False``: voxel i of the patch reaches from i - 0.5 to i + 0.5 on both.
+A point is given as zyx in voxels of its patch or view; voxel centres are integers. A feature map of another resolution covers
+the same patch and is read with ``align_corners=False``: voxel i of the patch reaches from i - 0.5 to i + 0.5 on both.
 
 Source: Seince et al., Pix2Rep, MIDL 2024 (sampled pixels).
 """
@@ -16,9 +16,10 @@ from torch import Tensor
 
 
 def brighter_part(volumes: Float[Tensor, "batch channel *shape"]) -> Bool[Tensor, " batch *shape"]:
-    """Return which voxels are brighter than the mean of their patch, channels averaged.
+    """Return which voxels are brighter than the mean of their patch, averaged over channels.
 
-    Needs no label: air is darker than the mean of any patch that holds some. In a patch without air it is the brighter part.
+    This finds the body without labels, because air is darker than the mean of every patch that contains some. In a patch without
+    air, it is the brighter part.
     """
     brightness = volumes.float().mean(dim=1)
     return brightness > brightness.mean(dim=tuple(range(1, brightness.ndim)), keepdim=True)
@@ -31,20 +32,20 @@ def draw_points(
     preferred: Bool[Tensor, " batch *shape"] | None = None,
     preferred_share: float = 0.0,
 ) -> Int[Tensor, "batch {count} d"]:
-    """Draw voxels of each sample without replacement: a share of them from the preferred ones, the others from all.
+    """Draw voxels of each sample without replacement: a share of them from the preferred voxels, the others from all.
 
-    Only valid voxels are drawn. Where a sample has fewer than wanted, those it has are repeated in turn; one without any
-    valid voxel gives invalid points, which its caller must rule out.
+    Only valid voxels are drawn. If a sample has fewer valid voxels than ``count``, they are repeated in turn. A sample without
+    any valid voxel gets invalid points, which the caller must exclude.
 
     Args:
-        generators: one per sample; each gives one random number, a seed for the mask's device.
-        valid: voxels that may be drawn.
-        count: points of each sample.
-        preferred: for instance the body; None where all voxels are alike.
-        preferred_share: of the points, 0 to 1; a sample with fewer preferred voxels takes others.
+        generators: One generator per sample; each gives one random number, a seed for the mask's device.
+        valid: Voxels that may be drawn.
+        count: Number of points per sample.
+        preferred: Preferred voxels, for instance the body; None if there are none.
+        preferred_share: Share of the points drawn from the preferred voxels, 0 to 1; a sample with too few takes others.
 
     Returns:
-        zyx in voxels, on the device of ``valid``.
+        Points, zyx in voxels, on the device of ``valid``.
     """
     shape = valid.shape[1:]
     seeds = [int(torch.randint(2**62, (1,), generator=generator)) for generator in generators]
@@ -54,7 +55,7 @@ def draw_points(
     )  # fmt: skip
     allowed = valid.flatten(1)
     count_preferred = min(round(count * preferred_share), scores.shape[1])
-    # random numbers lie below 1, so a class of voxels that is wanted more comes first as a whole
+    # Random numbers lie below 1, so all valid preferred voxels come before the other valid ones, and these before the rest.
     wanted = allowed if preferred is None else allowed & preferred.flatten(1)
     first = (scores + allowed + wanted).topk(count_preferred, dim=1).indices
     taken = torch.zeros_like(allowed).scatter(1, first, True)
@@ -70,11 +71,11 @@ def draw_points(
 def place_of(
     points_vox: Int[Tensor, "batch points d"] | Float[Tensor, "batch points d"], shape: Sequence[int]
 ) -> Int[Tensor, "batch points"]:
-    """Return the place of each point among all voxels of a patch or cells of a map, in C order.
+    """Return the flat index of each point among all voxels of a patch or cells of a map, in C order.
 
     Args:
-        points_vox: zyx, whole numbers.
-        shape: voxels of the patch, or cells of the map.
+        points_vox: Points, zyx in whole numbers.
+        shape: Number of voxels of the patch, or of cells of the map, along each axis.
     """
     place = torch.zeros_like(points_vox[..., 0], dtype=torch.long)
     for axis, length in enumerate(shape):
@@ -85,7 +86,7 @@ def place_of(
 def cell_centres_vox(
     grid: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu"
 ) -> Float[Tensor, "cell d"]:
-    """Return the centres of a map's cells in voxels of the patch that it covers, the last axis fastest."""
+    """Return the centres of a map's cells in voxels of the patch that it covers, in C order."""
     axes = [
         (torch.arange(cells, device=device, dtype=torch.float32) + 0.5) * (voxels / cells) - 0.5
         for cells, voxels in zip(grid, shape, strict=True)
@@ -102,17 +103,17 @@ def are_inside(points_vox: Float[Tensor, "batch points d"], shape: Sequence[int]
 def interpolate_at(
     feature_map: Float[Tensor, "batch channel *grid"], points_vox: Float[Tensor, "batch points d"], shape: Sequence[int]
 ) -> Float[Tensor, "batch points channel"]:
-    """Return the features at points, linear between the centres of the map's cells and constant beyond the outer ones.
+    """Return the features at points, linearly interpolated between the centres of the map's cells.
 
-    Memory grows with the number of points, not of voxels.
+    Beyond the outer centres, features are constant. Memory grows with the number of points, not with the number of voxels.
 
     Args:
-        feature_map: of any resolution; covers the patch.
-        points_vox: zyx in voxels of the patch.
-        shape: voxels of the patch.
+        feature_map: Map of any resolution that covers the patch.
+        points_vox: Points, zyx in voxels of the patch.
+        shape: Number of voxels of the patch along each axis.
 
     Returns:
-        Features in float32, also of a map in half precision. At the centre of a cell they are the cell's, to the bit.
+        Features in float32, also for a map in half precision. At the centre of a cell, they equal the cell's bit for bit.
     """
     grid = feature_map.shape[2:]
     corners, weights = [], []
@@ -131,7 +132,7 @@ def interpolate_at(
             weight = weight * (share[axis] if upper else 1 - share[axis])
         corners.append(index)
         weights.append(weight)
-    # one gather for all corners: its backward makes one gradient of the map's size, not one for each corner
+    # The backward pass of one gather for all corners makes one gradient of the map's size instead of one for each corner.
     index = torch.cat(corners, dim=1)[:, None].expand(-1, feature_map.shape[1], -1)
     values = feature_map.flatten(2).gather(2, index).float().unflatten(2, (len(corners), -1))
     return (values * torch.stack(weights, dim=1)[:, None].float()).sum(dim=2).transpose(1, 2)
@@ -142,14 +143,14 @@ def corner_points(
 ) -> tuple[Float[Tensor, "batch points corners d"], Float[Tensor, "batch points corners"]]:
     """Return the voxels around each point and their weights in linear interpolation.
 
-    For what must be computed at voxels and interpolated afterwards, such as probabilities.
+    They serve to interpolate values that are computed at voxels, such as probabilities.
 
     Args:
-        points_vox: zyx in voxels.
-        shape: voxels of the patch; a point outside is taken at its nearest border.
+        points_vox: Points, zyx in voxels.
+        shape: Number of voxels of the patch along each axis; points outside are moved to the nearest border.
 
     Returns:
-        The 2^d corners, zyx in voxels, and weights that sum to 1.
+        The 2^d corners, zyx in voxels, and their weights, which sum to 1.
     """
     corners, weights = [], []
     last = torch.tensor([length - 1 for length in shape], device=points_vox.device, dtype=points_vox.dtype)

@@ -1,13 +1,13 @@
-"""Random resized crops, rotations and flips of a batch, built in millimetres, and where a point goes under them.
+"""Random resized crops, rotations and flips of a batch, built in millimetres, and the mapping of points under them.
 
-A view is made by asking, for every voxel of the output, where in the input it comes from. In mm, from the centre of the
-patch (c is where the centre of the crop lies, s <= 1 the zoom, R a rotation, F the flips)::
+A view is computed by mapping every voxel of the output to its position in the input. In mm from the centre of the patch, with
+the centre c of the crop, the zoom s <= 1, a rotation R and the flips F::
 
     x_input = s R F x_output + c
 
-so the crop turns about its own centre, and the map is a similarity in mm whatever the spacing. It is conjugated with
-the half extents of the patch, as ``grid_sample`` wants it with ``align_corners=False``: the same parameters then apply
-to a feature map of another resolution that covers the same patch.
+The crop is therefore rotated about its own centre, and the map is a similarity in mm for every spacing. It is conjugated with
+the half extents of the patch, as ``grid_sample`` requires with ``align_corners=False``. The same parameters then apply to a
+feature map of another resolution that covers the same patch.
 
 Source: random resized crop as in He et al., MoCo, CVPR 2020; rotation and validity for Pix2Rep, MIDL 2024.
 """
@@ -28,29 +28,29 @@ VALID_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class AffineRange:
-    """What may be drawn."""
+    """Ranges from which crops, rotations and flips are drawn."""
 
     crop_fraction: tuple[float, float]
-    """Least and largest share of the patch's volume (area in 2D) that a crop covers, above 0 and at most 1."""
+    """Smallest and largest share of the patch's volume (area in 2D) that a crop covers, above 0 and at most 1."""
     rotation_deg: tuple[float, ...] = ()
-    """Largest rotation, to either side, about each axis (z, y, x); a single angle in 2D; none for no rotation."""
+    """Largest rotation to either side about each axis (z, y, x); one angle in 2D; empty for no rotation."""
     flip_axes: tuple[int, ...] = ()
     """Axes that may be flipped: 0 is z, or y in 2D; -1 is x."""
     flip_probability: float = 0.5
-    """Of each of these axes, on its own."""
+    """Probability that each of these axes is flipped, independently of the others."""
 
 
 @dataclass(frozen=True)
 class AffineParams:
-    """What was drawn: one similarity per sample, in mm from the centre of the patch, zyx, on the CPU."""
+    """Drawn crops of a batch: one similarity per sample, in mm from the centre of the patch, zyx, on the CPU."""
 
     shape: tuple[int, ...]
-    """Voxels of the patch, and of the view."""
+    """Number of voxels of the patch and of the view along each axis."""
     spacing_mm: tuple[float, ...]
     linear: Float[Tensor, "batch d d"]
     """Zoom times rotation times flips, from output to input."""
     centre_mm: Float[Tensor, "batch d"]
-    """Where the centre of the crop lies."""
+    """Position of the crop's centre."""
 
 
 def draw_affine(
@@ -58,29 +58,35 @@ def draw_affine(
 ) -> AffineParams:
     """Draw one crop, rotation and set of flips per sample.
 
-    The share of volume is uniform in its range and the zoom is the same along all axes in mm. The crop's place is
-    uniform over where all of its voxels lie inside the patch; along an axis on which a turned crop does not fit, it is
+    The share of volume is uniform in its range, and the zoom is the same along all axes in mm. The crop's position is uniform
+    over all positions at which its voxels lie inside the patch. Along an axis on which a rotated crop does not fit, it is
     centred.
 
     Args:
-        generators: one per sample; each gives the same number of random numbers whatever the ranges.
-        ranges: what may be drawn.
-        shape: voxels of the patch, (z, y, x) or (y, x).
-        spacing_mm: of the patch's voxels.
+        generators: One generator per sample; each gives the same number of random numbers for all ranges.
+        ranges: Ranges from which crops, rotations and flips are drawn.
+        shape: Number of voxels of the patch, (z, y, x) or (y, x).
+        spacing_mm: Spacing of the patch along each axis.
 
     Raises:
-        ValueError: the ranges do not fit a patch of this many axes, or a crop would be empty or larger than the patch.
+        ValueError: If the ranges do not fit the number of axes, or a crop would be empty or larger than the patch.
     """
     dimensions = len(shape)
     low, high = ranges.crop_fraction
     if not 0 < low <= high <= 1:
-        raise ValueError(f"crop_fraction {ranges.crop_fraction} must rise within (0, 1]")
+        raise ValueError(f"crop_fraction must be two ascending numbers within (0, 1], got {ranges.crop_fraction}")
     angles = 1 if dimensions == 2 else 3
     rotation_deg = ranges.rotation_deg or (0.0,) * angles
-    if len(rotation_deg) != angles or len(spacing_mm) != dimensions:
-        raise ValueError(f"rotation {ranges.rotation_deg} or spacing {tuple(spacing_mm)} is not for {dimensions} axes")
+    if len(rotation_deg) != angles:
+        raise ValueError(
+            f"rotation_deg must have {angles} value(s) for a patch of {dimensions} axes, got {ranges.rotation_deg}"
+        )
+    if len(spacing_mm) != dimensions:
+        raise ValueError(f"spacing_mm must have {dimensions} axes, as the patch has, got {tuple(spacing_mm)}")
     if not all(-dimensions <= axis < dimensions for axis in ranges.flip_axes):
-        raise ValueError(f"flip_axes {ranges.flip_axes} are not all below {dimensions}")
+        raise ValueError(
+            f"flip_axes must be axes of the patch, from {-dimensions} to {dimensions - 1}, got {ranges.flip_axes}"
+        )
     uniform = torch.stack(
         [torch.rand(1 + angles + 2 * dimensions, generator=each, dtype=torch.float64) for each in generators]
     )
@@ -93,7 +99,7 @@ def draw_affine(
     may_flip[list(ranges.flip_axes)] = True
     sign = torch.where((flip < ranges.flip_probability) & may_flip, -1.0, 1.0).double()
 
-    # from the centre of the patch to the centre of its last voxel
+    # Distance from the centre of the patch to the centre of its last voxel.
     reach_mm = (torch.tensor(tuple(shape)) - 1) / 2 * torch.tensor(tuple(spacing_mm), dtype=torch.float64)
     needed_mm = zoom * (rotation.abs() @ reach_mm)
     return AffineParams(
@@ -105,15 +111,15 @@ def draw_affine(
 
 
 def check_affine(ranges: AffineRange, shape: Sequence[int], spacing_mm: Sequence[float]) -> None:
-    """Check that ranges that a user may have set fit a patch, before anything is drawn.
+    """Check that ranges from a user's settings fit a patch, before anything is drawn.
 
     Raises:
-        UserError: they do not; names the settings.
+        UserError: If they do not fit; the message names the setting.
     """
     try:
         draw_affine([torch.Generator()], ranges, shape, spacing_mm)
     except ValueError as error:
-        raise UserError(f"crop_fraction, rotation_deg or flip_axes: {error}; --set others or none") from error
+        raise UserError(str(error)) from error
 
 
 def pick(params: AffineParams, samples: Int[Tensor, " picked"]) -> AffineParams:
@@ -126,12 +132,12 @@ def apply_affine(
     params: AffineParams,
     mode: Literal["bilinear", "nearest"] = "bilinear",
 ) -> Float[Tensor, "batch channel *shape"]:
-    """Return the views, of the volumes' voxel shape; what comes from outside the patch is 0.
+    """Return the views, of the same shape as the volumes; values from outside the patch are 0.
 
     Args:
-        volumes: patches, or maps of another resolution that cover the same patches.
-        params: one record per sample.
-        mode: interpolation; "bilinear" is trilinear in 3D.
+        volumes: Patches, or maps of another resolution that cover the same patches.
+        params: Drawn crops, one record per sample.
+        mode: Interpolation; ``bilinear`` is trilinear in 3D.
 
     Returns:
         New tensors; samples that are only flipped, or not changed at all, are bit-exact.
@@ -150,12 +156,12 @@ def apply_affine(
 def map_points(
     points_vox: Float[Tensor, "batch points d"], params: AffineParams, direction: Literal["to_input", "to_output"]
 ) -> Float[Tensor, "batch points d"]:
-    """Return where points of the view lie in the patch (``to_input``), or the other way round (``to_output``).
+    """Map points of the view into the patch (``to_input``), or points of the patch into the view (``to_output``).
 
     Args:
-        points_vox: zyx in voxels of the patch or the view, both of ``params.shape``; voxel centres are integers.
-        params: one record per sample.
-        direction: which way.
+        points_vox: Points, zyx in voxels of the view or the patch, both of ``params.shape``; voxel centres are integers.
+        params: Drawn crops, one record per sample.
+        direction: Direction of the map.
     """
     spacing = torch.tensor(params.spacing_mm, dtype=torch.float64)
     middle = (torch.tensor(params.shape, dtype=torch.float64) - 1) / 2
@@ -166,26 +172,26 @@ def map_points(
         offset_mm = -(linear @ params.centre_mm[..., None])[..., 0]
     matrix = (linear * spacing / spacing[:, None])[:, None].to(points_vox)  # (batch, 1, d, d), voxels to voxels
     offset = (offset_mm / spacing + middle)[:, None].to(points_vox)
-    # a sum, not a matrix product, which mixed precision or TF32 would round to some tenths of a voxel
+    # This is a sum, because mixed precision or TF32 would round a matrix product to some tenths of a voxel.
     return (matrix * (points_vox - middle.to(points_vox))[..., None, :]).sum(dim=-1) + offset
 
 
 def valid_mask(
     params: AffineParams, shape: Sequence[int], device: torch.device | str = "cpu"
 ) -> Bool[Tensor, " batch *shape"]:
-    """Return which voxels of the view are interpolated from voxels inside the patch only.
+    """Return which voxels of the view are interpolated only from voxels inside the patch.
 
     Args:
-        params: one record per sample.
-        shape: voxels of the view or of a map of another resolution that covers it.
-        device: where the mask is wanted.
+        params: Drawn crops, one record per sample.
+        shape: Number of voxels of the view, or of a map of another resolution that covers it, along each axis.
+        device: Device of the mask.
     """
     ones = torch.ones(len(params.linear), 1, *shape, device=device)
     return apply_affine(ones, params)[:, 0] >= 1 - VALID_TOLERANCE
 
 
 def _rotation(angle_rad: Tensor, dimensions: int) -> Tensor:
-    """Return rotation matrices (batch, d, d) in zyx: about z, y and x, multiplied in this order; in 2D from y to x."""
+    """Return rotation matrices (batch, d, d) in zyx: about z, y and x, multiplied in this order; in 2D, from y to x."""
     planes = [(0, 1)] if dimensions == 2 else [(1, 2), (0, 2), (0, 1)]
     rotation = torch.eye(dimensions, dtype=torch.float64).expand(len(angle_rad), -1, -1)
     for angle, (i, j) in zip(angle_rad.T, planes, strict=True):
@@ -197,7 +203,7 @@ def _rotation(angle_rad: Tensor, dimensions: int) -> Tensor:
 
 
 def _sampling_grid(params: AffineParams, volumes: Tensor) -> Tensor:
-    """Return the input position of every output voxel as ``grid_sample`` wants it, (batch, *shape, d), x first."""
+    """Return the input position of every output voxel, as ``grid_sample`` requires it: (batch, *shape, d), x first."""
     shape = volumes.shape[2:]
     half_mm = torch.tensor(params.shape, dtype=torch.float64) * torch.tensor(params.spacing_mm, dtype=torch.float64) / 2
     matrix = (params.linear * half_mm / half_mm[:, None]).to(volumes.device, torch.float32)
@@ -205,7 +211,7 @@ def _sampling_grid(params: AffineParams, volumes: Tensor) -> Tensor:
     ones = (1,) * len(shape)
     components = []
     for row in reversed(range(len(shape))):
-        # sums of broadcast axes instead of F.affine_grid, whose matrix product mixed precision or TF32 would round
+        # These are sums of broadcast axes, because mixed precision or TF32 would round the matrix product of F.affine_grid.
         component = offset[:, row].view(-1, *ones)
         for axis, length in enumerate(shape):
             place = (2 * torch.arange(length, device=volumes.device, dtype=torch.float32) + 1) / length - 1

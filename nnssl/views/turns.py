@@ -1,12 +1,12 @@
-"""Flips and quarter turns, which keep every voxel as it is, and the code that names them.
+"""Flips and quarter turns, which permute voxels without changing them, and the code that names them.
 
-Source: Zhou et al., PCRL, ICCV 2021: the transformations T that the decoder is asked for, and the indicator vec(T) that
-asks for them: a bit for each flip, then one of four bits for the turn by 0, 90, 180 or 270 degrees.
+Source: Zhou et al., PCRL, ICCV 2021: the transformations T that the decoder must produce, and the indicator vec(T) that
+names them: a bit for each flip, then one of four bits for the turn by 0, 90, 180 or 270 degrees.
 
-Deviations: the authors turn in the plane of the first two axes of 64 x 64 x 32 voxels. Here the plane is chosen so that
-its two sides are alike and the thick axis is not in it; where there is none, only half turns are drawn, and the code
-keeps its length. Different codes can name the same map (two flips in the plane are a half turn): of 32 codes in 3D, 16
-differ in what they do. The paper and the code have this too.
+Deviations: the authors turn in the plane of the first two axes of 64 x 64 x 32 voxels. Here the plane has two equal sides and
+excludes the thick axis; if there is no such plane, only half turns are drawn, and the code keeps its length. Different codes
+can name the same map (two flips in the plane are a half turn): the 32 codes in 3D name 16 different maps. This also holds for
+the paper and the authors' code.
 """
 
 import math
@@ -26,39 +26,41 @@ TurnSteps = Literal["none", "half", "quarter"]
 TURN_STEPS: dict[TurnSteps, tuple[int, ...]] = {"none": (0,), "half": (0, 2), "quarter": (0, 1, 2, 3)}
 """Numbers of quarter turns that may be drawn."""
 PLANES = {2: ((0, 1),), 3: ((1, 2), (0, 2), (0, 1))}
-"""Where to turn, in order of preference, by the number of axes; zyx, counted without batch and channel."""
+"""Planes of turns in order of preference, by the number of axes; zyx, counted without batch and channel."""
 
 
 @dataclass(frozen=True)
 class TurnParams:
-    """What was drawn: for each sample the axes to flip, then the quarter turns; on the CPU."""
+    """Drawn flips and turns of a batch, on the CPU. Flips are applied before turns."""
 
     flips: Bool[Tensor, "batch d"]
     """Which axes are flipped: 0 is z, or y in 2D."""
     quarter_turns: Int[Tensor, " batch"]
-    """0 to 3, each of which turns the plane's first axis towards its second."""
+    """Number of quarter turns, 0 to 3; each turns the plane's first axis towards its second."""
     plane: tuple[int, int]
-    """The two axes to turn in, ascending."""
+    """The two axes of the plane, ascending."""
 
 
 def turn_plane(
     shape: Sequence[int], spacing_mm: Sequence[float], thick_axis: int | None
 ) -> tuple[tuple[int, int], bool]:
-    """Return the plane to turn in, and whether quarter turns keep shape and spacing in it.
+    """Return the plane of turns, and whether quarter turns in it keep shape and spacing.
 
-    It is the first of (y, x), (z, x), (z, y) without the thick axis whose sides have the same number of voxels of the
-    same size. Where there is none it is (y, x), in which half turns always keep the geometry.
+    The plane is the first of (y, x), (z, x), (z, y) that excludes the thick axis and whose sides have the same number of voxels
+    of the same size. If there is none, it is (y, x), in which half turns always keep the geometry.
 
     Args:
-        shape: voxels of the patch, (z, y, x) or (y, x).
-        spacing_mm: of the patch's voxels; sizes are the same up to a share of 1e-3.
-        thick_axis: the one with slices that are much thicker than the voxels are wide, if any.
+        shape: Number of voxels of the patch, (z, y, x) or (y, x).
+        spacing_mm: Spacing of the patch along each axis; values within a relative tolerance of 1e-3 are considered equal.
+        thick_axis: Axis of slices that are much thicker than the voxels are wide; None if there is none.
 
     Raises:
-        ValueError: the patch has neither 2 nor 3 axes, or shape and spacing differ in their number.
+        ValueError: If the patch has neither 2 nor 3 axes, or shape and spacing differ in their number of axes.
     """
     if len(shape) not in PLANES or len(spacing_mm) != len(shape):
-        raise ValueError(f"no plane to turn in: shape {tuple(shape)}, spacing {tuple(spacing_mm)}")
+        raise ValueError(
+            f"shape and spacing_mm must both have 2 or 3 axes, got shape {tuple(shape)}, spacing {tuple(spacing_mm)}"
+        )
     planes = PLANES[len(shape)]
     for plane in planes:
         if thick_axis not in plane and keeps_grid(shape, spacing_mm, plane):
@@ -67,7 +69,7 @@ def turn_plane(
 
 
 def keeps_grid(shape: Sequence[int], spacing_mm: Sequence[float], plane: tuple[int, int]) -> bool:
-    """Return whether a quarter turn in a plane keeps the number of voxels and their size along every axis."""
+    """Return whether a quarter turn in the plane keeps the number of voxels and their size along every axis."""
     first, second = plane
     same_size = math.isclose(spacing_mm[first], spacing_mm[second], rel_tol=SPACING_TOLERANCE)
     return shape[first] == shape[second] and same_size
@@ -80,21 +82,20 @@ def draw_turns(
     steps: TurnSteps,
     flip_axes: Sequence[int],
 ) -> TurnParams:
-    """Draw flips, each with probability 1/2, and a uniform number of the quarter turns there are, for each sample.
+    """Draw flips, each with probability 1/2, and one of the allowed turns with equal probability, for each sample.
 
     Args:
-        generators: one per sample; each gives the same number of random numbers whatever may be drawn.
-        dimensions: axes of the patch, 2 or 3.
-        plane: the axes to turn in, as from ``turn_plane``.
-        steps: whether to turn by quarters, by halves, or not at all.
-        flip_axes: those that may be flipped; 0 is z, or y in 2D.
+        generators: One generator per sample; each always gives the same number of random numbers.
+        dimensions: Number of axes of the patch, 2 or 3.
+        plane: The two axes of the plane of turns, as from ``turn_plane``.
+        steps: Allowed turns: quarters, halves or none.
+        flip_axes: Axes that may be flipped; 0 is z, or y in 2D.
 
     Raises:
-        ValueError: the plane or an axis to flip is not one of the patch's.
+        ValueError: If the plane or an axis to flip does not belong to the patch.
     """
     _check_plane(dimensions, plane)
-    if not all(0 <= axis < dimensions for axis in flip_axes):
-        raise ValueError(f"flip_axes {tuple(flip_axes)} are not all below {dimensions}")
+    _check_flip_axes(dimensions, flip_axes)
     uniform = torch.stack([torch.rand(dimensions + 1, generator=each, dtype=torch.float64) for each in generators])
     may_flip = torch.tensor([axis in flip_axes for axis in range(dimensions)])
     choices = torch.tensor(TURN_STEPS[steps])
@@ -112,39 +113,43 @@ def check_turns(
     steps: TurnSteps,
     flip_axes: Sequence[int],
 ) -> None:
-    """Check that turns that a user may have set can be asked for in a patch and keep its grid, before any is drawn.
+    """Check that turns from a user's settings fit a patch and keep its grid, before anything is drawn.
+
+    The settings are those of PCRL: ``turn_plane``, ``asked_turns`` and ``asked_flips``.
 
     Args:
-        shape: voxels of the patch, (z, y, x) or (y, x).
-        spacing_mm: of the patch's voxels.
-        plane: as in ``draw_turns``.
-        steps: as in ``draw_turns``.
-        flip_axes: as in ``draw_turns``.
+        shape: Number of voxels of the patch, (z, y, x) or (y, x).
+        spacing_mm: Spacing of the patch along each axis.
+        plane: As in ``draw_turns``.
+        steps: As in ``draw_turns``.
+        flip_axes: As in ``draw_turns``.
 
     Raises:
-        UserError: they cannot, or would not.
+        UserError: If they do not fit, or would not keep the grid.
     """
     try:
-        draw_turns([torch.Generator()], len(shape), plane, steps, flip_axes)
+        _check_plane(len(shape), plane, "turn_plane")
+        _check_flip_axes(len(shape), flip_axes, "asked_flips")
     except ValueError as error:
-        raise UserError(f"turn_plane or asked_flips: {error}; --set others, or plan again") from error
+        raise UserError(str(error)) from error
     if steps == "quarter" and not keeps_grid(shape, spacing_mm, plane):
         sides = " and ".join(f"{shape[axis]} voxels of {spacing_mm[axis]:g} mm" for axis in plane)
         raise UserError(
-            f"asked_turns=quarter: a quarter turn in plane {plane} exchanges {sides}; --set asked_turns=half"
+            f"asked_turns must be half or none, got quarter: a quarter turn in plane {plane} exchanges {sides}; "
+            "set asked_turns=half"
         )
 
 
 def no_turns(batch: int, dimensions: int, plane: tuple[int, int]) -> TurnParams:
-    """Return the parameters that leave every sample as it is.
+    """Return the parameters of the identity.
 
     Args:
-        batch: number of samples.
-        dimensions: axes of the patch, 2 or 3.
-        plane: as for the samples that are turned.
+        batch: Number of samples.
+        dimensions: Number of axes of the patch, 2 or 3.
+        plane: The two axes of the plane of turns.
 
     Raises:
-        ValueError: the plane is not one of the patch's.
+        ValueError: If the plane does not belong to the patch.
     """
     _check_plane(dimensions, plane)
     return TurnParams(torch.zeros(batch, dimensions, dtype=torch.bool), torch.zeros(batch, dtype=torch.long), plane)
@@ -156,12 +161,12 @@ def apply_turns(
     """Return ``turn(flip(x))`` of each sample, bit-exact, as new tensors.
 
     Args:
-        volumes: on any device.
-        params: one record per sample.
+        volumes: Volumes on any device.
+        params: Drawn turns, one record per sample.
 
     Raises:
-        ValueError: an odd number of quarter turns in a plane whose sides differ in voxels, or the parameters are for
-            another number of samples or axes.
+        ValueError: If an odd number of quarter turns is drawn in a plane whose sides differ in voxels, or the parameters are
+            for another number of samples or axes.
     """
     _check_volumes(volumes, params)
     first, second = (axis + 1 for axis in params.plane)
@@ -175,14 +180,14 @@ def apply_turns(
 def undo_turns(
     volumes: Float[Tensor, "batch channel *shape"], params: TurnParams
 ) -> Float[Tensor, "batch channel *shape"]:
-    """Return the volumes that ``apply_turns`` was given, from what it returned.
+    """Return the inverse of ``apply_turns``, bit-exact.
 
     Args:
-        volumes: on any device.
-        params: one record per sample.
+        volumes: Volumes on any device, as ``apply_turns`` returned them.
+        params: Drawn turns, one record per sample.
 
     Raises:
-        ValueError: as ``apply_turns``.
+        ValueError: If ``apply_turns`` would raise it.
     """
     _check_volumes(volumes, params)
     first, second = (axis + 1 for axis in params.plane)
@@ -196,10 +201,10 @@ def undo_turns(
 def mean_over_turns(
     volumes: Float[Tensor, "batch channel *shape"], plane: tuple[int, int], steps: TurnSteps, flip_axes: Sequence[int]
 ) -> Float[Tensor, "batch channel *shape"]:
-    """Return the mean of all versions of each volume that ``draw_turns`` may ask for, by their probability.
+    """Return the mean of all versions of each volume that ``draw_turns`` may draw, weighted by their probability.
 
-    It is the answer of least mean squared error that is the same for all of them; its own is the mean square of the volumes
-    less that of the answer.
+    Of all answers that are the same for every version, this one has the smallest mean squared error, which is the mean square
+    of the volumes minus the mean square of the answer.
     """
     mean = volumes.float()
     for axis in flip_axes:
@@ -210,18 +215,18 @@ def mean_over_turns(
 
 
 def turn_code(params: TurnParams) -> Float[Tensor, "batch bits"]:
-    """Return PCRL's indicator, 0 or 1: a bit for each axis's flip, then one of four for the number of quarter turns.
+    """Return PCRL's indicator: a bit for the flip of each axis, then one of four bits for the number of quarter turns.
 
-    Seven bits in 3D, six in 2D, on the CPU; see the module for codes that name the same map.
+    The code has seven bits in 3D and six in 2D, and is on the CPU. Some codes name the same map; see the module's docstring.
     """
     return torch.cat([params.flips, F.one_hot(params.quarter_turns, 4)], dim=1).float()
 
 
 def _flips_and_swap(params: TurnParams) -> tuple[list[list[int]], list[bool]]:
-    """Return each sample's map as axes (of channel, *shape) to flip, and whether then to swap the axes of the plane.
+    """Return each sample's axes (of channel, *shape) to flip, and whether to swap the axes of the plane afterwards.
 
-    One quarter turn is a flip of the plane's second axis and a swap; two are flips of both; three a flip of the first
-    and a swap.
+    One quarter turn is a flip of the plane's second axis and a swap; two are flips of both axes; three are a flip of the first
+    axis and a swap.
     """
     first, second = params.plane
     flips, turns = params.flips.clone(), params.quarter_turns
@@ -230,15 +235,23 @@ def _flips_and_swap(params: TurnParams) -> tuple[list[list[int]], list[bool]]:
     return [[axis + 1 for axis, flip in enumerate(row) if flip] for row in flips.tolist()], (turns % 2 == 1).tolist()
 
 
-def _check_plane(dimensions: int, plane: tuple[int, int]) -> None:
+def _check_plane(dimensions: int, plane: tuple[int, int], name: str = "plane") -> None:
     if plane not in PLANES.get(dimensions, ()):
-        raise ValueError(f"plane {plane} is none of two ascending axes of {dimensions}")
+        raise ValueError(f"{name} must be two ascending axes of {dimensions}, got {plane}")
+
+
+def _check_flip_axes(dimensions: int, flip_axes: Sequence[int], name: str = "flip_axes") -> None:
+    if not all(0 <= axis < dimensions for axis in flip_axes):
+        raise ValueError(f"{name} must be axes from 0 to {dimensions - 1}, got {tuple(flip_axes)}")
 
 
 def _check_volumes(volumes: Tensor, params: TurnParams) -> None:
     shape = volumes.shape[2:]
     if (len(volumes), len(shape)) != params.flips.shape:
-        raise ValueError(f"turns were drawn for (samples, axes) {tuple(params.flips.shape)}, not for {volumes.shape}")
+        drawn = tuple(params.flips.shape)
+        raise ValueError(f"(samples, axes) of volumes must be {drawn}, as drawn, got {(len(volumes), len(shape))}")
     first, second = params.plane
     if shape[first] != shape[second] and (params.quarter_turns % 2 == 1).any():
-        raise ValueError(f"quarter turns in plane {params.plane} of {tuple(shape)} voxels would change the shape")
+        raise ValueError(
+            f"quarter_turns must be even, because quarter turns in plane {params.plane} would change the shape {tuple(shape)}"
+        )

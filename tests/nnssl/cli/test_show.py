@@ -300,7 +300,9 @@ def test_a_state_with_other_parts_is_refused(files, tmp_path):
     state = {"method": dict(content["nnssl"]["state"]["method"])}
     del state["method"]["output.weight"]
     write_checkpoint(tmp_path / "part.pth", {"network_weights": content["network_weights"]}, provenance, state)
-    with pytest.raises(UserError, match=r"heads differ .*1 tensors on one side only, first output\.weight"):
+    with pytest.raises(
+        UserError, match=r"heads differ .*1 tensors exist on one side only, the first is output\.weight"
+    ):
         restore_method(tmp_path / "part.pth", torch.device("cpu"))
 
 

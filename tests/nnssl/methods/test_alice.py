@@ -413,10 +413,10 @@ def test_it_does_not_collapse():
 @pytest.mark.parametrize(
     ("overrides", "processes", "message"),
     [
-        (("reconstruction_weight=0", "inter_weight=0", "intra_weight=0"), 1, "nothing would be learned"),
-        (("batch_size=3",), 1, "--set batch_size=2"),
-        (("batch_size=6",), 2, "--set batch_size=4"),
-        (("batch_size=2", "similarity=info_nce"), 1, "--set batch_size=4"),
+        (("reconstruction_weight=0", "inter_weight=0", "intra_weight=0"), 1, "must be above 0, got 0 for all"),
+        (("batch_size=3",), 1, "set batch_size=2"),
+        (("batch_size=6",), 2, "set batch_size=4"),
+        (("batch_size=2", "similarity=info_nce"), 1, "set batch_size=4"),
     ],
 )
 def test_settings_that_do_not_fit(overrides, processes, message):

@@ -535,11 +535,11 @@ def test_the_moving_average_of_a_run():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (("asked_turns=quarter",), "exchanges 12 voxels of 1 mm and 20 voxels of 1.5 mm; --set asked_turns=half"),
-        (("turn_plane=1,0",), "turn_plane or asked_flips"),
-        (("asked_flips=0,2",), "turn_plane or asked_flips"),
-        (("contrast_weight=0", "reconstruction_weight=0"), "nothing would be learned"),
-        (("batch_size=1",), "--set batch_size=2, or negatives=queue"),
+        (("asked_turns=quarter",), "exchanges 12 voxels of 1 mm and 20 voxels of 1.5 mm; set asked_turns=half"),
+        (("turn_plane=1,0",), r"turn_plane must be two ascending axes of 2, got \(1, 0\)"),
+        (("asked_flips=0,2",), r"asked_flips must be axes from 0 to 1, got \(0, 2\)"),
+        (("contrast_weight=0", "reconstruction_weight=0"), "must be above 0, got 0 for both"),
+        (("batch_size=1",), "set batch_size=2 or negatives=queue"),
     ],
 )
 def test_settings_that_do_not_fit(overrides, message):

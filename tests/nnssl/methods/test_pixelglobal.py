@@ -446,13 +446,13 @@ def test_a_batch_is_learned(residual):
 
 def test_batches_that_cannot_be_compared_are_refused():
     for options in (("stabilizer=literal", "global_weight=0"), ("stabilizer=none",)):
-        with pytest.raises(UserError, match="batch_size=1: the global loss and stabilizer"):
+        with pytest.raises(UserError, match="batch_size must be at least 2, got 1: the global loss and stabilizer"):
             make_stage(2, "batch_size=1", *options)
     method = make_stage(2, "batch_size=1", "global_weight=0")
     assert method.make_views(make_batch(2, 1), generators(batch=1)).partner.tolist() == [0]
     settings = make_stage(2, "batch_size=6").settings
     check_settings(settings, 1)
-    with pytest.raises(UserError, match=r"batch_size=6: patches go in pairs to 2 process.*batch_size=4"):
+    with pytest.raises(UserError, match=r"batch_size must be a multiple of 4, got 6: .*2 process.*set batch_size=4"):
         check_settings(settings, 2)
 
 

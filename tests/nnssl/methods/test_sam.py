@@ -320,10 +320,10 @@ def test_a_known_displacement_is_found(tmp_path):
 
 
 def test_settings_that_do_not_fit():
-    with pytest.raises(UserError, match="batch_size=1: .*--set batch_size=2"):
+    with pytest.raises(UserError, match="batch_size must be at least 2, got 1: .*set batch_size=2"):
         make_stage(batch=1)
     make_stage("other_negatives=0", batch=1)
-    with pytest.raises(UserError, match="stages 0 to 2"):
+    with pytest.raises(UserError, match="coarse_stage must be at most 2, .* got 3"):
         make_stage("coarse_stage=3")
-    with pytest.raises(UserError, match="the fine one comes first"):
+    with pytest.raises(UserError, match="fine_stage must be below coarse_stage=2, got 2"):
         check_settings(replace(make_stage().settings, fine_stage=2), 3)

@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import pytest
@@ -6,6 +6,7 @@ import pytest
 from nnssl.errors import UserError
 from nnssl.methods.settings import TrainingSettings, describe_settings, resolve_settings, resolve_stage, split_overrides
 from nnssl.plan import StageSchedule
+from tests.nnssl.methods.tiny_configuration import make_configuration
 
 TRAINING = TrainingSettings(
     epochs=200,
@@ -40,10 +41,10 @@ class Implementation:
         return {"queue_length": 64}
 
 
-class Configuration:
-    schedules: ClassVar = {
-        "toy.first": StageSchedule(batch_size=8, epochs=100, iterations_per_epoch=25, warmup_epochs=20)
-    }
+CONFIGURATION = replace(
+    make_configuration(3),
+    schedules={"toy.first": StageSchedule(batch_size=8, epochs=100, iterations_per_epoch=25, warmup_epochs=20)},
+)
 
 
 def test_command_line_wins_over_plan_over_paper():
@@ -78,14 +79,33 @@ def test_values_are_read_as_their_type(text, key, value):
 
 @pytest.mark.parametrize("text", ["queue_length=many", "queue_length=1.5", "negatives=other", "crop=1", "residual=2"])
 def test_wrong_type_is_one_line_that_names_key_and_value(text):
+    key, _, value = text.partition("=")
     with pytest.raises(UserError) as error:
         resolve_settings(Settings(TRAINING), {}, [text])
-    assert text in str(error.value)
+    assert str(error.value).startswith(f"{key} must be ")
+    assert str(error.value).endswith(f", got {value}")
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("queue_length=many", "queue_length must be of type int, got many"),
+        ("queue_length=1.5", "queue_length must be of type int, got 1.5"),
+        ("learning_rate=-1", "learning_rate must be greater than 0, got -1"),
+        ("epochs=0", "epochs must be greater than or equal to 1, got 0"),
+        ("optimizer=lars", "optimizer must be 'sgd' or 'adamw', got lars"),
+        ("momentum=0.9", "momentum must be of type tuple[float, float], got 0.9"),
+    ],
+)
+def test_error_states_the_condition(text, message):
+    with pytest.raises(UserError) as error:
+        resolve_settings(Settings(TRAINING), {}, [text])
+    assert str(error.value) == message
+
+
 def test_unknown_key_lists_the_valid_ones():
-    with pytest.raises(UserError, match=r"no setting 'temprature'.*temperature") as error:
+    with pytest.raises(UserError, match=r"Unknown setting 'temprature'.*temperature") as error:
         resolve_settings(Settings(TRAINING), {}, ["temprature=1"])
     assert "weight_decay" in str(error.value)
     with pytest.raises(UserError, match="key=value"):
@@ -93,17 +113,17 @@ def test_unknown_key_lists_the_valid_ones():
 
 
 def test_warm_up_shrinks_with_the_run_unless_given():
-    settings, _ = resolve_stage(Implementation, Configuration, "toy.first", [])
+    settings, _ = resolve_stage(Implementation, CONFIGURATION, "toy.first", [])
     assert (settings.training.epochs, settings.training.warmup_epochs, settings.queue_length) == (100, 20, 64)
-    settings, _ = resolve_stage(Implementation, Configuration, "toy.first", ["epochs=10"])
+    settings, _ = resolve_stage(Implementation, CONFIGURATION, "toy.first", ["epochs=10"])
     assert settings.training.warmup_epochs == 2
-    settings, _ = resolve_stage(Implementation, Configuration, "toy.first", ["epochs=10", "warmup_epochs=5"])
+    settings, _ = resolve_stage(Implementation, CONFIGURATION, "toy.first", ["epochs=10", "warmup_epochs=5"])
     assert settings.training.warmup_epochs == 5
 
 
 def test_a_plan_older_than_the_method_says_to_plan_again():
     with pytest.raises(UserError, match=r"no schedule for toy\.second with .*nnssl_plan_and_preprocess"):
-        resolve_stage(Implementation, Configuration, "toy.second", [])
+        resolve_stage(Implementation, CONFIGURATION, "toy.second", [])
 
 
 def test_overrides_go_to_the_stages_that_have_the_key():
@@ -123,5 +143,5 @@ def test_overrides_go_to_the_stages_that_have_the_key():
         "toy.first": ["temperature=0.2", "batch_size=4", "epochs=3"],
         "toy.second": ["batch_size=4", "epochs=7", "mask_ratio=0.5"],
     }
-    with pytest.raises(UserError, match="no setting 'first.mask_ratio'"):
+    with pytest.raises(UserError, match="Unknown setting 'first.mask_ratio'"):
         split_overrides(["first.mask_ratio=1"], stages)

@@ -168,7 +168,7 @@ def test_memory_measure_counts_the_transformer():
 def test_unknown_token_stage_is_an_error():
     wrong = copy.deepcopy(architecture(3, False, True))
     wrong["arch_kwargs"]["token_stage"] = 3
-    with pytest.raises(ValueError, match="token_stage is 3"):
+    with pytest.raises(ValueError, match="token_stage must be from 0 to 2, got 3"):
         build_network(wrong, 1, 2, seed=0)
 
 

@@ -110,11 +110,11 @@ def test_the_measure_of_memory_counts_what_layers_put_out():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"embed_dim": 40}, "no multiple of six times 3 heads"),
-        ({"patch_embed_size": [2, 6, 8]}, "power of two"),
-        ({"patch_embed_size": [1, 1, 1]}, "power of two"),
-        ({"input_shape": [8, 20, 16]}, "no multiple of tokens"),
-        ({"input_shape": [24, 16], "patch_embed_size": [8, 8]}, "takes volumes"),
+        ({"embed_dim": 40}, "multiple of six times the 3 heads, got 40"),
+        ({"patch_embed_size": [2, 6, 8]}, "powers of two"),
+        ({"patch_embed_size": [1, 1, 1]}, "powers of two"),
+        ({"input_shape": [8, 20, 16]}, "input_shape must be a multiple"),
+        ({"input_shape": [24, 16], "patch_embed_size": [8, 8]}, "must have 3 axes"),
     ],
 )
 def test_what_cannot_be_built(changes, message):

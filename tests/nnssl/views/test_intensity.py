@@ -255,5 +255,5 @@ def test_errors():
     for wrong in (replace(ALWAYS, window_std=1.0), replace(ALWAYS, contrast=1.2), replace(ALWAYS, gamma=(0.0, 1.0))):
         with pytest.raises(ValueError, match="must be"):
             draw_intensity(generators(), wrong, 1)
-    with pytest.raises(ValueError, match="drawn was for"):
+    with pytest.raises(ValueError, match="of volumes must be"):
         apply_intensity(batch((4, 5)), draw_intensity(generators(), ALWAYS, 1))

@@ -21,5 +21,8 @@ def test_in_an_even_batch_partners_are_each_others():
 @pytest.mark.parametrize(("batch", "processes", "wanted"), [(3, 1, 2), (1, 1, 2), (6, 2, 4), (2, 2, 4)])
 def test_pairs_stay_in_one_process(batch, processes, wanted):
     check_pairs(wanted, processes)
-    with pytest.raises(UserError, match=f"batch_size={batch}: .* {processes} process.*--set batch_size={wanted}"):
+    message = (
+        f"batch_size must be a multiple of {2 * processes}, got {batch}: .*{processes} process.*set batch_size={wanted}"
+    )
+    with pytest.raises(UserError, match=message):
         check_pairs(batch, processes)

@@ -54,7 +54,7 @@ def test_heads_of_another_size_or_number_are_refused(tmp_path):
     more = Method(network)
     more.predictor = nn.Linear(2, 2)
     for wrong in (Method(network, width=5), more):
-        with pytest.raises(UserError, match=r"latest.pth: its heads differ .*; pretrain again with --restart"):
+        with pytest.raises(UserError, match=r"latest.pth: the heads differ .*; pretrain again with --restart"):
             read_state(path, load_tensors(path), network, wrong, torch.device("cpu"))
 
 
