@@ -55,7 +55,7 @@ def test_the_command_from_nothing_to_the_report(finished, capsys):
     before = sorted(path for folder in names.values() for path in folder.rglob("*"))
     dry = "\n".join(call(names, capsys, "--dry-run"))
     assert sorted(path for folder in names.values() for path in folder.rglob("*")) == before  # it writes nothing
-    assert "pix2rep: weights to be pretrained on Dataset501_Unlabelled" in dry
+    assert "pix2rep: weights will be pretrained on Dataset501_Unlabelled" in dry
     assert re.search(r"scratch +finetune +2 +0/1", dry)
     assert re.search(r"4 cells: about .* from timed steps of the bare network", dry)
 
@@ -240,7 +240,7 @@ def test_networks_of_other_labels_are_refused(folders, pretend, tmp_path):
     cells = StudyCells(study)
     cells.classes = {"liver": 1, "kidney": 2}
     with pytest.raises(
-        UserError, match="was trained with the labels liver, spleen, stomach, aorta, .* now has liver, kidney"
+        UserError, match=": trained with the labels liver, spleen, stomach, aorta, .* now has liver, kidney"
     ):
         run_cells(cells, tmp_path, Part())
 
@@ -251,7 +251,7 @@ def test_a_plan_that_has_changed_in_the_meantime_is_refused(folders, pretend, tm
     before = path.read_text() if path.exists() else None
     try:
         write_json(path, {**study.adopted.content, "configurations": {}})
-        with pytest.raises(UserError, match=r"nnsslPlans\.json: has become another plan in the meantime"):
+        with pytest.raises(UserError, match=r"nnsslPlans\.json: the plan has changed since the study began"):
             run_study(study, tmp_path, Part(), "command")
     finally:
         path.with_name("nnsslPlansFrom501.json").unlink()
@@ -262,6 +262,6 @@ def test_a_plan_that_has_changed_in_the_meantime_is_refused(folders, pretend, tm
 def test_parts_and_durations():
     assert parse_part("3/8") == Part(3, 8)
     for text in ("0/2", "3/2", "1", "a/b", "1/0"):
-        with pytest.raises(UserError, match="--part"):
+        with pytest.raises(UserError, match="part must be i/n"):
             parse_part(text)
     assert [format_duration(s) for s in (50, 600, 12600, 180000)] == ["50 s", "10 min", "3.5 h", "2.1 days"]

@@ -64,10 +64,10 @@ def test_arms_as_users_name_them(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("moco", "is no method"),
-        ("reprec.first", "is no method"),
+        ("moco", "Unknown arm 'moco': expected a method"),
+        ("reprec.first", "Unknown arm 'reprec.first': expected a method"),
         ("scratch", "is always trained"),
-        ("/no/file.pth", "there is no file"),
+        ("/no/file.pth", "checkpoint /no/file.pth not found"),
     ],
 )
 def test_wrong_arms(text, message):
@@ -120,7 +120,7 @@ def test_subsets_in_a_given_order(folders, tmp_path):
     study = prepare(folders, test_cases=test, subsets=subsets, seeds=1)
     assert study.split(1, 0).train == ("phantom_0009",)
     assert study.split(3, 0).train == ("phantom_0006", "phantom_0009", "phantom_0011")
-    with pytest.raises(UserError, match="names 3 patients, fewer than --labels 4"):
+    with pytest.raises(UserError, match="lists 3 patients, but labels needs 4"):
         prepare(folders, test_cases=test, subsets=subsets, seeds=1, labels=(4,))
     with pytest.raises(UserError, match=r"seed1\.txt: cannot be read"):
         prepare(folders, test_cases=test, subsets=subsets)
@@ -143,7 +143,7 @@ def test_a_test_image_among_the_pretraining_images_is_refused(folders, phantoms,
     ):
         prepare(leaking, test_cases=test)
     assert "phantom_0007" not in prepare(leaking, test_patients=5).test  # drawn cases avoid it
-    with pytest.raises(UserError, match="8 patients were to be held out, and only 7 of 8 were not seen"):
+    with pytest.raises(UserError, match="8 patients must be held out, but only 7 of 8 were not seen"):
         prepare(leaking, test_patients=8, labels=(1,))
 
 
@@ -153,14 +153,14 @@ def test_another_scan_of_a_test_patient_in_pretraining_is_refused(folders, tmp_p
     table.write_text("case,patient\n" + "".join(f"{case},{patient}\n" for case, patient in names.items()))
     test = tmp_path / "test.txt"
     test.write_text("phantom_0007\n")
-    with pytest.raises(UserError, match="is of the patient of phantom_0001 of Dataset501_Unlabelled"):
+    with pytest.raises(UserError, match="is of the same patient as phantom_0001 of Dataset501_Unlabelled"):
         prepare(folders, test_cases=test, patients=table)
 
 
 def test_cases_that_a_checkpoint_saw_count_even_if_the_data_set_has_lost_them(folders):
     seen = seen_in_pretraining(SOURCE, folders, None, ("scan_9_frame2",))
     assert seen.patients["scan_9"] == "scan_9_frame2"
-    with pytest.raises(UserError, match="there is no fingerprint of the pretraining data"):
+    with pytest.raises(UserError, match="fingerprint of the pretraining data not found"):
         seen_in_pretraining("Dataset777_Gone", folders, None)
 
 
@@ -176,12 +176,12 @@ def test_a_patient_on_both_sides():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": (7,)}, "6 labelled patients are not held out"),
-        ({"labels": (1, 1)}, "--labels 1 1: give one value or more, each once"),
+        ({"labels": (7,)}, "labels must be at most 6, .*, got 7"),
+        ({"labels": (1, 1)}, "labels must be one or more different values, got 1 1"),
         ({"configuration": "4d"}, "has no configuration '4d'"),
         ({"arms": ("reprec",), "configuration": "2d", "source": 501}, None),
         ({"source": 999}, "not found"),
-        ({"tolerance_mm": 0.0}, "is above 0"),
+        ({"tolerance_mm": 0.0}, "tolerance_mm must be above 0, got 0.0"),
     ],
 )
 def test_wrong_settings(folders, changes, message):
@@ -226,7 +226,7 @@ def test_where_weights_of_an_arm_are(folders):
 def test_weights_fit_the_network_that_is_fine_tuned(folders, method, wanted, expected):
     plan = read_plan(folders.preprocessed / SOURCE / "nnsslPlans.json")
     if expected is None:
-        with pytest.raises(UserError, match=f"-m {method}: .*do not fit {wanted}"):
+        with pytest.raises(UserError, match=f"{method} needs .*do not fit {wanted}"):
             configuration_for(find_method(method), plan, wanted)
         return
     assert configuration_for(find_method(method), plan, wanted) == expected
@@ -249,11 +249,11 @@ def test_arms_prepared_alike_share_the_preparation(folders):
     prepared = list((folders.results / OWN_FOLDER).glob("sam.embedding-*"))
     assert len(prepared) == 1
     trained = [
-        line for line in lines if line.startswith("sam.embedding: ") and "finished" not in line and "taken" not in line
+        line for line in lines if line.startswith("sam.embedding: ") and "finished" not in line and "copied" not in line
     ]
     assert len([line for line in trained if str(prepared[0]) in line]) == 1
-    assert sum("sam.embedding: finished before" in line and str(prepared[0]) not in line for line in lines) == 2
-    assert any("sam.embedding: left out" in line for line in lines)
+    assert sum("sam.embedding: already finished" in line and str(prepared[0]) not in line for line in lines) == 2
+    assert any("sam.embedding: skipped" in line for line in lines)
     kept = [(final.parents[2] / "SAMTrainer__nnsslPlans__3d_fullres").exists() for final in finals]
     assert kept == [True, True, False]
 
@@ -272,5 +272,5 @@ def test_arms_must_share_the_plan(folders, tmp_path):
     shutil.copytree(folders.preprocessed, preprocessed)
     content["configurations"]["3d_fullres"]["batch_size"] += 1
     write_json(preprocessed / SOURCE / "nnsslPlans.json", content)
-    with pytest.raises(UserError, match="was pretrained with another plan than nnsslPlans"):
+    with pytest.raises(UserError, match=": pretrained with another plan than nnsslPlans"):
         prepare(replace(folders, preprocessed=preprocessed), arms=("pix2rep_v2", checkpoint))

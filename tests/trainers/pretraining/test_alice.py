@@ -60,7 +60,7 @@ def test_a_stage_that_nothing_asks_for_is_left_out(toy):
     lines: list[str] = []
     with lines_to(lines.append):
         final = run(toy, "alice", *SMALL)
-    assert "sam.embedding: left out, nothing asks for it with these settings" in lines
+    assert "sam.embedding: skipped, these settings do not need it" in lines
     results = final.parents[2]
     assert not list(results.glob("SAMTrainer*"))
     assert not read_pairs(final.parent / "pairs.npz").matched.any()
@@ -79,13 +79,13 @@ def test_sam_runs_first_in_its_own_configuration_and_its_weights_are_not_taken(t
     examined = json.loads((sam / "examination.json").read_text())
     matched = read_pairs(from_sam.parent / "pairs.npz").matched
     assert not examined["usable"]
-    assert "The body's box pairs places instead of embeddings" in out
+    assert "Places are paired by the body's box instead of embeddings" in out
     assert not matched.any()
     assert read_checkpoint(from_sam)[1].init is None
     lines: list[str] = []
     with lines_to(lines.append):
         run(toy, "alice", "partners=sam", *SMALL, *SMALL_SAM, configuration="3d_fullres_primus")
-    assert lines[0].startswith("sam.embedding: finished before")
+    assert lines[0].startswith("sam.embedding: already finished")
 
 
 def test_embeddings_that_pass_pair_places(toy):
@@ -161,7 +161,7 @@ def test_two_processes_equal_one(toy, configuration, similarity):
 
 def test_a_batch_that_would_part_a_pair_is_refused(toy):
     with pytest.raises(
-        UserError, match=r"batch_size 6 .* by 2 processes, a multiple of 2 for each; --set batch_size=4"
+        UserError, match=r"multiple of 4 for 2 processes, with a multiple of 2 in each, got 6; set batch_size=4"
     ):
         run(toy, "alice", "batch_size=6", *SMALL, num_gpus=2)
 
@@ -185,10 +185,12 @@ def test_other_cases_than_the_pairs_are_refused(toy, monkeypatch):
     folder = toy.preprocessed / NAME / "nnsslPlans_cases_3d"
     for file in folder.glob("toy_05*"):
         file.unlink()
-    with pytest.raises(UserError, match=r"pairs.npz: was made for other cases"):
+    with pytest.raises(UserError, match=r"pairs.npz: the pairs are of other cases"):
         run(toy, "alice", *SMALL)
 
 
 def test_the_probe_needs_feature_maps(toy):
-    with pytest.raises(UserError, match="reads feature maps of a U-Net, which 3d_fullres_primus has not"):
+    with pytest.raises(
+        UserError, match="probe needs the feature maps of a U-Net, which 3d_fullres_primus does not have"
+    ):
         run(toy, "alice", *SMALL, configuration="3d_fullres_primus", probe=502)

@@ -77,7 +77,9 @@ def test_stopped_run_ends_bit_identical(toy, monkeypatch):
 
 
 def test_needs_the_plain_network(toy):
-    with pytest.raises(UserError, match="pix2rep needs a convolutional U-Net, which configuration 3d_fullres_hybrid"):
+    with pytest.raises(
+        UserError, match="pix2rep needs a convolutional U-Net; configuration must be .*, got 3d_fullres_hybrid"
+    ):
         run(toy, "pix2rep", configuration="3d_fullres_hybrid")
 
 

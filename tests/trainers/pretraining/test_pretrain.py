@@ -128,8 +128,8 @@ def test_finished_stages_are_skipped_and_other_settings_are_refused(toy):
     with lines_to(said.append):
         run(toy)
     assert final.stat().st_mtime_ns == before
-    assert sum("finished before" in line for line in said) == 2
-    with pytest.raises(UserError, match=r"other settings \(temperature 0.2 -> 0.1\); --restart"):
+    assert sum("already finished" in line for line in said) == 2
+    with pytest.raises(UserError, match=r"other settings \(temperature 0.2 -> 0.1\); use restart"):
         run(toy, "temperature=0.1")
     run(toy, "temperature=0.1", restart=True)
     assert final.stat().st_mtime_ns != before
@@ -150,7 +150,7 @@ def test_a_run_with_a_plan_of_an_earlier_schema_is_recognised(toy):
     said: list[str] = []
     with lines_to(said.append):
         run(toy, **alone)
-    assert said[0].startswith("reprec.generative: finished before")
+    assert said[0].startswith("reprec.generative: already finished")
 
 
 @pytest.mark.parametrize("stage", ["Contrastive", "Generative"])
@@ -222,7 +222,9 @@ def test_values_out_of_range_are_refused(toy, setting):
 
 
 def test_odd_batch_is_refused_on_two_processes(toy):
-    with pytest.raises(UserError, match=r"batch_size 3 .* cannot be shared evenly by 2 processes; --set batch_size=2"):
+    with pytest.raises(
+        UserError, match=r"batch_size of .* must be a multiple of 2 for 2 processes, got 3; set batch_size=2"
+    ):
         run(toy, "batch_size=3", num_gpus=2)
 
 
@@ -277,7 +279,7 @@ def test_data_set_planned_last_is_taken_and_said(toy):
 
     with lines_to(said.append):
         assert find_plan(toy, None, "nnsslPlans").parent.name == NAME
-    assert said == [f"no -d given: the data set planned last is {NAME}"]
+    assert said == [f"Using the data set that was planned last: {NAME}"]
 
 
 def test_wrong_inputs_are_one_line(toy, tmp_path):
@@ -302,7 +304,7 @@ def test_wrong_inputs_are_one_line(toy, tmp_path):
     empty.mkdir()
     plans = {**read_plan(toy.preprocessed / NAME / "nnsslPlans.json").nnunet, "continue_training": False}
     dataset_json = json.loads((toy.preprocessed / NAME / "dataset.json").read_text())
-    assert "only fold is 'all'" in message(
+    assert "fold must be 'all'" in message(
         RepRecContrastiveTrainer, dict(plans), CONFIGURATION, 0, dataset_json, torch.device("cpu")
     )
     # stage 2 without stage 1
@@ -343,7 +345,7 @@ def test_init_starts_from_the_weights(toy, monkeypatch):
 
 
 def _start_elsewhere(toy, final: Path) -> None:
-    """Start stage 1 anew, from a copy of the weights."""
+    """Start stage 1 again, from a copy of the weights."""
     copy = final.parent.parent.parent / "copy.pth"
     copy.write_bytes(final.read_bytes())
     run(toy, init=copy, restart=True)

@@ -54,7 +54,7 @@ def test_a_probed_run_ends_in_the_same_weights_and_leaves_its_best(folders, tmp_
         final = run(other, said=said)
     probed = weights_of(final)
     assert all(torch.equal(probed[name], value) for name, value in plain.items())
-    assert any(line.startswith("Probe: learns from") for line in said)
+    assert any(line.startswith(f"Probe on {LABELLED}: trained on") for line in said)
 
     state = json.loads((final.parent / "probe.json").read_text())
     assert [entry["epochs"] for entry in state["history"]] == [0, 1, 2, 3]
@@ -196,7 +196,7 @@ def test_a_patient_is_on_one_side_only(folders, monkeypatch):
     plan = read_plan(folders.preprocessed / SOURCE / "nnsslPlans.json")
     probe = prepare_probe(LABELLED, plan, "3d_fullres", folders, 1, None, 1)
     assert len({name.split("_")[0] for name in (*probe.train, *probe.test)}) == 2
-    with pytest.raises(UserError, match="has 3 labelled patients, and 4 are needed"):
+    with pytest.raises(UserError, match="probe_cases must be at most 1, got 2: .* has 3 labelled patients"):
         prepare_probe(LABELLED, plan, "3d_fullres", folders, 2, None, 1)
 
 
@@ -206,7 +206,7 @@ def test_wrong_probes_end_before_training(folders, tmp_path):
     def prepare(cases=2, **changes):
         return prepare_probe(LABELLED, plan, "3d_fullres", replace(folders, **changes), cases, None, 1)
 
-    with pytest.raises(UserError, match="has 8 labelled patients, and 10 are needed.*take --probe-cases 4"):
+    with pytest.raises(UserError, match="probe_cases must be at most 4, got 5: .* has 8 labelled patients"):
         prepare(cases=5)
     raw = tmp_path / "raw"
     folder = raw / LABELLED
@@ -216,7 +216,7 @@ def test_wrong_probes_end_before_training(folders, tmp_path):
     content = json.loads((folders.raw / LABELLED / "dataset.json").read_text())
     content["labels"] = {"background": 0, "organs": [1, 2, 3, 4], "aorta": 4}
     (folder / "dataset.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"has regions \(organs\)"):
+    with pytest.raises(UserError, match=r"without regions, got .*, whose region organs"):
         prepare(raw=raw)
     with pytest.raises(UserError, match="not found"):
         run(folders, probe=999)

@@ -63,7 +63,7 @@ def test_the_same_run_goes_on():
     ],
 )
 def test_another_run_is_refused_by_what_differs(key, value):
-    with pytest.raises(UserError, match=rf"checkpoint.pth: is of {key} {value}, this run of .*; --restart"):
+    with pytest.raises(UserError, match=rf"checkpoint.pth: made with {key} {value}, but this run has .*; use restart"):
         check(replace(FOUND, **{key: value}))
 
 
@@ -77,7 +77,7 @@ def test_another_run_is_refused_by_what_differs(key, value):
     ],
 )
 def test_other_settings_are_named(settings, message):
-    with pytest.raises(UserError, match=rf"was run with other settings \({message}"):
+    with pytest.raises(UserError, match=rf"made with other settings \({message}"):
         check(replace(FOUND, settings={**TRAINING, **settings}))
 
 
@@ -90,5 +90,5 @@ def test_a_plan_that_was_made_again_is_refused_where_it_differs():
     for change in changes:
         content = copy.deepcopy(make_content())
         change(content)
-        with pytest.raises(UserError, match="was run with an earlier plan nnsslPlans"):
+        with pytest.raises(UserError, match="made with an earlier plan nnsslPlans"):
             check(FOUND, content)
