@@ -24,9 +24,10 @@ from nnssl.pictures.reconstructions import reconstruct_case
 from nnssl.pictures.similarity import compare_cases
 from nnssl.pictures.teacher_uncertainty import measure_uncertainty, teacher_of
 from nnssl.study.report import Picture
-from nnssl.weights.pretrained import Pretrained, method_of, open_pretrained
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint, open_checkpoint
+from nnssl.weights.restored_method import method_of
 
-Maker = Callable[[Pretrained, Folders, torch.device], tuple[Picture, ...]]
+Maker = Callable[[OpenedCheckpoint, Folders, torch.device], tuple[Picture, ...]]
 MATCHES = 4
 """Places that are looked for."""
 COMPARED_CASES = 3
@@ -40,7 +41,7 @@ def picture_of(figure: Figure, alt: str, caption: str) -> Picture:
     return Picture(file.getvalue(), alt, caption)
 
 
-def dense_pictures(pretrained: Pretrained, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
+def dense_pictures(pretrained: OpenedCheckpoint, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
     """Return the similarity of a point to the voxels of other cases, and the first components of the features of a case.
 
     Args:
@@ -51,7 +52,7 @@ def dense_pictures(pretrained: Pretrained, folders: Folders, device: torch.devic
     Raises:
         UserError: as ``dense_network_of`` and ``open_cases``.
     """
-    provenance = pretrained.provenance
+    provenance = pretrained.own_provenance
     network = dense_network_of(pretrained, None, device)
     store = open_cases(provenance, provenance.dataset_name, folders)
     one_each = {patient_in_name(name): name for name in reversed(store.names)}
@@ -74,13 +75,13 @@ def dense_pictures(pretrained: Pretrained, folders: Folders, device: torch.devic
     return similarity, colours
 
 
-def uncertainty_pictures(pretrained: Pretrained, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
+def uncertainty_pictures(pretrained: OpenedCheckpoint, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
     """Return where Pixel-global's teacher is not sure of a case, and what dense features show.
 
     Raises:
         UserError: as ``teacher_of`` and ``open_cases``.
     """
-    provenance = pretrained.provenance
+    provenance = pretrained.own_provenance
     teacher = teacher_of(pretrained, None, device)
     store = open_cases(provenance, provenance.dataset_name, folders)
     case = store.case(store.names[0])
@@ -92,13 +93,15 @@ def uncertainty_pictures(pretrained: Pretrained, folders: Folders, device: torch
     return picture, *dense_pictures(pretrained, folders, device)
 
 
-def reconstruction_pictures(pretrained: Pretrained, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
+def reconstruction_pictures(
+    pretrained: OpenedCheckpoint, folders: Folders, device: torch.device
+) -> tuple[Picture, ...]:
     """Return what PCRL's decoder makes of a patch, and what dense features show.
 
     Raises:
         UserError: as ``method_of`` and ``open_cases``.
     """
-    method, provenance = method_of(pretrained, device), pretrained.provenance
+    method, provenance = method_of(pretrained, device), pretrained.own_provenance
     dense = dense_pictures(pretrained, folders, device)
     if not provenance.settings["reconstruction_weight"]:
         return dense
@@ -114,13 +117,13 @@ def reconstruction_pictures(pretrained: Pretrained, folders: Folders, device: to
     return picture, *dense
 
 
-def recovery_pictures(pretrained: Pretrained, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
+def recovery_pictures(pretrained: OpenedCheckpoint, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
     """Return what Alice's decoder makes of masked tokens; nothing without a loss for them.
 
     Raises:
         UserError: as ``method_of`` and ``open_cases``.
     """
-    method, provenance = method_of(pretrained, device), pretrained.provenance
+    method, provenance = method_of(pretrained, device), pretrained.own_provenance
     if not provenance.settings["reconstruction_weight"]:
         return ()
     store = open_cases(provenance, provenance.dataset_name, folders)
@@ -136,14 +139,14 @@ def recovery_pictures(pretrained: Pretrained, folders: Folders, device: torch.de
     )
 
 
-def match_pictures(pretrained: Pretrained, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
+def match_pictures(pretrained: OpenedCheckpoint, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
     """Return where SAM finds places of a case in another case, and what dense features show; the latter alone for one case.
 
     Raises:
         UserError: as ``matcher_of`` and ``open_cases``.
     """
     dense = dense_pictures(pretrained, folders, device)
-    provenance = pretrained.provenance
+    provenance = pretrained.own_provenance
     store = open_cases(provenance, provenance.dataset_name, folders)
     if len(store.names) < 2:
         return dense
@@ -177,4 +180,4 @@ def method_pictures(method: str, checkpoint: Path, folders: Folders, device: tor
         UserError: the weights or the cases cannot be shown.
     """
     maker = MAKERS.get(method)
-    return () if maker is None else maker(open_pretrained(checkpoint), folders, device)
+    return () if maker is None else maker(open_checkpoint(checkpoint), folders, device)

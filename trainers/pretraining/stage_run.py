@@ -125,7 +125,6 @@ def check_same_run(path: Path, found: Provenance, run: StageRun) -> None:
             f"{path}: made with other settings ({', '.join(changes)}); use restart to start over with the new ones",
             "restart",
         )
-    # The plan is read as that of this run was, because it may have an earlier schema.
     earlier = plan_from_dict(found.plans, f"{path}: plan")
     if _decisive(earlier, run.configuration) != _decisive(run.plan, run.configuration):
         raise ArgumentError(

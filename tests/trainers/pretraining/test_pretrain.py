@@ -135,24 +135,6 @@ def test_finished_stages_are_skipped_and_other_settings_are_refused(toy):
     assert final.stat().st_mtime_ns != before
 
 
-def test_a_run_with_a_plan_of_an_earlier_schema_is_recognised(toy):
-    path = toy.preprocessed / NAME / "nnsslPlans.json"
-    content = json.loads(path.read_text())
-    content["pretext"]["schema_version"] = 4
-    configurations = content["pretext"]["configurations"]
-    del configurations["3d_fullres_primus"]  # which no plan of that schema has
-    for configuration in configurations.values():
-        if configuration["tokens"] is not None:
-            del configuration["tokens"]["width"]
-    path.write_text(json.dumps(content))
-    alone = {"stages": ("reprec.generative",)}
-    run(toy, **alone)
-    said: list[str] = []
-    with lines_to(said.append):
-        run(toy, **alone)
-    assert said[0].startswith("reprec.generative: already finished")
-
-
 @pytest.mark.parametrize("stage", ["Contrastive", "Generative"])
 @pytest.mark.parametrize("step", [2, 3, 4])
 def test_stopped_run_ends_bit_identical(toy, monkeypatch, stage, step):
@@ -290,14 +272,17 @@ def test_wrong_inputs_are_one_line(toy, tmp_path):
         return str(error.value)
 
     assert f"there is no method 'nosuch'; nnssl has {', '.join(sorted(METHODS))}" in message(
-        pretrain, "nosuch", toy, NAME
+        pretrain, "nosuch", NAME, None, toy
     )
-    assert "data set Dataset777_No: not found" in message(pretrain, "reprec", toy, "Dataset777_No")
+    assert "data set Dataset777_No: not found" in message(pretrain, "reprec", "Dataset777_No", None, toy)
     (toy.raw / "Dataset777_No").mkdir(parents=True)
     for wanted in ("Dataset777_No", 777):  # its number as well as its name
-        assert "run nnssl_plan_and_preprocess -d Dataset777_No" in message(pretrain, "reprec", toy, wanted)
-    assert "needs a convolutional U-Net with a transformer" in message(pretrain, "reprec", toy, NAME, "3d_fullres")
-    assert "has no configuration '4d'" in message(pretrain, "reprec", toy, NAME, "4d")
+        assert "run nnssl_plan_and_preprocess -d Dataset777_No" in message(pretrain, "reprec", wanted, None, toy)
+    for wanted, expected in (
+        ("3d_fullres", "needs a convolutional U-Net with a transformer"),
+        ("4d", "has no configuration '4d'"),
+    ):
+        assert expected in message(pretrain, "reprec", NAME, PretrainSettings(configuration=wanted), toy)
     assert "no setting 'colour'" in message(run, toy, "colour=blue")
     assert "--set epochs=many" in message(run, toy, "epochs=many")
     empty = tmp_path / "results2"
