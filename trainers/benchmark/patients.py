@@ -122,6 +122,7 @@ def check_disjoint(train: Sequence[str], test: Sequence[str], patients: Mapping[
         patient, case = both[0]
         raise ArgumentError(
             f"patient {patient} is on both sides of the split: {case} is trained on and {held_out[patient]} is held out; move "
-            "all cases of the patient to one side, or correct the assignment of cases to patients with patients",
+            "all cases of the patient to one side, or pass a table with the patient of each case as patients if these are "
+            "different people",
             "patients",
         )

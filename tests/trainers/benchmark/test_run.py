@@ -1,4 +1,4 @@
-"""A study runs to its table: once for real through the command, and with made-up cells where only the order matters."""
+"""A study from start to table: once with real training through the command, otherwise with made-up metrics."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ LABELS = ("liver", "spleen", "stomach", "aorta")
 
 @pytest.fixture(scope="module")
 def finished(phantoms, tmp_path_factory):
-    """One study through the command: (results folder, what a dry run said, what the run said)."""
+    """Folders of a study that is run through the command: the results folder, and nnU-Net's folders by name."""
     results = tmp_path_factory.mktemp("study") / "results"
     results.mkdir()
     names = {"raw": phantoms / "raw", "preprocessed": phantoms / "preprocessed", "results": results}
@@ -105,7 +105,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """Replace training, prediction and evaluation by made-up metrics; ``pretend.after`` cells a signal comes."""
+    """Replace training, prediction and evaluation by made-up metrics; after ``pretend.after`` cells the study is killed."""
 
     class Pretend:
         after = 10**9
@@ -219,7 +219,7 @@ def test_a_larger_study_takes_over_the_cells_of_a_smaller(folders, pretend, tmp_
 
 
 def test_weights_that_start_the_network_alike_share_their_cells(folders, pretend, tmp_path):
-    """What an arm trained beside the network that is fine-tuned makes no difference, and is said and not trained again."""
+    """Arms that differ only in weights outside the fine-tuned network share their cells, and a message reports this."""
     first = make_study(folders).weights_path("pix2rep")
     content = load_tensors(first)
     for name, changed in (("twin", "transformer.gate"), ("other", "encoder.stages.0.0.convs.0.conv.weight")):

@@ -1,4 +1,4 @@
-"""What a study compares is fixed and fair before anything is trained."""
+"""The design of a study is fixed and fair before training begins."""
 
 import shutil
 from dataclasses import replace
@@ -98,7 +98,7 @@ def test_linear_probe_keeps_its_own_rate(folders):
 
 
 def test_other_scans_of_a_held_out_patient_are_not_used(folders, tmp_path):
-    """Held out is one of two scans of a patient; the other is neither trained on nor shown to the mean teacher."""
+    """If one of a patient's two scans is held out, the other is neither trained on nor shown to the mean teacher."""
     table = tmp_path / "patients.csv"
     pairs = {case: f"p{number // 2}" for number, case in enumerate(cases_of(4, 12))}
     table.write_text("case,patient\n" + "".join(f"{case},{patient}\n" for case, patient in pairs.items()))
@@ -130,7 +130,7 @@ def test_subsets_in_a_given_order(folders, tmp_path):
 
 
 def test_a_test_image_among_the_pretraining_images_is_refused(folders, phantoms, tmp_path):
-    """The file of the test image has another name in the pretraining data: its voxels tell."""
+    """A test image that has another file name in the pretraining data is recognised by its voxels."""
     raw = tmp_path / "raw"
     shutil.copytree(phantoms / "raw" / LABELLED, raw / LABELLED)
     source = phantoms / "raw" / SOURCE / "imagesTr" / "phantom_0002_0000.nii.gz"
@@ -193,7 +193,7 @@ def test_wrong_settings(folders, changes, message):
 
 
 def test_where_weights_of_an_arm_are(folders):
-    """A method's own folder serves it as it is, and an arm with values only if it holds just that run."""
+    """A method uses its own folder as it is; an arm with settings uses it only if it contains exactly that run."""
     path = folders.preprocessed / SOURCE / "nnsslPlans.json"
     source = Source(read_plan(path), "3d_fullres", (), folders, CPU)
     own = folders.results / SOURCE / "Pix2RepTrainer__nnsslPlans__3d_fullres" / "fold_all" / "checkpoint_final.pth"
@@ -233,7 +233,7 @@ def test_weights_fit_the_network_that_is_fine_tuned(folders, method, wanted, exp
 
 
 def test_arms_prepared_alike_share_the_preparation(folders):
-    """SAM is trained once for both arms, and not at all for the third."""
+    """SAM is trained once for the two arms that need it; the third arm does not need it."""
     path = folders.preprocessed / SOURCE / "nnsslPlans.json"
     source = Source(read_plan(path), "3d_fullres_primus", (), folders, CPU)
     sam = "alice:partners=sam:dimensions=8:fine_queries=10:coarse_queries=4:coarse_pool=10"

@@ -1,4 +1,4 @@
-"""Alice in the loop: which stages run, who is paired, resume, two processes, what stock nnU-Net loads, Primus and U-Net."""
+"""Alice in the training loop, with Primus and U-Net: stages, pairs, resuming, two processes, loading into stock nnU-Net."""
 
 import json
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ configurations = pytest.mark.parametrize("configuration", CONFIGURATIONS)
 
 @configurations
 def test_stock_nnunet_takes_the_encoder(toy, configuration):
-    """With deep supervision and without, for another number of classes; decoder, heads and teacher stay behind."""
+    """The encoder loads with and without deep supervision and for another number of classes; nothing else is exported."""
     final = run(toy, "alice", *SMALL, configuration=configuration)
     content, provenance = read_checkpoint(final)
     assert final.parent.parent.name == f"AliceTrainer__nnsslPlans__{configuration}"
@@ -56,7 +56,7 @@ def test_stock_nnunet_takes_the_encoder(toy, configuration):
 
 
 def test_a_stage_that_nothing_asks_for_is_left_out(toy):
-    """The toy's scans are hardly larger than a patch, so the plan has no use for embeddings."""
+    """The toy scans are hardly larger than a patch, so the plan does not need embeddings."""
     lines: list[str] = []
     with lines_to(lines.append):
         final = run(toy, "alice", *SMALL)
@@ -72,7 +72,7 @@ def test_scans_are_not_paired_where_no_loss_compares_them(toy):
 
 
 def test_sam_runs_first_in_its_own_configuration_and_its_weights_are_not_taken(toy, capsys):
-    """Embeddings that fail their examination pair nothing; the log says so."""
+    """Embeddings that fail their examination pair no places, and a message reports this."""
     from_sam = run(toy, "alice", "partners=sam", *SMALL, *SMALL_SAM, configuration="3d_fullres_primus")
     out = capsys.readouterr().out
     sam = toy.results / NAME / "SAMTrainer__nnsslPlans__3d_fullres" / "fold_all"
@@ -99,7 +99,7 @@ def test_embeddings_that_pass_pair_places(toy):
 
 
 def test_embeddings_of_another_plan_are_refused(toy):
-    """A plan that was made again may have another spacing under the same name."""
+    """A new plan may have another spacing under the same name."""
     final = run(toy, "sam", *SMALL_SAM)
     path = final.parent / "examination.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "usable": True}))
@@ -147,7 +147,7 @@ def take_tokens_of_an_earlier_stage(toy) -> None:
     [("3d_fullres_primus", "cosine"), ("3d_fullres_primus", "info_nce"), ("3d_fullres", "cosine")],
 )
 def test_two_processes_equal_one(toy, configuration, similarity):
-    """Gradients and moving averages, of two steps; a pair stays in one process, statistics and keys are of both."""
+    """Compare gradients and moving averages over two steps. Pairs stay in one process; statistics and keys use both."""
     options = ("optimizer=sgd", "epochs=1", "iterations_per_epoch=2", "gradient_clip=1e9", f"similarity={similarity}")
     options = (*options, *SMALL)
     take_tokens_of_an_earlier_stage(toy)
@@ -179,7 +179,7 @@ def test_stopped_run_ends_bit_identical(toy, monkeypatch, configuration):
 
 
 def test_other_cases_than_the_pairs_are_refused(toy, monkeypatch):
-    """A run that goes on after a case went away would draw from a table that has it."""
+    """A run that resumes after a case was deleted would draw pairs of the deleted case."""
     with stopped_at(monkeypatch, 3):
         run(toy, "alice", *SMALL)
     folder = toy.preprocessed / NAME / "nnsslPlans_cases_3d"

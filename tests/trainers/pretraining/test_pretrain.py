@@ -1,4 +1,4 @@
-"""The loop end to end on a toy data set: stages, checkpoints, resume, several processes, nnU-Net's own command."""
+"""The training loop end to end on a toy data set: stages, checkpoints, resuming, several processes, nnU-Net's command."""
 
 import csv
 import json
@@ -91,7 +91,7 @@ def test_both_stages_and_what_they_leave(toy):
         assert described["settings"]["epochs"] == {"value": 2, "origin": "plan"}
         assert described["settings"]["weight_decay"]["origin"] == "method default"
         assert any(path.parent.glob("training_log_*.txt"))
-    # what stage 1 learned is what stage 2 used and left as it was
+    # Stage 2 uses the encoder of stage 1 and does not change it.
     first, second = tensors_of(contrastive), tensors_of(generative)
     encoder = [key for key in first if key.startswith("encoder.")]
     assert encoder
@@ -138,7 +138,7 @@ def test_finished_stages_are_skipped_and_other_settings_are_refused(toy):
 @pytest.mark.parametrize("stage", ["Contrastive", "Generative"])
 @pytest.mark.parametrize("step", [2, 3, 4])
 def test_stopped_run_ends_bit_identical(toy, monkeypatch, stage, step):
-    """SIGTERM in the middle and at the end of an epoch; the run goes on and ends like one never stopped."""
+    """After SIGTERM in the middle or at the end of an epoch, a run resumes and ends like one that was never stopped."""
     final = run(toy)
     expected = {
         name: tensors_of(folder_of(toy, name) / "checkpoint_final.pth") for name in ("Contrastive", "Generative")
@@ -171,9 +171,9 @@ def test_stopped_run_ends_bit_identical(toy, monkeypatch, stage, step):
 
 
 def test_two_processes_equal_one(toy, cold_start):
-    """Weights, teacher and optimizer after both stages: every gradient and every draw was the same.
+    """Equal weights, teacher and optimizer after both stages show that all gradients and draws are the same.
 
-    With SGD, because AdamW blows up the rounding noise of gradients that are zero (a bias before a norm).
+    SGD is used because AdamW amplifies the rounding noise of gradients that are zero (a bias before a norm).
     """
     sgd = ("optimizer=sgd", "learning_rate=0.01")
     run(toy, *sgd)
@@ -184,7 +184,7 @@ def test_two_processes_equal_one(toy, cold_start):
 
 
 def test_readers_end_with_a_failed_step(toy, monkeypatch):
-    """A failure must surface: readers that outlive it would keep the process from ending."""
+    """Readers that outlive a failed step would keep the process from ending, and the failure would not be reported."""
 
     def fail(self, batch):
         raise ZeroDivisionError
@@ -218,7 +218,7 @@ def test_seed_decides_everything(toy):
 
 
 def test_two_dimensions_and_two_channels(nnunet_folders):
-    """bfloat16 where the CPU has it, slices instead of volumes, two channels."""
+    """Train on slices with two channels, in bfloat16 if the CPU supports it."""
     folders = resolve_folders()
     plan_toy(folders, channels=2)
     final = pretrain("reprec", NAME, PretrainSettings(configuration="2d_hybrid", workers=0), folders)
@@ -228,7 +228,7 @@ def test_two_dimensions_and_two_channels(nnunet_folders):
 
 
 def test_nnunets_own_command_runs_the_same_training(toy, monkeypatch):
-    """nnUNetv2_train with nnUNet_extTrainer, from the same seed, ends in the same tensors as nnssl_pretrain."""
+    """nnUNetv2_train with nnUNet_extTrainer ends with the same tensors as nnssl_pretrain with the same seed."""
     from nnunetv2.run.run_training import run_training
 
     monkeypatch.setattr(patches, "default_workers", lambda device: 0)

@@ -1,4 +1,4 @@
-"""The online probe in the loop: it changes nothing, survives a restart, keeps the best weights, and says where it leads."""
+"""The online probe in the training loop: it does not change the training, resumes, keeps the best weights, shows a trend."""
 
 import csv
 import json
@@ -77,7 +77,7 @@ def test_a_probed_run_ends_in_the_same_weights_and_leaves_its_best(folders, tmp_
     architecture = plan.nnunet["configurations"]["3d_fullres"]["architecture"]
     network = build_network(architecture, 1, 5, seed=9)
     load_pretrained_weights(network, str(final.parent / BEST))
-    # the cases that chose these weights are no test cases; those of the final weights chose nothing
+    # The best weights were chosen by these cases, which therefore count as seen; the final weights were not chosen.
     best_saw, final_saw = (seen_by_checkpoint(final.parent / name, folders, None) for name in (BEST, final.name))
     assert set(best_saw[0].patients) == {*state["train"], *state["test"]}
     assert len(final_saw) == 1
@@ -114,7 +114,7 @@ def test_a_stopped_run_goes_on_with_the_same_probes(folders, tmp_path, monkeypat
 
 @pytest.mark.figures
 def test_a_probe_may_come_later_or_go(folders, monkeypatch):
-    """The column is empty where there was none, and the run is still the same run."""
+    """Epochs without a probe have an empty column, and the run still counts as the same run."""
     plan_path = folders.preprocessed / SOURCE / "nnsslPlans.json"
     plan = read_plan(plan_path)
     probe = prepare_probe(LABELLED, plan, "3d_fullres", folders, 2, None, 1)
@@ -144,7 +144,7 @@ def test_a_probe_may_come_later_or_go(folders, monkeypatch):
 
 
 def test_both_stages_of_a_hybrid_in_2d(folders):
-    """RepRec's decoder is not pretrained, so the probe reads the encoder alone."""
+    """RepRec's decoder is not pretrained, so the probe uses the encoder only."""
     final = run(folders, method="reprec", configuration="2d_hybrid")
     plan = read_plan(folders.preprocessed / SOURCE / "nnsslPlans.json")
     from nnssl.methods import find_method

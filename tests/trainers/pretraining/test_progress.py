@@ -1,4 +1,4 @@
-"""The table of a pretraining is read as it was written."""
+"""A table of metrics is read as it was written."""
 
 import math
 

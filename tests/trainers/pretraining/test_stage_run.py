@@ -1,4 +1,4 @@
-"""A run goes on from its own checkpoint only: what makes it another one, and what does not."""
+"""A run resumes only from its own checkpoint: differences that make it another run, and differences that do not."""
 
 import copy
 import json
@@ -47,7 +47,7 @@ FOUND = make_provenance(plans=make_content(), settings=SETTINGS)
 def test_the_same_run_goes_on():
     check(FOUND)
     content = make_content()
-    content["pretext"]["decisions"] = []  # what was said of the plan may change
+    content["pretext"]["decisions"] = []  # The recorded decisions of a plan may change.
     content["pretext"]["nnssl_version"] = "1"
     check(FOUND, content)
 
@@ -85,7 +85,7 @@ def test_a_plan_that_was_made_again_is_refused_where_it_differs():
     changes = (
         lambda content: content["configurations"][CONFIGURATION].update(patch_size=[16, 24, 24]),
         lambda content: content["pretext"]["configurations"][CONFIGURATION].update(crop_overlap=0.5),
-        lambda content: content["configurations"].update(parent={}),  # what a configuration inherits counts
+        lambda content: content["configurations"].update(parent={}),  # Inherited values count.
     )
     for change in changes:
         content = copy.deepcopy(make_content())
