@@ -1,8 +1,9 @@
-"""Commands killed with SIGKILL at chosen and at random moments and started again end like commands never disturbed.
+"""Commands that are killed with SIGKILL and started again end with the same results as commands that were never killed.
 
-What a killed process leaves is what lies on the disk, and that changes only when a file is written under a temporary name,
-renamed into its place, or removed. So a kill at any moment leaves what a kill just before the next of these calls leaves, and
-the moments of the first test are those calls, for each of the files by which a command that starts again knows where it was.
+A killed process leaves only its files, and these change only when a file is written under a temporary name, renamed to its
+final name, or deleted. Killing a process at any moment therefore leaves the same files as killing it just before the next of
+these calls. The first test kills just before these calls, for every file from which a restarted command reads its progress;
+the second test kills at random moments.
 """
 
 import csv
@@ -42,7 +43,10 @@ LATEST, FINAL = "checkpoint_latest.pth", "checkpoint_final.pth"
 
 @dataclass(frozen=True)
 class Moment:
-    """Just before a call of a function of ``os`` on a file whose path has these parts; ``.tmp`` is its temporary name."""
+    """The moment just before a function of ``os`` is called on a file whose path contains ``parts``.
+
+    Temporary names end in ``.tmp``.
+    """
 
     call: str
     parts: tuple[str, ...]
@@ -53,19 +57,21 @@ def moment(call: str, *parts: str) -> Moment:
 
 
 PREPROCESSING = (
-    moment("replace", "nnsslPlans.json.", ".tmp"),  # a fingerprint and no plan
-    moment("replace", "cases_3d", ".json.", ".tmp"),  # a case whose voxels are there and whose description is not
+    moment("replace", "nnsslPlans.json.", ".tmp"),  # the fingerprint exists, the plan does not
+    moment("replace", "cases_3d", ".json.", ".tmp"),  # the voxels of a case exist, its description does not
 )
 PRETRAINING = (
-    moment("replace", "Contrastive", "run.json.", ".tmp"),  # nothing but a folder
-    moment("fsync", "Contrastive", f"{LATEST}.", ".tmp"),  # the first checkpoint is half written
-    moment("replace", "Contrastive", f"{LATEST}.", ".tmp"),  # it is written and not in its place
-    moment("unlink", "Contrastive", f"{LATEST}.", ".tmp"),  # it has just been put there
-    moment("replace", "Contrastive", "metrics.csv.", ".tmp"),  # an epoch is over that no table and no checkpoint has
-    moment("replace", "Contrastive", f"{LATEST}.", ".tmp"),  # the table has it and the checkpoint has not
+    moment("replace", "Contrastive", "run.json.", ".tmp"),  # only the folder exists
+    moment("fsync", "Contrastive", f"{LATEST}.", ".tmp"),  # the first checkpoint is partly written
+    moment("replace", "Contrastive", f"{LATEST}.", ".tmp"),  # it is written but not renamed
+    moment("unlink", "Contrastive", f"{LATEST}.", ".tmp"),  # it has just been renamed
+    moment(
+        "replace", "Contrastive", "metrics.csv.", ".tmp"
+    ),  # an epoch has ended that neither table nor checkpoint contains
+    moment("replace", "Contrastive", f"{LATEST}.", ".tmp"),  # the table contains it, the checkpoint does not
     moment("fsync", "Contrastive", f"{FINAL}.", ".tmp"),  # all steps are done
     moment("replace", "Contrastive", f"{FINAL}.", ".tmp"),
-    moment("unlink", "Contrastive", f"/{LATEST}"),  # both checkpoints are there
+    moment("unlink", "Contrastive", f"/{LATEST}"),  # both checkpoints exist
     moment("replace", "Generative", "run.json.", ".tmp"),  # between the stages
     moment("unlink", "Generative", f"{LATEST}.", ".tmp"),
     moment("replace", "Generative", f"{FINAL}.", ".tmp"),
@@ -73,7 +79,7 @@ PRETRAINING = (
 
 
 def die_at(moment: Moment) -> None:
-    """Let this process kill itself just before the first such call."""
+    """Make this process kill itself just before the first such call."""
     original = getattr(os, moment.call)
 
     def die(target, *arguments, **options):
@@ -86,12 +92,12 @@ def die_at(moment: Moment) -> None:
 
 
 def run_command(command: list[str], log: Path, at: Moment | None) -> None:
-    """Run a command in a process of its own, with its lines in a file, to its end or to a moment."""
+    """Run a command as the main function of a process until its end or a given moment; write its output to a file."""
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)
-    Figure.savefig = lambda figure, *arguments, **options: None  # a picture takes longer than an epoch here
+    Figure.savefig = lambda figure, *arguments, **options: None  # drawing takes longer than an epoch here
     if at is not None:
         die_at(at)
     raise SystemExit(import_module(f"nnssl.cli.{command[0]}").main(command[1:]))
@@ -120,7 +126,7 @@ def kill_at(root: Path, command: list[str], at: Moment) -> None:
 
 
 def kill_in_stage(root: Path, stage: str, delay_s: float) -> bool:
-    """Kill the pretraining some time after a stage has begun; returns whether it was still running then."""
+    """Kill the pretraining some time after a stage has begun, and return whether it was still running."""
     process = start(root, PRETRAIN)
     deadline = time.monotonic() + 600
     while process.is_alive() and stage not in (root / "log.txt").read_text() and time.monotonic() < deadline:
@@ -173,7 +179,7 @@ def assert_same_stage(folder: Path, other_folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory) -> Path:
-    """A data set planned and pretrained on by commands that nothing disturbed."""
+    """A data set that was planned and pretrained on by commands that were not killed."""
     root = make_raw(tmp_path_factory.mktemp("killed") / "calm")
     finish(root, PLAN)
     finish(root, PRETRAIN)

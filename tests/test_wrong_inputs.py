@@ -187,7 +187,9 @@ def test_pretraining_refuses(planned, capsys):
     assert "Unknown setting 'temprature'" in line
     assert "temperature" in line
     assert "epochs must be of type int, got many" in refuses("-m", "reprec", "--set", "epochs=many")
-    assert "2 stages; give one number, or one for each" in refuses("-m", "reprec", "--epochs", "1", "2", "3")
+    assert "or one for each of the 2 stages of reprec, got 3 numbers" in refuses(
+        "-m", "reprec", "--epochs", "1", "2", "3"
+    )
     assert "needs a convolutional U-Net with a transformer" in refuses("-m", "reprec", "-c", "3d_fullres")
     assert "no configuration 'nope'" in refuses("-m", "reprec", "-c", "nope")
     assert "nnssl_plan_and_preprocess -d" in refuses("-m", "reprec", "-p", "otherPlans", "-d", "501")

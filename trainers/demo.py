@@ -1,4 +1,4 @@
-"""The main job on generated phantoms, from images to a Dice for scratch and for pretrained, with a report."""
+"""The whole workflow on generated phantoms, from images to a report on the Dice with and without pretraining."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,14 +30,14 @@ BATCH_SIZE = 8
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much a demo does.
+    """The size of a demo.
 
     Attributes:
-        unlabelled: phantoms without labels, to pretrain on.
-        labels: labelled phantoms to train on.
-        held_out: labelled phantoms to test on.
-        epochs: of the contrastive stage, the generative stage and fine-tuning.
-        iterations_per_epoch: steps of an epoch, in all three.
+        unlabelled: Number of phantoms without labels, to pretrain on.
+        labels: Number of labelled phantoms to train on.
+        held_out: Number of labelled phantoms to test on.
+        epochs: Epochs of the contrastive stage, the generative stage and fine-tuning.
+        iterations_per_epoch: Optimizer steps per epoch, in all three.
     """
 
     unlabelled: int = 16
@@ -50,51 +50,51 @@ class DemoSize:
 def run_demo(folder: Path, size: DemoSize, seed: int, device: torch.device) -> Path:
     """Make phantoms, plan, preprocess, pretrain with RepRec, fine-tune with and without the weights, and write a report.
 
-    What a demo of this size has done before in the folder is recognised and skipped.
+    Steps that an earlier demo of the same size has finished in the folder are skipped.
 
     Args:
-        folder: for everything that is written, nnU-Net's folders among it.
-        size: of the data sets and runs.
-        seed: of phantoms, weights and views.
-        device: where to train.
+        folder: Folder for all files, including nnU-Net's folders.
+        size: Size of data sets and runs.
+        seed: Random seed for phantoms, weights and views.
+        device: Device to train on.
 
     Returns:
         The pretrained weights; the report is ``report.md`` in the folder.
 
     Raises:
-        UserError: the folder cannot be written to, or holds a demo of another size.
+        UserError: If the folder cannot be written to, or if it contains a demo of another size.
     """
     started = time()
     root = make_writable(folder.absolute())
     with variables(**{f"nnUNet_{name}": str(root / name) for name in ("raw", "preprocessed", "results")}):
         folders = resolve_folders()
         _make_phantoms(folders, size, seed)
-        logger.info("2/5 fingerprint, plan and preprocessing")
+        logger.info("2/5 Computing the fingerprint, planning and preprocessing")
         prepared = plan_and_preprocess(UNLABELLED, PlanSettings(configurations=[CONFIGURATION], preset="cpu"), folders)
-        logger.info("3/5 pretraining: RepRec, two stages")
+        logger.info("3/5 Pretraining with RepRec in two stages")
         weights = _pretrain(folders, size, seed, device)
-        logger.info(f"4/5 fine-tuning on {size.labels} labelled phantoms, pretrained and from scratch")
+        logger.info(f"4/5 Fine-tuning on {size.labels} labelled phantoms, pretrained and from scratch")
         results = _finetune(weights, size, seed, device)
-        logger.info("5/5 report")
+        logger.info("5/5 Writing the report")
         report = root / "report.md"
         report.write_text("\n".join(_report(prepared.plan, weights, results, time() - started)) + "\n")
         for line in comparison(results):
             logger.info(line)
-        logger.info(f"report: {report} ({(time() - started) / 60:.1f} minutes)")
+        logger.info(f"Report: {report} ({(time() - started) / 60:.1f} minutes)")
     return weights
 
 
 def _make_phantoms(folders: Folders, size: DemoSize, seed: int) -> None:
     labelled = size.labels + size.held_out
-    logger.info(f"1/5 phantoms: {size.unlabelled} without labels, {labelled} with labels, in {folders.raw}")
+    logger.info(f"1/5 Generating phantoms in {folders.raw}: {size.unlabelled} without labels, {labelled} with labels")
     for name, count, first in ((UNLABELLED, size.unlabelled, 0), (LABELLED, labelled, size.unlabelled)):
         description = folders.raw / name / "dataset.json"
         if description.exists():
             present = read_json(description, "dataset.json")["numTraining"]
             if present != count:
                 raise UserError(
-                    f"{description.parent}: holds {present} phantoms of an earlier demo, {count} are wanted; take another "
-                    "--folder"
+                    f"{description.parent}: contains {present} phantoms of an earlier demo, but this one needs {count}; choose "
+                    "another folder"
                 )
             continue
         write_phantom_dataset(
@@ -122,7 +122,7 @@ def _finetune(weights: Path, size: DemoSize, seed: int, device: torch.device) ->
         seed=seed,
         epochs=size.epochs[2],
         iterations_per_epoch=size.iterations_per_epoch,
-        optimizer="adam",  # nnU-Net's SGD predicts no foreground yet after so few steps
+        optimizer="adam",  # With nnU-Net's SGD the network predicts no foreground after so few steps.
         learning_rate=0.003,
         device=device,
     )
@@ -130,27 +130,27 @@ def _finetune(weights: Path, size: DemoSize, seed: int, device: torch.device) ->
 
 
 def _report(plan: Plan, weights: Path, results: Sequence[ArmResult], seconds: float) -> list[str]:
-    """Return the lines of a report in Markdown: the Dice, where each file is, and the plan with its reasons."""
+    """Return the lines of a report in Markdown: the Dice, the files, and the plan with its reasons."""
     folder = weights.parent
     return [
         "# nnssl demo",
         "",
-        f"RepRec on {plan.pretext.num_cases} phantoms without labels, fine-tuned on "
-        f"{len(results[0].train_cases)} with labels, in {seconds / 60:.1f} minutes. The runs are far too short to show what "
-        "pretraining is worth; they show that every step works.",
+        f"RepRec was pretrained on {plan.pretext.num_cases} phantoms without labels and fine-tuned on "
+        f"{len(results[0].train_cases)} phantoms with labels in {seconds / 60:.1f} minutes. The runs are far too short to show "
+        "the benefit of pretraining; they show that every step works.",
         "",
         "```",
         *comparison(results),
         "```",
         "",
-        "| what | where |",
+        "| Content | File or folder |",
         "|---|---|",
-        f"| pretrained weights, for `nnUNetv2_train -pretrained_weights` | {weights} |",
-        f"| settings of the run with their origin | {folder / 'run.json'} |",
-        f"| metrics per epoch, figure | {folder / 'metrics.csv'}, {folder / 'progress.png'} |",
-        *(f"| fine-tuned model: {result.arm} | {result.model_folder} |" for result in results),
+        f"| Pretrained weights, for `nnUNetv2_train -pretrained_weights` | {weights} |",
+        f"| Settings of the pretraining with their origins | {folder / 'run.json'} |",
+        f"| Metrics per epoch, as a table and as a figure | {folder / 'metrics.csv'}, {folder / 'progress.png'} |",
+        *(f"| Fine-tuned model: {result.arm} | {result.model_folder} |" for result in results),
         "",
-        "Predict with stock nnU-Net:",
+        "To predict with stock nnU-Net, run:",
         "",
         "```",
         *(result.predict_command for result in results),
@@ -158,7 +158,7 @@ def _report(plan: Plan, weights: Path, results: Sequence[ArmResult], seconds: fl
         "",
         "## Plan",
         "",
-        "| configuration | what | value | reason |",
+        "| Configuration | Decision | Value | Reason |",
         "|---|---|---|---|",
         *(f"| {d.configuration} | {d.what} | {d.value} | {d.reason} |" for d in plan.pretext.decisions),
     ]

@@ -1,7 +1,8 @@
-"""Mixed precision: which number format a device computes a network in, and in which memory layout.
+"""Mixed precision: the number format and the memory layout that networks are computed in on a device.
 
-bfloat16 needs no loss scaling and was measured faster than float32 wherever the hardware has it. Channels-last was
-measured slower than the default layout on CPUs with AVX512-BF16 alone, so it is taken only with AMX and on CUDA.
+bfloat16 needs no loss scaling and was measured to be faster than float32 on all hardware that supports it. Channels-last
+was measured to be slower than the default layout on CPUs that have AVX512-BF16 but not AMX, so it is used only with AMX and
+on CUDA.
 """
 
 import os
@@ -19,28 +20,29 @@ FORMATS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfl
 
 @dataclass(frozen=True)
 class Precision:
-    """How forward passes of training are computed; weights, losses and optimizer stay float32."""
+    """Precision of forward passes in training; weights, losses and optimizer remain float32."""
 
     dtype: torch.dtype | None
-    """Format of the autocast region, None for float32 throughout."""
+    """Format of the autocast region; None for float32 throughout."""
     memory_format_channels_last: bool
+    """Whether volumes and networks are stored channels-last."""
     scaler: bool
-    """Whether gradients need loss scaling, as float16's do."""
+    """Whether gradients need loss scaling, as in float16."""
 
     @property
     def name(self) -> str:
-        """The format's name, e.g. ``bfloat16``."""
+        """Name of the format, e.g. ``bfloat16``."""
         return str(self.dtype or torch.float32).removeprefix("torch.")
 
     def autocast(self, device: torch.device) -> AbstractContextManager:
-        """Return the context for a forward pass; does nothing in float32."""
+        """Return the context for a forward pass; it has no effect in float32."""
         return nullcontext() if self.dtype is None else torch.autocast(device.type, dtype=self.dtype)
 
     def lay_out(self, value: Tensor | nn.Module, spatial_dimensions: int) -> Tensor | nn.Module:
-        """Bring a batch of volumes or a network into the memory layout.
+        """Convert a batch of volumes or a network to the memory layout.
 
         Args:
-            value: ``(batch, channel, [z,] y, x)``, or a module with convolutions of that dimension.
+            value: Volumes ``(batch, channel, [z,] y, x)``, or a module with convolutions of that dimension.
             spatial_dimensions: 2 or 3.
 
         Returns:
@@ -54,19 +56,19 @@ class Precision:
 def choose_precision(device: torch.device) -> Precision:
     """Choose number format and memory layout for a device.
 
-    bfloat16 on GPUs that have it and on CPUs with AMX or AVX512-BF16, float16 with a loss scaler on older GPUs, float32
-    elsewhere. The environment variable ``NNSSL_PRECISION`` (float32, bfloat16, float16) overrules.
+    The format is bfloat16 on GPUs that support it and on CPUs with AMX or AVX512-BF16, float16 with a loss scaler on older
+    GPUs, and float32 elsewhere. The environment variable ``NNSSL_PRECISION`` (float32, bfloat16, float16) overrides this.
 
     Raises:
-        UserError: ``NNSSL_PRECISION`` has another value, or asks for float16 away from a GPU, where it cannot train.
+        UserError: If ``NNSSL_PRECISION`` has another value, or if it is float16 without a CUDA GPU, where training would fail.
     """
     amx = device.type == "cpu" and _cpu_has("_is_amx_tile_supported")
     wanted = os.environ.get(VARIABLE)
     if wanted:
         if wanted not in FORMATS:
-            raise UserError(f"{VARIABLE}={wanted}: is no number format; take one of {', '.join(FORMATS)} or unset it")
+            raise UserError(f"{VARIABLE} must be one of {', '.join(FORMATS)} or unset, got {wanted}")
         if wanted == "float16" and device.type != "cuda":
-            raise UserError(f"{VARIABLE}=float16: needs a CUDA GPU, not {device.type}; take float32 or unset it")
+            raise UserError(f"{VARIABLE} must be float32, bfloat16 or unset without a CUDA GPU, got float16")
         dtype = FORMATS[wanted]
     elif device.type == "cuda":
         dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
@@ -79,20 +81,20 @@ def choose_precision(device: torch.device) -> Precision:
 
 
 def _cpu_has(question: str) -> bool:
-    """Ask one of torch.cpu's private feature tests; older versions of PyTorch lack some, which counts as no."""
+    """Return the result of one of torch.cpu's private feature tests; False if this version of PyTorch does not have it."""
     test = getattr(torch.cpu, question, None)
     return test is not None and bool(test())
 
 
 class FullPrecisionLoss(nn.Module):
-    """A loss that sees float32 outputs whatever the network was computed in: sums over voxels need the digits."""
+    """A loss that is computed in float32 whatever the network's precision, because sums over voxels need the digits."""
 
     def __init__(self, loss: nn.Module):
         super().__init__()
         self.loss = loss
 
     def forward(self, outputs: Tensor | list[Tensor], target: Tensor | list[Tensor]) -> Tensor:
-        """Return ``loss(outputs, target)`` computed outside autocast, on float32 outputs (one or a list)."""
+        """Return ``loss(outputs, target)``, computed outside autocast on float32 outputs (one tensor or a list)."""
         device_type = (outputs if isinstance(outputs, Tensor) else outputs[0]).device.type
         with torch.autocast(device_type, enabled=False):
             if isinstance(outputs, Tensor):

@@ -1,4 +1,4 @@
-"""What every pretext stage promises, whatever its method: one test over METHODS, which a new method enters by being listed."""
+"""The contract of every pretext stage: one test over METHODS, which includes every method that is listed there."""
 
 import json
 
@@ -47,7 +47,7 @@ def make_trainer(toy, stage: Stage, configuration: str) -> PretrainTrainer:
 
 @pytest.mark.parametrize(("stage", "configuration"), CASES)
 def test_what_a_stage_declares_is_what_it_does(toy, stage: Stage, configuration: str):
-    """Gradients reach all that the optimizer gets and nothing else; what leaves is there; a step depends on its draws alone."""
+    """Gradients reach exactly the optimizer's parameters, exported names exist, and a step depends on its draws only."""
     trainer = make_trainer(toy, stage, configuration)
     method = trainer.method
     trained = [parameter for group in method.parameter_groups() for parameter in group.parameters]

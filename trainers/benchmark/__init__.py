@@ -1,1 +1,1 @@
-"""Does pretraining help on these data: the label-efficiency study of ``nnssl_benchmark``."""
+"""The label-efficiency study of ``nnssl_benchmark``: does pretraining help on a labelled data set?"""

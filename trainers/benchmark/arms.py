@@ -1,4 +1,4 @@
-"""Arms of a study: what the user named, and where its weights are or will be."""
+"""The arms of a study: how the user names them, and where their weights are or will be written."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ from filelock import FileLock
 
 from nnssl.checkpoint import FINAL
 from nnssl.environment import variables
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.files import content_digest
 from nnssl.log import logger
 from nnssl.methods import METHODS, Method, find_method, find_stage
@@ -23,22 +23,22 @@ from trainers.pretraining.settings import PretrainSettings
 from trainers.pretraining.stage_run import StageRun, stage_folder
 
 OWN_FOLDER = "nnssl_arms"
-"""Below nnU-Net's results: pretraining with values of an arm, or of a stage alone, which must not share the method's folder."""
+"""Folder below nnU-Net's results for arms with settings of their own or single stages, which must not use the method's folder."""
 
 HYBRID = "_hybrid"
-"""End of the name of a configuration whose U-Net is that of the configuration without it."""
+"""Suffix of the configurations whose hybrid network contains the U-Net of the configuration without the suffix."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One thing that is compared with scratch.
+    """One pretraining that is compared with training from scratch.
 
     Attributes:
-        name: as the user typed it.
-        method: pretext method; None for a checkpoint.
-        stages: names of the stages that are run; empty for a checkpoint.
-        overrides: settings as ``key=value``.
-        checkpoint: file with the weights; None where they are made here.
+        name: Name as typed by the user.
+        method: Pretext method; None for a checkpoint.
+        stages: Names of the stages that are run; empty for a checkpoint.
+        overrides: Settings as ``key=value``.
+        checkpoint: File with the weights; None if the study pretrains them.
     """
 
     name: str
@@ -50,15 +50,15 @@ class Arm:
 
 @dataclass(frozen=True)
 class Source:
-    """What the methods of a study are pretrained on, and how.
+    """The data and settings that the methods of a study are pretrained with.
 
     Attributes:
-        plan: of the data set without labels.
-        configuration: that is fine-tuned.
-        overrides: settings for every method, as ``key=value``.
+        plan: Plan of the data set to pretrain on.
+        configuration: Configuration that is fine-tuned.
+        overrides: Settings of every method, as ``key=value``.
         folders: nnU-Net's folders.
-        device: where to train.
-        seed: of pretraining.
+        device: Device to train on.
+        seed: Random seed of pretraining.
     """
 
     plan: Plan
@@ -71,15 +71,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Pretraining:
-    """A pretraining that gives an arm its weights.
+    """The pretraining that makes the weights of an arm.
 
     Attributes:
-        method: the pretext method.
-        stages: names of the stages that are run.
-        configuration: of the plan.
-        overrides: settings as ``key=value``.
-        results: nnU-Net's results folder for it.
-        final: the last stage's checkpoint.
+        method: Pretext method.
+        stages: Names of the stages that are run.
+        configuration: Configuration of the plan.
+        overrides: Settings as ``key=value``.
+        results: nnU-Net's results folder for this pretraining.
+        final: Checkpoint of the last stage.
     """
 
     method: Method
@@ -91,7 +91,7 @@ class Pretraining:
 
     @property
     def finished(self) -> bool:
-        """Whether the last stage's checkpoint is there."""
+        """Whether the checkpoint of the last stage exists."""
         return self.final.exists()
 
     @property
@@ -108,14 +108,14 @@ def parse_arm(text: str) -> Arm:
     """Read an arm: ``METHOD``, ``METHOD:KEY=VALUE:...``, ``STAGE``, ``STAGE:KEY=VALUE``, ``FILE`` or ``NAME=FILE``.
 
     Raises:
-        UserError: it is none of these.
+        ArgumentError: If it has none of these forms, or if the file does not exist.
     """
     name, equals, path = text.rpartition("=")
     if text.endswith(".pth"):
         file = Path(path if equals else text).expanduser().absolute()
         if not file.is_file():
-            raise UserError(
-                f"-m {text}: there is no file {file}; give a checkpoint of nnssl_pretrain or a method's name"
+            raise ArgumentError(
+                f"arms: checkpoint {file} not found; check the path, or give the name of a method", "arms"
             )
         return Arm(name=name or f"{file.parent.parent.name}/{file.stem}", checkpoint=file)
     head, *overrides = text.split(":")
@@ -123,11 +123,12 @@ def parse_arm(text: str) -> Arm:
     if head in stages:
         return Arm(text, find_stage(head)[0].name, (head,), tuple(overrides))
     if head == SCRATCH:
-        raise UserError("-m scratch: is always trained; leave it out")
+        raise ArgumentError("arms must not contain scratch, which is always trained; omit it", "arms")
     if head not in METHODS:
-        raise UserError(
-            f"-m {text}: is no method ({', '.join(METHODS)}), no stage ({', '.join(sorted(stages))}) and no file that ends "
-            "in .pth"
+        raise ArgumentError(
+            f"Unknown arm {text!r}: expected a method ({', '.join(METHODS)}), a stage ({', '.join(sorted(stages))}) or a "
+            ".pth file.",
+            "arms",
         )
     return Arm(text, head, tuple(stage.name for stage in find_method(head).stages), tuple(overrides))
 
@@ -136,24 +137,27 @@ def parse_arms(texts: Sequence[str]) -> tuple[Arm, ...]:
     """Read the arms of a study.
 
     Raises:
-        UserError: one is wrong, or two have the same name.
+        ArgumentError: If an arm is wrong, or if two have the same name.
     """
     arms = tuple(map(parse_arm, texts))
     names = [arm.name for arm in arms]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:
-        raise UserError(f"-m {twice}: is given more than once; name checkpoints apart with NAME=FILE")
+        raise ArgumentError(
+            f"arms must have different names, got {twice} more than once; name checkpoints with NAME=FILE", "arms"
+        )
     return arms
 
 
 def locate(arm: Arm, source: Source) -> Pretraining:
-    """Say where the weights of an arm are, or will be once it is pretrained.
+    """Return where the weights of an arm are, or will be once it is pretrained.
 
-    A method without values takes the method's own results folder as it is. With values, and for a stage that is not the
-    method's first, that folder is taken only if it holds just this run; else the arm has a folder of its own.
+    A method without settings of its own uses the method's results folder as it is. With settings, and for a stage that is
+    not the method's first, that folder is used only if it contains exactly this run; otherwise the arm gets a folder of
+    its own.
 
     Raises:
-        UserError: the plan has no configuration for the method, or a setting is wrong.
+        UserError: If the plan has no configuration for the method, or if a setting is wrong.
     """
     assert arm.method is not None
     method = find_method(arm.method)
@@ -174,7 +178,7 @@ def locate(arm: Arm, source: Source) -> Pretraining:
 
 
 def make_weights(pretraining: Pretraining, source: Source) -> None:
-    """Run the pretraining of an arm, or what is left of it."""
+    """Run the pretraining of an arm, or the part of it that is not finished."""
     pretraining.results.mkdir(parents=True, exist_ok=True)
     if pretraining.results != source.folders.results:
         for run in runs_of(pretraining.method, pretraining.stages, pretraining.overrides, source):
@@ -197,7 +201,7 @@ def make_weights(pretraining: Pretraining, source: Source) -> None:
 
 
 def _share_stage(pretraining: Pretraining, run: StageRun, source: Source) -> None:
-    """Let arms that are prepared by the same stage with the same settings run it once."""
+    """Run a preparing stage once for all arms that need it with the same settings."""
     own = run.folder(pretraining.results)
     if (own / FINAL).exists():
         return
@@ -220,27 +224,29 @@ def _share_stage(pretraining: Pretraining, run: StageRun, source: Source) -> Non
             replace(source.folders, results=root),
         )
     shared = run.folder(root)
-    logger.info(f"{name}: taken from {shared}")
+    logger.info(f"{name}: copied from {shared}")
     shutil.copytree(shared, own, dirs_exist_ok=True)
 
 
 def configuration_for(method: Method, plan: Plan, wanted: str) -> str:
-    """Return the configuration to pretrain a method with: the one that is fine-tuned, or the hybrid whose weights fit it.
+    """Return the configuration to pretrain: the one that is fine-tuned, or else the hybrid whose weights fit it.
 
     Raises:
-        UserError: the method or the plan has neither.
+        ArgumentError: If the method or the plan has neither.
     """
     for name in (wanted, f"{wanted}{HYBRID}"):
         if name in method.configurations and name in plan.pretext.configurations:
             return choose_configuration(method, plan, name)
-    raise UserError(
-        f"-m {method.name}: needs {method.backbone} ({', '.join(method.configurations)}), whose weights do not fit {wanted}; "
-        f"plan {plan.name} of {plan.dataset_name} has {', '.join(sorted(plan.pretext.configurations))}; take another -c"
+    raise ArgumentError(
+        f"{method.name} needs {method.backbone} ({', '.join(method.configurations)}), whose weights do not fit {wanted}; "
+        f"plan {plan.name} of {plan.dataset_name} has {', '.join(sorted(plan.pretext.configurations))}; choose another "
+        "configuration",
+        "configuration",
     )
 
 
 def _same_run(arm: Arm, method: Method, source: Source, overrides: tuple[str, ...]) -> bool:
-    """Whether the method's own results folder holds finished stages with just these settings."""
+    """Return whether the method's own results folder contains finished stages with exactly these settings."""
     try:
         return all(is_finished(source.folders.results, run) for run in runs_of(method, arm.stages, overrides, source))
     except UserError:

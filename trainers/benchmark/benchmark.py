@@ -34,14 +34,14 @@ def benchmark(
     Args:
         settings: What to compare on which data.
         name: Name of the study's folder.
-        part: ``"i/n"`` to do the i-th of n shares, on a cluster.
+        part: ``"i/n"`` to run only the i-th of n parts, for example on a cluster.
         device: Device to train on; None for a GPU if one is available, else the CPU.
         processes: Worker processes for preprocessing and evaluation; None for one per core, at most 8.
         folders: nnU-Net's folders; None for those of the environment.
-        command: Command that repeats the study, for the report; None for the call of this function.
+        command: Command that repeats the study, printed in the report; None for the call of this function.
 
     Returns:
-        The table; None where cells are missing that other parts make.
+        The table; None if cells of other parts are missing.
 
     Raises:
         UserError: If settings, data, weights or plan do not fit one another, or a held-out case was seen in pretraining.
@@ -58,7 +58,7 @@ def preview(
     processes: int | None = None,
     folders: Folders | None = None,
 ) -> None:
-    """Print which cells a study has, which are finished and how long the others take. Nothing is trained or written.
+    """Print the cells of a study, which of them are finished, and how long the others take; train and write nothing.
 
     Raises:
         UserError: As ``benchmark``.
@@ -71,6 +71,6 @@ def preview(
 def open_study(
     settings: StudySettings, device: "torch.device | str | None", processes: int | None, folders: Folders | None
 ) -> Study:
-    """Find and check everything that a study needs; arguments as for ``benchmark``."""
+    """Find and check everything that a study needs; the arguments are those of ``benchmark``."""
     folders = folders or resolve_folders()
     return prepare_study(settings, folders, find_device(device), processes or default_processes())

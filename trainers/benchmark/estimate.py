@@ -1,4 +1,4 @@
-"""How long the rest of a study takes, from the steps that were measured so far."""
+"""Estimates how long the rest of a study takes, from the steps that were measured so far."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,18 +17,18 @@ from trainers.precision import choose_precision
 from trainers.pretraining.progress import METRICS_CSV, read_metrics
 
 TRIAL_STEPS = 3
-"""Steps of the bare network that are timed where nothing was measured yet; one more goes before them."""
+"""Number of steps of the bare network that are timed if nothing was measured yet, after one step to warm up."""
 
 
 def cell_seconds(folder: Path, steps: int) -> tuple[float, float] | None:
     """Return the seconds per step and the seconds of prediction and evaluation of a finished cell.
 
     Args:
-        folder: its model folder.
-        steps: optimizer steps that it took.
+        folder: Model folder of the cell.
+        steps: Number of its optimizer steps.
 
     Returns:
-        None where the log does not tell.
+        Both numbers; None if the log does not contain them.
     """
     final = folder / "fold_0" / FINAL
     if not (folder / FILE_NAME).exists() or not final.exists():
@@ -44,11 +44,11 @@ def cell_seconds(folder: Path, steps: int) -> tuple[float, float] | None:
 
 
 def estimate_seconds(cells: StudyCells, left: Sequence[CellKey]) -> float | None:
-    """Return the seconds that cells will take, from finished cells of the same mode; None where there are none.
+    """Return the seconds that cells will take, from finished cells of the same mode; None if there are none.
 
     Args:
-        cells: of the study.
-        left: those that are not trained.
+        cells: Cells of the study.
+        left: Cells that are not trained.
     """
     total = 0.0
     for mode in {cell.mode for cell in left}:
@@ -61,7 +61,7 @@ def estimate_seconds(cells: StudyCells, left: Sequence[CellKey]) -> float | None
 
 
 def _measured(cells: StudyCells, mode: str, most: int = 12) -> tuple[float, float] | None:
-    """Return the medians over the last finished cells of a mode."""
+    """Return the medians of ``cell_seconds`` over the last finished cells of a mode."""
     finished = [cell for cell in cells.study.cells if cell.mode == mode and cells.is_trained(cell)][-most:]
     found = [cell_seconds(cells.folder(cell), cells.study.steps(cell)) for cell in finished]
     values = [value for value in found if value is not None]
@@ -74,8 +74,8 @@ def time_bare_step(study: Study, batch_size: int | None) -> float:
     """Return the seconds of a forward and a backward pass of the network on a batch, without data loading.
 
     Args:
-        study: whose network it is.
-        batch_size: None for the plan's.
+        study: Study that fine-tunes the network.
+        batch_size: Patches per step; None for the plan's.
     """
     configuration = study.nnunet_configuration
     channels = len(configuration["normalization_schemes"])
@@ -99,9 +99,9 @@ def time_bare_step(study: Study, batch_size: int | None) -> float:
 
 
 def estimate_pretraining(study: Study, pretraining: Pretraining) -> tuple[float, str]:
-    """Return the seconds that a pretraining will take and what the number rests on."""
+    """Return the seconds that a pretraining will take, and the measurement that the estimate is based on."""
     assert study.source is not None
-    seconds, source = 0.0, "epochs that were measured"
+    seconds, source = 0.0, "measured epochs"
     folders = dict(zip(pretraining.stages, pretraining.stage_folders, strict=True))
     for run in runs_of(pretraining.method, pretraining.stages, pretraining.overrides, study.source):
         stage, training = run.stage, run.settings.training
@@ -112,13 +112,13 @@ def estimate_pretraining(study: Study, pretraining: Pretraining) -> tuple[float,
             seconds += median(epochs) * training.epochs
             continue
         source = "timed steps of the bare network"
-        passes = stage.encoder_graphs + stage.encoder_passes / 3  # a pass without a graph costs about a third
+        passes = stage.encoder_graphs + stage.encoder_passes / 3  # A pass without a graph costs about a third.
         seconds += time_bare_step(study, training.batch_size) * max(passes, 1) * training.total_steps
     return seconds, source
 
 
 def describe_estimate(cells: StudyCells) -> list[str]:
-    """Return lines that say how long what is left of a study takes."""
+    """Return lines with the estimated duration of the rest of a study."""
     study = cells.study
     lines = []
     for arm, pretraining in study.pretrainings.items():
@@ -137,7 +137,7 @@ def describe_estimate(cells: StudyCells) -> list[str]:
 
 
 def format_duration(seconds: float) -> str:
-    """Return a duration as people say it: ``50 s``, ``12 min``, ``3.5 h``, ``2.1 days``."""
+    """Return a duration in a readable unit: ``50 s``, ``12 min``, ``3.5 h``, ``2.1 days``."""
     for limit, unit, text in ((90, 1, "{:.0f} s"), (5400, 60, "{:.0f} min"), (172800, 3600, "{:.1f} h")):
         if seconds < limit:
             return text.format(seconds / unit)

@@ -1,8 +1,8 @@
-"""Whether a stage has seen held-out cases, by the voxels of their images and by patient.
+"""Checks whether pretraining has seen held-out cases, by the voxels of their images and by patient.
 
-What pretraining saw is known from the fingerprint of its data set, which holds a digest of every image, and from the list
-of cases in each checkpoint. A test image counts as seen if its voxels equal those of a pretraining image, whatever the
-files are called, or if the name of its patient is also that of a pretraining case.
+The images that pretraining saw are known from the fingerprint of its data set, which contains a digest of every image, and
+from the list of cases in each checkpoint. A test image counts as seen if its voxels equal those of a pretraining image,
+regardless of file names, or if its patient has the same name as the patient of a pretraining case.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +12,7 @@ from pathlib import Path
 from nnssl.data.case_error import CaseError
 from nnssl.data.patients import patient_in_name, read_patients
 from nnssl.data.raw import RawDataset, read_volume
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.files import some
 from nnssl.log import logger
 from nnssl.paths import Folders
@@ -28,9 +28,9 @@ class Seen:
     """Cases that pretraining has seen.
 
     Attributes:
-        dataset_name: of the pretraining data.
-        digests: case by the digest of its voxels.
-        patients: case by patient.
+        dataset_name: Name of the pretraining data set.
+        digests: Names of cases by the digest of their voxels.
+        patients: Names of cases by patient.
     """
 
     dataset_name: str
@@ -39,22 +39,22 @@ class Seen:
 
 
 def seen_in_pretraining(dataset_name: str, folders: Folders, patients: Path | None, cases: Iterable[str] = ()) -> Seen:
-    """Return what a pretraining on a data set has seen.
+    """Return the cases that a pretraining on a data set has seen.
 
     Args:
-        dataset_name: ``DatasetXXX_Name``.
+        dataset_name: Name of the data set, ``DatasetXXX_Name``.
         folders: nnU-Net's folders.
-        patients: table of cases and patients; None to take the patients from the names.
-        cases: further cases that a checkpoint names; the data set may have changed since.
+        patients: Table of cases and patients; None to derive the patients from the names.
+        cases: Further cases that a checkpoint lists, because the data set may have changed since.
 
     Raises:
-        UserError: the data set has no fingerprint, so that nothing can be checked.
+        UserError: If the data set has no fingerprint, so that nothing can be checked.
     """
     path = folders.preprocessed / dataset_name / FILE_NAME
     if not path.exists():
         raise UserError(
-            f"{path}: there is no fingerprint of the pretraining data, so whether held-out cases were seen cannot be "
-            f"checked; run nnssl_plan_and_preprocess -d {dataset_name} --no-preprocessing"
+            f"{path}: fingerprint of the pretraining data not found, so held-out cases cannot be checked; run "
+            f"nnssl_plan_and_preprocess -d {dataset_name} --no-preprocessing"
         )
     fingerprint = read(Fingerprint, path, "fingerprint")
     table = read_patients(patients) if patients else {}
@@ -67,13 +67,13 @@ def seen_in_pretraining(dataset_name: str, folders: Folders, patients: Path | No
 
 
 def seen_by_checkpoint(path: Path, folders: Folders, patients: Path | None) -> list[Seen]:
-    """Return what the weights of a checkpoint have seen, those that they started from included.
+    """Return the cases that the weights of a checkpoint, and the weights that they started from, have seen.
 
-    Labelled cases of an online probe count where they have chosen the weights. What weights that were made elsewhere have
-    seen is not known; a message says so.
+    Labelled cases of an online probe count if the weights were chosen by their Dice. For weights that were made elsewhere
+    the cases are unknown, and a message is logged.
 
     Raises:
-        UserError: a checkpoint or a fingerprint is not there.
+        UserError: If a checkpoint or a fingerprint does not exist.
     """
     found = []
     source: Path | None = path
@@ -81,7 +81,7 @@ def seen_by_checkpoint(path: Path, folders: Folders, patients: Path | None) -> l
         checkpoint = open_checkpoint(source)
         provenance = None if checkpoint.made_elsewhere else checkpoint.own_provenance
         if provenance is None or provenance.dataset_name == ELSEWHERE:
-            logger.info(f"{source}: was made elsewhere, so whether it has seen held-out cases cannot be checked")
+            logger.info(f"{source}: made elsewhere, so it cannot be checked whether it has seen held-out cases")
             break
         state = checkpoint.content["nnssl"]["state"]
         probe = state["probe"] if state else None  # exported weights have no state
@@ -95,10 +95,10 @@ def seen_by_checkpoint(path: Path, folders: Folders, patients: Path | None) -> l
 
 
 def digest_cases(dataset: RawDataset, names: Iterable[str]) -> dict[str, str]:
-    """Return the digest of the voxels of some cases.
+    """Return the digests of the voxels of some cases.
 
     Raises:
-        UserError: an image cannot be read.
+        UserError: If an image cannot be read.
     """
     wanted = set(names)
     digests = {}
@@ -107,17 +107,17 @@ def digest_cases(dataset: RawDataset, names: Iterable[str]) -> dict[str, str]:
             try:
                 digests[case.name] = digest_volume(read_volume(case, dataset.reader)[0])
             except CaseError as error:
-                raise UserError(f"{error.file}: {error.reason}; mend it or take the case out") from error
+                raise UserError(f"{error.file}: {error.reason}; fix the file or remove the case") from error
     return digests
 
 
 def find_leaks(digests: Mapping[str, str], patients: Mapping[str, str], seen: Sequence[Seen]) -> dict[str, str]:
-    """Return the cases that pretraining has seen, each with how that is known.
+    """Return the cases that pretraining has seen, each with the evidence.
 
     Args:
-        digests: of the voxels, by case.
-        patients: by case.
-        seen: what the pretrainings have seen.
+        digests: Digests of the voxels, by case.
+        patients: Patients, by case.
+        seen: Cases that the pretrainings have seen.
     """
     leaks = {}
     for case, digest in digests.items():
@@ -125,7 +125,7 @@ def find_leaks(digests: Mapping[str, str], patients: Mapping[str, str], seen: Se
             if digest in each.digests:
                 leaks[case] = f"has the voxels of {each.digests[digest]} of {each.dataset_name}"
             elif patients[case] in each.patients:
-                leaks[case] = f"is of the patient of {each.patients[patients[case]]} of {each.dataset_name}"
+                leaks[case] = f"is of the same patient as {each.patients[patients[case]]} of {each.dataset_name}"
     return leaks
 
 
@@ -133,12 +133,13 @@ def check_unseen(leaks: Mapping[str, str], what: str) -> None:
     """Check that no held-out case was seen.
 
     Raises:
-        UserError: one was; names it.
+        ArgumentError: If one was seen; the message names it.
     """
     if leaks:
         case = sorted(leaks)[0]
-        raise UserError(
+        raise ArgumentError(
             f"{what}: {some(sorted(leaks))} {'were' if len(leaks) > 1 else 'was'} seen in pretraining ({case} {leaks[case]}); "
-            "hold out others, or plan the pretraining with --exclude FILE and pretrain again; if these are different "
-            "people with the same names, --patients FILE says so"
+            "hold out other cases, or run nnssl_plan_and_preprocess with --exclude FILE and pretrain again; if different "
+            "people have the same name, list the cases of each person in a table and pass it as patients",
+            "patients",
         )

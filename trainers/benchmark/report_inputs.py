@@ -1,4 +1,4 @@
-"""Gathers what the report of a finished study shows, and writes it."""
+"""Gathers the content of a finished study's report and writes it."""
 
 import importlib.metadata
 import os
@@ -37,12 +37,12 @@ BY_THE_USER = "command line"
 
 
 def write_results(cells: StudyCells, folder: Path, command: str) -> StudyTable:
-    """Write ``results.csv``, ``table.md`` and ``report.html`` of a study whose cells are all there.
+    """Write ``results.csv``, ``table.md`` and ``report.html`` of a study whose cells are all finished.
 
     Args:
-        cells: of the study.
-        folder: for the files.
-        command: that repeats the study.
+        cells: Cells of the study.
+        folder: Folder to write to.
+        command: Command that repeats the study.
 
     Returns:
         The table.
@@ -62,11 +62,11 @@ def gather_report(cells: StudyCells, table: StudyTable, command: str) -> Report:
     """Return everything that the report shows."""
     study = cells.study
     notes = [
-        f"{len(study.test)} cases of {len({study.patients[case] for case in study.test})} patients are held out. No "
-        "pretraining has seen them: their voxels are compared with those of all pretraining images, and their patients "
+        f"{len(study.test)} cases of {len({study.patients[case] for case in study.test})} patients are held out. "
+        "Pretraining has not seen them: their voxels were compared with those of all pretraining images, and their patients "
         "with those of all pretraining cases.",
-        "Every method was pretrained once: the seeds differ in the labelled patients, the random weights of the new layers "
-        "and the batches, not in the pretraining.",
+        "Every method was pretrained once. The seeds differ in the labelled patients, the random weights of the new layers "
+        "and the batches, but not in the pretraining.",
     ]
     pictures_by_arm: dict[str, tuple[Picture, ...]] = {}
     for arm in study.arms:
@@ -100,11 +100,11 @@ def _own_pictures(cells: StudyCells, arm: str) -> tuple[Picture, ...]:
 
 
 def _segmentation_pictures(cells: StudyCells) -> list[Picture]:
-    """Return one picture for each number of labels: three cases, the first mode, the first seed, the longest training."""
+    """Return one picture of three cases for each number of labels, from the first mode, first seed and longest training."""
     study, settings = cells.study, cells.study.settings
     mode, epochs = settings.modes[0], max(settings.epochs)
     if any(not isinstance(value, int) for value in cells.classes.values()):
-        return []  # regions overlap, and one colour for each voxel cannot show them
+        return []  # One colour per voxel cannot show regions that overlap.
     pictures = []
     for labels in sorted(settings.labels):
         arms = (SCRATCH, *(arm.name for arm in study.arms))
@@ -130,9 +130,9 @@ def _segmentation_pictures(cells: StudyCells) -> list[Picture]:
         pictures.append(
             picture_of(
                 segmentation_figure(shown, values, title),
-                f"Segmentations with {title}, beside image and reference. {described}",
-                f"With {title}: the cases in which the methods gain least, the median gain, and most over scratch. Not "
-                "chosen by eye.",
+                f"Segmentations with {title}, next to image and reference. {described}",
+                f"{title}: the cases with the smallest, the median and the largest gain of the methods over scratch, selected "
+                "by Dice and not by eye.",
             )
         )
     return pictures
@@ -163,7 +163,7 @@ def _read_segmentation(study: Study, path: Path) -> np.ndarray:
 
 
 def _curves(study: Study) -> list[PretrainingCurve]:
-    """Return what every stage of every arm logged, where its table lies beside the weights."""
+    """Return the logged metrics of every stage of every arm whose table lies next to the weights."""
     curves = []
     for arm in study.arms:
         pretraining = study.pretrainings.get(arm.name)
@@ -179,7 +179,7 @@ def _curves(study: Study) -> list[PretrainingCurve]:
 
 
 def _pretraining_commands(study: Study) -> list[str]:
-    """Return the commands that make the weights, with the settings that a user gave."""
+    """Return the commands that make the weights, with the settings given by the user."""
     commands = []
     for arm in study.arms:
         pretraining = study.pretrainings.get(arm.name)
@@ -188,7 +188,7 @@ def _pretraining_commands(study: Study) -> list[str]:
         given: list[str] = []
         for stage, folder in zip(pretraining.stages, pretraining.stage_folders, strict=True):
             if not (folder / "run.json").exists():
-                continue  # left out, since nothing asked for it
+                continue  # The stage was skipped because it was not needed.
             run = read_json(folder / "run.json", "settings of a run")
             name = stage.rpartition(".")[2]
             given += [
@@ -238,7 +238,7 @@ def _processor() -> str:
 
 
 def _times(cells: StudyCells) -> dict[str, str]:
-    """Return how long pretraining and fine-tuning took, as far as it was logged."""
+    """Return the durations of pretraining and fine-tuning, as far as they were logged."""
     study, times = cells.study, {}
     for arm, pretraining in study.pretrainings.items():
         seconds = 0.0

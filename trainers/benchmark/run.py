@@ -1,7 +1,7 @@
-"""Runs a study: pretrains what is not there yet, fills the cells one by one, and writes table and report.
+"""Runs a study: pretrains missing weights, fills the cells one by one, and writes table and report.
 
-Nothing of a study is kept but its cells: pretraining and fine-tuning recognise what they finished and go on where they
-stopped, so a study that is killed at any moment ends in the same table, and a larger one takes over the cells of a smaller.
+The cells are the only state of a study. Pretraining and fine-tuning recognise finished work and resume where they stopped,
+so a study that is killed at any moment ends in the same table, and a larger study reuses the cells of a smaller one.
 """
 
 import re
@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from filelock import FileLock
 
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.evaluation.labels import ignore_label
 from nnssl.evaluation.metrics import evaluate_folders, write_metrics_csv
 from nnssl.files import write_json
@@ -36,13 +36,13 @@ from trainers.finetuning.result import FILE_NAME, read_result
 
 @dataclass(frozen=True)
 class Part:
-    """The share of a study that one process of several does: ``number`` of ``count``, counted from 1."""
+    """The part of a study that one of several processes runs: number ``number`` of ``count``, counted from 1."""
 
     number: int = 1
     count: int = 1
 
     def has(self, index: int) -> bool:
-        """Whether the thing with this index is of this part."""
+        """Return whether the item with this index belongs to this part."""
         return index % self.count == self.number - 1
 
 
@@ -50,29 +50,29 @@ def parse_part(text: str) -> Part:
     """Read ``i/n``.
 
     Raises:
-        UserError: it is not of that form, or i is not within 1 to n.
+        ArgumentError: If the text does not have this form, or if i is not between 1 and n.
     """
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     part = Part(*map(int, found.groups())) if found else Part(0, 0)
     if not 1 <= part.number <= part.count:
-        raise UserError(f"--part {text}: give i/n with i from 1 to n, such as 1/4")
+        raise ArgumentError(f"part must be i/n with i between 1 and n, such as 1/4, got {text}", "part")
     return part
 
 
 def run_study(study: Study, folder: Path, part: Part, command: str) -> StudyTable | None:
-    """Do what is left of a study, or of a part of it, and write table and report once all cells are there.
+    """Run the unfinished rest of a study, or of a part of it, and write table and report once all cells are finished.
 
     Args:
-        study: what to do.
-        folder: for ``study.json``, ``results.csv`` and ``report.html``.
-        part: the share of this process.
-        command: that repeats the study, for the report.
+        study: The study.
+        folder: Folder for ``study.json``, ``results.csv`` and ``report.html``.
+        part: Part that this process runs.
+        command: Command that repeats the study, printed in the report.
 
     Returns:
-        The table; None where cells are missing that other parts make.
+        The table; None if cells of other parts are missing.
 
     Raises:
-        UserError: weights, cases or finished cells do not fit.
+        UserError: If weights, cases or finished cells do not fit.
     """
     cells = StudyCells(study)
     write_json(make_writable(folder) / "study.json", describe_study(study, command))
@@ -83,11 +83,11 @@ def run_study(study: Study, folder: Path, part: Part, command: str) -> StudyTabl
     if waiting:
         arms = ", ".join(sorted({cell.arm for cell in waiting}))
         logger.info(
-            f"{len(waiting)} cells wait for the weights of {arms}, which another part makes; run this part again then"
+            f"{len(waiting)} cells wait for the weights of {arms} from another part; run this part again once they exist"
         )
     if missing:
         logger.info(
-            f"{len(missing)} of {len(study.cells)} cells are not finished; the last part to end writes the report"
+            f"{len(missing)} of {len(study.cells)} cells are not finished; the last part to finish writes the report"
         )
         return None
     from trainers.benchmark.report_inputs import write_results  # slow to import
@@ -96,7 +96,7 @@ def run_study(study: Study, folder: Path, part: Part, command: str) -> StudyTabl
 
 
 def pretrain_arms(study: Study, part: Part) -> None:
-    """Pretrain the arms of a part that have no weights yet."""
+    """Pretrain those arms of a part that have no weights yet."""
     for index, (arm, pretraining) in enumerate(study.pretrainings.items()):
         if pretraining.finished or not part.has(index):
             continue
@@ -106,27 +106,27 @@ def pretrain_arms(study: Study, part: Part) -> None:
 
 
 def prepare_cells(study: Study, folder: Path) -> None:
-    """Write the plan of the labelled cases and preprocess them, one process at a time.
+    """Write the plan of the labelled cases and preprocess them, in one process at a time.
 
     Raises:
-        UserError: nnU-Net cannot do it, or another plan has taken the name of this study's since it was looked at.
+        UserError: If nnU-Net cannot preprocess them, or if the study's plan was overwritten by another one meanwhile.
     """
     with FileLock(folder / "preparing.lock"):
         adopted = adopt_plan(study.plan.nnunet, study.dataset.name, study.folders)
         if adopted != study.adopted:
             raise UserError(
-                f"{study.adopted.path}: has become another plan in the meantime; run the same command again"
+                f"{study.adopted.path}: the plan has changed since the study began; run the same command again"
             )
         prepare_data(study.dataset.name, adopted, study.configuration, study.labelled, study.folders, study.processes)
 
 
 def run_cells(cells: StudyCells, folder: Path, part: Part) -> list[CellKey]:
-    """Fill the cells of a part, and return those that wait for weights that another part makes.
+    """Fill the cells of a part, and return those that wait for weights from another part.
 
     Args:
-        cells: of the study.
-        folder: for ``log.txt``, what fine-tuning says.
-        part: the share of this process.
+        cells: Cells of the study.
+        folder: Folder for ``log.txt``, which receives the messages of fine-tuning.
+        part: Part that this process runs.
     """
     waiting = []
     own = [cell for index, cell in enumerate(cells.study.cells) if part.has(index)]
@@ -144,12 +144,12 @@ def run_cell(cells: StudyCells, cell: CellKey, log: Path) -> None:
     """Train, predict and evaluate one cell.
 
     Args:
-        cells: of the study.
-        cell: one of them.
-        log: what fine-tuning says is appended to it.
+        cells: Cells of the study.
+        cell: Cell to fill.
+        log: File that the messages of fine-tuning are appended to.
 
     Raises:
-        UserError: a finished network of this cell was trained with other labels.
+        UserError: If a finished network of this cell was trained with other labels.
     """
     study, task = cells.study, cells.study.task(cell)
     check_disjoint(task.split.train, task.split.test, study.patients)
@@ -159,8 +159,8 @@ def run_cell(cells: StudyCells, cell: CellKey, log: Path) -> None:
     if set(result.dice) != set(cells.classes):
         folder = cells.folder(cell)
         raise UserError(
-            f"{folder / FILE_NAME}: was trained with the labels {', '.join(result.dice)}, {study.dataset.name} now has "
-            f"{', '.join(cells.classes)}; delete {folder} to train it again"
+            f"{folder / FILE_NAME}: trained with the labels {', '.join(result.dice)}, but {study.dataset.name} now has "
+            f"{', '.join(cells.classes)}; delete {folder} to train again"
         )
     with silence():
         metrics = evaluate_folders(
@@ -180,7 +180,7 @@ def _write_line(file: TextIO, line: str) -> None:
 
 
 def _describe_cell(cells: StudyCells, cell: CellKey, seconds: float, own: Sequence[CellKey]) -> str:
-    """Return the line on a cell that was filled just now: its Dice beside that of scratch, and how long the rest takes."""
+    """Return the line about a cell that was just filled: its Dice, that of scratch, and the duration of the rest."""
     done = sum(map(cells.is_finished, own))
     left = estimate_seconds(cells, [each for each in own if not cells.is_trained(each)])
     dice = read_result(cells.folder(cell) / FILE_NAME).mean_dice
@@ -196,7 +196,7 @@ def _describe_cell(cells: StudyCells, cell: CellKey, seconds: float, own: Sequen
 
 
 def describe_study(study: Study, command: str) -> dict[str, Any]:
-    """Return what ``study.json`` holds: everything that decides the study."""
+    """Return the content of ``study.json``: everything that determines the study."""
     settings = {key: value for key, value in asdict(study.settings).items() if value is not None}
     return {
         "nnssl_version": __version__,
@@ -212,17 +212,17 @@ def describe_study(study: Study, command: str) -> dict[str, Any]:
 
 
 def study_folder(study: Study, name: str) -> Path:
-    """Return the folder of a study's results, beside the models of its data set."""
+    """Return the folder of a study's results, next to the models of its data set."""
     return study.folders.results / study.dataset.name / f"nnssl_benchmark_{name}"
 
 
 def describe_matrix(cells: StudyCells) -> list[str]:
-    """Return the lines of a dry run: what there is and what is to be done."""
+    """Return the lines of a dry run: the state of weights and cells."""
     study = cells.study
     lines = []
     for arm in study.arms:
         path = study.weights_path(arm.name)
-        state = "there" if cells.has_weights(arm.name) else f"to be pretrained on {study.plan.dataset_name}"
+        state = "exist" if cells.has_weights(arm.name) else f"will be pretrained on {study.plan.dataset_name}"
         lines.append(f"{arm.name}: weights {state} ({path})")
     lines += [
         f"fine-tuning: {study.dataset.name}, {study.configuration} of plan {study.adopted.name}, seeds 0 to "
@@ -233,13 +233,13 @@ def describe_matrix(cells: StudyCells) -> list[str]:
     ]
     done = [cell for cell in study.cells if cells.is_finished(cell)]
     trained = sum(map(cells.is_trained, study.cells)) - len(done)
-    also = f", {trained} more are trained and need only be evaluated" if trained else ""
+    also = f", {trained} more are trained and only need to be evaluated" if trained else ""
     lines.append(f"{len(done)} of {len(study.cells)} cells are finished{also}")
     return lines
 
 
 def _matrix(cells: StudyCells) -> list[str]:
-    """Return a table with one line per arm, mode and length, and the seeds that are finished for each number of labels."""
+    """Return a table with the finished seeds for each number of labels, one line per arm, mode and length."""
     study = cells.study
     rows: dict[tuple[str, str, int], dict[int, list[bool]]] = {}
     for cell in study.cells:

@@ -1,37 +1,39 @@
-"""What a user asks of a study."""
+"""The user's settings of a study."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError
 from nnssl.plan import PLANS_NAME
 from trainers.finetuning.schedule import Optimizer, check_mode
 
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What the user asks for.
+    """Settings of ``benchmark``.
 
     Attributes:
-        dataset: labelled data set, number or name.
-        source: data set for pretraining; None for the one that was planned last, or for that of the first checkpoint.
-        plans_name: plan of the source.
-        arms: as ``parse_arm`` reads them.
-        labels: numbers of labelled patients.
-        seeds: number of seeds; they are 0, 1, ...
-        modes: keys of ``MODES``.
-        epochs: lengths of fine-tuning.
-        iterations_per_epoch: optimizer steps of an epoch.
-        batch_size: of fine-tuning; None for the plan's.
-        optimizer: of fine-tuning; None for the mode's.
-        learning_rate: of the modes that train the whole network; None for the mode's.
-        configuration: to fine-tune; None to choose.
-        test_cases: list of cases to hold out; None to draw patients.
-        test_patients: number of patients to draw; None for a quarter.
-        patients: table of cases and patients; None to take them from the names.
-        subsets: folder with ``seed0.txt``, ...: labelled cases in the order in which they are added; None to draw them.
-        pretrain_overrides: settings of every pretraining, as ``key=value``.
-        tolerance_mm: of the normalised surface distance.
+        dataset: Labelled data set, number or name.
+        arms: Pretrainings to compare with scratch: methods, methods with settings (``pix2rep:temperature=0.2``), single
+            stages (``reprec.generative``) or checkpoints (``FILE.pth``, ``NAME=FILE.pth``).
+        labels: Numbers of labelled patients.
+        epochs: Lengths of fine-tuning in epochs.
+        source: Data set to pretrain on; None for the one that was planned last, or that of the first checkpoint.
+        plans_name: Name of the source's plan.
+        seeds: Number of seeds; the seeds are 0, 1, ...
+        modes: Modes of fine-tuning (``finetune``, ``linear``, ``mean_teacher``).
+        iterations_per_epoch: Optimizer steps per epoch.
+        batch_size: Patches per step of fine-tuning; None for the plan's.
+        optimizer: Optimizer of fine-tuning; None for the mode's.
+        learning_rate: Learning rate of the modes that train the whole network; None for the mode's.
+        configuration: Configuration to fine-tune; None to choose one that fits all arms.
+        test_cases: File that lists the cases to hold out; None to draw patients.
+        test_patients: Number of patients to draw; None for a quarter of them.
+        patients: Table of cases and patients; None to derive the patients from the names of the cases.
+        subsets: Folder with ``seed0.txt``, ..., which list labelled cases in the order in which they are added; None to
+            draw the order.
+        pretrain_overrides: Settings of every pretraining, as ``key=value``.
+        tolerance_mm: Tolerance of the normalised surface distance, in mm.
     """
 
     dataset: str | int
@@ -56,17 +58,19 @@ class StudySettings:
 
 
 def check_settings(settings: StudySettings) -> None:
-    """Check numbers that can be wrong by themselves.
+    """Check the settings that can be checked without data.
 
     Raises:
-        UserError: one is.
+        ArgumentError: If one is wrong.
     """
-    for name, values in (("--labels", settings.labels), ("--epochs", settings.epochs), ("--mode", settings.modes)):
+    for name, values in (("labels", settings.labels), ("epochs", settings.epochs), ("modes", settings.modes)):
         if not values or len(set(values)) != len(values):
-            raise UserError(f"{name} {' '.join(map(str, values))}: give one value or more, each once")
-    if min(settings.labels) < 1 or settings.seeds < 1:
-        raise UserError(f"--labels {min(settings.labels)}, --seeds {settings.seeds}: each is 1 or more")
+            got = " ".join(map(str, values)) or "none"
+            raise ArgumentError(f"{name} must be one or more different values, got {got}", name)
+    for name, least in (("labels", min(settings.labels)), ("seeds", settings.seeds)):
+        if least < 1:
+            raise ArgumentError(f"{name} must be at least 1, got {least}", name)
     for mode in settings.modes:
         check_mode(mode)
     if settings.tolerance_mm <= 0:
-        raise UserError(f"--tolerance-mm {settings.tolerance_mm}: is above 0")
+        raise ArgumentError(f"tolerance_mm must be above 0, got {settings.tolerance_mm}", "tolerance_mm")

@@ -1,4 +1,4 @@
-"""What a study compares: data sets, arms, held-out cases and the cells of the matrix, all fixed before anything is trained."""
+"""The design of a study: data sets, arms, held-out cases and cells, all fixed before training begins."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from trainers.pretraining.pretrain import find_plan
 
 @dataclass(frozen=True)
 class CellKey:
-    """One place in the matrix: which network is fine-tuned, on what, for how long."""
+    """One cell of the matrix: which weights are fine-tuned, in which mode, on which labels and for how long."""
 
     arm: str
     mode: str
@@ -53,22 +53,22 @@ class Study:
     patients: dict[str, str]
     test: tuple[str, ...]
     orders: tuple[tuple[str, ...], ...]
-    """For every seed the patients that may be labelled, in the order in which they are added."""
+    """Patients that may be labelled, for every seed in the order in which they are added."""
     arms: tuple[Arm, ...]
     pretrainings: dict[str, Pretraining]
-    """By the name of an arm; checkpoints have none."""
+    """Pretrainings by the name of their arm; arms that are checkpoints have none."""
     source: Source | None
-    """None if all arms are checkpoints."""
+    """Data and settings of pretraining; None if all arms are checkpoints."""
     plan: Plan
     adopted: AdoptedPlan
-    """The same for the labelled data set; its file is written when the study runs."""
+    """The same plan for the labelled data set; its file is written when the study runs."""
     configuration: str
     cells: tuple[CellKey, ...]
     device: torch.device
     processes: int
 
     def weights_path(self, arm: str) -> Path | None:
-        """Return the checkpoint of an arm, which may not be there yet; None for scratch."""
+        """Return the checkpoint of an arm, which may not exist yet; None for scratch."""
         if arm == SCRATCH:
             return None
         chosen = next(each for each in self.arms if each.name == arm)
@@ -76,7 +76,7 @@ class Study:
 
     @cached_property
     def nnunet_configuration(self) -> dict[str, Any]:
-        """nnU-Net's section of the configuration that is fine-tuned, with what it inherits."""
+        """nnU-Net's section of the configuration that is fine-tuned, with inherited values."""
         return planned_configuration(self.plan.nnunet, self.configuration)
 
     def build_network(self) -> Any:
@@ -93,7 +93,7 @@ class Study:
         return make_schedule(mode, epochs, own.iterations_per_epoch, None, rate, own.batch_size, optimizer, transformer)
 
     def steps(self, cell: CellKey) -> int:
-        """Return the optimizer steps of a cell."""
+        """Return the number of optimizer steps of a cell."""
         return cell.epochs * self.settings.iterations_per_epoch
 
     def split(self, labels: int, seed: int) -> Split:
@@ -109,7 +109,7 @@ class Study:
         return tuple(case for case in self.labelled if self.patients[case] not in held_out)
 
     def task(self, cell: CellKey) -> Task:
-        """Return what fine-tuning needs to know of a cell."""
+        """Return the fine-tuning task of a cell."""
         split = self.split(cell.labels, cell.seed)
         return Task(
             dataset_name=self.dataset.name,
@@ -127,17 +127,17 @@ class Study:
 
 
 def prepare_study(settings: StudySettings, folders: Folders, device: torch.device, processes: int) -> Study:
-    """Find everything that a study needs and check that it is fair; nothing is trained, preprocessed or written.
+    """Find everything that a study needs and check that it is fair; train, preprocess and write nothing.
 
     Args:
-        settings: what the user asks for.
+        settings: Settings of the study.
         folders: nnU-Net's folders.
-        device: where to train.
-        processes: for preprocessing and evaluation.
+        device: Device to train on.
+        processes: Worker processes for preprocessing and evaluation.
 
     Raises:
-        UserError: a data set, plan or file is not there; arms do not fit one plan; a held-out case was seen in pretraining
-            or its patient is trained on; too few patients for the numbers of labels.
+        UserError: If a data set, plan or file does not exist, if the arms do not share one plan, if a held-out case was seen
+            in pretraining or its patient is trained on, or if there are too few patients for the numbers of labels.
     """
     check_settings(settings)
     arms = parse_arms(settings.arms)
@@ -188,15 +188,15 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
 
 
 def pretrains_nothing(settings: StudySettings, arms: Sequence[Arm]) -> bool:
-    """Whether all arms are checkpoints, and the user names no data set to pretrain on."""
+    """Return whether all arms are checkpoints and the user names no data set to pretrain on."""
     return settings.source is None and all(arm.checkpoint is not None for arm in arms)
 
 
 def find_source_plan(settings: StudySettings, arms: Sequence[Arm], folders: Folders) -> Plan:
-    """Return the plan that all arms share: of the data set to pretrain on, or else of the first checkpoint.
+    """Return the plan that all arms share: that of the data set to pretrain on, or else that of the first checkpoint.
 
     Raises:
-        UserError: there is no such plan.
+        UserError: If there is no such plan.
     """
     if pretrains_nothing(settings, arms):
         checkpoint = arms[0].checkpoint
@@ -208,10 +208,11 @@ def find_source_plan(settings: StudySettings, arms: Sequence[Arm], folders: Fold
 def choose_finetuning(settings: StudySettings, arms: Sequence[Arm], plan: Plan) -> str:
     """Return the configuration to fine-tune, the same for all arms and for scratch.
 
-    That is the one that all methods pretrain, or else, as weights of a hybrid network fit the plain U-Net too, the plain one.
+    This is the configuration that all methods pretrain. If they differ, it is the plain one, because weights of a hybrid
+    network also fit the plain U-Net.
 
     Raises:
-        UserError: the plan has no such configuration.
+        UserError: If the plan has no such configuration.
     """
     if settings.configuration is not None:
         plan.configuration(settings.configuration)
@@ -228,7 +229,7 @@ def choose_finetuning(settings: StudySettings, arms: Sequence[Arm], plan: Plan) 
         wanted.append(usable[0] if usable else configuration_for(find_method(arm.method), plan, "3d_fullres"))
     if len(set(wanted)) == 1:
         return wanted[0]
-    # a method that knows several networks is fine-tuned with the one that others know too
+    # A method that supports several networks is fine-tuned with the one that the other arms support, too.
     plain = min((name.removesuffix(HYBRID) for name in wanted), key=len)
     plan.configuration(plain)
     return plain
@@ -238,13 +239,13 @@ def check_plan(checkpoint: Path, plan: Plan, configuration: str) -> None:
     """Check that the weights of a checkpoint were made with the plan of the study.
 
     Raises:
-        UserError: the configuration is another one there, so arms would differ in more than their weights.
+        UserError: If the configuration is different there, so that arms would differ in more than their weights.
     """
     theirs = open_checkpoint(checkpoint).own_provenance.plans["configurations"].get(configuration)
     if theirs != plan.nnunet["configurations"][configuration]:
         raise UserError(
-            f"{checkpoint}: was pretrained with another plan than {plan.name} of {plan.dataset_name} ({configuration} "
-            "differs), so it cannot be compared fairly; compare it in a study of its own"
+            f"{checkpoint}: pretrained with another plan than {plan.name} of {plan.dataset_name} ({configuration} differs), "
+            "so the comparison would not be fair; compare it in a separate study"
         )
 
 
@@ -256,7 +257,7 @@ def find_seen(
     settings: StudySettings,
     folders: Folders,
 ) -> list[Seen]:
-    """Return all that the weights of the arms have seen, or will have once they are pretrained."""
+    """Return the cases that the weights of the arms have seen, or will have seen once they are pretrained."""
     seen = [] if source is None else [seen_in_pretraining(plan.dataset_name, folders, settings.patients)]
     finished = [pretraining.final for pretraining in pretrainings.values() if pretraining.finished]
     for path in (*finished, *(arm.checkpoint for arm in arms if arm.checkpoint is not None)):

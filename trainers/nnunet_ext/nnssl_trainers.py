@@ -1,4 +1,4 @@
-"""What ``nnUNet_extTrainer`` points at: nnU-Net imports this module by itself and finds nnssl's trainers in it."""
+"""The module that ``nnUNet_extTrainer`` points to: nnU-Net imports it on its own and finds nnssl's trainers in it."""
 
 from trainers.finetuning.finetune_trainer import FinetuneTrainer
 from trainers.finetuning.linear_probe import LinearProbeTrainer

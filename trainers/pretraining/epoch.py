@@ -1,4 +1,4 @@
-"""What is noted of an epoch while it runs, and what it comes to at its end; a checkpoint within the epoch holds it."""
+"""Values recorded during an epoch and their summary at its end; a checkpoint within the epoch stores them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,15 +10,15 @@ from nnssl.collapse import collapse_warning, effective_rank, feature_std
 from nnssl.distributed import mean_over_ranks
 
 EMBEDDINGS_KEPT = 1024
-"""Embeddings of an epoch's last steps that the collapse monitors look at."""
+"""Number of embeddings, from an epoch's last steps, that the collapse monitors use."""
 
 
 class Epoch:
-    """The epoch so far.
+    """Records of the current epoch.
 
     Attributes:
-        records: scalars by name, for each step.
-        embeddings: (sample, d) of the last steps, float32.
+        records: Scalars by name, one dictionary for each step.
+        embeddings: Embeddings of the last steps, each (sample, d), float32.
     """
 
     def __init__(self, records: Sequence[dict[str, Any]] = (), embeddings: Sequence[Tensor] = ()) -> None:
@@ -26,13 +26,13 @@ class Epoch:
         self.embeddings = list(embeddings)
 
     def keep(self, embeddings: Tensor) -> None:
-        """Add the embeddings of a step, and drop those of steps that are not needed for ``EMBEDDINGS_KEPT`` any more."""
+        """Add the embeddings of a step, and drop the oldest steps once the others hold ``EMBEDDINGS_KEPT`` embeddings."""
         self.embeddings.append(embeddings.detach().float())
         while sum(map(len, self.embeddings[1:])) >= EMBEDDINGS_KEPT:
             self.embeddings.pop(0)
 
     def collapse(self) -> tuple[dict[str, float], str | None]:
-        """Return the collapse monitors by name, and a warning where they show one; nothing without embeddings."""
+        """Return the collapse monitors by name, and a warning if they indicate a collapse; neither without embeddings."""
         if not self.embeddings:
             return {}, None
         embeddings = torch.cat(self.embeddings)
@@ -41,12 +41,13 @@ class Epoch:
 
 
 def mean_of_steps(records: Sequence[dict[str, Any]], batch_size: int, device: torch.device) -> dict[str, float]:
-    """Return the means over steps and processes, and how fast the epoch was.
+    """Return the means over steps and processes, and the speed of the epoch.
 
     Args:
-        records: scalars by name, for each step; ``seconds`` it took, and ``seconds_waiting`` for its patches.
-        batch_size: patches of a step over all processes.
-        device: of the process group.
+        records: Scalars by name for each step, among them its duration ``seconds`` and ``seconds_waiting``, the part of it
+            spent waiting for patches.
+        batch_size: Patches per step over all processes.
+        device: Device of the process group.
     """
     values = {}
     for key in records[0]:

@@ -1,4 +1,4 @@
-"""Starts a stage: in this process, in the group of processes that torchrun made, or in processes of its own."""
+"""Starts a stage in this process, in the processes that torchrun started, or in new processes."""
 
 import os
 import socket
@@ -17,19 +17,19 @@ from trainers.pretraining.pretrain_trainer import PretrainTrainer
 from trainers.pretraining.stage_run import RunOptions
 
 LONGEST_WAIT = timedelta(hours=24)
-"""Of processes for the first one, which alone pairs and examines whole scans."""
+"""Timeout of the process group: all processes wait while the first one pairs or examines whole scans."""
 
 
 @dataclass(frozen=True)
 class StageJob:
-    """What a process needs to know to run a stage; plain values, which travel to other processes.
+    """Everything that a process needs to run a stage, as plain values that can be sent to other processes.
 
     Attributes:
-        plan: its file.
-        trainer: class in ``trainers.pretraining.pretext``.
-        configuration: of the plan, in which the stage runs.
-        options: of the run.
-        device: where to train; of several GPUs each process takes its own.
+        plan: Plans file.
+        trainer: Name of a class in ``trainers.pretraining.pretext``.
+        configuration: Configuration of the plan that the stage runs in.
+        options: Options of the run.
+        device: Device to train on; with several GPUs each process uses its own.
     """
 
     plan: Path
@@ -40,7 +40,7 @@ class StageJob:
 
 
 def launch(job: StageJob, processes: int) -> None:
-    """Run a stage in the processes that torchrun started, or in so many of this machine (``number_of_processes``)."""
+    """Run a stage in the processes that torchrun started, or else in ``processes`` processes on this machine."""
     if _launched():
         _run_in_group(job, *(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
     elif processes > 1:
@@ -53,12 +53,12 @@ def launch(job: StageJob, processes: int) -> None:
 
 
 def number_of_processes(wanted: int) -> int:
-    """Return in how many processes a stage will run: as torchrun started, or else as many as are wanted."""
+    """Return the number of processes that a stage will run in: that of torchrun, or else the wanted number."""
     return int(os.environ["WORLD_SIZE"]) if _launched() else wanted
 
 
 def is_first_process() -> bool:
-    """Return whether this is the only process so far, or the first that torchrun started."""
+    """Return whether this is the only process so far, or the first one that torchrun started."""
     return not _launched() or os.environ["RANK"] == "0"
 
 
@@ -68,7 +68,7 @@ def _launched() -> bool:
 
 
 def run_stage(job: StageJob) -> None:
-    """Run a stage in this process, going on from its last checkpoint if there is one."""
+    """Run a stage in this process, resuming from its last checkpoint if there is one."""
     trainer_class: type[PretrainTrainer] = getattr(pretext, job.trainer)
     plans: dict[str, Any] = read_json(job.plan, "plan")
     plans["continue_training"] = True
@@ -87,7 +87,7 @@ def _run_rank(rank: int, job: StageJob, processes: int, port: int) -> None:
 
 
 def _run_in_group(job: StageJob, rank: int, local_rank: int, processes: int) -> None:
-    """Join the process group (``MASTER_ADDR`` and ``MASTER_PORT`` are set) and run a stage as one of its processes."""
+    """Join the process group and run a stage as one of its processes; ``MASTER_ADDR`` and ``MASTER_PORT`` must be set."""
     if job.device.type == "cuda":
         torch.cuda.set_device(local_rank)
         job = replace(job, device=torch.device("cuda", local_rank))
@@ -95,7 +95,7 @@ def _run_in_group(job: StageJob, rank: int, local_rank: int, processes: int) -> 
     dist.init_process_group(backend, rank=rank, world_size=processes, timeout=LONGEST_WAIT)
     try:
         run_stage(job)
-        # the first process has written what the next stage reads
+        # The first process writes the files that the next stage reads.
         dist.barrier()
     finally:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Optimizer and learning rate of a pretext stage, from its settings."""
+"""Optimizer and learning rate of a pretext stage, as its settings define them."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ STEP_MILESTONES = (0.6, 0.8)
 
 
 def make_optimizer(groups: Sequence[ParameterGroup], training: TrainingSettings) -> torch.optim.Optimizer:
-    """Return the optimizer that the settings name over a method's parameter groups."""
+    """Return the optimizer of the settings for a method's parameter groups."""
     listed: list[dict[str, Any]] = [
         {
             "params": list(group.parameters),
@@ -31,13 +31,14 @@ def make_optimizer(groups: Sequence[ParameterGroup], training: TrainingSettings)
 
 
 def learning_rate_factor(training: TrainingSettings, step: int) -> float:
-    """Return the share of the largest learning rate at a step.
+    """Return the learning rate at a step as a share of the largest one.
 
-    Linear over the warm-up, then constant, divided by 10 at 60 % and 80 % of the run, or a half cosine to 0.
+    The share rises linearly over the warm-up. Then it is constant, is divided by 10 at 60 % and 80 % of the run, or falls
+    to 0 along a half cosine.
 
     Args:
-        training: the settings.
-        step: optimizer step, from 0 to ``training.total_steps - 1``.
+        training: Settings of the training.
+        step: Optimizer step, from 0 to ``training.total_steps - 1``.
     """
     warmup = training.warmup_epochs * training.iterations_per_epoch
     if step < warmup:
@@ -52,7 +53,7 @@ def learning_rate_factor(training: TrainingSettings, step: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of every group to its factor times this one."""
+    """Set the learning rate of every group to ``learning_rate`` times the group's factor."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate * group["learning_rate_factor"]
 
@@ -63,13 +64,13 @@ def step_optimizer(
     """Differentiate a loss, clip the gradient and step the optimizer.
 
     Args:
-        loss: a scalar.
-        optimizer: its gradients are none.
-        scaler: of float16's gradients; None for other formats.
-        largest_norm: of the gradient over all parameters; a longer one is scaled down.
+        loss: Loss to differentiate, a scalar.
+        optimizer: Optimizer whose gradients are None.
+        scaler: Loss scaler of float16; None for other formats.
+        largest_norm: Largest norm of the gradient over all parameters; a longer gradient is scaled down.
 
     Returns:
-        The gradient's norm before it was clipped.
+        The gradient's norm before clipping.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if scaler is None:

@@ -1,4 +1,4 @@
-"""Finds which places of the scans a run pairs, before its first step, by what SAM learned or by the body's box."""
+"""Pairs places of different scans before the first step of a run, by SAM's embeddings or by the body's box."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,7 +13,7 @@ from nnssl.checkpoint import FINAL
 from nnssl.data.case_store import CaseStore
 from nnssl.data.patch_pairs import PairTable, read_pairs, write_pairs
 from nnssl.distributed import is_distributed, rank
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.log import logger
 from nnssl.matching.anatomical_sanity import Sanity
 from nnssl.matching.body_box import BodyBoxMatcher
@@ -32,28 +32,29 @@ def pairs_of_run(
     store: CaseStore,
     partners: str | None,
     run: StageRun,
-    anew: bool,
+    recompute: bool,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> PairTable | None:
-    """Return the pairs of a run, found by its first process and read by all; None for one that pairs nothing.
+    """Return the pairs of a run, which its first process computes and all processes read; None if it pairs nothing.
 
     Args:
-        folder: of the run's results; the pairs lie there as ``pairs.npz``.
-        store: the preprocessed cases.
-        partners: what pairs places, as ``PretextMethod.partners`` says it.
-        run: that is about to start.
-        anew: find them although the file is there.
-        device: where to compute.
-        autocast: gives the context of mixed precision.
+        folder: Results folder of the run, where the pairs are stored as ``pairs.npz``.
+        store: The preprocessed cases.
+        partners: How places are paired, as returned by ``PretextMethod.partners``; None for no pairs.
+        run: The run that is about to start.
+        recompute: Whether to compute the pairs although the file exists.
+        device: Device to compute on.
+        autocast: Function that returns the context of mixed precision.
 
     Raises:
-        UserError: SAM was not trained on this plan, or its checkpoint does not fit; a file of pairs cannot be read.
+        UserError: If SAM was not trained on this plan, if its checkpoint does not fit, or if the file of pairs cannot be
+            read.
     """
     if partners is None:
         return None
     path = folder / PAIRS
-    if rank() == 0 and (anew or not path.exists()):
+    if rank() == 0 and (recompute or not path.exists()):
         matcher = None
         if partners == "sam":
             embeddings = stage_folder(folder.parents[2], run.plan, find_stage(SAM)[1], run.configuration) / FINAL
@@ -63,7 +64,10 @@ def pairs_of_run(
         dist.barrier()
     pairs = read_pairs(path)
     if set(pairs.cases) != set(store.names):
-        raise UserError(f"{path}: was made for other cases than those in {store.folder}; pretrain again with --restart")
+        raise ArgumentError(
+            f"{path}: the pairs are of other cases than those in {store.folder}; use restart to pretrain again",
+            "restart",
+        )
     return pairs
 
 
@@ -74,24 +78,24 @@ def usable_matcher(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> EmbeddingMatcher | None:
-    """Return a matcher by the embeddings of a checkpoint, None where they did not pass their examination.
+    """Return a matcher that uses the embeddings of a checkpoint; None if they did not pass their examination.
 
     Raises:
-        UserError: there is no such checkpoint, or no examination beside it, or it is of an earlier plan.
+        UserError: If there is no such checkpoint, no examination beside it, or if it belongs to an earlier plan.
     """
     if not embeddings.exists():
         raise UserError(
-            f"{embeddings}: says which places of different scans are the same, and is not there; run nnssl_pretrain -m sam, or "
-            "do without it, --set partners=body_box"
+            f"{embeddings}: not found, but its embeddings pair the places of different scans; run nnssl_pretrain -m sam, or "
+            "set partners=body_box to pair them without embeddings"
         )
     examined = schema.read(Sanity, embeddings.parent / EXAMINATION, "examination of the embeddings")
     if not examined.usable:
-        logger.info(f"The body's box pairs places instead of embeddings: {'; '.join(examined.reasons)}")
+        logger.info(f"Places are paired by the body's box instead of embeddings: {'; '.join(examined.reasons)}")
         return None
     method, provenance = restore_method(embeddings, device)
     own = plan.pretext.configurations.get(provenance.configuration)
     if provenance.dataset_name != plan.dataset_name or own is None or own.spacing_mm != method.configuration.spacing_mm:
         raise UserError(
-            f"{embeddings}: was trained on another data set or spacing than this plan's; run nnssl_pretrain -m sam --restart"
+            f"{embeddings}: trained on another data set or spacing than this plan's; run nnssl_pretrain -m sam --restart"
         )
     return EmbeddingMatcher(method.embedding, store, method.configuration.patch_size, device, autocast)

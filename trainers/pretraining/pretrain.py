@@ -1,4 +1,4 @@
-"""Runs the stages of a pretext method in order, going on where an earlier run stopped."""
+"""Runs the stages of a pretext method in order and resumes where an earlier run stopped."""
 
 import shutil
 from collections.abc import Sequence
@@ -59,18 +59,18 @@ def pretrain(
     for stage in method.stages:
         asked = settings.stages is None or stage.name in settings.stages
         if asked and stage not in [run.stage for run in runs]:
-            logger.info(f"{stage.name}: left out, nothing asks for it with these settings")
+            logger.info(f"{stage.name}: skipped, these settings do not need it")
     if settings.init is not None:
         open_checkpoint(settings.init).check_tensors()
     if settings.restart and is_first_process():
         _remove([run.folder(folders.results) for run in runs])
     probed = None if settings.probe is None else _prepare_probe(settings, plan, configuration, folders)
-    # what only prepares another stage does not hand its weights on
+    # A stage that only prepares another one does not hand on its weights.
     begun = next((run for run in reversed(runs) if run.stage.fresh), runs[0])
     for run in runs:
         folder = run.folder(folders.results)
         if is_finished(folders.results, run):
-            logger.info(f"{run.stage.name}: finished before, {folder / FINAL}")
+            logger.info(f"{run.stage.name}: already finished, {folder / FINAL}")
             continue
         logger.info(f"{run.stage.name}: {folder}")
         options = RunOptions(
@@ -91,7 +91,7 @@ def pretrain(
 def _remove(results: Sequence[Path]) -> None:
     for folder in results:
         if folder.exists():
-            logger.info(f"--restart: removing {folder}")
+            logger.info(f"Deleting earlier results in {folder}")
             shutil.rmtree(folder)
 
 
@@ -99,8 +99,8 @@ def _prepare_probe(settings: PretrainSettings, plan: Plan, configuration: str, f
     assert settings.probe is not None
     if not plan.configuration(configuration).has_feature_maps:
         raise ArgumentError(
-            f"probe {settings.probe} reads feature maps of a U-Net, but {configuration} has none; leave probe out or choose "
-            "another configuration",
+            f"probe needs the feature maps of a U-Net, which {configuration} does not have; omit probe or choose another "
+            "configuration",
             "probe",
             "configuration",
         )
@@ -110,10 +110,10 @@ def _prepare_probe(settings: PretrainSettings, plan: Plan, configuration: str, f
 
 
 def find_plan(folders: Folders, dataset: str | int | None, plans_name: str) -> Path:
-    """Return the plans file of a data set, number or name, or of the one that was planned last.
+    """Return the plans file of a data set (number or name), or of the data set that was planned last.
 
     Raises:
-        UserError: there is no such plan.
+        UserError: If there is no such plan.
     """
     if dataset is not None:
         return existing_plan(folders, find_dataset(dataset, folders), plans_name)
@@ -123,34 +123,33 @@ def find_plan(folders: Folders, dataset: str | int | None, plans_name: str) -> P
         if "pretext" in read_json(path, "plan")
     ]
     if not plans:
-        raise UserError(f"{folders.preprocessed}: no data set was planned yet; run nnssl_plan_and_preprocess -d ID")
+        raise UserError(f"{folders.preprocessed}: contains no planned data set; run nnssl_plan_and_preprocess -d ID")
     newest = max(plans, key=lambda path: path.stat().st_mtime)
-    logger.info(f"no -d given: the data set planned last is {newest.parent.name}")
+    logger.info(f"Using the data set that was planned last: {newest.parent.name}")
     return newest
 
 
 def choose_configuration(method: Method, plan: Plan, wanted: str | None) -> str:
-    """Return the configuration to pretrain: the wanted one if it has the method's backbone, or the first that has it.
+    """Return the configuration to pretrain: the wanted one, or else the first one with the method's backbone.
 
     Raises:
-        UserError: the plan has no configuration with that backbone, or the wanted one lacks it.
+        UserError: If the plan has no configuration with the method's backbone, or if the wanted one has another.
     """
     usable = [name for name in method.configurations if name in plan.pretext.configurations]
-    if wanted is None:
-        if not usable:
-            known = ", ".join(sorted(plan.pretext.configurations))
-            raise UserError(
-                f"{method.name} needs {method.backbone}; plan {plan.name} of {plan.dataset_name} has only {known} "
-                "(its reasons say why)"
-            )
-        return usable[0]
-    plan.configuration(wanted)
-    if wanted not in usable:
+    if wanted is not None:
+        plan.configuration(wanted)
+    if not usable:
+        known = ", ".join(sorted(plan.pretext.configurations))
         raise UserError(
-            f"{method.name} needs {method.backbone}, which configuration {wanted} does not have; "
-            f"take -c {' or '.join(usable) or 'another method'}"
+            f"{method.name} needs {method.backbone}, but plan {plan.name} of {plan.dataset_name} has only {known}; "
+            "nnssl_info prints the reasons of a plan"
         )
-    return wanted
+    if wanted is not None and wanted not in usable:
+        raise ArgumentError(
+            f"{method.name} needs {method.backbone}; configuration must be {' or '.join(usable)}, got {wanted}",
+            "configuration",
+        )
+    return wanted or usable[0]
 
 
 def needed_runs(
@@ -161,18 +160,18 @@ def needed_runs(
     overrides: Sequence[str],
     seed: int,
 ) -> list[StageRun]:
-    """Return the runs of a method's stages, without those that later ones have no use for under their settings.
+    """Return the runs of a method's stages, without stages that the settings of later ones do not need.
 
     Args:
-        method: whose stages are run.
-        plan: of the data set.
-        configuration: that the method was asked to run in.
-        stages: names of the stages to run, None for all.
-        overrides: settings as ``key=value``, or ``stage.key=value`` for one stage only.
-        seed: of the runs.
+        method: Method whose stages are run.
+        plan: Plan of the data set.
+        configuration: Configuration that the method is run in.
+        stages: Names of the stages to run; None for all.
+        overrides: Settings as ``key=value``, or ``stage.key=value`` for one stage only.
+        seed: Random seed of the runs.
 
     Raises:
-        UserError: a setting is wrong, or the plan has no schedule for a stage.
+        UserError: If a setting is wrong, or if the plan has no schedule for a stage.
     """
     given = split_overrides(overrides, {stage.name: stage.load() for stage in method.stages})
     wanted = [stage for stage in method.stages if stages is None or stage.name in stages]
@@ -182,10 +181,10 @@ def needed_runs(
 
 
 def is_finished(results: Path, run: StageRun) -> bool:
-    """Return whether nnU-Net's folder of results holds the final checkpoint of a run.
+    """Return whether nnU-Net's results folder contains the final checkpoint of a run.
 
     Raises:
-        UserError: it holds that of a run with another plan or other settings.
+        UserError: If the checkpoint there was made with another plan or other settings.
     """
     final = run.folder(results) / FINAL
     if not final.exists():
@@ -195,17 +194,17 @@ def is_finished(results: Path, run: StageRun) -> bool:
 
 
 def check_batch(run: StageRun, processes: int) -> None:
-    """Check that the global batch can be shared out evenly.
+    """Check that the global batch can be divided evenly among processes.
 
     Raises:
-        UserError: it cannot.
+        UserError: If it cannot.
     """
     batch = run.settings.training.batch_size
     unit = processes * run.stage.batch_multiple
     if batch % unit:
         nearest = max(unit, batch - batch % unit)
-        each = "" if run.stage.batch_multiple == 1 else f", a multiple of {run.stage.batch_multiple} for each"
+        each = "" if run.stage.batch_multiple == 1 else f", with a multiple of {run.stage.batch_multiple} in each"
         raise UserError(
-            f"batch_size {batch} of {run.stage.name} cannot be shared evenly by {processes} processes{each}; "
-            f"--set batch_size={nearest}"
+            f"batch_size of {run.stage.name} must be a multiple of {unit} for {processes} processes{each}, got {batch}; set "
+            f"batch_size={nearest}"
         )

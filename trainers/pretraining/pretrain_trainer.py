@@ -1,11 +1,11 @@
-"""THE pretraining loop, once, for all methods: a trainer of nnU-Net that takes nothing from labels.
+"""The pretraining loop of all methods: a trainer of nnU-Net that needs no labels.
 
 Results folders, log files, the constructor and the multi-GPU start are nnU-Net's, so ``nnUNetv2_train DATASET CONFIG all
--p nnsslPlans -tr RepRecContrastiveTrainer`` runs the same training as ``nnssl_pretrain``. What nnU-Net's trainer takes
-from labels (targets, Dice, splits, deep supervision, validation) is overridden in this file and nowhere else.
+-p nnsslPlans -tr RepRecContrastiveTrainer`` runs the same training as ``nnssl_pretrain``. Everything that nnU-Net's
+trainer takes from labels (targets, Dice, splits, deep supervision, validation) is overridden in this file and nowhere else.
 
-The loop owns device, precision, compilation, clipping, the moving average, logging, collapse monitors, checkpoints and
-resume; the pretext stage declares the rest (``nnssl.methods.protocol``).
+The loop handles device, precision, compilation, clipping, the moving average, logging, collapse monitors, checkpoints and
+resuming; the pretext stage declares everything else (``nnssl.methods.protocol``).
 """
 
 import logging
@@ -26,7 +26,7 @@ from nnssl.data.case_store import CaseStore
 from nnssl.data.loader import PatchBatch
 from nnssl.distributed import average_gradients
 from nnssl.draws import sample_generators
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError
 from nnssl.files import write_json
 from nnssl.methods import find_stage
 from nnssl.methods.protocol import PretextMethod, StepOutput
@@ -74,13 +74,13 @@ class PretrainTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),  # noqa: B008  nnU-Net compares signatures
     ) -> None:
         if fold != "all":
-            raise UserError(f"fold {fold}: pretraining uses all images, so its only fold is 'all'")
+            raise ArgumentError(f"fold must be 'all' because pretraining uses all images, got {fold}", "fold")
         with redirect_stdout(StringIO()) as printed:
             super().__init__(plans, configuration, fold, dataset_json, device)
         self.print_to_log_file(printed.getvalue().rstrip())
         self.run_log = RunLog(self.print_to_log_file, self.local_rank == 0)
         if device.type != "cuda" or device.index is not None:
-            # nnU-Net takes several processes for several GPUs of one machine
+            # nnU-Net assumes that several processes are several GPUs of one machine.
             self.device = device
         if device.type != "cuda":
             self.grad_scaler = None
@@ -88,10 +88,9 @@ class PretrainTrainer(nnUNetTrainer):
         self.plan = plan_from_dict(self.plans_manager.plans, f"plan {self.plans_manager.plans_name}")
         self.method_entry, self.stage_entry = find_stage(self.stage)
         if configuration not in self.method_entry.configurations:
-            raise UserError(
-                f"{self.method_entry.name} needs {self.method_entry.backbone}, which configuration {configuration} does not "
-                f"have; take -c {' or '.join(self.method_entry.configurations)}"
-            )
+            known, needed = " or ".join(self.method_entry.configurations), self.method_entry.backbone
+            message = f"{self.method_entry.name} needs {needed}; configuration must be {known}, got {configuration}"
+            raise ArgumentError(message, "configuration")
         self.configuration = self.plan.configuration(configuration)
         self.was_initialized: bool = False
         self.method: PretextMethod
@@ -106,7 +105,7 @@ class PretrainTrainer(nnUNetTrainer):
 
     @property
     def folder(self) -> Path:
-        """Where the stage leaves its results."""
+        """Results folder of the stage."""
         return Path(self.output_folder)
 
     def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
@@ -116,9 +115,9 @@ class PretrainTrainer(nnUNetTrainer):
     # ---------------------------------------------------------------- set-up
 
     def initialize(self) -> None:
-        """Resolve settings, build network, stage, optimizer and the wrapper for several processes."""
+        """Resolve the settings and build network, stage, optimizer and the wrapper for several processes."""
         if self.was_initialized:
-            raise RuntimeError("the trainer was initialized before")
+            raise RuntimeError("the trainer is already initialized")
         seed = self.options.seed
         self.run = resolve_run(self.plan, self.stage_entry, self.configuration_name, self.options.overrides, seed)
         self.training = self.run.settings.training
@@ -142,7 +141,7 @@ class PretrainTrainer(nnUNetTrainer):
         if not self.precision.scaler:
             self.grad_scaler = None
         if self._do_i_compile():
-            # a graph that cannot be compiled runs as it is, and torch says so once
+            # A graph that cannot be compiled runs uncompiled; torch warns once.
             torch._dynamo.config.suppress_errors = True
             for part in parts_to_compile(self.network):
                 part.compile()
@@ -153,7 +152,7 @@ class PretrainTrainer(nnUNetTrainer):
         return self.precision.autocast(self.device)
 
     def get_dataloaders(self) -> tuple[Iterator[PatchBatch], None]:
-        """Return the patches from the current step to the end of the stage; there is no validation part."""
+        """Return the batches from the current step to the end of the stage; there are none for validation."""
         store = self._store()
         self.cases = tuple(sorted({*self.cases, *store.names}))
         with self.run_log.including_others():
@@ -162,7 +161,7 @@ class PretrainTrainer(nnUNetTrainer):
                 store,
                 self.method.partners(),
                 self.run,
-                anew=self.current_step == 0,
+                recompute=self.current_step == 0,
                 device=self.device,
                 autocast=self._autocast,
             )
@@ -178,7 +177,7 @@ class PretrainTrainer(nnUNetTrainer):
         """Run the stage from the current step to its end.
 
         Raises:
-            SystemExit: after SIGTERM, once a checkpoint is written.
+            SystemExit: After SIGTERM, once a checkpoint is written.
         """
         self.on_train_start()
         try:
@@ -237,11 +236,11 @@ class PretrainTrainer(nnUNetTrainer):
 
     def _save_and_exit(self) -> None:
         self.save_checkpoint(str(self.folder / LATEST))
-        self.run_log.tell(f"Asked to stop: saved at step {self.current_step}; run the same command again to go on")
+        self.run_log.tell(f"Received SIGTERM: saved at step {self.current_step}; run the same command again to resume")
         raise SystemExit(TERMINATED)
 
     def _end_readers(self) -> None:
-        # after an error the traceback keeps the iterator alive, and with it readers that the interpreter waits for
+        # After an error the traceback keeps the iterator alive, and the interpreter would wait for its readers.
         shut_down = getattr(self.dataloader_train, "_shutdown_workers", None)
         if shut_down is not None:
             shut_down()
@@ -250,7 +249,7 @@ class PretrainTrainer(nnUNetTrainer):
     # ---------------------------------------------------------------- before, between and after the epochs
 
     def on_train_start(self) -> None:
-        """Start the loader, and write what says what is about to run."""
+        """Start the loader, describe the run in its folder and its log, and start the probe."""
         if not self.was_initialized:
             self.initialize()
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
@@ -273,12 +272,12 @@ class PretrainTrainer(nnUNetTrainer):
         with_decoder = any("decoder.stages.".startswith(prefix) for prefix in self.method.exported().pretrained)
         patch, epochs = self.configuration.patch_size, self.training.epochs
         self.probe = ProbeRun(self.options.probe, patch, epochs, with_decoder, self.device)
-        self.probe.take_up(self._probe_state)
+        self.probe.restore(self._probe_state)
         if self.current_step == 0:
             self._run_probe(0)
 
     def _run_probe(self, finished_epochs: int) -> float:
-        """Probe after so many epochs if it is due, and keep the best weights; NaN if it is not."""
+        """Run the probe if it is due and save the weights if they are the best so far; NaN if it is not due."""
         if self.probe is None or not self.probe.is_due(finished_epochs):
             return math.nan
         with self._autocast():
@@ -325,19 +324,19 @@ class PretrainTrainer(nnUNetTrainer):
             plot_progress(self.folder / "progress.png", title, self.metrics())
 
     def on_train_end(self) -> None:
-        """Write the final checkpoint, from which the weights leave, after what the stage says of itself."""
+        """Examine the finished stage, if it has an examination, and write the final checkpoint."""
         self._draw_progress()
         self._examine()
         self.save_checkpoint(str(self.folder / FINAL))
         if self.local_rank == 0:
             (self.folder / LATEST).unlink(missing_ok=True)
-        self.run_log.tell(f"Stage {self.stage} done: {self.folder / FINAL}")
+        self.run_log.tell(f"Stage {self.stage} finished: {self.folder / FINAL}")
 
     def _examine(self) -> None:
         examine = self.stage_entry.load_examination()
         if examine is None or self.local_rank != 0:
             return
-        self.save_checkpoint(str(self.folder / LATEST))  # nothing of the training is lost if this fails
+        self.save_checkpoint(str(self.folder / LATEST))  # so that no training is lost if the examination fails
         self.method.eval()
         content, lines = examine(self.method, self._store(), self.options.seed, self.device, self._autocast)
         write_json(self.folder / EXAMINATION, to_plain(content))
@@ -350,8 +349,8 @@ class PretrainTrainer(nnUNetTrainer):
         """Write a checkpoint of nnssl's schema atomically; only the first process writes.
 
         Args:
-            filename: its path.
-            leaves: write the weights as they leave a finished stage, also before its end.
+            filename: Path of the file.
+            leaves: Whether to write the weights as a finished stage hands them on, even before its end.
         """
         if self.local_rank != 0 or self.disable_checkpointing:
             return
@@ -374,10 +373,10 @@ class PretrainTrainer(nnUNetTrainer):
             self._cadence.saved(started)
 
     def load_checkpoint(self, filename_or_checkpoint: str | dict) -> None:
-        """Go on from a checkpoint of the same stage, plan and settings.
+        """Resume from a checkpoint of the same stage, plan and settings.
 
         Raises:
-            UserError: the checkpoint belongs to another stage, plan or to other settings.
+            UserError: If the checkpoint belongs to another stage or plan, or to other settings.
         """
         if not self.was_initialized:
             self.initialize()
@@ -397,4 +396,4 @@ class PretrainTrainer(nnUNetTrainer):
         self.run_log.tell("Pretraining has no validation Dice; evaluate the weights with nnssl_finetune")
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
-        """Do nothing: no pretext loss looks at the segmentation layers."""
+        """Do nothing: no pretext loss uses the segmentation layers."""

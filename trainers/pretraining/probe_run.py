@@ -1,7 +1,7 @@
-"""The online probe of a pretraining: a few labelled cases, what a linear layer reads off the features, and its trend.
+"""The online probe of a pretraining: the Dice of a linear layer on frozen features of a few labelled cases.
 
-The cases are seen as fine-tuning would see them: the plan of the pretraining is adopted for their data set and nnU-Net
-preprocesses them. Nothing of the training depends on the probe.
+The cases are prepared as for fine-tuning: the plan of the pretraining is adopted for their data set, and nnU-Net
+preprocesses them. The training does not depend on the probe.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from nnssl.data.patients import patient_in_name
 from nnssl.draws import make_generator
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError
 from nnssl.evaluation.labels import foreground_labels, ignore_label
 from nnssl.evaluation.probe import IGNORED, LabelledTile, fit_probe, mean_dice, score_probe
 from nnssl.files import read_json
@@ -31,28 +31,29 @@ KEY = "probe_dice"
 """Name of the probe's Dice among the metrics."""
 BEST = "checkpoint_probe_best.pth"
 CASES = 4
-"""Labelled cases that the probe learns from, and as many others that it is scored on, unless the user says otherwise."""
+"""Default number of labelled cases that the probe learns from; it is scored on as many others."""
 PROBES = 20
-"""About so many probes fall into a stage, unless the user says otherwise."""
+"""Default number of probes per stage, approximately."""
 TILES = 4
-"""Tiles of each case."""
+"""Number of tiles per case."""
 TREND_PROBES = 5
+"""Number of last probes that the trend is computed from."""
 FLAT = 0.01
-"""Change of Dice over the last probes that counts as none."""
+"""A trend with a smaller change of Dice over the last probes is called flat."""
 
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """What a run needs to know of its probe; plain values, which travel to other processes.
+    """Everything that a run needs for its probe, as plain values that can be sent to other processes.
 
     Attributes:
-        dataset_name: labelled data set.
-        data_folder: nnU-Net's preprocessed cases.
-        labels: values by class, background left out.
-        ignore: value of voxels that nobody labelled.
-        train: cases that the probe learns from.
-        test: cases that it is scored on.
-        every: epochs between two probes; None for about twenty in the stage.
+        dataset_name: Name of the labelled data set.
+        data_folder: Folder of the cases that nnU-Net preprocessed.
+        labels: Label values by class, without the background.
+        ignore: Label of voxels to ignore; None if there is none.
+        train: Cases that the probe learns from.
+        test: Cases that it is scored on.
+        every: Epochs between two probes; None for about twenty probes per stage.
     """
 
     dataset_name: str
@@ -70,36 +71,40 @@ def prepare_probe(
     """Choose the labelled cases of a probe and preprocess their data set with the plan of the pretraining.
 
     Args:
-        dataset_name: labelled data set in nnU-Net's raw format.
-        plan: of the pretraining.
-        configuration: that is pretrained.
+        dataset_name: Labelled data set in nnU-Net's raw format.
+        plan: Plan of the pretraining.
+        configuration: Configuration that is pretrained.
         folders: nnU-Net's folders.
-        cases: to learn from, each of another patient, and as many of further patients to score on.
-        every: epochs between two probes, or None.
-        processes: for preprocessing.
+        cases: Number of cases to learn from, each of another patient; the probe is scored on as many further patients.
+        every: Epochs between two probes; None for about twenty probes per stage.
+        processes: Worker processes for preprocessing.
 
     Raises:
-        UserError: too few cases, labels that overlap, other channels than the plan's, or nnU-Net cannot prepare the data.
+        UserError: If there are too few cases, if labels overlap, if the channels are not those of the plan, or if nnU-Net
+            cannot prepare the data.
     """
     labelled = find_labelled_cases(dataset_name, folders)
     one_each = {patient_in_name(case): case for case in reversed(labelled)}
     if len(one_each) < 2 * cases:
-        raise UserError(
-            f"--probe {dataset_name}: has {len(one_each)} labelled patients, and {2 * cases} are needed, half to learn from and "
-            f"half to score on; take --probe-cases {len(one_each) // 2}"
+        raise ArgumentError(
+            f"probe_cases must be at most {len(one_each) // 2}, got {cases}: {dataset_name} has {len(one_each)} labelled "
+            "patients, and as many are needed for scoring"
             if len(one_each) > 1
-            else f"--probe {dataset_name}: has one labelled patient, and two are needed at least"
+            else f"probe must be a data set with at least two labelled patients, got {dataset_name} with {len(one_each)}",
+            "probe",
+            "probe_cases",
         )
     content = read_json(folders.raw / dataset_name / "dataset.json", "dataset.json of a labelled data set")
     labels = foreground_labels(content)
     regions = [name for name, value in labels.items() if not isinstance(value, int)]
     if regions:
-        raise UserError(
-            f"--probe {dataset_name}: has regions ({regions[0]}), which overlap; the probe tells classes apart"
+        raise ArgumentError(
+            f"probe must be a data set without regions, got {dataset_name}, whose region {regions[0]} may overlap others",
+            "probe",
         )
     order = label_order(sorted(one_each.values()), seed=0)
     lock = make_writable(folders.preprocessed / dataset_name) / "nnssl_probe.lock"
-    with FileLock(lock):  # every process of torchrun comes here
+    with FileLock(lock):  # every process of torchrun gets here
         adopted = adopt_plan(plan.nnunet, dataset_name, folders)
         prepare_data(dataset_name, adopted, configuration, labelled, folders, processes)
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -107,7 +112,7 @@ def prepare_probe(
     data = PlansManager(adopted.content).get_configuration(configuration).data_identifier
     train, test = tuple(sorted(order[:cases])), tuple(sorted(order[cases : 2 * cases]))
     logger.info(
-        f"Probe: learns from {', '.join(train)}; scored on {', '.join(test)} of {dataset_name}, which are no test cases then"
+        f"Probe on {dataset_name}: trained on {', '.join(train)}; scored on {', '.join(test)}. Do not use these as test cases"
     )
     values = {name: value for name, value in labels.items() if isinstance(value, int)}
     return ProbeOptions(
@@ -116,7 +121,7 @@ def prepare_probe(
 
 
 class ProbeRun:
-    """The probe of one stage: its tiles, and the Dice of every probe so far."""
+    """The probe of one stage, with its tiles and the Dice of every probe so far."""
 
     def __init__(
         self, options: ProbeOptions, patch_size: Sequence[int], epochs: int, with_decoder: bool, device: torch.device
@@ -130,11 +135,11 @@ class ProbeRun:
         self.train, self.test = (read_tiles(options, cases, patch_size) for cases in (options.train, options.test))
 
     def is_due(self, finished_epochs: int) -> bool:
-        """Whether to probe after so many epochs: at the start, every so often, and at the end."""
+        """Return whether to probe after this number of epochs: before the first, after every ``every``-th and after the last."""
         return finished_epochs % self.every == 0 or finished_epochs == self.epochs
 
     def measure(self, network: Any, finished_epochs: int) -> float:
-        """Fit and score the probe, note the result, and return its mean Dice."""
+        """Fit and score the probe, add the result to the history, and return its mean Dice."""
         classes = (0, *self.options.labels.values())
         probe = fit_probe(network, self.train, classes, self.with_decoder, 0, self.device)
         dice = score_probe(network, probe, self.test, self.with_decoder, self.device)
@@ -148,7 +153,7 @@ class ProbeRun:
 
     @property
     def best(self) -> dict[str, Any]:
-        """The probe with the highest mean Dice, the first of equals; not the one before any training."""
+        """The result with the highest mean Dice, the earliest if several are equal. The probe before training does not count."""
         trained = [entry for entry in self.history if entry["epochs"] > 0] or self.history
         return max(trained, key=lambda entry: entry["mean"])
 
@@ -163,10 +168,10 @@ class ProbeRun:
         )
 
     def state(self, chose_weights: bool = False) -> dict[str, Any]:
-        """Return what a checkpoint and ``probe.json`` hold: the cases and every result.
+        """Return the content of ``probe.json`` and of the probe's part of a checkpoint: the cases and every result.
 
         Args:
-            chose_weights: whether the weights are kept for their Dice, so that the cases must not be test cases.
+            chose_weights: Whether the weights are saved because of their Dice, so that the cases must not be test cases.
         """
         return {
             "dataset_name": self.options.dataset_name,
@@ -176,15 +181,15 @@ class ProbeRun:
             "history": self.history,
         }
 
-    def take_up(self, state: dict[str, Any] | None) -> None:
-        """Go on from the results of a checkpoint, if they are of the same cases."""
+    def restore(self, state: dict[str, Any] | None) -> None:
+        """Restore the results of a checkpoint if they were measured on the same cases."""
         own = self.state()
         if state is not None and all(state[key] == own[key] for key in ("dataset_name", "train", "test")):
             self.history = list(state["history"])
 
 
 def trend(values: Sequence[float]) -> str:
-    """Say in words where the last probes lead: the change of a straight line through them."""
+    """Return the trend of the last probes in words: the change of Dice along a straight line fitted to them."""
     last = np.array(values[-TREND_PROBES:])
     if len(last) < 3:
         return "too early for a trend"
@@ -194,15 +199,15 @@ def trend(values: Sequence[float]) -> str:
 
 
 def read_tiles(options: ProbeOptions, cases: Sequence[str], patch_size: Sequence[int]) -> list[LabelledTile]:
-    """Return tiles of labelled cases around drawn foreground voxels, always the same ones.
+    """Return tiles of labelled cases around foreground voxels; the draw depends on the case's name only.
 
     Args:
-        options: of the probe.
-        cases: names.
-        patch_size: voxels of a tile, (z, y, x) or (y, x).
+        options: Options of the probe.
+        cases: Names of the cases.
+        patch_size: Size of a tile in voxels, (z, y, x) or (y, x).
 
     Raises:
-        UserError: a case has no foreground.
+        UserError: If a case has no foreground.
     """
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
@@ -216,7 +221,10 @@ def read_tiles(options: ProbeOptions, cases: Sequence[str], patch_size: Sequence
         generator = make_generator(0, "probe/tiles", case)
         present = [value for value in options.labels.values() if (labels == value).any()]
         if not present:
-            raise UserError(f"--probe: case {case} has no foreground to probe; take another data set or label it")
+            raise ArgumentError(
+                f"probe: case {case} of {options.dataset_name} has no foreground; label it or choose another data set",
+                "probe",
+            )
         for number in range(TILES):
             places = np.argwhere(labels == present[number % len(present)])
             centre = places[int(torch.randint(len(places), (1,), generator=generator))]

@@ -1,4 +1,4 @@
-"""What a pretraining run leaves for its user to look at: a table and a figure."""
+"""The progress of a pretraining run, written as a table and a figure."""
 
 import csv
 import itertools
@@ -16,16 +16,16 @@ METRICS_CSV = "metrics.csv"
 
 
 def write_metrics(path: Path, metrics: Mapping[str, Sequence[float]]) -> None:
-    """Write one line per epoch to a CSV file that a spreadsheet opens; NaN, where nothing was measured, is empty."""
+    """Write a CSV file with one line per epoch; values that were not measured (NaN) are left empty."""
     rows = [["" if math.isnan(value) else value for value in row] for row in zip(*metrics.values(), strict=True)]
     write_csv(path, ["epoch", *metrics], [[epoch, *row] for epoch, row in enumerate(rows)])
 
 
 def read_metrics(path: Path) -> dict[str, list[float]]:
-    """Return what ``write_metrics`` wrote, one value per epoch for every metric.
+    """Read a file of ``write_metrics``: one value per epoch for every metric.
 
     Raises:
-        UserError: it is no such table.
+        UserError: If the file is not such a table.
     """
     try:
         with open(path, newline="") as file:
@@ -34,7 +34,9 @@ def read_metrics(path: Path) -> dict[str, list[float]]:
         del columns["epoch"]
         return {name: [float(text) if text else math.nan for text in column] for name, column in columns.items()}
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: is no table of a pretraining ({error}); delete it, it is written anew") from error
+        raise UserError(
+            f"{path}: not a table of pretraining metrics ({error}); delete it, and it will be written again"
+        ) from error
 
 
 _NNUNET_KEYS = frozenset(
@@ -61,13 +63,13 @@ PANELS = {
 
 
 def log_epoch(logger: MetaLogger, epoch: int, values: Mapping[str, float], learning_rate: float) -> None:
-    """Write the values of an epoch to nnU-Net's logger, which refuses a name that it does not know.
+    """Write the values of an epoch to nnU-Net's logger, after adding the names that it would reject as unknown.
 
     Args:
-        logger: nnU-Net's.
-        epoch: from 0.
-        values: by name, ``loss`` among them; one that begins in the middle of a run is NaN before.
-        learning_rate: of the last step.
+        logger: nnU-Net's logger.
+        epoch: Number of the epoch, from 0.
+        values: Values by name, among them ``loss``; a name that first appears during a run is NaN in earlier epochs.
+        learning_rate: Learning rate of the last step.
     """
     logged = logger.local_logger.my_fantastic_logging
     logger.log("train_losses", values["loss"], epoch)
@@ -78,28 +80,28 @@ def log_epoch(logger: MetaLogger, epoch: int, values: Mapping[str, float], learn
 
 
 def last_values(metrics: Mapping[str, Sequence[float]]) -> str:
-    """Return the last epoch's values in one line, the loss first."""
+    """Return the last epoch's values in one line, starting with the loss."""
     last = {key: values[-1] for key, values in metrics.items()}
     shown = ", ".join(f"{key} {last[key]:.4g}" for key in last if key != "loss")
     return f"loss {last['loss']:.4f} ({shown})"
 
 
 def collect_metrics(logged: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
-    """Return one value per finished epoch for every metric in nnU-Net's log, without the ones that need labels."""
+    """Return one value per finished epoch for every metric in nnU-Net's log, except those that need labels."""
     own = {key: list(values) for key, values in logged.items() if key not in _NNUNET_KEYS and values}
     times = zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=False)
     return {**own, "learning_rate": list(logged["lrs"]), "epoch_seconds": [end - start for start, end in times]}
 
 
 def plot_progress(path: Path, title: str, metrics: Mapping[str, Sequence[float]]) -> None:
-    """Draw the metrics over the epochs, one panel for each group that has values.
+    """Draw the metrics over the epochs, with one panel for each group that has values.
 
     Args:
-        path: of the PNG.
-        title: of the figure.
-        metrics: one value per epoch for each name.
+        path: Path of the PNG file.
+        title: Title of the figure.
+        metrics: One value per epoch for each name.
     """
-    # the figure class alone, so that no window system and no global state is touched
+    # Only the figure class is imported: it needs no window system and changes no global state.
     from matplotlib.figure import Figure
 
     measured = {

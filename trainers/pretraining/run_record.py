@@ -1,4 +1,4 @@
-"""What a run says of itself: in ``run.json``, at the head of its log, and as the provenance of its weights."""
+"""The description of a run: in its folder, at the start of its log, and as the provenance of its weights."""
 
 import shutil
 from pathlib import Path
@@ -34,13 +34,13 @@ def write_model_folder(folder: Path, plans: dict[str, Any], dataset_json: dict[s
 
 
 def describe_run(run: StageRun, init: str | None, device: torch.device, precision: Precision) -> dict[str, Any]:
-    """Return what ``run.json`` holds: everything that decides the run, with the origin of every setting.
+    """Return the content of ``run.json``: everything that determines the run, with the origin of every setting.
 
     Args:
-        run: that is about to start.
-        init: checkpoint that it starts from, None for random weights.
-        device: where it runs.
-        precision: how forward passes are computed.
+        run: The run that is about to start.
+        init: Checkpoint that it starts from; None for random weights.
+        device: Device that it runs on.
+        precision: Precision of forward passes.
     """
     return to_plain(
         {
@@ -62,14 +62,14 @@ def describe_run(run: StageRun, init: str | None, device: torch.device, precisio
 def opening_lines(
     run: StageRun, method: nn.Module, step: int, device: torch.device, precision: Precision
 ) -> tuple[list[str], list[str]]:
-    """Return the first lines of a log, and those that are for the log file alone: one for each setting.
+    """Return the first lines of a log, and one line per setting that belongs in the log file only.
 
     Args:
-        run: that is about to start.
-        method: the stage's.
-        step: from which it goes on, 0 for a new run.
-        device: where it runs.
-        precision: how forward passes are computed.
+        run: The run that is about to start.
+        method: Module of the stage.
+        step: Step that the run resumes from; 0 for a new run.
+        device: Device that it runs on.
+        precision: Precision of forward passes.
     """
     training = run.settings.training
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
@@ -79,7 +79,7 @@ def opening_lines(
         f"{trained / 1e6:.2f} M trained parameters, {precision.name} on {device}",
     ]
     if step:
-        lines.append(f"Going on at step {step} of {training.total_steps}")
+        lines.append(f"Resuming at step {step} of {training.total_steps}")
     described = describe_settings(run.settings, run.origins)
     return lines, [f"  {key} = {entry['value']} ({entry['origin']})" for key, entry in described.items()]
 
@@ -92,15 +92,15 @@ def provenance_of(
     pretrained: tuple[str, ...],
     cases: tuple[str, ...],
 ) -> Provenance:
-    """Return where the weights of a run come from.
+    """Return the provenance of a run's weights.
 
     Args:
-        run: that made them.
-        dataset_json: of the data set.
-        init: checkpoint that it started from, None for random weights.
-        step: optimizer steps so far.
-        pretrained: prefixes of the parameters that the stage pretrains.
-        cases: that it was shown.
+        run: The run that made them.
+        dataset_json: Content of the data set's ``dataset.json``.
+        init: Checkpoint that the run started from; None for random weights.
+        step: Optimizer steps so far.
+        pretrained: Prefixes of the parameters that the stage pretrains.
+        cases: Names of the cases that the run was shown.
     """
     total = run.settings.training.total_steps
     return Provenance(

@@ -1,4 +1,4 @@
-"""What a pretraining checkpoint holds of a run beside nnU-Net's keys, and how it is put back."""
+"""The state of a run that a pretraining checkpoint stores besides nnU-Net's keys."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from trainers.pretraining.epoch import Epoch
 
 
 def network_weights(network: nn.Module, exported: Exported | None) -> dict[str, Tensor]:
-    """Return the state of the plan's network, with the values that a finished stage fixes where one is given."""
+    """Return the state of the plan's network, with the values that a finished stage fixes if ``exported`` is given."""
     weights = network.state_dict()
     if exported is None:
         return weights
@@ -23,7 +23,7 @@ def network_weights(network: nn.Module, exported: Exported | None) -> dict[str, 
 
 
 def run_state(network: nn.Module, method: PretextMethod, epoch: Epoch, probe: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what a run needs to go on within an epoch: the method's own state, the epoch so far, the probe's results."""
+    """Return what a run needs to resume within an epoch: state of the method, records of the epoch, results of the probe."""
     return {
         "method": method_state(network, method),
         "epoch_records": [{key: float(value) for key, value in record.items()} for record in epoch.records],
@@ -35,10 +35,10 @@ def run_state(network: nn.Module, method: PretextMethod, epoch: Epoch, probe: di
 def read_state(
     path: Path, content: dict[str, Any], network: nn.Module, method: PretextMethod, device: torch.device
 ) -> tuple[Epoch, dict[str, Any] | None]:
-    """Put the state of a checkpoint into network and method, and return its epoch so far and its probe's results.
+    """Load the state of a checkpoint into network and method; return its current epoch and its probe's results.
 
     Raises:
-        UserError: the method of the checkpoint has other parts than this one.
+        UserError: If the method of the checkpoint has other parts than this one.
     """
     load_method_state(path, content, network, method)
     state = content["nnssl"]["state"]

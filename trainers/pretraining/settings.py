@@ -1,4 +1,4 @@
-"""What a user asks of a pretraining."""
+"""The user's settings of a pretraining."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError
 from nnssl.methods import Method
 from nnssl.plan import PLANS_NAME
 from trainers.pretraining.probe_run import CASES
@@ -60,9 +60,10 @@ class PretrainSettings:
         if self.epochs is not None:
             counts = [self.epochs] if isinstance(self.epochs, int) else list(self.epochs)
             if len(counts) not in (1, len(method.stages)):
-                raise UserError(
-                    f"epochs must be one number or one for each of the {len(method.stages)} stages of {method.name}, "
-                    f"got {len(counts)} numbers"
+                raise ArgumentError(
+                    f"epochs must be one number, or one for each of the {len(method.stages)} stages of {method.name}, got "
+                    f"{len(counts)} numbers",
+                    "epochs",
                 )
             counts = counts * len(method.stages) if len(counts) == 1 else counts
             overrides += [f"{stage.name}.epochs={count}" for stage, count in zip(method.stages, counts, strict=True)]

@@ -1,4 +1,4 @@
-"""One run of a pretext stage: what decides it, where its results lie, and whether a checkpoint is of it."""
+"""One run of a pretext stage: everything that determines it, its results folder, and the check of its checkpoints."""
 
 import json
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl.checkpoint import Provenance, to_plain
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError
 from nnssl.methods import Stage
 from nnssl.methods.settings import resolve_stage, values_by_key
 from nnssl.plan import Plan, plan_from_dict
@@ -16,15 +16,15 @@ from trainers.pretraining.probe_run import ProbeOptions
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What the command line says of a run beyond the plan.
+    """Options of a run that the plan does not contain.
 
     Attributes:
-        overrides: settings as ``key=value``.
-        init: checkpoint whose network weights the first stage starts from.
-        seed: of weights and of every draw.
-        workers: processes that read patches; None to choose.
-        alone: start a later stage from random weights, not from those of the stage before it.
-        probe: labelled cases for the online probe; None for no probe. Changes nothing of the training.
+        overrides: Settings as ``key=value``.
+        init: Checkpoint whose network weights the first stage starts from.
+        seed: Random seed for weights and every draw.
+        workers: Processes that read patches; None to choose automatically.
+        alone: Whether a later stage starts from random weights instead of those of the previous stage.
+        probe: Labelled cases of the online probe; None for no probe. The training does not depend on it.
     """
 
     overrides: tuple[str, ...] = ()
@@ -37,16 +37,16 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class StageRun:
-    """What decides a run of a stage; going on with a checkpoint of anything else would be a silent mixture.
+    """Everything that determines a run of a stage; a run must not resume from a checkpoint of a different one.
 
     Attributes:
-        plan: of the data set.
-        stage: of a method.
-        configuration: of the plan, in which the stage runs.
-        overrides: settings as ``key=value``.
-        seed: of weights and of every draw.
-        settings: of the stage, resolved.
-        origins: of every setting, by key.
+        plan: Plan of the data set.
+        stage: Stage of a method.
+        configuration: Configuration of the plan that the stage runs in.
+        overrides: Settings as ``key=value``.
+        seed: Random seed for weights and every draw.
+        settings: Resolved settings of the stage.
+        origins: Origin of every setting, by key.
     """
 
     plan: Plan
@@ -58,15 +58,15 @@ class StageRun:
     origins: dict[str, str]
 
     def folder(self, results: Path) -> Path:
-        """Return where the run leaves its results, below nnU-Net's folder of results."""
+        """Return the results folder of the run, below nnU-Net's results folder."""
         return stage_folder(results, self.plan, self.stage, self.configuration)
 
 
 def resolve_run(plan: Plan, stage: Stage, configuration: str, overrides: Sequence[str], seed: int) -> StageRun:
-    """Resolve the settings of a stage whose method was asked to run in a configuration.
+    """Resolve the settings of a stage for the configuration that its method is run in.
 
     Raises:
-        UserError: a setting is wrong, or the plan has no such configuration or no schedule for the stage.
+        UserError: If a setting is wrong, or if the plan has no such configuration or no schedule for the stage.
     """
     own = stage.runs_in(configuration)
     settings, origins = resolve_stage(stage.load(), plan.configuration(own), stage.name, overrides)
@@ -74,33 +74,33 @@ def resolve_run(plan: Plan, stage: Stage, configuration: str, overrides: Sequenc
 
 
 def stage_folder(results: Path, plan: Plan, stage: Stage, configuration: str) -> Path:
-    """Return where a stage of a method that was asked to run in a configuration leaves its results, as nnU-Net names it.
+    """Return the results folder of a stage, named as nnU-Net names it.
 
     Args:
-        results: nnU-Net's folder of results.
-        plan: of the data set.
-        stage: of the method.
-        configuration: of the plan.
+        results: nnU-Net's results folder.
+        plan: Plan of the data set.
+        stage: Stage of a method.
+        configuration: Configuration that the method is run in.
     """
     name = f"{stage.trainer}__{plan.name}__{stage.runs_in(configuration)}"
     return results / plan.dataset_name / name / "fold_all"
 
 
 def plain_settings(settings: Any) -> dict[str, Any]:
-    """Return resolved settings by key as JSON knows them (lists for tuples), which is how a checkpoint holds them."""
+    """Return resolved settings by key as JSON represents them (tuples as lists), which is how a checkpoint stores them."""
     return json.loads(json.dumps(to_plain(values_by_key(settings))))
 
 
 def check_same_run(path: Path, found: Provenance, run: StageRun) -> None:
-    """Check that a checkpoint is of the run that is about to start.
+    """Check that a checkpoint belongs to the run that is about to start.
 
     Args:
-        path: of the checkpoint.
-        found: where its weights come from.
-        run: that is about to start.
+        path: Path of the checkpoint.
+        found: Provenance of its weights.
+        run: The run that is about to start.
 
     Raises:
-        UserError: it is of another stage, data set, plan, configuration, seed, or was run with other settings.
+        UserError: If it belongs to another stage, data set, plan, configuration or seed, or was made with other settings.
     """
     expected = {
         "stage": run.stage.name,
@@ -111,23 +111,27 @@ def check_same_run(path: Path, found: Provenance, run: StageRun) -> None:
     }
     for key, value in expected.items():
         if getattr(found, key) != value:
-            raise UserError(f"{path}: is of {key} {getattr(found, key)}, this run of {value}; --restart starts again")
+            raise ArgumentError(
+                f"{path}: made with {key} {getattr(found, key)}, but this run has {value}; use restart to start over",
+                "restart",
+            )
     changes = [
         f"{key} {found.settings.get(key)} -> {value}"
         for key, value in plain_settings(run.settings).items()
         if key not in found.settings or found.settings[key] != value
     ]
     if changes:
-        raise UserError(
-            f"{path}: was run with other settings ({', '.join(changes)}); --restart starts again with the new ones"
+        raise ArgumentError(
+            f"{path}: made with other settings ({', '.join(changes)}); use restart to start over with the new ones",
+            "restart",
         )
     earlier = plan_from_dict(found.plans, f"{path}: plan")
     if _decisive(earlier, run.configuration) != _decisive(run.plan, run.configuration):
-        raise UserError(
-            f"{path}: was run with an earlier plan {run.plan.name}; --restart starts again with the new one"
+        raise ArgumentError(
+            f"{path}: made with an earlier plan {run.plan.name}; use restart to start over with the new one", "restart"
         )
 
 
 def _decisive(plan: Plan, configuration: str) -> tuple[Any, Any]:
-    """Return what of a plan decides a run in one of its configurations."""
+    """Return the parts of a plan that determine a run in one of its configurations."""
     return plan.pretext.configurations.get(configuration), plan.nnunet["configurations"]

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: SIGTERM is taken note of, and the loop leaves at the end of a step."""
+"""Stopping a run from outside: after SIGTERM the loop ends with the current step."""
 
 import signal
 from types import FrameType
@@ -10,34 +10,34 @@ import torch.distributed as dist
 from nnssl.distributed import is_distributed
 
 CHECK_STEPS = 20
-"""On several processes, steps between two looks at whether any of them was asked to stop."""
+"""With several processes, number of steps between two checks whether any of them received SIGTERM."""
 TERMINATED = 143
-"""Exit code after SIGTERM, as shells report it."""
+"""Exit code after SIGTERM, as reported by shells."""
 
 
 class StopRequest:
-    """Takes note of SIGTERM inside a ``with`` block and puts the earlier handler back afterwards."""
+    """Records SIGTERM inside a ``with`` block and restores the previous handler afterwards."""
 
     def __init__(self) -> None:
         self.asked = False
         self._before: Any = None
 
     def __enter__(self) -> "StopRequest":
-        self._before = signal.signal(signal.SIGTERM, self._take_note)
+        self._before = signal.signal(signal.SIGTERM, self._record)
         return self
 
     def __exit__(self, *error: object) -> None:
         signal.signal(signal.SIGTERM, self._before)
 
-    def _take_note(self, signum: int, frame: FrameType | None) -> None:
+    def _record(self, signum: int, frame: FrameType | None) -> None:
         self.asked = True
 
     def agreed(self, step: int, device: torch.device) -> bool:
-        """Return whether to leave after this step; all processes get the same answer.
+        """Return whether to stop after this step; the answer is the same in all processes.
 
         Args:
-            step: steps taken so far; several processes ask one another every ``CHECK_STEPS`` of them.
-            device: of the process group.
+            step: Number of steps so far; several processes communicate every ``CHECK_STEPS`` of them.
+            device: Device of the process group.
         """
         if not is_distributed():
             return self.asked

@@ -1,4 +1,4 @@
-"""A study runs to its table: once for real through the command, and with made-up cells where only the order matters."""
+"""A study from start to table: once with real training through the command, otherwise with made-up metrics."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ LABELS = ("liver", "spleen", "stomach", "aorta")
 
 @pytest.fixture(scope="module")
 def finished(phantoms, tmp_path_factory):
-    """One study through the command: (results folder, what a dry run said, what the run said)."""
+    """Folders of a study that is run through the command: the results folder, and nnU-Net's folders by name."""
     results = tmp_path_factory.mktemp("study") / "results"
     results.mkdir()
     names = {"raw": phantoms / "raw", "preprocessed": phantoms / "preprocessed", "results": results}
@@ -55,7 +55,7 @@ def test_the_command_from_nothing_to_the_report(finished, capsys):
     before = sorted(path for folder in names.values() for path in folder.rglob("*"))
     dry = "\n".join(call(names, capsys, "--dry-run"))
     assert sorted(path for folder in names.values() for path in folder.rglob("*")) == before  # it writes nothing
-    assert "pix2rep: weights to be pretrained on Dataset501_Unlabelled" in dry
+    assert "pix2rep: weights will be pretrained on Dataset501_Unlabelled" in dry
     assert re.search(r"scratch +finetune +2 +0/1", dry)
     assert re.search(r"4 cells: about .* from timed steps of the bare network", dry)
 
@@ -105,7 +105,7 @@ class Killed(BaseException):
 
 @pytest.fixture
 def pretend(monkeypatch):
-    """Replace training, prediction and evaluation by made-up metrics; ``pretend.after`` cells a signal comes."""
+    """Replace training, prediction and evaluation by made-up metrics; after ``pretend.after`` cells the study is killed."""
 
     class Pretend:
         after = 10**9
@@ -219,7 +219,7 @@ def test_a_larger_study_takes_over_the_cells_of_a_smaller(folders, pretend, tmp_
 
 
 def test_weights_that_start_the_network_alike_share_their_cells(folders, pretend, tmp_path):
-    """What an arm trained beside the network that is fine-tuned makes no difference, and is said and not trained again."""
+    """Arms that differ only in weights outside the fine-tuned network share their cells, and a message reports this."""
     first = make_study(folders).weights_path("pix2rep")
     content = load_tensors(first)
     for name, changed in (("twin", "transformer.gate"), ("other", "encoder.stages.0.0.convs.0.conv.weight")):
@@ -240,7 +240,7 @@ def test_networks_of_other_labels_are_refused(folders, pretend, tmp_path):
     cells = StudyCells(study)
     cells.classes = {"liver": 1, "kidney": 2}
     with pytest.raises(
-        UserError, match="was trained with the labels liver, spleen, stomach, aorta, .* now has liver, kidney"
+        UserError, match=": trained with the labels liver, spleen, stomach, aorta, .* now has liver, kidney"
     ):
         run_cells(cells, tmp_path, Part())
 
@@ -251,7 +251,7 @@ def test_a_plan_that_has_changed_in_the_meantime_is_refused(folders, pretend, tm
     before = path.read_text() if path.exists() else None
     try:
         write_json(path, {**study.adopted.content, "configurations": {}})
-        with pytest.raises(UserError, match=r"nnsslPlans\.json: has become another plan in the meantime"):
+        with pytest.raises(UserError, match=r"nnsslPlans\.json: the plan has changed since the study began"):
             run_study(study, tmp_path, Part(), "command")
     finally:
         path.with_name("nnsslPlansFrom501.json").unlink()
@@ -262,6 +262,6 @@ def test_a_plan_that_has_changed_in_the_meantime_is_refused(folders, pretend, tm
 def test_parts_and_durations():
     assert parse_part("3/8") == Part(3, 8)
     for text in ("0/2", "3/2", "1", "a/b", "1/0"):
-        with pytest.raises(UserError, match="--part"):
+        with pytest.raises(UserError, match="part must be i/n"):
             parse_part(text)
     assert [format_duration(s) for s in (50, 600, 12600, 180000)] == ["50 s", "10 min", "3.5 h", "2.1 days"]

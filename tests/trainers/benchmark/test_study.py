@@ -1,4 +1,4 @@
-"""What a study compares is fixed and fair before anything is trained."""
+"""The design of a study is fixed and fair before training begins."""
 
 import shutil
 from dataclasses import replace
@@ -64,10 +64,10 @@ def test_arms_as_users_name_them(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("moco", "is no method"),
-        ("reprec.first", "is no method"),
+        ("moco", "Unknown arm 'moco': expected a method"),
+        ("reprec.first", "Unknown arm 'reprec.first': expected a method"),
         ("scratch", "is always trained"),
-        ("/no/file.pth", "there is no file"),
+        ("/no/file.pth", "checkpoint /no/file.pth not found"),
     ],
 )
 def test_wrong_arms(text, message):
@@ -98,7 +98,7 @@ def test_linear_probe_keeps_its_own_rate(folders):
 
 
 def test_other_scans_of_a_held_out_patient_are_not_used(folders, tmp_path):
-    """Held out is one of two scans of a patient; the other is neither trained on nor shown to the mean teacher."""
+    """If one of a patient's two scans is held out, the other is neither trained on nor shown to the mean teacher."""
     table = tmp_path / "patients.csv"
     pairs = {case: f"p{number // 2}" for number, case in enumerate(cases_of(4, 12))}
     table.write_text("case,patient\n" + "".join(f"{case},{patient}\n" for case, patient in pairs.items()))
@@ -120,7 +120,7 @@ def test_subsets_in_a_given_order(folders, tmp_path):
     study = prepare(folders, test_cases=test, subsets=subsets, seeds=1)
     assert study.split(1, 0).train == ("phantom_0009",)
     assert study.split(3, 0).train == ("phantom_0006", "phantom_0009", "phantom_0011")
-    with pytest.raises(UserError, match="names 3 patients, fewer than --labels 4"):
+    with pytest.raises(UserError, match="lists 3 patients, but labels needs 4"):
         prepare(folders, test_cases=test, subsets=subsets, seeds=1, labels=(4,))
     with pytest.raises(UserError, match=r"seed1\.txt: cannot be read"):
         prepare(folders, test_cases=test, subsets=subsets)
@@ -130,7 +130,7 @@ def test_subsets_in_a_given_order(folders, tmp_path):
 
 
 def test_a_test_image_among_the_pretraining_images_is_refused(folders, phantoms, tmp_path):
-    """The file of the test image has another name in the pretraining data: its voxels tell."""
+    """A test image that has another file name in the pretraining data is recognised by its voxels."""
     raw = tmp_path / "raw"
     shutil.copytree(phantoms / "raw" / LABELLED, raw / LABELLED)
     source = phantoms / "raw" / SOURCE / "imagesTr" / "phantom_0002_0000.nii.gz"
@@ -143,7 +143,7 @@ def test_a_test_image_among_the_pretraining_images_is_refused(folders, phantoms,
     ):
         prepare(leaking, test_cases=test)
     assert "phantom_0007" not in prepare(leaking, test_patients=5).test  # drawn cases avoid it
-    with pytest.raises(UserError, match="8 patients were to be held out, and only 7 of 8 were not seen"):
+    with pytest.raises(UserError, match="8 patients must be held out, but only 7 of 8 were not seen"):
         prepare(leaking, test_patients=8, labels=(1,))
 
 
@@ -153,14 +153,14 @@ def test_another_scan_of_a_test_patient_in_pretraining_is_refused(folders, tmp_p
     table.write_text("case,patient\n" + "".join(f"{case},{patient}\n" for case, patient in names.items()))
     test = tmp_path / "test.txt"
     test.write_text("phantom_0007\n")
-    with pytest.raises(UserError, match="is of the patient of phantom_0001 of Dataset501_Unlabelled"):
+    with pytest.raises(UserError, match="is of the same patient as phantom_0001 of Dataset501_Unlabelled"):
         prepare(folders, test_cases=test, patients=table)
 
 
 def test_cases_that_a_checkpoint_saw_count_even_if_the_data_set_has_lost_them(folders):
     seen = seen_in_pretraining(SOURCE, folders, None, ("scan_9_frame2",))
     assert seen.patients["scan_9"] == "scan_9_frame2"
-    with pytest.raises(UserError, match="there is no fingerprint of the pretraining data"):
+    with pytest.raises(UserError, match="fingerprint of the pretraining data not found"):
         seen_in_pretraining("Dataset777_Gone", folders, None)
 
 
@@ -176,12 +176,12 @@ def test_a_patient_on_both_sides():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"labels": (7,)}, "6 labelled patients are not held out"),
-        ({"labels": (1, 1)}, "--labels 1 1: give one value or more, each once"),
+        ({"labels": (7,)}, "labels must be at most 6, .*, got 7"),
+        ({"labels": (1, 1)}, "labels must be one or more different values, got 1 1"),
         ({"configuration": "4d"}, "has no configuration '4d'"),
         ({"arms": ("reprec",), "configuration": "2d", "source": 501}, None),
         ({"source": 999}, "not found"),
-        ({"tolerance_mm": 0.0}, "is above 0"),
+        ({"tolerance_mm": 0.0}, "tolerance_mm must be above 0, got 0.0"),
     ],
 )
 def test_wrong_settings(folders, changes, message):
@@ -193,7 +193,7 @@ def test_wrong_settings(folders, changes, message):
 
 
 def test_where_weights_of_an_arm_are(folders):
-    """A method's own folder serves it as it is, and an arm with values only if it holds just that run."""
+    """A method uses its own folder as it is; an arm with settings uses it only if it contains exactly that run."""
     path = folders.preprocessed / SOURCE / "nnsslPlans.json"
     source = Source(read_plan(path), "3d_fullres", (), folders, CPU)
     own = folders.results / SOURCE / "Pix2RepTrainer__nnsslPlans__3d_fullres" / "fold_all" / "checkpoint_final.pth"
@@ -226,14 +226,14 @@ def test_where_weights_of_an_arm_are(folders):
 def test_weights_fit_the_network_that_is_fine_tuned(folders, method, wanted, expected):
     plan = read_plan(folders.preprocessed / SOURCE / "nnsslPlans.json")
     if expected is None:
-        with pytest.raises(UserError, match=f"-m {method}: .*do not fit {wanted}"):
+        with pytest.raises(UserError, match=f"{method} needs .*do not fit {wanted}"):
             configuration_for(find_method(method), plan, wanted)
         return
     assert configuration_for(find_method(method), plan, wanted) == expected
 
 
 def test_arms_prepared_alike_share_the_preparation(folders):
-    """SAM is trained once for both arms, and not at all for the third."""
+    """SAM is trained once for the two arms that need it; the third arm does not need it."""
     path = folders.preprocessed / SOURCE / "nnsslPlans.json"
     source = Source(read_plan(path), "3d_fullres_primus", (), folders, CPU)
     sam = "alice:partners=sam:dimensions=8:fine_queries=10:coarse_queries=4:coarse_pool=10"
@@ -249,11 +249,11 @@ def test_arms_prepared_alike_share_the_preparation(folders):
     prepared = list((folders.results / OWN_FOLDER).glob("sam.embedding-*"))
     assert len(prepared) == 1
     trained = [
-        line for line in lines if line.startswith("sam.embedding: ") and "finished" not in line and "taken" not in line
+        line for line in lines if line.startswith("sam.embedding: ") and "finished" not in line and "copied" not in line
     ]
     assert len([line for line in trained if str(prepared[0]) in line]) == 1
-    assert sum("sam.embedding: finished before" in line and str(prepared[0]) not in line for line in lines) == 2
-    assert any("sam.embedding: left out" in line for line in lines)
+    assert sum("sam.embedding: already finished" in line and str(prepared[0]) not in line for line in lines) == 2
+    assert any("sam.embedding: skipped" in line for line in lines)
     kept = [(final.parents[2] / "SAMTrainer__nnsslPlans__3d_fullres").exists() for final in finals]
     assert kept == [True, True, False]
 
@@ -272,5 +272,5 @@ def test_arms_must_share_the_plan(folders, tmp_path):
     shutil.copytree(folders.preprocessed, preprocessed)
     content["configurations"]["3d_fullres"]["batch_size"] += 1
     write_json(preprocessed / SOURCE / "nnsslPlans.json", content)
-    with pytest.raises(UserError, match="was pretrained with another plan than nnsslPlans"):
+    with pytest.raises(UserError, match=": pretrained with another plan than nnsslPlans"):
         prepare(replace(folders, preprocessed=preprocessed), arms=("pix2rep_v2", checkpoint))

@@ -1,4 +1,4 @@
-"""Stops a pretraining run in the middle, as a scheduler does."""
+"""Stops a pretraining run in the middle, as a batch scheduler does."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from trainers.pretraining import pretrain_trainer
 
 @contextmanager
 def stopped_at(monkeypatch, step: int) -> Iterator[None]:
-    """Within it a pretraining run is asked to stop, as by a scheduler, before it does this step."""
+    """Send SIGTERM to a pretraining run before this step inside a ``with`` block, and expect the run to exit."""
     original = pretrain_trainer.PretrainTrainer.train_step
 
     def interrupted(self, batch):

@@ -1,4 +1,4 @@
-"""Alice in the loop: which stages run, who is paired, resume, two processes, what stock nnU-Net loads, Primus and U-Net."""
+"""Alice in the training loop, with Primus and U-Net: stages, pairs, resuming, two processes, loading into stock nnU-Net."""
 
 import json
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ configurations = pytest.mark.parametrize("configuration", CONFIGURATIONS)
 
 @configurations
 def test_stock_nnunet_takes_the_encoder(toy, configuration):
-    """With deep supervision and without, for another number of classes; decoder, heads and teacher stay behind."""
+    """The encoder loads with and without deep supervision and for another number of classes; nothing else is exported."""
     final = run(toy, "alice", *SMALL, configuration=configuration)
     content, provenance = read_checkpoint(final)
     assert final.parent.parent.name == f"AliceTrainer__nnsslPlans__{configuration}"
@@ -56,11 +56,11 @@ def test_stock_nnunet_takes_the_encoder(toy, configuration):
 
 
 def test_a_stage_that_nothing_asks_for_is_left_out(toy):
-    """The toy's scans are hardly larger than a patch, so the plan has no use for embeddings."""
+    """The toy scans are hardly larger than a patch, so the plan does not need embeddings."""
     lines: list[str] = []
     with lines_to(lines.append):
         final = run(toy, "alice", *SMALL)
-    assert "sam.embedding: left out, nothing asks for it with these settings" in lines
+    assert "sam.embedding: skipped, these settings do not need it" in lines
     results = final.parents[2]
     assert not list(results.glob("SAMTrainer*"))
     assert not read_pairs(final.parent / "pairs.npz").matched.any()
@@ -72,20 +72,20 @@ def test_scans_are_not_paired_where_no_loss_compares_them(toy):
 
 
 def test_sam_runs_first_in_its_own_configuration_and_its_weights_are_not_taken(toy, capsys):
-    """Embeddings that fail their examination pair nothing; the log says so."""
+    """Embeddings that fail their examination pair no places, and a message reports this."""
     from_sam = run(toy, "alice", "partners=sam", *SMALL, *SMALL_SAM, configuration="3d_fullres_primus")
     out = capsys.readouterr().out
     sam = toy.results / NAME / "SAMTrainer__nnsslPlans__3d_fullres" / "fold_all"
     examined = json.loads((sam / "examination.json").read_text())
     matched = read_pairs(from_sam.parent / "pairs.npz").matched
     assert not examined["usable"]
-    assert "The body's box pairs places instead of embeddings" in out
+    assert "Places are paired by the body's box instead of embeddings" in out
     assert not matched.any()
     assert read_checkpoint(from_sam)[1].init is None
     lines: list[str] = []
     with lines_to(lines.append):
         run(toy, "alice", "partners=sam", *SMALL, *SMALL_SAM, configuration="3d_fullres_primus")
-    assert lines[0].startswith("sam.embedding: finished before")
+    assert lines[0].startswith("sam.embedding: already finished")
 
 
 def test_embeddings_that_pass_pair_places(toy):
@@ -99,7 +99,7 @@ def test_embeddings_that_pass_pair_places(toy):
 
 
 def test_embeddings_of_another_plan_are_refused(toy):
-    """A plan that was made again may have another spacing under the same name."""
+    """A new plan may have another spacing under the same name."""
     final = run(toy, "sam", *SMALL_SAM)
     path = final.parent / "examination.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "usable": True}))
@@ -147,7 +147,7 @@ def take_tokens_of_an_earlier_stage(toy) -> None:
     [("3d_fullres_primus", "cosine"), ("3d_fullres_primus", "info_nce"), ("3d_fullres", "cosine")],
 )
 def test_two_processes_equal_one(toy, configuration, similarity):
-    """Gradients and moving averages, of two steps; a pair stays in one process, statistics and keys are of both."""
+    """Compare gradients and moving averages over two steps. Pairs stay in one process; statistics and keys use both."""
     options = ("optimizer=sgd", "epochs=1", "iterations_per_epoch=2", "gradient_clip=1e9", f"similarity={similarity}")
     options = (*options, *SMALL)
     take_tokens_of_an_earlier_stage(toy)
@@ -161,7 +161,7 @@ def test_two_processes_equal_one(toy, configuration, similarity):
 
 def test_a_batch_that_would_part_a_pair_is_refused(toy):
     with pytest.raises(
-        UserError, match=r"batch_size 6 .* by 2 processes, a multiple of 2 for each; --set batch_size=4"
+        UserError, match=r"multiple of 4 for 2 processes, with a multiple of 2 in each, got 6; set batch_size=4"
     ):
         run(toy, "alice", "batch_size=6", *SMALL, num_gpus=2)
 
@@ -179,16 +179,18 @@ def test_stopped_run_ends_bit_identical(toy, monkeypatch, configuration):
 
 
 def test_other_cases_than_the_pairs_are_refused(toy, monkeypatch):
-    """A run that goes on after a case went away would draw from a table that has it."""
+    """A run that resumes after a case was deleted would draw pairs of the deleted case."""
     with stopped_at(monkeypatch, 3):
         run(toy, "alice", *SMALL)
     folder = toy.preprocessed / NAME / "nnsslPlans_cases_3d"
     for file in folder.glob("toy_05*"):
         file.unlink()
-    with pytest.raises(UserError, match=r"pairs.npz: was made for other cases"):
+    with pytest.raises(UserError, match=r"pairs.npz: the pairs are of other cases"):
         run(toy, "alice", *SMALL)
 
 
 def test_the_probe_needs_feature_maps(toy):
-    with pytest.raises(UserError, match="reads feature maps of a U-Net, which 3d_fullres_primus has not"):
+    with pytest.raises(
+        UserError, match="probe needs the feature maps of a U-Net, which 3d_fullres_primus does not have"
+    ):
         run(toy, "alice", *SMALL, configuration="3d_fullres_primus", probe=502)

@@ -1,4 +1,4 @@
-"""What is noted of an epoch: which embeddings stay, what the means are, and a metric that begins in the middle of a run."""
+"""Records of an epoch: the embeddings that are kept, the means, and a metric that first appears during a run."""
 
 import csv
 import math

@@ -1,4 +1,4 @@
-"""Pix2Rep in the loop: resume, two processes, and what stock nnU-Net loads, for v1 and v2, in 2D and 3D."""
+"""Pix2Rep v1 and v2 in the training loop, in 2D and 3D: resuming, two processes, loading into stock nnU-Net."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def run(folders, method: str, *overrides: str, configuration: str = "3d_fullres"
 
 @pytest.mark.parametrize("configuration", ["3d_fullres", "2d"])
 def test_stock_nnunet_takes_encoder_and_decoder(toy, configuration):
-    """Every tensor but the segmentation layers is the pretrained one; the head stays behind."""
+    """All tensors except the segmentation layers are the pretrained ones; the head is not exported."""
     final = run(toy, "pix2rep", configuration=configuration)
     content, provenance = read_checkpoint(final)
     assert final.parent.parent.name == f"Pix2RepTrainer__nnsslPlans__{configuration}"
@@ -55,7 +55,7 @@ def test_stock_nnunet_takes_encoder_and_decoder(toy, configuration):
 
 @pytest.mark.parametrize("method", VERSIONS)
 def test_two_processes_equal_one(toy, method):
-    """Gradients of network and head: points, statistics of the head and negatives of all ranks were the same."""
+    """Equal gradients show that points, the head's statistics and the negatives of all ranks are the same."""
     alone = tensors_of(run(toy, method, *ONE_STEP))
     together = tensors_of(run(toy, method, *ONE_STEP, restart=True, num_gpus=2))
     gradients = [value for key, value in alone.items() if key.endswith("momentum_buffer")]
@@ -77,7 +77,9 @@ def test_stopped_run_ends_bit_identical(toy, monkeypatch):
 
 
 def test_needs_the_plain_network(toy):
-    with pytest.raises(UserError, match="pix2rep needs a convolutional U-Net, which configuration 3d_fullres_hybrid"):
+    with pytest.raises(
+        UserError, match="pix2rep needs a convolutional U-Net; configuration must be .*, got 3d_fullres_hybrid"
+    ):
         run(toy, "pix2rep", configuration="3d_fullres_hybrid")
 
 

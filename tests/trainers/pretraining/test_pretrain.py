@@ -1,4 +1,4 @@
-"""The loop end to end on a toy data set: stages, checkpoints, resume, several processes, nnU-Net's own command."""
+"""The training loop end to end on a toy data set: stages, checkpoints, resuming, several processes, nnU-Net's command."""
 
 import csv
 import json
@@ -91,7 +91,7 @@ def test_both_stages_and_what_they_leave(toy):
         assert described["settings"]["epochs"] == {"value": 2, "origin": "plan"}
         assert described["settings"]["weight_decay"]["origin"] == "method default"
         assert any(path.parent.glob("training_log_*.txt"))
-    # what stage 1 learned is what stage 2 used and left as it was
+    # Stage 2 uses the encoder of stage 1 and does not change it.
     first, second = tensors_of(contrastive), tensors_of(generative)
     encoder = [key for key in first if key.startswith("encoder.")]
     assert encoder
@@ -128,8 +128,8 @@ def test_finished_stages_are_skipped_and_other_settings_are_refused(toy):
     with lines_to(said.append):
         run(toy)
     assert final.stat().st_mtime_ns == before
-    assert sum("finished before" in line for line in said) == 2
-    with pytest.raises(UserError, match=r"other settings \(temperature 0.2 -> 0.1\); --restart"):
+    assert sum("already finished" in line for line in said) == 2
+    with pytest.raises(UserError, match=r"other settings \(temperature 0.2 -> 0.1\); use restart"):
         run(toy, "temperature=0.1")
     run(toy, "temperature=0.1", restart=True)
     assert final.stat().st_mtime_ns != before
@@ -138,7 +138,7 @@ def test_finished_stages_are_skipped_and_other_settings_are_refused(toy):
 @pytest.mark.parametrize("stage", ["Contrastive", "Generative"])
 @pytest.mark.parametrize("step", [2, 3, 4])
 def test_stopped_run_ends_bit_identical(toy, monkeypatch, stage, step):
-    """SIGTERM in the middle and at the end of an epoch; the run goes on and ends like one never stopped."""
+    """After SIGTERM in the middle or at the end of an epoch, a run resumes and ends like one that was never stopped."""
     final = run(toy)
     expected = {
         name: tensors_of(folder_of(toy, name) / "checkpoint_final.pth") for name in ("Contrastive", "Generative")
@@ -171,9 +171,9 @@ def test_stopped_run_ends_bit_identical(toy, monkeypatch, stage, step):
 
 
 def test_two_processes_equal_one(toy, cold_start):
-    """Weights, teacher and optimizer after both stages: every gradient and every draw was the same.
+    """Equal weights, teacher and optimizer after both stages show that all gradients and draws are the same.
 
-    With SGD, because AdamW blows up the rounding noise of gradients that are zero (a bias before a norm).
+    SGD is used because AdamW amplifies the rounding noise of gradients that are zero (a bias before a norm).
     """
     sgd = ("optimizer=sgd", "learning_rate=0.01")
     run(toy, *sgd)
@@ -184,7 +184,7 @@ def test_two_processes_equal_one(toy, cold_start):
 
 
 def test_readers_end_with_a_failed_step(toy, monkeypatch):
-    """A failure must surface: readers that outlive it would keep the process from ending."""
+    """Readers that outlive a failed step would keep the process from ending, and the failure would not be reported."""
 
     def fail(self, batch):
         raise ZeroDivisionError
@@ -206,7 +206,9 @@ def test_values_out_of_range_are_refused(toy, setting):
 
 
 def test_odd_batch_is_refused_on_two_processes(toy):
-    with pytest.raises(UserError, match=r"batch_size 3 .* cannot be shared evenly by 2 processes; --set batch_size=2"):
+    with pytest.raises(
+        UserError, match=r"batch_size of .* must be a multiple of 2 for 2 processes, got 3; set batch_size=2"
+    ):
         run(toy, "batch_size=3", num_gpus=2)
 
 
@@ -218,7 +220,7 @@ def test_seed_decides_everything(toy):
 
 
 def test_two_dimensions_and_two_channels(nnunet_folders):
-    """bfloat16 where the CPU has it, slices instead of volumes, two channels."""
+    """Train on slices with two channels, in bfloat16 if the CPU supports it."""
     folders = resolve_folders()
     plan_toy(folders, channels=2)
     final = pretrain("reprec", NAME, PretrainSettings(configuration="2d_hybrid", workers=0), folders)
@@ -228,7 +230,7 @@ def test_two_dimensions_and_two_channels(nnunet_folders):
 
 
 def test_nnunets_own_command_runs_the_same_training(toy, monkeypatch):
-    """nnUNetv2_train with nnUNet_extTrainer, from the same seed, ends in the same tensors as nnssl_pretrain."""
+    """nnUNetv2_train with nnUNet_extTrainer ends with the same tensors as nnssl_pretrain with the same seed."""
     from nnunetv2.run.run_training import run_training
 
     monkeypatch.setattr(patches, "default_workers", lambda device: 0)
@@ -261,7 +263,7 @@ def test_data_set_planned_last_is_taken_and_said(toy):
 
     with lines_to(said.append):
         assert find_plan(toy, None, "nnsslPlans").parent.name == NAME
-    assert said == [f"no -d given: the data set planned last is {NAME}"]
+    assert said == [f"Using the data set that was planned last: {NAME}"]
 
 
 def test_wrong_inputs_are_one_line(toy, tmp_path):
@@ -272,21 +274,24 @@ def test_wrong_inputs_are_one_line(toy, tmp_path):
         return str(error.value)
 
     assert f"Unknown method 'nosuch'. Available methods: {', '.join(sorted(METHODS))}" in message(
-        pretrain, "nosuch", toy, NAME
+        pretrain, "nosuch", NAME, None, toy
     )
-    assert "data set Dataset777_No: not found" in message(pretrain, "reprec", toy, "Dataset777_No")
+    assert "data set Dataset777_No: not found" in message(pretrain, "reprec", "Dataset777_No", None, toy)
     (toy.raw / "Dataset777_No").mkdir(parents=True)
     for wanted in ("Dataset777_No", 777):  # its number as well as its name
-        assert "run nnssl_plan_and_preprocess -d Dataset777_No" in message(pretrain, "reprec", toy, wanted)
-    assert "needs a convolutional U-Net with a transformer" in message(pretrain, "reprec", toy, NAME, "3d_fullres")
-    assert "has no configuration '4d'" in message(pretrain, "reprec", toy, NAME, "4d")
-    assert "no setting 'colour'" in message(run, toy, "colour=blue")
+        assert "run nnssl_plan_and_preprocess -d Dataset777_No" in message(pretrain, "reprec", wanted, None, toy)
+    for wanted, expected in (
+        ("3d_fullres", "needs a convolutional U-Net with a transformer"),
+        ("4d", "has no configuration '4d'"),
+    ):
+        assert expected in message(pretrain, "reprec", NAME, PretrainSettings(configuration=wanted), toy)
+    assert "Unknown setting 'colour'" in message(run, toy, "colour=blue")
     assert "epochs must be of type int, got many" in message(run, toy, "epochs=many")
     empty = tmp_path / "results2"
     empty.mkdir()
     plans = {**read_plan(toy.preprocessed / NAME / "nnsslPlans.json").nnunet, "continue_training": False}
     dataset_json = json.loads((toy.preprocessed / NAME / "dataset.json").read_text())
-    assert "only fold is 'all'" in message(
+    assert "fold must be 'all'" in message(
         RepRecContrastiveTrainer, dict(plans), CONFIGURATION, 0, dataset_json, torch.device("cpu")
     )
     # stage 2 without stage 1
@@ -327,7 +332,7 @@ def test_init_starts_from_the_weights(toy, monkeypatch):
 
 
 def _start_elsewhere(toy, final: Path) -> None:
-    """Start stage 1 anew, from a copy of the weights."""
+    """Start stage 1 again, from a copy of the weights."""
     copy = final.parent.parent.parent / "copy.pth"
     copy.write_bytes(final.read_bytes())
     run(toy, init=copy, restart=True)

@@ -1,4 +1,4 @@
-"""The online probe in the loop: it changes nothing, survives a restart, keeps the best weights, and says where it leads."""
+"""The online probe in the training loop: it does not change the training, resumes, keeps the best weights, shows a trend."""
 
 import csv
 import json
@@ -54,7 +54,7 @@ def test_a_probed_run_ends_in_the_same_weights_and_leaves_its_best(folders, tmp_
         final = run(other, said=said)
     probed = weights_of(final)
     assert all(torch.equal(probed[name], value) for name, value in plain.items())
-    assert any(line.startswith("Probe: learns from") for line in said)
+    assert any(line.startswith(f"Probe on {LABELLED}: trained on") for line in said)
 
     state = json.loads((final.parent / "probe.json").read_text())
     assert [entry["epochs"] for entry in state["history"]] == [0, 1, 2, 3]
@@ -77,7 +77,7 @@ def test_a_probed_run_ends_in_the_same_weights_and_leaves_its_best(folders, tmp_
     architecture = plan.nnunet["configurations"]["3d_fullres"]["architecture"]
     network = build_network(architecture, 1, 5, seed=9)
     load_pretrained_weights(network, str(final.parent / BEST))
-    # the cases that chose these weights are no test cases; those of the final weights chose nothing
+    # The best weights were chosen by these cases, which therefore count as seen; the final weights were not chosen.
     best_saw, final_saw = (seen_by_checkpoint(final.parent / name, folders, None) for name in (BEST, final.name))
     assert set(best_saw[0].patients) == {*state["train"], *state["test"]}
     assert len(final_saw) == 1
@@ -114,7 +114,7 @@ def test_a_stopped_run_goes_on_with_the_same_probes(folders, tmp_path, monkeypat
 
 @pytest.mark.figures
 def test_a_probe_may_come_later_or_go(folders, monkeypatch):
-    """The column is empty where there was none, and the run is still the same run."""
+    """Epochs without a probe have an empty column, and the run still counts as the same run."""
     plan_path = folders.preprocessed / SOURCE / "nnsslPlans.json"
     plan = read_plan(plan_path)
     probe = prepare_probe(LABELLED, plan, "3d_fullres", folders, 2, None, 1)
@@ -144,7 +144,7 @@ def test_a_probe_may_come_later_or_go(folders, monkeypatch):
 
 
 def test_both_stages_of_a_hybrid_in_2d(folders):
-    """RepRec's decoder is not pretrained, so the probe reads the encoder alone."""
+    """RepRec's decoder is not pretrained, so the probe uses the encoder only."""
     final = run(folders, method="reprec", configuration="2d_hybrid")
     plan = read_plan(folders.preprocessed / SOURCE / "nnsslPlans.json")
     from nnssl.methods import find_method
@@ -196,7 +196,7 @@ def test_a_patient_is_on_one_side_only(folders, monkeypatch):
     plan = read_plan(folders.preprocessed / SOURCE / "nnsslPlans.json")
     probe = prepare_probe(LABELLED, plan, "3d_fullres", folders, 1, None, 1)
     assert len({name.split("_")[0] for name in (*probe.train, *probe.test)}) == 2
-    with pytest.raises(UserError, match="has 3 labelled patients, and 4 are needed"):
+    with pytest.raises(UserError, match="probe_cases must be at most 1, got 2: .* has 3 labelled patients"):
         prepare_probe(LABELLED, plan, "3d_fullres", folders, 2, None, 1)
 
 
@@ -206,7 +206,7 @@ def test_wrong_probes_end_before_training(folders, tmp_path):
     def prepare(cases=2, **changes):
         return prepare_probe(LABELLED, plan, "3d_fullres", replace(folders, **changes), cases, None, 1)
 
-    with pytest.raises(UserError, match="has 8 labelled patients, and 10 are needed.*take --probe-cases 4"):
+    with pytest.raises(UserError, match="probe_cases must be at most 4, got 5: .* has 8 labelled patients"):
         prepare(cases=5)
     raw = tmp_path / "raw"
     folder = raw / LABELLED
@@ -216,7 +216,7 @@ def test_wrong_probes_end_before_training(folders, tmp_path):
     content = json.loads((folders.raw / LABELLED / "dataset.json").read_text())
     content["labels"] = {"background": 0, "organs": [1, 2, 3, 4], "aorta": 4}
     (folder / "dataset.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"has regions \(organs\)"):
+    with pytest.raises(UserError, match=r"without regions, got .*, whose region organs"):
         prepare(raw=raw)
     with pytest.raises(UserError, match="not found"):
         run(folders, probe=999)

@@ -1,4 +1,4 @@
-"""The table of a pretraining is read as it was written."""
+"""A table of metrics is read as it was written."""
 
 import math
 
@@ -25,5 +25,5 @@ def test_metrics_are_read_as_they_were_written(tmp_path):
 def test_other_tables_are_refused(tmp_path, text):
     path = tmp_path / "metrics.csv"
     path.write_text(text)
-    with pytest.raises(UserError, match=r"metrics\.csv: is no table of a pretraining"):
+    with pytest.raises(UserError, match=r"metrics\.csv: not a table of pretraining metrics"):
         read_metrics(path)

@@ -10,7 +10,7 @@ from trainers.pretraining.run_log import RunLog
 
 STAGE = {"stages": ("reprec.generative",)}
 CITATION = "Please cite the following paper when using nnU-Net"
-STARTS = ("Pretext stage reprec.generative", "Epoch 0: loss", "Epoch 1: loss", "Stage reprec.generative done")
+STARTS = ("Pretext stage reprec.generative", "Epoch 0: loss", "Epoch 1: loss", "Stage reprec.generative finished")
 
 
 def log_file(folders) -> str:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run beside nnU-Net's keys comes back as it was; what leaves is what the method says."""
+"""The state of a run in a checkpoint is restored unchanged, and exported weights have the values that the method fixes."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from trainers.pretraining.run_state import network_weights, read_state, run_stat
 
 
 class Method(nn.Module):
-    """A head and a queue beside the network, which it holds as methods do."""
+    """A method that contains the network, a head and a queue."""
 
     def __init__(self, network: nn.Module, width: int = 2) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ def test_network_method_and_epoch_come_back(tmp_path):
     records = [{"loss": torch.tensor(1.5), "grad_norm": 2}, {"loss": torch.tensor(0.25), "grad_norm": 3}]
     embeddings = [torch.rand(2, 3), torch.rand(1, 3)]
     state = run_state(network, method, Epoch(records, embeddings), {"dataset_name": "Dataset004_Labelled"})
-    assert set(state["method"]) == {"head.weight", "head.bias", "queue"}  # the network stands elsewhere
+    assert set(state["method"]) == {"head.weight", "head.bias", "queue"}  # The network is stored elsewhere.
     path = tmp_path / "checkpoint_latest.pth"
     write_checkpoint(path, {"network_weights": network_weights(network, None)}, make_provenance(), state)
     other_network, other = make(1)
@@ -65,4 +65,4 @@ def test_what_leaves_has_the_values_that_the_method_fixes():
     assert torch.equal(weights["gate.weight"], torch.full((1, 1), 0.5))
     for name, value in before.items():
         assert name == "gate.weight" or torch.equal(weights[name], value)
-        assert torch.equal(network.state_dict()[name], value)  # the run goes on with its own
+        assert torch.equal(network.state_dict()[name], value)  # The run continues with its own values.

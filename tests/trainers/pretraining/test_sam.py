@@ -1,4 +1,4 @@
-"""SAM in the loop: what it leaves, what it says of itself, resume, two processes, what stock nnU-Net loads."""
+"""SAM in the training loop: exported weights, examination, resuming, two processes, loading into stock nnU-Net."""
 
 import json
 
@@ -40,7 +40,7 @@ def test_it_says_how_well_places_are_found_and_leaves_what_it_trained(toy, capsy
 
 
 def test_a_failed_examination_loses_nothing(toy, monkeypatch):
-    """The training is saved before; the same command then only examines."""
+    """The training is saved before the examination, so the same command then only repeats the examination."""
     import nnssl.matching.anatomical_sanity as sanity
 
     def fail(*_):
@@ -63,7 +63,7 @@ def test_a_failed_examination_loses_nothing(toy, monkeypatch):
 
 
 def test_two_processes_equal_one(toy):
-    """Coarse negatives are cells of the other process's patches too."""
+    """Coarse negatives include cells of the other process's patches."""
     options = ("optimizer=sgd", "epochs=1", "iterations_per_epoch=1", "gradient_clip=1e9", "batch_size=4", *SMALL)
     alone = tensors_of(run(toy, "sam", *options))
     together = tensors_of(run(toy, "sam", *options, restart=True, num_gpus=2))

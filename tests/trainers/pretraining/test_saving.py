@@ -1,4 +1,4 @@
-"""Checkpoints are written as often as a share of the time allows."""
+"""Checkpoints are written as often as their share of the time allows."""
 
 import pytest
 

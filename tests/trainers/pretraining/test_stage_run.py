@@ -1,4 +1,4 @@
-"""A run goes on from its own checkpoint only: what makes it another one, and what does not."""
+"""A run resumes only from its own checkpoint: differences that make it another run, and differences that do not."""
 
 import copy
 import json
@@ -47,7 +47,7 @@ FOUND = make_provenance(plans=make_content(), settings=SETTINGS)
 def test_the_same_run_goes_on():
     check(FOUND)
     content = make_content()
-    content["pretext"]["decisions"] = []  # what was said of the plan may change
+    content["pretext"]["decisions"] = []  # The recorded decisions of a plan may change.
     content["pretext"]["nnssl_version"] = "1"
     check(FOUND, content)
 
@@ -63,7 +63,7 @@ def test_the_same_run_goes_on():
     ],
 )
 def test_another_run_is_refused_by_what_differs(key, value):
-    with pytest.raises(UserError, match=rf"checkpoint.pth: is of {key} {value}, this run of .*; --restart"):
+    with pytest.raises(UserError, match=rf"checkpoint.pth: made with {key} {value}, but this run has .*; use restart"):
         check(replace(FOUND, **{key: value}))
 
 
@@ -77,7 +77,7 @@ def test_another_run_is_refused_by_what_differs(key, value):
     ],
 )
 def test_other_settings_are_named(settings, message):
-    with pytest.raises(UserError, match=rf"was run with other settings \({message}"):
+    with pytest.raises(UserError, match=rf"made with other settings \({message}"):
         check(replace(FOUND, settings={**TRAINING, **settings}))
 
 
@@ -85,10 +85,10 @@ def test_a_plan_that_was_made_again_is_refused_where_it_differs():
     changes = (
         lambda content: content["configurations"][CONFIGURATION].update(patch_size=[16, 24, 24]),
         lambda content: content["pretext"]["configurations"][CONFIGURATION].update(crop_overlap=0.5),
-        lambda content: content["configurations"].update(parent={}),  # what a configuration inherits counts
+        lambda content: content["configurations"].update(parent={}),  # Inherited values count.
     )
     for change in changes:
         content = copy.deepcopy(make_content())
         change(content)
-        with pytest.raises(UserError, match="was run with an earlier plan nnsslPlans"):
+        with pytest.raises(UserError, match="made with an earlier plan nnsslPlans"):
             check(FOUND, content)

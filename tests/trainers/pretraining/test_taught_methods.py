@@ -1,4 +1,4 @@
-"""Methods with a moving average of a whole U-Net, in the loop: resume, two processes, what stock nnU-Net loads, 2D and 3D."""
+"""Methods with a moving average of a U-Net, in 2D and 3D: resuming, two processes, loading into stock nnU-Net."""
 
 import pytest
 import torch
@@ -17,14 +17,14 @@ SMALL = {"pixelglobal": ("points=64", "uncertainty_passes=2"), "pcrl": ("queue_l
 TRAINERS = {"pixelglobal": "PixelGlobalTrainer", "pcrl": "PCRLTrainer"}
 ONE_STEP = ("optimizer=sgd", "epochs=1", "iterations_per_epoch=1", "gradient_clip=1e9")
 LONGER = ("epochs=2", "iterations_per_epoch=12")
-"""Steps for which a constant momentum is not 0, as it is in a run of 20 steps or less, whose moving average is the student."""
+"""A run long enough for a constant momentum above 0; up to 20 steps it is 0, and the moving average equals the student."""
 methods = pytest.mark.parametrize("method", SMALL)
 
 
 @methods
 @pytest.mark.parametrize("configuration", ["3d_fullres", "2d"])
 def test_stock_nnunet_takes_encoder_and_decoder(toy, method, configuration):
-    """Every tensor but the segmentation layers is the student's; moving average, heads and attention stay behind."""
+    """All tensors except the segmentation layers are the student's; moving average, heads and attention are not exported."""
     final = run(toy, method, *SMALL[method], configuration=configuration)
     content, provenance = read_checkpoint(final)
     assert final.parent.parent.name == f"{TRAINERS[method]}__nnsslPlans__{configuration}"
@@ -55,7 +55,7 @@ def test_stock_nnunet_takes_encoder_and_decoder(toy, method, configuration):
     ],
 )
 def test_two_processes_equal_one(toy, method, options):
-    """Gradients, the moving average and the queue: partners stay together, statistics and keys are of all ranks."""
+    """Compare gradients, moving average and queue. Partners stay in one process; statistics and keys use all ranks."""
     options = (*ONE_STEP, *SMALL[method], *options)
     alone = tensors_of(run(toy, method, *options))
     together = tensors_of(run(toy, method, *options, restart=True, num_gpus=2))
@@ -66,7 +66,7 @@ def test_two_processes_equal_one(toy, method, options):
 
 
 def test_two_processes_have_the_moving_average_and_the_queue_of_one(toy):
-    """Over steps enough for a moving average that is not its student, and few and small enough for rounding not to matter."""
+    """Enough steps for a moving average that differs from its student, but so few and small that rounding is negligible."""
     options = (*ONE_STEP, *SMALL["pcrl"], *LONGER, "learning_rate=0.003", "learning_rate_schedule=constant")
     final = run(toy, "pcrl", *options, "negatives=queue")
     alone = {key: value for key, value in tensors_of(final).items() if not key.startswith("optimizer")}
