@@ -19,7 +19,7 @@ RESIDUAL = f"{NETWORKS}.unet.ResidualEncoderUNet"
 PRIMUS = f"{NETWORKS}.primus.Primus"
 
 NAMED_PRIMUS = {"PrimusS": (396, 12, 6), "PrimusB": (792, 12, 12), "PrimusM": (864, 16, 12), "PrimusL": (1056, 24, 16)}
-"""Width, depth and heads by the names that nnU-Net knows; tokens of 8 x 8 x 8 voxels. Source: Primus, table 1."""
+"""Width, depth and heads of the networks that nnU-Net knows by name, with tokens of 8 x 8 x 8 voxels. Source: Primus, table 1."""
 
 RESENC_L: dict[str, Any] = {
     "n_stages": 6,
@@ -37,10 +37,10 @@ RESENC_L: dict[str, Any] = {
     "nonlin": "torch.nn.LeakyReLU",
     "nonlin_kwargs": {"inplace": True},
 }
-"""What the name ResEncL stands for."""
+"""Arguments of the network with the name ResEncL."""
 
 CLASSES = ("conv_op", "norm_op", "dropout_op", "nonlin")
-"""Arguments of a U-Net that are classes, written as strings."""
+"""Arguments of a U-Net whose values are classes, written as strings."""
 
 KEYS: dict[str, dict[str, Any]] = {
     PLAIN: {
@@ -65,24 +65,24 @@ KEYS: dict[str, dict[str, Any]] = {
         "key_to_lpe": "eva.pos_embed",
     },
 }
-"""Where the parts of a network are."""
+"""Names of the parts of each network."""
 
 
 @dataclass(frozen=True)
 class AdaptationPlan:
-    """What a checkpoint made elsewhere says of itself.
+    """Description of the network and the pretraining in a checkpoint made elsewhere.
 
     Attributes:
-        network_class: dotted name of the network's class.
-        arch_kwargs: its arguments.
-        requires_import: which of them are classes, written as strings.
-        patch_vox: of pretraining.
-        spacing_mm: of pretraining; None where the file does not say.
-        recommended_patch_vox: for fine-tuning; None where the file does not say.
-        pretrain_num_input_channels: of the images.
-        key_to_encoder: prefix of the encoder's tensors.
-        key_to_stem: prefix of those before it.
-        key_to_lpe: name of the learned positions; None without.
+        network_class: Dotted name of the network's class.
+        arch_kwargs: Arguments of the class.
+        requires_import: Names of the arguments whose values are classes, written as strings.
+        patch_vox: Patch size of the pretraining.
+        spacing_mm: Spacing of the pretraining; None if the file does not say.
+        recommended_patch_vox: Patch size recommended for fine-tuning; None if the file does not say.
+        pretrain_num_input_channels: Number of channels of the images.
+        key_to_encoder: Prefix of the encoder's tensors.
+        key_to_stem: Prefix of the stem's tensors.
+        key_to_lpe: Name of the learned positional embedding; None if there is none.
     """
 
     network_class: str
@@ -97,7 +97,7 @@ class AdaptationPlan:
     key_to_lpe: str | None
 
     def architecture(self) -> dict[str, Any]:
-        """Return the network as a configuration of a plan names it."""
+        """Return the network in the form of a plan's configuration."""
         return {
             "network_class_name": self.network_class,
             "arch_kwargs": self.arch_kwargs,
@@ -109,7 +109,7 @@ def network_kind(class_name: str) -> str:
     """Return which of nnU-Net's networks a class is or extends: ``PLAIN``, ``RESIDUAL`` or ``PRIMUS``.
 
     Raises:
-        ValueError: none of them.
+        ValueError: If it is none of them.
     """
     last = class_name.rpartition(".")[2]
     if "Primus" in last:
@@ -118,7 +118,7 @@ def network_kind(class_name: str) -> str:
         return RESIDUAL
     if last.endswith(("PlainConvUNet", "HybridUNet")):
         return PLAIN
-    raise ValueError(f"{class_name} is no PlainConvUNet, ResidualEncoderUNet or Primus")
+    raise ValueError(f"{class_name} is not a PlainConvUNet, ResidualEncoderUNet or Primus")
 
 
 def write_adaptation_plan(
@@ -128,24 +128,23 @@ def write_adaptation_plan(
     spacing_mm: Sequence[float],
     channels: int,
 ) -> tuple[dict[str, Any], str]:
-    """Return the adaptation plan of a network, in types that a safe load lets through, and a remark.
+    """Return the adaptation plan of a network, in types that a safe load accepts, and a remark.
 
-    A network with a transformer at its bottleneck is described as the U-Net around it, whose names it keeps. Primus has a
-    name among nnU-Net's only in four sizes; another size is described by its arguments, which nnssl reads and nnU-Net does
-    not.
+    A network with a transformer at its bottleneck is described as the U-Net around it, whose names it keeps. nnU-Net knows
+    Primus by name in four sizes only. Another size is described by its arguments, which nnssl reads and nnU-Net does not.
 
     Args:
-        architecture: of the network, as a configuration of a plan names it.
-        configuration: its name.
-        patch_vox: of the patches.
-        spacing_mm: of pretraining.
-        channels: of the network's input.
+        architecture: The network, in the form of a plan's configuration.
+        configuration: Name of the configuration.
+        patch_vox: Patch size.
+        spacing_mm: Spacing of the pretraining.
+        channels: Number of input channels of the network.
 
     Returns:
-        The plan, and what a reader has to know; empty where all is said.
+        The plan, and a remark on its limits; the remark is empty if there are none.
 
     Raises:
-        ValueError: the network is none that the format knows.
+        ValueError: If the format has no name for the network.
     """
     kind = network_kind(architecture["network_class_name"])
     kwargs = dict(architecture["arch_kwargs"])
@@ -158,12 +157,14 @@ def write_adaptation_plan(
         if named and tuple(kwargs["patch_embed_size"]) == (8, 8, 8):
             name, written, requires = named[0], None, None
         else:
-            remark = "nnU-Net knows Primus in its four sizes only; this one is described by its arguments, for nnssl"
+            remark = "nnU-Net knows Primus in four sizes only; this one is described by its arguments, which only nnssl reads"
     else:
         own = [key for key in kwargs if key.startswith("transformer_") or key == "token_stage"]
         if own:
             written = {key: value for key, value in (written or {}).items() if key not in own}
-            remark = "the transformer of the hybrid network is left out, as nnU-Net's adaptation plan knows U-Nets without one"
+            remark = (
+                "the transformer of the hybrid network is omitted, because nnU-Net's adaptation plan cannot describe it"
+            )
     patch = [int(n) for n in patch_vox]
     plan = {
         "architecture_plans": {
@@ -186,25 +187,23 @@ def write_adaptation_plan(
 def read_adaptation_plan(path: Path, content: Mapping[str, Any]) -> AdaptationPlan:
     """Read the adaptation plan of a checkpoint that was made elsewhere.
 
-    Only what is needed is asked for: such files are written by several programs, which add keys of their own.
+    Unknown keys are accepted, because several programs write such files and add their own keys.
 
     Args:
-        path: for error messages.
-        content: of the checkpoint, loaded safely.
+        path: Path of the checkpoint, for error messages.
+        content: Content of the checkpoint, loaded safely.
 
     Raises:
-        UserError: a key is missing, or the network is none that can be built here.
+        UserError: If a key is missing or the network cannot be built.
     """
     plan = content[KEY]
     if not isinstance(content.get("network_weights"), Mapping):
-        raise UserError(
-            f"{path}: has no network_weights beside its {KEY}; take the whole checkpoint from where it came"
-        )
+        raise UserError(f"{path}: has an {KEY} but no network_weights; download the complete checkpoint again")
     try:
         architecture = plan["architecture_plans"]
         name = architecture["arch_class_name"]
         first = next(iter(plan["pretrain_plan"]["configurations"].values()))
-        # what was pretrained may be cut smaller than the plan says, and then this key says so
+        # Pretraining may use smaller patches than its plan says; this key then holds their size.
         patch = tuple(int(n) for n in plan.get("pretrain_patch_size") or first["patch_size"])
         spacing = first.get("spacing")
         recommended = plan.get("recommended_downstream_patchsize")
@@ -222,15 +221,19 @@ def read_adaptation_plan(path: Path, content: Mapping[str, Any]) -> AdaptationPl
             key_to_lpe=plan.get("key_to_lpe"),
         )
     except KeyError as error:
-        raise UserError(f"{path}: its {KEY} has no {error}; it cannot be used without") from error
+        raise UserError(
+            f"{path}: the {KEY} lacks the key {error}; ask the author of the file for a complete one"
+        ) from error
     except (TypeError, ValueError, AttributeError, StopIteration) as error:
-        raise UserError(f"{path}: its {KEY} cannot be read ({error}); ask where the file came from") from error
+        raise UserError(
+            f"{path}: the {KEY} cannot be read ({error}); ask the author of the file for a correct one"
+        ) from error
 
 
 def _network(
     name: str, architecture: Mapping[str, Any], patch_vox: tuple[int, ...]
 ) -> tuple[str, dict[str, Any], tuple[str, ...]]:
-    """Return class, arguments and which of them are classes, of a network by its name."""
+    """Return the class of a network by its name, its arguments, and the names of the arguments that are classes."""
     last = name.rpartition(".")[2]
     if last in NAMED_PRIMUS:
         width, depth, heads = NAMED_PRIMUS[last]
@@ -241,7 +244,7 @@ def _network(
     kind = network_kind(name)
     kwargs = architecture["arch_kwargs"]
     if not kwargs:
-        raise ValueError(f"{name} without arch_kwargs says nothing of its size")
+        raise ValueError(f"{name} without arch_kwargs has no known size")
     kwargs = {key: _plain(value) for key, value in kwargs.items()}
     if kind == PRIMUS:
         for key in ("embed_dim", "eva_depth", "eva_numheads", "patch_embed_size"):

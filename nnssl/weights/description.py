@@ -1,4 +1,4 @@
-"""What somebody who loads exported weights has to know of them."""
+"""Description and citations of exported weights for their users."""
 
 import json
 from typing import Any
@@ -9,13 +9,13 @@ from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from nnssl.weights.target import TargetNetwork
 
 ELSEWHERE = "elsewhere"
-"""Method and data set of weights that were not made here."""
+"""Method and data set of weights that were made elsewhere."""
 
 NNSSL_CITATION = "Self-configuring self-supervised pretraining for nnU-Net."
 
 
 def describe(source: OpenedCheckpoint, target: TargetNetwork, licence: str) -> dict[str, Any]:
-    """Return what somebody who loads the weights has to know, as JSON takes it."""
+    """Return a description of the weights for their users, as JSON-compatible values."""
     made = source.provenance
     return {
         "library": f"nnssl {__version__}",
@@ -28,7 +28,7 @@ def describe(source: OpenedCheckpoint, target: TargetNetwork, licence: str) -> d
         "pretraining": source.pretraining,
         "plans": target.plans["plans_name"],
         "configuration": target.configuration,
-        # of a trainer's own network the plan says nothing
+        # The plan does not describe the network of a trainer that builds its own.
         "architecture": None if target.trainer else json.loads(json.dumps(target.architecture)),
         "num_inputs": target.num_inputs,
         "num_classes": target.num_classes,
@@ -41,7 +41,7 @@ def describe(source: OpenedCheckpoint, target: TargetNetwork, licence: str) -> d
 
 
 def citations(source: OpenedCheckpoint) -> list[dict[str, Any]]:
-    """Return what to cite, in the form that nnU-Net prints when training starts: the file's own, the method, nnssl."""
+    """Return the citations of the file, the method and nnssl, in the form that nnU-Net prints when training starts."""
     listed = [dict(each) for each in source.citations]
     if source.provenance is not None and source.provenance.method in METHODS:
         method = METHODS[source.provenance.method]

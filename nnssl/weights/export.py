@@ -1,9 +1,9 @@
-"""A checkpoint made into what somebody else loads: read, fitted to a network, written and tried."""
+"""Export of a checkpoint: fitted to a network, written for other programs, and read back as a check."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nnssl.errors import ArgumentError, UserError
+from nnssl.errors import ArgumentError
 from nnssl.log import logger
 from nnssl.paths import Folders, resolve_folders
 from nnssl.weights.export_settings import FORMATS, ExportSettings, Format
@@ -23,7 +23,7 @@ class Exported:
     Attributes:
         path: The file or folder written.
         target: The network that the weights were fitted to.
-        report: What became of every tensor.
+        report: How every tensor was transferred.
     """
 
     path: Path
@@ -73,10 +73,10 @@ def export(checkpoint: Path, settings: ExportSettings | None = None, folders: Fo
 
 
 def _check_settings(settings: ExportSettings) -> None:
-    """Check what can be wrong in itself.
+    """Check the settings before any file is read.
 
     Raises:
-        ArgumentError: If something is.
+        ArgumentError: If a setting is out of range or contradicts another.
     """
     if not 0 <= settings.least_share <= 1:
         raise ArgumentError(f"least_share must be between 0 and 1, got {settings.least_share}", "least_share")
@@ -100,13 +100,17 @@ def own_target(source: OpenedCheckpoint, seed: int = 0, configuration: str | Non
     """Return the network that weights of nnssl were pretrained in.
 
     Raises:
-        UserError: the weights were made elsewhere, without a plan; or the plan has no such configuration.
+        UserError: If the weights were made elsewhere, without a plan.
+        ArgumentError: If the plan has no such configuration.
     """
     origin = source.provenance
     if origin is None:
-        raise UserError(f"{source.path}: was made elsewhere and has no plans of nnU-Net; name some with --for-plans")
+        raise ArgumentError(
+            f"{source.path}: was made elsewhere and has no plans of nnU-Net; name the target's plans with for_plans",
+            "for_plans",
+        )
     chosen = source.choose_configuration(configuration)
-    label = f"{chosen} of {origin.plans_name}, the plan of the weights themselves"
+    label = f"{chosen} of {origin.plans_name}, the plan of the weights"
     return build_target(origin.plans, chosen, origin.dataset_json, label, seed=seed)
 
 

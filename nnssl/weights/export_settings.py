@@ -1,4 +1,4 @@
-"""What a user asks of an export."""
+"""Settings of an export."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class ExportSettings:
         channels: Names of the target's channels, or their number as a single text; None for those of its ``dataset.json``.
         policy: How to fit the stem to other input channels (``fit_input_channels``); None to choose automatically.
         trainer: A trainer of nnU-Net that has a network of its own, such as ``nnUNet_Primus_S_Trainer``.
-        form: ``nnunet`` writes one file for ``-pretrained_weights``, ``hub`` a folder to upload, ``encoder`` the encoder alone.
+        form: ``nnunet`` writes one file for ``-pretrained_weights``, ``hub`` a folder to upload, ``encoder`` only the encoder.
         out: File or folder to write; None for one in the working folder.
         least_share: Share of the target encoder's parameters that must come from the checkpoint, 0 to 1.
         licence: Licence of the weights, for ``hub`` and ``encoder``.

@@ -1,4 +1,4 @@
-"""What became of every tensor when weights were made to fit a network, and whether enough of them arrived."""
+"""Report on how every tensor was transferred when weights were fitted to a network, and whether enough of them were."""
 
 import re
 from dataclasses import asdict, dataclass
@@ -12,26 +12,26 @@ from nnssl.tables import align
 Status = Literal["transferred", "adapted", "random", "dropped", "segmentation"]
 
 ENCODER_PARTS = ("encoder.", "eva.", "down_projection.", "transformer.")
-"""Prefixes of the parts that methods hand over."""
+"""Prefixes of the parts of the network that methods pass on to fine-tuning."""
 
 COUNTED = ("encoder.", "eva.", "down_projection.")
-"""Those of which a share is asked for. The transformer of a hybrid network may be missing: unless it comes whole it begins by
-changing nothing."""
+"""Prefixes of the parts that count for the least share. The transformer of a hybrid network may be missing: unless all of it
+is transferred, it has no effect at the start of training."""
 
 LEAST_SHARE = 0.5
-"""Of the parameters of the target's encoder that have to come from the checkpoint."""
+"""Default share of the target encoder's parameters that must come from the checkpoint."""
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What became of one tensor.
+    """Record of how one tensor was transferred.
 
     Attributes:
-        name: of the target's tensor, or of the source's that was dropped.
-        status: ``transferred`` as it was, ``adapted`` to another shape, ``random`` (a seeded initialisation), ``dropped``
-            (the source's, with no place in the target), ``segmentation`` (nnU-Net starts these anew).
-        values: how many it holds.
-        reason: how it was adapted, or why it was not taken.
+        name: Name of the target's tensor, or of the source's tensor if it was dropped.
+        status: ``transferred`` (unchanged), ``adapted`` (to another shape), ``random`` (a seeded initialisation), ``dropped``
+            (a tensor of the source with no counterpart in the target), or ``segmentation`` (which nnU-Net initialises).
+        values: Number of values in the tensor.
+        reason: How the tensor was adapted, or why it was not transferred.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -44,16 +44,16 @@ class Fitted:
 
 @dataclass(frozen=True)
 class FitReport:
-    """What became of all tensors."""
+    """Record of how all tensors were transferred."""
 
     __pydantic_config__: ClassVar = STRICT
 
     tensors: tuple[Fitted, ...]
     first: str
-    """Name of the layer that sees the images."""
+    """Name of the layer that receives the images."""
 
     def count(self, *statuses: Status, encoder: bool = False) -> int:
-        """Return the values of tensors with one of these statuses, of all or of the target's encoder."""
+        """Return the number of values in tensors with one of the statuses, in the whole network or in its encoder."""
         return sum(
             each.values
             for each in self.tensors
@@ -61,17 +61,17 @@ class FitReport:
         )
 
     def share(self, encoder: bool = False) -> float:
-        """Return the share of the target's parameters that come from the checkpoint, segmentation layers aside."""
+        """Return the share of the target's parameters that come from the checkpoint, without the segmentation layers."""
         taken = self.count("transferred", "adapted", encoder=encoder)
         return taken / max(taken + self.count("random", encoder=encoder), 1)
 
     def sees_as_before(self) -> bool:
-        """Whether the layer that sees the images comes from the checkpoint: on another one, what follows is worth nothing."""
+        """Return whether the layer that receives the images comes from the checkpoint. The later layers need its features."""
         taken = [each.name for each in self.tensors if each.status in ("transferred", "adapted")]
         return f"{self.first}.weight" in taken
 
     def table(self) -> list[str]:
-        """Return lines for the user: what became of each part of the network, and why."""
+        """Return a table for the user: how each part of the network was transferred, and why."""
         rows: dict[tuple[str, Status, str], list[Fitted]] = {}
         for each in self.tensors:
             rows.setdefault((_part(each.name), each.status, each.reason), []).append(each)
@@ -84,11 +84,11 @@ class FitReport:
         )
         return [
             *align(texts, left=(0, 1, 4)),
-            f"of {total:,} parameters: {counts}; of the encoder's, {self.share(encoder=True):.1%} come from the checkpoint",
+            f"of {total:,} parameters: {counts}; {self.share(encoder=True):.1%} of the encoder come from the checkpoint",
         ]
 
     def plain(self) -> dict[str, Any]:
-        """Return the report as JSON takes it."""
+        """Return the report as JSON-compatible values."""
         return {
             "share": round(self.share(), 6),
             "share_of_encoder": round(self.share(encoder=True), 6),
@@ -97,21 +97,24 @@ class FitReport:
 
 
 def refuse_below(report: FitReport, least_share: float, what: str, advice: str = "") -> None:
-    """Print a report's table, and refuse weights of which too little arrives.
+    """Log the table of a report and reject weights of which too few fit.
 
     Args:
-        report: of the fit.
-        least_share: of the target's encoder that has to come from the checkpoint; 0 lets everything through.
-        what: the checkpoint.
-        advice: more that a user can do about it.
+        report: Report of the fit.
+        least_share: Share of the target's encoder that must come from the checkpoint; 0 accepts everything.
+        what: Name of the checkpoint for the error message.
+        advice: Further advice for the user, appended to the error message.
 
     Raises:
-        ArgumentError: less than ``least_share`` comes from the checkpoint, or its first layer does not.
+        ArgumentError: If less than ``least_share`` comes from the checkpoint, or its first layer does not.
     """
     for line in report.table():
         logger.info(line)
     share = report.share(encoder=True)
-    hint = f"the table says why. Take plans whose network is like the pretrained one, or plan with --like{advice}"
+    hint = (
+        "the table gives the reasons. Use plans whose network resembles the pretrained one, or plan with "
+        f"nnssl_plan_and_preprocess --like{advice}"
+    )
     if share < least_share:
         raise ArgumentError(
             f"{what}: only {share:.1%} of the encoder's parameters come from the checkpoint, less than {least_share:.0%}; {hint}",
@@ -119,12 +122,12 @@ def refuse_below(report: FitReport, least_share: float, what: str, advice: str =
         )
     if least_share > 0 and not report.sees_as_before():
         raise ArgumentError(
-            f"{what}: the layer that sees the images ({report.first}) stays random, so what follows has no use; {hint}",
+            f"{what}: the layer that receives the images ({report.first}) stays random, so the other weights are useless; {hint}",
             "least_share",
         )
 
 
 def _part(name: str) -> str:
-    """Return the part of the network that a tensor is shown under in a table."""
+    """Return the part of the network under which the table lists a tensor."""
     match = re.match(r"((?:encoder|decoder)\.[a-z_]+(?:\.\d+)?|[a-z_]+)", name)
     return match[1] if match else name

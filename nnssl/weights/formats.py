@@ -1,6 +1,6 @@
-"""What an export leaves on disk: one file for nnU-Net, a folder for a model hub, or a bare encoder.
+"""Output formats of an export: one file for nnU-Net, a folder for a model hub, or only the encoder.
 
-Every file is tried before it has its name: nnU-Net's own loader has to find in it what was put there.
+A file gets its final name only after nnU-Net's own loader has read back what was written.
 """
 
 import copy
@@ -32,29 +32,29 @@ def write_for_nnunet(path: Path, source: OpenedCheckpoint, target: TargetNetwork
     """Write one file that ``nnUNetv2_train -pretrained_weights`` takes, with adaptation plan and citations.
 
     Args:
-        path: the file, whose name ends in .pth; its folder is made. A former export is replaced.
-        source: the weights.
-        target: the network that was filled with them.
-        report: of the filling; written beside the file, as ``<name>.pth.table.json``.
+        path: File to write, whose name ends in .pth. Its folder is created, and an earlier export is replaced.
+        source: Checkpoint with the weights.
+        target: Network that was filled with them.
+        report: Record of the filling, written beside the file as ``<name>.pth.table.json``.
 
     Returns:
-        A remark on the adaptation plan, empty where there is nothing to say.
+        A remark on the adaptation plan; empty if there is none.
 
     Raises:
-        UserError: nnU-Net's loader does not find in the file what was put there; another file has the name; or it cannot be
+        UserError: If nnU-Net's loader does not read back what was written, another file has the name, or the file cannot be
             written.
     """
     check_output(path, source)
     content: dict[str, Any] = {"network_weights": target.network.state_dict(), "citations": citations(source)}
     remark = ""
     if target.trainer is not None:
-        # no plan names this network, so nothing that reads plans may take the file for one of them
+        # No plan describes this network, so programs that read plans must not mistake the file for one that has a plan.
         content[EXPORT_KEY] = {
             "trainer": target.trainer,
             "checkpoint": str(source.path),
             **describe(source, target, "unknown"),
         }
-        remark = f"none, as the network is that of {target.trainer}, which plans do not name; for nnU-Net only"
+        remark = f"none, because no plan describes the network of {target.trainer}; the file is for nnU-Net only"
     else:
         try:
             content[KEY], remark = write_adaptation_plan(
@@ -65,7 +65,7 @@ def write_for_nnunet(path: Path, source: OpenedCheckpoint, target: TargetNetwork
                 target.num_inputs,
             )
         except ValueError as error:
-            remark = f"none, as {error}"
+            remark = f"none, because {error}"
     make_folder(path.parent)
     untested = path.with_name(f".{path.name}.{os.getpid()}.untested")
     try:
@@ -83,46 +83,46 @@ def write_for_nnunet(path: Path, source: OpenedCheckpoint, target: TargetNetwork
 
 
 def table_of(path: Path) -> Path:
-    """Return the file beside an export that says what became of each tensor."""
+    """Return the file beside an export with the record of each tensor."""
     return path.with_name(f"{path.name}.table.json")
 
 
 def check_output(path: Path, source: OpenedCheckpoint) -> None:
-    """Check that a file may be written: a name that nnU-Net's users expect, and nothing there but a former export.
+    """Check that an export may be written to a path.
 
     Raises:
-        UserError: it may not.
+        UserError: If the name does not end in .pth, or another file than an earlier export has it.
     """
     if path.suffix not in (".pth", ".pt"):
-        raise UserError(f"-o {path}: is to hold weights; give it a name that ends in .pth")
+        raise UserError(f"{path}: the output for nnU-Net needs a name that ends in .pth")
     other = path.is_dir() or path.resolve() == source.path.resolve()
     if path.exists() and (other or "citations" not in load_tensors(path)):
-        raise UserError(f"-o {path}: is there already and is no former export; choose another name")
+        raise UserError(f"{path}: exists already and is not an earlier export; choose another name for the output")
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it.
+    """Create a folder and its parents.
 
     Raises:
-        UserError: it cannot be made.
+        UserError: If it cannot be created.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"{folder}: cannot be made ({error.strerror or error}); choose another folder with -o"
+            f"{folder}: cannot be created ({error.strerror or error}); choose another folder for the output"
         ) from error
 
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Fill a folder under a temporary name, which becomes its own when all is there.
+    """Fill a folder under a temporary name. It gets its final name when it is complete.
 
     Raises:
-        UserError: there is something of that name already, or it cannot be made.
+        UserError: If the name is taken or the folder cannot be created.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"-o {folder}: is there already and not an empty folder; name a new one")
+        raise UserError(f"{folder}: exists already and is not an empty folder; choose a new folder for the output")
     make_folder(folder.parent)
     with whole_folder(folder) as temporary:
         yield temporary
@@ -136,24 +136,24 @@ def write_for_hub(
     licence: str,
     results: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Write a folder that can be uploaded to a model hub as it is, whole or not at all.
+    """Write a folder that can be uploaded to a model hub unchanged. It is written completely or not at all.
 
-    It holds ``checkpoint_final.pth`` (as ``write_for_nnunet``), ``adaptation_plan.json``, ``config.json``, the plans and
-    ``dataset.json`` that the weights go with, and a model card.
+    The folder holds ``checkpoint_final.pth`` (as ``write_for_nnunet``), ``adaptation_plan.json``, ``config.json``, the plans and
+    ``dataset.json`` of the target, and a model card.
 
     Args:
-        folder: made here; it must not hold anything yet.
-        source: the weights.
-        target: the network that was filled with them.
-        report: of the filling.
-        licence: of the weights, an SPDX name.
-        results: of fine-tuning, for the card: ``dataset``, ``arm``, ``labels``, ``steps`` and ``dice`` of each.
+        folder: Folder to create; it must not exist or be empty.
+        source: Checkpoint with the weights.
+        target: Network that was filled with them.
+        report: Record of the filling.
+        licence: SPDX name of the licence of the weights.
+        results: Results of fine-tuning for the card: ``dataset``, ``arm``, ``labels``, ``steps`` and ``dice`` of each.
 
     Returns:
         A remark, as ``write_for_nnunet``.
 
     Raises:
-        UserError: as ``write_for_nnunet``; or the folder holds something.
+        UserError: As ``write_for_nnunet``; or if the folder is not empty.
     """
     with new_folder(folder) as temporary:
         checkpoint = temporary / "checkpoint_final.pth"
@@ -173,22 +173,22 @@ def write_for_hub(
 def write_encoder(
     folder: Path, source: OpenedCheckpoint, target: TargetNetwork, report: FitReport, licence: str
 ) -> int:
-    """Write the encoder alone, for use outside nnU-Net, whole or not at all.
+    """Write only the encoder, for use outside nnU-Net. The folder is written completely or not at all.
 
-    The folder holds ``encoder.safetensors``, ``encoder.json``, ``load_encoder.py``, and the table of what became of each tensor.
+    The folder holds ``encoder.safetensors``, ``encoder.json``, ``load_encoder.py``, and the record of each tensor.
 
     Args:
-        folder: made here; it must not hold anything yet.
-        source: the weights.
-        target: the network that was filled with them.
-        report: of the filling.
-        licence: of the weights, an SPDX name.
+        folder: Folder to create; it must not exist or be empty.
+        source: Checkpoint with the weights.
+        target: Network that was filled with them.
+        report: Record of the filling.
+        licence: SPDX name of the licence of the weights.
 
     Returns:
-        How many parameters the file holds, each of them once.
+        The number of parameters in the file, each counted once.
 
     Raises:
-        UserError: the folder holds something, or cannot be written.
+        UserError: If the folder is not empty or cannot be written.
     """
     from safetensors.torch import save
 
@@ -204,22 +204,22 @@ def write_encoder(
 
 
 def encoder_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a network's encoder, each under one name."""
+    """Return the tensors of a network's encoder, each under a single name."""
     state = network.state_dict()
     chosen = [names[0] for names in names_by_tensor(state) if names[0].startswith(ENCODER_PARTS)]
     return {name: state[name].detach().contiguous() for name in chosen}
 
 
 def check_loads(network: nn.Module, path: Path, name: Path) -> None:
-    """Load a file with nnU-Net's own loader into a copy of a network, and compare what arrived.
+    """Load a file with nnU-Net's own loader into a copy of a network and compare the two.
 
     Args:
-        network: as it was written.
-        path: the file.
-        name: that the file will have.
+        network: Network that was written.
+        path: The file.
+        name: Final name of the file, for error messages.
 
     Raises:
-        UserError: the loader refuses the file, or a tensor did not arrive.
+        UserError: If the loader rejects the file, or a tensor differs.
     """
     from nnunetv2.run.load_pretrained_weights import load_pretrained_weights  # slow to import
 
@@ -232,15 +232,17 @@ def check_loads(network: nn.Module, path: Path, name: Path) -> None:
         with redirect_stdout(io.StringIO()):
             load_pretrained_weights(other, str(path), verbose=False)
     except (AssertionError, RuntimeError) as error:
-        raise UserError(f"{name}: nnU-Net's loader refuses it ({str(error).splitlines()[0]}); report this") from error
+        raise UserError(
+            f"{name}: nnU-Net's loader rejects the file ({str(error).splitlines()[0]}); report this as a bug"
+        ) from error
     arrived = other.state_dict()
     for key, value in network.state_dict().items():
         if SEGMENTATION not in f".{key}" and not torch.equal(arrived[key], value):
-            raise UserError(f"{name}: nnU-Net's loader does not bring {key} back as it was written; report this")
+            raise UserError(f"{name}: nnU-Net's loader reads back another {key} than was written; report this as a bug")
 
 
 def _spacing_mm(source: OpenedCheckpoint, target: TargetNetwork) -> Sequence[float]:
-    """Return the spacing of pretraining, or the target's where that is not known or has other axes."""
+    """Return the spacing of the pretraining, or the target's if that is unknown or has another number of axes."""
     known = source.pretraining["spacing_mm"]
     return known if known is not None and len(known) == len(target.spacing_mm) else target.spacing_mm
 
@@ -250,7 +252,7 @@ def _without_pretext(plans: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _provenance(source: OpenedCheckpoint, target: TargetNetwork, report: FitReport) -> Provenance:
-    """Return the provenance of an exported file: the weights' own, with the network that they were made for."""
+    """Return the provenance of an exported file: that of the weights, with the network that they were fitted to."""
     taken = tuple(each.name for each in report.tensors if each.status in ("transferred", "adapted"))
     plans = _without_pretext(target.plans)
     if source.provenance is not None:

@@ -1,7 +1,7 @@
-"""Tensors of one network made to fit another: input channels, kernels, positions of tokens.
+"""Weights of one network fitted to another: input channels and kernels.
 
-What a function here returns does to its input what the original does, where there is such an input: a volume that does not
-change along an axis for kernels that lose it, channels that all show the same image for another number of channels.
+The fitted weights compute the same as the original ones wherever an input makes that possible: for a kernel that loses an axis,
+a volume that is constant along that axis; for another number of channels, channels that all show the same image.
 """
 
 from collections.abc import Sequence
@@ -22,20 +22,22 @@ def fit_input_channels(
     names: Sequence[str] | None = None,
     new_names: Sequence[str] | None = None,
 ) -> Float[Tensor, "out new_channel *kernel"]:
-    """Return the weights of a first convolution for images of other channels.
+    """Return the weights of a first convolution for images with other channels.
 
     Args:
-        weights: of the convolution.
-        channels: of the new images.
-        policy: ``mean``: every channel gets the mean of all, scaled so that an image that stands in all channels is answered
-            as before. ``repeat``: the weights are taken in turn and shared evenly among the channels that take the same, to
-            the same end; fewer channels than before take the first ones as they are. ``named``: a channel keeps the weights
-            of the one that has its name and all others get 0, so that what is known is answered as before.
-        names: of the channels that the weights are for, needed for ``named``.
-        new_names: of the new channels, likewise.
+        weights: Weights of the convolution.
+        channels: Number of channels of the new images.
+        policy: ``mean``: every channel gets the mean over all channels, scaled so that the output is as before if all channels
+            show the same image. ``repeat``: the new channels take the old channels in turn, and new channels with the same old
+            channel share its weights evenly, to the same effect; if there are fewer channels than before, they take the first
+            ones unchanged. ``named``: a channel takes the weights of the channel with its name, and all others get 0, so that
+            known channels have the same effect as before.
+        names: Names of the channels that the weights are for; needed for ``named``.
+        new_names: Names of the new channels; needed for ``named``.
 
     Raises:
-        ValueError: ``named`` without names, with another number of them, with one name twice, or with no name in common.
+        ValueError: If the policy is ``named`` and names are missing, do not match the number of channels, are not unique, or
+            have none in common.
     """
     old = weights.shape[1]
     if policy == "mean":
@@ -45,13 +47,13 @@ def fit_input_channels(
         shared_by = torch.bincount(chosen)[chosen].to(weights.dtype)
         return weights[:, chosen] / shared_by.view(1, -1, *[1] * (weights.ndim - 2))
     if names is None or new_names is None or len(names) != old or len(new_names) != channels:
-        raise ValueError("channels can only be matched by name where both sides name all of them")
+        raise ValueError("channels can be matched by name only if both sides name all of them")
     known = {name.casefold(): channel for channel, name in enumerate(names)}
     wanted = [name.casefold() for name in new_names]
     if len(known) != old or len(set(wanted)) != channels:
         raise ValueError("two channels have the same name")
     if not set(known) & set(wanted):
-        raise ValueError("no channel of one has the name of one of the other")
+        raise ValueError("the two sides have no channel name in common")
     fitted = weights.new_zeros(weights.shape[0], channels, *weights.shape[2:])
     for channel, name in enumerate(wanted):
         if name in known:
@@ -62,16 +64,16 @@ def fit_input_channels(
 def fit_kernel(
     weights: Float[Tensor, "first second *kernel"], kernel: Sequence[int], transposed: bool
 ) -> Float[Tensor, "first second *new_kernel"] | None:
-    """Return the weights of a convolution for a kernel of other lengths; None where there is no faithful way.
+    """Return the weights of a convolution for another kernel size; None if they cannot be converted faithfully.
 
-    A longer kernel gets zeros around the old one, which computes the same. A kernel that is cut to one voxel along an axis
-    is summed there, which is the same where the image does not change along it. 2D weights count as kernels of one voxel
-    along z. Transposed convolutions, whose kernels are their strides, repeat or average instead.
+    A longer kernel is padded with zeros, which computes the same. A kernel that shrinks to one voxel along an axis is summed
+    along it, which computes the same if the image is constant along the axis. 2D weights count as kernels of one voxel along z.
+    Transposed convolutions, whose kernel size equals their stride, repeat or average their weights instead.
 
     Args:
-        weights: of the convolution.
-        kernel: voxels per axis that are wanted.
-        transposed: whether it is a transposed convolution.
+        weights: Weights of the convolution.
+        kernel: New kernel size in voxels per axis.
+        transposed: Whether the convolution is transposed.
     """
     old = list(weights.shape[2:])
     if len(old) == 2 and len(kernel) == 3:

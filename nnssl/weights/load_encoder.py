@@ -1,7 +1,7 @@
-"""Loads an encoder that nnssl exported, with PyTorch, safetensors and dynamic-network-architectures.
+"""Load an encoder that nnssl exported, with PyTorch, safetensors and dynamic-network-architectures.
 
-nnssl itself has to be installed only for the networks that are its own, Primus and hybrid ones (with a transformer on one stage):
-``encoder.json`` names the class. ``python load_encoder.py`` prints the shapes that the encoder gives for a patch of zeros.
+nnssl must be installed only for its own networks, which are Primus and hybrid networks (with a transformer on one stage);
+``encoder.json`` names the class. ``python load_encoder.py`` prints the shapes of the encoder's features for a patch of zeros.
 """
 
 import json
@@ -16,7 +16,7 @@ PARTS = ("encoder.", "eva.", "down_projection.", "transformer.")
 
 
 def load_encoder(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """Return the network with the encoder's weights in it, and its description; the decoder is random."""
+    """Return the network with the weights of the encoder and a random decoder, and the description of the encoder."""
     spec = json.loads((folder / "encoder.json").read_text())
     architecture = spec["architecture"]
     kwargs = dict(architecture["arch_kwargs"])
@@ -30,7 +30,7 @@ def load_encoder(folder: Path) -> tuple[Any, dict[str, Any]]:
     loaded = {state[name].data_ptr() for name in weights}
     left_out = [name for name in result.missing_keys if name.startswith(PARTS) and state[name].data_ptr() not in loaded]
     if result.unexpected_keys or left_out:
-        raise RuntimeError(f"the encoder does not fit: {result.unexpected_keys + left_out}")
+        raise RuntimeError(f"the weights do not fit the encoder: {result.unexpected_keys + left_out}")
     return network, spec
 
 
@@ -39,7 +39,7 @@ if __name__ == "__main__":
     patch = torch.zeros(1, spec["num_inputs"], *spec["patch_size"])
     with torch.no_grad():
         if hasattr(network, "encoder"):
-            # of a hybrid network, network.transformer goes on from the features of its stage
+            # In a hybrid network, network.transformer continues from the features of its stage.
             for features in network.eval().encoder(patch):
                 print(tuple(features.shape))
         else:

@@ -1,4 +1,4 @@
-"""The page that a model hub shows of exported weights."""
+"""The model card of exported weights, which a model hub shows."""
 
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -17,11 +17,11 @@ def write_model_card(
     """Return the card in Markdown, with the front matter that hubs read.
 
     Args:
-        spec: of the weights, as ``config.json`` has it.
-        table: lines that say what became of each part.
-        citations: what to cite.
-        results: of fine-tuning: ``dataset``, ``labels``, ``steps``, ``arm``, ``dice`` of each.
-        remark: on the adaptation plan; empty for none.
+        spec: Description of the weights, as in ``config.json``.
+        table: Lines of the table with the transfer of each part.
+        citations: Publications to cite.
+        results: Results of fine-tuning: ``dataset``, ``labels``, ``steps``, ``arm`` and ``dice`` of each.
+        remark: Remark on the adaptation plan; empty for none.
     """
     template = (files("nnssl.weights") / "model_card.md").read_text()
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)

@@ -167,7 +167,7 @@ def test_one_more_residual_block_changes_nothing_at_first(tmp_path, monkeypatch)
     shallow, deeper = same.encoder(volume)[-1], network.encoder(volume)[-1]
     # the block's activation passes over what is positive and takes a hundredth of the rest once more
     torch.testing.assert_close(deeper, torch.nn.functional.leaky_relu(shallow))
-    assert "changing nothing" in status(report, "encoder.stages.2.blocks.2.conv2.norm.weight").reason
+    assert "starts as the identity" in status(report, "encoder.stages.2.blocks.2.conv2.norm.weight").reason
 
 
 def test_one_more_block_of_primus_changes_nothing_at_first(tmp_path):
@@ -195,11 +195,11 @@ def test_tokens_of_another_size_stay_random(tmp_path):
     network = primus(patch_embed_size=[4, 8, 8], strides=[[1, 1, 1], [4, 8, 8]])
     report = fitted(tmp_path, primus(), network)[1]
     assert status(report, "down_projection.proj.weight").status == "random"
-    assert "no faithful way" in status(report, "down_projection.proj.weight").reason
+    assert "no faithful conversion" in status(report, "down_projection.proj.weight").reason
     assert status(report, "down_projection.proj.bias").status == "transferred"
     assert "2 x 3 x 2" in status(report, "eva.pos_embed").reason
     assert report.share(encoder=True) > 0.5
-    with pytest.raises(UserError, match=r"layer that sees the images \(down_projection.proj\) stays random"):
+    with pytest.raises(UserError, match=r"layer that receives the images \(down_projection.proj\) stays random"):
         refuse_below(report, 0.5, "a.pth")
     refuse_below(report, 0.0, "a.pth")
 
@@ -266,7 +266,7 @@ def test_labels_that_a_cascade_puts_behind_the_images_begin_at_zero(tmp_path, fo
     assert torch.equal(found[:, :1], weights[first])
     assert found.shape[1] == 4
     assert not found[:, 1:].any()
-    assert status(done.report, first).reason == "3 inputs of the stage before begin at 0"
+    assert status(done.report, first).reason == "3 inputs from the previous stage start at 0"
 
 
 def test_primus_without_layer_scale_keeps_its_blocks(tmp_path):
@@ -323,7 +323,7 @@ def test_named_channels(tmp_path, folders):
     )
     # other names, as many: nothing tells which is which, so they are taken as they are
     assert torch.equal(exported(["a", "b", "c"]), weights[first])
-    with pytest.raises(UserError, match=r"no channel of one has the name .*source: T1, T2, FLAIR; target: CT"):
+    with pytest.raises(UserError, match=r"no channel name in common .*source: T1, T2, FLAIR; target: CT"):
         exported(["CT"], "named")
 
 
@@ -336,7 +336,7 @@ def test_too_little_is_refused_and_nothing_is_written(tmp_path, folders):
         lines_to(lines.append),
     ):
         export(tmp_path / "a.pth", ExportSettings(for_plans=str(path), out=tmp_path / "out.pth"), folders)
-    assert any("the source has none" in line for line in lines)
+    assert any("not in the source" in line for line in lines)
     assert not (tmp_path / "out.pth").exists()
     wide = write_plans(tmp_path / "wide", plans(unet("plain", 3, features_per_stage=[4, 6, 10]), 3, 1), ["CT"])
     done = export(

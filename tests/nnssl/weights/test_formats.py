@@ -156,9 +156,12 @@ def test_names_of_networks_made_elsewhere(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"key_to_stem": None}, "has no 'key_to_stem'"),
-        ({"architecture_plans": {"arch_class_name": "SwinUNETR", "arch_kwargs": {}}}, "SwinUNETR is no PlainConvUNet"),
-        ({"architecture_plans": {"arch_class_name": "PlainConvUNet", "arch_kwargs": None}}, "says nothing of its size"),
+        ({"key_to_stem": None}, "lacks the key 'key_to_stem'"),
+        (
+            {"architecture_plans": {"arch_class_name": "SwinUNETR", "arch_kwargs": {}}},
+            "SwinUNETR is not a PlainConvUNet",
+        ),
+        ({"architecture_plans": {"arch_class_name": "PlainConvUNet", "arch_kwargs": None}}, "has no known size"),
         ({"pretrain_plan": {"configurations": {}}}, "cannot be read"),
     ],
 )
@@ -204,7 +207,7 @@ def test_folder_for_a_hub(tmp_path, folders):
     ):
         assert line in card, line
     assert any("pretrained with patch" in line for line in explain_checkpoint(path))
-    with pytest.raises(UserError, match="is there already and not an empty folder"):
+    with pytest.raises(UserError, match="exists already and is not an empty folder"):
         exported(tmp_path, folders, form="hub", out=tmp_path / "hub")
     with pytest.raises(TypeError):  # a row without a number: nothing half-made is left
         exported(tmp_path, folders, form="hub", results=[{**rows[0], "dice": None}], out=tmp_path / "second")
@@ -248,9 +251,9 @@ def test_nothing_of_the_users_is_replaced(tmp_path, folders):
     exported(tmp_path, folders, out=path)  # a former export may be
     for out, message in [
         (tmp_path / "w.json", "a name that ends in .pth"),
-        (tmp_path / "a.pth", "is there already and is no former export"),
-        (tmp_path / "user.pth", "is there already"),
-        (tmp_path / "a.pth" / "x.pth", "cannot be made"),
+        (tmp_path / "a.pth", "exists already and is not an earlier export"),
+        (tmp_path / "user.pth", "exists already"),
+        (tmp_path / "a.pth" / "x.pth", "cannot be created"),
     ]:
         (tmp_path / "user.pth").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=message):
@@ -260,7 +263,7 @@ def test_nothing_of_the_users_is_replaced(tmp_path, folders):
             exported(tmp_path, folders, form=form, out=tmp_path / "a.pth")
     with pytest.raises(UserError, match="form must be one of nnunet, hub, encoder, got safetensors"):
         exported(tmp_path, folders, form="safetensors")
-    with pytest.raises(UserError, match="--input-policy average: is not known"):
+    with pytest.raises(UserError, match="policy must be one of mean, repeat, named, got average"):
         exported(tmp_path, folders, policy="average")
 
 
@@ -337,17 +340,17 @@ def test_citations_come_along(tmp_path, folders):
 @pytest.mark.parametrize(
     ("change", "described", "message"),
     [
-        ({"configurations": []}, {}, "is no plans file of nnU-Net"),
-        ({"dataset_name": 4}, {}, "is no plans file of nnU-Net"),
-        ({"configurations": {"3d_fullres": {"inherits_from": "nope"}}}, {}, "cannot build a network"),
+        ({"configurations": []}, {}, "is not a plans file of nnU-Net"),
+        ({"dataset_name": 4}, {}, "is not a plans file of nnU-Net"),
+        ({"configurations": {"3d_fullres": {"inherits_from": "nope"}}}, {}, "cannot build this network"),
         (
             {"configurations": {"3d_fullres": {"architecture": {"network_class_name": "x"}}}},
             {},
-            "cannot build a network",
+            "cannot build this network",
         ),
-        ({}, {"channel_names": ["CT"]}, "channel_names is not"),
-        ({}, {"channel_names": {}}, "channel_names is not"),
-        ({}, {"channel_names": {"c0": "CT"}}, "channel_names is not"),
+        ({}, {"channel_names": ["CT"]}, "channel_names must have the form"),
+        ({}, {"channel_names": {}}, "channel_names must have the form"),
+        ({}, {"channel_names": {"c0": "CT"}}, "channel_names must have the form"),
         ({}, {"channel_names": {"0": "CT", "1": "PET"}}, r"normalises 1 channel\(s\), but 2 are named"),
     ],
 )
@@ -385,13 +388,19 @@ def test_command(tmp_path, nnunet_folders, capsys, monkeypatch):
     write_json(folder / "otherPlans.json", plans(unet("plain", 3), 3, 2, "otherPlans"))
     (folder / "nnUNetPlans.json").rename(folder / "thirdPlans.json")
     wrong = [
-        (["--for-plans", "4"], "has not one plans file (there: otherPlans, thirdPlans)"),
+        (["--for-plans", "4"], "has several plans (found: otherPlans, thirdPlans)"),
         (["--for-plans", "4", "-p", "nope"], "has no plans nope"),
-        (["--for-plans", "4", "-p", "otherPlans", "-c", "2d"], "-c 2d"),
+        (["--for-plans", "4", "-p", "otherPlans", "-c", "2d"], "--configuration must be one of 3d_fullres"),
         (["--for-plans", str(tmp_path / "nope.json")], "there is no such plans file"),
         (["--channels", "CT"], "needs --for-plans"),
-        (["--for-plans", "4", "-p", "otherPlans", "--trainer", "Nope"], "nnU-Net has no such trainer"),
-        (["--for-plans", "4", "-p", "otherPlans", "--channels", "CT", "CT"], "names one twice"),
+        (
+            ["--for-plans", "4", "-p", "otherPlans", "--trainer", "Nope"],
+            "--trainer must be one that nnUNetv2_train -tr accepts, got Nope",
+        ),
+        (
+            ["--for-plans", "4", "-p", "otherPlans", "--channels", "CT", "CT"],
+            "--channels must have different names, got CT CT",
+        ),
         (["--results", "x.json"], "are for the card"),
         (["--least-share", "2"], "--least-share must be between 0 and 1, got 2.0"),
     ]

@@ -37,7 +37,7 @@ def test_repeat_takes_channels_in_turn():
         (None, ["CT"], "both sides name"),
         (["CT"], ["CT", "PET", "MR"], "both sides name"),
         (["CT", "ct"], ["CT", "PET"], "same name"),
-        (["CT", "MR"], ["T1", "T2"], "no channel of one"),
+        (["CT", "MR"], ["T1", "T2"], "no channel name in common"),
     ],
 )
 def test_channels_that_cannot_be_matched_by_name(names, new_names, message):

@@ -44,7 +44,7 @@ def test_the_configuration_is_the_wanted_the_usual_its_u_net_or_the_only_one(tmp
 
 
 def test_a_configuration_is_not_guessed(tmp_path):
-    with pytest.raises(UserError, match="none of them 3d_fullres; choose one with -c"):
+    with pytest.raises(UserError, match="but not 3d_fullres; set configuration"):
         _choose_configuration(tmp_path, ["2d", "3d_lowres"], None, "3d_fullres")
 
 
@@ -58,7 +58,7 @@ def test_plans_of_a_data_set(tmp_path, folders):
     write_plans(folder, {**content, "plans_name": "nnUNetPlans"}, ["CT"])
     assert _find_plans("4", folders, None) == folder / "nnUNetPlans.json"
     assert _find_plans(NAME, folders, "otherPlans") == folder / "otherPlans.json"
-    with pytest.raises(UserError, match="leave -p out"):
+    with pytest.raises(UserError, match="plans_name must not be given"):
         _find_plans(str(folder / "otherPlans.json"), folders, "otherPlans")
 
 
@@ -68,7 +68,7 @@ def test_channels_that_the_user_names_count(tmp_path, folders):
     assert _dataset_json(path, content, folders, None, False)["channel_names"] == {"0": "T1", "1": "T2"}
     assert _dataset_json(path, content, folders, ["CT", "PET"], False)["channel_names"] == {"0": "CT", "1": "PET"}
     assert _dataset_json(path, content, folders, ["3"], False)["channel_names"] == {"0": "0", "1": "1", "2": "2"}
-    with pytest.raises(UserError, match="--channels 0: a network needs 1 or more"):
+    with pytest.raises(UserError, match="channels must be at least 1, got 0"):
         _dataset_json(path, content, folders, ["0"], False)
     # the data set's own description is looked for beside the plans, then among nnU-Net's folders
     (path.parent / "dataset.json").unlink()
@@ -156,10 +156,10 @@ def test_what_a_file_does_not_bring_back_is_found(tmp_path):
 
     load(state)
     name = "decoder.stages.1.convs.0.norm.bias"
-    with pytest.raises(UserError, match="does not bring decoder.stages.1.convs.0"):
+    with pytest.raises(UserError, match="reads back another decoder.stages.1.convs.0"):
         load({key: value + ("stages.1.convs.0" in key and key.endswith("bias")) for key, value in state.items()})
     for broken in ({key: value for key, value in state.items() if key != name}, {**state, name: torch.zeros(5)}):
-        with pytest.raises(UserError, match="nnU-Net's loader refuses it"):
+        with pytest.raises(UserError, match="nnU-Net's loader rejects the file"):
             load(broken)
     load({key: value + (".seg_layers." in key) for key, value in state.items()})
 
@@ -170,10 +170,10 @@ def test_a_file_that_nnunet_refuses_does_not_replace_a_former_export(tmp_path, f
     before = path.read_bytes()
 
     def refuse(*_):
-        raise UserError("nnU-Net's loader refuses it")
+        raise UserError("nnU-Net's loader rejects the file")
 
     monkeypatch.setattr(formats, "check_loads", refuse)
-    with pytest.raises(UserError, match="refuses"):
+    with pytest.raises(UserError, match="rejects"):
         export(tmp_path / "a.pth", ExportSettings(out=path, seed=1), folders)
     assert path.read_bytes() == before
     assert sorted(each.name for each in path.parent.iterdir()) == ["o.pth", "o.pth.table.json"]
