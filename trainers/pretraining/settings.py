@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError
 from nnssl.methods import Method
 from nnssl.plan import PLANS_NAME
 from trainers.pretraining.probe_run import CASES
@@ -54,15 +54,16 @@ class PretrainSettings:
         """Return ``overrides`` with the lengths of the stages added as ``key=value``.
 
         Raises:
-            UserError: If ``epochs`` has neither one number nor one per stage.
+            ArgumentError: If ``epochs`` has neither one number nor one per stage.
         """
         overrides = list(self.overrides)
         if self.epochs is not None:
             counts = [self.epochs] if isinstance(self.epochs, int) else list(self.epochs)
             if len(counts) not in (1, len(method.stages)):
-                raise UserError(
+                raise ArgumentError(
                     f"epochs must be one number or one for each of the {len(method.stages)} stages of {method.name}, "
-                    f"got {len(counts)} numbers"
+                    f"got {len(counts)} numbers",
+                    "epochs",
                 )
             counts = counts * len(method.stages) if len(counts) == 1 else counts
             overrides += [f"{stage.name}.epochs={count}" for stage, count in zip(method.stages, counts, strict=True)]
