@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def find_device(device: "torch.device | str | None" = None) -> "torch.device":
-    """Return the requested device, or the GPU if there is one and else the CPU; the choice is printed.
+    """Return the requested device. Without a request, choose a GPU if one is available, else the CPU, and print the choice.
 
     Args:
-        device: ``cpu``, ``cuda``, ``mps`` or a device of torch; None to choose.
+        device: ``cpu``, ``cuda``, ``mps`` or a PyTorch device; None to choose.
 
     Raises:
         ArgumentError: If PyTorch does not find the requested device.
@@ -30,5 +30,5 @@ def find_device(device: "torch.device | str | None" = None) -> "torch.device":
         found.type == "mps" and not torch.backends.mps.is_available()
     )
     if missing:
-        raise ArgumentError(f"device {found.type} is not available to PyTorch on this machine; use cpu", "device")
+        raise ArgumentError(f"device must be available to PyTorch on this machine, got {found.type}; use cpu", "device")
     return found

@@ -1,4 +1,4 @@
-"""Errors that a user's input can cause."""
+"""Errors that the user can fix."""
 
 import re
 from collections.abc import Mapping
@@ -24,7 +24,10 @@ class ArgumentError(UserError):
         self.arguments = arguments
 
     def with_flags(self, flags: Mapping[str, str]) -> str:
-        """Return the message with every argument replaced by the flag of a command, where it has one; paths stay as they are."""
+        """Return the message with every argument replaced by the command's flag for it, if the command has one.
+
+        Parts of paths and file names are not replaced.
+        """
         text = str(self)
         for name in self.arguments:
             text = re.sub(rf"(?<![\w./-]){re.escape(name)}(?![\w/-]|\.\w)", flags.get(name, name), text)

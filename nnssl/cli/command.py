@@ -77,18 +77,21 @@ PYTHON_NAMES = {
     "spacing": "spacing_mm",
     "dask": "dask_address",
     "mode": "modes",
+    "modality": "modalities",
 }
 """Python name of an argument by the name of its flag, where the two differ."""
 
 
 def flags_of(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return the flag of every argument by the name of the argument in Python."""
+    """Return the flag of every argument, or the name of a positional one, by the name of the argument in Python."""
     flags: dict[str, str] = {}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for below in action.choices.values():
                 flags |= flags_of(below)
-        elif action.option_strings:
+        elif not action.option_strings:
+            flags[action.dest] = str(action.metavar or action.dest)
+        else:
             flag = action.option_strings[-1]
             name = flag.lstrip("-").replace("-", "_")
             flags |= {each: flag for each in (action.dest, name, PYTHON_NAMES.get(name, name))}
@@ -190,6 +193,14 @@ def positive_int(text: str) -> int:
 def natural_int(text: str) -> int:
     """Read a whole number of at least 0, for ``argparse``."""
     return _whole_number(text, 0)
+
+
+def number(text: str) -> float:
+    """Read a number, for ``argparse``."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text}") from None
 
 
 def positive_number(text: str) -> float:

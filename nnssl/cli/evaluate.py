@@ -9,6 +9,7 @@ from nnssl.cli.command import (
     CommandParser,
     add_processes_argument,
     add_verbose_argument,
+    number,
     print_next,
     run_command,
 )
@@ -36,7 +37,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--tolerance-mm",
-        type=float,
+        type=number,
         default=2.0,
         metavar="MM",
         help="Tolerance of the normalised surface distance in mm (default: 2).",

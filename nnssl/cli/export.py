@@ -10,6 +10,7 @@ from nnssl.cli.command import (
     add_configuration_argument,
     add_seed_argument,
     add_verbose_argument,
+    number,
     print_next,
     run_command,
 )
@@ -43,7 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--least-share",
-        type=float,
+        type=number,
         default=0.5,
         metavar="SHARE",
         help="Share of the target encoder's parameters that must come from the checkpoint, 0 to 1 (default: 0.5).",

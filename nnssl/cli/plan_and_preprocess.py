@@ -13,6 +13,7 @@ from nnssl.cli.command import (
     add_processes_argument,
     add_restart_argument,
     add_verbose_argument,
+    number,
     positive_int,
     print_next,
     run_command,
@@ -49,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--spacing",
         nargs=3,
-        type=float,
+        type=number,
         metavar="MM",
         help="Spacing to resample to in mm, z y x; 2d uses the last two (default: chosen from the data).",
     )

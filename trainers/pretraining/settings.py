@@ -54,15 +54,15 @@ class PretrainSettings:
         """Return ``overrides`` with the lengths of the stages added as ``key=value``.
 
         Raises:
-            UserError: If ``epochs`` has neither one number nor one per stage.
+            ArgumentError: If ``epochs`` has neither one number nor one per stage.
         """
         overrides = list(self.overrides)
         if self.epochs is not None:
             counts = [self.epochs] if isinstance(self.epochs, int) else list(self.epochs)
             if len(counts) not in (1, len(method.stages)):
                 raise ArgumentError(
-                    f"epochs must be one number, or one for each of the {len(method.stages)} stages of {method.name}, got "
-                    f"{len(counts)} numbers",
+                    f"epochs must be one number or one for each of the {len(method.stages)} stages of {method.name}, "
+                    f"got {len(counts)} numbers",
                     "epochs",
                 )
             counts = counts * len(method.stages) if len(counts) == 1 else counts
