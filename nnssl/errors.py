@@ -24,8 +24,8 @@ class ArgumentError(UserError):
         self.arguments = arguments
 
     def with_flags(self, flags: Mapping[str, str]) -> str:
-        """Return the message with every argument replaced by the flag of a command, where it has one."""
+        """Return the message with every argument replaced by the flag of a command, where it has one; paths stay as they are."""
         text = str(self)
         for name in self.arguments:
-            text = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", flags.get(name, name), text)
+            text = re.sub(rf"(?<![\w/-]){re.escape(name)}(?![\w/-])", flags.get(name, name), text)
         return text
