@@ -72,6 +72,7 @@ def run_command(
 PYTHON_NAMES = {
     "plans": "plans_name",
     "input_policy": "policy",
+    "modality": "modalities",
     "license": "licence",
     "output": "out",
     "spacing": "spacing_mm",

@@ -1,1 +1,1 @@
-"""From raw images to boxes of preprocessed voxels."""
+"""Raw data sets, image files, preprocessing, the case store and the patch loader."""

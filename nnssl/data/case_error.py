@@ -1,4 +1,4 @@
-"""Cases that cannot be used: the error that stands for one, as against a ``UserError``, and the note that is kept of it."""
+"""Cases that cannot be used: the error for a single case, which does not end the command, and its record."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -6,12 +6,12 @@ from typing import ClassVar
 from nnssl.schema import STRICT
 
 MOST_SET_ASIDE = 0.1
-"""Share of the cases that may be unusable before something is taken to be wrong with the data set."""
+"""Largest fraction of unusable cases; if more are unusable, the data set itself is assumed to be wrong."""
 
 
 @dataclass(frozen=True)
 class SetAside:
-    """A case or file that is not used, and why."""
+    """A case or file that is not used, and the reason."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -21,11 +21,11 @@ class SetAside:
 
 
 class CaseError(Exception):
-    """A case that cannot be used.
+    """An error that makes a single case unusable.
 
     Attributes:
-        file: the image file at fault.
-        reason: what is wrong with it.
+        file: Image file that causes the error.
+        reason: What is wrong, worded so that the file is the subject: "is truncated".
     """
 
     def __init__(self, file: str, reason: str) -> None:
@@ -34,4 +34,4 @@ class CaseError(Exception):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.reason}"
+        return f"{self.file} {self.reason}"

@@ -1,14 +1,14 @@
-"""Preprocessed cases on disk: compressed, chunked arrays of which a patch reads only the blocks that it touches.
+"""Preprocessed cases on disk: compressed, chunked arrays. Reading a patch decompresses only the blocks it overlaps.
 
-A case is three files: ``<case>.b2nd`` (voxels: channel, z, y, x), ``<case>_foreground.npy`` (coordinates inside the
-body) and ``<case>.json`` (``CaseProperties``). The JSON is written last and removed first: a case without it is not
-complete.
+A case consists of three files: ``<case>.b2nd`` (voxels: channel, z, y, x), ``<case>_foreground.npy`` (coordinates inside
+the body) and ``<case>.json`` (``CaseProperties``). The JSON file is written last and deleted first, so a case without it
+is incomplete.
 
-Voxels are float16, compressed by LZ4 at level 5 after a byte shuffle, in blocks of 4 x 64 x 64 voxels. Measured on one
-core on abdominal CT (BTCV) resampled to 192 x 308 x 308 voxels: the shuffle saves 10 % of the disk and costs 0.8 ms for
-a patch of 64 x 128 x 128 voxels; ZSTD saves another 25 % and reads 1.6 times as long; blocks from 16 x 16 x 16 to
-4 x 64 x 64 read such a patch equally fast, and the flat ones read a slice of 256 x 256 three times as fast as cubes, so
-that 2D and 3D configurations share a folder.
+Voxels are stored as float16 and compressed by LZ4 at level 5 after a byte shuffle, in blocks of 4 x 64 x 64 voxels.
+These choices were measured on one core with abdominal CT (BTCV) resampled to 192 x 308 x 308 voxels. The shuffle saves
+10 % of the disk space and costs 0.8 ms for a patch of 64 x 128 x 128 voxels. ZSTD saves another 25 %, but reading takes
+1.6 times as long. Blocks from 16 x 16 x 16 to 4 x 64 x 64 voxels read such a patch equally fast; flat blocks read a
+slice of 256 x 256 three times as fast as cubes, so 2D and 3D configurations can share a folder.
 """
 
 import io
@@ -34,7 +34,7 @@ SCHEMA_VERSION = 1
 MAX_OPEN_CASES = 64
 BLOCK_VOX = (4, 64, 64)
 SLICES_PER_CHUNK = 16
-"""Chunk thickness for 2D patches; blocks are the unit that is read, a chunk per slice would only write slower."""
+"""Chunk thickness for 2D patches. Blocks are the unit of reading; one chunk per slice would only make writing slower."""
 
 COMPRESSION = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
 
@@ -44,7 +44,7 @@ MAPPING: dict[str, str] = {} if os.name == "nt" else {"mmap_mode": "r"}
 
 @dataclass(frozen=True)
 class SourceFile:
-    """An image file as it was when its case was preprocessed."""
+    """State of an image file when its case was preprocessed."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -55,23 +55,23 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class CaseProperties:
-    """What is known of a preprocessed case beside its voxels; its file says that the case is complete."""
+    """Properties of a preprocessed case. The existence of their file marks the case as complete."""
 
     __pydantic_config__: ClassVar = STRICT
     __schema_version__: ClassVar = SCHEMA_VERSION
 
     schema_version: int
     shape: tuple[int, int, int]
-    """(z, y, x) of the preprocessed volume."""
+    """Shape (z, y, x) of the preprocessed volume in voxels."""
     channels: int
     spacing_mm: tuple[float, float, float]
-    """(z, y, x) of the preprocessed volume."""
+    """Spacing (z, y, x) of the preprocessed volume in mm."""
     sources: tuple[SourceFile, ...]
     """Image files in channel order."""
     digest: str
-    """Digest of everything that decides the voxels; another digest means that they are outdated."""
+    """Digest of everything that determines the voxels; if it differs, the case is outdated."""
     foreground_share: float
-    """Share of the volume that is inside the body, 0 to 1."""
+    """Fraction of the volume inside the body, between 0 and 1."""
 
 
 def write_case(
@@ -82,31 +82,34 @@ def write_case(
     properties: CaseProperties,
     patch_size: Sequence[int],
 ) -> None:
-    """Write one preprocessed case, replacing an older one of that name.
+    """Write one preprocessed case, replacing an existing case of the same name.
 
     Args:
-        folder: an existing folder.
-        name: the case.
-        volume: normalised intensities; kept as float16, so to 11 significant bits.
-        foreground_vox: (z, y, x) of voxels inside the body; may be empty.
-        properties: must agree with the volume.
-        patch_size: voxels per axis that are usually read at once, (z, y, x) or (y, x) for single slices.
+        folder: Existing folder.
+        name: Name of the case.
+        volume: Normalised intensities. They are stored as float16, which keeps 11 significant bits.
+        foreground_vox: Coordinates (z, y, x) of voxels inside the body; may be empty.
+        properties: Properties of the case; they must match the volume.
+        patch_size: Typical patch to read in voxels, (z, y, x), or (y, x) for single slices.
 
     Raises:
-        ValueError: values are not finite or beyond the range of float16 (65504), coordinates are outside the volume, or
-            the properties do not agree with it.
-        UserError: a file cannot be written.
+        ValueError: If values are not finite or exceed the range of float16 (65504), if coordinates lie outside the
+            volume, or if the properties do not match it.
+        UserError: If a file cannot be written.
     """
     shape = tuple(volume.shape[1:])
     if (properties.channels, properties.shape) != (len(volume), shape):
-        raise ValueError(f"case {name}: properties say {properties.channels} x {properties.shape}, not {volume.shape}")
+        raise ValueError(
+            f"properties of case {name} must match its volume {volume.shape}, got {properties.channels} channel(s) of "
+            f"shape {properties.shape}"
+        )
     if foreground_vox.size and (foreground_vox.min() < 0 or np.any(foreground_vox.max(axis=0) >= shape)):
-        raise ValueError(f"case {name}: foreground coordinates lie outside its volume {shape}")
+        raise ValueError(f"foreground coordinates of case {name} lie outside its volume {shape}")
     with np.errstate(over="ignore"):
         half = np.ascontiguousarray(volume, dtype=np.float16)
     if not np.isfinite(half).all():
         worst = float(np.abs(volume).max())
-        raise ValueError(f"case {name}: holds values that float16 cannot keep (largest {worst:g}, limit 65504)")
+        raise ValueError(f"case {name} has values that float16 cannot represent (largest {worst:g}, limit 65504)")
     block, chunk = layout(shape, patch_size)
     packed = blosc2.asarray(half, chunks=(1, *chunk), blocks=(1, *block), cparams=COMPRESSION).to_cframe()
     coordinates = foreground_vox.reshape(-1, 3).astype(np.int16 if max(shape) <= np.iinfo(np.int16).max else np.int32)
@@ -119,14 +122,14 @@ def write_case(
 
 
 def layout(shape: Sequence[int], patch_size: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the block, which is what is read and unpacked at once, and the chunk, which is what is written at once.
+    """Return the shapes of a block, the unit that is read and decompressed, and of a chunk, the unit that is written.
 
     Args:
-        shape: (z, y, x) of the volume.
-        patch_size: (z, y, x), or (y, x) for single slices.
+        shape: Shape (z, y, x) of the volume in voxels.
+        patch_size: Patch size in voxels, (z, y, x), or (y, x) for single slices.
 
     Returns:
-        Voxels per axis (z, y, x) of both. A chunk is made of whole blocks, or ends with the volume.
+        Block and chunk, both (z, y, x) in voxels. A chunk consists of whole blocks unless the volume ends first.
     """
     flat = len(patch_size) == 2
     patch = (SLICES_PER_CHUNK, *patch_size) if flat else tuple(patch_size)
@@ -139,19 +142,19 @@ def layout(shape: Sequence[int], patch_size: Sequence[int]) -> tuple[tuple[int, 
 
 
 def remove_case(folder: Path, name: str) -> None:
-    """Remove the files of a case, the one that makes it complete first."""
+    """Delete the files of a case, starting with the one that marks it as complete."""
     for ending in (".json", ".b2nd", "_foreground.npy"):
         (folder / f"{name}{ending}").unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left behind: temporary files. Nothing may be writing into the folder."""
+    """Delete temporary files of killed processes. No process may be writing to the folder at the same time."""
     for path in folder.glob(".*.tmp"):
         path.unlink(missing_ok=True)
 
 
 def complete_cases(folder: Path) -> list[str]:
-    """Return the sorted names of the complete cases in a folder; empty if there is no such folder."""
+    """Return the sorted names of the complete cases in a folder, or an empty list if the folder does not exist."""
     if not folder.is_dir():
         return []
     # hidden names are temporary files
@@ -164,17 +167,17 @@ def read_properties(folder: Path, name: str) -> CaseProperties:
     """Return the properties of a complete case.
 
     Raises:
-        UserError: the case is not complete or was written by another version.
+        UserError: If the case is incomplete or was written by another version.
     """
     return schema.read(CaseProperties, folder / f"{name}.json", "preprocessed case")
 
 
 class StoredCase:
-    """One preprocessed case, opened when something of it is asked for.
+    """A preprocessed case, whose files are opened on first access.
 
     Attributes:
-        name: the case.
-        folder: where its files lie.
+        name: Name of the case.
+        folder: Folder of its files.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -187,11 +190,11 @@ class StoredCase:
         try:
             return blosc2.open(str(path), mode="r", dparams={"nthreads": 1}, **MAPPING)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{path}: cannot be opened ({error}); run nnssl_plan_and_preprocess again") from error
+            raise UserError(f"{path} cannot be opened ({error}); run nnssl_plan_and_preprocess again") from error
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(z, y, x) in voxels."""
+        """Shape (z, y, x) in voxels."""
         return self._array.shape[1:]
 
     @property
@@ -201,40 +204,40 @@ class StoredCase:
 
     @cached_property
     def properties(self) -> CaseProperties:
-        """The case's properties file."""
+        """Properties of the case, read from its file."""
         return read_properties(self.folder, self.name)
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
-        """(z, y, x) in mm."""
+        """Spacing (z, y, x) in mm."""
         return self.properties.spacing_mm
 
     @cached_property
     def foreground_vox(self) -> Int[np.ndarray, "point 3"]:
-        """(z, y, x) of a few thousand voxels inside the body, in random order; empty if none was found."""
+        """Coordinates (z, y, x) of a few thousand voxels inside the body, in random order; empty if none were found."""
         path = self.folder / f"{self.name}_foreground.npy"
         try:
             return np.load(path, allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); run nnssl_plan_and_preprocess again") from error
+            raise UserError(f"{path} cannot be read ({error}); run nnssl_plan_and_preprocess again") from error
 
     @property
     def body_vox(self) -> Int[np.ndarray, "point 3"]:
-        """``foreground_vox``, or the middle of the volume where none was found: a point of it can always be taken."""
+        """``foreground_vox``, or the centre of the volume if that is empty, so there is always at least one point."""
         return self.foreground_vox if len(self.foreground_vox) else np.array([self.shape]) // 2
 
     def read_box(self, lower_vox: Sequence[int], size_vox: Sequence[int]) -> Float32[np.ndarray, "channel z y x"]:
         """Read a box of voxels.
 
         Args:
-            lower_vox: (z, y, x) of its first voxel; may be negative.
-            size_vox: (z, y, x) voxels per axis, at least 1; may reach beyond the volume.
+            lower_vox: First voxel (z, y, x) of the box; may be negative.
+            size_vox: Size (z, y, x) in voxels, at least 1 per axis; the box may extend beyond the volume.
 
         Returns:
             Intensities (channel, z, y, x), zero outside the volume.
 
         Raises:
-            UserError: the file is damaged or gone.
+            UserError: If the file is damaged or missing.
         """
         box = np.zeros((self.channels, *size_vox), dtype=np.float32)
         inside, place = [slice(None)], [slice(None)]
@@ -248,9 +251,9 @@ class StoredCase:
             voxels = self._array[tuple(inside)]
         except RuntimeError as error:
             path = self.folder / f"{self.name}.b2nd"
-            raise UserError(f"{path}: is damaged ({error}); remove it and preprocess again") from error
-        # torch converts float16 some twenty times as fast as numpy does, but its threads hang in a forked process;
-        # workers of a DataLoader have one thread
+            raise UserError(f"{path} is damaged ({error}); delete it and preprocess again") from error
+        # torch converts float16 about twenty times as fast as numpy, but its threads hang in a forked process;
+        # workers of a DataLoader have only one thread
         if torch.get_num_threads() == 1:
             torch.from_numpy(box)[tuple(place)].copy_(torch.from_numpy(voxels))
         else:
@@ -261,18 +264,18 @@ class StoredCase:
 class CaseStore:
     """The complete cases of a folder.
 
-    Can be pickled and used after a fork; at most ``MAX_OPEN_CASES`` cases are open in a process at a time.
+    The store can be pickled and used after a fork. At most ``MAX_OPEN_CASES`` cases are open in a process at a time.
 
     Attributes:
-        folder: the folder.
-        names: the complete cases when the store was made, sorted.
+        folder: Folder of the cases.
+        names: Sorted names of the cases that were complete when the store was created.
 
     Args:
-        folder: where the cases lie.
-        max_open: cases kept open.
+        folder: Folder of the cases.
+        max_open: Largest number of cases kept open.
 
     Raises:
-        UserError: there is no complete case.
+        UserError: If the folder has no complete case.
     """
 
     def __init__(self, folder: Path, max_open: int = MAX_OPEN_CASES) -> None:
@@ -281,7 +284,7 @@ class CaseStore:
         self._max_open = max_open
         self._open: OrderedDict[str, StoredCase] = OrderedDict()
         if not self.names:
-            raise UserError(f"{self.folder}: holds no preprocessed case; run nnssl_plan_and_preprocess first")
+            raise UserError(f"{self.folder} contains no preprocessed case; run nnssl_plan_and_preprocess first")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -293,11 +296,11 @@ class CaseStore:
         """Return a case by name.
 
         Raises:
-            UserError: the store has no such case.
+            UserError: If the store has no such case.
         """
         if name not in self._open:
             if not (self.folder / f"{name}.json").exists():
-                raise UserError(f"{self.folder}: has no complete case {name!r}; run nnssl_plan_and_preprocess again")
+                raise UserError(f"{self.folder} has no complete case {name!r}; run nnssl_plan_and_preprocess again")
             self._open[name] = StoredCase(self.folder, name)
         self._open.move_to_end(name)
         if len(self._open) > self._max_open:

@@ -1,4 +1,4 @@
-"""Reads DICOM series with the interface of nnU-Net's readers; the class must subclass one of them."""
+"""A reader of DICOM series with the interface of nnU-Net's readers, which requires a subclass of one of them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from nnssl.data.dicom_series import SERIES_ENDING, find_slices
 
 
 class DicomSeriesIO(SimpleITKIO):
-    """Reads what ``nnssl.data.dicom_series`` describes; segmentations are written as ``SimpleITKIO`` does."""
+    """A reader of series files (see ``nnssl.data.dicom_series``); it writes segmentations as ``SimpleITKIO`` does."""
 
     supported_file_endings: ClassVar[list[str]] = [SERIES_ENDING]
 
@@ -24,15 +24,15 @@ class DicomSeriesIO(SimpleITKIO):
             ``sitk_stuff`` with spacing, origin (x, y, z) and direction as SimpleITK gives them.
 
         Raises:
-            CaseError: a slice is missing or has changed.
-            RuntimeError: SimpleITK cannot read a slice, or the series have different shapes or spacings.
+            CaseError: If a slice is missing or has changed.
+            RuntimeError: If SimpleITK cannot read a slice, or if the series differ in shape or spacing.
         """
         images = [_read(Path(file)) for file in image_fnames]
         first = images[0]
         for image, file in zip(images, image_fnames, strict=True):
             same_spacing = np.allclose(image.GetSpacing(), first.GetSpacing())
             if image.GetSize() != first.GetSize() or not same_spacing:
-                raise RuntimeError(f"{Path(file).name} has not the shape and spacing of {Path(image_fnames[0]).name}")
+                raise RuntimeError(f"{Path(file).name} differs in shape or spacing from {Path(image_fnames[0]).name}")
         geometry = {"spacing": first.GetSpacing(), "origin": first.GetOrigin(), "direction": first.GetDirection()}
         volume = np.stack([sitk.GetArrayFromImage(image) for image in images])
         return volume, {"sitk_stuff": geometry, "spacing": list(first.GetSpacing()[::-1])}
@@ -40,7 +40,7 @@ class DicomSeriesIO(SimpleITKIO):
 
 def _read(file: Path) -> sitk.Image:
     reader = sitk.ImageSeriesReader()
-    # each slice has rescale values of its own; whole numbers of the first one's type would cut those of the others
+    # rescale values differ between slices; the integer type of the first slice would truncate values of the others
     reader.SetOutputPixelType(sitk.sitkFloat32)
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileNames([str(path) for path in find_slices(file)])

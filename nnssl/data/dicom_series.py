@@ -1,9 +1,9 @@
-"""A DICOM series as one image: a small file ``CASE.dcmseries`` lists its slices in order, and no voxel is copied.
+"""A DICOM series as one image: a small file ``CASE.dcmseries`` lists its slices in order, so no voxels are copied.
 
-Why a format of our own: no header-only format that nnU-Net's readers take decodes DICOM. MetaImage (``ElementDataFile =
-LIST``) and NRRD (``data file: LIST``) can skip to raw bytes at the end of each slice, which is wrong without a word for
-compressed slices, for rescale slopes and for what stands behind the pixels. So SimpleITK reads the slices themselves;
-geometry and intensities are what its ``ImageSeriesReader`` gives.
+nnssl defines its own format because none of the header-only formats that nnU-Net's readers accept can decode DICOM.
+MetaImage (``ElementDataFile = LIST``) and NRRD (``data file: LIST``) can skip to the raw bytes at the end of each slice.
+This silently gives wrong values for compressed slices, for rescale slopes and for data after the pixels. SimpleITK
+therefore reads the slices themselves; geometry and intensities are those of its ``ImageSeriesReader``.
 """
 
 from dataclasses import dataclass
@@ -20,24 +20,24 @@ SERIES_ENDING = ".dcmseries"
 SCHEMA_VERSION = 1
 
 DICOM_READER = "DicomSeriesIO"
-"""Name of the reader class in ``nnssl.data.dicom_reader``; nnU-Net has none of this name."""
+"""Name of the reader class in ``nnssl.data.dicom_reader``; nnU-Net has no reader of this name."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """One file of a series."""
+    """A file of a series."""
 
     __pydantic_config__: ClassVar = STRICT
 
     file: str
-    """Below the folder of the series."""
+    """Path relative to the folder of the series."""
     size_bytes: int
-    """When it was imported; another size later is an error."""
+    """Size at import; reading fails if the size has changed."""
 
 
 @dataclass(frozen=True)
 class DicomSeries:
-    """What a series file says."""
+    """Content of a series file."""
 
     __pydantic_config__: ClassVar = STRICT
     __schema_version__: ClassVar = SCHEMA_VERSION
@@ -45,49 +45,51 @@ class DicomSeries:
     schema_version: int
     series_uid: str
     modality: str
-    """DICOM's code: CT, MR, PT."""
+    """DICOM's code: CT, MR or PT."""
     description: str
     folder: str
-    """Absolute; the slices lie below it."""
+    """Absolute path of the folder that contains the slices."""
     slices: tuple[Slice, ...]
-    """Two or more, in the order of their positions along the normal of the slices."""
+    """At least two slices, ordered by their positions along the normal of the slices."""
 
 
 def read_series(file: Path) -> DicomSeries:
     """Read a series file.
 
     Raises:
-        CaseError: it is missing, damaged or of another version.
+        CaseError: If the file is missing, damaged or of another version.
     """
     try:
         series = read(DicomSeries, file, "DICOM series file")
     except UserError as error:
-        raise CaseError(str(file), f"is no readable series file ({error})") from error
+        raise CaseError(str(file), f"is not a readable series file ({error})") from error
     if len(series.slices) < 2:
         raise CaseError(str(file), "lists fewer than two slices; import it again")
     return series
 
 
 def find_slices(file: Path) -> tuple[Path, ...]:
-    """Return the slices of a series file in order, checked to be there with the size that they were imported with.
+    """Return the slices of a series file in order, after checking that they exist and have the same size as at import.
 
     Raises:
-        CaseError: the series file cannot be read; or a slice is missing or has another size.
+        CaseError: If the series file cannot be read, or if a slice is missing or has another size.
     """
     return check_slices(read_series(file))
 
 
 def check_slices(series: DicomSeries) -> tuple[Path, ...]:
-    """Return the slices of a series in order, checked as ``find_slices`` does."""
+    """Return the slices of a series in order, with the checks of ``find_slices``."""
     paths = []
     for entry in series.slices:
         path = Path(series.folder) / entry.file
         try:
             size = path.stat().st_size
         except OSError as error:
-            raise CaseError(str(path), f"a slice of the series cannot be found ({error.strerror})") from error
+            raise CaseError(str(path), f"is a slice of the series and cannot be found ({error.strerror})") from error
         if size != entry.size_bytes:
-            raise CaseError(str(path), f"has {size} bytes, {entry.size_bytes} when it was imported; import it again")
+            raise CaseError(
+                str(path), f"has {size} bytes, but had {entry.size_bytes} when it was imported; import it again"
+            )
         paths.append(path)
     return tuple(paths)
 
@@ -96,10 +98,10 @@ def measure_series(series: DicomSeries) -> tuple[tuple[int, ...], tuple[float, .
     """Return the geometry of a series from the headers of its first and last slice.
 
     Returns:
-        Shape (z, y, x) in voxels, spacing (z, y, x) in mm, and the directions towards which x, y and z grow ("LPS").
+        Shape (z, y, x) in voxels, spacing (z, y, x) in mm, and the directions in which x, y and z increase ("LPS").
 
     Raises:
-        CaseError: a slice is missing or its header cannot be read.
+        CaseError: If a slice is missing or its header cannot be read.
     """
     import SimpleITK as sitk  # noqa: N813  the usual name; slow to import
 
@@ -113,10 +115,10 @@ def measure_series(series: DicomSeries) -> tuple[tuple[int, ...], tuple[float, .
 
 
 def read_slice_header(file: Path) -> Any:
-    """Return SimpleITK's reader of one DICOM file with the header read; voxels stay closed.
+    """Return SimpleITK's reader of one DICOM file after reading the header, but no voxels.
 
     Raises:
-        CaseError: GDCM cannot read the file.
+        CaseError: If GDCM cannot read the file.
     """
     import SimpleITK as sitk  # noqa: N813
 
@@ -132,5 +134,5 @@ def read_slice_header(file: Path) -> Any:
 
 
 def stock_reader(reader: str) -> str:
-    """Return the reader of nnU-Net to name in a plan: stock nnU-Net looks it up among its own."""
+    """Return the name of nnU-Net's reader to write into a plan, since stock nnU-Net knows only its own readers."""
     return "SimpleITKIO" if reader == DICOM_READER else reader

@@ -1,7 +1,7 @@
-"""Image files: their headers, their voxels through nnU-Net's readers, and whether all of the file is there.
+"""Image files: reading headers, reading voxels through nnU-Net's readers, and checks that files are complete.
 
-ITK says nothing when a NIfTI or GIPL file is cut short or damaged: it returns zeros or stale memory for what is missing
-(SimpleITK 2.5: half of a ``.nii.gz`` reads without an error). Those files are checked before they are read.
+ITK reports no error for a truncated or damaged NIfTI or GIPL file: it returns zeros or stale memory for the missing
+voxels (SimpleITK 2.5 reads half of a ``.nii.gz`` without an error). These files are therefore checked before reading.
 """
 
 import contextlib
@@ -19,45 +19,46 @@ from nnssl.data.case_error import CaseError
 from nnssl.data.dicom_series import DICOM_READER, SERIES_ENDING, find_slices, measure_series, read_series
 
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
-"""What SimpleITK reads for nnU-Net, header and voxels in one file; longer endings first, so that the first match is right."""
+"""Formats with header and voxels in one file that SimpleITK reads for nnU-Net. Longer endings come first, so that the
+first match is the right one."""
 PICTURE_ENDINGS = (".tiff", ".tif", ".png", ".bmp")
 ENDINGS = (*VOLUME_ENDINGS, *PICTURE_ENDINGS)
-"""What nnU-Net's readers read."""
+"""All formats that nnU-Net's readers accept."""
 
 CHUNK_BYTES = 1 << 20
 GIPL_HEADER_BYTES = 256
 
 
 class Header(NamedTuple):
-    """What an image file says of itself, with axes as nnU-Net's reader orders them."""
+    """Geometry of an image file, with the axes in the order of nnU-Net's reader."""
 
     channels: int
     shape: tuple[int, ...]
-    """(z, y, x)"""
+    """Shape (z, y, x) in voxels."""
     spacing_mm: tuple[float, ...]
-    """(z, y, x)"""
+    """Spacing (z, y, x) in mm."""
     orientation: str
-    """Directions towards which x, y and z grow, such as "LPS"; empty where the format does not say."""
+    """Directions in which x, y and z increase, such as "LPS"; empty if the format does not store them."""
 
 
 def ending_of(path: Path | str, endings: Sequence[str] = ENDINGS) -> str:
-    """Return which of some endings a file's name has, as it is written there; empty if none."""
+    """Return the ending of a file name as written there, if it is one of ``endings``, else an empty string."""
     name = Path(path).name
     return next((name[-len(ending) :] for ending in endings if name.lower().endswith(ending)), "")
 
 
 def read_images(files: Sequence[Path], reader: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """Call nnU-Net's reader, or that for DICOM series, on whole files, silently.
+    """Check that files are complete and read them with nnU-Net's reader or the one for DICOM series, without output.
 
     Args:
-        files: one per channel.
-        reader: name of nnU-Net's reader class, or ``DICOM_READER``.
+        files: One file per channel.
+        reader: Name of nnU-Net's reader class, or ``DICOM_READER``.
 
     Returns:
-        What the reader returns: intensities and properties.
+        Intensities and properties, as returned by the reader.
 
     Raises:
-        CaseError: a file is missing, truncated, damaged or unreadable, or the files do not fit together.
+        CaseError: If a file is missing, truncated, damaged or unreadable, or if the files do not fit together.
     """
     for file in files:
         check_whole(file)
@@ -67,8 +68,8 @@ def read_images(files: Sequence[Path], reader: str) -> tuple[np.ndarray, dict[st
             return _find_reader(reader)().read_images([str(file) for file in files])
     except (MemoryError, CaseError):
         raise
-    except Exception as error:  # the readers let through whatever ITK, nibabel, tifffile and PIL raise
-        # a mismatch of channels is printed by nnU-Net and raised without a message
+    except Exception as error:  # the readers pass on any error of ITK, nibabel, tifffile and PIL
+        # nnU-Net prints a mismatch of channels and raises an error without a message
         reason = _last_line(error) or next((line for line in printed.getvalue().splitlines() if "ERROR" in line), "")
         raise CaseError(str(files[0]), f"cannot be read ({reason or type(error).__name__})") from error
 
@@ -85,20 +86,20 @@ def _find_reader(reader: str) -> Any:
 
 
 def check_whole(file: Path, trust_length: bool = False) -> None:
-    """Check that a NIfTI or GIPL file holds all the voxels that its header announces, a DICOM series all its slices.
+    """Check that a NIfTI or GIPL file contains all voxels that its header announces, or a DICOM series all its slices.
 
-    A compressed file is decompressed once in small pieces, which compares its checksum too.
+    A compressed file is decompressed once in small pieces, which also verifies its checksum.
 
     Args:
-        file: the image file.
-        trust_length: take a compressed file for whole if the length that gzip writes at its end is the expected one,
-            without decompressing it; what is damaged in the middle is found when the file is read.
+        file: Image file.
+        trust_length: Whether to accept a compressed file, without decompressing it, if the length stored at its end by
+            gzip is the expected one. Damage in the middle is then detected only when the file is read.
 
     Raises:
-        CaseError: the file is missing, cut short or damaged.
+        CaseError: If the file is missing, truncated or damaged.
     """
     if not file.is_file():
-        raise CaseError(str(file), "is not there")
+        raise CaseError(str(file), "does not exist")
     name = file.name.lower()
     try:
         if name.endswith((".nii", ".nii.gz")):
@@ -115,43 +116,45 @@ def check_whole(file: Path, trust_length: bool = False) -> None:
         else:
             return
     except EOFError as error:
-        raise CaseError(str(file), "is truncated (its compressed stream ends early)") from error
+        raise CaseError(str(file), "is truncated (the compressed stream ends early)") from error
     except (gzip.BadGzipFile, zlib.error) as error:
         raise CaseError(str(file), f"is damaged ({error})") from error
     except OSError as error:
         raise CaseError(str(file), f"cannot be read ({_last_line(error)})") from error
     if present < expected:
-        raise CaseError(str(file), f"is truncated (holds {present} of {expected} bytes)")
+        raise CaseError(str(file), f"is truncated (has {present} of {expected} bytes)")
 
 
 def check_spacing(file: Path, spacing_mm: Sequence[float]) -> None:
-    """Check that the distances of a file's voxels are numbers above 0.
+    """Check that the spacing of a file is finite and above 0.
 
     Raises:
-        CaseError: one is not.
+        CaseError: If it is not.
     """
     if not all(np.isfinite(spacing_mm)) or min(spacing_mm) <= 0:
-        raise CaseError(str(file), f"has the impossible spacing {tuple(spacing_mm)}")
+        raise CaseError(
+            str(file), f"has an invalid spacing: every value must be finite and above 0, got {tuple(spacing_mm)}"
+        )
 
 
 def check_finite(file: Path) -> None:
-    """Check that a NIfTI file holds neither NaN nor infinity, which ITK turns into 0 and says nothing.
+    """Check that a NIfTI file contains neither NaN nor infinity, which ITK silently replaces by 0.
 
-    Other formats hand such values on to the reader, and integers cannot be any.
+    Files of other formats need no check here, since their readers return such values. Integers cannot hold them.
 
     Raises:
-        CaseError: there is at least one.
+        CaseError: If there is at least one such value.
     """
     import nibabel
 
     if file.name.lower().endswith((".nii", ".nii.gz")):
         proxy = nibabel.load(file).dataobj  # type: ignore[attr-defined]
         if proxy.dtype.kind in "fc" and not np.isfinite(proxy.get_unscaled()).all():
-            raise CaseError(str(file), "holds NaN or infinite intensities")
+            raise CaseError(str(file), "contains NaN or infinite intensities")
 
 
 def _unpacked_bytes(file: Path) -> int:
-    """Return the length of a file, decompressed if it is compressed."""
+    """Return the length of a file in bytes, after decompression if it is compressed."""
     with open(file, "rb") as raw:
         if raw.read(2) != b"\x1f\x8b":
             return file.stat().st_size
@@ -163,7 +166,7 @@ def _unpacked_bytes(file: Path) -> int:
 
 
 def _noted_bytes(file: Path) -> int | None:
-    """Return the decompressed length, modulo 2^32, that a gzip file notes in its last 4 bytes; None if it is none."""
+    """Return the decompressed length, modulo 2^32, from the last 4 bytes of a gzip file; None for other files."""
     with open(file, "rb") as raw:
         if raw.read(2) != b"\x1f\x8b":
             return None
@@ -175,10 +178,10 @@ def _nifti_bytes(file: Path) -> int:
     import nibabel  # slow to import
 
     try:
-        proxy = nibabel.load(file).dataobj  # type: ignore[attr-defined]  # the header forgets its offset once loaded
+        proxy = nibabel.load(file).dataobj  # type: ignore[attr-defined]  # the offset is missing from a loaded header
         return int(proxy.offset) + int(np.prod(proxy.shape, dtype=np.int64)) * proxy.dtype.itemsize
     except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError) as error:
-        raise CaseError(str(file), f"its header cannot be read ({_last_line(error)})") from error
+        raise CaseError(str(file), f"has an unreadable header ({_last_line(error)})") from error
 
 
 def _gipl_bytes(file: Path) -> int:
@@ -190,11 +193,11 @@ def _gipl_bytes(file: Path) -> int:
 
 
 def find_source_state(file: Path) -> tuple[int, int]:
-    """Return the size in bytes and the time of the last change in ns of an image: of a series, of all its slices.
+    """Return the size in bytes and the time of the last change in ns of an image, for a series over all its slices.
 
     Raises:
-        OSError: the file is not there.
-        CaseError: a slice is not there.
+        OSError: If the file does not exist.
+        CaseError: If a slice does not exist.
     """
     status = [file.stat()]
     if file.name.endswith(SERIES_ENDING):
@@ -203,15 +206,15 @@ def find_source_state(file: Path) -> tuple[int, int]:
 
 
 def read_file_header(file: Path, reader: str) -> Header:
-    """Return the geometry of one image file as nnU-Net's reader gives it.
+    """Return the geometry of one image file as given by nnU-Net's reader.
 
-    Formats whose geometry nnU-Net does not take from a header (tif, png, bmp) are read.
+    Formats whose geometry nnU-Net does not take from a header (tif, png, bmp) are read completely.
 
     Raises:
-        CaseError: the header cannot be read.
+        CaseError: If the header cannot be read.
     """
     if not file.is_file():
-        raise CaseError(str(file), "is not there")
+        raise CaseError(str(file), "does not exist")
     if reader == DICOM_READER:
         return Header(1, *measure_series(read_series(file)))
     if reader.startswith("SimpleITKIO"):
@@ -241,7 +244,7 @@ def _open_itk_header(file: Path) -> Any:
     try:
         header.ReadImageInformation()
     except RuntimeError as error:
-        raise CaseError(str(file), f"its header cannot be read ({_last_line(error)})") from error
+        raise CaseError(str(file), f"has an unreadable header ({_last_line(error)})") from error
     return header
 
 
@@ -265,13 +268,13 @@ def _read_nibabel_header(file: Path) -> Header:
     try:
         image: Any = nibabel.load(file)
     except (OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
-        raise CaseError(str(file), f"its header cannot be read ({_last_line(error)})") from error
+        raise CaseError(str(file), f"has an unreadable header ({_last_line(error)})") from error
     if image.ndim != 3:
-        raise CaseError(str(file), f"has {image.ndim} axes; nnU-Net's nibabel reader takes 3")
+        raise CaseError(str(file), f"must have 3 axes for nnU-Net's nibabel reader, got {image.ndim}")
     spacing_mm = tuple(float(mm) for mm in image.header.get_zooms()[::-1])
     return Header(1, tuple(image.shape[::-1]), spacing_mm, "".join(map(str, nibabel.aff2axcodes(image.affine))))
 
 
 def _last_line(error: Exception) -> str:
-    """Return the last line of an error's message, where ITK puts the reason."""
+    """Return the last line of an error's message, which contains the reason for errors of ITK."""
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")

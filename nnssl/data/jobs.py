@@ -1,6 +1,7 @@
-"""Jobs on many cases at once: in this process, in processes of this machine, or on a Dask cluster.
+"""Jobs on many cases: in this process, in several processes of this machine, or on a Dask cluster.
 
-Only a few jobs are under way at a time and results come as they are ready, so memory does not grow with their number.
+Only a few jobs are submitted at a time and results are yielded as they finish, so memory use does not grow with the
+number of jobs.
 """
 
 import multiprocessing
@@ -22,40 +23,41 @@ J = TypeVar("J")
 R = TypeVar("R")
 
 JOBS_PER_PROCESS = 2
-"""Jobs under way for each process: one that runs and one that waits."""
+"""Jobs submitted for each process: one that runs and one that waits."""
 
 MOST_PROCESSES = 8
-"""More than these are used only if the user says so: memory ends before cores do."""
+"""Default upper limit of processes. With more, memory usually runs out before cores do, so users must ask for them."""
 
 DASK_TIMEOUT_S = 30
 
 SECONDS_PER_LINE = 30.0
-"""How often progress is said where there is no terminal."""
+"""Interval between progress messages if there is no terminal."""
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_processes() -> int:
-    """Return how many processes to use where the user does not say: one for each core, up to ``MOST_PROCESSES``."""
+    """Return the default number of processes: one per core, at most ``MOST_PROCESSES``."""
     return min(MOST_PROCESSES, usable_cores())
 
 
 def run_jobs(work: Callable[[J], R], jobs: Iterable[J], processes: int, dask_address: str | None) -> Iterator[R]:
-    """Yield the result of each job, in the order in which they are ready.
+    """Yield the results of jobs in the order in which they finish.
 
     Args:
-        work: what to do with a job; an importable function that returns something small.
-        jobs: the jobs, taken as they are needed.
-        processes: processes of this machine; up to 1 runs in this process.
-        dask_address: of a Dask scheduler, such as ``tcp://host:8786``, instead of ``processes``; its workers must have
-            nnssl installed, see the same folders, and run one thread each.
+        work: Importable function that is called with each job and returns a small result.
+        jobs: Jobs, consumed as they are needed.
+        processes: Number of processes on this machine; up to 1 runs the jobs in this process.
+        dask_address: Address of a Dask scheduler, such as ``tcp://host:8786``, to use instead of ``processes``; None for
+            local processes. The workers of the cluster must have nnssl installed, see the same folders, and run one
+            thread each.
 
     Raises:
-        UserError: a process was killed; no such cluster; or Dask is not installed.
-        Exception: whatever ``work`` raises; jobs that have not begun are dropped.
+        UserError: If a process was killed, if no cluster answers, or if Dask is not installed.
+        Exception: If ``work`` raises an exception; jobs that have not started are then dropped.
     """
     if dask_address is not None:
         with _open_cluster(dask_address) as (executor, limit):
@@ -69,20 +71,20 @@ def run_jobs(work: Callable[[J], R], jobs: Iterable[J], processes: int, dask_add
             yield from _run_some_at_a_time(executor, JOBS_PER_PROCESS * processes, work, jobs)
         except BrokenProcessPool as error:
             raise UserError(
-                f"one of {processes} processes was killed, most likely for want of memory; use fewer processes"
+                f"one of {processes} processes was killed, most likely because memory ran out; use fewer processes"
             ) from error
         finally:
             executor.shutdown(cancel_futures=True)
 
 
 def follow_jobs(results: Iterable[R], doing: str, done: str, total: int) -> Iterator[R]:
-    """Pass results on and show how far the jobs are: a bar on a terminal, else a line now and then.
+    """Yield results and show progress: a bar on a terminal, otherwise a message from time to time.
 
     Args:
-        results: as they are ready.
-        doing: what the jobs do, for the bar: "preprocessing".
-        done: what has become of the finished ones, for the lines: "preprocessed".
-        total: number of jobs; each is a case.
+        results: Results in the order in which they finish.
+        doing: Verb for the bar: "preprocessing".
+        done: Participle for the messages: "preprocessed".
+        total: Number of jobs; each is a case.
     """
     if sys.stderr.isatty():
         from tqdm import tqdm
@@ -98,7 +100,7 @@ def follow_jobs(results: Iterable[R], doing: str, done: str, total: int) -> Iter
 
 
 def _run_some_at_a_time(executor: Executor, limit: int, work: Callable[[J], R], jobs: Iterable[J]) -> Iterator[R]:
-    """Keep at most ``limit`` jobs with an executor and yield results as they are ready."""
+    """Keep at most ``limit`` jobs submitted to an executor and yield results as they finish."""
     waiting: set[Future[R]] = set()
     for job in jobs:
         waiting.add(executor.submit(work, job))
@@ -111,7 +113,7 @@ def _run_some_at_a_time(executor: Executor, limit: int, work: Callable[[J], R], 
 
 
 def _start_process() -> None:
-    """Prepare a worker process: one thread, Ctrl-C left to the parent, and no life after the parent's."""
+    """Set up a worker process: use one thread, leave Ctrl-C to the parent, and end when the parent ends."""
     import torch
 
     torch.set_num_threads(1)
@@ -119,7 +121,7 @@ def _start_process() -> None:
     parent: Any = multiprocessing.parent_process()
 
     def end_with_parent() -> None:
-        # a worker whose parent was killed would wait for jobs for ever, and finish one that a new run does again
+        # otherwise a worker whose parent was killed would wait for jobs forever, after finishing one that a new run repeats
         parent.join()
         os._exit(1)
 
@@ -128,16 +130,16 @@ def _start_process() -> None:
 
 @contextmanager
 def _open_cluster(address: str) -> Iterator[tuple[Executor, int]]:
-    """Connect to a Dask cluster and give an executor and how many jobs to keep with it."""
+    """Connect to a Dask cluster and yield an executor and the number of jobs to keep submitted."""
     try:
         from distributed import Client, KilledWorker
     except ImportError as error:
-        raise UserError("Dask is not installed: pip install 'nnssl[dask]', or leave the cluster out") from error
+        raise UserError("Dask is not installed; run pip install 'nnssl[dask]' or use local processes") from error
     try:
         client = Client(address, timeout=DASK_TIMEOUT_S)
     except (OSError, ValueError, TimeoutError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{address}: no Dask scheduler answers ({reason}); start one or mend the address") from error
+        raise UserError(f"{address}: no Dask scheduler answers ({reason}); start one or check the address") from error
     with client:
         threads = sum(client.nthreads().values())
         if threads == 0:
@@ -147,8 +149,8 @@ def _open_cluster(address: str) -> Iterator[tuple[Executor, int]]:
             yield executor, JOBS_PER_PROCESS * threads
         except KilledWorker as error:
             raise UserError(
-                f"{address}: workers of the Dask cluster were killed, most likely for want of memory; "
-                "run fewer on each machine"
+                f"{address}: workers of the Dask cluster were killed, most likely because memory ran out; "
+                "run fewer of them on each machine"
             ) from error
         finally:
             executor.shutdown(wait=False)

@@ -1,10 +1,10 @@
-"""Which case and which box a training sample is, and the batches of raw patches that follow from it.
+"""The choice of case and box for every training sample, and the batches of raw patches.
 
-A sample is named by its step and its place in the global batch. Cases come in passes: in each pass every case is taken
-once, in an order drawn for that pass, so that none is starved however many or few there are. The box is centred near a
-voxel inside the body most of the time, else anywhere. Both draws depend on (seed, stage, step, place), the batch size
-and the cases alone, so neither the number of workers or ranks nor a restart changes a sample. Workers only read and
-crop.
+A sample is identified by its step and its index in the global batch. Cases come in passes: each pass takes every case
+once, in an order drawn for that pass, so all cases are used equally often whatever their number. Most boxes are centred
+near a voxel inside the body; the others lie anywhere. Both draws depend only on (seed, stage, step, index), the batch
+size and the cases, so a sample does not change with the number of workers or ranks or after a restart. Workers only
+read and crop.
 """
 
 import signal
@@ -25,30 +25,30 @@ from nnssl.data.case_store import CaseStore
 from nnssl.data.jobs import usable_cores
 from nnssl.data.patch_pairs import PairTable
 from nnssl.draws import make_generator
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError
 
 FOREGROUND_SHARE = 0.9
-"""Share of the boxes that are centred near a voxel inside the body."""
+"""Fraction of boxes that are centred near a voxel inside the body."""
 
 GRACE_SECONDS = 60
-"""How long a reader outlives a request to stop."""
+"""Time for which a reader continues after a request to stop."""
 
 JITTER = 0.25
-"""How far a box's centre may lie from that voxel along an axis, as a share of the box."""
+"""Largest distance of a box's centre from that voxel along an axis, as a fraction of the box."""
 
 
 class PatchBatch(NamedTuple):
-    """Raw patches of one step; those of one rank when there are several."""
+    """Raw patches of one step; if there are several ranks, those of one rank."""
 
     volumes: Float[Tensor, "batch channel *shape"]
-    """Float32, zero outside the image."""
+    """Intensities as float32, zero outside the image."""
     samples: list[int]
-    """Places in the global batch."""
+    """Indices in the global batch."""
     step: int
     cases: list[str]
     lower_vox: Int[Tensor, "batch 3"]
-    """First voxel of each patch in its case, (z, y, x) also in 2D, where z is the slice; negative where a volume is
-    smaller than the patch."""
+    """First voxel (z, y, x) of each patch in its case, also in 2D, where z is the slice; negative if a volume is smaller
+    than the patch."""
 
 
 def make_loader(
@@ -66,45 +66,49 @@ def make_loader(
     pin_memory: bool = False,
     pairs: PairTable | None = None,
 ) -> DataLoader:
-    """Return a loader that gives one ``PatchBatch`` per step.
+    """Return a loader that yields one ``PatchBatch`` per step.
 
     Args:
-        store: the preprocessed cases.
-        patch_size: (z, y, x) voxels, or (y, x) for patches of one slice.
-        batch_size: patches per step over all ranks.
-        seed: the run's seed.
-        stage: the pretext stage, ``method.stage``.
-        first_step: step of the first batch.
-        last_step: step after the last batch.
-        rank: of this process.
-        world_size: number of processes; each takes a contiguous part of the batch.
-        num_workers: processes that read; 0 reads in this process.
-        foreground_share: share of the patches that are centred near a voxel inside the body, 0 to 1; pairs say where theirs lie.
-        pin_memory: put batches into page-locked memory, for asynchronous copies to a GPU.
-        pairs: places of which two neighbours of a batch are the two sides; None for patches that have nothing to do with one
-            another.
+        store: Preprocessed cases.
+        patch_size: Patch size in voxels, (z, y, x), or (y, x) for patches of one slice.
+        batch_size: Patches per step over all ranks.
+        seed: Random seed of the run.
+        stage: Pretext stage, ``method.stage``.
+        first_step: Step of the first batch.
+        last_step: Step after the last batch.
+        rank: Rank of this process.
+        world_size: Number of processes; each takes a contiguous part of the batch.
+        num_workers: Number of processes that read; 0 reads in this process.
+        foreground_share: Fraction of patches that are centred near a voxel inside the body, between 0 and 1. Not used
+            with pairs, which determine where their patches lie.
+        pin_memory: Whether to put batches into page-locked memory, for asynchronous copies to a GPU.
+        pairs: Pairs of points; each two neighbouring patches of a batch show the two points of a pair. None for
+            independent patches.
 
     Returns:
         A loader of ``last_step - first_step`` batches.
 
     Raises:
-        UserError: the batch cannot be shared out evenly, or in pairs.
-        ValueError: a patch size that is neither 2D nor 3D, or pairs of slices.
+        ArgumentError: If the batch cannot be divided evenly among the processes, or not into pairs.
+        ValueError: If the patch is neither 2D nor 3D, or if pairs are given for 2D patches.
     """
     if batch_size % world_size:
-        raise UserError(
-            f"batch size {batch_size}: cannot be shared by {world_size} processes; "
-            f"take {max(1, batch_size // world_size) * world_size}"
+        raise ArgumentError(
+            f"batch_size must be divisible by {world_size}, the number of processes, got {batch_size}; "
+            f"use {max(1, batch_size // world_size) * world_size}",
+            "batch_size",
         )
     if len(patch_size) not in (2, 3):
-        raise ValueError(f"a patch has 2 or 3 axes, not {len(patch_size)}")
+        raise ValueError(f"patch_size must have 2 or 3 axes, got {len(patch_size)}")
     part = batch_size // world_size
     if pairs is not None and part % 2:
-        raise UserError(
-            f"batch size {batch_size}: {world_size} process(es) get {part} patches each, and patches go in pairs"
+        raise ArgumentError(
+            f"batch_size must be divisible by {2 * world_size}, since each of {world_size} process(es) needs pairs of "
+            f"patches, got {batch_size}",
+            "batch_size",
         )
     if pairs is not None and len(patch_size) != 3:
-        raise ValueError("places of slices are not paired")
+        raise ValueError(f"patch_size must have 3 axes for pairs, got {len(patch_size)}")
     size = as_volume(patch_size)
     boxes = (
         SingleBoxes(store, size, batch_size, seed, stage, foreground_share)
@@ -119,37 +123,37 @@ def make_loader(
         worker_init_fn=_start_worker,
         pin_memory=pin_memory,
         multiprocessing_context=start_of_readers(num_workers),
-        # a generator of its own, so that making workers leaves the global random state alone
+        # a separate generator, so that creating workers does not change the global random state
         generator=torch.Generator(),
     )
 
 
 def start_of_readers(num_workers: int) -> str | None:
-    """Return how torch is to start processes that read; None for its default.
+    """Return the start method for processes that read, or None for torch's default.
 
-    On Linux they are forked, also where the training process was spawned or Python's default is the fork server (from 3.14
-    on): a forked reader begins at once, shares what is imported, and its parent is the training process. torch looks at the
-    parent alone, and readers of a fork server would outlive a training that was killed.
+    On Linux, readers are forked even if the training process was spawned or if Python's default is the fork server (from
+    3.14 on). A forked reader starts immediately, shares imported modules, and is a child of the training process. torch
+    ends readers by watching their parent, so readers started by a fork server would outlive a killed training.
 
     Args:
-        num_workers: number of processes; 0 for none.
+        num_workers: Number of processes that read; 0 for none.
     """
     return "fork" if num_workers and sys.platform == "linux" else None
 
 
 def default_workers(device: torch.device) -> int:
-    """Return how many processes to read in when the user does not say."""
-    # a CPU that trains has no core to spare for more than one reader
+    """Return the default number of processes that read."""
+    # when the CPU trains, only one reader can be spared a core
     return 1 if device.type == "cpu" else max(1, min(8, usable_cores() - 1))
 
 
 class PatchDataset(Dataset):
-    """Patches keyed by (step, place in the global batch).
+    """Patches, indexed by (step, index in the global batch).
 
     Args:
-        store: the cases.
-        patch_size: (z, y, x), or (y, x) for slices.
-        boxes: says which case a sample is of, and where its first voxel lies, (z, y, x).
+        store: Preprocessed cases.
+        patch_size: Patch size in voxels, (z, y, x), or (y, x) for slices.
+        boxes: Function that returns the case and the first voxel (z, y, x) of a sample.
     """
 
     def __init__(
@@ -171,15 +175,15 @@ class PatchDataset(Dataset):
 
 @dataclass(frozen=True)
 class SingleBoxes:
-    """Boxes of cases that take turns, most of them near a voxel inside the body.
+    """Boxes of independent samples: cases take turns, and most boxes lie near a voxel inside the body.
 
     Attributes:
-        store: the cases.
-        size: (z, y, x) of a box.
-        batch_size: global.
-        seed: the run's seed.
-        stage: the pretext stage.
-        foreground_share: see ``make_loader``.
+        store: Preprocessed cases.
+        size: Box size (z, y, x) in voxels.
+        batch_size: Global batch size.
+        seed: Random seed of the run.
+        stage: Pretext stage.
+        foreground_share: See ``make_loader``.
     """
 
     store: CaseStore
@@ -199,15 +203,15 @@ class SingleBoxes:
 
 @dataclass(frozen=True)
 class PairedBoxes:
-    """Boxes around both places of a pair; neighbours in a batch are of one pair.
+    """Boxes around both points of a pair; neighbouring samples of a batch belong to one pair.
 
     Attributes:
-        store: the cases, those of the table.
-        size: (z, y, x) of a box.
-        batch_size: global, even.
-        seed: the run's seed.
-        stage: the pretext stage.
-        pairs: of places; they say where boxes lie.
+        store: Preprocessed cases, those of the table.
+        size: Box size (z, y, x) in voxels.
+        batch_size: Global batch size, even.
+        seed: Random seed of the run.
+        stage: Pretext stage.
+        pairs: Pairs of points, which determine where the boxes lie.
     """
 
     store: CaseStore
@@ -220,8 +224,8 @@ class PairedBoxes:
     def __call__(self, step: int, sample: int) -> tuple[str, Sequence[int]]:
         """Return the case of a sample and the first voxel of its box.
 
-        Boxes that would reach beyond their scans are moved, both by as much, so that both places stay at the same place of
-        their boxes, and so that as little as can be lies outside.
+        If boxes would extend beyond their scans, both are moved by the same amount. The two points thus keep the same
+        position within their boxes, and as little as possible lies outside the scans.
         """
         case = draw_case(len(self.pairs.cases), self.batch_size // 2, self.seed, self.stage, step, sample // 2)
         rows = self.pairs.of_case(case)
@@ -241,29 +245,29 @@ class PairedBoxes:
 
 
 def as_volume(patch_size: Sequence[int]) -> tuple[int, ...]:
-    """Return the size (z, y, x) of a patch; one of slices, (y, x), is one voxel thick."""
+    """Return the size (z, y, x) of a patch; a 2D patch (y, x) is one voxel thick."""
     return (*[1] * (3 - len(patch_size)), *patch_size)
 
 
 def shared_move(corners: Sequence[int], rooms: Sequence[int]) -> int:
-    """Return by how many voxels to move patches of two scans along an axis, so that the least of both lies outside.
+    """Return the shift in voxels along an axis with which the least of two patches lies outside their scans.
 
     Args:
-        corners: first voxel of each patch.
-        rooms: how many voxels longer than the patch each scan is; below 0 where it is shorter.
+        corners: First voxel of each patch.
+        rooms: Length of each scan minus that of the patch in voxels; negative for a shorter scan.
     """
-    # a patch longer than its scan reaches beyond it anyway, by as much wherever it covers all of it
+    # a patch longer than its scan extends beyond it by the same amount wherever it covers the whole scan
     ranges = [sorted((-corner, room - corner)) for corner, room in zip(corners, rooms, strict=True)]
     low, high = max(first for first, _ in ranges), min(last for _, last in ranges)
-    return min(max(0, min(low, high)), max(low, high))  # between two that do not meet all moves cost the same
+    return min(max(0, min(low, high)), max(low, high))  # between disjoint ranges, all shifts cost the same
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
-    """Keys of the samples of each step that one rank takes.
+    """Keys of the samples that one rank takes in each step.
 
     Args:
-        steps: the steps.
-        samples: the rank's places in the global batch.
+        steps: Steps.
+        samples: Indices of the rank's samples in the global batch.
     """
 
     def __init__(self, steps: range, samples: range) -> None:
@@ -279,7 +283,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
 
 def draw_case(cases: int, batch_size: int, seed: int, stage: str, step: int, sample: int) -> int:
-    """Return the index of the case that a sample comes from; each pass takes every case once."""
+    """Return the index of a sample's case; each pass takes every case once."""
     number, place = divmod(step * batch_size + sample, cases)
     return int(_order_of_pass(cases, seed, stage, number)[place])
 
@@ -299,20 +303,20 @@ def draw_box(
 ) -> tuple[int, ...]:
     """Return the lower corner of a random box.
 
-    Along an axis where the volume is at least as large as the box, the box stays inside; where it is smaller, the
-    volume is in the middle of the box.
+    Along an axis where the volume is at least as large as the box, the box stays inside the volume. Along the other
+    axes, the volume lies in the centre of the box.
 
     Args:
-        shape: (z, y, x) of the volume.
-        size: (z, y, x) of the box.
-        foreground_vox: voxels inside the body; empty if there are none, then the box may be anywhere.
-        foreground_share: probability that the box is centred near one of them.
-        generator: where the draw comes from.
+        shape: Shape (z, y, x) of the volume in voxels.
+        size: Size (z, y, x) of the box in voxels.
+        foreground_vox: Coordinates (z, y, x) of voxels inside the body; if empty, the box may lie anywhere.
+        foreground_share: Probability that the box is centred near one of these voxels.
+        generator: Random generator.
 
     Returns:
-        (z, y, x) of the box's first voxel.
+        First voxel (z, y, x) of the box.
     """
-    # always the same numbers in the same order, whatever is done with them
+    # always draw the same numbers in the same order, even if some are not used
     choice, point, *place = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
     near = choice < foreground_share and len(foreground_vox) > 0
     centre = foreground_vox[int(point * len(foreground_vox))].tolist() if near else None
@@ -331,7 +335,7 @@ def draw_box(
 
 
 def _collate(samples: list[PatchBatch]) -> PatchBatch:
-    """Join batches of one."""
+    """Join batches of one sample into one batch."""
     return PatchBatch(
         volumes=torch.cat([sample.volumes for sample in samples]),
         samples=[sample.samples[0] for sample in samples],
@@ -342,11 +346,11 @@ def _collate(samples: list[PatchBatch]) -> PatchBatch:
 
 
 def _start_worker(worker: int) -> None:
-    """Keep a worker to one core, and leave it running when the whole group of processes is asked to stop.
+    """Limit a worker to one core, and keep it running when the whole process group is asked to stop.
 
-    torch has limited its own threads already. A scheduler sends SIGTERM to every process of a job; the trainer saves and
-    then ends its workers itself, and it could do neither if they were gone first. A worker that is still there after
-    ``GRACE_SECONDS`` ends by itself, so that nobody waits for it forever.
+    torch has already limited its own threads. A scheduler sends SIGTERM to every process of a job. The trainer then saves
+    and ends its workers itself, which would fail if the workers had ended first. A worker that still runs after
+    ``GRACE_SECONDS`` ends by itself, so that no process waits for it forever.
     """
     blosc2.set_nthreads(1)
     signal.signal(signal.SIGTERM, lambda signum, frame: signal.alarm(GRACE_SECONDS))

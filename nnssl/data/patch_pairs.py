@@ -1,4 +1,4 @@
-"""Pairs of places of different scans, as a file that the loader draws patches from."""
+"""Pairs of corresponding points in different scans, stored in a file from which the loader draws patches."""
 
 import io
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ COLUMNS = ("query", "key", "query_vox", "key_vox", "matched")
 
 @dataclass(frozen=True)
 class PairTable:
-    """Pairs of places.
+    """Pairs of points in different scans.
 
     Attributes:
-        cases: names of the scans.
-        query: index of the scan of each pair's first place.
-        key: index of the scan of its second.
-        query_vox: zyx of the first place, voxels of the preprocessed case.
-        key_vox: zyx of the second.
-        matched: False where the place comes from the body's box for want of a reliable match.
+        cases: Names of the scans.
+        query: Index of the scan of each pair's first point.
+        key: Index of the scan of each pair's second point.
+        query_vox: Coordinates (z, y, x) of the first point in voxels of the preprocessed case.
+        key_vox: Coordinates (z, y, x) of the second point in voxels of the preprocessed case.
+        matched: False if there was no reliable match, so that the point comes from the body's box.
     """
 
     cases: tuple[str, ...]
@@ -35,12 +35,12 @@ class PairTable:
     matched: Bool[np.ndarray, " pair"]
 
     def of_case(self, case: int) -> Int[np.ndarray, " pair"]:
-        """Return the pairs whose first place is in a scan."""
+        """Return the indices of the pairs whose first point lies in a scan."""
         return np.nonzero(self.query == case)[0]
 
 
 def write_pairs(path: Path, table: PairTable) -> None:
-    """Write a table, atomically, without anything that could run code when it is read."""
+    """Write a table atomically, in a format that cannot run code when it is read."""
     packed = io.BytesIO()
     columns = {name: getattr(table, name) for name in COLUMNS}
     np.savez_compressed(packed, cases=np.array(table.cases), **columns)
@@ -51,11 +51,11 @@ def read_pairs(path: Path) -> PairTable:
     """Read a table.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: If the file cannot be read.
     """
     try:
         with np.load(path, allow_pickle=False) as content:
             columns = {name: content[name] for name in COLUMNS}
             return PairTable(tuple(content["cases"].tolist()), **columns)
     except (OSError, ValueError, KeyError, BadZipFile) as error:
-        raise UserError(f"{path}: cannot be read ({error}); remove it, and it is made again") from error
+        raise UserError(f"{path} cannot be read ({error}); delete it, and it is written again") from error

@@ -1,4 +1,4 @@
-"""Which cases are of the same patient: said by a file, or by the names of the cases."""
+"""Grouping of cases by patient, from a table or from the names of the cases."""
 
 import csv
 import re
@@ -9,19 +9,20 @@ from nnssl.errors import UserError
 from nnssl.log import logger
 
 SUBJECT = re.compile(r"sub-[A-Za-z0-9]+")
-"""BIDS: the entity that names a subject."""
+"""BIDS entity that names a subject."""
 OCCASION = re.compile(
     r"[_-](?:frame|phase|time|timepoint|tp|t|visit|session|ses|scan|series|day|week|month|year|run|slice|echo)[_-]?\d+$"
     r"|[_-](?:ed|es|left|right|l|r|lh|rh|baseline|followup|pre|post)$",
     re.IGNORECASE,
 )
-"""Endings of a case's name that tell scans of one patient apart."""
+"""Endings of case names that distinguish scans of one patient."""
 
 
 def patient_in_name(case: str) -> str:
-    """Return the patient that a case's name speaks of; the whole name where it tells no occasions apart.
+    """Return the patient named in a case's name, or the whole name if it does not distinguish scans of a patient.
 
-    ``patient001_frame12`` is of ``patient001``, ``sub-07_ses-2_T1w`` of ``sub-07``, ``hippocampus_017`` of itself.
+    ``patient001_frame12`` belongs to ``patient001``, ``sub-07_ses-2_T1w`` to ``sub-07``, and ``hippocampus_017`` to
+    ``hippocampus_017``.
     """
     subject = SUBJECT.match(case)
     if subject:
@@ -36,22 +37,22 @@ def read_patients(path: Path) -> dict[str, str]:
     """Read a table of cases and their patients: a CSV file with the columns ``case`` and ``patient``.
 
     Raises:
-        UserError: the file cannot be read, lacks a column, or gives a case two patients.
+        UserError: If the file cannot be read, lacks a column, or assigns two patients to a case.
     """
     try:
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: cannot be read as a table of patients ({error}); give a CSV file") from error
+        raise UserError(f"{path} cannot be read as a table of patients ({error}); provide a CSV file") from error
     patients: dict[str, str] = {}
     for number, row in enumerate(rows, start=2):
         case, patient = row.get("case"), row.get("patient")
         if not case or not patient:
-            raise UserError(f"{path}, line {number}: needs a value in the columns 'case' and 'patient'")
+            raise UserError(f"{path}, line {number}: the columns 'case' and 'patient' must not be empty")
         if patients.setdefault(case.strip(), patient.strip()) != patient.strip():
-            raise UserError(f"{path}, line {number}: gives case {case} a second patient; name one")
+            raise UserError(f"{path}, line {number}: case {case} already has another patient; keep one")
     if not patients:
-        raise UserError(f"{path}: names no case; write the columns 'case' and 'patient' and one line per case")
+        raise UserError(f"{path} lists no cases; write the columns 'case' and 'patient' and one line per case")
     return patients
 
 
@@ -59,18 +60,18 @@ def find_patients(cases: Sequence[str], path: Path | None) -> dict[str, str]:
     """Return the patient of every case.
 
     Args:
-        cases: names.
-        path: table that says it, which must name every case; None to take it from the names.
+        cases: Names of the cases.
+        path: Table of cases and patients, which must list every case; None to infer patients from the names.
 
     Raises:
-        UserError: the table cannot be read or leaves a case out.
+        UserError: If the table cannot be read or does not list a case.
     """
     if path is not None:
         table = read_patients(path)
         missing = [case for case in cases if case not in table]
         if missing:
             raise UserError(
-                f"{path}: does not name {missing[0]} ({len(missing)} cases are missing); add a line for each"
+                f"{path} does not list {missing[0]} ({len(missing)} cases are missing); add a line for each"
             )
         return {case: table[case] for case in cases}
     patients = {case: patient_in_name(case) for case in cases}
@@ -78,7 +79,7 @@ def find_patients(cases: Sequence[str], path: Path | None) -> dict[str, str]:
     if number < len(cases):
         first = next(case for case in cases if patients[case] != case)
         logger.info(
-            f"{len(cases)} cases of {number} patients, by their names ({first} is of {patients[first]}); "
-            "--patients FILE says otherwise"
+            f"{len(cases)} cases belong to {number} patients according to their names ({first} to {patients[first]}); "
+            "if this is wrong, run nnssl_benchmark with --patients FILE"
         )
     return patients

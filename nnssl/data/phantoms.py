@@ -1,21 +1,22 @@
-"""Synthetic anatomy with labels: a deformed torso with organs, a spine and a vessel, as MR or CT would show it.
+"""Synthetic anatomy with labels: a deformed torso with organs, a spine and a vessel, in the appearance of MR or CT.
 
-It lets nnssl be tried, and tested, without data. Every patient is the same anatomy under a smooth random deformation,
-with organs of their own size and intensity. Liver, spleen and the unlabelled kidneys share one intensity range, the
-stomach shares one with unlabelled muscle and bowel: an organ is told by its place and shape, not by a threshold.
+Phantoms let users try nnssl, and tests run, without data. Every patient has the same anatomy under a smooth random
+deformation, with individual organ sizes and intensities. Liver, spleen and the unlabelled kidneys share one intensity
+range, and the stomach shares one with unlabelled muscle and bowel. Organs can therefore be recognised only by position
+and shape, not by a threshold.
 
 =====  ============================================================
-label  what
+label  structure
 =====  ============================================================
 0      background: air, fat, muscle, bowel, kidneys, spine
 1      liver: a large wedge on one side
 2      spleen: a crescent on the other side, as bright as the liver
-3      stomach: a bent tube that thins towards its end
+3      stomach: a bent tube that becomes thinner
 4      aorta: a curved tube along z
 =====  ============================================================
 
-Source: made for nnssl. Coordinates run from -1 to 1 over each axis of the array, in the order z, y, x; +z is up, +y is
-the back, +x is the patient's left (nnU-Net's axis order for an image in LPS).
+Source: written for nnssl. Coordinates run from -1 to 1 along each axis of the array, in the order z, y, x; +z points up,
++y to the back, +x to the patient's left (nnU-Net's axis order for an image in LPS).
 """
 
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ Modality = Literal["MR", "CT"]
 
 LABELS = {"background": 0, "liver": 1, "spleen": 2, "stomach": 3, "aorta": 4}
 
-# Mean and spread between patients: HU for CT, arbitrary units for MR.
+# Mean and standard deviation over patients: HU for CT, arbitrary units for MR.
 CT_INTENSITY = {
     "air": (-1000.0, 0.0), "fat": (-100.0, 8.0), "muscle": (50.0, 8.0), "bone": (420.0, 60.0),
     "bowel": (45.0, 12.0), "kidneys": (107.0, 10.0),
@@ -50,9 +51,9 @@ MR_INTENSITY = {
 NOISE = {"CT": 14.0, "MR": 22.0}
 TEXTURE = {"CT": 7.0, "MR": 16.0}
 WARP = 0.05
-"""Typical displacement of the deformation, as a share of half the field of view."""
+"""Typical displacement of the deformation, as a fraction of half the field of view."""
 BIAS = 0.22
-"""Largest departure of MR's bias field from 1."""
+"""Largest deviation of the MR bias field from 1."""
 
 
 def make_phantom(
@@ -61,26 +62,27 @@ def make_phantom(
     spacing_mm: Sequence[float],
     modality: Modality = "MR",
 ) -> tuple[Float32[np.ndarray, "z y x"], UInt8[np.ndarray, "z y x"]]:
-    """Make one synthetic patient.
+    """Generate one synthetic patient.
 
     Args:
-        generator: CPU generator, or a seed; equal ones give equal volumes.
-        shape: voxels along z, y, x, each at least 8.
-        spacing_mm: mm along z, y, x; texture and deformation have the same size in mm along all axes.
+        generator: CPU generator or seed; equal ones give equal volumes.
+        shape: Shape (z, y, x) in voxels, at least 8 per axis.
+        spacing_mm: Spacing (z, y, x) in mm; texture and deformation have the same size in mm along all axes.
         modality: ``"MR"`` (arbitrary units, air near 0, bias field) or ``"CT"`` (HU, air at -1000).
 
     Returns:
-        Intensities (z, y, x) and labels (z, y, x) after ``LABELS``.
+        Intensities (z, y, x) and labels (z, y, x) as numbered in ``LABELS``.
 
     Raises:
-        ValueError: a shape or spacing without three sensible entries, or an unknown modality.
+        ValueError: If the shape or spacing does not have three valid entries, or if the modality is unknown.
     """
     if len(shape) != 3 or len(spacing_mm) != 3 or min(shape) < 8 or min(spacing_mm) <= 0:
         raise ValueError(
-            f"a phantom needs three axes of at least 8 voxels and spacings above 0, not {shape}, {spacing_mm}"
+            "shape must be three numbers of at least 8 and spacing_mm three numbers above 0, "
+            f"got {tuple(shape)} and {tuple(spacing_mm)}"
         )
     if modality not in NOISE:
-        raise ValueError(f"modality is MR or CT, not {modality}")
+        raise ValueError(f"modality must be MR or CT, got {modality}")
     if isinstance(generator, torch.Generator):
         generator = int(torch.randint(2**62, (), generator=generator))
     rng = np.random.default_rng(generator)
@@ -94,7 +96,7 @@ def make_phantom(
 def _warped_grid(
     rng: np.random.Generator, shape: tuple[int, ...], extent_mm: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return anatomical coordinates (-1 to 1) of every voxel: tilted, scaled and smoothly deformed."""
+    """Return the anatomical coordinates (-1 to 1) of every voxel after tilt, scaling and a smooth deformation."""
     axes = [np.linspace(-1, 1, size, dtype=np.float32) for size in shape]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"))
     waves = np.clip(np.round(4 * extent_mm / extent_mm.max()), 2, None).astype(int)
@@ -107,7 +109,10 @@ def _warped_grid(
 
 
 def _smooth_field(rng: np.random.Generator, waves: Sequence[int] | np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Return a smooth random field (z, y, x) of unit spread: cosines with up to ``waves`` half periods per axis."""
+    """Return a smooth random field (z, y, x) of unit standard deviation.
+
+    The field is a sum of cosines with up to ``waves`` half periods per axis.
+    """
     bases = []
     for count, size in zip(waves, shape, strict=True):
         order, place = np.arange(count + 1)[:, None], (np.arange(size) + 0.5) / size
@@ -129,7 +134,7 @@ def _draw_anatomy(
         cz, cy, cx = (np.float32(place + rng.normal(0, 0.015)) for place in centre)
         return ((z - cz) / rz) ** 2 + ((y - cy) / ry) ** 2 + ((x - cx) / rx) ** 2
 
-    # Body: wider than deep, cut by the ends of the volume along z, flatter at the back
+    # Body: wider than deep, cut off at both ends of the volume along z, flatter at the back
     outline = (np.abs(x) / 0.86) ** 2.4 + (np.abs(y + 0.04) / np.where(y > 0, 0.66, 0.74)) ** 2.2 + (0.35 * z) ** 2
     body, inside = outline < 1, outline < 0.76
     cavity = ellipsoid((0.05, -0.08, 0.0), (1.3, 0.47, 0.66)) < 1
@@ -138,10 +143,10 @@ def _draw_anatomy(
     aorta = ((y - spine_y + 0.24) / 0.10) ** 2 + ((x - 0.10 - 0.06 * np.sin(2.5 * z)) / 0.10) ** 2 < 1
     # Liver: a big ellipsoid on the patient's right, cut obliquely
     liver = (ellipsoid((0.22, -0.10, -0.32), (0.58, 0.42, 0.42)) < 1) & (z + 0.55 * x > -0.46)
-    # Spleen: a crescent, one ellipsoid without another
+    # Spleen: a crescent, the difference of two ellipsoids
     hollow = ellipsoid((0.18, 0.08, 0.30), (0.46, 0.26, 0.16)) < 1
     spleen = (ellipsoid((0.22, 0.14, 0.44), (0.46, 0.32, 0.24)) < 1) & ~hollow
-    # Stomach: a bent tube that thins towards its end, closed by half spheres
+    # Stomach: a bent tube that becomes thinner towards its end, closed by half spheres
     along = np.clip((0.45 - z) / 0.8, 0, 1)
     bend_x, bend_y = 0.32 - 0.40 * along**2, -0.20 - 0.12 * np.sin(3 * along)
     radius = np.float32(0.22 * rng.uniform(0.85, 1.15)) * (1 - 0.4 * along)
@@ -166,7 +171,7 @@ def _draw_anatomy(
 def _paint(
     rng: np.random.Generator, tissues: dict[str, np.ndarray], modality: Modality, spacing_mm: np.ndarray
 ) -> np.ndarray:
-    """Return intensities: tissue means of this patient, texture, blur of the scanner, bias field and noise."""
+    """Return intensities composed of the patient's tissue means, texture, scanner blur, bias field and noise."""
     means = CT_INTENSITY if modality == "CT" else MR_INTENSITY
     shape = tissues["fat"].shape
     volume = np.full(shape, means["air"][0], np.float32)
@@ -183,7 +188,7 @@ def _paint(
     field = _smooth_field(rng, (2, 2, 2), shape)
     volume *= 1 + np.float32(BIAS) * field / np.abs(field).max()
     other = rng.standard_normal(shape, np.float32) * np.float32(NOISE[modality])
-    return np.hypot(volume + noise, other)  # noise of a magnitude image is Rician
+    return np.hypot(volume + noise, other)  # magnitude images have Rician noise
 
 
 def write_phantom_dataset(
@@ -197,30 +202,30 @@ def write_phantom_dataset(
     labelled: bool = True,
     first_case: int = 0,
 ) -> Path:
-    """Write phantoms as a raw data set of nnU-Net, which is there whole or not at all.
+    """Write phantoms as a raw nnU-Net data set. The data set is either complete or absent.
 
     Args:
-        folder: nnU-Net's raw folder; the data set becomes a folder in it.
-        name: full name, ``DatasetXXX_Name``.
-        num_cases: number of patients.
-        seed: with the number of a case it decides the patient; equal seeds and numbers give equal patients.
-        shape: voxels along z, y, x.
-        spacing_mm: mm along z, y, x, written to the image headers.
-        modality: ``"MR"`` or ``"CT"``; names the channel.
-        labelled: whether to write ``labelsTr``.
-        first_case: number of the first case, so that two data sets of one seed can have different patients.
+        folder: nnU-Net's raw folder, in which the folder of the data set is created.
+        name: Full name, ``DatasetXXX_Name``.
+        num_cases: Number of patients.
+        seed: Random seed; it determines a patient together with the number of the case.
+        shape: Shape (z, y, x) in voxels.
+        spacing_mm: Spacing (z, y, x) in mm, written to the image headers.
+        modality: ``"MR"`` or ``"CT"``; it also determines the name of the channel.
+        labelled: Whether to write ``labelsTr``.
+        first_case: Number of the first case, so that two data sets with one seed can have different patients.
 
     Returns:
         The folder of the data set.
 
     Raises:
-        UserError: the folder already holds something, or cannot be written.
+        UserError: If the folder already contains files or cannot be written.
     """
     import SimpleITK as sitk  # noqa: N813  the usual name; slow to import
 
     target = folder / name
     if target.exists() and any(target.iterdir()):
-        raise UserError(f"{target}: already holds files; remove the folder or choose another name")
+        raise UserError(f"{target} already contains files; delete the folder or choose another name")
     folder.mkdir(parents=True, exist_ok=True)
     with whole_folder(target) as new:
         for part in ("imagesTr", "labelsTr") if labelled else ("imagesTr",):

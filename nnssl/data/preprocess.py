@@ -1,11 +1,11 @@
-"""Preprocessing: raw images -> cases of the case store, voxel for voxel what nnU-Net's preprocessor makes of them.
+"""Preprocessing of raw images into the case store, with the same voxel values as nnU-Net's preprocessor.
 
-Source: nnU-Net's ``DefaultPreprocessor`` (Isensee et al., Nature Methods 2021): transpose, crop to what is not zero,
-normalise, resample, all by nnU-Net's own functions.
-Deviations: there is no segmentation to resample; voxels are kept as float16; holes in the mask of what is not zero are
-filled only where a channel is normalised inside that mask, since they cannot change the box that is cropped to.
+Source: nnU-Net's ``DefaultPreprocessor`` (Isensee et al., Nature Methods 2021): transpose, crop to nonzero voxels,
+normalise and resample, all with nnU-Net's own functions.
+Deviations: There is no segmentation to resample. Voxels are stored as float16. Holes in the nonzero mask are filled only
+if a channel is normalised inside that mask, since they cannot change the crop.
 
-A case is read once for all the folders it goes to. Each folder serves every configuration that shares its spacing.
+A case is read once for all folders that need it. Each folder serves all configurations that share its spacing.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -38,7 +38,7 @@ from nnssl.plan import Plan
 
 @dataclass(frozen=True)
 class Job:
-    """One case and the folders in which it is missing or outdated."""
+    """A case and the folders in which it is missing or outdated."""
 
     case: RawCase
     reader: str
@@ -47,14 +47,14 @@ class Job:
 
 @dataclass(frozen=True)
 class PreprocessReport:
-    """What preprocessing did."""
+    """Result of preprocessing."""
 
     folders: tuple[Path, ...]
-    """Where the cases lie."""
+    """Folders of the cases."""
     done: int
-    """Cases that were preprocessed."""
+    """Number of cases that were preprocessed."""
     skipped: int
-    """Cases that were complete and up to date."""
+    """Number of cases that were already complete and up to date."""
     set_aside: tuple[SetAside, ...]
     """Cases that failed, sorted by name."""
 
@@ -71,27 +71,26 @@ def preprocess_dataset(
 ) -> PreprocessReport:
     """Preprocess the usable cases of a data set for configurations of a plan.
 
-    Cases go to ``<nnUNet_preprocessed>/<data set>/<case_folder>``. Complete cases whose images and recipe have not
-    changed are skipped; outdated ones, and those that the data set no longer has, are removed before anything else, so
-    that a folder never mixes plans. A run that is killed at any moment goes on where it stopped. Two runs at once must
-    not share a data set.
+    Cases are written to ``<nnUNet_preprocessed>/<data set>/<case_folder>``. Complete cases whose images and recipe have
+    not changed are skipped. Outdated cases, and cases that the data set no longer has, are deleted first, so that a
+    folder never mixes plans. A killed run resumes where it stopped. Two simultaneous runs must not share a data set.
 
     Args:
-        dataset: the raw data set.
-        plan: its plan.
-        usable: names of the cases to take: those of its fingerprint.
+        dataset: Raw data set.
+        plan: Plan of the data set.
+        usable: Names of the cases to preprocess, those of the fingerprint.
         folders: nnU-Net's folders.
-        configurations: names; None for all of the plan.
-        processes: processes of this machine; up to 1 works in this process.
-        dask_address: of a Dask scheduler to use instead.
-        restart: preprocess complete cases again, too.
+        configurations: Names of configurations; None for all configurations of the plan.
+        processes: Number of processes on this machine; up to 1 works in this process.
+        dask_address: Address of a Dask scheduler to use instead; None for local processes.
+        restart: Whether to preprocess complete cases again.
 
     Returns:
-        What was done.
+        The result of preprocessing.
 
     Raises:
-        UserError: more than a tenth of the cases failed; a worker was killed; a file cannot be written; the plan or the
-            cluster does not fit.
+        UserError: If more than a tenth of the cases failed, a worker was killed, a file cannot be written, or the plan or
+            the cluster cannot be used.
     """
     targets = plan_targets(plan, folders.preprocessed / dataset.name, configurations)
     cases = [case for case in dataset.cases if case.name in usable]
@@ -104,7 +103,7 @@ def preprocess_dataset(
         for target in job.targets:
             remove_case(target.folder, job.case.name)
     skipped = len(cases) - len(jobs)
-    logger.info(f"preprocessing {dataset.name}: {len(jobs)} cases to do, {skipped} done before")
+    logger.info(f"preprocessing {dataset.name}: {len(jobs)} cases to preprocess, {skipped} already done")
     processes = min(processes, len(jobs))
     outcomes: Iterable[SetAside | None] = ()
     if jobs:
@@ -112,22 +111,22 @@ def preprocess_dataset(
         outcomes = follow_jobs(outcomes, "preprocessing", "preprocessed", len(jobs))
     set_aside = sorted((outcome for outcome in outcomes if outcome is not None), key=lambda entry: entry.case)
     for entry in set_aside:
-        logger.info(f"set aside {entry.case}: {entry.reason} ({entry.file})")
+        logger.info(f"set aside {entry.case}: {entry.file} {entry.reason}")
     if len(set_aside) > MOST_SET_ASIDE * len(cases):
         raise UserError(
-            f"{dataset.name}: {len(set_aside)} of {len(cases)} cases cannot be preprocessed, first {set_aside[0].case} "
-            f"({set_aside[0].reason}); mend or remove them and run the command again"
+            f"{dataset.name}: {len(set_aside)} of {len(cases)} cases cannot be preprocessed "
+            f"(first: {Path(set_aside[0].file).name} {set_aside[0].reason}); fix or remove them and run the command again"
         )
     done = len(jobs) - len(set_aside)
     return PreprocessReport(tuple(target.folder for target in targets), done, skipped, tuple(set_aside))
 
 
 def _remove_foreign(target: Target, usable: Collection[str], restart: bool) -> None:
-    """Remove complete cases that the data set no longer has, or all of them."""
+    """Delete complete cases that the data set no longer has, or all cases for a restart."""
     present = complete_cases(target.folder)
     foreign = [name for name in present if name not in usable]
     if foreign:
-        logger.info(f"{target.folder}: removing {len(foreign)} cases that the data set no longer has ({some(foreign)})")
+        logger.info(f"{target.folder}: deleting {len(foreign)} cases that the data set no longer has ({some(foreign)})")
     for name in present if restart else foreign:
         remove_case(target.folder, name)
 
@@ -136,10 +135,10 @@ def preprocess_case(job: Job) -> SetAside | None:
     """Read, preprocess and store one case.
 
     Returns:
-        None, or why the case cannot be used.
+        None, or the reason why the case cannot be used.
 
     Raises:
-        UserError: the result cannot be written, or memory does not suffice.
+        UserError: If the result cannot be written or memory is insufficient.
     """
     case = job.case
     try:
@@ -162,8 +161,8 @@ def preprocess_case(job: Job) -> SetAside | None:
     except CaseError as error:
         return SetAside(case.name, error.file, error.reason)
     except MemoryError as error:
-        raise UserError(f"{case.images[0]}: does not fit into memory; use fewer processes") from error
-    except (ValueError, AssertionError, RuntimeError) as error:  # what nnU-Net's functions raise for odd images
+        raise UserError(f"{case.images[0]} does not fit into memory; use fewer processes") from error
+    except (ValueError, AssertionError, RuntimeError) as error:  # raised by nnU-Net's functions for unusual images
         lines = str(error).splitlines() or [type(error).__name__]
         return SetAside(case.name, str(case.images[0]), f"cannot be preprocessed ({lines[-1]})")
     return None
@@ -178,26 +177,27 @@ def preprocess_volume(
     """Transpose, crop, normalise and resample a volume as nnU-Net's ``DefaultPreprocessor`` does.
 
     Args:
-        volume: as read; not changed.
-        inside: which of its voxels are body.
-        spacing_mm: (z, y, x) as read.
-        recipe: what to do.
+        volume: Volume as read; it is not changed.
+        inside: Mask of the body.
+        spacing_mm: Spacing (z, y, x) as read, in mm.
+        recipe: Preprocessing recipe.
 
     Returns:
-        The preprocessed volume; the transposed and cropped, not resampled ``inside``; the new spacing (z, y, x) in mm.
+        The preprocessed volume; ``inside`` after transposition and cropping, but without resampling; and the new spacing
+        (z, y, x) in mm.
 
     Raises:
-        ValueError: another number of channels than the plan has, or only zeros.
+        ValueError: If the number of channels differs from the plan's, or if all voxels are zero.
     """
     from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape  # slow to import
     from nnunetv2.preprocessing.resampling.utils import recursive_find_resampling_fn_by_name
 
     if len(volume) != len(recipe.normalization_schemes):
-        raise ValueError(f"has {len(volume)} channels, the plan has {len(recipe.normalization_schemes)}")
+        raise ValueError(f"has {len(volume)} channels, but the plan has {len(recipe.normalization_schemes)}")
     order = recipe.transpose_forward
     volume = volume.transpose(0, *(axis + 1 for axis in order))
     old_spacing_mm = [float(spacing_mm[axis]) for axis in order]
-    # in 2D the distance of the slices stays
+    # 2D configurations keep the slice distance
     z_mm, y_mm, x_mm = [*old_spacing_mm[: 3 - len(recipe.spacing_mm)], *recipe.spacing_mm]
     box, nonzero = _find_nonzero(volume, any(recipe.use_mask_for_norm))
     volume = volume[(slice(None), *box)].astype(np.float32, order="C")
@@ -211,13 +211,16 @@ def preprocess_volume(
 def _find_nonzero(
     volume: Float32[np.ndarray, "channel z y x"], filled: bool
 ) -> tuple[tuple[slice, ...], Int[np.ndarray, "z2 y2 x2"] | None]:
-    """Return the box around what is not zero in some channel and, on request, nnU-Net's mask in it (-1 is outside)."""
+    """Return the bounding box of voxels that are nonzero in some channel.
+
+    If ``filled``, nnU-Net's mask within the box, which is -1 outside, is returned too.
+    """
     from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice, get_bbox_from_mask
     from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 
     mask = np.any(volume != 0, axis=0)
     if not mask.any():
-        raise ValueError("holds only zeros")
+        raise ValueError("contains only zeros")
     if filled:
         _, mask, bounds = crop_to_nonzero(volume)
         return tuple(bounding_box_to_slice(bounds)), mask[0]
@@ -227,7 +230,7 @@ def _find_nonzero(
 def _normalise(
     volume: Float32[np.ndarray, "channel z y x"], nonzero: Int[np.ndarray, "z y x"] | None, recipe: Recipe
 ) -> None:
-    """Normalise each channel in place by the plan's scheme."""
+    """Normalise each channel in place with the plan's scheme."""
     import nnunetv2.preprocessing.normalization
     from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 
@@ -235,9 +238,7 @@ def _normalise(
     for channel, scheme in enumerate(recipe.normalization_schemes):
         cls = recursive_find_python_class(str(package.__path__[0]), scheme, package.__name__)
         if cls is None:
-            raise UserError(
-                f"normalisation {scheme}: nnU-Net has no such scheme; mend normalization_schemes in the plan"
-            )
+            raise UserError(f"nnU-Net has no normalisation scheme {scheme}; fix normalization_schemes in the plan")
         normalization = cls(
             use_mask_for_norm=recipe.use_mask_for_norm[channel],
             intensityproperties=recipe.intensity_statistics[channel],
@@ -248,16 +249,16 @@ def _normalise(
 def draw_foreground(
     inside: Bool[np.ndarray, "z y x"], new_shape: Sequence[int], seed: int
 ) -> Int[np.ndarray, "point 3"]:
-    """Draw coordinates inside the body and carry them over to the resampled volume.
+    """Draw coordinates inside the body and map them to the resampled volume.
 
-    The body is told from air by intensities as they were measured: normalisation would mix the zeros around a skull
-    with the tissue of average brightness. A point is placed anywhere in its voxel before it is scaled, so that finer
-    voxels of the result are all met.
+    The mask of the body is computed from the measured intensities, because normalisation gives the zeros around a skull
+    the same values as tissue of average brightness. Each point is placed at a random position within its voxel before
+    scaling, so that all voxels of a finer grid can be drawn.
 
     Args:
-        inside: which voxels are body, before resampling.
-        new_shape: (z, y, x) of the resampled volume.
-        seed: of the draw.
+        inside: Mask of the body before resampling.
+        new_shape: Shape (z, y, x) of the resampled volume.
+        seed: Random seed.
 
     Returns:
         At most ``FOREGROUND_POINTS`` voxels (z, y, x) of the resampled volume, in random order.

@@ -1,4 +1,4 @@
-"""Which image files of a raw data set make a case: those that dataset.json lists, or those of the folder imagesTr."""
+"""Grouping of the image files of a raw data set into cases, from the list in dataset.json or from the folder imagesTr."""
 
 import os
 import re
@@ -16,29 +16,29 @@ KNOWN_ENDINGS = (*ENDINGS, SERIES_ENDING)
 
 
 def group_listed_files(content: dict[str, Any], folder: Path) -> tuple[str, dict[str, dict[int, Path]], list[SetAside]]:
-    """Group the files that dataset.json lists itself, paths being relative to its folder as in nnU-Net."""
+    """Group the files listed in dataset.json, whose paths are relative to its folder as in nnU-Net."""
     groups: dict[str, dict[int, Path]] = {}
     set_aside = []
     for case, entry in content["dataset"].items():
         files = [folder / os.path.expandvars(image) for image in entry["images"]]
         missing = [file for file in files if not file.exists()]
         if missing:
-            set_aside.append(SetAside(case, str(missing[0]), "is listed in dataset.json and does not exist"))
+            set_aside.append(SetAside(case, str(missing[0]), "is listed in dataset.json but does not exist"))
         elif files:
             groups[case] = dict(enumerate(files))
         else:
-            set_aside.append(SetAside(case, str(folder / "dataset.json"), "is listed without images"))
+            set_aside.append(SetAside(case, str(folder / "dataset.json"), "lists the case without images"))
     if not groups:
-        raise UserError(f"{folder / 'dataset.json'}: none of the images listed under 'dataset' exists; mend the paths")
+        raise UserError(f"{folder / 'dataset.json'}: none of the images listed under 'dataset' exists; check the paths")
     counts = Counter(ending_of(file.name, KNOWN_ENDINGS) for files in groups.values() for file in files.values())
     return content.get("file_ending") or str(counts.most_common(1)[0][0]), groups, set_aside
 
 
 def group_folder_files(content: dict[str, Any], folder: Path) -> tuple[str, dict[str, dict[int, Path]], list[SetAside]]:
-    """Group the files of imagesTr by case and channel."""
+    """Group the files in imagesTr by case and channel."""
     images = folder / "imagesTr"
     if not images.is_dir():
-        raise UserError(f"{folder}: has no folder imagesTr; put the images there as CASE_0000.nii.gz")
+        raise UserError(f"{folder} has no folder imagesTr; create it with images named CASE_0000.nii.gz")
     files = sorted(
         path for path in images.iterdir() if not path.name.startswith(".") and ending_of(path.name, KNOWN_ENDINGS)
     )
@@ -51,7 +51,7 @@ def group_folder_files(content: dict[str, Any], folder: Path) -> tuple[str, dict
         match = re.fullmatch(r"(.+)_(\d{4})", stem)
         if own != ending:
             case = match[1] if match else stem
-            set_aside.append(SetAside(case, str(file), f"ends in {own}, the data set in {ending}"))
+            set_aside.append(SetAside(case, str(file), f"ends in {own}, but the data set uses {ending}"))
         elif match is None:
             set_aside.append(SetAside(stem, str(file), "has no channel number such as _0000 in its name"))
         elif not file.exists():
@@ -60,24 +60,28 @@ def group_folder_files(content: dict[str, Any], folder: Path) -> tuple[str, dict
             groups[match[1]][int(match[2])] = file
     if not groups:
         raise UserError(
-            f"{images}: no file makes a case ({Path(set_aside[0].file).name} {set_aside[0].reason}); "
-            f"rename them to CASE_0000{ending}"
+            f"{images} contains no valid case ({Path(set_aside[0].file).name} {set_aside[0].reason}); "
+            f"rename the images to CASE_0000{ending}"
         )
     return ending, dict(groups), set_aside
 
 
 def _decide_ending(content: dict[str, Any], images: Path, files: list[Path]) -> str:
-    """Return the file ending of a data set, from dataset.json or else the only one there is."""
+    """Return the file ending of a data set: that in dataset.json, otherwise the only one found."""
     counts = Counter(ending_of(path.name, KNOWN_ENDINGS) for path in files)
     found = " and ".join(f"{count} {ending}" for ending, count in sorted(counts.items()))
     if not files:
-        raise UserError(f"{images}: holds no image that nnU-Net reads ({' '.join(ENDINGS)}); put the images there")
+        raise UserError(
+            f"{images} contains no image that nnU-Net can read ({' '.join(ENDINGS)}); copy the images there"
+        )
     ending = content.get("file_ending")
     if ending is None:
         if len(counts) > 1:
-            raise UserError(f"{images}: holds {found} files; keep one kind or name it as file_ending in dataset.json")
+            raise UserError(f"{images} contains {found} files; keep one format or set file_ending in dataset.json")
         ending = str(next(iter(counts)))
-        logger.info(f"{images.parent.name}: file ending {ending} taken from the {len(files)} files of imagesTr")
+        logger.info(f"{images.parent.name}: detected the file ending {ending} from {len(files)} files in imagesTr")
     elif ending not in counts:
-        raise UserError(f"{images}: dataset.json says file_ending {ending}, but there are {found} files; mend one")
+        raise UserError(
+            f"{images} contains {found} files, but file_ending in dataset.json is {ending}; fix one of them"
+        )
     return str(ending)

@@ -1,4 +1,4 @@
-"""What decides the voxels of a preprocessed case: the plan's part of it, the image files, and a digest of both.
+"""Everything that determines the voxels of a preprocessed case: settings of the plan, image files, and their digest.
 
 Configurations of a plan that share a spacing share a folder of cases.
 """
@@ -18,54 +18,56 @@ from nnssl.errors import UserError
 from nnssl.plan import Plan
 
 FOREGROUND_POINTS = 4000
-"""Coordinates inside the body that are kept of a case."""
+"""Number of coordinates inside the body that are stored for a case."""
 
 IGNORE_STATISTICS = ("ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization")
-"""Schemes of nnU-Net that do not read the intensities of the data set."""
+"""nnU-Net's schemes that do not use intensity statistics of the data set."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What of a plan decides the voxels of a preprocessed case."""
+    """Settings of a plan that determine the voxels of a preprocessed case."""
 
     transpose_forward: tuple[int, int, int]
     spacing_mm: tuple[float, ...]
-    """(z, y, x) after transposition; (y, x) where slices keep their distance."""
+    """Target spacing (z, y, x) in mm after transposition, or (y, x) if the slice distance is kept."""
     normalization_schemes: tuple[str, ...]
-    """Per channel, nnU-Net's class names."""
+    """nnU-Net's class name for each channel."""
     use_mask_for_norm: tuple[bool, ...]
-    """Per channel."""
+    """Whether each channel is normalised inside the nonzero mask."""
     intensity_statistics: tuple[dict[str, float], ...]
-    """Per channel, over the data set; empty for schemes that ignore them, so that new cases do not outdate old ones."""
+    """Statistics of each channel over the data set; empty for schemes that ignore them, so that new cases do not make existing
+    ones outdated.
+    """
     resampling: str
-    """nnU-Net's function."""
+    """Name of nnU-Net's resampling function."""
     resampling_settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Target:
-    """One folder of preprocessed cases."""
+    """A folder of preprocessed cases."""
 
     folder: Path
     recipe: Recipe
     patch_size: tuple[int, ...]
-    """What is usually read at once; it decides how voxels are laid out on disk, not what they are."""
+    """Typical patch to read, which determines only how voxels are arranged on disk."""
 
 
 def plan_targets(plan: Plan, folder: Path, configurations: Sequence[str] | None) -> tuple[Target, ...]:
     """Return the folders that configurations of a plan need.
 
     Args:
-        plan: the plan.
-        folder: of the preprocessed data set.
-        configurations: names; None for all of the plan.
+        plan: Plan.
+        folder: Folder of the preprocessed data set.
+        configurations: Names of configurations; None for all configurations of the plan.
 
     Returns:
         One target for each distinct ``case_folder``, in the plan's order.
 
     Raises:
-        UserError: the plan has no such configuration, asks for another preprocessor than nnU-Net's default, or has
-            configurations that share a folder and do not agree on its voxels.
+        UserError: If the plan has no such configuration, requires a preprocessor other than nnU-Net's default, or has
+            configurations that share a folder but need different voxels.
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager  # slow to import
 
@@ -78,14 +80,14 @@ def plan_targets(plan: Plan, folder: Path, configurations: Sequence[str] | None)
         manager_of_one = manager.get_configuration(name)
         if manager_of_one.preprocessor_name != "DefaultPreprocessor":
             raise UserError(
-                f"plan {plan.name}, {name}: asks for {manager_of_one.preprocessor_name}; nnssl preprocesses as "
-                "nnU-Net's DefaultPreprocessor does"
+                f"plan {plan.name}, {name}: preprocessor_name must be DefaultPreprocessor, the only one that nnssl supports, "
+                f"got {manager_of_one.preprocessor_name}"
             )
         identifiers = {entry.get("data_identifier") for entry in plan.nnunet["configurations"].values()}
         if section.case_folder in identifiers or Path(section.case_folder).name != section.case_folder:
             raise UserError(
-                f"plan {plan.name}, {name}: case_folder {section.case_folder!r} is a folder of nnU-Net or no plain "
-                "name; choose another"
+                f"plan {plan.name}, {name}: case_folder must be a plain name that nnU-Net does not use, "
+                f"got {section.case_folder!r}"
             )
         target = Target(folder / section.case_folder, _recipe_of(manager, manager_of_one), section.patch_size)
         targets[section.case_folder] = _join(targets.get(section.case_folder, target), target, plan.name)
@@ -93,7 +95,7 @@ def plan_targets(plan: Plan, folder: Path, configurations: Sequence[str] | None)
 
 
 def _recipe_of(manager: Any, configuration: Any) -> Recipe:
-    """Return the recipe of one configuration of nnU-Net's plans."""
+    """Return the recipe of a configuration in nnU-Net's plans."""
     statistics = manager.foreground_intensity_properties_per_channel
     return Recipe(
         transpose_forward=tuple(manager.transpose_forward),
@@ -110,25 +112,25 @@ def _recipe_of(manager: Any, configuration: Any) -> Recipe:
 
 
 def _join(first: Target, second: Target, plan_name: str) -> Target:
-    """Return the target that serves two configurations with one folder; a 3D one decides over a 2D one."""
+    """Return the target for two configurations that share a folder; a 3D one takes precedence over a 2D one."""
     first, second = sorted((first, second), key=lambda target: len(target.patch_size), reverse=True)
     mine, other = asdict(first.recipe), asdict(second.recipe)
-    # slices that keep their distance have that of the 3D configuration, or the planner would not share the folder
+    # a 2D configuration has the slice distance of the 3D one, otherwise the planner would not share the folder
     mine["spacing_mm"] = mine["spacing_mm"][-len(other["spacing_mm"]) :]
     if mine != other:
         differing = ", ".join(key for key in mine if mine[key] != other[key])
         raise UserError(
             f"plan {plan_name}: configurations that share {first.folder.name} differ in {differing}; "
-            "give them folders of their own (case_folder)"
+            "give each its own case_folder"
         )
     return first
 
 
 def find_sources(case: RawCase) -> tuple[SourceFile, ...]:
-    """Return the image files of a case as they are now.
+    """Return the current state of the image files of a case.
 
     Raises:
-        CaseError: a file, or a slice of a series, is not there.
+        CaseError: If a file or a slice of a series does not exist.
     """
     sources = []
     for image in case.images:
@@ -141,14 +143,14 @@ def find_sources(case: RawCase) -> tuple[SourceFile, ...]:
 
 
 def digest_case(recipe: Recipe, reader: str, sources: Iterable[SourceFile]) -> str:
-    """Return a digest of everything that decides the voxels of a case; the folder of its images does not."""
+    """Return a digest of everything that determines the voxels of a case; the folder of its images is not included."""
     files = [(Path(source.path).name, source.size_bytes, source.mtime_ns) for source in sources]
     decisive = [SCHEMA_VERSION, FOREGROUND_POINTS, asdict(recipe), reader, files]
     return hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def find_outdated(case: RawCase, reader: str, targets: Sequence[Target]) -> tuple[Target, ...]:
-    """Return the targets in which a case is missing, half-written or outdated."""
+    """Return the targets in which a case is missing, incomplete or outdated."""
     try:
         sources = find_sources(case)
     except CaseError:

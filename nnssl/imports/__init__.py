@@ -1,1 +1,1 @@
-"""Images as users have them, made into raw data sets of nnU-Net: folders, BIDS trees, lists, collections and DICOM files."""
+"""Import of existing images as raw nnU-Net data sets, from folders, BIDS trees, lists, collections and DICOM files."""

@@ -1,4 +1,4 @@
-"""Names of cases: unique, safe as file names and for nnU-Net, the patient first (see ``nnssl.data.patients``)."""
+"""Names of cases: unique, valid as file names and for nnU-Net, starting with the patient (see ``nnssl.data.patients``)."""
 
 import hashlib
 import re
@@ -7,19 +7,19 @@ from collections.abc import Iterable, Sequence
 
 
 def clean_name(text: str) -> str:
-    """Return a text with letters, digits, ``_``, ``-`` and ``.`` only; accents are dropped, the rest becomes ``-``."""
+    """Return a text reduced to letters, digits, ``_``, ``-`` and ``.``; accents are removed, other characters become ``-``."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", plain).strip("_.-")
 
 
 def name_by_path(paths: Sequence[tuple[str, ...]]) -> list[str]:
-    """Name files by the last parts of their paths, by as many for all as it takes to tell them apart.
+    """Name files by the last parts of their paths, using the smallest number of parts that makes all names unique.
 
     Args:
-        paths: for each file the folders below the source and the name without ending; empty parts are passed over.
+        paths: For each file, the folders below the source and the name without ending; empty parts are ignored.
 
     Returns:
-        Cleaned names in the same order; two can still be equal where whole paths are.
+        Cleaned names in the same order. Names can still be equal if the whole cleaned paths are.
     """
     cleaned = [[part for part in map(clean_name, path) if part] or ["case"] for path in paths]
     for depth in range(1, max(map(len, cleaned), default=1) + 1):
@@ -30,12 +30,12 @@ def name_by_path(paths: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def number_equal_names(names: Iterable[str]) -> list[str]:
-    """Return the names in the same order, the second of a name as ``NAME_scan-2``, which is read as the same patient."""
+    """Return the names in the same order; the second occurrence of a name becomes ``NAME_scan-2``, which keeps the patient."""
     used: set[str] = set()
     numbered = []
     for name in names:
         free, number = name, 1
-        while free.casefold() in used:  # some file systems do not tell a from A
+        while free.casefold() in used:  # some file systems ignore case
             number += 1
             free = f"{name}_scan-{number}"
         used.add(free.casefold())
@@ -44,9 +44,9 @@ def number_equal_names(names: Iterable[str]) -> list[str]:
 
 
 def subject_labels(identifiers: Iterable[str]) -> dict[str, str]:
-    """Return a label of letters and digits for each patient, as BIDS has them: ``sub-LABEL`` begins a case's name.
+    """Return a label of letters and digits for each patient, as in BIDS: case names start with ``sub-LABEL``.
 
-    Patients whose identifiers differ in other characters only get a digest behind the label.
+    If identifiers differ only in other characters, a digest is appended to each label.
     """
     labels: dict[str, dict[str, str]] = {}
     for identifier in sorted(set(identifiers)):
@@ -61,7 +61,7 @@ def subject_labels(identifiers: Iterable[str]) -> dict[str, str]:
 
 
 def common_stem(stems: Sequence[str]) -> str:
-    """Return what the names of a case's files begin with in common, in whole words; the first name if nothing."""
+    """Return the common prefix of the names of a case's files in whole words, or the first name if there is none."""
     words = [re.findall(r"[^_.\s-]+[_.\s-]*", stem) for stem in stems]
     common = ""
     for same in zip(*words, strict=False):

@@ -1,4 +1,4 @@
-"""Images as users have them -> a raw data set of nnU-Net by reference: ``dataset.json`` names the files, none is copied."""
+"""Registration of existing images as a raw nnU-Net data set: ``dataset.json`` lists the files, and none are copied."""
 
 import os
 import re
@@ -14,7 +14,7 @@ from nnssl.data.case_error import CaseError
 from nnssl.data.dataset_json import NO_LABELS
 from nnssl.data.dicom_series import SERIES_ENDING, measure_series
 from nnssl.data.image_files import Header, check_spacing, check_whole, read_file_header
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json, some, whole_folder, write_json
 from nnssl.imports.case_names import number_equal_names
 from nnssl.imports.dicom import find_series
@@ -28,7 +28,7 @@ from nnssl.schema import read, write
 from nnssl.version import __version__
 
 VOLUME_READER = "SimpleITKIO"
-"""Reads all endings that are imported, also when a data set mixes them."""
+"""Reader for all imported formats, also if a data set mixes them."""
 
 FINDERS: dict[str, Callable[[Path, Choices], Found]] = {
     "folder": find_in_folder,
@@ -48,25 +48,26 @@ def import_dataset(
     choices: Choices | None = None,
     restart: bool = False,
 ) -> ImportRecord:
-    """Make a raw data set of images where they are.
+    """Register existing images as a raw nnU-Net data set without copying them.
 
     Writes ``<nnUNet_raw>/DatasetXXX_NAME`` with ``dataset.json``, ``import.json`` and, for DICOM, one small series file per
-    case. The folder appears whole or not at all. The same import again writes nothing.
+    case. The folder is either complete or absent. Repeating an import writes nothing.
 
     Args:
-        source: a folder of image files, a BIDS tree, a list, a folder of DICOM, or a collection.
-        number: of the data set, 1 to 999.
-        name: of the data set, without ``DatasetXXX_``.
+        source: Folder of image files, BIDS tree, list, folder of DICOM files, or collection.
+        number: Number of the data set, between 1 and 999.
+        name: Name of the data set, without ``DatasetXXX_``.
         folders: nnU-Net's folders.
-        kind: a key of ``KINDS``; None to find out.
-        choices: which images are taken and how they make cases.
-        restart: replace what an earlier import made.
+        kind: Kind of the source, a key of ``KINDS``; None to detect it.
+        choices: Which images to import and how they form cases; None for the defaults.
+        restart: Whether to replace an earlier import.
 
     Returns:
-        What was taken and refused.
+        Record of the imported cases and the rejected files.
 
     Raises:
-        UserError: the source or the choices do not fit, nothing is left to import, or the data set exists.
+        ArgumentError: If the number, the name, the kind or the choices are wrong.
+        UserError: If the source cannot be read, if no image can be imported, or if the folder contains other files.
     """
     choices = choices or Choices()
     dataset_name = _name_dataset(number, name)
@@ -74,9 +75,11 @@ def import_dataset(
     _check_target(folder, number, folders)
     source = Path(os.path.abspath(source.expanduser()))
     if Found().refuse_name(source):
-        raise UserError(f"{ascii(str(source))}: is no UTF-8 path, which SimpleITK cannot open; rename it")
+        raise UserError(f"{ascii(str(source))} is not a UTF-8 path, so SimpleITK cannot open it; rename it")
+    if kind is not None and kind not in KINDS:
+        raise ArgumentError(f"kind must be one of {', '.join(KINDS)}, got {kind}", "kind")
     if kind is not None and not source.exists():
-        raise UserError(f"{source}: there is no such file or folder; mend the path")
+        raise UserError(f"{source} does not exist; check the path")
     kind = kind or detect_kind(source)
     logger.info(f"{source}: {KINDS[kind]}")
     check_choices(kind, choices)
@@ -85,7 +88,7 @@ def import_dataset(
     candidates = [replace(each, name=name) for each, name in zip(found.candidates, names, strict=True)]
     taken = tuple(_check_candidates(sorted(candidates, key=lambda each: each.name), found))
     if not taken:
-        raise UserError(_nothing_left(source, kind, found))
+        raise _nothing_left(source, kind, found)
     record = ImportRecord(
         schema_version=SCHEMA_VERSION,
         nnssl_version=__version__,
@@ -102,12 +105,13 @@ def import_dataset(
     series = {each.name: asdict(each.series) for each in candidates if each.series is not None and each.name in kept}
     if folder.is_dir() and any(folder.iterdir()):
         if _is_same(folder, record, series):
-            logger.info(f"{folder}: was imported from the same files with the same choices; nothing to do")
+            logger.info(f"{folder} is already an import of the same files with the same choices; nothing to do")
             return record
         if not restart:
-            raise UserError(
-                f"{folder}: is an import of other files or with other choices; --restart to replace it, or choose another "
-                "number"
+            raise ArgumentError(
+                f"{folder} is an import of other files or with other choices; use restart to replace it, or another number",
+                "restart",
+                "number",
             )
     _write_dataset(folder, record, series)
     return record
@@ -115,18 +119,22 @@ def import_dataset(
 
 def _name_dataset(number: int, name: str) -> str:
     if not 1 <= number <= 999:
-        raise UserError(f"-d {number}: nnU-Net numbers data sets from 1 to 999; choose such a number")
+        raise ArgumentError(f"number must be between 1 and 999, got {number}", "number")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) or re.match(r"Dataset\d", name):
-        raise UserError(f"-n {name}: write letters, digits, _ and - only, without DatasetXXX_, such as MyScans")
+        raise ArgumentError(
+            f"name must consist of letters, digits, _ and -, without DatasetXXX_ (such as MyScans), got {name}", "name"
+        )
     return f"Dataset{number:03d}_{name}"
 
 
 def _check_target(folder: Path, number: int, folders: Folders) -> None:
-    """Raise a UserError if the number is taken or the folder holds what no import made."""
+    """Raise a UserError if the number is taken or the folder contains files that no import has written."""
     for place in (folders.raw, folders.preprocessed):
         others = [path.name for path in place.glob(f"Dataset{number:03d}_*") if path.name != folder.name]
         if others:
-            raise UserError(f"-d {number}: {place} has {some(sorted(others))} of this number; choose another number")
+            raise ArgumentError(
+                f"number {number} is taken by {some(sorted(others))} in {place}; choose another", "number"
+            )
     if not folder.exists():
         return
     own = {RECORD_FILE, "dataset.json", "imagesTr"}
@@ -136,11 +144,13 @@ def _check_target(folder: Path, number: int, folders: Folders) -> None:
         foreign += sorted(path.name for path in (folder / "imagesTr").iterdir() if path.suffix != SERIES_ENDING)
     if foreign or (content and RECORD_FILE not in content):
         what = some(foreign or sorted(content))
-        raise UserError(f"{folder}: holds what no import made ({what}); choose another number or move it away")
+        raise ArgumentError(
+            f"{folder} contains files that no import has written ({what}); move them or use another number", "number"
+        )
 
 
 def _check_candidates(candidates: list[Candidate], found: Found) -> list[TakenCase]:
-    """Return the cases whose files are there, whole and of one grid; the others are refused."""
+    """Return the cases whose files exist, are complete and have one geometry; the others are rejected."""
     taken = []
     for candidate in candidates:
         try:
@@ -159,46 +169,50 @@ def _check_files(files: tuple[Path, ...], channels: int) -> Header:
     """Return the header of a case's first file.
 
     Raises:
-        CaseError: a file is missing, cut short or unreadable, or the files do not make the channels of a case.
+        CaseError: If a file is missing, truncated or unreadable, or if the files cannot be the channels of a case.
     """
     headers = []
     for file in files:
         if file.is_symlink() and not file.exists():
-            raise CaseError(str(file), "is a link to a file that is not there (git-annex: get it first)")
+            raise CaseError(str(file), "is a link to a file that does not exist (for git-annex, run git annex get)")
         header = read_file_header(file, VOLUME_READER)
         check_whole(file, trust_length=True)
         if header.channels * len(files) != channels:
-            reason = f"has {header.channels} volumes in one file where {channels // len(files)} is wanted"
-            raise CaseError(str(file), f"{reason}; split it, or name what each is with --channels")
+            reason = f"has {header.channels} volume(s), but {channels // len(files)} per file are expected"
+            raise CaseError(str(file), f"{reason}; split the file, or name a channel for each volume")
         check_spacing(file, header.spacing_mm)
         headers.append(header)
     for file, header in zip(files, headers, strict=True):
         if header.shape != headers[0].shape or not np.allclose(header.spacing_mm, headers[0].spacing_mm):
-            raise CaseError(str(file), f"has not the shape and spacing of {files[0].name}; resample one to the other")
+            raise CaseError(str(file), f"differs in shape or spacing from {files[0].name}; resample one to the other")
     return headers[0]
 
 
 def _measure_series(candidate: Candidate) -> TakenCase:
-    """Return a case of a DICOM series; its slices have been checked, and are read when they are needed."""
+    """Return the case of a DICOM series whose slices have been checked; voxels are not read."""
     assert candidate.series is not None
     shape, spacing_mm, _ = measure_series(candidate.series)
     return TakenCase(candidate.name, (_series_path(candidate.name),), shape, spacing_mm)
 
 
 def _series_path(case: str) -> str:
-    """Return where the series file of a case lies below the folder of its data set."""
+    """Return the path of a case's series file relative to the folder of the data set."""
     return f"imagesTr/{case}_0000{SERIES_ENDING}"
 
 
-def _nothing_left(source: Path, kind: str, found: Found) -> str:
+def _nothing_left(source: Path, kind: str, found: Found) -> ArgumentError:
     if not found.refused:
-        return f"{source}: {KINDS[kind]} without an image in it; give another source or --kind"
+        return ArgumentError(
+            f"{source} contains no images when read as {KINDS[kind]}; choose another source or kind", "kind"
+        )
     first = "; ".join(f"{Path(refusal.file).name} {refusal.reason}" for refusal in found.refused[:2])
-    return f"{source}: nothing can be imported, {len(found.refused)} refused ({first}); mend them or choose otherwise"
+    return ArgumentError(
+        f"{source}: no image can be imported, {len(found.refused)} rejected ({first}); fix them or choose other images"
+    )
 
 
 def _is_same(folder: Path, record: ImportRecord, series: dict[str, dict[str, Any]]) -> bool:
-    """Return whether a data set is what this import would write."""
+    """Return whether a data set is identical to the result of this import."""
     try:
         stored = read(ImportRecord, folder / RECORD_FILE, "record of an import")
         same = replace(stored, nnssl_version=record.nnssl_version) == record
@@ -216,7 +230,7 @@ def _plain(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dataset_json(record: ImportRecord) -> dict[str, Any]:
-    """Return a dataset.json that nnU-Net understands, with its mapping of cases to files."""
+    """Return the content of a dataset.json for nnU-Net that maps cases to files."""
     endings = Counter(volume_ending(image) or SERIES_ENDING for case in record.taken for image in case.images)
     ending = endings.most_common(1)[0][0]
     reader = {} if ending == SERIES_ENDING else {"overwrite_image_reader_writer": VOLUME_READER}
@@ -231,7 +245,7 @@ def _dataset_json(record: ImportRecord) -> dict[str, Any]:
 
 
 def _write_dataset(folder: Path, record: ImportRecord, series: dict[str, dict[str, Any]]) -> None:
-    """Write a data set; it is never there in part."""
+    """Write a data set, which appears only when it is complete."""
     make_writable(folder.parent)
     with whole_folder(folder) as new:
         (new / "imagesTr").mkdir()

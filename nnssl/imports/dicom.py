@@ -1,8 +1,8 @@
-"""DICOM files in a folder -> series that make a volume; everything else is refused with a reason.
+"""Grouping of DICOM files in a folder into series that form a volume; all other files are rejected with a reason.
 
-A series is what has one Series Instance UID, wherever its files lie. Its slices are put in the order of their positions
-along the normal of the slices, as GDCM does. Only slices that make a right-angled grid of equal distances are taken, so that
-SimpleITK's geometry of the series is that of every voxel.
+A series consists of all files with one Series Instance UID, wherever they lie. Its slices are ordered by their positions
+along the normal of the slices, as in GDCM. The slices must form a regular, right-angled grid, so that SimpleITK's geometry
+of the series is correct for every voxel.
 """
 
 import fnmatch
@@ -15,36 +15,39 @@ import numpy as np
 
 from nnssl.data.case_error import CaseError
 from nnssl.data.dicom_series import SCHEMA_VERSION, DicomSeries, Slice
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError
 from nnssl.imports.case_names import clean_name, subject_labels
 from nnssl.imports.dicom_slices import PARALLEL, SliceHeader, is_dicom, read_slice
 from nnssl.imports.sources import Candidate, Choices, Found, choose_modalities, walk_files
 
 MIN_SLICES = 5
-"""A series of fewer slices is refused if the user does not say otherwise."""
+"""Default of the smallest number of slices in a series."""
 
 CHANNEL_OF_MODALITY = {"CT": "CT", "MR": "MRI", "PT": "PET"}
 
 TOLERANCE_MM = 0.02
-"""Positions are often written with two decimals."""
+"""Smallest tolerance for slice distances, since positions are often stored with two decimals."""
 TOLERANCE = 0.02
-"""Share of the slice distance by which a distance may differ."""
+"""Tolerance for slice distances, as a fraction of the usual distance."""
 LARGEST_TILT_DEG = 0.5
-"""Angle between the normal of the slices and the line through their corners; more is a gantry tilt."""
+"""Largest angle between the normal of the slices and the line through their first voxels; a larger one is a gantry tilt."""
 
 
 def find_series(source: Path, choices: Choices) -> Found:
-    """Find the DICOM series in a folder; every one that makes a volume is a case with one channel.
+    """Find the DICOM series in a folder; each one that forms a volume is a case with one channel.
 
-    Cases are called ``sub-PATIENT[_ses-DATE]_DESCRIPTION_series-NUMBER``. Without a patient identifier the folder directly
-    below the source stands for the patient.
+    Cases are named ``sub-PATIENT[_ses-DATE]_DESCRIPTION_series-NUMBER``. Without a patient identifier, the folder directly
+    below the source identifies the patient.
 
     Raises:
-        UserError: there are several modalities and none was chosen, or they cannot be channels.
+        ArgumentError: If there are several modalities and none was chosen, or if several were chosen as channels.
     """
     if len(choices.modalities) > 1 and not choices.mixed:
-        raise UserError(
-            "--modality: DICOM series have grids of their own and make no channels; name one or add --mixed"
+        raise ArgumentError(
+            "modalities must be a single one for DICOM, whose series have different grids and cannot be channels, "
+            f"got {' '.join(choices.modalities)}; choose one or set mixed",
+            "modalities",
+            "mixed",
         )
     found = Found()
     volumes = {}
@@ -52,16 +55,21 @@ def find_series(source: Path, choices: Choices) -> Found:
         try:
             volumes[uid] = order_slices(_drop_copies(slices, found), choices.min_slices or MIN_SLICES)
         except CaseError as error:
-            found.refuse(error.file, f"series {_title(slices[0])}: {error.reason}")
+            found.refuse(error.file, f"contains series {_title(slices[0])}, which {error.reason}")
     counts = Counter(slices[0].modality for slices in volumes.values())
     wanted = choose_modalities(counts, choices, source) if volumes else ()
     taken = {}
     for uid, slices in volumes.items():
         first = slices[0]
         if first.modality not in wanted:
-            found.refuse(first.file.parent, f"series {_title(first)}: is {first.modality}, not asked for")
+            found.refuse(
+                first.file.parent, f"contains series {_title(first)}, whose modality {first.modality} was not chosen"
+            )
         elif choices.pattern is not None and not fnmatch.fnmatchcase(first.description, choices.pattern):
-            found.refuse(first.file.parent, f"series {_title(first)}: does not match {choices.pattern}")
+            found.refuse(
+                first.file.parent,
+                f"contains series {_title(first)}, which does not match the pattern {choices.pattern}",
+            )
         else:
             taken[uid] = slices
     left = {slices[0].modality for slices in taken.values()}
@@ -71,7 +79,7 @@ def find_series(source: Path, choices: Choices) -> Found:
 
 
 def _collect_slices(source: Path, found: Found) -> dict[str, list[SliceHeader]]:
-    """Return the readable slices below a folder by their series; the other files are noted."""
+    """Return the readable slices below a folder by series, and record all other files."""
     series: dict[str, list[SliceHeader]] = defaultdict(list)
     for file in walk_files(source):
         if found.refuse_name(file):
@@ -89,10 +97,10 @@ def _collect_slices(source: Path, found: Found) -> dict[str, list[SliceHeader]]:
 
 
 def _drop_copies(slices: Sequence[SliceHeader], found: Found) -> list[SliceHeader]:
-    """Return the slices without second copies of one file, which are refused."""
+    """Return the slices without copies, which are rejected."""
     first_with: dict[str, SliceHeader] = {}
     for header in slices:
-        # without an identifier, which some anonymisers take away, nothing says that two files are one slice
+        # without an identifier, which some anonymisers remove, copies cannot be recognised
         same = first_with.setdefault(header.instance_uid or str(header.file), header)
         if same is not header:
             found.refuse(header.file, f"is the same slice (SOP instance) as {same.file}")
@@ -103,29 +111,29 @@ def order_slices(slices: Sequence[SliceHeader], min_slices: int) -> list[SliceHe
     """Return the slices of a series in the order of their positions.
 
     Args:
-        slices: of one series, in any order.
-        min_slices: fewest slices of a volume.
+        slices: Slices of one series in any order.
+        min_slices: Smallest number of slices of a volume.
 
     Returns:
-        The slices, along the normal (the cross product of row and column directions).
+        The slices, ordered along the normal (the cross product of row and column directions).
 
     Raises:
-        CaseError: they make no right-angled grid of equal distances, are too few, or are a localizer.
+        CaseError: If the slices do not form a regular, right-angled grid, are too few, or are a localizer.
     """
     first = slices[0]
     where = str(first.file.parent)
     if any("LOCALIZER" in header.image_type.upper() for header in slices):
         raise CaseError(where, "is a localizer")
     if any(np.abs(header.directions - first.directions).max() > PARALLEL for header in slices):
-        raise CaseError(where, "has slices in several directions, as localizers have")
+        raise CaseError(where, "has slices with different orientations, as in a localizer")
     if len({header.modality for header in slices}) > 1 or first.modality not in CHANNEL_OF_MODALITY:
-        raise CaseError(where, f"has the modality {first.modality or 'unknown'}; CT, MR and PT are taken")
+        raise CaseError(where, f"has the modality {first.modality or 'unknown'}; only CT, MR and PT are supported")
     if len({header.shape for header in slices}) > 1:
-        raise CaseError(where, "has slices of several sizes")
+        raise CaseError(where, "has slices of different sizes")
     if any(not np.allclose(header.spacing_mm, first.spacing_mm, rtol=1e-4) for header in slices):
-        raise CaseError(where, "has slices of several pixel spacings")
+        raise CaseError(where, "has slices with different pixel spacings")
     if len(slices) < max(2, min_slices):
-        raise CaseError(where, f"has {len(slices)} slice(s), fewer than {max(2, min_slices)} (--min-slices)")
+        raise CaseError(where, f"has {len(slices)} slice(s), fewer than the minimum of {max(2, min_slices)}")
     normal = np.cross(first.directions[:3], first.directions[3:])
     ordered = sorted(slices, key=lambda header: float(header.position_mm @ normal))
     _check_distances(ordered, normal, where)
@@ -133,15 +141,15 @@ def order_slices(slices: Sequence[SliceHeader], min_slices: int) -> list[SliceHe
 
 
 def _check_distances(ordered: Sequence[SliceHeader], normal: np.ndarray, where: str) -> None:
-    """Raise a CaseError if slices lie at one place, at unequal distances, or shifted against one another."""
+    """Raise a CaseError if slices share a position, have unequal distances, or are shifted relative to each other."""
     positions = np.stack([header.position_mm for header in ordered])
     distances = np.diff(positions @ normal)
     if len(distances) and distances.min() < 1e-3:
         place = int(distances.argmin())
         raise CaseError(
             where,
-            f"has several slices at one place ({ordered[place].file.name}, {ordered[place + 1].file.name}): time points, "
-            "echoes or diffusion weights in one series; convert them to a NIfTI file each",
+            f"has several slices at one position ({ordered[place].file.name}, {ordered[place + 1].file.name}), such as time "
+            "points, echoes or diffusion weights; convert each of them to a NIfTI file",
         )
     step = float(np.median(distances))
     allowed = max(TOLERANCE_MM, TOLERANCE * step)
@@ -157,8 +165,10 @@ def _check_distances(ordered: Sequence[SliceHeader], normal: np.ndarray, where: 
     whole = positions[-1] - positions[0]
     tilt_deg = float(np.degrees(np.arccos(np.clip(whole @ normal / np.linalg.norm(whole), -1, 1))))
     if tilt_deg > LARGEST_TILT_DEG:
-        raise CaseError(where, f"has slices shifted against one another (gantry tilt of {tilt_deg:.1f} degrees)")
-    # small differences of distance add up along a series, and SimpleITK puts slices evenly between first and last
+        raise CaseError(
+            where, f"has slices that are shifted relative to each other (gantry tilt of {tilt_deg:.1f} degrees)"
+        )
+    # small differences in distance accumulate, and SimpleITK spaces slices evenly between the first and the last
     line = positions[0] + np.linspace(0, 1, len(positions))[:, None] * whole
     aside = np.linalg.norm(positions - line, axis=1)
     if aside.max() > max(allowed, 0.1 * min(ordered[0].spacing_mm)):
@@ -171,7 +181,7 @@ def _title(header: SliceHeader) -> str:
 
 
 def _name_series(volumes: dict[str, list[SliceHeader]], source: Path) -> list[Candidate]:
-    """Name series by patient, description and number, and with the date where a patient has several studies."""
+    """Name series by patient, description and number, with the date if a patient has several studies."""
     patients = {uid: _patient_of(slices[0], source) for uid, slices in volumes.items()}
     labels = subject_labels(patients.values())
     studies: dict[str, set[str]] = defaultdict(set)
@@ -192,7 +202,7 @@ def _name_series(volumes: dict[str, list[SliceHeader]], source: Path) -> list[Ca
 
 
 def _patient_of(header: SliceHeader, source: Path) -> str:
-    """Return what stands for the patient: the identifier, else the folder below the source, else the study."""
+    """Return what identifies the patient: the identifier, otherwise the folder below the source, otherwise the study."""
     folders = header.file.relative_to(source).parent.parts
     return header.patient or (folders[0] if folders else header.study_uid)
 

@@ -1,4 +1,4 @@
-"""One DICOM file: which image it holds, and what of its header decides the series and the place it belongs to."""
+"""The header of a DICOM file: the kind of image it holds, its series, and its position in the volume."""
 
 import re
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ IMAGE_CLASSES = {
     "1.2.840.10008.5.1.4.1.1.4": "MR image",
     "1.2.840.10008.5.1.4.1.1.128": "PET image",
 }
-"""SOP classes with one slice per file and a position in space."""
+"""Supported SOP classes, which have one slice per file and a position in space."""
 
 OTHER_CLASSES = {
     "1.2.840.10008.5.1.4.1.1.2.1": "an enhanced CT image with all slices in one file",
@@ -31,12 +31,12 @@ OTHER_CLASSES = {
     "1.2.840.10008.5.1.4.1.1.1.1": "a radiograph",
 }
 PARALLEL = 1e-3
-"""Largest difference of the direction cosines of two slices of one volume."""
+"""Largest difference between the direction cosines of two slices in one volume."""
 
 
 @dataclass(frozen=True)
 class SliceHeader:
-    """What of one DICOM file decides where it belongs."""
+    """Header of a DICOM file: everything that determines its series and its position."""
 
     file: Path
     size_bytes: int
@@ -50,17 +50,17 @@ class SliceHeader:
     series_number: str
     image_type: str
     shape: tuple[int, int]
-    """(y, x)"""
+    """Shape (y, x) in voxels."""
     spacing_mm: tuple[float, float]
-    """(y, x)"""
+    """Spacing (y, x) in mm."""
     position_mm: np.ndarray
-    """Of the first voxel: x, y, z of the patient."""
+    """Position (x, y, z) of the first voxel in patient coordinates, in mm."""
     directions: np.ndarray
-    """Cosines of rows and columns, 6 numbers."""
+    """Direction cosines of rows and columns, 6 numbers."""
 
 
 def is_dicom(path: Path) -> bool:
-    """Return whether a file begins as DICOM files do; old ones without the preamble are known by their ending."""
+    """Return whether a file is DICOM, by its preamble or, for old files without one, by its ending."""
     if path.name.lower().endswith((".dcm", ".ima")):
         return True
     try:
@@ -72,27 +72,28 @@ def is_dicom(path: Path) -> bool:
 
 
 def read_slice(file: Path) -> SliceHeader:
-    """Read what the header of a DICOM file says of its slice.
+    """Read the header of a DICOM file with one slice.
 
     Raises:
-        CaseError: it is no image of one slice with a position in space, or cannot be read.
+        CaseError: If the file is not an image of one slice with a position in space, or cannot be read.
     """
     sop_class = _media_storage_class(file)
     if sop_class is not None and sop_class not in IMAGE_CLASSES:
         kind = OTHER_CLASSES.get(sop_class, f"of the SOP class {sop_class}")
-        raise CaseError(str(file), f"is {kind}; CT, MR and PET images of one slice per file are taken")
+        raise CaseError(str(file), f"is {kind}; only CT, MR and PET images with one slice per file are supported")
     header = read_slice_header(file)
 
     def tag(key: str) -> str:
-        # an absent tag and an empty one mean the same in DICOM
+        # in DICOM, a missing tag and an empty one mean the same
         return _decode(header.GetMetaData(key)).strip(" \0") if header.HasMetaDataKey(key) else ""
 
     if tag("0008|0016") not in IMAGE_CLASSES:
-        raise CaseError(str(file), f"is of the SOP class {tag('0008|0016') or 'unknown'}; CT, MR and PET are taken")
+        sop_class = tag("0008|0016") or "unknown"
+        raise CaseError(str(file), f"is of the SOP class {sop_class}; only CT, MR and PET are supported")
     if header.GetNumberOfComponents() > 1:
         raise CaseError(str(file), "is a colour image")
     if header.GetSize()[2:] not in ((), (1,)):
-        raise CaseError(str(file), "holds several slices; convert the series to NIfTI")
+        raise CaseError(str(file), "contains several slices; convert the series to NIfTI")
     position, directions = _read_placement(file, tag("0020|0032"), tag("0020|0037"))
     if not tag("0020|000e"):
         raise CaseError(str(file), "has no series (tag 0020,000e)")
@@ -120,7 +121,7 @@ def read_slice(file: Path) -> SliceHeader:
 
 
 def _decode(text: str) -> str:
-    """Return a text that may hold bytes of another character set than UTF-8, those read as Latin-1."""
+    """Return a text as UTF-8, or as Latin-1 if its bytes are not valid UTF-8."""
     content = text.encode("utf-8", "surrogateescape")
     try:
         return content.decode("utf-8")
@@ -129,7 +130,7 @@ def _decode(text: str) -> str:
 
 
 def _read_placement(file: Path, position_tag: str, directions_tag: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return position in mm and direction cosines of a slice, checked."""
+    """Return the position in mm and the direction cosines of a slice after checking them."""
     try:
         position = np.array([float(value) for value in position_tag.split("\\")])
         directions = np.array([float(value) for value in directions_tag.split("\\")])
@@ -137,15 +138,15 @@ def _read_placement(file: Path, position_tag: str, directions_tag: str) -> tuple
         position = directions = np.empty(0)
     placed = position.shape == (3,) and directions.shape == (6,)
     if not placed or not np.isfinite(np.concatenate((position, directions))).all():
-        raise CaseError(str(file), "has no position and direction in space, so it is a single 2D image")
+        raise CaseError(str(file), "has no position and orientation in space, so it is a single 2D image")
     axes = directions.reshape(2, 3)
     if np.abs(axes @ axes.T - np.eye(2)).max() > PARALLEL:
-        raise CaseError(str(file), "has rows and columns that are not at right angles (tag 0020,0037)")
+        raise CaseError(str(file), "has rows and columns that are not perpendicular (tag 0020,0037)")
     return position, directions
 
 
 def _media_storage_class(file: Path) -> str | None:
-    """Return the SOP class from the file meta information, which needs no image; None if the file has none.
+    """Return the SOP class from the file meta information, without reading the image; None if the file has none.
 
     Source: DICOM PS3.10, section 7.1: explicit VR little endian, group 0002, at byte 132.
     """

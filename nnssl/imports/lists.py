@@ -1,7 +1,7 @@
-"""A list of files, or a ``pretrain_data.json`` collection -> cases.
+"""Cases from a list of files or from a ``pretrain_data.json`` collection.
 
-The collection is the format of the OpenMind benchmark: collection -> datasets -> subjects -> sessions -> images. Keys that an
-import does not need (infos, associated masks) may be there or not.
+The collection is the format of the OpenMind benchmark: collection -> datasets -> subjects -> sessions -> images. Keys that
+the import does not need (infos, associated masks) are optional.
 """
 
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nnssl.data.raw import UNKNOWN_CHANNEL
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json
 from nnssl.imports.case_names import clean_name, common_stem, name_by_path, subject_labels
 from nnssl.imports.folders import CHANNEL_NUMBER, split_channels
@@ -27,11 +27,11 @@ from nnssl.imports.sources import (
 )
 
 NO_SESSION = "ses-DEFAULT"
-"""What collections call the session of a subject that has none."""
+"""Name in collections for the session of a subject without sessions."""
 
 
 class _Image(NamedTuple):
-    """One image of a collection."""
+    """An image of a collection."""
 
     dataset: str
     subject: str
@@ -42,34 +42,40 @@ class _Image(NamedTuple):
 
 
 def find_in_list(source: Path, choices: Choices) -> Found:
-    """Find the cases in a list: one per line, a path, or the paths of its channels with tabs or commas between.
+    """Find the cases in a list with one case per line: a path, or the paths of its channels separated by tabs or commas.
 
-    Paths are absolute or relative to the list's folder; ``~`` and ``$VARIABLE`` are replaced. Empty lines and lines that
-    start with ``#`` are passed over.
+    Paths are absolute or relative to the folder of the list; ``~`` and ``$VARIABLE`` are expanded. Empty lines and lines
+    that start with ``#`` are skipped.
 
     Raises:
-        UserError: the list cannot be read or is empty.
+        ArgumentError: If the channels are not valid.
+        UserError: If the list cannot be read or is empty.
     """
     try:
         lines = [line.strip() for line in source.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{source}: cannot be read as a list ({error}); give a text file, one path per line") from error
+        raise UserError(
+            f"{source} cannot be read as a list ({error}); provide a text file with one path per line"
+        ) from error
     rows = [_split_line(line, source.parent) for line in lines if line and not line.startswith("#")]
     if not rows:
-        raise UserError(f"{source}: names no file; write one path per line")
+        raise UserError(f"{source} lists no files; write one path per line")
     named = split_channels(choices.channels)
     if any(named.values()):
-        raise UserError("--channels: a list has the channels in its columns; give names without =SUFFIX")
+        raise ArgumentError(
+            f"channels must be names without =SUFFIX for a list, one per column, got {' '.join(choices.channels)}",
+            "channels",
+        )
     columns = Counter(len(row) for row in rows).most_common(1)[0][0]
-    # names for one column are the channels inside each file
+    # with a single column, the names are those of the channels inside each file
     channels = len(named) if named and columns > 1 else columns
     found = Found(channel_names=tuple(named) or (UNKNOWN_CHANNEL,) * channels)
     kept = []
     for row in rows:
         if len(row) != channels:
-            found.refuse(row[0], f"its line has {len(row)} path(s), the data set has {channels} channel(s)")
+            found.refuse(row[0], f"is in a line with {len(row)} path(s), but the data set has {channels} channel(s)")
         elif wrong := next((path for path in row if not volume_ending(path)), None):
-            found.refuse(wrong, "has no ending of an image that nnU-Net reads")
+            found.refuse(wrong, "does not end in an image format that nnU-Net can read")
         else:
             kept.append(row)
     names = name_by_path([(*row[0].parent.parts[1:], _case_stem(row)) for row in kept])
@@ -79,7 +85,7 @@ def find_in_list(source: Path, choices: Choices) -> Found:
 
 def _split_line(line: str, folder: Path) -> tuple[Path, ...]:
     whole = _resolve(line, folder)
-    if whole.exists():  # a comma may be part of a name
+    if whole.exists():  # a comma can be part of a name
         return (whole,)
     return tuple(_resolve(part.strip(), folder) for part in re.split(r"[\t,]", line) if part.strip())
 
@@ -96,24 +102,25 @@ def _case_stem(row: tuple[Path, ...]) -> str:
 
 
 def find_in_collection(source: Path, choices: Choices) -> Found:
-    """Find the cases in a ``pretrain_data.json``, by modality.
+    """Find the cases in a ``pretrain_data.json`` collection by modality.
 
-    One modality, or several that are mixed: every image is a case. Several otherwise: a session that has one image of each
-    is a case.
+    With one modality, or with ``choices.mixed``, every image is a case. With several modalities, every session that has
+    one image of each is a case.
 
     Raises:
-        UserError: the file is no collection; or modalities have to be chosen.
+        ArgumentError: If modalities have to be chosen, or if a chosen one does not exist.
+        UserError: If the file is not a collection.
     """
     path = source / COLLECTION_FILE if source.is_dir() else source
     content = read_json(path, "collection")
     if not isinstance(content, dict) or "datasets" not in content:
-        raise UserError(f"{path}: has no 'datasets', so it is no collection; give a {COLLECTION_FILE}")
+        raise UserError(f"{path} is not a collection because it has no key 'datasets'; provide a {COLLECTION_FILE}")
     found = Found()
     images = list(_read_images(content, path, found))
     wanted = choose_modalities(Counter(image.modality for image in images), choices, path)
     for image in images:
         if image.modality not in wanted:
-            found.refuse(image.path, f"is {image.modality}, not asked for")
+            found.refuse(image.path, f"has the modality {image.modality}, which was not chosen")
     images = [image for image in images if image.modality in wanted]
     several = len({image.dataset for image in images}) > 1
     labels = subject_labels(_subject_of(image, several) for image in images)
@@ -131,7 +138,7 @@ def find_in_collection(source: Path, choices: Choices) -> Found:
         counts = Counter(image.modality for image in group)
         odd = [f"{counts[modality]} {modality}" for modality in wanted if counts[modality] != 1]
         if odd:
-            found.refuse(group[0].path, f"its session has {', '.join(odd)} where one of each makes a case")
+            found.refuse(group[0].path, f"is in a session with {', '.join(odd)}; a case needs exactly one of each")
             continue
         by_modality = {image.modality: image.path for image in group}
         found.candidates.append(Candidate(name, tuple(by_modality[modality] for modality in wanted)))
@@ -139,7 +146,7 @@ def find_in_collection(source: Path, choices: Choices) -> Found:
 
 
 def _read_images(content: dict[str, Any], path: Path, found: Found) -> Iterator[_Image]:
-    """Yield the images of a collection; entries that lack something are refused."""
+    """Yield the images of a collection; incomplete entries are rejected."""
     for dataset_key, dataset in _entries(content, "datasets", str(path), found):
         for subject_key, subject in _entries(dataset, "subjects", f"{path}: dataset {dataset_key}", found):
             for session_key, session in _entries(subject, "sessions", f"{path}: subject {subject_key}", found):
@@ -150,11 +157,11 @@ def _read_images(content: dict[str, Any], path: Path, found: Found) -> Iterator[
                         continue
                     text = os.path.expandvars(image["image_path"])
                     if text.startswith("$"):
-                        found.refuse(text, f"begins with {text.split('/')[0]}, which is not set in the environment")
+                        found.refuse(text, f"starts with {text.split('/')[0]}, which is not set in the environment")
                         continue
                     file = _resolve(text, path.parent)
                     if not volume_ending(file):
-                        found.refuse(file, "has no ending of an image that nnU-Net reads")
+                        found.refuse(file, "does not end in an image format that nnU-Net can read")
                         continue
                     name, modality = image.get("name"), image.get("modality")
                     yield _Image(
@@ -168,7 +175,7 @@ def _read_images(content: dict[str, Any], path: Path, found: Found) -> Iterator[
 
 
 def _entries(parent: Any, key: str, where: str, found: Found) -> list[tuple[Any, Any]]:
-    """Return the named or numbered entries under a key; without them the parent is refused."""
+    """Return the named or numbered entries under a key; if there are none, the parent is rejected."""
     entries = parent[key] if isinstance(parent, dict) and key in parent else None
     if isinstance(entries, dict):
         return list(entries.items())
@@ -179,7 +186,7 @@ def _entries(parent: Any, key: str, where: str, found: Found) -> list[tuple[Any,
 
 
 def _subject_of(image: _Image, several: bool) -> str:
-    """Return what tells a patient apart; subjects of different datasets may have one name."""
+    """Return what identifies a patient; it includes the dataset if subjects of several datasets can have the same name."""
     subject = image.subject.removeprefix("sub-")
     return f"{image.dataset}x{subject}" if several else subject
 
@@ -191,7 +198,7 @@ def _session_name(image: _Image, label: str) -> str:
 
 
 def _rest_of(image: _Image) -> str:
-    """Return what an image's name says beyond subject and session."""
+    """Return an image's name without subject and session."""
     ending = volume_ending(image.name)
     words = clean_name(image.name.removesuffix(ending)).split("_")
     return "_".join(word for word in words if not word.startswith(("sub-", "ses-")))

@@ -1,4 +1,4 @@
-"""What an import took and what it refused: the content of ``import.json``, and as a table for a person."""
+"""The record of an import: the content of ``import.json``, and its form as printed lines."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -12,27 +12,27 @@ from nnssl.sizes import in_mm
 SCHEMA_VERSION = 1
 RECORD_FILE = "import.json"
 FILES_PER_REASON = 3
-"""Files that the printed table names for each reason."""
+"""Number of files printed for each reason."""
 
 
 @dataclass(frozen=True)
 class TakenCase:
-    """A case that was imported."""
+    """An imported case."""
 
     __pydantic_config__: ClassVar = STRICT
 
     case: str
     images: tuple[str, ...]
-    """Absolute paths in channel order; of a DICOM series, the series file below the data set's folder."""
+    """Absolute paths in channel order, or for a DICOM series the series file relative to the data set's folder."""
     shape: tuple[int, ...]
-    """(z, y, x) in voxels."""
+    """Shape (z, y, x) in voxels."""
     spacing_mm: tuple[float, ...]
-    """(z, y, x)"""
+    """Spacing (z, y, x) in mm."""
 
 
 @dataclass(frozen=True)
 class ImportRecord:
-    """What an import took and what it refused: the content of ``import.json``."""
+    """Content of ``import.json``: the imported cases and the rejected files."""
 
     __pydantic_config__: ClassVar = STRICT
     __schema_version__: ClassVar = SCHEMA_VERSION
@@ -45,23 +45,26 @@ class ImportRecord:
     choices: Choices
     channel_names: tuple[str, ...]
     taken: tuple[TakenCase, ...]
-    """Sorted by case."""
+    """Imported cases, sorted by name."""
     refused: tuple[Refusal, ...]
+    """Rejected files, sorted by path."""
     passed_over: dict[str, int]
-    """Files that are no images, by their ending, and folders that were not entered."""
+    """Numbers of skipped files, which are not images, by file ending, and of skipped folders."""
 
 
 def format_import(record: ImportRecord, shown: int = 10) -> list[str]:
-    """Return the lines of a table of what was taken, refused and passed over.
+    """Return printable lines with the imported cases, the rejected files and the numbers of skipped files.
 
     Args:
-        record: of the import.
-        shown: cases and reasons to list at most; all are in ``import.json``.
+        record: Record of the import.
+        shown: Largest number of cases and of reasons to list; ``import.json`` contains all.
     """
     endings = Counter(volume_ending(image) or "DICOM series" for case in record.taken for image in case.images)
     files = ", ".join(f"{count} {ending}" for ending, count in sorted(endings.items()))
     channels = ", ".join(record.channel_names)
-    lines = [f"taken: {len(record.taken)} cases of {len(record.channel_names)} channel(s) ({channels}), from {files}"]
+    lines = [
+        f"imported: {len(record.taken)} cases of {len(record.channel_names)} channel(s) ({channels}), from {files}"
+    ]
     width = max(len(case.case) for case in record.taken[:shown])
     for case in record.taken[:shown]:
         shape = " x ".join(map(str, case.shape))
@@ -69,15 +72,15 @@ def format_import(record: ImportRecord, shown: int = 10) -> list[str]:
         lines.append(f"  {case.case:{width}}  {shape} voxels of {spacing} mm (z, y, x)")
     if len(record.taken) > shown:
         lines.append(f"  and {len(record.taken) - shown} more")
-    lines.append(f"refused: {len(record.refused)}")
+    lines.append(f"rejected: {len(record.refused)}")
     lines += _format_refused(record.refused, shown)
     if record.passed_over:
-        lines.append("passed over: " + ", ".join(f"{count} {what}" for what, count in record.passed_over.items()))
+        lines.append("skipped: " + ", ".join(f"{count} {what}" for what, count in record.passed_over.items()))
     return lines
 
 
 def _format_refused(refused: Sequence[Refusal], shown: int) -> list[str]:
-    """Return the reasons, the most frequent first, each with the first files that it holds for."""
+    """Return the reasons, the most frequent first, each followed by the first files it applies to."""
     by_reason: dict[str, list[str]] = defaultdict(list)
     for refusal in refused:
         by_reason[refusal.reason].append(refusal.file)
@@ -89,5 +92,5 @@ def _format_refused(refused: Sequence[Refusal], shown: int) -> list[str]:
         if len(files) > FILES_PER_REASON:
             lines.append(f"      and {len(files) - FILES_PER_REASON} more")
     if len(reasons) > shown:
-        lines.append(f"  and for {len(reasons) - shown} more reasons, all in {RECORD_FILE}")
+        lines.append(f"  and for {len(reasons) - shown} more reasons, all listed in {RECORD_FILE}")
     return lines

@@ -1,21 +1,21 @@
-"""What an import starts from: the kinds of sources, the user's choices, and what was found."""
+"""Sources of an import: the supported kinds, the user's choices, and the files found."""
 
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar
 
 from nnssl.data.dicom_series import DicomSeries
 from nnssl.data.image_files import VOLUME_ENDINGS, ending_of
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.files import some
 from nnssl.imports.dicom_slices import is_dicom
 from nnssl.schema import STRICT
 
 FOREIGN_ENDINGS = (".mhd", ".nhdr", ".hdr", ".img", ".img.gz", ".mgz", ".mgh", ".mnc", ".par", ".nii.bz2", ".nii.zst")
-"""Volumes that nnU-Net's readers do not take."""
+"""Endings of volumes that nnU-Net's readers do not support."""
 
 LIST_ENDINGS = (".txt", ".csv", ".tsv", ".lst", ".list")
 
@@ -32,20 +32,22 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user chose; what a kind of source does not know is an error (``check_choices``)."""
+    """The user's choices. A choice that does not apply to the kind of source is an error (``check_choices``)."""
 
     __pydantic_config__: ClassVar = STRICT
 
     channels: tuple[str, ...] = ()
-    """``NAME`` or ``NAME=SUFFIX`` per channel."""
+    """``NAME`` or ``NAME=SUFFIX`` for each channel."""
     pattern: str | None = None
-    """Only files whose path below the source, or series whose description, matches."""
+    """Glob pattern for file names or paths relative to the source, or for descriptions of DICOM series; None for all."""
     modalities: tuple[str, ...] = ()
-    """BIDS suffixes, modalities of a collection or of DICOM; several are channels, or with ``mixed`` cases."""
+    """BIDS suffixes, or modalities of a collection or of DICOM. Several ones are channels of one case, or separate cases if
+    ``mixed`` is True.
+    """
     mixed: bool = False
-    """Every image is a case of its own, whatever its modality."""
+    """Whether every image is a separate case, whatever its modality."""
     min_slices: int | None = None
-    """Smallest DICOM series to take."""
+    """Smallest number of slices in a DICOM series; None for the default."""
 
 
 KNOWN_CHOICES = {
@@ -55,18 +57,12 @@ KNOWN_CHOICES = {
     "dicom": ("pattern", "modalities", "mixed", "min_slices"),
     "collection": ("modalities", "mixed"),
 }
-FLAGS = {
-    "channels": "--channels",
-    "pattern": "--pattern",
-    "modalities": "--modality",
-    "mixed": "--mixed",
-    "min_slices": "--min-slices",
-}
+"""Choices that apply to each kind of source."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A file, series or entry that is not imported."""
+    """A rejected file, series or entry."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -76,66 +72,69 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A case as a source names it, its files not opened yet; or a DICOM series, which has been looked at."""
+    """A possible case: files that have not been opened yet, or a DICOM series whose headers have been checked."""
 
     name: str
     files: tuple[Path, ...]
-    """One per channel; for a series, its folder."""
+    """One file per channel; for a series, its folder."""
     series: DicomSeries | None = None
 
 
 @dataclass
 class Found:
-    """What is in a source."""
+    """Content of a source."""
 
     channel_names: tuple[str, ...] = ()
     candidates: list[Candidate] = field(default_factory=list)
     refused: list[Refusal] = field(default_factory=list)
     passed_over: Counter[str] = field(default_factory=Counter)
-    """Files that are no images by their ending, and folders that were not entered; number of each."""
+    """Numbers of skipped files, which are not images, by file ending, and of skipped folders."""
 
     def refuse(self, file: Path | str, reason: str) -> None:
-        """Note a file that is not imported."""
+        """Record a rejected file; the reason is worded so that the file is its subject."""
         self.refused.append(Refusal(os.fsencode(file).decode("utf-8", "replace"), reason))
 
     def refuse_name(self, file: Path) -> bool:
-        """Refuse a file whose path is not UTF-8, and return whether that was so: ITK ends the process on such a path."""
+        """Reject a file if its path is not UTF-8, on which ITK would end the process; return whether it was rejected."""
         try:
             str(file).encode("utf-8")
         except UnicodeEncodeError:
-            self.refuse(file, "has a path that is not UTF-8, which SimpleITK cannot open; rename it")
+            self.refuse(file, "has a path that is not UTF-8, so SimpleITK cannot open it; rename it")
             return True
         return False
 
 
 def check_choices(kind: str, choices: Choices) -> None:
-    """Check that every choice means something for this kind of source.
+    """Check that every choice applies to this kind of source.
 
     Raises:
-        UserError: one does not.
+        ArgumentError: If one does not.
     """
     default = Choices()
-    for name, flag in FLAGS.items():
-        if getattr(choices, name) != getattr(default, name) and name not in KNOWN_CHOICES[kind]:
-            known = ", ".join(FLAGS[each] for each in KNOWN_CHOICES[kind])
-            raise UserError(f"{flag}: is no choice for {KINDS[kind]}, which takes {known}; leave it out")
+    known = KNOWN_CHOICES[kind]
+    for name in (each.name for each in fields(Choices)):
+        if getattr(choices, name) != getattr(default, name) and name not in known:
+            raise ArgumentError(
+                f"{name} cannot be used with {KINDS[kind]}, which accepts only {', '.join(known)}", name, *known
+            )
 
 
 def detect_kind(source: Path) -> str:
-    """Return which kind of source a path is, a key of ``KINDS``.
+    """Detect the kind of a source, a key of ``KINDS``.
 
     Raises:
-        UserError: there is no such path, it is no source, or it holds both image files and DICOM.
+        ArgumentError: If the source contains both image files and DICOM files.
+        UserError: If the path does not exist or is not a source.
     """
     if not source.exists():
-        raise UserError(f"{source}: there is no such file or folder; mend the path")
+        raise UserError(f"{source} does not exist; check the path")
     if source.is_dir():
         return "collection" if (source / COLLECTION_FILE).is_file() else _kind_of_folder(source)
     if source.name.lower().endswith(".json"):
         return "collection"
     if source.name.lower().endswith(LIST_ENDINGS):
         return "list"
-    raise UserError(f"{source}: is no list (.txt) and no collection (.json); give the folder of the images")
+    raise UserError(f"{source} is neither a list (.txt) nor a collection (.json); choose a folder of images")
 
 
 def _kind_of_folder(source: Path) -> str:
@@ -147,35 +146,35 @@ def _kind_of_folder(source: Path) -> str:
         else:
             dicoms += is_dicom(path)
     if volumes and dicoms:
-        raise UserError(
-            f"{source}: holds {volumes} image files and {dicoms} DICOM files; choose with --kind folder or --kind dicom"
+        raise ArgumentError(
+            f"{source} contains {volumes} image files and {dicoms} DICOM files; set kind to folder or dicom", "kind"
         )
     if dicoms:
         return "dicom"
     if not volumes:
-        raise UserError(f"{source}: holds no image ({' '.join(VOLUME_ENDINGS)} or DICOM); give another folder")
+        raise UserError(f"{source} contains no image ({' '.join(VOLUME_ENDINGS)} or DICOM); choose another folder")
     in_folders = any(path.is_dir() for path in source.glob("sub-*"))
     return "bids" if in_folders and (bids or (source / "dataset_description.json").is_file()) else "folder"
 
 
 def walk_files(folder: Path, leave_out: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Yield the files below a folder in the order of their names; links are followed, hidden files passed over.
+    """Yield the files below a folder in the order of their names. Links are followed; hidden files are skipped.
 
     Args:
-        folder: where to start.
-        leave_out: names of folders directly below it that are not entered.
+        folder: Folder to search.
+        leave_out: Names of folders directly below it that are not searched.
 
     Raises:
-        UserError: a folder cannot be opened.
+        UserError: If a folder cannot be opened.
     """
 
     def stop(error: OSError) -> None:
-        raise UserError(f"{error.filename}: cannot be opened ({error.strerror}); make it readable or leave it out")
+        raise UserError(f"{error.filename} cannot be opened ({error.strerror}); make it readable or remove it")
 
     entered: set[str] = set()
     for here, folders, files in os.walk(folder, onerror=stop, followlinks=True):
         real = os.path.realpath(here)
-        if real in entered:  # a link back up, or a second way to the same folder
+        if real in entered:  # a link to a parent folder, or a second path to the same folder
             folders.clear()
             continue
         entered.add(real)
@@ -185,7 +184,7 @@ def walk_files(folder: Path, leave_out: tuple[str, ...] = ()) -> Iterator[Path]:
 
 
 def volume_ending(path: Path | str) -> str:
-    """Return the ending of a volume's file name, as it is written there; empty if it is none that is imported."""
+    """Return the ending of a file name as written there, if it is a format that is imported, else an empty string."""
     return ending_of(path, VOLUME_ENDINGS)
 
 
@@ -195,27 +194,32 @@ def stem_of(path: Path) -> str:
 
 
 def choose_modalities(found: dict[str, int], choices: Choices, source: Path) -> tuple[str, ...]:
-    """Return the modalities to take: those asked for, all of them if mixed, else the only one there is.
+    """Return the modalities to import: the chosen ones, all for ``mixed``, otherwise the only one found.
 
     Args:
-        found: modality -> number of images.
-        choices: the user's.
-        source: for the error message.
+        found: Number of images of each modality.
+        choices: The user's choices.
+        source: Source, for the error message.
 
     Raises:
-        UserError: one asked for is not there, or there are several and none was chosen.
+        ArgumentError: If a chosen modality does not exist or is repeated, or if there are several and none was chosen.
     """
     there = ", ".join(f"{name} ({count})" for name, count in sorted(found.items()))
     missing = [name for name in choices.modalities if name not in found]
     if missing:
-        raise UserError(f"{source}: holds no {some(missing)}; there is {there or 'nothing'}; mend --modality")
+        raise ArgumentError(
+            f"modalities must be among those in {source} ({there or 'none'}), got {some(missing)}",
+            "modalities",
+        )
     if len(set(choices.modalities)) < len(choices.modalities):
-        raise UserError("--modality: names one twice; name each channel once")
+        raise ArgumentError(f"modalities must not repeat, got {' '.join(choices.modalities)}", "modalities")
     if choices.modalities:
         return choices.modalities
     if len(found) > 1 and not choices.mixed:
-        raise UserError(
-            f"{source}: holds {there}; choose with --modality (several are channels of one case), or take every image as "
-            "a case with --mixed"
+        raise ArgumentError(
+            f"{source} contains {there}; choose with modalities (several become channels of one case), or set mixed to "
+            "import every image as a case",
+            "modalities",
+            "mixed",
         )
     return tuple(sorted(found))

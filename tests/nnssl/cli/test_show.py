@@ -419,6 +419,6 @@ def test_other_data_sets(files, capsys, tmp_path, monkeypatch, drawn):
     line = fails(capsys, "embedding", "-w", files["2d"], "-d", 502)
     assert "there is no such plan" in line
     assert f"-d {OTHER}" in line
-    assert "data set 77: not found" in fails(capsys, "embedding", "-w", files["2d"], "-d", 77)
+    assert "data set 77 was not found" in fails(capsys, "embedding", "-w", files["2d"], "-d", 77)
     shutil.rmtree(next((tmp_path / NAME).glob("*_cases_3d")))
-    assert "holds no preprocessed case" in fails(capsys, "embedding", "-w", files["2d"])
+    assert "contains no preprocessed case" in fails(capsys, "embedding", "-w", files["2d"])

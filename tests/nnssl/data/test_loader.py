@@ -171,7 +171,7 @@ def test_air_is_avoided(tmp_path, patch):
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(store):
-    with pytest.raises(UserError, match="batch size 6: cannot be shared by 4 processes; take 4"):
+    with pytest.raises(UserError, match="batch_size must be divisible by 4, .* got 6; use 4"):
         make_loader(store, PATCH, 6, 0, "m.s", 0, 1, 0, 4)
     with pytest.raises(ValueError, match="2 or 3 axes"):
         make_loader(store, (4,), 2, 0, "m.s", 0, 1)

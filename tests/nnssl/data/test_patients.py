@@ -35,7 +35,10 @@ def test_names_are_read_aloud():
     cases = ["p1_frame1", "p1_frame2", "p2_frame1"]
     with lines_to(said.append):
         assert find_patients(cases, None) == {"p1_frame1": "p1", "p1_frame2": "p1", "p2_frame1": "p2"}
-    assert said == ["3 cases of 2 patients, by their names (p1_frame1 is of p1); --patients FILE says otherwise"]
+    assert said == [
+        "3 cases belong to 2 patients according to their names (p1_frame1 to p1); "
+        "if this is wrong, run nnssl_benchmark with --patients FILE"
+    ]
     said.clear()
     with lines_to(said.append):
         assert find_patients(["a_1", "a_2"], None) == {"a_1": "a_1", "a_2": "a_2"}
@@ -51,9 +54,9 @@ def test_a_table_overrules_names(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("case,patient\n", "names no case"),
-        ("case,subject\na,b\n", "line 2: needs a value in the columns 'case' and 'patient'"),
-        ("case,patient\na,b\na,c\n", "line 3: gives case a a second patient"),
+        ("case,patient\n", "lists no cases"),
+        ("case,subject\na,b\n", "line 2: the columns 'case' and 'patient' must not be empty"),
+        ("case,patient\na,b\na,c\n", "line 3: case a already has another patient"),
     ],
 )
 def test_wrong_tables(tmp_path, text, message):
@@ -67,7 +70,7 @@ def test_wrong_tables(tmp_path, text, message):
 def test_a_table_must_name_every_case(tmp_path):
     table = tmp_path / "patients.csv"
     table.write_text("case,patient\na,b\n")
-    with pytest.raises(UserError, match=r"does not name c \(2 cases are missing\)"):
+    with pytest.raises(UserError, match=r"does not list c \(2 cases are missing\)"):
         find_patients(["a", "c", "d"], table)
     with pytest.raises(UserError, match="cannot be read as a table"):
         read_patients(tmp_path / "no.csv")

@@ -75,7 +75,7 @@ def test_anatomy_keeps_its_place():
 
 @pytest.mark.parametrize(("shape", "modality"), [((4, 40, 40), "MR"), ((40, 40), "MR"), (SHAPE, "PET")])
 def test_nonsense_is_refused(shape, modality):
-    with pytest.raises(ValueError, match="phantom needs three axes|modality is MR or CT"):
+    with pytest.raises(ValueError, match="shape must be three numbers|modality must be MR or CT"):
         make_phantom(0, shape, SPACING_MM, modality)
 
 
@@ -100,5 +100,5 @@ def test_written_data_set_is_nnunets_raw_layout(nnunet_folders):
     assert not (bare / "labelsTr").exists()
     again = read_dataset(902, folders)
     np.testing.assert_array_equal(read_volume(again.cases[0], again.reader)[0], volume)
-    with pytest.raises(UserError, match="already holds files"):
+    with pytest.raises(UserError, match="already contains files"):
         write_phantom_dataset(folders.raw, "Dataset902_Bare", 1, 7, SHAPE, SPACING_MM, "CT", False)

@@ -110,7 +110,7 @@ def test_without_dataset_json_everything_is_inferred_and_said(folders):
     assert len(said) == 3
     assert "no dataset.json" in said[0]
     assert ".nrrd" in said[1]
-    assert "2 channel(s)" in said[2]
+    assert "2 unnamed channel(s)" in said[2]
     assert dataset.channel_names == (UNKNOWN_CHANNEL, UNKNOWN_CHANNEL)
     assert dataset.dataset_json == {
         "channel_names": {"0": UNKNOWN_CHANNEL, "1": UNKNOWN_CHANNEL},
@@ -130,7 +130,7 @@ def test_legacy_dataset_json_becomes_a_valid_one(folders):
     assert dataset.dataset_json["channel_names"] == {"0": "CT"}
     assert dataset.dataset_json["labels"] == {"background": 0, "liver": 1}
     assert dataset.dataset_json["numTraining"] == 2
-    assert any("counts 7 cases, 2" in line for line in said)
+    assert any("is 7, but 2 cases" in line for line in said)
 
 
 def test_names_given_by_the_user_win(folders):
@@ -147,8 +147,8 @@ def test_cases_of_a_list_are_left_out(folders, tmp_path):
     listed.write_text("# held out\nb\n\n")
     with lines_to(said.append):
         assert [case.name for case in leave_out(dataset, listed).cases] == ["a", "c"]
-    assert said == [f"Dataset501_Tiny: 1 of 3 cases left out, as {listed} asks"]
-    for text, message in (("b\nz\n", "has no case z"), ("a\nb\nc\n", "names all cases"), ("b\nb\n", "more than once")):
+    assert said == [f"Dataset501_Tiny: excluding 1 of 3 cases listed in {listed}"]
+    for text, message in (("b\nz\n", "has no case z"), ("a\nb\nc\n", "lists all cases"), ("b\nb\n", "more than once")):
         listed.write_text(text)
         with pytest.raises(UserError, match=message):
             leave_out(dataset, listed)
@@ -170,9 +170,9 @@ def test_files_that_make_no_case_are_set_aside_with_a_reason(folders):
     dataset = read_dataset(501, folders)
     assert [case.name for case in dataset.cases] == ["a"]
     assert [(entry.case, entry.reason) for entry in dataset.set_aside] == [
-        ("b", "has channel files _0000, _0002, the data set has 2 per case"),
-        ("c", "has channel files _0000, the data set has 2 per case"),
-        ("d", "ends in .nrrd, the data set in .nii.gz"),
+        ("b", "belongs to a case with the channel files _0000, _0002, but the data set has 2 per case"),
+        ("c", "belongs to a case with the channel files _0000, but the data set has 2 per case"),
+        ("d", "ends in .nrrd, but the data set uses .nii.gz"),
         ("e", "is a link to a file that does not exist"),
         ("nosuffix", "has no channel number such as _0000 in its name"),
     ]
@@ -217,14 +217,14 @@ def test_images_listed_in_dataset_json(folders, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (lambda folder: [path.unlink() for path in (folder / "imagesTr").iterdir()], "holds no image"),
+        (lambda folder: [path.unlink() for path in (folder / "imagesTr").iterdir()], "contains no image"),
         (lambda folder: (folder / "imagesTr").rename(folder / "images"), "has no folder imagesTr"),
         (lambda folder: write_image(folder / "imagesTr" / "c_0000.mha", make_array()), "1 .mha and 2 .nii.gz"),
-        (lambda folder: (folder / "dataset.json").write_text('{"file_ending": ".nrrd"}'), r".nrrd.*2 .nii.gz"),
+        (lambda folder: (folder / "dataset.json").write_text('{"file_ending": ".nrrd"}'), r"2 .nii.gz files, but .* is .nrrd"),
         (lambda folder: (folder / "dataset.json").write_text("{"), "not a readable dataset.json"),
-        (lambda folder: (folder / "dataset.json").write_text("[]"), "is a list"),
+        (lambda folder: (folder / "dataset.json").write_text("[]"), "must contain a JSON object .* got list"),
         (lambda folder: [p.rename(p.with_name(p.name.replace("_0000", ""))) for p in (folder / "imagesTr").iterdir()],
-         "rename them to CASE_0000.nii.gz"),
+         "rename the images to CASE_0000.nii.gz"),
     ],
 )  # fmt: skip
 def test_mistakes_end_in_one_line(folders, break_it, message):
@@ -361,7 +361,7 @@ def test_unreadable_cases_name_the_file_at_fault(tmp_path, capsys):
         assert error.value.file == str(garbage)
     with pytest.raises(CaseError, match="same shape"):
         read_volume(RawCase("a", (good, other)), "SimpleITKIO")
-    with pytest.raises(CaseError, match="not there"):
+    with pytest.raises(CaseError, match="does not exist"):
         read_header(RawCase("a", (tmp_path / "b_0000.nii.gz",)), "SimpleITKIO")
     assert capsys.readouterr().out == ""
 

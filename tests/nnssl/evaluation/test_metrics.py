@@ -306,10 +306,10 @@ def make_series(path):
     ("make", "message"),
     [
         (cut, "is truncated .*; copy or predict it again"),
-        (lambda f: write(f, np.where(blobs(0) == 1, np.nan, 0), dtype=np.float32), "holds NaN"),
+        (lambda f: write(f, np.where(blobs(0) == 1, np.nan, 0), dtype=np.float32), "contains NaN"),
         (turn, "differs in direction from its reference"),
         (make_series, "has 4 axes; give an image of 2 or 3"),
-        (lambda f: f.unlink(), "is not there"),
+        (lambda f: f.unlink(), "does not exist"),
         (
             lambda f: sitk.WriteImage(sitk.GetImageFromArray(np.zeros((7, 12, 15, 3), np.uint8), True), str(f)),
             "has 3 values per voxel",
@@ -319,7 +319,7 @@ def make_series(path):
         (lambda f: write(f, blobs(0), origin=(4.0, -7.0, 14.0)), "differs in origin from its reference"),
         (lambda f: write(f, blobs(0) * 2), "holds the value 4, which is none of the labels"),
         (lambda f: write(f, blobs(0) * 0.5, dtype=np.float32), "holds fractions, so it is no segmentation"),
-        (lambda f: f.write_bytes(b"no image"), "cannot be read"),
+        (lambda f: f.write_bytes(b"no image"), "unreadable header"),
     ],
 )
 def test_wrong_files_are_named(pair, make, message):

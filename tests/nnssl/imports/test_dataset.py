@@ -13,7 +13,7 @@ from nnssl.data.dicom_series import stock_reader
 from nnssl.data.image_files import check_whole
 from nnssl.data.patients import patient_in_name
 from nnssl.data.raw import UNKNOWN_CHANNEL, read_dataset, read_header, read_volume
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.imports.case_names import clean_name, common_stem, name_by_path, number_equal_names, subject_labels
 from nnssl.imports.dataset import FINDERS, import_dataset
 from nnssl.imports.dicom import MIN_SLICES
@@ -122,8 +122,8 @@ def test_channels_are_chosen_by_suffix(folders, source):
         "anna_t2.nii.gz",
     ]
     assert refusals_of(record, source) == {
-        "bert_t1.nii.gz": "case lacks T2 (_t2)",
-        "carl_x.nii.gz": "its name ends in none of _t1 _t1ce _t2",
+        "bert_t1.nii.gz": "belongs to a case without T2 (_t2)",
+        "carl_x.nii.gz": "has a name that ends in none of _t1 _t1ce _t2",
     }
     for name in ("emil_post_t1", "emil_t1"):
         write_image(source / f"{name}.nii.gz")
@@ -144,9 +144,9 @@ def test_names_of_nnunet_are_channels_and_labels_are_left_out(folders, source):
     assert cases_of(record) == ["a_2020", "b_2019"]
     assert [len(case.images) for case in record.taken] == [2, 2]
     reasons = refusals_of(record, source)
-    assert reasons.pop("imagesTr/c_0000.nii.gz") == f"case lacks {UNKNOWN_CHANNEL} (_0001)"
+    assert reasons.pop("imagesTr/c_0000.nii.gz") == f"belongs to a case without {UNKNOWN_CHANNEL} (_0001)"
     assert set(reasons) == {"labelsTr/a_2020.nii.gz", "labelsTr/b_2019.nii.gz"}
-    assert all("segmentation by its name" in reason for reason in reasons.values())
+    assert all("segmentation according to its name" in reason for reason in reasons.values())
 
 
 def test_a_year_is_no_channel_and_a_pattern_chooses(folders, source):
@@ -156,7 +156,7 @@ def test_a_year_is_no_channel_and_a_pattern_chooses(folders, source):
     assert cases_of(record) == ["scan_2019", "scan_2020"]
     record = run(source, folders, pattern="*_2019*", restart=True)
     assert cases_of(record) == ["scan_2019", "scan_2019_mask"]
-    assert refusals_of(record, source) == {"scan_2020.nrrd": "does not match *_2019*"}
+    assert refusals_of(record, source) == {"scan_2020.nrrd": "does not match the pattern *_2019*"}
 
 
 def test_unusable_files_are_refused_with_the_reason(folders, source):
@@ -177,11 +177,11 @@ def test_unusable_files_are_refused_with_the_reason(folders, source):
     reasons = refusals_of(record, source)
     expected = {
         "cut.nii.gz": "truncated",
-        "short.nii": "truncated (holds 1112 of 1122 bytes)",
-        "letter.nii.gz": "header cannot be read",
-        "empty.nii.gz": "header cannot be read",
-        "series.nii.gz": "has 3 volumes in one file where 1 is wanted",
-        "pair.mhd": "ends in .mhd, which nnU-Net's readers do not take",
+        "short.nii": "truncated (has 1112 of 1122 bytes)",
+        "letter.nii.gz": "unreadable header",
+        "empty.nii.gz": "unreadable header",
+        "series.nii.gz": "has 3 volume(s), but 1 per file are expected",
+        "pair.mhd": "ends in .mhd, which nnU-Net's readers do not support",
         "gone.nii.gz": "git-annex",
     }
     assert set(reasons) == set(expected)
@@ -192,9 +192,9 @@ def test_unusable_files_are_refused_with_the_reason(folders, source):
     assert stored == record
     table = "\n".join(format_import(record))
     assert all(refusal.reason in table and refusal.file in table for refusal in record.refused)
-    assert "taken: 1 cases of 1 channel(s)" in table
+    assert "imported: 1 cases of 1 channel(s)" in table
     assert "5 x 7 x 11 voxels of 4 x 1.25 x 0.5 mm" in table
-    assert "  and for 5 more reasons, all in import.json" in format_import(record, shown=2)
+    assert "  and for 5 more reasons, all listed in import.json" in format_import(record, shown=2)
 
 
 def test_the_table_counts_refusals_by_reason(folders, source):
@@ -203,11 +203,11 @@ def test_the_table_counts_refusals_by_reason(folders, source):
     for number in range(5):
         write_image(source / f"a{number}_seg.mha")
     lines = format_import(run(source, folders))
-    start = lines.index("refused: 6")
-    assert lines[start + 1].startswith("  5 x is a segmentation by its name")
+    start = lines.index("rejected: 6")
+    assert lines[start + 1].startswith("  5 x is a segmentation according to its name")
     assert lines[start + 2] == f"      {source}/a0_seg.mha"
     assert lines[start + 5] == "      and 2 more"
-    assert lines[start + 6].startswith("  1 x its header cannot be read")
+    assert lines[start + 6].startswith("  1 x has an unreadable header")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
@@ -226,7 +226,7 @@ def test_four_axes_are_channels_when_they_are_named(folders, source):
     write_image(source / "b.nii.gz")
     record = run(source, folders, channels=("T1", "T2", "FLAIR"))
     assert cases_of(record) == ["a"]
-    assert "has 1 volumes in one file where 3 is wanted" in record.refused[0].reason
+    assert "has 1 volume(s), but 3 per file are expected" in record.refused[0].reason
     dataset = read_dataset(501, folders)
     assert read_volume(dataset.cases[0], dataset.reader)[0].shape == (3, 5, 7, 11)
 
@@ -302,9 +302,9 @@ def test_a_bids_tree_with_two_sessions_keeps_its_geometry(folders, source):
 
 def test_bids_suffixes_are_chosen(folders, source):
     make_bids(source)
-    with pytest.raises(UserError, match=r"T1w \(3\), T2w \(2\), bold \(1\); choose with --modality"):
+    with pytest.raises(UserError, match=r"T1w \(3\), T2w \(2\), bold \(1\); choose with modalities"):
         run(source, folders)
-    with pytest.raises(UserError, match="holds no FLAIR"):
+    with pytest.raises(UserError, match=r"modalities must be among .* got FLAIR"):
         run(source, folders, modalities=("FLAIR",))
     record = run(source, folders, modalities=("T2w", "T1w"))
     assert record.channel_names == ("T2w", "T1w")
@@ -314,11 +314,11 @@ def test_bids_suffixes_are_chosen(folders, source):
         "sub-01_ses-a_T1w.nii.gz",
     ]
     reasons = refusals_of(record, source)
-    assert reasons["sub-02/anat/sub-02_T1w.nii.gz"] == "case lacks T2w (_T2w)"
-    assert reasons["sub-02/func/sub-02_task-rest_bold.nii.gz"] == "is bold, not asked for"
+    assert reasons["sub-02/anat/sub-02_T1w.nii.gz"] == "belongs to a case without T2w (_T2w)"
+    assert reasons["sub-02/func/sub-02_task-rest_bold.nii.gz"] == "has the suffix bold, which was not chosen"
     record = run(source, folders, mixed=True, restart=True)
     assert (record.channel_names, len(record.taken)) == (("mixed",), 5)
-    assert "has 4 volumes in one file" in refusals_of(record, source)["sub-02/func/sub-02_task-rest_bold.nii.gz"]
+    assert "has 4 volume(s), but 1 per file" in refusals_of(record, source)["sub-02/func/sub-02_task-rest_bold.nii.gz"]
     dataset = read_dataset(501, folders)
     fingerprint = extract_fingerprint(dataset, 0)
     assert (len(fingerprint.cases), len(fingerprint.duplicates)) == (
@@ -348,9 +348,9 @@ def test_a_list_takes_absolute_and_relative_paths_and_columns(folders, source, m
     record = run(path, folders, channels=("T1", "T2"))
     assert cases_of(record) == ["anna"]
     reasons = refusals_of(record, source)
-    assert reasons["images/carl_t1.nii.gz"] == "its line has 1 path(s), the data set has 2 channel(s)"
-    assert reasons["images/dora_t1.nii.gz"] == "is not there"
-    assert reasons["images/notes.txt"] == "has no ending of an image that nnU-Net reads"
+    assert reasons["images/carl_t1.nii.gz"] == "is in a line with 1 path(s), but the data set has 2 channel(s)"
+    assert reasons["images/dora_t1.nii.gz"] == "does not exist"
+    assert reasons["images/notes.txt"] == "does not end in an image format that nnU-Net can read"
     assert len(reasons) == 4  # and bert, whose commas are read as separators
     path.write_text("$SCANS/bert,x_t1.nii.gz\nimages/anna_t1.nii.gz")
     record = run(path, folders, restart=True)
@@ -360,10 +360,12 @@ def test_a_list_takes_absolute_and_relative_paths_and_columns(folders, source, m
 def test_a_list_of_nothing(folders, source):
     path = source / "list.txt"
     path.write_text("# only words\n")
-    with pytest.raises(UserError, match="names no file; write one path per line"):
+    with pytest.raises(UserError, match="lists no files; write one path per line"):
         run(path, folders)
     path.write_text("a.nii.gz\nb.nii.gz\n")
-    with pytest.raises(UserError, match=r"nothing can be imported, 2 refused \(a.nii.gz is not there; b.nii.gz is not"):
+    with pytest.raises(
+        UserError, match=r"no image can be imported, 2 rejected \(a.nii.gz does not exist; b.nii.gz does not"
+    ):
         run(path, folders)
 
 
@@ -407,7 +409,7 @@ def make_collection(source):
 
 def test_a_collection_is_taken_by_modality(folders, source):
     path = make_collection(source)
-    with pytest.raises(UserError, match=r"T1w \(4\), T2w \(1\); choose with --modality"):
+    with pytest.raises(UserError, match=r"T1w \(4\), T2w \(1\); choose with modalities"):
         run(path, folders)
     record = run(source, folders, modalities=("T1w",))  # its folder does as well
     assert record.kind == "collection"
@@ -422,8 +424,8 @@ def test_a_collection_is_taken_by_modality(folders, source):
     for text in (
         "subject sub-01, session ses-DEFAULT has an image without image_path",
         "subject sub-02 has no sessions",
-        "$nowhere_set/n.nii.gz begins with $nowhere_set, which is not set in the environment",
-        "sub-01_ses-1_acq-x_T2w.nii.gz is T2w, not asked for",
+        "$nowhere_set/n.nii.gz starts with $nowhere_set, which is not set in the environment",
+        "sub-01_ses-1_acq-x_T2w.nii.gz has the modality T2w, which was not chosen",
     ):
         assert any(text in reason for reason in reasons), text
     assert len(reasons) == 4
@@ -437,14 +439,14 @@ def test_modalities_of_a_collection_are_channels_or_mixed(folders, source):
         "sub-01_ses-1_T1w.nii.gz",
         "sub-01_ses-1_acq-x_T2w.nii.gz",
     ]
-    assert any("its session has 2 T1w, 0 T2w" in refusal.reason for refusal in record.refused)
+    assert any("is in a session with 2 T1w, 0 T2w" in refusal.reason for refusal in record.refused)
     record = run(path, folders, mixed=True, restart=True)
     assert (record.channel_names, len(record.taken)) == (("mixed",), 5)
 
 
 def test_what_is_no_collection(folders, source):
     path = source / "x.json"
-    for content, reason in (("[]", "has no 'datasets'"), ("{", "is not a readable collection")):
+    for content, reason in (("[]", "has no key 'datasets'"), ("{", "is not a readable collection")):
         path.write_text(content)
         with pytest.raises(UserError, match=reason):
             run(path, folders)
@@ -460,15 +462,15 @@ def test_kinds_and_defaults_are_those_of_the_library():
 
 def test_a_source_of_nothing_or_of_both(folders, source):
     (source / "readme.txt").write_text("nothing here")
-    with pytest.raises(UserError, match="holds no image"):
+    with pytest.raises(UserError, match="contains no image"):
         run(source, folders)
-    with pytest.raises(UserError, match="no such file or folder"):
+    with pytest.raises(UserError, match="missing does not exist"):
         run(source / "missing", folders)
     write_image(source / "a.nii.gz")
     write_series(source / "dicom", make_values())
-    with pytest.raises(UserError, match="1 image files and 7 DICOM files; choose with --kind"):
+    with pytest.raises(UserError, match="1 image files and 7 DICOM files; set kind to folder or dicom"):
         detect_kind(source)
-    with pytest.raises(UserError, match="no list"):
+    with pytest.raises(UserError, match="neither a list"):
         detect_kind(source / "a.nii.gz")
     assert len(run(source, folders, kind="folder").taken) == 1
     assert run(source, folders, kind="dicom", restart=True).kind == "dicom"
@@ -477,11 +479,11 @@ def test_a_source_of_nothing_or_of_both(folders, source):
 @pytest.mark.parametrize(
     ("choices", "reason"),
     [
-        ({"modalities": ("T1w",)}, "--modality: is no choice for a folder of image files"),
-        ({"min_slices": 3}, "--min-slices: is no choice"),
-        ({"channels": ("T1=_t1", "T2")}, "--channels T1=_t1 T2: is not read"),
-        ({"channels": ("T1=_t1", "T2=_t1")}, "is not read"),
-        ({"channels": ("T1=",)}, "is not read"),
+        ({"modalities": ("T1w",)}, "modalities cannot be used with a folder of image files"),
+        ({"min_slices": 3}, "min_slices cannot be used with"),
+        ({"channels": ("T1=_t1", "T2")}, "channels must be .*, got T1=_t1 T2"),
+        ({"channels": ("T1=_t1", "T2=_t1")}, "channels must be .*, got T1=_t1 T2=_t1"),
+        ({"channels": ("T1=",)}, "channels must be .*, got T1="),
     ],
 )
 def test_choices_that_do_not_fit(folders, source, choices, reason):
@@ -500,7 +502,7 @@ def test_the_same_import_again_does_nothing_and_another_is_refused(folders, sour
     assert "nothing to do" in said[-1]
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     write_image(source / "b.nii.gz")
-    with pytest.raises(UserError, match="--restart to replace it"):
+    with pytest.raises(UserError, match="use restart to replace it"):
         run(source, folders)
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     assert cases_of(run(source, folders, restart=True)) == ["a", "b"]
@@ -512,15 +514,17 @@ def test_what_no_import_made_is_never_touched(folders, source):
     write_image(source / "a.nii.gz")
     own = write_image(folders.raw / "Dataset501_Scans" / "imagesTr" / "mine_0000.nii.gz")
     for restart in (False, True):
-        with pytest.raises(UserError, match=r"holds what no import made \(mine_0000.nii.gz\)"):
+        with pytest.raises(UserError, match=r"contains files that no import has written \(mine_0000.nii.gz\)"):
             run(source, folders, restart=restart)
     assert own.exists()
     (folders.preprocessed / "Dataset502_Other").mkdir()
-    with pytest.raises(UserError, match="has Dataset502_Other of this number"):
+    with pytest.raises(UserError, match="number 502 is taken by Dataset502_Other"):
         import_dataset(source, 502, "Scans", folders)
     for number, name in ((0, "Scans"), (1000, "Scans"), (3, "My Scans"), (3, "Dataset003_Scans")):
-        with pytest.raises(UserError):
+        with pytest.raises(ArgumentError, match="must"):
             import_dataset(source, number, name, folders)
+    with pytest.raises(ArgumentError, match="kind must be one of folder, .*, got pile"):
+        import_dataset(source, 3, "Scans", folders, "pile")
 
 
 def test_the_command_prints_the_table_and_ends_errors_in_one_line(folders, source, capsys):
@@ -528,14 +532,45 @@ def test_the_command_prints_the_table_and_ends_errors_in_one_line(folders, sourc
     (source / "b.nii.gz").write_text("no image")
     assert main([str(source), "-d", "7", "-n", "Scans", "--channels", "CT"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert "taken: 1 cases of 1 channel(s) (CT), from 1 .nii.gz" in out
-    assert "refused: 1" in out
+    assert "imported: 1 cases of 1 channel(s) (CT), from 1 .nii.gz" in out
+    assert "rejected: 1" in out
     assert out[-1] == "next: nnssl_plan_and_preprocess -d 7"
     assert read_dataset(7, folders).channel_names == ("CT",)
     assert main([str(source), "-d", "7", "-n", "Scans"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("nnssl_import: error: ")
     assert error.count("\n") == 1
+    assert "use --restart to replace it, or another --dataset" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("-d", "1000"), "--dataset must be between 1 and 999, got 1000"),
+        (("-n", "My Scans"), "--name must consist of"),
+        (
+            ("--modality", "CT"),
+            "--modality cannot be used with a folder of image files, which accepts only --channels, --",
+        ),
+        (("--min-slices", "3"), "--min-slices cannot be used with"),
+        (("--channels", "T1=_t1", "T2"), "--channels must be either all"),
+        (("--kind", "dicom", "--modality", "CT", "MR"), "choose one or set --mixed"),
+    ],
+)
+def test_errors_of_the_command_name_flags(folders, source, capsys, arguments, reason):
+    write_image(source / "a.nii.gz")
+    assert main([str(source), "-d", "7", "-n", "Scans", *arguments]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_folder_of_an_argument_s_name_stays_in_errors(folders, source, capsys):
+    folder = source / "kind" / "number"
+    write_image(folder / "a.nii.gz")
+    write_series(folder / "dicom", make_values())
+    assert main([str(folder), "-d", "7", "-n", "Scans"]) == 2
+    error = capsys.readouterr().err
+    assert f"error: {folder} contains" in error
+    assert "set --kind to" in error
 
 
 # names

@@ -140,7 +140,7 @@ def test_the_file(tmp_path):
     whole = (tmp_path / "pairs.npz").read_bytes()
     for broken in (b"no table", whole[: len(whole) // 2]):
         (tmp_path / "pairs.npz").write_bytes(broken)
-        with pytest.raises(UserError, match=r"pairs\.npz: cannot be read .*it is made again"):
+        with pytest.raises(UserError, match=r"pairs\.npz cannot be read .*it is written again"):
             read_pairs(tmp_path / "pairs.npz")
 
 
@@ -151,7 +151,7 @@ def test_a_file_that_could_run_code_is_not_read(tmp_path):
 
     columns = {name: np.zeros(1) for name in ("query", "key", "query_vox", "key_vox", "matched")}
     np.savez(tmp_path / "pairs.npz", cases=np.array([Evil()], dtype=object), **columns)
-    with pytest.raises(UserError, match=r"pairs\.npz: cannot be read"):
+    with pytest.raises(UserError, match=r"pairs\.npz cannot be read"):
         read_pairs(tmp_path / "pairs.npz")
     assert not (tmp_path / "ran").exists()
 
@@ -246,5 +246,5 @@ def test_patches_of_a_pair_show_both_places_at_the_same_place(tmp_path):
     assert compared > 1000
     two = [list(make_loader(store, (8, 16, 16), 4, 0, "test", 0, 2, rank, 2, pairs=table))[1] for rank in range(2)]
     assert torch.equal(torch.cat([each.volumes for each in two]), batches[1].volumes)
-    with pytest.raises(UserError, match="patches go in pairs"):
+    with pytest.raises(UserError, match="needs pairs of patches"):
         make_loader(store, (8, 16, 16), 2, 0, "test", 0, 1, 0, 2, pairs=table)
