@@ -14,7 +14,7 @@ import torch
 
 from nnssl.errors import UserError
 from nnssl.files import write_atomically
-from nnssl.schema import STRICT, parse
+from nnssl.schema import STRICT, check_version, parse
 
 SCHEMA_VERSION = 2
 LATEST, FINAL = "checkpoint_latest.pth", "checkpoint_final.pth"
@@ -48,7 +48,7 @@ class Provenance:
     init: str | None
     """Checkpoint that the stage started from, None for random weights."""
     cases: tuple[str, ...] | None = None
-    """Names of the cases that the stage was shown; None where an earlier version wrote the file."""
+    """Names of the cases that the stage was shown; None for weights that were made elsewhere."""
     origin: dict[str, Any] | None = None
     """Of an exported file, whose plan is another's: ``spacing_mm``, ``patch_vox`` and ``channel_names`` of the pretraining, and
     its ``plans_name`` and ``configuration``; None where ``plans`` says it."""
@@ -163,8 +163,5 @@ def parse_provenance(path: Path, content: dict[str, Any]) -> Provenance:
     section = content.get("nnssl")
     if not isinstance(section, dict) or "network_weights" not in content:
         raise UserError(f"{path}: is no checkpoint of nnssl pretraining; take checkpoint_final.pth of nnssl_pretrain")
-    if section.get("schema_version") not in (1, SCHEMA_VERSION):  # the first did not name the cases
-        raise UserError(
-            f"{path}: has checkpoint schema {section.get('schema_version')}, this nnssl reads {SCHEMA_VERSION}"
-        )
+    check_version(section, SCHEMA_VERSION, str(path), "pretrain again, or use the version of nnssl that wrote it")
     return parse(Provenance, section["provenance"], f"{path}: provenance")

@@ -192,6 +192,7 @@ class Pretext:
     """The ``pretext`` section of a plan."""
 
     __pydantic_config__: ClassVar = STRICT
+    __schema_version__: ClassVar = SCHEMA_VERSION
 
     schema_version: int
     nnssl_version: str
@@ -268,13 +269,8 @@ def plan_from_dict(content: Any, source: str) -> Plan:
     """
     if not isinstance(content, dict) or "pretext" not in content:
         raise UserError(f"{source}: has no 'pretext' section, so it is no plan of nnssl; run nnssl_plan_and_preprocess")
-    version = content["pretext"].get("schema_version") if isinstance(content["pretext"], dict) else None
-    if version != SCHEMA_VERSION:
-        raise UserError(
-            f"{source}: pretext.schema_version is {version}, this nnssl reads {SCHEMA_VERSION}; "
-            "run nnssl_plan_and_preprocess again"
-        )
-    return Plan(nnunet=content, pretext=parse(Pretext, content["pretext"], f"{source}: pretext"))
+    pretext = parse(Pretext, content["pretext"], f"{source}: pretext", "run nnssl_plan_and_preprocess again")
+    return Plan(nnunet=content, pretext=pretext)
 
 
 def read_plan(path: Path) -> Plan:

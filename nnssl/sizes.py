@@ -1,6 +1,9 @@
-"""Sizes in words: one way for voxels, one for lengths."""
+"""Sizes in words: voxels, lengths, memory and large numbers."""
 
 from collections.abc import Iterable
+
+MAGNITUDES = (("trillion", 1e12), ("billion", 1e9), ("million", 1e6))
+UNITS_OF_MEMORY = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
 def in_voxels(sizes: Iterable[float]) -> str:
@@ -11,3 +14,38 @@ def in_voxels(sizes: Iterable[float]) -> str:
 def in_mm(lengths: Iterable[float]) -> str:
     """Return lengths along the axes as ``2.5 x 1 x 1``."""
     return " x ".join(f"{float(length):.4g}" for length in lengths)
+
+
+def in_words(count: float) -> str:
+    """Return a count with two significant digits, as ``130 million``, ``2.1 million`` or ``64,000``.
+
+    Args:
+        count: Whole number of at least 0, for example of parameters or voxels.
+    """
+    rounded = _two_digits(count)
+    for name, magnitude in MAGNITUDES:
+        if rounded >= magnitude:
+            return f"{_without_exponent(rounded / magnitude)} {name}"
+    return f"{rounded:,.0f}"
+
+
+def in_bytes(size: float) -> str:
+    """Return a size in memory with two significant digits, as ``7.3 MB`` or ``1.6 GB``; 1 kB is 1,000 bytes.
+
+    Args:
+        size: Number of bytes, at least 0.
+    """
+    rounded = _two_digits(size)
+    for unit, magnitude in UNITS_OF_MEMORY:
+        if rounded >= magnitude:
+            return f"{_without_exponent(rounded / magnitude)} {unit}"
+    return f"{rounded:.0f} bytes"
+
+
+def _two_digits(value: float) -> float:
+    # rounding comes first, so that 999.9 million is written as 1 billion
+    return float(f"{value:.1e}")
+
+
+def _without_exponent(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}".removesuffix(".0")

@@ -53,17 +53,18 @@ def decide_anatomy(
     patches = (
         None if scan_mm is None else max(mm / (n * s) for mm, n, s in zip(scan_mm, shape, spacing_mm, strict=True))
     )
+    length = "the size of the scans is unknown" if patches is None else f"the median scan is {patches:.1f} patches long"
     pairs: Literal["sam", "body_box"] = "sam" if patches is None or patches >= LEAST_PATCHES else "body_box"
     return AnatomyChoices(fine_stage=fine, coarse_stage=coarse, partners=pairs), [
         (
             "anatomical embeddings",
             f"fine at stage {fine}, cells of {cell(fine)}; coarse at stage {coarse}, cells of {cell(coarse)}",
-            f"SAM's are at a half and a sixteenth of the resolution; the coarse one needs {LEAST_COARSE_CELLS} cells in a patch, "
-            f"and has {prod(grids[coarse])}",
+            "SAM embeds at a half and a sixteenth of the resolution; the coarse embedding needs at least "
+            f"{LEAST_COARSE_CELLS} cells per patch and has {prod(grids[coarse]):,}",
         ),
         (
             "places in other scans",
-            "anatomical embeddings" if pairs == "sam" else "the place in the body's box",
-            f"the median scan is {patches or 0:.1f} patches long; embeddings are worth their training from {LEAST_PATCHES} on",
+            "matched by anatomical embeddings" if pairs == "sam" else "matched by position in the body's box",
+            f"{length}; training embeddings pays off from {LEAST_PATCHES} patches",
         ),
     ]

@@ -5,6 +5,7 @@ from math import prod
 from typing import Any
 
 from nnssl.plan import ContextChoices, Reasons
+from nnssl.sizes import in_words
 from nnssl.views.turns import turn_plane
 
 RANKS = (8, 16, 32, 64)
@@ -25,6 +26,7 @@ def decide_context(
         The choice, and (what, value, reason) for every decision.
     """
     plane, quarter = turn_plane(shape, spacing_mm, thick_axis)
+    turns = "quarter turns" if quarter else "half turns"
     sides = " and ".join(f"{shape[axis]} voxels of {spacing_mm[axis]:.4g} mm" for axis in plane)
     channels, kernel_voxels = _bottleneck(architecture)
     convolution = channels * channels * kernel_voxels
@@ -32,14 +34,14 @@ def decide_context(
     return ContextChoices(turn_plane=plane, quarter_turns=quarter, attention_rank=attention_rank), [
         (
             "turns",
-            f"{'quarter' if quarter else 'half'} turns in the plane of axes {plane}",
-            f"{sides}: " + ("a quarter turn keeps the grid" if quarter else "only a half turn keeps the grid"),
+            f"{turns} in the plane of axes {plane[0]} and {plane[1]}",
+            f"the sides have {sides}, so {'' if quarter else 'only '}{turns} keep the grid",
         ),
         (
             "attention rank",
             str(attention_rank),
-            f"{channels * attention_rank**2 / 1e6:.2g} million weights, no more than the {convolution / 1e6:.2g} million of a "
-            f"convolution beside it; PCRL's product of all {channels} channels would take {channels**3 / 1e6:.2g} million",
+            f"{in_words(channels * attention_rank**2)} weights, at most as many as a convolution of the bottleneck "
+            f"({in_words(convolution)}); PCRL's product of all {channels} channels would need {in_words(channels**3)}",
         ),
     ]
 

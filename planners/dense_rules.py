@@ -8,6 +8,7 @@ from nnssl.errors import UserError
 from nnssl.networks.backbone import measurable_network
 from nnssl.networks.dense import DenseKind, dense_channels
 from nnssl.plan import DenseSampling, Reasons
+from nnssl.sizes import in_bytes
 from planners.presets import Preset
 
 PAPER_WIDTH = 1024
@@ -42,35 +43,36 @@ def decide_dense(
     last = features_per_stage[0]
     kind: DenseKind = "single" if last >= WIDE_ENOUGH else "pyramid"
     channels = dense_channels(list(features_per_stage), kind)
-    paper_gb = prod(patch) * PAPER_WIDTH * BYTES / 1e9
+    paper = in_bytes(prod(patch) * PAPER_WIDTH * BYTES)
     contrast = _most(CONTRAST_POINTS, CONTRAST_SHARE * target, _contrast_bytes)
     correlation = _most(CORRELATION_POINTS, CORRELATION_SHARE * target, lambda n: _correlation_bytes(n, channels))
     if kind == "single":
         value = f"single: {last} channels of the last decoder stage"
-        reason = f"at least {WIDE_ENOUGH} wide"
+        reason = f"the last decoder stage has at least {WIDE_ENOUGH} channels"
     else:
         value = f"pyramid: {channels} channels of all decoder stages"
         reason = (
-            f"the last stage alone has {last} (below {WIDE_ENOUGH}); the others add "
-            f"{contrast * 2 * (channels - last) * BYTES / 1e6:.2g} MB for {contrast} pairs of points"
+            f"the last stage has only {last} channels (fewer than {WIDE_ENOUGH}); the other stages add "
+            f"{in_bytes(contrast * 2 * (channels - last) * BYTES)} for {contrast:,} pairs of points"
         )
     reason += (
-        f"; Pix2Rep's {PAPER_WIDTH} full-size maps would take {paper_gb:.2g} GB a patch and pass (--dense-width widens)"
+        f"; Pix2Rep's {PAPER_WIDTH:,} full-resolution maps would take {paper} per patch and pass "
+        "(dense_width widens the last stage)"
     )
     sampling = DenseSampling(features=kind, channels=channels, contrast_points=contrast, correlation_points=correlation)
     return sampling, [
         ("dense features", value, reason),
         (
             "points (contrast)",
-            str(contrast),
-            f"similarities of all with all take {_contrast_bytes(contrast) / 1e6:.0f} MB; at most {CONTRAST_SHARE:.0%} of the "
-            f"memory target, at least Pix2Rep's {CONTRAST_POINTS[0]}",
+            f"{contrast:,}",
+            f"similarities between all points take {in_bytes(_contrast_bytes(contrast))} (at most {CONTRAST_SHARE:.0%} of the "
+            f"memory target, but no fewer points than Pix2Rep's {CONTRAST_POINTS[0]:,})",
         ),
         (
             "points (correlation)",
-            str(correlation),
-            f"features and embeddings take {_correlation_bytes(correlation, channels) / 1e6:.0f} MB; at most "
-            f"{CORRELATION_SHARE:.0%} of the memory target",
+            f"{correlation:,}",
+            f"features and embeddings take {in_bytes(_correlation_bytes(correlation, channels))} (at most "
+            f"{CORRELATION_SHARE:.0%} of the memory target)",
         ),
     ]
 

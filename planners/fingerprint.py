@@ -59,6 +59,7 @@ class Fingerprint:
     """What the data dictates."""
 
     __pydantic_config__: ClassVar = STRICT
+    __schema_version__: ClassVar = SCHEMA_VERSION
 
     schema_version: int
     dataset_name: str
@@ -157,7 +158,7 @@ def read_or_extract(dataset: RawDataset, folders: Folders, processes: int) -> Fi
         except UserError:
             logger.info(f"{path} is of another version of nnssl or damaged: measuring the data set again")
         else:
-            if stored.schema_version == SCHEMA_VERSION and stored.sources == digest_sources(dataset):
+            if stored.sources == digest_sources(dataset):
                 logger.info(f"fingerprint of {dataset.name} taken from {path}: the images have not changed")
                 return stored
             logger.info(f"the images of {dataset.name} are not those of {path}: measuring them again")

@@ -31,27 +31,29 @@ def explain_data_set(
         like: the plans file that was taken over, None for a plan from the data.
         spacing_given: whether the user chose the spacing.
     """
-    source = f"taken over from {like.parent.name}/{like.name}" if like else None
+    source = f"taken from {like.parent.name}/{like.name}" if like else None
     configurations = nnunet["configurations"]
     base = configurations["3d_fullres" if "3d_fullres" in configurations else "2d"]
     median = np.median(spacings_mm, axis=0)
     low, high = spacings_mm.min(axis=0), spacings_mm.max(axis=0)
     cases = len(spacings_mm)
-    if np.allclose(low, high):
+    if cases == 1:
+        rule = "that of the only case"
+    elif np.allclose(low, high):
         rule = f"the same in all {cases} cases"
     else:
-        rule = f"median over {cases} cases, {in_mm(low)} to {in_mm(high)} mm"
-    if not like and len(base["spacing"]) == 3 and base["spacing"][0] < 0.99 * median[0]:
-        rule += "; 10th percentile along the thick slices, so that thin ones are not thrown away"
+        rule = f"median of {cases} cases ({in_mm(low)} to {in_mm(high)} mm)"
     if spacing_given:
-        rule = f"given with --spacing; {rule}"
+        rule = f"set by the user; in the data: {rule}"
+    elif not like and len(base["spacing"]) == 3 and base["spacing"][0] < 0.99 * median[0]:
+        rule += "; 10th percentile along the thick slices, so that thin slices are not lost"
     forward = tuple(nnunet["transpose_forward"])
     order = "as stored" if forward == (0, 1, 2) else "axis of the largest spacing first"
-    slices = f"{median.max():g} mm against {median.min():g} mm"
+    slices = f"spacings of {in_mm([median.max()])} mm and {in_mm([median.min()])} mm"
     if float(median.max() / median.min()) > ANISO_THRESHOLD:
-        axis = ("treated apart", f"thick slices: {slices} is more than a factor of {ANISO_THRESHOLD}")
+        axis = ("treated separately", f"thick slices: {slices} differ by more than a factor of {ANISO_THRESHOLD}")
     else:
-        axis = ("like the others", f"{slices} is within a factor of {ANISO_THRESHOLD}")
+        axis = ("treated like the others", f"{slices} are within a factor of {ANISO_THRESHOLD}")
     reasons = [
         ("spacing", f"{in_mm(base['spacing'])} mm", source or rule),
         ("axis order", str(forward), source or order),
@@ -59,11 +61,11 @@ def explain_data_set(
     ]
     for channel, (modality, scheme) in enumerate(zip(modalities, base["normalization_schemes"], strict=True)):
         why = {
-            "CTNormalization": "clipped to the 0.5 to 99.5 percentile of the body, one mean and deviation for all images",
-            "ZScoreNormalization": "in arbitrary units: each image by its own mean and deviation",
+            "CTNormalization": "clipped to percentiles 0.5 to 99.5 of the body; one mean and deviation for all images",
+            "ZScoreNormalization": "arbitrary units, so each image is standardised by its own mean and deviation",
         }.get(scheme, "nnU-Net's rule for this channel name")
-        reasons.append((f"normalisation of channel {channel}", scheme, source or f"{modality}; {why}"))
-    features = f"encoder {preset.encoder}, {preset.base_features} features in the first stage"
+        reasons.append((f"normalisation of channel {channel}", scheme, source or f"{modality}: {why}"))
+    features = f"{preset.encoder} encoder with {preset.base_features} features in the first stage"
     return [*reasons, ("memory target", f"{preset.memory_gb:g} GB", features)]
 
 
@@ -75,17 +77,19 @@ def explain_network(base: dict[str, Any], preset: Preset, like: Path | None) -> 
         preset: the memory target.
         like: the plans file that was taken over, None for a plan from the data.
     """
-    source = f"taken over from {like.parent.name}/{like.name}" if like else None
+    source = f"taken from {like.parent.name}/{like.name}" if like else None
     arch = base["architecture"]["arch_kwargs"]
     median = in_voxels([round(float(v)) for v in base["median_image_size_in_voxels"]])
     thin = any(1 in (k if isinstance(k, (list, tuple)) else [k]) for k in arch["kernel_sizes"])
-    patch = f"aspect of the median image {median} at this spacing, as large as the memory target allows"
-    strides = "an axis is halved while its spacing is within a factor of 2 of the finest and 4 voxels remain"
-    kernels = "1 along thick slices until the spacings are within a factor of 2" if thin else "spacings are alike"
+    patch = f"aspect ratio of the median image ({median} at this spacing), as large as the memory target allows"
+    strides = "an axis is halved while its spacing is within a factor of 2 of the finest and at least 4 voxels remain"
+    kernels = (
+        "1 along the coarse axis until the spacings are within a factor of 2" if thin else "the spacings are similar"
+    )
     backbone = f"{preset.encoder} encoder for a memory target of {preset.memory_gb:g} GB"
-    batch = "nnU-Net's rule: memory target"
+    batch = "nnU-Net's rule: as many as the memory target allows"
     if preset.encoder == "plain":
-        batch += ", and at most 5 % of the data set's voxels in a step"
+        batch += ", at most 5% of the data set's voxels per step"
     return [
         ("patch", in_voxels(base["patch_size"]), source or patch),
         ("strides", " ".join(_along_axes(s) for s in arch["strides"]), source or strides),

@@ -96,7 +96,7 @@ class PretextRules:
             self._decide_run(name, views, tokens if len(views["patch_size"]) == 3 else None, None, features, budget)
             if tokens is not None:
                 size, reasons = decide_transformer(tokens, self.preset)
-                self._say(hybrid, ("views", f"as {name}", "same patches"), *reasons)
+                self._say(hybrid, ("views", f"same as {name}", "the patches are the same"), *reasons)
                 self._add_hybrid(name, hybrid, base, tokens, size, budget)
                 self._decide_run(hybrid, views, tokens, size, features, budget)
             if len(views["patch_size"]) == 3:
@@ -119,8 +119,8 @@ class PretextRules:
         configuration["batch_size"] = max(2, min(base["batch_size"], int(budget // cost)))
         self.nnunet["configurations"][hybrid] = configuration
         backbone = configuration["architecture"]["network_class_name"].rsplit(".", 1)[-1]
-        fits = f"the U-Net of {name} with a transformer on stage {tokens.stage}: its weights fit {name} too"
-        memory = f"that of {name} with the transformer's memory"
+        fits = f"the U-Net of {name} with a transformer on stage {tokens.stage}; its weights also fit {name}"
+        memory = f"at most that of {name}; the transformer's memory is included"
         self._say(hybrid, ("backbone", backbone, fits))
         self._say(hybrid, ("batch size (fine-tuning)", str(configuration["batch_size"]), memory))
 
@@ -139,7 +139,7 @@ class PretextRules:
             "architecture": chosen.architecture,
         }
         if chosen.patch == views["patch_size"]:
-            self._say(primus, ("views", f"as {name}", "same patches"))
+            self._say(primus, ("views", f"same as {name}", "the patches are the same"))
         else:
             crop, overlap, reasons = decide_crop(chosen.patch)
             self._say(primus, *reasons)

@@ -93,7 +93,7 @@ def decide_primus(
         batch = max(LEAST_BATCH, min(largest_batch, int(budget // values)))
         chosen = PlannedTransformer(primus_architecture(size, token, shape), shape, tokens, size, values, batch)
         return chosen, _explain(chosen, patch, preset, refused)
-    return None, [("left out", "-", f"nothing fits into memory, with tokens of {', '.join(refused)} voxels")]
+    return None, [("left out", "-", f"no suitable patch fits into memory with tokens of {' or '.join(refused)} voxels")]
 
 
 def token_vox(longest: int, patch: Sequence[int], spacing_mm: Sequence[float]) -> tuple[int, ...]:
@@ -188,28 +188,38 @@ def _grid(patch: Sequence[int], token: Sequence[int]) -> list[int]:
 def _explain(chosen: PlannedTransformer, patch: Sequence[int], preset: Preset, refused: Sequence[str]) -> Reasons:
     tokens, size = chosen.tokens, chosen.size
     longest = max(tokens.size_vox)
-    why = "Primus's" if longest == TOKEN_VOX else "the nearest to Primus's 8 that can be run"
+    why = "as in Primus" if longest == TOKEN_VOX else f"the feasible size closest to Primus's {TOKEN_VOX}"
     fitted = (
-        "that of 3d_fullres" if tuple(patch) == chosen.patch else "near that of 3d_fullres, a multiple of the token"
+        "same as 3d_fullres"
+        if tuple(patch) == chosen.patch
+        else "the multiple of the token size closest to the patch of 3d_fullres"
     )
     if chosen.patch != fitted_patch(patch, tokens.size_vox):
-        fitted = f"as much of that of 3d_fullres as {TOKENS[1]} tokens and the memory target allow"
-    memory = f"the largest for a memory target of {preset.memory_gb:g} GB, with this token and patch"
+        fitted = f"as much of the patch of 3d_fullres as {TOKENS[1]:,} tokens and the memory target allow"
+    memory = f"the largest for a memory target of {preset.memory_gb:g} GB with this token and patch"
     if refused:
-        memory += f"; does not do: tokens of {', '.join(refused)} voxels"
+        memory += f"; tokens of {' or '.join(refused)} voxels are not feasible"
     return [
         ("patch", in_voxels(chosen.patch), fitted),
         (
             "token size",
             f"{in_voxels(tokens.size_vox)} voxels, {in_mm(tokens.size_mm)} mm",
-            f"{longest} voxels along the finest axis are {why}; about as many mm along the others",
+            f"{longest} voxels along the finest axis, {why}; about the same length in mm along the others",
         ),
-        ("tokens", f"{in_voxels(tokens.grid)} = {math.prod(tokens.grid)}", f"{TOKENS[0]} to {TOKENS[1]} are taken"),
-        ("transformer", f"{size.depth} blocks, width {size.width}, {size.heads} heads", memory),
+        (
+            "tokens",
+            f"{in_voxels(tokens.grid)} = {math.prod(tokens.grid):,}",
+            f"the range is {TOKENS[0]} to {TOKENS[1]:,}",
+        ),
+        ("transformer", f"{size.depth} blocks of width {size.width} with {size.heads} heads", memory),
         (
             "backbone",
             "Primus",
-            "a vision transformer, of whose tokens a masked encoder needs to see the visible ones only",
+            "a vision transformer; under masking, its encoder needs only the visible tokens",
         ),
-        ("batch size (fine-tuning)", str(chosen.batch), "memory target, and at most that of 3d_fullres"),
+        (
+            "batch size (fine-tuning)",
+            str(chosen.batch),
+            "as many as the memory target allows, at most that of 3d_fullres",
+        ),
     ]

@@ -64,28 +64,37 @@ def decide_schedule(
     most = max(2, min(fits, preset.largest_batch, patches // 2))
     batch = most // stage.batch_multiple * stage.batch_multiple
     limit = {
-        fits: "memory target",
-        preset.largest_batch: "largest useful batch",
+        fits: "the memory target",
+        preset.largest_batch: "the preset's largest batch",
         patches // 2: "half of the distinct patches",
     }
-    reason = f"{fits} fit, {patches} distinct patches: limited by the {limit.get(most, 'least batch')}"
+    reason = (
+        f"memory allows {fits:,}, the data set has {patches:,} distinct patches; "
+        f"limited by {limit.get(most, 'the minimum of 2')}"
+    )
     if batch < most:
-        reason += f", a multiple of {stage.batch_multiple}"
+        reason += f", rounded down to a multiple of {stage.batch_multiple}"
     if fits < batch:
-        reason += "; WARNING: more than the memory target allows, take a larger one or a smaller patch"
+        reason += "; WARNING: exceeds the memory target; use a larger memory target or a smaller patch"
     if batch < stage.useful_batch:
-        reason += f"; WARNING: little is learned below {stage.useful_batch}, take a larger memory target or more data"
+        reason += (
+            f"; WARNING: this stage learns little from fewer than {stage.useful_batch} patches per step; "
+            "use a larger memory target or more data"
+        )
     defaults = stage.load().defaults.training
     iterations = min(max(math.ceil(patches / batch), STEPS_PER_EPOCH[0]), STEPS_PER_EPOCH[1])
     epochs = max(1, round(defaults.epochs * preset.epochs_share))
     warmup = round(defaults.warmup_epochs * preset.epochs_share)
     length = (
-        f"one pass over {patches} distinct patches is an epoch (25 to 250 steps); {preset.epochs_share:.0%} of "
-        f"the paper's {defaults.epochs} epochs"
+        f"an epoch is one pass over the {patches:,} distinct patches (25 to 250 steps); {preset.epochs_share:.0%} of "
+        f"the paper's {defaults.epochs:,} epochs"
     )
+    text = f"{epochs:,} epochs of {iterations} steps"
+    if warmup:
+        text += f", {warmup} of them for warm-up"
     return StageSchedule(batch_size=batch, epochs=epochs, iterations_per_epoch=iterations, warmup_epochs=warmup), [
         (f"batch size ({stage.name})", str(batch), reason),
-        (f"length ({stage.name})", f"{epochs} epochs of {iterations} steps, {warmup} to warm up", length),
+        (f"length ({stage.name})", text, length),
     ]
 
 
@@ -105,13 +114,16 @@ def decide_teacher(patches: int, taught: Sequence[StageSchedule]) -> tuple[int, 
     if steps is None:
         return queue, 0.999, []
     momentum = momentum_for_run(0.999, steps)
-    why_queue = f"a quarter of {patches} distinct patches, 64 to 4096, at least two batches (for negatives=queue)"
-    why_momentum = f"averages over at most a twentieth of {steps} steps; MoCo's 0.999 in a long run"
+    why_queue = (
+        f"a quarter of the {patches:,} distinct patches, rounded down to a power of 2; at least 64 and two batches, "
+        "at most 4,096 (for negatives=queue)"
+    )
+    why_momentum = f"averages over at most a twentieth of the {steps:,} steps; at most MoCo's 0.999"
     return (
         queue,
         momentum,
         [
-            ("queue", str(queue), why_queue),
+            ("queue", f"{queue:,}", why_queue),
             ("teacher momentum", f"{momentum:.4f}", why_momentum),
         ],
     )

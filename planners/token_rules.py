@@ -36,10 +36,10 @@ def decide_tokens(
     strides = np.cumprod(np.array(encoder_strides(architecture)), axis=0)
     grids = [[math.ceil(n / s) for n, s in zip(patch, stride, strict=True)] for stride in strides]
     counts = [math.prod(grid) for grid in grids]
-    listed = ", ".join(map(str, counts))
+    listed = " / ".join(f"{count:,}" for count in counts)
     fitting = [stage for stage, count in enumerate(counts) if TOKENS_MIN <= count <= TOKENS_MAX and stage > 0]
     if not fitting:
-        reason = f"no stage of the encoder has {TOKENS_MIN} to {TOKENS_MAX} positions (it has {listed})"
+        reason = f"no encoder stage has {TOKENS_MIN} to {TOKENS_MAX:,} positions (the stages have {listed})"
         return None, [("left out", "-", reason)]
     stage = min(fitting, key=lambda s: abs(math.log(counts[s] / TOKENS_WANTED)))
     size_mm = [s * float(mm) for s, mm in zip(strides[stage], spacing_mm, strict=True)]
@@ -55,15 +55,20 @@ def decide_tokens(
         mask_block=tuple(block),
     )
     why_block = (
-        f"near {block_mm:.0f} mm, at most half of the grid: neighbours of a single masked token have seen most of it"
+        f"about {block_mm:.0f} mm per axis, at most half of the grid; the neighbours of a single masked token have seen "
+        "most of it"
     )
     return grid, [
         (
             "tokens",
-            f"{in_voxels(grids[stage])} = {counts[stage]} at stage {stage}",
-            f"of {listed} positions the nearest to RepRec's {TOKENS_WANTED}",
+            f"{in_voxels(grids[stage])} = {counts[stage]:,} at stage {stage}",
+            f"closest to RepRec's {TOKENS_WANTED} tokens; the encoder stages have {listed} positions",
         ),
-        ("token size", f"{in_voxels(strides[stage])} voxels, {in_mm(size_mm)} mm", "one position of that feature map"),
+        (
+            "token size",
+            f"{in_voxels(strides[stage])} voxels, {in_mm(size_mm)} mm",
+            "one position of this stage's feature map",
+        ),
         ("mask block", f"{in_voxels(block)} tokens, {in_mm(block_size_mm)} mm", why_block),
     ]
 
@@ -72,14 +77,14 @@ def decide_transformer(tokens: TokenGrid, preset: Preset) -> tuple[TransformerSi
     """Choose the size of the transformer from the memory target, one smaller for few tokens."""
     size = preset.transformer
     count = math.prod(tokens.grid)
-    reason = f"memory target of {preset.memory_gb:g} GB"
+    reason = f"the size for a memory target of {preset.memory_gb:g} GB"
     index = VIT_SIZES.index(size)
     if count < FEW_TOKENS and index > 0:
         size = VIT_SIZES[index - 1]
-        reason += f", one size smaller for {count} tokens"
+        reason += f", one size smaller because of only {count} tokens"
     if size == VIT_SIZES[-1]:
-        reason += "; ViT-Base as in the paper"
-    text = f"{size.depth} blocks, width {size.width}, {size.heads} heads; decoder {size.decoder_depth} blocks"
+        reason += "; ViT-Base, as in the paper"
+    text = f"{size.depth} blocks of width {size.width} with {size.heads} heads; decoder of {size.decoder_depth} blocks"
     return size, [("transformer", text, reason)]
 
 

@@ -22,8 +22,8 @@ def decide_crop(patch: Sequence[int]) -> tuple[tuple[float, float], float, Reaso
     least_zoom = max(0.2 ** (1 / len(patch)), min(1.0, LEAST_CROP_VOX / min(patch)))
     low = round(least_zoom ** len(patch), 4)
     overlap = mean_overlap(low, len(patch))
-    reason = "RepRec's 0.2 to 1.0" if low <= 0.2 else f"at least {LEAST_CROP_VOX} voxels along the shortest axis"
-    text = f"{reason}; two crops share {overlap:.0%} of the smaller on average"
+    reason = "RepRec's range, 0.2 to 1" if low <= 0.2 else f"at least {LEAST_CROP_VOX} voxels along the shortest axis"
+    text = f"{reason}; on average, two crops share {overlap:.0%} of the smaller one"
     return (low, 1.0), overlap, [("crop", f"{low:g} to 1 of the patch", text)]
 
 
@@ -35,20 +35,22 @@ def decide_rotation(dimensions: int, thick_axis: int | None) -> tuple[tuple[floa
         thick_axis: along which voxels are much longer than along the others; None without one.
     """
     if dimensions == 2:
-        reason = "single slices: turning them moves no voxel out of the slice"
-        return (180.0,), [("rotation", "up to 180 deg in the plane", reason)]
+        reason = "rotating a single slice moves no voxel out of it"
+        return (180.0,), [("rotation", "up to 180 degrees in the plane", reason)]
     if thick_axis is not None:
-        reason = "thick slices: any other rotation would mix voxels of different slices"
+        reason = "any other rotation would mix voxels of different thick slices"
         angles = tuple(180.0 if axis == thick_axis else 0.0 for axis in range(3))
-        return angles, [("rotation", f"up to 180 deg about axis {thick_axis} only", reason)]
-    return (30.0, 30.0, 30.0), [("rotation", "up to 30 deg about every axis", "spacing alike along all axes")]
+        return angles, [("rotation", f"up to 180 degrees about axis {thick_axis} only", reason)]
+    return (30.0, 30.0, 30.0), [
+        ("rotation", "up to 30 degrees about every axis", "the spacing is similar along all axes")
+    ]
 
 
 def decide_flips(dimensions: int) -> tuple[tuple[int, ...], Reasons]:
     """Choose the axes that may be flipped: those of the fine plane."""
     axes = tuple(range(dimensions - 2, dimensions))
-    reason = "in the fine plane: RepRec's horizontal flip, and its like along the other axis"
-    return axes, [("flips", f"axes {axes}", reason)]
+    reason = "the in-plane axes: RepRec's horizontal flip and its counterpart along the other axis"
+    return axes, [("flips", f"axes {axes[0]} and {axes[1]}", reason)]
 
 
 def decide_intensity(is_ct: bool) -> tuple[tuple[str, ...], Reasons]:
@@ -56,10 +58,10 @@ def decide_intensity(is_ct: bool) -> tuple[tuple[str, ...], Reasons]:
     views: tuple[str, ...]
     if is_ct:
         views = ("contrast", "brightness", "noise", "blur", "window")
-        reason = "CT: Hounsfield numbers mean tissue, so the window moves and contrast is never inverted"
+        reason = "CT: Hounsfield units identify tissue, so the window moves and the contrast is never inverted"
     else:
         views = ("contrast", "brightness", "noise", "blur", "gamma", "bias_field", "inversion")
-        reason = "MR: units, coil sensitivity and contrast are the scanner's, so all may change"
+        reason = "MR: units, coil sensitivity and contrast depend on the scanner, so all of them may change"
     return views, [("intensity views", ", ".join(views), reason)]
 
 

@@ -130,7 +130,8 @@ def shown_commands() -> list[tuple[str, str]]:
 
 def shown_calls(pattern: str) -> list[tuple[str, str]]:
     """Return (page, line up to a comment) for every shown line that begins with a pattern."""
-    return sorted({(page, call.partition("#")[0].strip()) for page, call in shown_lines() if re.match(pattern, call)})
+    calls = [(page, call.partition("#")[0].strip()) for page, call in shown_lines()]
+    return sorted({(page, call) for page, call in calls if re.match(pattern, call)})
 
 
 def parse_as(call: Callable[[], object], arguments: list[str]) -> argparse.Namespace:
@@ -235,11 +236,15 @@ def test_shown_command_of_nnunet_parses(page, line):
     if arguments == ["-pretrained_weights"]:
         return  # the name of the flag, not a call
     args = parse_as(NNUNET[command].load(), arguments)
-    trainer = getattr(args, "tr", "nnUNetTrainer")
+    given = getattr(args, "tr", "nnUNetTrainer")
+    trainers = given if isinstance(given, list) else [given]
     ours = {stage.trainer for method in METHODS.values() for stage in method.stages}
     folder = Path(importlib.util.find_spec("nnunetv2").origin).parent / "training" / "nnUNetTrainer"
     theirs = {name for path in folder.rglob("*.py") for name in re.findall(r"^class (\w+)", path.read_text(), re.M)}
-    assert trainer in ours | theirs or trainer.startswith("nnssl_"), f"{page}: {line}: there is no trainer {trainer}"
+    for trainer in trainers:
+        assert trainer in ours | theirs or trainer.startswith("nnssl_"), (
+            f"{page}: {line}: there is no trainer {trainer}"
+        )
 
 
 @pytest.mark.parametrize(("page", "line"), shown_calls(r"python -m tools\."))

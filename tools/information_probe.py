@@ -23,8 +23,8 @@ from nnssl.data.case_store import CaseStore, StoredCase
 from nnssl.data.patients import patient_in_name
 from nnssl.networks.backbone import encoder_strides
 from nnssl.paths import resolve_folders
-from nnssl.pictures.dense_network import open_cases, open_dense_network
-from nnssl.plan import plan_from_dict
+from nnssl.pictures.dense_network import dense_network_of, open_cases
+from nnssl.weights.opened_checkpoint import open_checkpoint
 
 SHIFTS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 """Of the neighbour, in sides of a crop, along the last two axes."""
@@ -94,12 +94,13 @@ def main() -> None:
     args = parser.parse_args()
     print("| encoder | rotation | relative position |\n|---|---|---|")
     for place, path in enumerate([args.weights[0], *args.weights]):
-        network, provenance = open_dense_network(path, "pyramid", torch.device("cpu"))
+        weights = open_checkpoint(path)
+        network, provenance = dense_network_of(weights, "pyramid", torch.device("cpu")), weights.own_provenance
         encoder = network.network.encoder
         if not place:
             torch.manual_seed(0)
             encoder.apply(lambda module: module.reset_parameters() if hasattr(module, "reset_parameters") else None)
-        patch = plan_from_dict(provenance.plans, str(path)).configuration(provenance.configuration).patch_size
+        patch = weights.plan.configuration(provenance.configuration).patch_size
         architecture = provenance.plans["configurations"][provenance.configuration]["architecture"]
         store = open_cases(provenance, provenance.dataset_name, resolve_folders())
         size = crop_side(patch, encoder_strides(architecture))

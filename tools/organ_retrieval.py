@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from scipy.ndimage import distance_transform_edt
 
-from nnssl.checkpoint import read_checkpoint
 from nnssl.data.case_store import CaseStore
 from nnssl.data.raw import find_dataset
 from nnssl.matching.body_box import BodyBoxMatcher
@@ -26,7 +25,8 @@ from nnssl.matching.embedded import EmbeddingMatcher
 from nnssl.matching.points import Matches, PointMatcher, cycle_error_mm
 from nnssl.paths import resolve_folders
 from nnssl.pictures.dense_network import open_cases
-from nnssl.pictures.matches import open_matcher
+from nnssl.pictures.matches import matcher_of
+from nnssl.weights.opened_checkpoint import open_checkpoint
 
 POINTS = 10
 """Of each organ and pair of cases."""
@@ -111,10 +111,11 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     folders = resolve_folders()
-    provenance = read_checkpoint(args.weights)[1]
+    weights = open_checkpoint(args.weights)
+    provenance = weights.own_provenance
     dataset = find_dataset(args.dataset, folders) if args.dataset else provenance.dataset_name
     store = open_cases(provenance, dataset, folders)
-    matcher, _ = open_matcher(args.weights, store, torch.device(args.device))
+    matcher, _ = matcher_of(weights, store, torch.device(args.device))
     raw = folders.raw / find_dataset(args.labelled, folders)
     axes = provenance.plans["transpose_forward"]
     labels = {name: read_labels(raw, name, store.case(name).shape, axes) for name in store.names}

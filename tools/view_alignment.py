@@ -23,7 +23,7 @@ from nnssl.methods.pixelglobal import MONITORED_POINTS, CorrespondingViews, Pixe
 from nnssl.networks.dense import decoder_maps
 from nnssl.paths import resolve_folders
 from nnssl.views.points import interpolate_at
-from nnssl.weights.pretrained import restore_method
+from nnssl.weights.restored_method import restore_method
 
 NAMES = ("voxel_cross_entropy", "target_entropy", "retrieval_top1", "decoder_retrieval")
 NEW_SEED = 20_261

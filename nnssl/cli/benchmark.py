@@ -1,4 +1,4 @@
-"""``nnssl_benchmark``: does pretraining help on these data? A label-efficiency study that ends in a report."""
+"""``nnssl_benchmark``: a label-efficiency study that measures whether pretraining helps on a data set, with a report."""
 
 import argparse
 import shlex
@@ -30,22 +30,22 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = CommandParser(
         NAME,
-        description="Fine-tune pretrained weights and random ones on the same few labels, evaluate them on cases that no "
-        "stage has seen, and write a report. Pretrains what is not there yet. Run it again to go on where it stopped.",
+        description="Fine-tune pretrained and random weights on the same few labels, evaluate both on cases that no stage has "
+        "seen, and write a report. Missing pretrainings are run first. Run the same command again to resume.",
     )
-    add_dataset_argument(parser, "labelled data set, number or name, below nnUNet_raw", required=True)
+    add_dataset_argument(parser, "Labelled data set below nnUNet_raw, number or name.", required=True)
     parser.add_argument(
-        "--from", dest="source", metavar="ID", help="data set to pretrain on (default: the one planned last)"
+        "--from", dest="source", metavar="ID", help="Data set to pretrain on (default: the one planned last)."
     )
-    add_plans_argument(parser, of="its ")
+    add_plans_argument(parser, "Name of the plan to pretrain with")
     _add_matrix_arguments(parser)
     add_finetuning_arguments(parser)
-    add_configuration_argument(parser, "to fine-tune (default: one that fits all arms)")
+    add_configuration_argument(parser, "Configuration to fine-tune (default: one that fits all arms).")
     _add_case_arguments(parser)
     _add_pretraining_arguments(parser)
     _add_study_arguments(parser)
     add_device_argument(parser)
-    add_processes_argument(parser, "preprocessing and evaluation")
+    add_processes_argument(parser, "Worker processes for preprocessing and evaluation")
     add_verbose_argument(parser)
     return parser
 
@@ -57,8 +57,8 @@ def _add_matrix_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="ARM",
-        help="what to compare with scratch: a method, a method with values (pix2rep:temperature=0.2), a stage alone "
-        "(reprec.generative), a checkpoint (FILE.pth or NAME=FILE.pth)",
+        help="Arms to compare with training from scratch: a method, a method with settings (pix2rep:temperature=0.2), a "
+        "single stage (reprec.generative) or a checkpoint (FILE.pth or NAME=FILE.pth).",
     )
     parser.add_argument(
         "--labels",
@@ -66,57 +66,100 @@ def _add_matrix_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         default=[1, 5, 20],
         metavar="N",
-        help="labelled patients (default: 1 5 20)",
+        help="Numbers of labelled patients to train on (default: 1 5 20).",
     )
-    parser.add_argument("--seeds", type=positive_int, default=3, metavar="N", help="of subset and batches (default: 3)")
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=["finetune"], help="(default: finetune)")
+    parser.add_argument(
+        "--seeds",
+        type=positive_int,
+        default=3,
+        metavar="N",
+        help="Number of random seeds for label subsets and batches (default: 3).",
+    )
+    parser.add_argument(
+        "--mode",
+        nargs="+",
+        choices=MODES,
+        default=["finetune"],
+        help="Modes of fine-tuning; see nnssl_finetune --help (default: finetune).",
+    )
     parser.add_argument(
         "--epochs",
         nargs="+",
         type=positive_int,
         default=[50, 150],
         metavar="N",
-        help="lengths of fine-tuning; a gain is claimed only where scratch no longer improves from the second longest to "
-        "the longest (default: 50 150)",
+        help="Lengths of fine-tuning. A gain is claimed only where scratch does not improve from the second longest to the "
+        "longest (default: 50 150).",
     )
 
 
 def _add_case_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--test-cases", type=Path, metavar="FILE", help="cases to hold out (default: drawn patients)")
-    parser.add_argument("--test-patients", type=positive_int, metavar="N", help="patients to draw (default: a quarter)")
     parser.add_argument(
-        "--patients", type=Path, metavar="FILE", help="CSV file with the columns case and patient (default: by names)"
+        "--test-cases",
+        type=Path,
+        metavar="FILE",
+        help="File that lists the cases to hold out, one name per line (default: all cases of randomly drawn patients).",
+    )
+    parser.add_argument(
+        "--test-patients",
+        type=positive_int,
+        metavar="N",
+        help="Number of patients to draw for the test set (default: a quarter).",
+    )
+    parser.add_argument(
+        "--patients",
+        type=Path,
+        metavar="FILE",
+        help="CSV file with the columns 'case' and 'patient' (default: patients are taken from the case names).",
     )
     parser.add_argument(
         "--subsets",
         type=Path,
         metavar="FOLDER",
-        help="with seed0.txt, seed1.txt, ...: cases in the order in which labels are added (default: drawn)",
+        help="Folder with seed0.txt, seed1.txt, ..., which list the cases in the order in which labels are added (default: a "
+        "random order).",
     )
 
 
 def _add_pretraining_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--pretrain-epochs", type=positive_int, metavar="N", help="of every stage (default: the plan's)"
+        "--pretrain-epochs",
+        type=positive_int,
+        metavar="N",
+        help="Epochs of every pretraining stage (default: the plan's).",
     )
-    parser.add_argument("--pretrain-iterations", type=positive_int, metavar="N", help="per epoch (default: the plan's)")
+    parser.add_argument(
+        "--pretrain-iterations",
+        type=positive_int,
+        metavar="N",
+        help="Optimizer steps per epoch of pretraining (default: the plan's).",
+    )
 
 
 def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--tolerance-mm", type=positive_number, default=2.0, metavar="MM", help="of the surface distance (default: 2)"
+        "--tolerance-mm",
+        type=positive_number,
+        default=2.0,
+        metavar="MM",
+        help="Tolerance of the normalised surface distance in mm (default: 2).",
     )
-    parser.add_argument("--name", default="study", help="of the study's folder (default: study)")
+    parser.add_argument("--name", default="study", metavar="NAME", help="Name of the study's folder (default: study).")
     parser.add_argument(
-        "--part", default="1/1", metavar="I/N", help="do the I-th of N shares, on a cluster (default: all)"
+        "--part",
+        default="1/1",
+        metavar="I/N",
+        help="Do only part I of N, to share the work among jobs of a cluster (default: 1/1, everything).",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the matrix, what there is and how long the rest takes"
+        "--dry-run",
+        action="store_true",
+        help="Print the runs of the study, which of them are finished, and how long the rest takes.",
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     return run_command(make_parser(), partial(_run, shlex.join([NAME, *arguments])), arguments)
 

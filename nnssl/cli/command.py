@@ -1,7 +1,7 @@
-"""What every command shares: its parser, the arguments that several have, printing, and how errors end.
+"""What all commands share: the parser, common arguments, the lines that they print, and error handling.
 
-Imports nothing heavy, so that ``--help`` answers at once; what a help text names of the rooms behind is written down here
-once, and a test compares it with them.
+This module imports nothing heavy, so that ``--help`` answers at once. Names of other packages that help texts need are therefore
+repeated here; a test compares them with the originals.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from nnssl.errors import ArgumentError, UserError
 from nnssl.log import print_line
 
 USER_ERROR = 2
-INTERRUPTED = 130  # what a shell reports for Ctrl-C
+INTERRUPTED = 130  # the exit code that shells use for Ctrl-C
 DEVICES = ("cpu", "cuda", "mps")
 PLANS_NAME = "nnsslPlans"
 MODES = ("finetune", "linear", "mean_teacher")
@@ -23,32 +23,36 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 
 
 def print_next(command: str, *others: str) -> None:
-    """Print what to call next, as every command does at its end, and what else one may call."""
+    """Print the command to run next, which every command does at its end, and alternatives to it."""
     print_line(f"next: {command}")
     for other in others:
         print_line(f"  or: {other}")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, as those of all commands are."""
+    """An argument parser whose errors are a single line."""
+
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        super().__init__(prog, add_help=False, **kwargs)
+        self.add_argument("-h", "--help", action="help", help="Show this help and exit.")
 
     def error(self, message: str) -> NoReturn:
-        """Print the error line and exit with the code of a user's error."""
+        """Print the error in one line and exit with the code of a user error."""
         self.exit(USER_ERROR, f"{self.prog}: error: {message}; {self.prog} --help lists the arguments\n")
 
 
 def run_command(
     parser: argparse.ArgumentParser, function: Callable[[argparse.Namespace], Any], argv: Sequence[str] | None
 ) -> int:
-    """Parse a command's arguments, call its function, and turn an error of the user's making into one line.
+    """Parse the arguments of a command, call its function, and print a ``UserError`` as one line.
 
     Args:
-        parser: of the command, with ``add_verbose_argument``.
-        function: does the work with the parsed arguments; its result is ignored.
-        argv: the arguments; None for those of this process.
+        parser: Parser of the command, with ``add_verbose_argument``.
+        function: Function that does the work with the parsed arguments; its result is ignored.
+        argv: Arguments; None for those of this process.
 
     Returns:
-        The exit code: 0, 2 after a ``UserError``, 130 after Ctrl-C. Every other exception is a defect and is raised.
+        The exit code: 0, 2 after a ``UserError``, 130 after Ctrl-C. Every other exception is a bug and is raised.
     """
     args = parser.parse_args(argv)
     try:
@@ -60,7 +64,7 @@ def run_command(
         print(f"{parser.prog}: error: {message}", file=sys.stderr, flush=True)
         return USER_ERROR
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; run the same command again to go on", file=sys.stderr, flush=True)
+        print(f"{parser.prog}: interrupted; run the same command again to resume", file=sys.stderr, flush=True)
         return INTERRUPTED
     return 0
 
@@ -74,11 +78,11 @@ PYTHON_NAMES = {
     "dask": "dask_address",
     "mode": "modes",
 }
-"""Names of arguments in Python where they differ from the flag's."""
+"""Python name of an argument by the name of its flag, where the two differ."""
 
 
 def flags_of(parser: argparse.ArgumentParser) -> dict[str, str]:
-    """Return the flag of every argument, by the name that the argument has in Python."""
+    """Return the flag of every argument by the name of the argument in Python."""
     flags: dict[str, str] = {}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -91,96 +95,100 @@ def flags_of(parser: argparse.ArgumentParser) -> dict[str, str]:
     return flags
 
 
-# arguments that several commands have
+# arguments of several commands
 
 
-def add_dataset_argument(parser: argparse.ArgumentParser, what: str, required: bool = False) -> None:
-    """Add ``-d ID``; ``what`` says whose, and what is taken without it."""
-    parser.add_argument("-d", "--dataset", required=required, metavar="ID", help=what)
+def add_dataset_argument(parser: argparse.ArgumentParser, text: str, required: bool = False) -> None:
+    """Add ``-d ID`` with its help text."""
+    parser.add_argument("-d", "--dataset", required=required, metavar="ID", help=text)
 
 
-def add_plans_argument(parser: argparse.ArgumentParser, of: str = "") -> None:
-    """Add ``-p PLANS`` with nnssl's own name as default."""
-    parser.add_argument(
-        "-p",
-        "--plans",
-        default=PLANS_NAME,
-        metavar="PLANS",
-        help=f"{of}plans identifier (default: {PLANS_NAME})",
-    )
+def add_plans_argument(parser: argparse.ArgumentParser, text: str = "Name of the plan") -> None:
+    """Add ``-p PLANS`` with its help text, to which the default is added."""
+    parser.add_argument("-p", "--plans", default=PLANS_NAME, metavar="PLANS", help=f"{text} (default: {PLANS_NAME}).")
 
 
-def add_configuration_argument(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add ``-c CONFIG``; ``what`` says whose, and what is taken without it."""
-    parser.add_argument("-c", "--configuration", metavar="CONFIG", help=what)
+def add_configuration_argument(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add ``-c CONFIG`` with its help text."""
+    parser.add_argument("-c", "--configuration", metavar="CONFIG", help=text)
 
 
 def add_weights_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``-w CHECKPOINT``, the newest one as default."""
+    """Add ``-w CHECKPOINT``; the default is the newest checkpoint."""
     parser.add_argument(
         "-w",
         "--weights",
         default="latest",
         metavar="CHECKPOINT",
-        help="of nnssl_pretrain, or 'latest' for the newest checkpoint_final.pth below nnUNet_results (default)",
+        help="Checkpoint of nnssl_pretrain, or 'latest' for the newest checkpoint_final.pth below nnUNet_results "
+        "(default: latest).",
     )
 
 
 def add_finetuning_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the numbers of a fine-tuning that do not depend on the question asked of it."""
-    parser.add_argument("--iterations-per-epoch", type=positive_int, default=250, metavar="N", help="(default: 250)")
+    """Add the settings of the optimization that every fine-tuning has."""
     parser.add_argument(
-        "--batch-size", type=positive_int, metavar="N", help="patches per step of fine-tuning (default: the plan's)"
+        "--iterations-per-epoch",
+        type=positive_int,
+        default=250,
+        metavar="N",
+        help="Optimizer steps per epoch of fine-tuning (default: 250).",
+    )
+    parser.add_argument(
+        "--batch-size", type=positive_int, metavar="N", help="Patches per step of fine-tuning (default: the plan's)."
     )
     parser.add_argument(
         "--optimizer",
         choices=OPTIMIZERS,
-        help="of fine-tuning (default: sgd, and adamw for Primus, as nnU-Net; adam, and no other, for --mode linear)",
+        help="Optimizer of fine-tuning (default: sgd, or adamw for Primus, as in nnU-Net). --mode linear uses adam only.",
     )
     parser.add_argument(
         "--learning-rate",
         type=positive_number,
         metavar="RATE",
-        help="the highest one of fine-tuning (default: 0.01 in each mode; 3e-4 with adamw)",
+        help="Highest learning rate of fine-tuning (default: 0.01 in each mode, 3e-4 with adamw).",
     )
 
 
-def add_seed_argument(parser: argparse.ArgumentParser, of: str) -> None:
-    """Add ``--seed N``; ``of`` says what it decides."""
-    parser.add_argument("--seed", type=natural_int, default=0, metavar="N", help=f"of {of} (default: 0)")
+def add_seed_argument(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add ``--seed N`` with its help text, to which the default is added."""
+    parser.add_argument("--seed", type=natural_int, default=0, metavar="N", help=f"{text} (default: 0).")
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--device cpu|cuda|mps``; left out, ``nnssl.devices.find_device`` decides."""
+    """Add ``--device cpu|cuda|mps``; without it, ``nnssl.devices.find_device`` decides."""
     parser.add_argument(
-        "--device", choices=DEVICES, default=None, help="where to compute (default: cuda if there is one, else cpu)"
+        "--device",
+        choices=DEVICES,
+        default=None,
+        help="Device to compute on (default: cuda if a GPU is available, else cpu).",
     )
 
 
-def add_processes_argument(parser: argparse.ArgumentParser, of: str) -> None:
-    """Add ``--processes N``; left out, ``nnssl.data.jobs.default_processes`` decides."""
+def add_processes_argument(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add ``--processes N`` with its help text; without it, ``nnssl.data.jobs.default_processes`` decides."""
     parser.add_argument(
-        "--processes", type=positive_int, metavar="N", help=f"for {of} (default: one for each core, at most 8)"
+        "--processes", type=positive_int, metavar="N", help=f"{text} (default: one per core, at most 8)."
     )
 
 
-def add_restart_argument(parser: argparse.ArgumentParser, what: str) -> None:
-    """Add ``--restart``; ``what`` says what is done again."""
-    parser.add_argument("--restart", action="store_true", help=what)
+def add_restart_argument(parser: argparse.ArgumentParser, text: str) -> None:
+    """Add ``--restart`` with its help text."""
+    parser.add_argument("--restart", action="store_true", help=text)
 
 
 def add_verbose_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--verbose``, which ``run_command`` reads."""
-    parser.add_argument("--verbose", action="store_true", help="print the traceback of an error")
+    parser.add_argument("--verbose", action="store_true", help="Print the traceback of errors.")
 
 
 def positive_int(text: str) -> int:
-    """Read a number of 1 or more, for ``argparse``."""
+    """Read a whole number of at least 1, for ``argparse``."""
     return _whole_number(text, 1)
 
 
 def natural_int(text: str) -> int:
-    """Read a number of 0 or more, for ``argparse``."""
+    """Read a whole number of at least 0, for ``argparse``."""
     return _whole_number(text, 0)
 
 
@@ -191,7 +199,7 @@ def positive_number(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
     return value
 
 
@@ -201,5 +209,5 @@ def _whole_number(text: str, least: int) -> int:
     except ValueError:
         value = least - 1
     if value < least:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of {least} or more")
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text}")
     return value

@@ -1,4 +1,4 @@
-"""``nnssl_demo``: the main job on generated phantoms, from images to a Dice for scratch and for pretrained."""
+"""``nnssl_demo``: the whole pipeline on generated phantoms, from images to the Dice with and without pretraining."""
 
 import argparse
 import sys
@@ -22,20 +22,37 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = CommandParser(
         NAME,
-        description="Make phantoms, plan, preprocess, pretrain with RepRec, fine-tune with and without the weights, and "
-        "write a report. Takes minutes on two CPU cores. It shows that everything works; it is too short to show a gain.",
+        description="Generate phantoms, plan, preprocess, pretrain with RepRec, fine-tune with and without the pretrained "
+        "weights, and write a report. The demo takes minutes on two CPU cores. It shows that the installation works; "
+        "it is too short to show a gain.",
     )
     parser.add_argument(
-        "--folder", type=Path, default=Path("nnssl_demo"), help="for everything it writes (default: ./nnssl_demo)"
+        "--folder",
+        type=Path,
+        default=Path("nnssl_demo"),
+        metavar="FOLDER",
+        help="Folder for all output (default: ./nnssl_demo).",
     )
     parser.add_argument(
-        "--unlabelled", type=positive_int, default=16, metavar="N", help="phantoms without labels (default: 16)"
+        "--unlabelled",
+        type=positive_int,
+        default=16,
+        metavar="N",
+        help="Number of phantoms without labels (default: 16).",
     )
     parser.add_argument(
-        "--labels", type=positive_int, default=3, metavar="N", help="labelled phantoms to train on (default: 3)"
+        "--labels",
+        type=positive_int,
+        default=3,
+        metavar="N",
+        help="Number of labelled phantoms to train on (default: 3).",
     )
     parser.add_argument(
-        "--held-out", type=positive_int, default=6, metavar="N", help="labelled phantoms to test on (default: 6)"
+        "--held-out",
+        type=positive_int,
+        default=6,
+        metavar="N",
+        help="Number of labelled phantoms to test on (default: 6).",
     )
     parser.add_argument(
         "--epochs",
@@ -43,17 +60,23 @@ def make_parser() -> argparse.ArgumentParser:
         nargs=3,
         default=(4, 8, 5),
         metavar="N",
-        help="of the contrastive stage, the generative stage and fine-tuning (default: 4 8 5)",
+        help="Epochs of the contrastive stage, the generative stage and fine-tuning (default: 4 8 5).",
     )
-    parser.add_argument("--iterations-per-epoch", type=positive_int, default=15, metavar="N", help="(default: 15)")
-    add_seed_argument(parser, "phantoms, weights and views")
+    parser.add_argument(
+        "--iterations-per-epoch",
+        type=positive_int,
+        default=15,
+        metavar="N",
+        help="Optimizer steps per epoch (default: 15).",
+    )
+    add_seed_argument(parser, "Random seed for phantoms, weights and views")
     add_device_argument(parser)
     add_verbose_argument(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     return run_command(make_parser(), _run, argv)
 
 

@@ -1,4 +1,4 @@
-"""``nnssl_evaluate``: Dice, surface distance, 95th percentile distance and volume of any two folders of segmentations."""
+"""``nnssl_evaluate``: Dice, surface distances and volumes of a folder of segmentations, compared with references."""
 
 import argparse
 import sys
@@ -19,31 +19,42 @@ NAME = "nnssl_evaluate"
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = CommandParser(
-        NAME, description="Compare the segmentations of a folder with references of the same names, case by case."
+        NAME,
+        description="Compare the segmentations in a folder with reference segmentations, case by case, and write Dice, surface "
+        "distances and volumes.",
     )
-    parser.add_argument("predictions", type=Path, help="folder with segmentations")
-    parser.add_argument("references", type=Path, help="folder with reference segmentations of the same names")
+    parser.add_argument("predictions", type=Path, help="Folder with the segmentations to evaluate.")
+    parser.add_argument(
+        "references", type=Path, help="Folder with the reference segmentations, under the same file names."
+    )
     parser.add_argument(
         "--labels",
         type=Path,
         metavar="FILE",
-        help="dataset.json that names the classes (default: beside the predictions or the references, else numbers)",
+        help="dataset.json that names the classes (default: the one beside the predictions or the references; without one, "
+        "classes are numbered).",
     )
-    parser.add_argument("--tolerance-mm", type=float, default=2.0, help="of the surface distance (default: 2)")
+    parser.add_argument(
+        "--tolerance-mm",
+        type=float,
+        default=2.0,
+        metavar="MM",
+        help="Tolerance of the normalised surface distance in mm (default: 2).",
+    )
     parser.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="for metrics.csv and summary.json (default: the predictions')",
+        help="Folder for metrics.csv and summary_nnssl.json (default: the folder of the predictions).",
     )
-    add_processes_argument(parser, "reading and comparing")
+    add_processes_argument(parser, "Worker processes that read and compare")
     add_verbose_argument(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     return run_command(make_parser(), _run, argv)
 
 

@@ -1,4 +1,4 @@
-"""``nnssl_export``: pretrained weights for other plans, other channels, a model hub, or as a bare encoder."""
+"""``nnssl_export``: pretrained weights for other plans, other channels or a model hub, or as an encoder alone."""
 
 import argparse
 import sys
@@ -24,51 +24,79 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = CommandParser(
         NAME,
-        description="Make pretrained weights fit a network and write them for nnU-Net, for a model hub or as a bare encoder. "
-        "What nnU-Net is to load is tried with its own loader first.",
-    )
-    parser.add_argument("checkpoint", type=Path, help="of nnssl, or with an adaptation plan, from elsewhere")
-    parser.add_argument(
-        "--for-plans",
-        metavar="PLANS",
-        help="whose network: a plans file (.json), or a planned data set, number or name (default: the weights' own plan)",
-    )
-    parser.add_argument("-p", "--plans", metavar="PLANS", help="plans of that data set (default: nnUNetPlans)")
-    add_configuration_argument(parser, "of the plans (default: the one that was pretrained)")
-    parser.add_argument(
-        "--trainer", help="nnU-Net trainer that builds a network of its own, e.g. nnUNet_Primus_S_Trainer"
+        description="Fit pretrained weights to a network and write them for nnU-Net, for a model hub or as an encoder alone. "
+        "Files for nnU-Net are tested with nnU-Net's own loader first.",
     )
     parser.add_argument(
-        "--channels", nargs="+", metavar="NAME", help="of the target, or their number (default: its dataset.json's)"
+        "checkpoint", type=Path, help="Checkpoint of nnssl, or one from elsewhere with an adaptation plan."
+    )
+    _add_target_arguments(parser)
+    parser.add_argument(
+        "--format", dest="form", choices=FORMATS, default="nnunet", help="What to write (default: nnunet)."
     )
     parser.add_argument(
-        "--input-policy",
-        choices=POLICIES,
-        help="what a changed input layer is made from: the mean of all channels, each in turn, or those of the same name "
-        "(default: named where both sides have names in common, else mean)",
-    )
-    parser.add_argument("--format", dest="form", choices=FORMATS, default="nnunet", help="(default: nnunet)")
-    parser.add_argument(
-        "-o", "--output", type=Path, metavar="PATH", help="file or folder (default: in the working folder)"
+        "-o",
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="File or folder to write (default: one in the working folder).",
     )
     parser.add_argument(
         "--least-share",
         type=float,
         default=0.5,
         metavar="SHARE",
-        help="of the target's encoder that must come from the checkpoint (default: 0.5)",
+        help="Share of the target encoder's parameters that must come from the checkpoint, 0 to 1 (default: 0.5).",
     )
-    parser.add_argument("--license", default="unknown", metavar="SPDX", help="of the weights, for hub and encoder")
     parser.add_argument(
-        "--results", nargs="+", type=Path, default=[], metavar="FILE", help="finetune.json of arms, for the hub's card"
+        "--license",
+        default="unknown",
+        metavar="SPDX",
+        help="Licence of the weights, for --format hub and encoder (default: unknown).",
     )
-    add_seed_argument(parser, "what stays random")
+    parser.add_argument(
+        "--results",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="finetune.json files whose results go into the model card of --format hub.",
+    )
+    add_seed_argument(parser, "Random seed for parameters that stay random")
     add_verbose_argument(parser)
     return parser
 
 
+def _add_target_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--for-plans",
+        metavar="PLANS",
+        help="Plans whose network the weights are fitted to: a plans file (.json), or the number or name of a planned data set "
+        "(default: the plan that the weights were pretrained with).",
+    )
+    parser.add_argument("-p", "--plans", metavar="PLANS", help="Name of that data set's plans (default: nnUNetPlans).")
+    add_configuration_argument(parser, "Configuration of the plans (default: the pretrained one).")
+    parser.add_argument(
+        "--trainer",
+        metavar="NAME",
+        help="Trainer of nnU-Net that builds its own network, such as nnUNet_Primus_S_Trainer.",
+    )
+    parser.add_argument(
+        "--channels",
+        nargs="+",
+        metavar="NAME",
+        help="Names of the target's input channels, or their number (default: those in its dataset.json).",
+    )
+    parser.add_argument(
+        "--input-policy",
+        choices=POLICIES,
+        help="How to fit the input layer to other channels: the mean of all channels, each channel in turn, or the channels of "
+        "the same name (default: named if both sides share names, else mean).",
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     return run_command(make_parser(), _run, argv)
 
 
@@ -77,7 +105,7 @@ def _run(args: argparse.Namespace) -> None:
     from nnssl.weights.export_settings import ExportSettings
 
     if args.results and args.form != "hub":
-        raise UserError(f"--results: are for the card of --format hub, not for {args.form}")
+        raise UserError(f"--results needs --format hub, which writes a model card, got --format {args.form}")
     exported = export(
         args.checkpoint.expanduser(),
         ExportSettings(
@@ -108,7 +136,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _result(path: Path) -> dict[str, object]:
-    """Return the row of a card that tells of one arm of a fine-tuning."""
+    """Return one row of the model card: the result of an arm of a fine-tuning."""
     from trainers.finetuning.result import read_result
 
     arm = read_result(path)

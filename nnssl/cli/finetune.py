@@ -1,4 +1,4 @@
-"""``nnssl_finetune``: fine-tune pretrained weights on labelled cases and evaluate them, beside a start from scratch."""
+"""``nnssl_finetune``: fine-tune pretrained weights on labelled cases, evaluate them, and compare with scratch."""
 
 import argparse
 import sys
@@ -30,31 +30,40 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = CommandParser(
         NAME,
-        description="Fine-tune pretrained weights on a labelled data set with nnU-Net, predict the held-out labelled "
-        "cases and report their Dice. A second call goes on where the first one stopped.",
+        description="Fine-tune pretrained weights on a labelled data set with nnU-Net, predict the held-out labelled cases and "
+        "report their Dice. Run the same command again to resume.",
     )
-    add_dataset_argument(parser, "labelled data set: number or name, below nnUNet_raw", required=True)
+    add_dataset_argument(parser, "Labelled data set below nnUNet_raw, number or name.", required=True)
     add_weights_argument(parser)
-    add_configuration_argument(parser, "of the weights' plan (default: the pretrained one)")
-    parser.add_argument("--scratch", action="store_true", help="also train the same from random weights, to compare")
+    add_configuration_argument(parser, "Configuration of the weights' plan (default: the pretrained one).")
+    parser.add_argument("--scratch", action="store_true", help="Also train from random weights for comparison.")
     _add_case_arguments(parser)
-    add_seed_argument(parser, "the label subset, random weights and batches")
-    parser.add_argument("--epochs", type=positive_int, default=1000, metavar="N", help="(default: 1000)")
+    add_seed_argument(parser, "Random seed for the label subset, random weights and batches")
+    parser.add_argument(
+        "--epochs", type=positive_int, default=1000, metavar="N", help="Epochs, including warm-up (default: 1000)."
+    )
     add_finetuning_arguments(parser)
-    parser.add_argument("--warmup-epochs", type=natural_int, metavar="N", help="of the epochs (default: one in twenty)")
+    parser.add_argument(
+        "--warmup-epochs",
+        type=natural_int,
+        metavar="N",
+        help="Epochs with a rising learning rate (default: one in twenty).",
+    )
     parser.add_argument(
         "--mode",
         choices=MODES,
         default="finetune",
-        help="train all weights, the last segmentation layer alone, or all with a consistency term on unlabelled cases "
-        "(default: finetune)",
+        help="finetune: train all weights. linear: train only the last segmentation layer. mean_teacher: train all weights with "
+        "a consistency term on unlabelled cases (default: finetune).",
     )
     parser.add_argument(
-        "--plans-name", metavar="PLANS", help="name for the plan in the data set's folder (default: the plan's own)"
+        "--plans-name",
+        metavar="PLANS",
+        help="Name for the plan in the data set's folder (default: the plan's own name).",
     )
     add_device_argument(parser)
-    add_processes_argument(parser, "preprocessing and evaluation")
-    add_restart_argument(parser, "delete these runs and do them again")
+    add_processes_argument(parser, "Worker processes for preprocessing and evaluation")
+    add_restart_argument(parser, "Delete these runs and train again.")
     add_verbose_argument(parser)
     return parser
 
@@ -65,20 +74,24 @@ def _add_case_arguments(parser: argparse.ArgumentParser) -> None:
         "--labels",
         type=positive_int,
         metavar="N",
-        help="train on N cases, hold out the others (default: nnU-Net's fold 0)",
+        help="Train on N cases and hold out the others (default: nnU-Net's fold 0).",
     )
-    chosen.add_argument("--cases", type=Path, metavar="FILE", help="train on the cases in this file, one name per line")
-    parser.add_argument("--test-cases", type=Path, metavar="FILE", help="hold out the cases in this file")
+    chosen.add_argument(
+        "--cases", type=Path, metavar="FILE", help="Train on the cases listed in this file, one name per line."
+    )
+    parser.add_argument(
+        "--test-cases", type=Path, metavar="FILE", help="Hold out the cases listed in this file, one name per line."
+    )
     parser.add_argument(
         "--unlabelled",
         metavar="FILE|ID",
-        help="images for --mode mean_teacher: a data set without labels, or a list of labelled cases whose labels are not "
-        "used, one name per line (default: all labelled cases that are neither trained on nor held out)",
+        help="Images for --mode mean_teacher: a data set without labels, or a file that lists labelled cases whose labels are "
+        "ignored, one name per line (default: all labelled cases that are neither trained on nor held out).",
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     return run_command(make_parser(), _run, argv)
 
 

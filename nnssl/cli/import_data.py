@@ -1,4 +1,4 @@
-"""``nnssl_import``: images as users have them become a raw data set of nnU-Net by reference."""
+"""``nnssl_import``: register existing images as a raw data set of nnU-Net, without copying them."""
 
 import argparse
 import sys
@@ -23,43 +23,57 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = CommandParser(
         NAME,
-        description="Make a data set below nnUNet_raw of images where they are. Nothing is copied; what is refused is said.",
+        description="Register existing images as an nnU-Net data set without copying them. Rejected files are listed.",
     )
     parser.add_argument(
         "source",
         type=Path,
         metavar="SOURCE",
-        help="folder of NIfTI, NRRD, MHA or GIPL files, BIDS tree, folder of DICOM series, list (.txt), or pretrain_data.json",
+        help="Folder of NIfTI, NRRD, MHA or GIPL files, BIDS tree, folder of DICOM series, list of files (.txt), or "
+        "pretrain_data.json.",
     )
     parser.add_argument(
-        "-d", "--dataset", dest="number", required=True, type=positive_int, metavar="ID", help="number, 1 to 999"
+        "-d",
+        "--dataset",
+        dest="number",
+        required=True,
+        type=positive_int,
+        metavar="ID",
+        help="Number of the new data set, 1 to 999.",
     )
-    parser.add_argument("-n", "--name", required=True, metavar="NAME", help="name of the data set, such as MyScans")
-    parser.add_argument("--kind", choices=KIND_NAMES, help="what SOURCE is (default: found out and said)")
+    parser.add_argument(
+        "-n", "--name", required=True, metavar="NAME", help="Name of the new data set, such as MyScans."
+    )
+    parser.add_argument("--kind", choices=KIND_NAMES, help="Kind of SOURCE (default: detected and printed).")
     parser.add_argument(
         "--channels",
         nargs="+",
         metavar="NAME",
-        help="folder, list: what the channels are, such as CT; with file-name suffixes, T1=_t1 T2=_t2, files make cases",
+        help="Folder or list: names of the channels, such as CT. With file-name suffixes, such as T1=_t1 T2=_t2, files that "
+        "differ only in the suffix become the channels of one case.",
     )
     parser.add_argument(
         "--modality",
         nargs="+",
         metavar="NAME",
-        help="BIDS suffixes (T1w), modalities of a collection or of DICOM (CT); several are channels of one case",
+        help="BIDS suffixes (T1w), or modalities of a collection or of DICOM (CT). Several become the channels of one case.",
     )
-    parser.add_argument("--mixed", action="store_true", help="every image is a case, whatever its modality")
+    parser.add_argument("--mixed", action="store_true", help="Make every image its own case, whatever its modality.")
     parser.add_argument(
-        "--pattern", metavar="GLOB", help="only files (DICOM: series descriptions) that match, such as '*_ct.nii.gz'"
+        "--pattern",
+        metavar="GLOB",
+        help="Import only files (DICOM: series descriptions) that match, such as '*_ct.nii.gz'.",
     )
-    parser.add_argument("--min-slices", type=positive_int, metavar="N", help="smallest DICOM series taken (default: 5)")
-    add_restart_argument(parser, "replace what an earlier import of this number made")
+    parser.add_argument(
+        "--min-slices", type=positive_int, metavar="N", help="Least number of slices of a DICOM series (default: 5)."
+    )
+    add_restart_argument(parser, "Replace the data set that an earlier import made under this number.")
     add_verbose_argument(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     return run_command(make_parser(), _run, argv)
 
 

@@ -1,4 +1,4 @@
-"""``nnssl_info``: methods, folders and versions, or what is inside a checkpoint."""
+"""``nnssl_info``: methods, folders and versions, or the content of a checkpoint."""
 
 import argparse
 import sys
@@ -11,28 +11,32 @@ from nnssl.log import print_line
 from nnssl.sizes import in_mm, in_voxels
 
 if TYPE_CHECKING:
-    from nnssl.weights.source import SourceWeights
+    from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 
 NAME = "nnssl_info"
 CHECKPOINT, ENCODER_FILE = "checkpoint_final.pth", "encoder.safetensors"
-"""Of the folders that nnssl_export writes."""
+"""Names of the weights in folders that nnssl_export writes."""
 MOST_PARTS = 20
-"""More prefixes than these are counted instead of listed; an exported file names single tensors."""
+"""Largest number of prefixes to list; more are only counted, because an exported file names every tensor."""
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = CommandParser(NAME, description="Show methods, folders and versions, or explain a checkpoint.")
-    parser.add_argument("checkpoint", nargs="?", type=Path, help="a checkpoint to explain")
+    parser = CommandParser(NAME, description="Show methods, folders and versions, or describe a checkpoint.")
     parser.add_argument(
-        "--ext-trainer", action="store_true", help="print the line that makes stock nnU-Net find nnssl's trainers"
+        "checkpoint", nargs="?", type=Path, help="Checkpoint to describe, or a file or folder written by nnssl_export."
+    )
+    parser.add_argument(
+        "--ext-trainer",
+        action="store_true",
+        help="Print the shell command with which stock nnU-Net finds nnssl's trainers.",
     )
     add_verbose_argument(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     return run_command(make_parser(), _run, argv)
 
 
@@ -54,7 +58,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def explain_installation() -> list[str]:
-    """Return lines on versions, folders and methods; packages are looked up, not imported."""
+    """Return lines that describe versions, folders and methods; packages are not imported."""
     import os
     from importlib.metadata import PackageNotFoundError, version
 
@@ -84,30 +88,28 @@ def explain_installation() -> list[str]:
 
 
 def explain_checkpoint(path: Path) -> list[str]:
-    """Return lines on where the weights of a checkpoint come from and what they fit.
+    """Return lines that describe where the weights of a checkpoint come from and which network they fit.
 
     Args:
-        path: a checkpoint of nnssl, one with an adaptation plan, a file or folder of ``nnssl_export``.
+        path: Checkpoint of nnssl, checkpoint with an adaptation plan, or file or folder of ``nnssl_export``.
 
     Raises:
-        UserError: it is none of these.
+        UserError: If the path is none of these.
     """
-    from nnssl.checkpoint import load_tensors
-    from nnssl.weights.source import EXPORT_KEY, open_source
+    from nnssl.weights.opened_checkpoint import EXPORT_KEY, open_checkpoint
 
     if path.is_dir() and (path / CHECKPOINT).exists():
         path = path / CHECKPOINT
     if path.suffix == ".safetensors" or (path / ENCODER_FILE).exists():
         return _explain_encoder(path / ENCODER_FILE if path.is_dir() else path)
-    content = load_tensors(path)
-    if EXPORT_KEY in content:
-        spec = content[EXPORT_KEY]
+    source = open_checkpoint(path)
+    if EXPORT_KEY in source.content:
+        spec = source.content[EXPORT_KEY]
         return [
             str(path),
             f"  exported for nnU-Net's {spec['trainer']}, configuration {spec['configuration']} of plans {spec['plans']}, from",
             f"  {spec['checkpoint']} ({spec['stage']}, pretrained on {spec['pretraining_data']})",
         ]
-    source = open_source(path)
     return [str(path), *(_explain_elsewhere(source) if source.provenance is None else _explain_own(source))]
 
 
@@ -124,8 +126,8 @@ def _explain_encoder(path: Path) -> list[str]:
     ]
 
 
-def _explain_network(source: "SourceWeights") -> list[str]:
-    from nnssl.weights.source import count_values
+def _explain_network(source: "OpenedCheckpoint") -> list[str]:
+    from nnssl.weights.tensor_names import count_values
 
     channels = f" ({', '.join(source.channel_names)})" if source.channel_names else ""
     made_on = source.pretraining
@@ -139,7 +141,7 @@ def _explain_network(source: "SourceWeights") -> list[str]:
     return [*lines, f"  pretrained with patch {in_voxels(made_on['patch_vox'])}{spacing}{named}"]
 
 
-def _explain_elsewhere(source: "SourceWeights") -> list[str]:
+def _explain_elsewhere(source: "OpenedCheckpoint") -> list[str]:
     return [
         "  made elsewhere: a checkpoint in the adaptation-plan format",
         *_explain_network(source),
@@ -148,7 +150,7 @@ def _explain_elsewhere(source: "SourceWeights") -> list[str]:
     ]
 
 
-def _explain_own(source: "SourceWeights") -> list[str]:
+def _explain_own(source: "OpenedCheckpoint") -> list[str]:
     provenance = source.provenance
     assert provenance is not None
     state = "finished" if provenance.finished else "unfinished"

@@ -1,4 +1,4 @@
-"""``nnssl_plan_and_preprocess``: fingerprint, plan with reasons, preprocessed cases."""
+"""``nnssl_plan_and_preprocess``: fingerprint a data set, plan its pretraining with reasons, and preprocess it."""
 
 import argparse
 import sys
@@ -26,56 +26,61 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = CommandParser(
         NAME,
-        description="Look at unlabelled images, plan their pretraining, and preprocess them. Finished work is skipped.",
+        description="Inspect unlabelled images, plan a pretraining on them, and preprocess them. Finished work is skipped.",
     )
-    add_dataset_argument(parser, "data set, number or name, below nnUNet_raw", required=True)
+    add_dataset_argument(parser, "Data set below nnUNet_raw, number or name.", required=True)
     parser.add_argument(
         "-c",
         "--configurations",
         nargs="+",
         metavar="CONFIG",
-        help="configurations to preprocess (default: all)",
+        help="Configurations to preprocess (default: all).",
     )
     add_plans_argument(parser)
-    parser.add_argument("--preset", choices=PRESET_NAMES, help="memory target (default: the GPU found, else 8gb)")
     parser.add_argument(
-        "--like", metavar="ID", help="plan around this data set's existing nnU-Net plan, so that weights drop into it"
+        "--preset", choices=PRESET_NAMES, help="Memory target (default: that of the detected GPU, else 8gb)."
     )
     parser.add_argument(
-        "--like-plans", default="nnUNetPlans", metavar="PLANS", help="which plan of --like (default: nnUNetPlans)"
+        "--like", metavar="ID", help="Data set with an nnU-Net plan to plan around, so that the weights fit that plan."
+    )
+    parser.add_argument(
+        "--like-plans", default="nnUNetPlans", metavar="PLANS", help="Name of that nnU-Net plan (default: nnUNetPlans)."
     )
     parser.add_argument(
         "--spacing",
         nargs=3,
         type=float,
         metavar="MM",
-        help="resample to this spacing, z y x (default: from the data); 2d takes the last two",
+        help="Spacing to resample to in mm, z y x; 2d uses the last two (default: chosen from the data).",
     )
     parser.add_argument(
         "--dense-width",
         type=positive_int,
         metavar="N",
-        help="channels of the network at full resolution, which dense methods read (default: by --preset)",
+        help="Network channels at full resolution, whose features dense methods use (default: the preset's).",
     )
     parser.add_argument(
         "--channel-names",
         nargs="+",
         metavar="NAME",
-        help="what the channels are (CT, MRI, T1, ...), where no dataset.json says so",
+        help="Names of the channels (CT, MRI, T1, ...), if no dataset.json names them.",
     )
     parser.add_argument(
-        "--exclude", type=Path, metavar="FILE", help="leave out the cases in this file, one name per line: a test set"
+        "--exclude",
+        type=Path,
+        metavar="FILE",
+        help="File that lists cases to leave out, one name per line, such as a test set.",
     )
-    add_processes_argument(parser, "reading and preprocessing")
-    parser.add_argument("--dask", metavar="ADDRESS", help="preprocess on the Dask cluster with this scheduler address")
-    parser.add_argument("--no-preprocessing", action="store_true", help="plan only")
-    add_restart_argument(parser, "preprocess again what is there already")
+    add_processes_argument(parser, "Worker processes for reading and preprocessing")
+    parser.add_argument("--dask", metavar="ADDRESS", help="Scheduler address of a Dask cluster to preprocess on.")
+    parser.add_argument("--no-preprocessing", action="store_true", help="Plan only; do not preprocess.")
+    add_restart_argument(parser, "Repeat preprocessing that is already complete.")
     add_verbose_argument(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     return run_command(make_parser(), _run, argv)
 
 

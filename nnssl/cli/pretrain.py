@@ -1,4 +1,4 @@
-"""``nnssl_pretrain``: run a pretext method on a planned data set."""
+"""``nnssl_pretrain``: pretrain on a planned data set with a pretext method."""
 
 import argparse
 import sys
@@ -27,22 +27,26 @@ NAME = "nnssl_pretrain"
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = CommandParser(NAME, description="Pretrain a planned data set. Run it again to go on where it stopped.")
-    methods = "; ".join(f"{name}: {method.title}" for name, method in METHODS.items())
-    parser.add_argument("-m", "--method", required=True, metavar="METHOD", help=methods)
-    add_dataset_argument(parser, "data set, number or name (default: the one planned last)")
-    add_configuration_argument(parser, "of the plan (default: the method's first)")
+    parser = CommandParser(NAME, description="Pretrain on a planned data set. Run the same command again to resume.")
+    methods = "Pretext method. " + "; ".join(f"{name}: {method.title}" for name, method in METHODS.items())
+    parser.add_argument("-m", "--method", required=True, metavar="METHOD", help=f"{methods}.")
+    add_dataset_argument(parser, "Data set, number or name (default: the one planned last).")
+    add_configuration_argument(parser, "Configuration of the plan (default: the first one that the method can use).")
     add_plans_argument(parser)
     _add_run_arguments(parser)
     _add_probe_arguments(parser)
     add_device_argument(parser)
     parser.add_argument(
-        "--num-gpus", type=positive_int, default=1, metavar="N", help="processes, one for each GPU (default: 1)"
+        "--num-gpus",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="Number of training processes, one per GPU (default: 1).",
     )
     parser.add_argument(
-        "--workers", type=natural_int, metavar="N", help="processes that read patches (default: chosen)"
+        "--workers", type=natural_int, metavar="N", help="Processes that read patches (default: chosen automatically)."
     )
-    add_restart_argument(parser, "remove earlier results of this method first")
+    add_restart_argument(parser, "Delete earlier results of this method first.")
     add_verbose_argument(parser)
     return parser
 
@@ -53,10 +57,13 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         type=positive_int,
         metavar="N",
-        help="epochs of every stage, or one number for each stage (default: the plan's)",
+        help="Epochs of every stage, or one number per stage (default: the plan's).",
     )
     parser.add_argument(
-        "--iterations-per-epoch", type=positive_int, metavar="N", help="steps per epoch (default: the plan's)"
+        "--iterations-per-epoch",
+        type=positive_int,
+        metavar="N",
+        help="Optimizer steps per epoch (default: the plan's).",
     )
     parser.add_argument(
         "--set",
@@ -64,32 +71,40 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest="overrides",
         metavar="KEY=VALUE",
-        help="change a setting of the method, e.g. temperature=0.2, or of one stage, e.g. generative.mask_ratio=0.6",
+        help="Change settings of the method, e.g. temperature=0.2, or of one stage, e.g. generative.mask_ratio=0.6.",
     )
     parser.add_argument(
-        "--init", type=Path, metavar="FILE", help="checkpoint whose weights the first stage starts from"
+        "--init",
+        type=Path,
+        metavar="FILE",
+        help="Checkpoint whose weights the first stage starts from (default: random weights).",
     )
-    add_seed_argument(parser, "weights and views")
+    add_seed_argument(parser, "Random seed for weights and views")
 
 
 def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--probe", metavar="ID", help="labelled data set on which a linear probe is scored during pretraining"
+        "--probe",
+        metavar="ID",
+        help="Labelled data set on which a linear probe is scored during pretraining (default: no probe).",
     )
     parser.add_argument(
         "--probe-cases",
         type=positive_int,
         default=4,
         metavar="N",
-        help="to learn from, and as many to score (default: 4)",
+        help="Number of labelled cases that the probe learns from; it is scored on as many others (default: 4).",
     )
     parser.add_argument(
-        "--probe-every", type=positive_int, metavar="N", help="epochs between two probes (default: about 20 in a stage)"
+        "--probe-every",
+        type=positive_int,
+        metavar="N",
+        help="Epochs between two probes (default: about 20 probes per stage).",
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     return run_command(make_parser(), _run, argv)
 
 

@@ -1,4 +1,4 @@
-"""``nnssl_show``: pictures of what pretrained weights know, without labels."""
+"""``nnssl_show``: pictures of what pretrained weights have learned, made without labels."""
 
 import argparse
 import sys
@@ -24,76 +24,89 @@ from nnssl.log import print_line
 if TYPE_CHECKING:
     from nnssl.data.case_store import CaseStore
     from nnssl.pictures.dense_network import DenseNetwork
-    from trainers.finetuning.pretrained_weights import Weights
+    from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 
-Draw = Callable[[argparse.Namespace, "Weights", "CaseStore"], None]
-"""Draws one kind of picture of weights and cases, and says what is in it."""
+Draw = Callable[[argparse.Namespace, "OpenedCheckpoint", "CaseStore"], None]
+"""Function that draws one kind of picture from weights and cases, and prints its key values."""
 UNTOLD = dict.fromkeys("omh", "at best without the code") | {"s": "by the mean of what is visible"}
-"""What a reconstruction is compared with, by model."""
+"""Reference that the error of a reconstruction is compared with, by model."""
 NAME = "nnssl_show"
 OTHERS = 2
-"""Cases that a query is looked for in unless they are named."""
+"""Default number of other cases in which a query is searched."""
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command, with one subparser for each picture."""
-    parser = CommandParser(NAME, description="Make pictures of what pretrained weights know, without labels.")
+    """Return the parser of the command, with one subparser per picture."""
+    parser = CommandParser(NAME, description="Draw what pretrained weights have learned, without labels.")
     pictures = parser.add_subparsers(dest="picture", metavar="PICTURE", required=True)
     similarity = _add_picture(
-        pictures, "similarity", _similarity, "which voxels of other cases resemble a voxel of this one"
+        pictures, "similarity", _similarity, "Draw which voxels of other cases resemble a voxel of this case."
     )
     similarity.add_argument(
         "--point",
         nargs=3,
         type=natural_int,
         metavar=("Z", "Y", "X"),
-        help="the voxel, counted from 0 in the preprocessed case (default: the middle of the body)",
+        help="Query voxel, counted from 0 in the preprocessed case (default: the middle of the body).",
     )
     similarity.add_argument(
-        "--others", nargs="*", metavar="CASE", help=f"cases to look in (default: the next {OTHERS} of the data set)"
+        "--others", nargs="*", metavar="CASE", help=f"Cases to search (default: the next {OTHERS} of the data set)."
     )
     embedding = _add_picture(
-        pictures, "embedding", _embedding, "the three main directions of the features of a case as red, green and blue"
+        pictures,
+        "embedding",
+        _embedding,
+        "Draw the first three principal components of a case's features as red, green and blue.",
     )
     for each in (similarity, embedding):
         _add_feature_arguments(each)
     uncertainty = _add_picture(
-        pictures, "uncertainty", _uncertainty, "where the teacher of pixelglobal is not sure, by passes with dropout"
+        pictures,
+        "uncertainty",
+        _uncertainty,
+        "Draw where the teacher of pixelglobal is uncertain, estimated by passes with dropout.",
     )
     uncertainty.add_argument(
-        "--passes", type=positive_int, metavar="N", help="with dropout (default: as in pretraining)"
+        "--passes", type=positive_int, metavar="N", help="Number of passes with dropout (default: as in pretraining)."
     )
     reconstruction = _add_picture(
-        pictures, "reconstruction", _reconstruction, "what the decoder of pcrl or alice makes of a patch"
+        pictures, "reconstruction", _reconstruction, "Draw how the decoder of pcrl or alice reconstructs a patch."
     )
     matches = _add_picture(
         pictures,
         "matches",
         _matches,
-        "where points of a case lie in another one, by the embeddings of sam and by the body's box",
+        "Draw where points of a case lie in another case, by the embeddings of sam and by the body's bounding box.",
     )
-    matches.add_argument("--other", metavar="CASE", help="the case to look in (default: the next of the data set)")
+    matches.add_argument("--other", metavar="CASE", help="Case to search (default: the next one of the data set).")
     matches.add_argument(
-        "--points", type=positive_int, default=4, metavar="N", help="points, drawn in the body (default: 4)"
+        "--points",
+        type=positive_int,
+        default=4,
+        metavar="N",
+        help="Number of points, drawn at random in the body (default: 4).",
     )
-    add_seed_argument(matches, "the points")
+    add_seed_argument(matches, "Random seed for the points")
     for each in (embedding, uncertainty, reconstruction):
         each.add_argument(
-            "--slice", type=natural_int, metavar="Z", help="of a 2D network (default: the one with the most body)"
+            "--slice",
+            type=natural_int,
+            metavar="Z",
+            help="Slice to draw, for 2D weights (default: the one with the most body).",
         )
-    add_seed_argument(reconstruction, "crops, corruption and turns")
+    add_seed_argument(reconstruction, "Random seed for crops, corruption, turns and masks")
     return parser
 
 
-def _add_picture(pictures: Any, name: str, function: Draw, what: str) -> Any:
-    """Add a subparser with the arguments that all pictures share."""
-    parser = pictures.add_parser(name, help=what, description=f"Draw {what}.")
+def _add_picture(pictures: Any, name: str, function: Draw, text: str) -> Any:
+    """Add a subparser with its description and the arguments that all pictures share."""
+    parser = pictures.add_parser(name, help=text, description=text)
     add_weights_argument(parser)
-    add_dataset_argument(parser, "data set, number or name (default: the one of the weights)")
-    parser.add_argument("--case", metavar="CASE", help="a preprocessed case (default: the first)")
+    add_dataset_argument(parser, "Data set, number or name (default: the one that the weights were pretrained on).")
+    parser.add_argument("--case", metavar="CASE", help="Preprocessed case (default: the first).")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path(f"nnssl_{name}.png"), metavar="FILE.png",
-        help=f"the picture (default: ./nnssl_{name}.png)",
+        help=f"File to write (default: ./nnssl_{name}.png).",
     )  # fmt: skip
     add_device_argument(parser)
     add_verbose_argument(parser)
@@ -106,14 +119,14 @@ def _add_feature_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--features",
         choices=("single", "pyramid"),
-        help="what describes a voxel: the last decoder stage, or all stages and the bottleneck (default: as the weights "
-        "were pretrained, else pyramid)",
+        help="Features of a voxel: single uses the last decoder stage, pyramid all decoder stages and the bottleneck (default: "
+        "as in pretraining, else pyramid).",
     )
-    add_seed_argument(parser, "the sample that features are standardised over")
+    add_seed_argument(parser, "Random seed for the sample over which features are standardised")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code."""
+    """Run the command and return the exit code."""
     return run_command(make_parser(), _run, argv)
 
 
@@ -124,7 +137,7 @@ def _run(args: argparse.Namespace) -> None:
     print_next(f"nnssl_finetune -d LABELLED_ID -w {weights.path}")
 
 
-def _similarity(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
+def _similarity(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "CaseStore") -> None:
     from nnssl.pictures.figures import similarity_figure, write_picture
     from nnssl.pictures.similarity import compare_cases
 
@@ -143,7 +156,7 @@ def _similarity(args: argparse.Namespace, weights: "Weights", store: "CaseStore"
     print_line(f"query: --case {case} --point {query}")
 
 
-def _embedding(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
+def _embedding(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "CaseStore") -> None:
     from nnssl.pictures.components import embed_case
     from nnssl.pictures.dense_network import find_case
     from nnssl.pictures.figures import embedding_figure, write_picture
@@ -153,25 +166,25 @@ def _embedding(args: argparse.Namespace, weights: "Weights", store: "CaseStore")
     write_picture(args.output, embedding_figure(embedding, described))
 
 
-def _uncertainty(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
+def _uncertainty(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "CaseStore") -> None:
     from nnssl.pictures.dense_network import find_case
     from nnssl.pictures.figures import uncertainty_figure, write_picture
-    from nnssl.pictures.teacher_uncertainty import measure_uncertainty, open_teacher
+    from nnssl.pictures.teacher_uncertainty import measure_uncertainty, teacher_of
 
-    teacher, _ = open_teacher(weights.path, args.passes, find_device(args.device))
+    teacher = teacher_of(weights, args.passes, find_device(args.device))
     case = find_case(store, args.case or store.names[0])
     uncertainty = measure_uncertainty(teacher, case, args.slice)
     described = _describe(weights, f"{teacher.passes} passes", store)
     write_picture(args.output, uncertainty_figure(uncertainty, described))
 
 
-def _reconstruction(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
+def _reconstruction(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "CaseStore") -> None:
     from nnssl.pictures.dense_network import find_case
     from nnssl.pictures.figures import reconstruction_figure, write_picture
-    from nnssl.pictures.reconstructions import open_reconstructor, reconstruct_case
+    from nnssl.pictures.reconstructions import reconstruct_case, reconstructor_of
 
     device = find_device(args.device)
-    method, _ = open_reconstructor(weights.path, device)
+    method = reconstructor_of(weights, device)
     case = find_case(store, args.case or store.names[0])
     made = reconstruct_case(method, case, args.slice, args.seed, device)
     described = _describe(weights, case.name, store)
@@ -180,15 +193,17 @@ def _reconstruction(args: argparse.Namespace, weights: "Weights", store: "CaseSt
         print_line(f"{each.model}: mean squared error {each.error:.3f}, {UNTOLD[each.model]} {each.error_untold:.3f}")
 
 
-def _matches(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> None:
+def _matches(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "CaseStore") -> None:
     from nnssl.errors import UserError
     from nnssl.pictures.dense_network import find_case
     from nnssl.pictures.figures import matches_figure, write_picture
-    from nnssl.pictures.matches import find_matches, open_matcher
+    from nnssl.pictures.matches import find_matches, matcher_of
 
-    matcher, method = open_matcher(weights.path, store, find_device(args.device))
+    matcher, method = matcher_of(weights, store, find_device(args.device))
     if len(store.names) < 2:
-        raise UserError(f"{store.folder}: has one case only, and nothing to look in; give another data set with -d")
+        raise UserError(
+            f"{store.folder}: holds only one case, so there is no other to search; choose another data set with -d"
+        )
     case = find_case(store, args.case or store.names[0]).name
     following = store.names[(store.names.index(case) + 1) % len(store.names)]
     other = find_case(store, args.other or following).name
@@ -204,17 +219,19 @@ def _matches(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -
         )
 
 
-def _open_network(args: argparse.Namespace, weights: "Weights", store: "CaseStore") -> "tuple[DenseNetwork, str]":
-    """Return the network of the weights, and what it is in words."""
-    from nnssl.pictures.dense_network import open_dense_network
+def _open_network(
+    args: argparse.Namespace, weights: "OpenedCheckpoint", store: "CaseStore"
+) -> "tuple[DenseNetwork, str]":
+    """Return the network of the weights and its description."""
+    from nnssl.pictures.dense_network import dense_network_of
 
-    network, _ = open_dense_network(weights.path, args.features, find_device(args.device))
+    network = dense_network_of(weights, args.features, find_device(args.device))
     print_line(f"Features: {network.kind}")
     return network, _describe(weights, f"features: {network.kind}", store)
 
 
-def _open_weights(args: argparse.Namespace) -> "tuple[Weights, CaseStore]":
-    """Return the weights and the cases to show them, once it is sure that the picture can be written."""
+def _open_weights(args: argparse.Namespace) -> "tuple[OpenedCheckpoint, CaseStore]":
+    """Check that the picture can be written, then return the weights and the cases to draw."""
     from nnssl.data.raw import find_dataset
     from nnssl.paths import resolve_folders
     from nnssl.pictures.dense_network import open_cases
@@ -224,14 +241,14 @@ def _open_weights(args: argparse.Namespace) -> "tuple[Weights, CaseStore]":
     check_picture_path(args.output)
     folders = resolve_folders()
     weights = open_weights(args.weights, folders)
-    provenance = weights.provenance
+    provenance = weights.own_provenance
     dataset = provenance.dataset_name if args.dataset is None else find_dataset(args.dataset, folders)
     return weights, open_cases(provenance, dataset, folders)
 
 
-def _describe(weights: "Weights", detail: str, store: "CaseStore") -> str:
-    """Return the two lines above a picture: what made it, and of which data."""
-    own = weights.provenance
+def _describe(weights: "OpenedCheckpoint", detail: str, store: "CaseStore") -> str:
+    """Return the two lines above a picture: the weights it was drawn with, and the data."""
+    own = weights.own_provenance
     return (
         f"{own.stage}, step {own.step} of {own.total_steps}; {detail}\n"
         f"pretrained on {own.dataset_name} ({own.configuration}); cases of {store.folder.parent.name}"

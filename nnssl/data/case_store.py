@@ -58,6 +58,7 @@ class CaseProperties:
     """What is known of a preprocessed case beside its voxels; its file says that the case is complete."""
 
     __pydantic_config__: ClassVar = STRICT
+    __schema_version__: ClassVar = SCHEMA_VERSION
 
     schema_version: int
     shape: tuple[int, int, int]

@@ -40,6 +40,7 @@ class DicomSeries:
     """What a series file says."""
 
     __pydantic_config__: ClassVar = STRICT
+    __schema_version__: ClassVar = SCHEMA_VERSION
 
     schema_version: int
     series_uid: str
@@ -62,8 +63,8 @@ def read_series(file: Path) -> DicomSeries:
         series = read(DicomSeries, file, "DICOM series file")
     except UserError as error:
         raise CaseError(str(file), f"is no readable series file ({error})") from error
-    if series.schema_version != SCHEMA_VERSION or len(series.slices) < 2:
-        raise CaseError(str(file), "is of another version of nnssl or lists fewer than two slices; import it again")
+    if len(series.slices) < 2:
+        raise CaseError(str(file), "lists fewer than two slices; import it again")
     return series
 
 

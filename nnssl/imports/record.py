@@ -35,6 +35,7 @@ class ImportRecord:
     """What an import took and what it refused: the content of ``import.json``."""
 
     __pydantic_config__: ClassVar = STRICT
+    __schema_version__: ClassVar = SCHEMA_VERSION
 
     schema_version: int
     nnssl_version: str

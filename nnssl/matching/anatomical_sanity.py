@@ -52,12 +52,13 @@ class Sanity:
         usable: whether matches in other scans are better than the places of the body's box.
         reasons: why not, empty if usable.
         hit_mm: how near counts as found.
-        reliable_share: of the matches in other scans; 1 in files of schema 1, where all matches were judged.
+        reliable_share: of the matches in other scans.
         warnings: what falls short within a scan, which decides nothing.
         schema_version: of the file.
     """
 
     __pydantic_config__: ClassVar = STRICT
+    __schema_version__: ClassVar = SCHEMA_VERSION
 
     self_error_mm: float
     self_hit_share: float

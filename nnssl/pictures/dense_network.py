@@ -18,7 +18,7 @@ from nnssl.networks.backbone import planned_configuration
 from nnssl.networks.dense import DenseKind, dense_maps
 from nnssl.paths import Folders
 from nnssl.plan import existing_plan, read_plan
-from nnssl.weights.pretrained import Pretrained, open_pretrained, plan_of_pretraining
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint, plan_of_pretraining
 
 SPACING_TOLERANCE = 1e-3
 """Relative difference of spacings that is put down to rounding."""
@@ -57,17 +57,7 @@ class DenseNetwork:
         return [each.float() for each in dense_maps(self.network, tile, self.kind)]
 
 
-def open_dense_network(path: Path, kind: DenseKind | None, device: torch.device) -> tuple[DenseNetwork, Provenance]:
-    """Build the network of a checkpoint, and say where its weights come from; see ``dense_network_of``.
-
-    Raises:
-        UserError: as ``open_pretrained`` and ``dense_network_of``.
-    """
-    pretrained = open_pretrained(path)
-    return dense_network_of(pretrained, kind, device), pretrained.provenance
-
-
-def dense_network_of(pretrained: Pretrained, kind: DenseKind | None, device: torch.device) -> DenseNetwork:
+def dense_network_of(pretrained: OpenedCheckpoint, kind: DenseKind | None, device: torch.device) -> DenseNetwork:
     """Build the network of a checkpoint of pretraining and load its weights.
 
     Args:
@@ -78,7 +68,7 @@ def dense_network_of(pretrained: Pretrained, kind: DenseKind | None, device: tor
     Raises:
         UserError: the weights do not fit the network of the plan, or that network has no decoder that makes feature maps.
     """
-    provenance, path = pretrained.provenance, pretrained.path
+    provenance, path = pretrained.own_provenance, pretrained.path
     network = pretrained.build_network(0)
     check_decoder(network, path)
     try:

@@ -1,7 +1,6 @@
 """Where places of one case are found in another: by the embeddings of SAM, and by the body's box beside it."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,8 @@ from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import EmbeddingMatcher
 from nnssl.matching.points import cycle_error_mm
 from nnssl.pictures.places import Voxel
-from nnssl.weights.pretrained import Pretrained, method_of, open_pretrained
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint
+from nnssl.weights.restored_method import method_of
 
 METHOD = "sam"
 
@@ -45,22 +45,13 @@ class PlaceMatch:
     box: Float32[np.ndarray, "y x"]
 
 
-def open_matcher(path: Path, store: CaseStore, device: torch.device) -> tuple[EmbeddingMatcher, Any]:
-    """Restore SAM from a checkpoint; see ``matcher_of``.
-
-    Raises:
-        UserError: as ``open_pretrained`` and ``matcher_of``.
-    """
-    return matcher_of(open_pretrained(path), store, device)
-
-
-def matcher_of(pretrained: Pretrained, store: CaseStore, device: torch.device) -> tuple[EmbeddingMatcher, Any]:
+def matcher_of(pretrained: OpenedCheckpoint, store: CaseStore, device: torch.device) -> tuple[EmbeddingMatcher, Any]:
     """Return what finds places among the cases of a store by the embeddings of SAM, and the method.
 
     Raises:
         UserError: the checkpoint is of another method, or as ``method_of``.
     """
-    found = pretrained.provenance.method
+    found = pretrained.own_provenance.method
     if found != METHOD:
         raise UserError(f"{pretrained.path}: is of {found} and has no embeddings of places; take {METHOD}'s")
     method = method_of(pretrained, device)

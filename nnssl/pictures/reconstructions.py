@@ -1,21 +1,20 @@
 """What the decoder of a method makes of a patch of a case: what the encoder sees, what is asked for, and the answer."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float32
 
-from nnssl.checkpoint import Provenance
 from nnssl.data.case_store import StoredCase
 from nnssl.draws import make_generator
 from nnssl.errors import UserError
 from nnssl.methods.alice import Alice, PairedViews
 from nnssl.methods.pcrl import errors_untold, mix, reconstruction_targets
 from nnssl.pictures.places import choose_centre
-from nnssl.weights.pretrained import method_of, open_pretrained
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint
+from nnssl.weights.restored_method import method_of
 
 METHODS = ("alice", "pcrl")
 
@@ -42,21 +41,20 @@ class Reconstruction:
     error_untold: float
 
 
-def open_reconstructor(path: Path, device: torch.device) -> tuple[Any, Provenance]:
+def reconstructor_of(pretrained: OpenedCheckpoint, device: torch.device) -> Any:
     """Restore a method that reconstructs from a checkpoint.
 
     Raises:
         UserError: the checkpoint is of another method, reconstructs nothing, or as ``method_of``.
     """
-    pretrained = open_pretrained(path)
-    provenance = pretrained.provenance
+    provenance, path = pretrained.own_provenance, pretrained.path
     if provenance.method not in METHODS:
         raise UserError(
             f"{path}: is of {provenance.method} and reconstructs nothing; take those of {' or '.join(METHODS)}"
         )
     if not provenance.settings["reconstruction_weight"]:
         raise UserError(f"{path}: was pretrained with reconstruction_weight=0; take weights that reconstruct")
-    return method_of(pretrained, device), provenance
+    return method_of(pretrained, device)
 
 
 @torch.no_grad()

@@ -8,14 +8,12 @@ here they are all voxels of a tile, in random order and so many at a time as mem
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32
 from torch import Tensor
 
-from nnssl.checkpoint import Provenance
 from nnssl.data.case_store import StoredCase
 from nnssl.draws import draw_seed, make_generator
 from nnssl.errors import UserError
@@ -24,7 +22,8 @@ from nnssl.networks.heads import PointAssignment
 from nnssl.pictures.dense_network import DenseNetwork, dense_network_of
 from nnssl.pictures.places import Voxel, choose_centre
 from nnssl.pictures.tiles import average_over_tiles, tiles_through
-from nnssl.weights.pretrained import Pretrained, method_of, open_pretrained
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint
+from nnssl.weights.restored_method import method_of
 
 METHOD = "pixelglobal"
 POINTS_AT_ONCE = 2**15
@@ -57,17 +56,7 @@ class Uncertainty:
     two_dimensional: bool
 
 
-def open_teacher(path: Path, passes: int | None, device: torch.device) -> tuple[Teacher, Provenance]:
-    """Build the teacher of a checkpoint of Pixel-global, and say where it comes from; see ``teacher_of``.
-
-    Raises:
-        UserError: as ``open_pretrained`` and ``teacher_of``.
-    """
-    pretrained = open_pretrained(path)
-    return teacher_of(pretrained, passes, device), pretrained.provenance
-
-
-def teacher_of(pretrained: Pretrained, passes: int | None, device: torch.device) -> Teacher:
+def teacher_of(pretrained: OpenedCheckpoint, passes: int | None, device: torch.device) -> Teacher:
     """Build the teacher of Pixel-global.
 
     Args:
@@ -78,7 +67,7 @@ def teacher_of(pretrained: Pretrained, passes: int | None, device: torch.device)
     Raises:
         UserError: the checkpoint is of another method, or as ``dense_network_of``.
     """
-    found = pretrained.provenance.method
+    found = pretrained.own_provenance.method
     if found != METHOD:
         raise UserError(
             f"{pretrained.path}: is of {found}, which has no teacher that says how sure it is; take {METHOD}'s"

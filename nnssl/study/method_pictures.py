@@ -24,9 +24,10 @@ from nnssl.pictures.reconstructions import reconstruct_case
 from nnssl.pictures.similarity import compare_cases
 from nnssl.pictures.teacher_uncertainty import measure_uncertainty, teacher_of
 from nnssl.study.report import Picture
-from nnssl.weights.pretrained import Pretrained, method_of, open_pretrained
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint, open_checkpoint
+from nnssl.weights.restored_method import method_of
 
-Maker = Callable[[Pretrained, Folders, torch.device], tuple[Picture, ...]]
+Maker = Callable[[OpenedCheckpoint, Folders, torch.device], tuple[Picture, ...]]
 MATCHES = 4
 """Number of places to match."""
 COMPARED_CASES = 3
@@ -40,7 +41,7 @@ def picture_of(figure: Figure, alt: str, caption: str) -> Picture:
     return Picture(file.getvalue(), alt, caption)
 
 
-def dense_pictures(pretrained: Pretrained, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
+def dense_pictures(pretrained: OpenedCheckpoint, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
     """Draw the similarity of a point to the voxels of other cases, and the principal components of features.
 
     Args:
@@ -51,7 +52,7 @@ def dense_pictures(pretrained: Pretrained, folders: Folders, device: torch.devic
     Raises:
         UserError: If ``dense_network_of`` or ``open_cases`` rejects the checkpoint.
     """
-    provenance = pretrained.provenance
+    provenance = pretrained.own_provenance
     network = dense_network_of(pretrained, None, device)
     store = open_cases(provenance, provenance.dataset_name, folders)
     one_each = {patient_in_name(name): name for name in reversed(store.names)}
@@ -74,13 +75,13 @@ def dense_pictures(pretrained: Pretrained, folders: Folders, device: torch.devic
     return similarity, colours
 
 
-def uncertainty_pictures(pretrained: Pretrained, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
+def uncertainty_pictures(pretrained: OpenedCheckpoint, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
     """Draw where the teacher of Pixel-global is uncertain, and the pictures of dense features.
 
     Raises:
         UserError: If ``teacher_of`` or ``open_cases`` rejects the checkpoint.
     """
-    provenance = pretrained.provenance
+    provenance = pretrained.own_provenance
     teacher = teacher_of(pretrained, None, device)
     store = open_cases(provenance, provenance.dataset_name, folders)
     case = store.case(store.names[0])
@@ -94,13 +95,15 @@ def uncertainty_pictures(pretrained: Pretrained, folders: Folders, device: torch
     return picture, *dense_pictures(pretrained, folders, device)
 
 
-def reconstruction_pictures(pretrained: Pretrained, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
+def reconstruction_pictures(
+    pretrained: OpenedCheckpoint, folders: Folders, device: torch.device
+) -> tuple[Picture, ...]:
     """Draw the reconstructions of a patch by PCRL's decoder, and the pictures of dense features.
 
     Raises:
         UserError: If ``method_of`` or ``open_cases`` rejects the checkpoint.
     """
-    method, provenance = method_of(pretrained, device), pretrained.provenance
+    method, provenance = method_of(pretrained, device), pretrained.own_provenance
     dense = dense_pictures(pretrained, folders, device)
     if not provenance.settings["reconstruction_weight"]:
         return dense
@@ -116,13 +119,13 @@ def reconstruction_pictures(pretrained: Pretrained, folders: Folders, device: to
     return picture, *dense
 
 
-def recovery_pictures(pretrained: Pretrained, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
+def recovery_pictures(pretrained: OpenedCheckpoint, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
     """Draw the masked tokens that Alice's decoder recovers; no picture if the reconstruction loss was off.
 
     Raises:
         UserError: If ``method_of`` or ``open_cases`` rejects the checkpoint.
     """
-    method, provenance = method_of(pretrained, device), pretrained.provenance
+    method, provenance = method_of(pretrained, device), pretrained.own_provenance
     if not provenance.settings["reconstruction_weight"]:
         return ()
     store = open_cases(provenance, provenance.dataset_name, folders)
@@ -138,14 +141,14 @@ def recovery_pictures(pretrained: Pretrained, folders: Folders, device: torch.de
     )
 
 
-def match_pictures(pretrained: Pretrained, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
+def match_pictures(pretrained: OpenedCheckpoint, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
     """Draw where SAM finds places of a case in another case (if there are two), and the pictures of dense features.
 
     Raises:
         UserError: If ``matcher_of`` or ``open_cases`` rejects the checkpoint.
     """
     dense = dense_pictures(pretrained, folders, device)
-    provenance = pretrained.provenance
+    provenance = pretrained.own_provenance
     store = open_cases(provenance, provenance.dataset_name, folders)
     if len(store.names) < 2:
         return dense
@@ -179,4 +182,4 @@ def method_pictures(method: str, checkpoint: Path, folders: Folders, device: tor
         UserError: If the weights or the cases cannot be shown.
     """
     maker = MAKERS.get(method)
-    return () if maker is None else maker(open_pretrained(checkpoint), folders, device)
+    return () if maker is None else maker(open_checkpoint(checkpoint), folders, device)

@@ -5,7 +5,7 @@ from typing import Any
 
 import nnssl
 from nnssl.methods import METHODS
-from nnssl.weights.source import SourceWeights
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from nnssl.weights.target import TargetNetwork
 
 ELSEWHERE = "elsewhere"
@@ -14,7 +14,7 @@ ELSEWHERE = "elsewhere"
 NNSSL_CITATION = "Self-configuring self-supervised pretraining for nnU-Net."
 
 
-def describe(source: SourceWeights, target: TargetNetwork, licence: str) -> dict[str, Any]:
+def describe(source: OpenedCheckpoint, target: TargetNetwork, licence: str) -> dict[str, Any]:
     """Return what somebody who loads the weights has to know, as JSON takes it."""
     made = source.provenance
     return {
@@ -40,7 +40,7 @@ def describe(source: SourceWeights, target: TargetNetwork, licence: str) -> dict
     }
 
 
-def citations(source: SourceWeights) -> list[dict[str, Any]]:
+def citations(source: OpenedCheckpoint) -> list[dict[str, Any]]:
     """Return what to cite, in the form that nnU-Net prints when training starts: the file's own, the method, nnssl."""
     listed = [dict(each) for each in source.citations]
     if source.provenance is not None and source.provenance.method in METHODS:

@@ -10,7 +10,7 @@ from nnssl.weights.export_settings import FORMATS, ExportSettings, Format
 from nnssl.weights.fit import check_policy, fit_weights
 from nnssl.weights.fit_report import FitReport, refuse_below
 from nnssl.weights.formats import check_output, table_of, write_encoder, write_for_hub, write_for_nnunet
-from nnssl.weights.source import SourceWeights, choose_configuration, open_source
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint, open_checkpoint
 from nnssl.weights.target import TargetNetwork, build_target, open_target
 
 ADVICE = ", or lower least_share (0 accepts everything)"
@@ -46,7 +46,8 @@ def export(checkpoint: Path, settings: ExportSettings | None = None, folders: Fo
     folders = folders or resolve_folders()
     _check_settings(settings)
     form = settings.form
-    source = open_source(checkpoint)
+    source = open_checkpoint(checkpoint)
+    source.check_tensors()
     logger.info(f"Weights: {checkpoint} ({source.label}), channels {_channel_text(source)}")
     target = _open_target(source, settings, folders)
     names = f" ({', '.join(target.channel_names)})" if target.channel_names else ""
@@ -95,7 +96,7 @@ def _check_settings(settings: ExportSettings) -> None:
                 raise ArgumentError(f"{name} needs for_plans, which names the target's plans", name, "for_plans")
 
 
-def own_target(source: SourceWeights, seed: int = 0, configuration: str | None = None) -> TargetNetwork:
+def own_target(source: OpenedCheckpoint, seed: int = 0, configuration: str | None = None) -> TargetNetwork:
     """Return the network that weights of nnssl were pretrained in.
 
     Raises:
@@ -104,12 +105,12 @@ def own_target(source: SourceWeights, seed: int = 0, configuration: str | None =
     origin = source.provenance
     if origin is None:
         raise UserError(f"{source.path}: was made elsewhere and has no plans of nnU-Net; name some with --for-plans")
-    chosen = choose_configuration(configuration, source.path, origin)
+    chosen = source.choose_configuration(configuration)
     label = f"{chosen} of {origin.plans_name}, the plan of the weights themselves"
     return build_target(origin.plans, chosen, origin.dataset_json, label, seed=seed)
 
 
-def _open_target(source: SourceWeights, settings: ExportSettings, folders: Folders) -> TargetNetwork:
+def _open_target(source: OpenedCheckpoint, settings: ExportSettings, folders: Folders) -> TargetNetwork:
     if settings.for_plans is None:
         return own_target(source, settings.seed, settings.configuration)
     usual = source.provenance.configuration if source.provenance else "3d_fullres"
@@ -131,5 +132,5 @@ def _default_output(target: TargetNetwork, form: Format) -> Path:
     return Path(f"for_{name}.pth" if form == "nnunet" else f"{form}_{name}")
 
 
-def _channel_text(source: SourceWeights) -> str:
+def _channel_text(source: OpenedCheckpoint) -> str:
     return ", ".join(source.channel_names) if source.channel_names else str(source.num_channels)

@@ -17,8 +17,9 @@ from nnssl.errors import UserError
 from nnssl.networks.primus import resample_positions
 from nnssl.weights.fit_report import FitReport, Fitted
 from nnssl.weights.kernels import CHANNEL_POLICIES, ChannelPolicy, fit_input_channels, fit_kernel
-from nnssl.weights.source import GATE, SEGMENTATION, SourceWeights, names_by_tensor
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from nnssl.weights.target import TargetNetwork
+from nnssl.weights.tensor_names import GATE, SEGMENTATION, names_by_tensor
 
 TRANSFORMER = "transformer."
 
@@ -26,7 +27,7 @@ POSITIONS = "eva.pos_embed"
 
 
 @torch.no_grad()
-def fit_weights(source: SourceWeights, target: TargetNetwork, policy: ChannelPolicy | None = None) -> FitReport:
+def fit_weights(source: OpenedCheckpoint, target: TargetNetwork, policy: ChannelPolicy | None = None) -> FitReport:
     """Fill a network with pretrained weights.
 
     Args:
@@ -90,7 +91,7 @@ def _fit_tensor(
     names: tuple[str, ...],
     layer: nn.Module | None,
     is_first: bool,
-    source: SourceWeights,
+    source: OpenedCheckpoint,
     target: TargetNetwork,
     policy: ChannelPolicy | None,
 ) -> tuple[Tensor | None, str]:
@@ -119,7 +120,7 @@ def _fit_tensor(
 
 
 def _fit_channels(
-    old: Tensor, source: SourceWeights, target: TargetNetwork, policy: ChannelPolicy | None
+    old: Tensor, source: OpenedCheckpoint, target: TargetNetwork, policy: ChannelPolicy | None
 ) -> tuple[Tensor, str]:
     """Return the weights of the first layer for the target's images, and 0 for labels that a cascade puts behind them."""
     names, wanted = source.channel_names, target.channel_names
@@ -157,7 +158,7 @@ def _share_names(names: tuple[str, ...] | None, wanted: tuple[str, ...] | None) 
 
 
 def _fit_positions(
-    old: Tensor, value: Tensor, source: SourceWeights, target: TargetNetwork
+    old: Tensor, value: Tensor, source: OpenedCheckpoint, target: TargetNetwork
 ) -> tuple[Tensor | None, str]:
     if old.shape[-1] != value.shape[-1]:
         return None, f"tokens of width {old.shape[-1]} in the source, {value.shape[-1]} here"
@@ -173,7 +174,7 @@ def _fit_positions(
 
 
 def _close_gate(
-    fitted: list[Fitted], state: Mapping[str, Tensor], source: SourceWeights, target: TargetNetwork
+    fitted: list[Fitted], state: Mapping[str, Tensor], source: OpenedCheckpoint, target: TargetNetwork
 ) -> list[Fitted]:
     """Let the transformer of a hybrid network begin by changing nothing, unless it comes whole and stands on the same stage."""
     parts = [each for each in fitted if each.name.startswith(TRANSFORMER)]
@@ -187,7 +188,7 @@ def _close_gate(
     return [Fitted(GATE, "random", each.values, reason) if each.name == GATE else each for each in fitted]
 
 
-def _without_source(names: tuple[str, ...], value: Tensor, source: SourceWeights) -> Fitted:
+def _without_source(names: tuple[str, ...], value: Tensor, source: OpenedCheckpoint) -> Fitted:
     """Say what becomes of a tensor that the source lacks: one more residual block begins as one that changes nothing."""
     blocks = [match for match in (re.match(r"(.*\bblocks\.)(\d+)\.", name) for name in names) if match]
     theirs = {f"{match[1]}{number}." for match in blocks for number in (0, match[2])}

@@ -23,11 +23,12 @@ from nnssl.weights.adaptation_plan import KEY, write_adaptation_plan
 from nnssl.weights.description import ELSEWHERE, citations, describe
 from nnssl.weights.fit_report import ENCODER_PARTS, FitReport
 from nnssl.weights.model_card import write_model_card
-from nnssl.weights.source import EXPORT_KEY, SEGMENTATION, SourceWeights, names_by_tensor
+from nnssl.weights.opened_checkpoint import EXPORT_KEY, OpenedCheckpoint
 from nnssl.weights.target import TargetNetwork
+from nnssl.weights.tensor_names import SEGMENTATION, names_by_tensor
 
 
-def write_for_nnunet(path: Path, source: SourceWeights, target: TargetNetwork, report: FitReport) -> str:
+def write_for_nnunet(path: Path, source: OpenedCheckpoint, target: TargetNetwork, report: FitReport) -> str:
     """Write one file that ``nnUNetv2_train -pretrained_weights`` takes, with adaptation plan and citations.
 
     Args:
@@ -86,7 +87,7 @@ def table_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.table.json")
 
 
-def check_output(path: Path, source: SourceWeights) -> None:
+def check_output(path: Path, source: OpenedCheckpoint) -> None:
     """Check that a file may be written: a name that nnU-Net's users expect, and nothing there but a former export.
 
     Raises:
@@ -129,7 +130,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def write_for_hub(
     folder: Path,
-    source: SourceWeights,
+    source: OpenedCheckpoint,
     target: TargetNetwork,
     report: FitReport,
     licence: str,
@@ -169,7 +170,9 @@ def write_for_hub(
     return remark
 
 
-def write_encoder(folder: Path, source: SourceWeights, target: TargetNetwork, report: FitReport, licence: str) -> int:
+def write_encoder(
+    folder: Path, source: OpenedCheckpoint, target: TargetNetwork, report: FitReport, licence: str
+) -> int:
     """Write the encoder alone, for use outside nnU-Net, whole or not at all.
 
     The folder holds ``encoder.safetensors``, ``encoder.json``, ``load_encoder.py``, and the table of what became of each tensor.
@@ -236,7 +239,7 @@ def check_loads(network: nn.Module, path: Path, name: Path) -> None:
             raise UserError(f"{name}: nnU-Net's loader does not bring {key} back as it was written; report this")
 
 
-def _spacing_mm(source: SourceWeights, target: TargetNetwork) -> Sequence[float]:
+def _spacing_mm(source: OpenedCheckpoint, target: TargetNetwork) -> Sequence[float]:
     """Return the spacing of pretraining, or the target's where that is not known or has other axes."""
     known = source.pretraining["spacing_mm"]
     return known if known is not None and len(known) == len(target.spacing_mm) else target.spacing_mm
@@ -246,7 +249,7 @@ def _without_pretext(plans: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in plans.items() if key != "pretext"}
 
 
-def _provenance(source: SourceWeights, target: TargetNetwork, report: FitReport) -> Provenance:
+def _provenance(source: OpenedCheckpoint, target: TargetNetwork, report: FitReport) -> Provenance:
     """Return the provenance of an exported file: the weights' own, with the network that they were made for."""
     taken = tuple(each.name for each in report.tensors if each.status in ("transferred", "adapted"))
     plans = _without_pretext(target.plans)

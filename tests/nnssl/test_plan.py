@@ -73,9 +73,9 @@ def test_round_trip(tmp_path):
         (lambda p: p["configurations"]["3d_fullres_hybrid"].pop("queue_length"), "queue_length"),
         (lambda p: p["configurations"]["3d_fullres_hybrid"].update(queue_length="64"), "queue_length"),
         (lambda p: p["configurations"]["3d_fullres_hybrid"]["tokens"].update(grid=[1.5]), "tokens.grid"),
-        (lambda p: p.update(schema_version=99), "schema_version is 99"),
-        (lambda p: p.update(schema_version=SCHEMA_VERSION - 1), f"schema_version is {SCHEMA_VERSION - 1}"),
-        (lambda p: p.pop("schema_version"), "schema_version is None"),
+        (lambda p: p.update(schema_version=99), f"schema_version must be {SCHEMA_VERSION}, got 99"),
+        (lambda p: p.update(schema_version=SCHEMA_VERSION - 1), f"got {SCHEMA_VERSION - 1}; run nnssl_plan"),
+        (lambda p: p.pop("schema_version"), f"schema_version must be {SCHEMA_VERSION}, got None"),
     ],
 )
 def test_wrong_key_is_an_error_that_names_file_and_key(tmp_path, change, message):

@@ -36,7 +36,7 @@ def test_cells_are_told_in_mm():
     strides = [[1, 1, 1], [1, 2, 2], [2, 2, 2]]
     _, decisions = decide_anatomy(architecture(strides), (10, 64, 64), (5.0, 1.5, 1.5))
     assert "cells of 5 x 3 x 3 mm; coarse at stage 2, cells of 10 x 6 x 6 mm" in decisions[0][1]
-    assert "has 1280" in decisions[0][2]
+    assert "has 1,280" in decisions[0][2]
 
 
 @pytest.mark.parametrize(("scan_mm", "partners"), [((96, 60, 60), "sam"), ((95, 60, 60), "body_box"), (None, "sam")])

@@ -35,4 +35,4 @@ def test_turns_keep_the_grid():
     assert "24 voxels of 1.5 mm" in decisions[0][2]
     chosen, decisions = decide_context(plain, (10, 128, 112), (10.0, 1.5, 1.5), 0)
     assert (chosen.turn_plane, chosen.quarter_turns) == ((1, 2), False)
-    assert "only a half turn" in decisions[0][2]
+    assert "only half turns keep the grid" in decisions[0][2]

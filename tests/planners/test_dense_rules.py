@@ -10,6 +10,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnssl.errors import UserError
 from nnssl.networks.backbone import build_network
 from nnssl.plan import DenseSampling
+from nnssl.sizes import in_bytes
 from planners.dense_rules import CORRELATION_POINTS, decide_dense
 from planners.presets import PRESETS
 from tests.planners.test_pretrain_planner import make_plan
@@ -22,15 +23,15 @@ def test_narrow_last_stage_takes_the_pyramid_and_says_what_it_costs():
     assert sampling == DenseSampling("pyramid", 368, 1000, 4096)
     reasons = {what: reason for what, _, reason in decisions}
     # 2 sides x 1000 points x 352 more channels x 4 bytes; 128 x 112 x 1024 x 4 bytes
-    assert "add 2.8 MB for 1000 pairs" in reasons["dense features"]
-    assert "0.059 GB a patch" in reasons["dense features"]
+    assert "add 2.8 MB for 1,000 pairs" in reasons["dense features"]
+    assert "59 MB per patch" in reasons["dense features"]
     assert "take 48 MB" in reasons["points (contrast)"]  # 3 x 2000 x 2000 x 4 bytes
 
 
 def test_wide_last_stage_is_read_alone():
     sampling, decisions = decide_dense([64, *FEATURES[1:]], (128, 112), PRESETS["cpu"])
     assert (sampling.features, sampling.channels) == ("single", 64)
-    assert "at least 64 wide" in decisions[0][2]
+    assert "at least 64 channels" in decisions[0][2]
 
 
 def test_points_grow_with_memory_and_stay_within_it():
@@ -54,7 +55,7 @@ def test_most_points_that_fit_into_their_share_of_memory(preset, features):
     point = 4 * (sampling.channels + 256 + 256 + 256 + 256)
     wanted = [n for n in (4096, 16_384, 65_536) if 2 * 2 * n * point <= 0.25 * memory]
     assert sampling.correlation_points == max(wanted, default=4096)
-    assert f"embeddings take {4 * sampling.correlation_points * point / 1e6:.0f} MB" in decisions[2][2]
+    assert f"embeddings take {in_bytes(4 * sampling.correlation_points * point)} (" in decisions[2][2]
 
 
 @pytest.mark.parametrize("kind", ["iso", "thick"])
@@ -63,10 +64,10 @@ def test_spacing_is_what_is_given(kind, nnunet_folders):
     assert plan.configuration("3d_fullres").spacing_mm == (10.0, 3.0, 3.0)
     assert plan.configuration("2d").spacing_mm == (3.0, 3.0)
     told = {d.what: d.reason for d in plan.pretext.decisions if d.configuration == "data set"}
-    assert told["spacing"].startswith("given with --spacing")
+    assert told["spacing"].startswith("set by the user; in the data: ")
     usual = make_plan(kind)
     assert math.prod(plan.configuration("2d").patch_size) < math.prod(usual.configuration("2d").patch_size)
-    assert "given with" not in str(usual.pretext.decisions)
+    assert "set by the user" not in str(usual.pretext.decisions)
 
 
 def test_width_is_what_is_given_and_stock_nnunet_builds_it(nnunet_folders):

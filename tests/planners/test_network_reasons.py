@@ -24,20 +24,21 @@ def test_spacing_is_explained_by_what_the_cases_have():
     assert same["spacing"] == ("2.5 x 1 x 1 mm", "the same in all 3 cases")
     mixed = [[5, 0.8, 0.75], [5, 0.9, 0.9], [2.5, 0.7, 0.9]]
     median = data_set([5, 0.8, 0.9], mixed)["spacing"][1]
-    assert median == "median over 3 cases, 2.5 x 0.7 x 0.75 to 5 x 0.9 x 0.9 mm"
+    assert median == "median of 3 cases (2.5 x 0.7 x 0.75 to 5 x 0.9 x 0.9 mm)"
     assert "10th percentile" in data_set([2.5, 0.8, 0.9], mixed)["spacing"][1]
     assert "10th percentile" not in data_set([10.0, 0.8, 0.9], mixed)["spacing"][1]  # given by the user, coarser
-    assert data_set([2.5, 1, 1], [[2.5, 1, 1]], given=True)["spacing"][1].startswith("given with --spacing; the same")
-    assert data_set([2.5, 0.8, 0.9], mixed, like=LIKE)["spacing"][1] == (
-        "taken over from Dataset004_Other/nnUNetPlans.json"
-    )
+    given = data_set([2.5, 1, 1], [[2.5, 1, 1]], given=True)["spacing"][1]
+    assert given == "set by the user; in the data: that of the only case"
+    # a spacing finer than the median does not come from nnU-Net's percentile if the user has set it
+    assert "10th percentile" not in data_set([2.5, 0.8, 0.9], mixed, given=True)["spacing"][1]
+    assert data_set([2.5, 0.8, 0.9], mixed, like=LIKE)["spacing"][1] == "taken from Dataset004_Other/nnUNetPlans.json"
 
 
 @pytest.mark.parametrize(("slice_mm", "apart"), [(3.0, False), (3.1, True), (1.0, False)])
-def test_slices_more_than_three_times_as_thick_are_treated_apart(slice_mm, apart):
+def test_slices_more_than_three_times_as_thick_are_treated_separately(slice_mm, apart):
     value, reason = data_set([slice_mm, 1, 1], [[slice_mm, 1, 1]] * 2)["slice axis"]
-    assert value == ("treated apart" if apart else "like the others")
-    assert f"{slice_mm:g} mm against 1 mm is {'more than' if apart else 'within'} a factor of 3" in reason
+    assert value == ("treated separately" if apart else "treated like the others")
+    assert f"{slice_mm:g} mm and 1 mm {'differ by more than' if apart else 'are within'} a factor of 3" in reason
 
 
 def test_axes_and_normalisation():
@@ -46,19 +47,20 @@ def test_axes_and_normalisation():
     assert data_set([5, 1, 1], [[5, 1, 1]])["axis order"][1] == "as stored"
     for channel, (scheme, words) in enumerate(
         (
-            ("CTNormalization", "CT; clipped"),
-            ("ZScoreNormalization", "MRI; in arbitrary"),
-            ("NoNormalization", "PET; nnU"),
+            ("CTNormalization", "CT: clipped"),
+            ("ZScoreNormalization", "MRI: arbitrary"),
+            ("NoNormalization", "PET: nnU"),
         )
     ):
         value, reason = said[f"normalisation of channel {channel}"]
         assert value == scheme
         assert reason.startswith(words)
-    assert said["memory target"] == ("0.5 GB", "encoder plain, 16 features in the first stage")
+    assert said["memory target"] == ("0.5 GB", "plain encoder with 16 features in the first stage")
 
 
 @pytest.mark.parametrize(
-    ("kernels", "words"), [([[3, 3, 3], [1, 3, 3]], "1 along thick"), ([3, [3] * 3], "alike"), ([[3, 3], 1], "1 along")]
+    ("kernels", "words"),
+    [([[3, 3, 3], [1, 3, 3]], "1 along the coarse axis"), ([3, [3] * 3], "similar"), ([[3, 3], 1], "1 along")],
 )
 def test_network(kernels, words):
     base = {
@@ -76,8 +78,8 @@ def test_network(kernels, words):
     assert "20x100x80" in said["patch"][1]
     assert said["strides"][0] == "1x1x1 2"
     assert said["backbone"][0] == "PlainConvUNet"
-    assert "at most 5 %" in said["batch size (fine-tuning)"][1]
+    assert "at most 5%" in said["batch size (fine-tuning)"][1]
     residual = {what: reason for what, _, reason in explain_network(base, PRESETS["24gb"], None)}
-    assert "5 %" not in residual["batch size (fine-tuning)"]
+    assert "5%" not in residual["batch size (fine-tuning)"]
     taken = {reason for _, _, reason in explain_network(base, PRESETS["24gb"], LIKE)}
-    assert taken == {"taken over from Dataset004_Other/nnUNetPlans.json"}
+    assert taken == {"taken from Dataset004_Other/nnUNetPlans.json"}

@@ -139,8 +139,8 @@ def test_thick_slices_are_treated_apart(cpu_plans):
     assert three.rotation_deg == (180.0, 0.0, 0.0)
     assert three.flip_axes == (1, 2)
     said = {(d.configuration, d.what): d for d in plan.pretext.decisions}
-    assert said["data set", "slice axis"].value == "treated apart"
-    assert "10 mm against 1.5 mm" in said["data set", "slice axis"].reason
+    assert said["data set", "slice axis"].value == "treated separately"
+    assert "10 mm and 1.5 mm differ" in said["data set", "slice axis"].reason
     assert "1x2x2" in said["3d_fullres", "strides"].value
     block = plan.configuration("3d_fullres_hybrid").tokens
     assert block.size_vox[0] < block.size_vox[1]
@@ -218,7 +218,7 @@ def test_patches_are_counted_in_scans_at_the_plans_spacing(kind, cpu_plans):
             ):
                 in_case *= max(1, math.ceil(length * mm / planned_mm / side - 1e-6))
             patches += in_case * (shapes[case % 2][0] if axes == 2 else 1)
-        assert f"one pass over {patches} distinct patches" in said[name, "length (pix2rep.dense)"]
+        assert f"one pass over the {patches:,} distinct patches" in said[name, "length (pix2rep.dense)"]
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -271,7 +271,7 @@ def test_weak_contrast_is_said(cpu_plans):
         d for d in plan.pretext.decisions if d.what == "batch size (reprec.contrastive)" and "3d" in d.configuration
     ]
     assert batch < 8
-    assert "WARNING: little is learned below 8" in said[0].reason
+    assert "WARNING: this stage learns little from fewer than 8 patches per step" in said[0].reason
 
 
 def test_every_decision_has_a_reason_and_the_table_shows_it(cpu_plans):
@@ -388,5 +388,5 @@ def test_the_batch_is_what_fits(stage, transformer, values_of_a_patch):
         schedule, reasons = decide_schedule(entry, (1e6, 3e5), budget, tokens, size, 10**6, PRESETS["24gb"])
         assert schedule.batch_size == max(2, fits // entry.batch_multiple * entry.batch_multiple)
         reason = reasons[0][2]
-        assert reason.startswith(f"{fits} fit")
-        assert ("more than the memory target allows" in reason) == (fits == 1)
+        assert reason.startswith(f"memory allows {fits}, ")
+        assert ("exceeds the memory target" in reason) == (fits == 1)

@@ -80,7 +80,7 @@ def test_nothing_that_fits_is_left_out_with_its_reasons():
     assert chosen is None
     (what, _, reason), *others = decisions
     assert (what, others) == ("left out", [])
-    assert "nothing fits into memory, with tokens of 8x8x8, 16x16x16 voxels" in reason
+    assert "no suitable patch fits into memory with tokens of 8x8x8 or 16x16x16 voxels" in reason
 
 
 def test_what_the_installed_libraries_cannot_run_is_left_out(monkeypatch):

@@ -22,18 +22,18 @@ def schedule(patches: int, fits: int, preset: str = "24gb", stage: str = "pix2re
 @pytest.mark.parametrize(
     ("patches", "fits", "preset", "batch", "limit"),
     [
-        (10_000, 40, "24gb", 40, "memory target"),
-        (10_000, 400, "24gb", 256, "largest useful batch"),
-        (10_000, 400, "cpu", 16, "largest useful batch"),
+        (10_000, 40, "24gb", 40, "the memory target"),
+        (10_000, 400, "24gb", 256, "the preset's largest batch"),
+        (10_000, 400, "cpu", 16, "the preset's largest batch"),
         (101, 400, "24gb", 50, "half of the distinct patches"),
-        (3, 400, "24gb", 2, "least batch"),
-        (10_000, 1, "24gb", 2, "least batch"),
+        (3, 400, "24gb", 2, "the minimum of 2"),
+        (10_000, 1, "24gb", 2, "the minimum of 2"),
     ],
 )
 def test_what_limits_the_batch(patches, fits, preset, batch, limit):
     chosen, reasons = schedule(patches, fits, preset)
     assert chosen.batch_size == batch
-    assert f"limited by the {limit}" in reasons[0][2]
+    assert f"limited by {limit}" in reasons[0][2]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_length_and_warm_up_are_shares_of_the_papers(preset):
     chosen, reasons = schedule(10_000, 40, preset, "simclr.contrast")
     assert chosen.epochs == round(share * training.epochs) >= 1
     assert chosen.warmup_epochs == round(share * training.warmup_epochs)
-    assert f"{share:.0%} of the paper's {training.epochs} epochs" in reasons[1][2]
+    assert f"{share:.0%} of the paper's {training.epochs:,} epochs" in reasons[1][2]
 
 
 def test_a_batch_below_the_useful_one_is_warned_of():
@@ -63,7 +63,7 @@ def test_a_batch_below_the_useful_one_is_warned_of():
             find_stage("simclr.contrast")[1], FEATURES, budget, None, None, 10_000, PRESETS["24gb"]
         )
         assert chosen.batch_size == fits
-        assert ("WARNING: little is learned below 8" in reasons[0][2]) == warned
+        assert ("WARNING: this stage learns little from fewer than 8 patches per step" in reasons[0][2]) == warned
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_a_teacher_averages_over_a_twentieth_of_the_shortest_run():
     for taught in ([long, short], [short, long]):
         _, momentum, reasons = decide_teacher(1000, taught)
         assert momentum == pytest.approx(1 - 20 / 500)
-        assert "twentieth of 500 steps" in reasons[1][2]
+        assert "twentieth of the 500 steps" in reasons[1][2]
     queue, momentum, reasons = decide_teacher(1000, [])
     assert (queue, momentum, reasons) == (128, 0.999, [])
     assert math.log2(queue).is_integer()

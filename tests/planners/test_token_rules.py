@@ -57,7 +57,7 @@ def test_stage_and_block(strides, patch, spacing_mm, stage, grid, block):
     assert tokens.size_vox == tuple(total)
     assert tokens.size_mm == pytest.approx([n * mm for n, mm in zip(total, spacing_mm, strict=True)])
     assert tokens.width == 4 + stage
-    assert f"= {math.prod(grid)} at stage {stage}" in reasons[0][1]
+    assert f"= {math.prod(grid):,} at stage {stage}" in reasons[0][1]
 
 
 GRID = TokenGrid(stage=2, grid=(4, 8, 4), size_vox=(2, 4, 4), size_mm=(6.0, 4.0, 4.0), width=9, mask_block=(1, 2, 2))
@@ -74,7 +74,7 @@ def test_few_tokens_take_the_next_smaller_transformer():
         assert ("as in the paper" in reasons[0][2]) == (place == 3)
         size, reasons = decide_transformer(fewer, preset)
         assert size == VIT_SIZES[max(0, place - 1)]
-        assert ("one size smaller for 127 tokens" in reasons[0][2]) == (place > 0)
+        assert ("one size smaller because of only 127 tokens" in reasons[0][2]) == (place > 0)
     assert PRESETS["24gb"].transformer == VIT_SIZES[3]
 
 

@@ -8,10 +8,11 @@ from nnssl.evaluation.metrics import read_metrics_csv
 from nnssl.log import logger
 from nnssl.study.statistics import tabulate
 from nnssl.study.table import Cell, StudyTable
-from nnssl.weights.source import SEGMENTATION
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint
+from nnssl.weights.tensor_names import SEGMENTATION
 from trainers.benchmark.study import CellKey, Study
 from trainers.finetuning.arm import arm_folder
-from trainers.finetuning.pretrained_weights import Weights, open_weights, start_digest
+from trainers.finetuning.pretrained_weights import open_weights, start_digest
 from trainers.finetuning.result import FILE_NAME
 
 
@@ -24,12 +25,12 @@ class StudyCells:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self.opened: dict[str, Weights] = {}
+        self.opened: dict[str, OpenedCheckpoint] = {}
         self.starts: dict[str, str] = {}
         """The arm that was opened first, by what the network takes from its weights."""
         self.classes = foreground_labels(study.dataset_json)
 
-    def weights(self, arm: str) -> Weights | None:
+    def weights(self, arm: str) -> OpenedCheckpoint | None:
         """Open the checkpoint of an arm; None for scratch.
 
         Raises:
@@ -40,14 +41,14 @@ class StudyCells:
             return None
         if arm not in self.opened:
             weights = open_weights(path, self.study.folders)
-            first = self.starts.setdefault(start_digest(path, self.taken), arm)
+            first = self.starts.setdefault(start_digest(weights, self.taken), arm)
             if first != arm:
                 logger.info(
                     f"{arm}: gives {self.study.configuration} the same weights as {first}, so its cells are those of {first}; "
-                    f"what else it trained has a place in {weights.provenance.configuration} only"
+                    f"what else it trained has a place in {weights.own_provenance.configuration} only"
                 )
-                weights = self.opened[first]
-            self.opened[arm] = weights
+            # a study keeps all arms open, so it must not keep their tensors
+            self.opened[arm] = weights.without_content() if first == arm else self.opened[first]
         return self.opened[arm]
 
     @cached_property

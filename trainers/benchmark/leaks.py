@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnssl.checkpoint import load_tensors, parse_provenance
 from nnssl.data.case_error import CaseError
 from nnssl.data.patients import patient_in_name, read_patients
 from nnssl.data.raw import RawDataset, read_volume
@@ -18,8 +17,8 @@ from nnssl.files import some
 from nnssl.log import logger
 from nnssl.paths import Folders
 from nnssl.schema import read
-from nnssl.weights.adaptation_plan import KEY
 from nnssl.weights.description import ELSEWHERE
+from nnssl.weights.opened_checkpoint import open_checkpoint
 from planners.case_record import digest_volume
 from planners.fingerprint import FILE_NAME, Fingerprint
 
@@ -79,13 +78,13 @@ def seen_by_checkpoint(path: Path, folders: Folders, patients: Path | None) -> l
     found = []
     source: Path | None = path
     while source is not None:
-        content = load_tensors(source)
-        made_here = KEY not in content or "nnssl" in content
-        provenance = parse_provenance(source, content) if made_here else None
+        checkpoint = open_checkpoint(source)
+        provenance = None if checkpoint.made_elsewhere else checkpoint.own_provenance
         if provenance is None or provenance.dataset_name == ELSEWHERE:
             logger.info(f"{source}: was made elsewhere, so whether it has seen held-out cases cannot be checked")
             break
-        probe = content["nnssl"]["state"].get("probe")  # earlier versions had none
+        state = checkpoint.content["nnssl"]["state"]
+        probe = state["probe"] if state else None  # exported weights have no state
         if probe is not None and probe["chose_weights"]:
             table = read_patients(patients) if patients else {}
             cases = (*probe["train"], *probe["test"])

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnssl.checkpoint import read_checkpoint
 from nnssl.data.raw import read_volume
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_atomically
@@ -28,6 +27,7 @@ from nnssl.study.segmentation_pictures import SegmentedCase, choose_cases, segme
 from nnssl.study.statistics import case_scores
 from nnssl.study.table import SCRATCH, StudyTable
 from nnssl.study.words import points
+from nnssl.weights.opened_checkpoint import open_checkpoint
 from trainers.benchmark.cells import StudyCells
 from trainers.benchmark.estimate import cell_seconds, format_duration
 from trainers.benchmark.study import CellKey, Study
@@ -97,7 +97,7 @@ def _own_pictures(cells: StudyCells, arm: str) -> tuple[Picture, ...]:
     weights, study = cells.weights(arm), cells.study
     assert weights is not None
     with silence():
-        return method_pictures(weights.provenance.method, weights.path, study.folders, study.device)
+        return method_pictures(weights.own_provenance.method, weights.path, study.folders, study.device)
 
 
 def _segmentation_pictures(cells: StudyCells) -> list[Picture]:
@@ -246,7 +246,7 @@ def _times(cells: StudyCells) -> dict[str, str]:
         for folder in pretraining.stage_folders:
             if (folder / METRICS_CSV).exists():
                 seconds += float(np.nansum(read_metrics(folder / METRICS_CSV)["epoch_seconds"]))
-        provenance = read_checkpoint(pretraining.final)[1]
+        provenance = open_checkpoint(pretraining.final).own_provenance
         times[f"pretraining {arm}"] = f"{format_duration(seconds)}, {provenance.total_steps} steps in its last stage"
     measured = [cell_seconds(cells.folder(cell), study.steps(cell)) for cell in study.cells]
     total = sum(

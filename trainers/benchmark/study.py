@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from nnssl.checkpoint import read_checkpoint
 from nnssl.data.patients import find_patients
 from nnssl.data.raw import RawDataset, find_dataset, read_dataset
 from nnssl.errors import UserError
@@ -18,6 +17,7 @@ from nnssl.networks.backbone import build_network, planned_configuration
 from nnssl.paths import Folders
 from nnssl.plan import Plan, plan_from_dict, read_plan
 from nnssl.study.table import SCRATCH
+from nnssl.weights.opened_checkpoint import open_checkpoint
 from planners.finetune_planner import AdoptedPlan, fit_plan
 from planners.primus_rules import CLASS_NAME as PRIMUS
 from trainers.benchmark.arms import HYBRID, Arm, Pretraining, Source, configuration_for, locate, parse_arms
@@ -201,7 +201,7 @@ def find_source_plan(settings: StudySettings, arms: Sequence[Arm], folders: Fold
     if pretrains_nothing(settings, arms):
         checkpoint = arms[0].checkpoint
         assert checkpoint is not None
-        return plan_from_dict(read_checkpoint(checkpoint)[1].plans, str(checkpoint))
+        return plan_from_dict(open_checkpoint(checkpoint).own_provenance.plans, str(checkpoint))
     return read_plan(find_plan(folders, settings.source, settings.plans_name))
 
 
@@ -221,7 +221,7 @@ def choose_finetuning(settings: StudySettings, arms: Sequence[Arm], plan: Plan) 
     wanted = []
     for arm in arms:
         if arm.checkpoint is not None:
-            wanted.append(read_checkpoint(arm.checkpoint)[1].configuration)
+            wanted.append(open_checkpoint(arm.checkpoint).own_provenance.configuration)
             continue
         assert arm.method is not None
         usable = [name for name in find_method(arm.method).configurations if name in plan.pretext.configurations]
@@ -240,7 +240,7 @@ def check_plan(checkpoint: Path, plan: Plan, configuration: str) -> None:
     Raises:
         UserError: the configuration is another one there, so arms would differ in more than their weights.
     """
-    theirs = read_checkpoint(checkpoint)[1].plans["configurations"].get(configuration)
+    theirs = open_checkpoint(checkpoint).own_provenance.plans["configurations"].get(configuration)
     if theirs != plan.nnunet["configurations"][configuration]:
         raise UserError(
             f"{checkpoint}: was pretrained with another plan than {plan.name} of {plan.dataset_name} ({configuration} "

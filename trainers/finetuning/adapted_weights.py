@@ -1,4 +1,4 @@
-"""Weights that were made elsewhere, adapted to a labelled data set or to a network that is about to be pretrained."""
+"""Weights that were made elsewhere, adapted to a labelled data set or to a network before pretraining."""
 
 import re
 from pathlib import Path
@@ -6,52 +6,48 @@ from typing import Any
 
 from torch import nn
 
-from nnssl.checkpoint import load_tensors
 from nnssl.errors import UserError
-from nnssl.files import file_digest, read_json, write_json
+from nnssl.files import read_json, write_json
 from nnssl.log import logger
 from nnssl.paths import Folders
-from nnssl.weights.adaptation_plan import KEY
 from nnssl.weights.fit import fit_weights
 from nnssl.weights.fit_report import LEAST_SHARE, refuse_below
 from nnssl.weights.formats import write_for_nnunet
-from nnssl.weights.source import open_source
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint, open_checkpoint
 from nnssl.weights.target import build_target
 from planners.finetune_planner import check_described
 from planners.foreign_planner import CONFIGURATION, plan_for_network
 from trainers.finetuning.labelled_data import make_fingerprint
-from trainers.finetuning.pretrained_weights import NEWEST
 
 
-def adapt_if_made_elsewhere(weights: str | Path, dataset_name: str, folders: Folders, processes: int) -> str | Path:
+def adapt_if_made_elsewhere(
+    source: OpenedCheckpoint, dataset_name: str, folders: Folders, processes: int
+) -> OpenedCheckpoint:
     """Plan a labelled data set around weights that were made elsewhere, and write them for that plan.
 
-    Plan and weights stand in the data set's preprocessed folder; a second call finds them there.
+    The plan and the weights are written to the data set's preprocessed folder; a second call reuses them.
 
     Args:
-        weights: a checkpoint; one of nnssl, and the word for the latest of those, are returned as they are.
-        dataset_name: of the labelled data set.
+        source: A checkpoint; one that was not made elsewhere is returned as it is.
+        dataset_name: Name of the labelled data set.
         folders: nnU-Net's folders.
-        processes: processes to make a fingerprint in.
+        processes: Number of worker processes for the fingerprint.
 
     Returns:
-        A checkpoint of nnssl, whose plan is the data set's.
+        A checkpoint of nnssl whose plan is that of the data set.
 
     Raises:
-        UserError: the file cannot be read, the data set cannot be planned, or too little fits.
+        UserError: If the file cannot be read, the data set cannot be planned, or too few weights fit.
     """
-    if str(weights) == NEWEST:
-        return weights
-    path = Path(weights).expanduser().absolute()
-    content = load_tensors(path)
-    if "nnssl" in content or KEY not in content:
-        return weights
-    source = open_source(path)
+    if not source.made_elsewhere:
+        return source
+    source.check_tensors()
+    path = source.path
     assert source.adaptation is not None
     raw = folders.raw / dataset_name / "dataset.json"
     dataset_json = read_json(raw, "dataset.json of a labelled data set")
     check_described(dataset_name, dataset_json)
-    name = f"nnsslPlansOf{re.sub(r'[^A-Za-z0-9]+', '', path.stem)[:24]}{file_digest(path)[:6]}"
+    name = f"nnsslPlansOf{re.sub(r'[^A-Za-z0-9]+', '', path.stem)[:24]}{source.digest[:6]}"
     folder = folders.preprocessed / dataset_name
     plans_file, out = folder / f"{name}.json", folder / f"{name}_weights.pth"
     logger.info(f"{path}: made elsewhere; {dataset_name} is planned around its network")
@@ -60,11 +56,11 @@ def adapt_if_made_elsewhere(weights: str | Path, dataset_name: str, folders: Fol
     plan = plan_for_network(source.architecture, patch, source.adaptation.spacing_mm, dataset_name, name, folders)
     if plans_file.exists() and read_json(plans_file, "plan") != plan:
         raise UserError(
-            f"{plans_file}: is another plan than the one these weights need now; delete it, and what was preprocessed with it"
+            f"{plans_file}: is not the plan that these weights need now; delete it and the cases that were preprocessed with it"
         )
     if plans_file.exists() and out.exists():
-        logger.info(f"Plan and weights: there already ({out})")
-        return out
+        logger.info(f"Plan and weights exist already: {out}")
+        return open_checkpoint(out)
     target = build_target(plan, CONFIGURATION, dataset_json, f"{CONFIGURATION} of {name}")
     report = fit_weights(source, target)
     refuse_below(report, LEAST_SHARE, str(path))
@@ -73,25 +69,25 @@ def adapt_if_made_elsewhere(weights: str | Path, dataset_name: str, folders: Fol
     logger.info(
         f"Plan {name} for {dataset_name}: patch {plan['configurations'][CONFIGURATION]['patch_size']} ({plans_file})"
     )
-    return out
+    return open_checkpoint(out)
 
 
 def start_network(
     path: Path, network: nn.Module, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]
 ) -> None:
-    """Fill a network that is about to be pretrained with what fits of other weights, and say what that was.
+    """Initialise a network before pretraining with the weights of a checkpoint that fit, and log which these are.
 
     Args:
-        path: a checkpoint of nnssl, or one in the adaptation-plan format.
-        network: changed in place.
-        plans: content of its plans file.
-        configuration: of the plans.
-        dataset_json: names its channels.
+        path: A checkpoint of nnssl, or one in the adaptation-plan format.
+        network: The network; changed in place.
+        plans: Content of the network's plans file.
+        configuration: Name of the network's configuration.
+        dataset_json: Content of ``dataset.json``, which names the channels.
 
     Raises:
-        UserError: the file cannot be read, or less than half of the encoder comes from it.
+        UserError: If the file cannot be read, or less than half of the encoder comes from it.
     """
     label = f"{configuration} of {plans['plans_name']}"
     target = build_target(plans, configuration, dataset_json, label, network=network)
-    report = fit_weights(open_source(path), target)
+    report = fit_weights(open_checkpoint(path), target)
     refuse_below(report, LEAST_SHARE, str(path))

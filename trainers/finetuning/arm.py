@@ -1,7 +1,7 @@
-"""One arm of a comparison, from plan and weights to Dice: trained, predicted and evaluated in a folder of its own.
+"""One arm of a comparison, from plan and weights to Dice: trained, predicted and evaluated in its own folder.
 
-An arm is one training. Its folder is one that nnU-Net's prediction commands take. A second call recognises a finished arm and
-goes on with an unfinished one.
+An arm is one training. nnU-Net's prediction commands accept its folder. A second call skips a finished arm and resumes an
+unfinished one.
 """
 
 import os
@@ -22,12 +22,13 @@ from nnssl.files import content_digest
 from nnssl.log import logger, printed_output_to
 from nnssl.paths import Folders
 from nnssl.study.table import SCRATCH
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from planners.finetune_planner import AdoptedPlan
 from trainers.finetuning.finetune_trainer import ArmSettings, FinetuneTrainer, make_trainer
 from trainers.finetuning.labelled_cases import Split
 from trainers.finetuning.linear_probe import LinearProbeTrainer
 from trainers.finetuning.mean_teacher import MeanTeacherTrainer
-from trainers.finetuning.pretrained_weights import Weights, load_weights
+from trainers.finetuning.pretrained_weights import load_weights
 from trainers.finetuning.result import FILE_NAME, SCHEMA_VERSION, ArmResult, read_dice, read_result
 from trainers.finetuning.schedule import FinetuneSchedule
 
@@ -37,12 +38,12 @@ TRAINERS: dict[str, type[FinetuneTrainer]] = {
     "linear": LinearProbeTrainer,
     "mean_teacher": MeanTeacherTrainer,
 }
-"""By mode."""
+"""Trainer of each mode."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What all arms of one call share."""
+    """Data, plan and settings that all arms of one call share."""
 
     dataset_name: str
     dataset_json: dict[str, Any]
@@ -56,15 +57,15 @@ class Task:
     mode: str
     unlabelled: tuple[str, ...]
     unlabelled_folder: Path | None = None
-    """Where these lie preprocessed; None for the folder of the labelled cases."""
+    """Folder of the preprocessed unlabelled cases; None for that of the labelled cases."""
 
 
-def arm_folder(task: Task, weights: Weights | None, folders: Folders) -> Path:
+def arm_folder(task: Task, weights: OpenedCheckpoint | None, folders: Folders) -> Path:
     """Return the model folder of an arm, ``nnssl_<arm>_<cases>_seed<seed>_<digest>__<plan>__<configuration>``.
 
-    The digest is over everything that makes two arms differ: weights, plan, cases, seed, schedule, mode. So two arms
-    never share a folder, and a folder never holds another arm than the one asked for. The name has nnU-Net's form
-    ``trainer__plan__configuration``, so ``nnUNetv2_predict -tr`` finds it too.
+    The digest covers everything in which two arms can differ: weights, plan, cases, seed, schedule and mode. Two arms
+    therefore never share a folder. The name has nnU-Net's form ``trainer__plan__configuration``, so that
+    ``nnUNetv2_predict -tr`` finds the folder as well.
     """
     identity = {
         "weights": weights.digest if weights else None,
@@ -82,20 +83,20 @@ def arm_folder(task: Task, weights: Weights | None, folders: Folders) -> Path:
     return folders.results / task.dataset_name / f"{name}__{task.plan.name}__{task.configuration}"
 
 
-def run_arm(task: Task, weights: Weights | None, folders: Folders, restart: bool) -> ArmResult:
-    """Train, predict and evaluate one arm, or what is left to do of it.
+def run_arm(task: Task, weights: OpenedCheckpoint | None, folders: Folders, restart: bool) -> ArmResult:
+    """Train, predict and evaluate one arm, except for the steps that an earlier call finished.
 
     Args:
-        task: what the arms share.
-        weights: where the arm starts; None for random weights.
+        task: Data, plan and settings that the arms share.
+        weights: Checkpoint that the arm starts from; None for random weights.
         folders: nnU-Net's folders.
-        restart: delete what there is of this arm first.
+        restart: Whether to delete this arm's folder first.
 
     Returns:
-        The arm's result, which stands in ``finetune.json`` of its folder too.
+        The arm's result, which is also written to ``finetune.json`` in its folder.
 
     Raises:
-        UserError: nnU-Net's loader refuses the weights.
+        UserError: If nnU-Net's loader rejects the weights.
     """
     folder = arm_folder(task, weights, folders)
     arm = _arm_name(weights, task.mode)
@@ -139,8 +140,8 @@ def _settings(task: Task, folder: Path) -> ArmSettings:
     )
 
 
-def _result(task: Task, weights: Weights | None, folder: Path, num_parameters: int) -> ArmResult:
-    """Return what an arm was and, from nnU-Net's evaluation, how well it did."""
+def _result(task: Task, weights: OpenedCheckpoint | None, folder: Path, num_parameters: int) -> ArmResult:
+    """Return the description of an arm and its Dice, which nnU-Net's evaluation computed."""
     dice, mean_dice = read_dice(folder / "fold_0" / "validation" / "summary.json", task.dataset_json["labels"])
     device = "" if task.device.type == "cuda" else f" -device {task.device.type}"
     return ArmResult(
@@ -169,17 +170,17 @@ def _result(task: Task, weights: Weights | None, folder: Path, num_parameters: i
     )
 
 
-def _train(trainer: FinetuneTrainer, weights: Weights | None, fold: Path, arm: str) -> None:
-    """Train from where the arm stands: not at all, from its last checkpoint, or from its first weights."""
+def _train(trainer: FinetuneTrainer, weights: OpenedCheckpoint | None, fold: Path, arm: str) -> None:
+    """Train an arm from its initial weights or its last checkpoint, unless it is trained already."""
     if trainer.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # as nnU-Net's command
+        torch.backends.cudnn.benchmark = True  # as nnU-Net's command does
     if (fold / FINAL).exists():
-        logger.info(f"Arm {arm}: trained already, not evaluated yet")
+        logger.info(f"Arm {arm}: trained already, but not evaluated yet")
         trainer.load_checkpoint(str(fold / FINAL))
         return
     if (fold / LATEST).exists():
         trainer.load_checkpoint(str(fold / LATEST))
-        logger.info(f"Arm {arm}: goes on at epoch {trainer.current_epoch} of {trainer.num_epochs}")
+        logger.info(f"Arm {arm}: resuming at epoch {trainer.current_epoch} of {trainer.num_epochs}")
     elif weights is not None:
         load_weights(trainer, weights)
     else:
@@ -189,13 +190,13 @@ def _train(trainer: FinetuneTrainer, weights: Weights | None, fold: Path, arm: s
 
 
 def _augmentation_processes(device: torch.device) -> int:
-    """None on the CPU, where they would compete with training, unless nnU-Net's variable asks for them."""
+    """Return 0 on the CPU, where such processes compete with training, unless nnU-Net's variable is set."""
     if device.type == "cpu" and "nnUNet_n_proc_DA" not in os.environ:
         return 0
     return get_allowed_n_proc_DA()
 
 
-def _arm_name(weights: Weights | None, mode: str) -> str:
-    """Method and mode, fit for a folder name: nnU-Net splits at double underscores."""
-    name = weights.provenance.method if weights else SCRATCH
+def _arm_name(weights: OpenedCheckpoint | None, mode: str) -> str:
+    """Return the method and the mode as part of a folder name, without underscores, because nnU-Net splits at double ones."""
+    name = weights.own_provenance.method if weights else SCRATCH
     return re.sub(r"[^A-Za-z0-9.-]+", "-", name if mode == "finetune" else f"{name}-{mode}")

@@ -1,7 +1,8 @@
 """Fine-tuning from data set and weights to Dice: plan, cases, preprocessing, and one arm after the other.
 
-The pretrained arm comes first, and on request the same network, plan, cases, seed and schedule from random weights. What makes a
-comparison fair is decided here, once for all arms; ``trainers.finetuning.arm`` does one.
+The pretrained arm comes first. On request, a second arm trains the same network with the same plan, cases, seed and schedule
+from random weights. This module chooses these once for all arms, which makes the comparison fair; ``trainers.finetuning.arm``
+runs a single arm.
 """
 
 from collections.abc import Sequence
@@ -15,13 +16,14 @@ from nnssl.files import read_json
 from nnssl.log import logger
 from nnssl.networks.backbone import planned_configuration
 from nnssl.paths import Folders, resolve_folders
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint, open_checkpoint
 from planners.finetune_planner import adopt_plan
 from planners.primus_rules import CLASS_NAME as PRIMUS
 from trainers.finetuning.adapted_weights import adapt_if_made_elsewhere
 from trainers.finetuning.arm import Task, run_arm
 from trainers.finetuning.labelled_cases import Split, choose_unlabelled, find_labelled_cases, fold_split, split_cases
 from trainers.finetuning.labelled_data import prepare_data, prepare_unlabelled
-from trainers.finetuning.pretrained_weights import NEWEST, Weights, configuration_to_train, open_weights
+from trainers.finetuning.pretrained_weights import NEWEST, find_weights, log_weights
 from trainers.finetuning.result import ArmResult, comparison
 from trainers.finetuning.settings import FinetuneSettings, schedule_from
 
@@ -48,7 +50,7 @@ def finetune(
         UserError: If data set, weights, cases or settings do not fit one another; the message says which and what to do.
     """
     settings = settings or FinetuneSettings()
-    schedule_from(settings, transformer=False)  # reports a wrong number before anything is read
+    schedule_from(settings, transformer=False)  # reports a wrong number before any file is read
     if settings.unlabelled is not None and settings.mode != "mean_teacher":
         raise ArgumentError(
             f"unlabelled can only be given with mode mean_teacher; mode {settings.mode} learns from labels only",
@@ -60,26 +62,34 @@ def finetune(
         raise ArgumentError(f"processes must be at least 1, got {processes}", "processes")
     folders = folders or resolve_folders()
     dataset_name = find_dataset(dataset, folders)
-    weights = adapt_if_made_elsewhere(weights, dataset_name, folders, processes)
-    origin = open_weights(weights, folders)
+    origin = _open_origin(weights, dataset_name, folders, processes)
     task = _make_task(settings, origin, dataset_name, folders, processes)
-    also = f", {len(task.unlabelled)} without their labels" if task.unlabelled else ""
-    logger.info(f"{dataset_name}: {len(task.split.train)} cases to train on{also}, {len(task.split.test)} held out")
-    if settings.mode == "linear" and not origin.provenance.pretrains("decoder.stages."):
-        logger.info("Note: these weights have no pretrained decoder; the probe sees features of a random one")
-    arms: list[Weights | None] = [origin, None] if settings.scratch else [origin]
+    also = f", {len(task.unlabelled)} unlabelled cases" if task.unlabelled else ""
+    logger.info(f"{dataset_name}: {len(task.split.train)} training cases{also}, {len(task.split.test)} held-out cases")
+    if settings.mode == "linear" and not origin.own_provenance.pretrains("decoder.stages."):
+        logger.info("Note: these weights have no pretrained decoder, so the probe sees features of a random decoder")
+    arms: list[OpenedCheckpoint | None] = [origin, None] if settings.scratch else [origin]
     return run_arms(task, arms, folders, settings.restart)
 
 
+def _open_origin(weights: str | Path, dataset_name: str, folders: Folders, processes: int) -> OpenedCheckpoint:
+    """Open the weights that a fine-tuning starts from, adapted to the data set if they were made elsewhere."""
+    found = open_checkpoint(find_weights(weights, folders))
+    origin = adapt_if_made_elsewhere(found, dataset_name, folders, processes)
+    log_weights(origin)
+    # nnU-Net's loader reads the file again, so the content need not stay in memory during the training
+    return origin.without_content()
+
+
 def _make_task(
-    settings: FinetuneSettings, origin: Weights, dataset_name: str, folders: Folders, processes: int
+    settings: FinetuneSettings, origin: OpenedCheckpoint, dataset_name: str, folders: Folders, processes: int
 ) -> Task:
-    """Choose cases, network and schedule of a fine-tuning, and preprocess the cases."""
+    """Choose the cases, network and schedule of a fine-tuning, and preprocess the cases."""
     labelled = find_labelled_cases(dataset_name, folders)
     split = split_cases(labelled, settings.seed, settings.labels, settings.cases, settings.test_cases)
-    configuration = configuration_to_train(settings.configuration, origin)
-    network = planned_configuration(origin.provenance.plans, configuration)["architecture"]["network_class_name"]
-    plan = adopt_plan(origin.provenance.plans, dataset_name, folders, settings.plans_name)
+    configuration = origin.choose_configuration(settings.configuration)
+    network = planned_configuration(origin.own_provenance.plans, configuration)["architecture"]["network_class_name"]
+    plan = adopt_plan(origin.own_provenance.plans, dataset_name, folders, settings.plans_name)
     split = split or fold_split(labelled, dataset_name, folders)
     others, source = (
         _find_unlabelled(settings.unlabelled, labelled, split, folders)
@@ -106,17 +116,17 @@ def _make_task(
     )
 
 
-def run_arms(task: Task, arms: Sequence[Weights | None], folders: Folders, restart: bool) -> list[ArmResult]:
-    """Do every arm, and say how they compare and how to predict with them.
+def run_arms(task: Task, arms: Sequence[OpenedCheckpoint | None], folders: Folders, restart: bool) -> list[ArmResult]:
+    """Run every arm and log how their results compare.
 
     Args:
-        task: what the arms share.
-        arms: where each starts; None for random weights.
+        task: Data, plan and settings that the arms share.
+        arms: Checkpoint that each arm starts from; None for random weights.
         folders: nnU-Net's folders.
-        restart: delete what there is of these arms first.
+        restart: Whether to delete the folders of these arms first.
 
     Raises:
-        UserError: nnU-Net's loader refuses the weights.
+        UserError: If nnU-Net's loader rejects the weights.
     """
     results = [run_arm(task, arm, folders, restart) for arm in arms]
     for line in comparison(results):
@@ -127,7 +137,7 @@ def run_arms(task: Task, arms: Sequence[Weights | None], folders: Folders, resta
 def _find_unlabelled(
     unlabelled: str | int | None, labelled: tuple[str, ...], split: Split, folders: Folders
 ) -> tuple[tuple[str, ...], RawDataset | None]:
-    """Return the cases of which the mean teacher sees the images, and their data set, None for the labelled one."""
+    """Return the cases whose images the mean teacher sees, and their data set; None for the labelled data set."""
     if unlabelled is None or Path(str(unlabelled)).exists():
         return choose_unlabelled(labelled, split, None if unlabelled is None else Path(str(unlabelled))), None
     source = read_dataset(unlabelled, folders)

@@ -1,15 +1,15 @@
 """FinetuneTrainer: nnU-Net's training on labelled cases, from given weights, with a warm-up and reproducible batches.
 
-Loss, augmentation, network, SGD, prediction and evaluation are nnU-Net's. What differs from ``nnUNetTrainer``:
+Loss, augmentation, network, SGD, prediction and evaluation are nnU-Net's. The differences from ``nnUNetTrainer`` are:
 
-- the learning rate rises linearly before nnU-Net's polynomial decay (as in its ``nnUNetTrainer_warmup``);
-- a batch depends on the seed and the step alone, not on worker processes or on restarts, so that two runs that are
-  compared see the same batches;
-- mixed precision also on CPUs (``trainers.precision``);
-- held-out cases draw the online validation curve and nothing else: there is no ``checkpoint_best``, which would be
-  chosen on them;
-- checkpoints are written atomically, hold plain values only, and name ``nnUNetTrainer``: stock nnU-Net predicts with
-  them.
+- The learning rate rises linearly before nnU-Net's polynomial decay (as in its ``nnUNetTrainer_warmup``).
+- A batch depends only on the seed and the step, not on worker processes or restarts, so that runs that are compared see
+  the same batches.
+- CPUs use mixed precision as well (``trainers.precision``).
+- Held-out cases are used for the online validation curve only. There is no ``checkpoint_best``, which would be selected
+  on them.
+- Checkpoints are written atomically, hold plain values only, and name ``nnUNetTrainer``, so that stock nnU-Net predicts
+  with them.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ from torch._dynamo import OptimizedModule
 from nnssl.checkpoint import to_plain
 from nnssl.draws import draw_seed
 from nnssl.environment import variables
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.files import write_atomically
 from nnssl.log import logger
 from trainers.finetuning.keyed_batches import KeyedBatches, fix_transforms, global_seed
@@ -40,29 +40,29 @@ from trainers.precision import FullPrecisionLoss, choose_precision
 STOCK_TRAINER = "nnUNetTrainer"
 SETTINGS_KEY = "nnssl_finetune"
 GRADIENT_NORM = 12  # nnU-Net's
-TRANSFORMER_GRADIENT_NORM = 1  # of nnU-Net's trainers of Primus, whose AdamW is adamw
+TRANSFORMER_GRADIENT_NORM = 1  # from nnU-Net's Primus trainers, which use AdamW
 
 
 @dataclass(frozen=True)
 class ArmSettings:
-    """All that decides a fine-tuning run beside plan, data and weights."""
+    """Settings of a fine-tuning run in addition to plan, data and weights."""
 
     schedule: FinetuneSchedule
     seed: int
     train_cases: tuple[str, ...]
     test_cases: tuple[str, ...]
     model_folder: Path
-    """Where the model goes; nnU-Net's commands take it with ``-m``."""
+    """Folder of the model, which nnU-Net's commands accept with ``-m``."""
     unlabelled_cases: tuple[str, ...] = ()
-    """Cases of which the mean teacher sees the images; empty in other modes."""
+    """Cases whose images the mean teacher sees; empty in other modes."""
     unlabelled_folder: Path | None = None
-    """Where they lie preprocessed; None for the folder of the labelled cases."""
+    """Folder of the preprocessed unlabelled cases; None for that of the labelled cases."""
     processes: int = 1
-    """Processes that write and evaluate predictions."""
+    """Number of processes that write and evaluate predictions."""
     augmentation_processes: int = 0
-    """Processes that make batches, 0 for the main process. Batches do not depend on it."""
+    """Number of processes that make batches; 0 for the main process. It does not affect the batches."""
     validation_iterations: int = 5
-    """Batches of held-out cases per epoch, for the curve in ``progress.png``."""
+    """Number of held-out batches per epoch for the curve in ``progress.png``."""
 
 
 def learning_rate(epoch: int, highest: float, epochs: int, warmup_epochs: int) -> float:
@@ -76,7 +76,7 @@ def learning_rate(epoch: int, highest: float, epochs: int, warmup_epochs: int) -
 
 
 class WarmupPolySchedule:
-    """Sets the learning rate of an optimizer at the start of an epoch; keeps no state, so nothing is to be restored."""
+    """Learning-rate schedule that is set at the start of each epoch. It has no state to restore."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, highest: float, epochs: int, warmup_epochs: int):
         self.optimizer = optimizer
@@ -89,7 +89,7 @@ class WarmupPolySchedule:
 
 
 class FinetuneTrainer(nnUNetTrainer):
-    """nnU-Net's trainer for a labelled data set; made by ``make_trainer``."""
+    """Trainer of nnU-Net for a labelled data set, made by ``make_trainer``."""
 
     def __init__(
         self,
@@ -99,11 +99,11 @@ class FinetuneTrainer(nnUNetTrainer):
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
     ):
-        # nnU-Net fixes this signature and makes the results folder in its constructor, so the settings travel in the
-        # plans, as its own "continue_training" does.
+        # nnU-Net fixes this signature and creates the results folder in its constructor. The settings are therefore passed
+        # within the plans, as nnU-Net does with "continue_training".
         if SETTINGS_KEY not in plans:
             raise UserError(
-                "FinetuneTrainer: needs settings that nnUNetv2_train does not have; start it with nnssl_finetune"
+                "FinetuneTrainer needs settings that nnUNetv2_train does not have; start it with nnssl_finetune"
             )
         self.settings: ArmSettings = plans.pop(SETTINGS_KEY)
         super().__init__(plans, configuration, fold, dataset_json, device)
@@ -112,44 +112,44 @@ class FinetuneTrainer(nnUNetTrainer):
         self.num_val_iterations_per_epoch = self.settings.validation_iterations
         self.initial_lr = self.settings.schedule.learning_rate
         self.save_every = max(1, self.num_epochs // 50)
-        self._best_ema = float("inf")  # nothing is better, so nnU-Net never writes checkpoint_best
+        self._best_ema = float("inf")  # no value exceeds this, so nnU-Net never writes checkpoint_best
         self.precision = choose_precision(self.device)
         if not self.precision.scaler:
             self.grad_scaler = None
 
     @property
     def output_folder_base(self) -> str:
-        """The model folder of the settings."""
+        """Model folder from the settings."""
         return str(self.settings.model_folder)
 
     @output_folder_base.setter
     def output_folder_base(self, derived: str) -> None:
-        """Pass over the folder that nnU-Net derives from the class's name."""
+        """Ignore the folder that nnU-Net derives from the name of the class."""
 
     def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
         """Write to the log file only; messages for the user go through ``nnssl.log``."""
         super().print_to_log_file(*args, also_print_to_console=False, add_timestamp=add_timestamp)
 
     def initialize(self) -> None:
-        """Build network, optimizer and loss; the network's random weights depend on the seed only."""
+        """Build network, optimizer and loss. The random weights of the network depend on the seed only."""
         with global_seed(self.settings.seed, "finetune/weights"):
             super().initialize()
         self.precision.lay_out(self.network, len(self.configuration_manager.patch_size))
         self.print_to_log_file(f"Precision: {self.precision}")
 
     def _set_batch_size_and_oversample(self) -> None:
-        # nnU-Net shares the batch out over processes here; fine-tuning runs in one
+        # nnU-Net divides the batch among processes here, but fine-tuning runs in a single process.
         self.batch_size: int = self.settings.schedule.batch_size or self.configuration_manager.batch_size
 
     def _build_loss(self) -> nn.Module:
         with np.errstate(invalid="ignore"):
             loss = super()._build_loss()
         if isinstance(loss, DeepSupervisionWrapper) and len(loss.weight_factors) == 1:
-            loss.weight_factors = (1.0,)  # nnU-Net leaves out the lowest resolution, also where it is the only one
+            loss.weight_factors = (1.0,)  # nnU-Net ignores the lowest resolution, even if it is the only one
         return FullPrecisionLoss(loss)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupPolySchedule]:
-        """Return the optimizer of the settings, and the schedule with warm-up."""
+        """Return the optimizer from the settings and the schedule with warm-up."""
         optimizer, _ = super().configure_optimizers()
         if self.settings.schedule.optimizer == "adam":
             optimizer = torch.optim.Adam(self.network.parameters(), lr=self.initial_lr)
@@ -161,12 +161,12 @@ class FinetuneTrainer(nnUNetTrainer):
         )
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """Return the training and the held-out cases of the settings."""
+        """Return the training cases and the held-out cases from the settings."""
         return list(self.settings.train_cases), list(self.settings.test_cases)
 
     def get_dataloaders(self) -> tuple[Iterator[dict[str, Any]], Iterator[dict[str, Any]]]:
-        """Return nnU-Net's batches for training and for the curve, from the current epoch on."""
-        with variables(nnUNet_n_proc_DA="0"):  # makes nnU-Net return its loaders without processes of its own
+        """Return nnU-Net's batches for training and for the validation curve, starting at the current epoch."""
+        with variables(nnUNet_n_proc_DA="0"):  # nnU-Net then returns its loaders without its own processes
             train, validation = (augmenter.data_loader for augmenter in super().get_dataloaders())
         fix_transforms(train.transforms)
         processes = self.settings.augmentation_processes
@@ -176,27 +176,27 @@ class FinetuneTrainer(nnUNetTrainer):
         )
 
     def make_train_batches(self, loader: nnUNetDataLoader) -> Iterator[dict[str, Any]]:
-        """Return the training batches from the current epoch on, given nnU-Net's loader of the training cases."""
+        """Return the training batches of nnU-Net's loader, starting at the current epoch."""
         processes = self.settings.augmentation_processes
         return self.iterate(loader, "finetune/train", self.num_iterations_per_epoch, processes)
 
     def iterate(
         self, loader: nnUNetDataLoader, purpose: str, iterations: int, processes: int
     ) -> Iterator[dict[str, Any]]:
-        """Return a loader's batches from the current epoch on.
+        """Return the batches of a loader, starting at the current epoch.
 
         Args:
-            loader: nnU-Net's.
-            purpose: what they are for; decides the draws together with seed and step.
-            iterations: batches per epoch.
-            processes: that make them, 0 for this one.
+            loader: Loader of nnU-Net.
+            purpose: Purpose of the batches, which determines the random draws together with the seed and the step.
+            iterations: Number of batches per epoch.
+            processes: Number of processes that make batches; 0 for the main process.
         """
         batches = KeyedBatches(loader, self.settings.seed, purpose)
         first, last = self.current_epoch * iterations, self.num_epochs * iterations
         return batches.iterate(first, last, processes, pin_memory=self.device.type == "cuda")
 
     def on_train_epoch_start(self) -> None:
-        """Set the learning rate and seed what a network may draw itself (dropout)."""
+        """Set the learning rate and seed the random draws of the network (dropout)."""
         torch.manual_seed(draw_seed(self.settings.seed, "finetune/epoch", self.current_epoch))
         super().on_train_epoch_start()
 
@@ -206,7 +206,7 @@ class FinetuneTrainer(nnUNetTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for loss in self.batch_losses(batch):
-            # each term gives up its graph before the next is made
+            # Each term frees its graph before the next one is computed, which saves memory.
             (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
             total += loss.detach()
         if self.grad_scaler is None:
@@ -223,21 +223,22 @@ class FinetuneTrainer(nnUNetTrainer):
         """Log the mean loss of the epoch.
 
         Raises:
-            UserError: it is not a number: what follows would be worth nothing.
+            ArgumentError: If the loss is not finite, because training cannot recover from that.
         """
         super().on_train_epoch_end(train_outputs)
         if not all(np.isfinite(output["loss"]).all() for output in train_outputs):
-            raise UserError(
-                f"{self.output_folder}: the loss of epoch {self.current_epoch} is not a number; take a lower --learning-rate, "
-                "and look for NaN in the images"
+            raise ArgumentError(
+                f"{self.output_folder}: the loss of epoch {self.current_epoch} is not finite; lower learning_rate and check the "
+                "images for NaN",
+                "learning_rate",
             )
 
     def batch_losses(self, batch: dict) -> Iterator[Tensor]:
-        """Yield the terms of the loss of a batch, whose gradients add up; a term is made when the one before is done."""
+        """Yield the terms of a batch's loss one by one. Their gradients are summed."""
         yield self.batch_loss(batch)
 
     def batch_loss(self, batch: dict) -> Tensor:
-        """Return nnU-Net's loss of a batch of labelled patches."""
+        """Return nnU-Net's loss for a batch of labelled patches."""
         volumes = batch["data"].to(self.device, non_blocking=True)
         volumes = self.precision.lay_out(volumes, volumes.ndim - 2)
         target = batch["target"]
@@ -251,20 +252,20 @@ class FinetuneTrainer(nnUNetTrainer):
 
     @property
     def bare_network(self) -> nn.Module:
-        """The network without what compiles it."""
+        """Network without the wrapper of ``torch.compile``."""
         return self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
 
     def weights_to_save(self) -> dict[str, Any]:
-        """Return what a checkpoint holds of the model: nnU-Net predicts with ``network_weights``."""
+        """Return the model's part of a checkpoint. nnU-Net predicts with ``network_weights``."""
         return {"network_weights": self.bare_network.state_dict()}
 
     def validation_step(self, batch: dict) -> dict:
-        """Return loss and overlap counts of a held-out batch."""
+        """Return the loss and the overlap counts of a held-out batch."""
         with self.precision.autocast(self.device):
             return super().validation_step(batch)
 
     def on_epoch_end(self) -> None:
-        """Log, draw the curve, save; print one line for every checkpoint's worth of epochs."""
+        """Log the epoch, draw the curve and save; log one line for the user whenever a checkpoint is due."""
         epoch = self.current_epoch + 1
         super().on_epoch_end()
         if epoch % self.save_every == 0 or epoch == self.num_epochs:
@@ -276,7 +277,7 @@ class FinetuneTrainer(nnUNetTrainer):
             )
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write nnU-Net's checkpoint atomically, plain values only, under the name of the stock trainer."""
+        """Write nnU-Net's checkpoint atomically, with plain values only and the name of the stock trainer."""
         content = {
             **self.weights_to_save(),
             "optimizer_state": self.optimizer.state_dict(),
@@ -292,15 +293,15 @@ class FinetuneTrainer(nnUNetTrainer):
         write_atomically(Path(filename), lambda file: torch.save(plain, file))
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Predict and evaluate the held-out cases as nnU-Net does, in as many processes as the settings say."""
-        # nnU-Net reads this number once, when it is imported
+        """Predict and evaluate the held-out cases as nnU-Net does, with the number of processes from the settings."""
+        # nnU-Net reads this number only once, at import.
         before = nnunet_module.default_num_processes
         nnunet_module.default_num_processes = self.settings.processes
         try:
             super().perform_actual_validation(save_probabilities)
         finally:
             nnunet_module.default_num_processes = before
-            # nnU-Net switches it off for this and then on, whatever it was
+            # nnU-Net switches deep supervision off and afterwards always on.
             self.set_deep_supervision_enabled(self.enable_deep_supervision)
 
 
@@ -313,16 +314,16 @@ def make_trainer(
     resume: bool = False,
     trainer_class: "type[FinetuneTrainer] | None" = None,
 ) -> FinetuneTrainer:
-    """Make the trainer of one run; its folders are made, its network is not built yet.
+    """Make the trainer of one run and its folders. The network is not built yet.
 
     Args:
-        plans: content of the plans file, unchanged by the call.
-        configuration: name of a configuration in it.
-        dataset_json: content of the data set's ``dataset.json``.
-        device: where to train.
-        settings: schedule, cases, seed, folder.
-        resume: whether a checkpoint will be loaded to go on from.
-        trainer_class: the trainer of a mode; None to train all weights.
+        plans: Content of the plans file; not changed.
+        configuration: Name of a configuration in the plans.
+        dataset_json: Content of the data set's ``dataset.json``.
+        device: Device to train on.
+        settings: Schedule, cases, seed and folder.
+        resume: Whether a checkpoint will be loaded to resume from.
+        trainer_class: Trainer of a mode; None for ``FinetuneTrainer``, which trains all weights.
     """
     content = {**plans, "continue_training": resume, SETTINGS_KEY: settings}
     return (trainer_class or FinetuneTrainer)(content, configuration, 0, dataset_json, device)

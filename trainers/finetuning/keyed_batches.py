@@ -1,4 +1,4 @@
-"""nnU-Net's random batches as a function of seed, purpose and step: the same whatever was drawn before, and by whom."""
+"""Random batches of nnU-Net as a function of seed, purpose and step, whatever was drawn before and in which process."""
 
 import random
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ from nnssl.draws import draw_seed
 
 @contextmanager
 def global_seed(*key: int | str) -> Iterator[None]:
-    """Seed the global random states, which nnU-Net draws from, by a key, and put them back at the end."""
+    """Seed the global random states, from which nnU-Net draws, with a key, and restore them at the end."""
     seed = draw_seed(*key)
     python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002 (nnU-Net's augmentation uses it)
     with torch.random.fork_rng(devices=[]):
@@ -33,7 +33,7 @@ def global_seed(*key: int | str) -> Iterator[None]:
 
 
 class KeyedBatches(Dataset):
-    """nnU-Net's random batches by step: a batch is a function of (seed, purpose, step)."""
+    """Random batches of nnU-Net by step: a batch is a function of (seed, purpose, step)."""
 
     def __init__(self, loader: nnUNetDataLoader, seed: int, purpose: str):
         self.loader = loader
@@ -59,10 +59,10 @@ class KeyedBatches(Dataset):
 
 
 def fix_transforms(transforms: BasicTransform) -> None:
-    """Make nnU-Net's transforms a function of their random draws alone, in place.
+    """Make the results of nnU-Net's transforms depend only on their random draws. The transforms are changed in place.
 
-    Gaussian blur measures which of two algorithms is faster; they differ in the last digits, so timing would decide
-    values.
+    Gaussian blur uses the faster of two algorithms according to a measurement. Their results differ in the last digits, so
+    that values would depend on timing.
     """
     for transform in getattr(transforms, "transforms", []):
         inner = getattr(transform, "transform", transform)  # RandomTransform wraps one

@@ -1,4 +1,4 @@
-"""What nnU-Net needs of a labelled data set before it trains: dataset.json, fingerprint, preprocessed cases."""
+"""Preparation of a labelled data set for nnU-Net's training: dataset.json, fingerprint and preprocessed cases."""
 
 import re
 import sys
@@ -11,7 +11,7 @@ import numpy as np
 
 from nnssl.data.jobs import run_jobs
 from nnssl.data.raw import RawDataset
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json, write_json
 from nnssl.log import logger, printed_output_to
 from nnssl.paths import Folders, make_writable
@@ -21,18 +21,18 @@ from planners.finetune_planner import AdoptedPlan
 def prepare_data(
     dataset_name: str, plan: AdoptedPlan, configuration: str, labelled: Sequence[str], folders: Folders, processes: int
 ) -> None:
-    """Do what nnU-Net needs before it trains: dataset.json, fingerprint, preprocessed cases; what is there is kept.
+    """Write the dataset.json, fingerprint and preprocessed cases that nnU-Net's training needs, unless they exist.
 
     Args:
-        dataset_name: name of the labelled data set.
-        plan: its plan.
-        configuration: the one configuration to preprocess.
-        labelled: names of all its cases.
+        dataset_name: Name of the labelled data set.
+        plan: Plan of the data set.
+        configuration: Configuration to preprocess.
+        labelled: Names of all cases of the data set.
         folders: nnU-Net's folders.
-        processes: processes to work in.
+        processes: Number of worker processes.
 
     Raises:
-        UserError: nnU-Net cannot do it; names the log.
+        UserError: If nnU-Net fails; the message names the log.
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -43,7 +43,7 @@ def prepare_data(
     make_fingerprint(dataset_name, folders, processes)
     try:
         if not labels_changed and is_preprocessed(data, folder / "gt_segmentations", labelled):
-            logger.info(f"Preprocessed cases: all {len(labelled)} there already ({data})")
+            logger.info(f"Preprocessed cases: all {len(labelled)} exist already ({data})")
         else:
             logger.info(f"Preprocessing {len(labelled)} cases for {configuration} ...")
             with printed_output_to(log):
@@ -53,10 +53,10 @@ def prepare_data(
 
 
 def make_fingerprint(dataset_name: str, folders: Folders, processes: int) -> Path:
-    """Let nnU-Net make the fingerprint of a labelled data set, unless it is there, and return its file.
+    """Return the fingerprint file of a labelled data set, which nnU-Net writes if it does not exist.
 
     Raises:
-        UserError: nnU-Net cannot do it; names the log.
+        UserError: If nnU-Net fails; the message names the log.
     """
     from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 
@@ -65,7 +65,7 @@ def make_fingerprint(dataset_name: str, folders: Folders, processes: int) -> Pat
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    logger.info(f"Fingerprint of {dataset_name} ...")
+    logger.info(f"Extracting the fingerprint of {dataset_name} ...")
     log = folder / "nnssl_finetune_log.txt"
     try:
         with printed_output_to(log):
@@ -77,20 +77,21 @@ def make_fingerprint(dataset_name: str, folders: Folders, processes: int) -> Pat
     return path
 
 
-def _failed(dataset_name: str, error: RuntimeError, log: Path) -> UserError:
-    return UserError(
-        f"{dataset_name}: nnU-Net cannot prepare it ({str(error).splitlines()[0]}); see {log}, and take fewer --processes if "
-        "memory ran out"
+def _failed(dataset_name: str, error: RuntimeError, log: Path) -> ArgumentError:
+    return ArgumentError(
+        f"{dataset_name}: nnU-Net cannot prepare the data set ({str(error).splitlines()[0]}); see {log}, and lower processes if "
+        "memory ran out",
+        "processes",
     )
 
 
 @dataclass(frozen=True)
 class UnlabelledJob:
-    """One image without a label, and how fine-tuning sees it."""
+    """Preprocessing of one image without a label."""
 
     images: tuple[str, ...]
     output: Path
-    """Without ending."""
+    """Output path without file ending."""
     plan: dict[str, Any]
     configuration: str
     dataset_json: dict[str, Any]
@@ -99,37 +100,39 @@ class UnlabelledJob:
 def prepare_unlabelled(
     source: RawDataset, dataset_name: str, plan: AdoptedPlan, configuration: str, folders: Folders, processes: int
 ) -> Path:
-    """Preprocess the images of a data set without labels as those of the labelled one; what is there is kept.
+    """Preprocess the images of an unlabelled data set as those of the labelled data set, unless that is done already.
 
     Args:
-        source: data set of the images.
-        dataset_name: name of the labelled data set.
-        plan: of the labelled data set.
-        configuration: to preprocess.
+        source: Data set of the images.
+        dataset_name: Name of the labelled data set.
+        plan: Plan of the labelled data set.
+        configuration: Configuration to preprocess.
         folders: nnU-Net's folders.
-        processes: processes to work in.
+        processes: Number of worker processes.
 
     Returns:
-        The folder with the preprocessed images, below that of the labelled data set.
+        The folder of the preprocessed images, below that of the labelled data set.
 
     Raises:
-        UserError: the data sets have different channels, or nnU-Net cannot read an image.
+        ArgumentError: If the data sets have different numbers of channels.
+        UserError: If nnU-Net cannot read an image.
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     dataset_json = read_json(folders.raw / dataset_name / "dataset.json", "dataset.json of a labelled data set")
     wanted = len(dataset_json["channel_names"])
     if len(source.channel_names) != wanted:
-        raise UserError(
-            f"--unlabelled {source.name}: has {len(source.channel_names)} channel(s), {dataset_name} has {wanted}; take images "
-            "of the same channels"
+        raise ArgumentError(
+            f"unlabelled must be a data set with {wanted} channel(s), as {dataset_name} has, got {source.name} with "
+            f"{len(source.channel_names)}",
+            "unlabelled",
         )
     data = PlansManager(plan.content).get_configuration(configuration).data_identifier
     folder = make_writable(folders.preprocessed / dataset_name / f"{data}_unlabelled" / source.name)
     jobs = [
         UnlabelledJob(tuple(map(str, case.images)), folder / case.name, plan.content, configuration, dataset_json)
         for case in source.cases
-        if not (folder / f"{case.name}.pkl").exists()  # what nnU-Net writes last
+        if not (folder / f"{case.name}.pkl").exists()  # nnU-Net writes this file last
     ]
     if jobs:
         logger.info(f"Preprocessing {len(jobs)} images of {source.name} for {configuration} ...")
@@ -140,10 +143,10 @@ def prepare_unlabelled(
 
 
 def preprocess_unlabelled(job: UnlabelledJob) -> None:
-    """Preprocess one image with nnU-Net; its label is background everywhere, and nothing reads it.
+    """Preprocess one image with nnU-Net. Its label is background everywhere and is never read.
 
     Raises:
-        UserError: nnU-Net cannot read the image.
+        UserError: If nnU-Net cannot read the image.
     """
     from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -155,7 +158,9 @@ def preprocess_unlabelled(job: UnlabelledJob) -> None:
         volume, _, properties = preprocessor.run_case(list(job.images), None, plan, configuration, job.dataset_json)
     except (RuntimeError, OSError, ValueError, AssertionError) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
-        raise UserError(f"{job.images[0]}: nnU-Net cannot preprocess it ({reason}); mend it or take it away") from error
+        raise UserError(
+            f"{job.images[0]}: nnU-Net cannot preprocess the image ({reason}); repair or remove it"
+        ) from error
     volume = volume.astype(np.float32, copy=False)
     background = np.zeros((1, *volume.shape[1:]), np.int16)
     patch = tuple(configuration.patch_size)
@@ -174,18 +179,18 @@ def preprocess_unlabelled(job: UnlabelledJob) -> None:
 
 
 def is_preprocessed(data: Path, references: Path, cases: Sequence[str]) -> bool:
-    """Whether a folder of preprocessed data holds every case complete, and the reference segmentations are there.
+    """Return whether a folder of preprocessed data holds every case completely, and the reference segmentations exist.
 
     Args:
-        data: nnU-Net's folder of one configuration.
-        references: its ``gt_segmentations``.
-        cases: names of the cases.
+        data: Folder of one configuration.
+        references: Folder ``gt_segmentations`` of the data set.
+        cases: Names of the cases.
     """
     if not data.is_dir() or not references.is_dir():
         return False
     files = {path.name for path in data.iterdir()}
     copied = {path.name for path in references.iterdir()}
-    # the .pkl of a case is what nnU-Net writes last
+    # nnU-Net writes the .pkl of a case last.
     return all({f"{case}.b2nd", f"{case}_seg.b2nd", f"{case}.pkl"} <= files for case in cases) and all(
         any(name.startswith(f"{case}.") for name in copied) for case in cases
     )
@@ -201,7 +206,7 @@ def _preprocess(dataset_name: str, plans_name: str, configuration: str, processe
 
 
 def _copy_dataset_json(raw: Path, copy: Path) -> bool:
-    """Copy dataset.json as nnU-Net's planning does; whether preprocessed data of the old one are no longer right."""
+    """Copy dataset.json as nnU-Net's planning does; return whether data preprocessed with the old one are outdated."""
     content = read_json(raw, "dataset.json of a labelled data set")
     before = read_json(copy, "dataset.json") if copy.exists() else None
     if content != before:

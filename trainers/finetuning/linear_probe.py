@@ -1,10 +1,10 @@
-"""LinearProbeTrainer: the segmentation layer alone is trained, on features that stay as they were pretrained.
+"""LinearProbeTrainer: trains only the segmentation layer, on features that stay as they were pretrained.
 
 Source: Seince et al., Pix2Rep, MIDL 2024 (linear probing): a 1 x 1 layer on the last feature map, Adam, learning rate 1e-2.
 
-Deviations: loss, augmentation and learning-rate schedule are those of ``FinetuneTrainer``, so that a probe and a fine-tuned
-network differ in what is trained and by which optimizer, and in nothing else. There is no deep supervision, whose other
-layers would be trained on features that no prediction uses.
+Deviations: loss, augmentation and learning-rate schedule are those of ``FinetuneTrainer``, so that a probe differs from a
+fine-tuned network only in the trained layers and the optimizer. There is no deep supervision, whose other layers would be
+trained on features that no prediction uses.
 """
 
 from typing import Any
@@ -15,15 +15,15 @@ from trainers.finetuning.finetune_trainer import FinetuneTrainer, WarmupPolySche
 
 
 class LinearProbeTrainer(FinetuneTrainer):
-    """Trains the last segmentation layer of a network whose other weights are frozen; made by ``make_trainer``."""
+    """Trainer of the last segmentation layer, with all other weights frozen. Made by ``make_trainer``."""
 
     def initialize(self) -> None:
-        """Build network, optimizer and loss without deep supervision: other layers are not trained."""
+        """Build network, optimizer and loss without deep supervision, because its other layers are not trained."""
         self.enable_deep_supervision = False
         super().initialize()
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupPolySchedule]:
-        """Freeze all but the last segmentation layer and return Adam for it, with the schedule of fine-tuning."""
+        """Freeze all layers but the last segmentation layer; return Adam for that layer and the schedule of fine-tuning."""
         self.network.requires_grad_(False)
         network: Any = self.bare_network
         layer = network.decoder.seg_layers[-1].requires_grad_(True)
@@ -33,6 +33,6 @@ class LinearProbeTrainer(FinetuneTrainer):
         )
 
     def on_train_epoch_start(self) -> None:
-        """Set the learning rate and compute features as in prediction: no dropout, stored statistics."""
+        """Set the learning rate and compute features as in prediction: without dropout and with stored statistics."""
         super().on_train_epoch_start()
         self.network.eval()

@@ -1,20 +1,21 @@
 """MeanTeacherTrainer: fine-tuning with a consistency term on images whose labels are not used.
 
-Source: Tarvainen and Valpola, Mean teachers are better role models, NeurIPS 2017; numbers of Yu et al., UA-MT, MICCAI 2019
-(momentum, noise, weight and its ramp), as used after pretraining by Seince et al., Pix2Rep, MIDL 2024.
+Source: Tarvainen and Valpola, Mean teachers are better role models, NeurIPS 2017. Momentum, noise, weight and its ramp are
+from Yu et al., UA-MT, MICCAI 2019, as used after pretraining by Seince et al., Pix2Rep, MIDL 2024.
 
-A step sees a labelled and an unlabelled batch. The student's loss is that of fine-tuning on the first, and on the second the
-mean squared difference of its probabilities from those of the teacher, the moving average of its weights; both see the same
-patches, each with noise of its own. The teacher is what is saved and what predicts.
+Each step sees a labelled and an unlabelled batch. On the labelled batch the student has the loss of fine-tuning. On the
+unlabelled batch its loss is the mean squared difference between its probabilities and those of the teacher, which is the
+moving average of its weights. Both see the same patches, each with its own noise. The teacher is saved and used to predict.
 
 Deviations:
-    * UA-MT masks voxels of which the teacher is not certain; here all voxels count, as in the original.
-    * UA-MT predicts with the student, the original with the teacher; here the teacher.
-    * UA-MT ramps the weight up over the whole run (40 times 150 of 6000 steps), in steps of 150; here over the first 40 %
-      of the run, in every step.
-    * UA-MT's code adds noise to what the teacher sees only; here to both, as in its paper and in the original.
-    * UA-MT's student sees labelled and unlabelled patches as one batch, and half of its batch is labelled; here they are two
-      batches of the plan's size, so that the labelled ones are exactly those of plain fine-tuning, without added noise.
+    * UA-MT masks voxels for which the teacher is uncertain; here all voxels count, as in the original.
+    * UA-MT predicts with the student, the original with the teacher; here the teacher predicts.
+    * UA-MT ramps the weight up over the whole run (40 times 150 of 6000 steps), every 150 steps; here it rises over the
+      first 40 % of the run, at every step.
+    * UA-MT's code adds noise to the input of the teacher only; here both inputs get noise, as in its paper and in the
+      original.
+    * UA-MT's student sees labelled and unlabelled patches in one batch, half of which is labelled; here they are two batches
+      of the plan's size, so that the labelled batches are exactly those of plain fine-tuning, without added noise.
 """
 
 import copy
@@ -36,20 +37,20 @@ STUDENT_KEY = "nnssl_student"
 
 @dataclass(frozen=True)
 class Consistency:
-    """The numbers of UA-MT."""
+    """Hyper-parameters of the consistency term, with the values of UA-MT."""
 
     weight: float = 0.1
-    """Of the consistency term after the ramp."""
+    """Weight of the consistency term after the ramp."""
     ramp_share: float = 0.4
-    """Of the run, over which the weight rises."""
+    """Share of the run over which the weight rises."""
     momentum: float = 0.99
-    """Largest share of the teacher that a step keeps."""
+    """Largest share of the teacher that a step keeps, between 0 and 1."""
     noise_std: float = 0.1
-    """In standard deviations of the image; clipped at twice that."""
+    """Standard deviation of the noise, in standard deviations of the image. Noise is clipped at twice this value."""
 
 
 def consistency_weight(step: int, total_steps: int, numbers: Consistency) -> float:
-    """Return ``weight * exp(-5 (1 - t)^2)``, t the share of the ramp that is done.
+    """Return ``weight * exp(-5 (1 - t)^2)``, where t is the completed share of the ramp.
 
     Source: UA-MT, section 3.1; Laine and Aila, Temporal ensembling, ICLR 2017.
     """
@@ -58,12 +59,12 @@ def consistency_weight(step: int, total_steps: int, numbers: Consistency) -> flo
 
 
 def teacher_momentum(step: int, numbers: Consistency) -> float:
-    """Return ``min(1 - 1 / (step + 1), momentum)``: a plain mean of the first students, then a moving one."""
+    """Return ``min(1 - 1 / (step + 1), momentum)``: a plain mean of the first students, then a moving average."""
     return min(1 - 1 / (step + 1), numbers.momentum)
 
 
 class MeanTeacherTrainer(FinetuneTrainer):
-    """Trains a student on labelled and unlabelled patches and saves its moving average; made by ``make_trainer``."""
+    """Trainer of a student on labelled and unlabelled patches, whose moving average it saves. Made by ``make_trainer``."""
 
     network: nn.Module
     consistency = Consistency()
@@ -72,18 +73,20 @@ class MeanTeacherTrainer(FinetuneTrainer):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps in the whole run."""
         return self.num_epochs * self.num_iterations_per_epoch
 
     def make_train_batches(self, loader: nnUNetDataLoader) -> Iterator[dict[str, Any]]:
-        """Return fine-tuning's batches, each with an unlabelled one of the same size under ``unlabelled``."""
+        """Return the batches of fine-tuning, each with an unlabelled batch of the same size under ``unlabelled``."""
         unlabelled = copy.copy(loader)
         folder = str(self.settings.unlabelled_folder or self.preprocessed_dataset_folder)
         unlabelled._data = self.dataset_class(folder, list(self.settings.unlabelled_cases))
         unlabelled.indices = unlabelled._data.identifiers
-        # both would look at labels to choose where patches lie
+        # Both settings would use labels to place the patches.
         unlabelled.oversample_foreground_percent = 0.0
-        unlabelled.get_do_oversample = unlabelled._oversample_last_XX_percent  # the copied method is the other loader's
+        unlabelled.get_do_oversample = (
+            unlabelled._oversample_last_XX_percent
+        )  # the copied method is bound to the other loader
         unlabelled.has_ignore = False
         others = self.iterate(
             unlabelled, "finetune/unlabelled", self.num_iterations_per_epoch, self.settings.augmentation_processes
@@ -92,7 +95,7 @@ class MeanTeacherTrainer(FinetuneTrainer):
         return ({**batch, "unlabelled": other["data"]} for batch, other in zip(labelled, others, strict=True))
 
     def on_train_start(self) -> None:
-        """Make the teacher, a copy of the student, unless a checkpoint brought one."""
+        """Make the teacher, a copy of the student, unless it was loaded from a checkpoint."""
         super().on_train_start()
         self.steps_done = self.current_epoch * self.num_iterations_per_epoch
         if self.teacher is None:
@@ -102,13 +105,13 @@ class MeanTeacherTrainer(FinetuneTrainer):
         self.teacher = make_teacher(self.bare_network)
 
     def on_train_epoch_start(self) -> None:
-        """Set the learning rate; the teacher draws and normalises as the student does, as in both sources."""
+        """Set the learning rate. The teacher is in training mode like the student, as in both sources."""
         super().on_train_epoch_start()
         assert self.teacher is not None
         self.teacher.train()
 
     def train_step(self, batch: dict) -> dict:
-        """Take one optimizer step on both batches, then move the teacher."""
+        """Take one optimizer step on both batches, then update the teacher."""
         result = super().train_step(batch)
         assert self.teacher is not None
         update_teacher(self.bare_network, self.teacher, teacher_momentum(self.steps_done, self.consistency))
@@ -116,13 +119,13 @@ class MeanTeacherTrainer(FinetuneTrainer):
         return result
 
     def on_validation_epoch_start(self) -> None:
-        """Compute as in prediction."""
+        """Set student and teacher to evaluation mode, as in prediction."""
         super().on_validation_epoch_start()
         assert self.teacher is not None
         self.teacher.eval()
 
     def validation_step(self, batch: dict) -> dict:
-        """Return loss and overlap counts of a held-out batch for the teacher, which is what will predict."""
+        """Return the loss and the overlap counts of a held-out batch for the teacher, which will predict."""
         assert self.teacher is not None
         student, self.network = self.network, self.teacher
         try:
@@ -131,16 +134,16 @@ class MeanTeacherTrainer(FinetuneTrainer):
             self.network = student
 
     def batch_losses(self, batch: dict) -> Iterator[Tensor]:
-        """Yield nnU-Net's loss of the labelled patches, then the weighted consistency of the unlabelled ones."""
+        """Yield nnU-Net's loss of the labelled patches, then the weighted consistency term of the unlabelled patches."""
         yield from super().batch_losses(batch)
         weight = consistency_weight(self.steps_done, self.total_steps, self.consistency)
         yield weight * self.consistency_loss(batch["unlabelled"])
 
     def consistency_loss(self, volumes: Tensor) -> Tensor:
-        """Return the mean squared difference of probabilities of student and teacher.
+        """Return the mean squared difference between the probabilities of student and teacher.
 
         Args:
-            volumes: (batch, channel, *shape), augmented.
+            volumes: Augmented patches, (batch, channel, *shape).
         """
         assert self.teacher is not None
         volumes = volumes.to(self.device, non_blocking=True)
@@ -159,18 +162,18 @@ class MeanTeacherTrainer(FinetuneTrainer):
         return noisy
 
     def _probabilities(self, outputs: Tensor | list[Tensor]) -> Tensor:
-        """Return what nnU-Net makes of the logits of full resolution, in float32."""
+        """Return the probabilities at full resolution in float32, computed from the logits as nnU-Net does."""
         logits = (outputs if isinstance(outputs, Tensor) else outputs[0]).float()
         return logits.sigmoid() if self.label_manager.has_regions else logits.softmax(dim=1)
 
     def weights_to_save(self) -> dict[str, Any]:
-        """Return the teacher as ``network_weights``, and the student, from which training goes on."""
+        """Return the teacher as ``network_weights``, and the student, from which training resumes."""
         if self.teacher is None:
             return super().weights_to_save()
         return {"network_weights": self.teacher.state_dict(), STUDENT_KEY: self.bare_network.state_dict()}
 
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
-        """Go on from a checkpoint: the network is the student, if the checkpoint has one, else the finished teacher."""
+        """Resume from a checkpoint. The network is the student if the checkpoint has one, else the finished teacher."""
         super().load_checkpoint(filename_or_checkpoint)
         content = torch.load(filename_or_checkpoint, map_location=self.device, weights_only=True)
         if STUDENT_KEY in content:
@@ -178,7 +181,7 @@ class MeanTeacherTrainer(FinetuneTrainer):
             self.bare_network.load_state_dict(content[STUDENT_KEY])
 
     def on_train_end(self) -> None:
-        """Let the teacher take the student's place, and save it."""
+        """Replace the student by the teacher and save it."""
         assert self.teacher is not None
         self.bare_network.load_state_dict(self.teacher.state_dict())
         self.teacher = None

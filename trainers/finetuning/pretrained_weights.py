@@ -1,67 +1,68 @@
-"""Weights of pretraining: found, opened safely, and loaded into a network by nnU-Net's own loader."""
+"""Pretrained weights for fine-tuning: found, opened, compared, and loaded into a network by nnU-Net's own loader."""
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
-from nnssl.checkpoint import FINAL, Provenance, load_tensors, read_checkpoint
+from nnssl.checkpoint import FINAL, load_tensors
 from nnssl.errors import UserError
-from nnssl.files import file_digest
 from nnssl.log import logger
 from nnssl.paths import Folders
-from nnssl.weights.source import choose_configuration
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint, open_checkpoint
 from trainers.finetuning.finetune_trainer import FinetuneTrainer
 from trainers.finetuning.result import FILE_NAME
 
 NEWEST = "latest"
-"""What a user says for the newest finished pretraining."""
+"""Word for the newest finished pretraining, in place of a path."""
 
 
-@dataclass(frozen=True)
-class Weights:
-    """A checkpoint of pretraining."""
-
-    path: Path
-    provenance: Provenance
-
-    @cached_property
-    def digest(self) -> str:
-        """Of the file's bytes."""
-        return file_digest(self.path)
-
-
-def open_weights(weights: str | Path, folders: Folders) -> Weights:
-    """Open a checkpoint of pretraining, without running anything in it, and say what it is.
+def find_weights(weights: str | Path, folders: Folders) -> Path:
+    """Return the absolute path of a checkpoint, or of the newest finished pretraining for ``"latest"``.
 
     Raises:
-        UserError: it is missing, unsafe, or no checkpoint of nnssl pretraining; or there is no latest one.
+        UserError: If no pretraining is finished.
     """
-    path = find_latest(folders) if str(weights) == NEWEST else Path(weights).expanduser().absolute()
-    provenance = read_checkpoint(path)[1]
+    return find_latest(folders) if str(weights) == NEWEST else Path(weights).expanduser().absolute()
+
+
+def open_weights(weights: str | Path, folders: Folders) -> OpenedCheckpoint:
+    """Open a checkpoint of pretraining and log where its weights come from.
+
+    Raises:
+        UserError: If the file is missing, unsafe, or not a checkpoint of nnssl; or if no pretraining is finished.
+    """
+    checkpoint = open_checkpoint(find_weights(weights, folders))
+    log_weights(checkpoint)
+    return checkpoint
+
+
+def log_weights(checkpoint: OpenedCheckpoint) -> None:
+    """Log where the weights of a checkpoint come from.
+
+    Raises:
+        UserError: If the file is not a checkpoint of nnssl.
+    """
+    provenance = checkpoint.own_provenance
     state = "" if provenance.finished else f", unfinished: step {provenance.step} of {provenance.total_steps}"
     logger.info(
-        f"Weights: {path} ({provenance.method}, stage {provenance.stage}, pretrained on {provenance.dataset_name} with "
-        f"{provenance.configuration}{state})"
+        f"Weights: {checkpoint.path} ({provenance.method}, stage {provenance.stage}, pretrained on "
+        f"{provenance.dataset_name} with {provenance.configuration}{state})"
     )
-    return Weights(path, provenance)
 
 
-def start_digest(path: Path, names: Iterable[str]) -> str:
-    """Return a digest of the tensors that a network takes from a checkpoint; two with the same digest start it alike.
+def start_digest(checkpoint: OpenedCheckpoint, names: Iterable[str]) -> str:
+    """Return a digest of the tensors that a network takes from a checkpoint.
+
+    A network starts alike from two checkpoints with the same digest.
 
     Args:
-        path: a checkpoint of nnssl.
-        names: of the network's tensors; those that the file lacks are left out.
-
-    Raises:
-        UserError: it cannot be read.
+        checkpoint: A checkpoint of nnssl.
+        names: Names of the network's tensors; names that the checkpoint lacks are skipped.
     """
-    tensors = load_tensors(path)["network_weights"]
+    tensors = checkpoint.content["network_weights"]
     digest = hashlib.blake2b(digest_size=8)
     for name in sorted(set(names) & set(tensors)):
         digest.update(name.encode())
@@ -73,40 +74,31 @@ def find_latest(folders: Folders) -> Path:
     """Return the newest ``checkpoint_final.pth`` of nnssl pretraining below nnU-Net's results folder.
 
     Raises:
-        UserError: there is none.
+        UserError: If there is none.
     """
-    finals = folders.results.rglob(f"fold_all/{FINAL}")  # of pretraining; an export has the name too
+    finals = folders.results.rglob(f"fold_all/{FINAL}")  # an export may have this name as well, but lies elsewhere
     found = [path for path in finals if not (path.parents[1] / FILE_NAME).exists()]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
-        # an arm that is being trained has no finetune.json yet, and stock nnU-Net's models lie here too
+        # An arm in training has no finetune.json yet, and models of stock nnU-Net lie in this folder as well.
         try:
             if "nnssl" in load_tensors(path):
                 return path
         except UserError:
             continue
     raise UserError(
-        f"-w {NEWEST}: no finished pretraining below {folders.results}; run nnssl_pretrain or give a checkpoint"
+        f"{folders.results}: no finished pretraining for weights '{NEWEST}'; run nnssl_pretrain or name a checkpoint"
     )
 
 
-def configuration_to_train(configuration: str | None, weights: Weights) -> str:
-    """Return the configuration to train: the one asked for, or the one the weights were pretrained with.
-
-    Raises:
-        UserError: the weights' plan has no such configuration.
-    """
-    return choose_configuration(configuration, weights.path, weights.provenance)
-
-
-def load_weights(trainer: FinetuneTrainer, weights: Weights) -> None:
+def load_weights(trainer: FinetuneTrainer, weights: OpenedCheckpoint) -> None:
     """Load pretrained weights into a trainer's network with nnU-Net's own loader.
 
     Args:
-        trainer: built here if it is not yet.
-        weights: a checkpoint that ``open_weights`` has shown to be safe.
+        trainer: The trainer; initialised here if it is not yet.
+        weights: A checkpoint of nnssl. nnU-Net's loader executes code in a file, so the file must have been opened safely.
 
     Raises:
-        UserError: a weight is missing or has another shape.
+        UserError: If a weight is missing or has another shape.
     """
     if not trainer.was_initialized:
         trainer.initialize()
@@ -115,6 +107,6 @@ def load_weights(trainer: FinetuneTrainer, weights: Weights) -> None:
     except AssertionError as error:
         reason = str(error).split(". ")[0]
         raise UserError(
-            f"{weights.path}: does not fit {trainer.configuration_name} ({reason}); take the configuration it was "
-            f"pretrained with, -c {weights.provenance.configuration}"
+            f"{weights.path}: does not fit configuration {trainer.configuration_name} ({reason}); use "
+            f"{weights.own_provenance.configuration}, which the weights were pretrained with"
         ) from error

@@ -1,4 +1,4 @@
-"""finetune.json: what one arm of a fine-tuning comparison was and how well it did."""
+"""``finetune.json``: the settings of one arm of a comparison and its Dice."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nnssl import schema
-from nnssl.errors import UserError
 from nnssl.files import read_json
 from nnssl.schema import STRICT
 from nnssl.tables import align, number
@@ -19,21 +18,22 @@ FILE_NAME = "finetune.json"
 
 @dataclass(frozen=True)
 class ArmResult:
-    """One finished arm: the weights it started from, the cases it saw, and its Dice on the held-out ones."""
+    """Result of a finished arm: its initial weights, its cases, and its Dice on the held-out cases."""
 
     __pydantic_config__: ClassVar = STRICT
+    __schema_version__: ClassVar = SCHEMA_VERSION
 
     schema_version: int
     nnssl_version: str
     mode: str
     """``finetune``, ``linear`` or ``mean_teacher``."""
     arm: str
-    """Pretext method of the weights, or ``scratch``; followed by the mode if it is not ``finetune``: ``scratch-linear``."""
+    """Pretext method of the weights, or ``scratch``, followed by the mode if it is not ``finetune``: ``scratch-linear``."""
     dataset_name: str
     plans_name: str
     configuration: str
     weights: str | None
-    """Checkpoint the arm started from, None for random weights."""
+    """Checkpoint that the arm started from; None for random weights."""
     weights_digest: str | None
     """Digest of that file's bytes."""
     schedule: FinetuneSchedule
@@ -41,60 +41,47 @@ class ArmResult:
     train_cases: tuple[str, ...]
     test_cases: tuple[str, ...]
     unlabelled_cases: tuple[str, ...]
-    """Of which the mean teacher saw the images; empty in other modes."""
+    """Cases whose images the mean teacher saw; empty in other modes."""
     num_parameters: int
     dice: dict[str, float | None]
-    """By class or region: mean Dice over the held-out cases; None where no case has the class, truly or predicted."""
+    """Mean Dice over the held-out cases by class or region; None if a class is in no reference and no prediction."""
     mean_dice: float | None
     """Mean over the classes."""
     model_folder: str
     predict_command: str
-    """Stock nnU-Net's command that predicts with this model."""
+    """Command of stock nnU-Net that predicts with this model."""
 
 
 def read_result(path: Path) -> ArmResult:
-    """Read a ``finetune.json``, of the first schema too.
+    """Read a ``finetune.json``.
 
     Raises:
-        UserError: it is missing, of another schema version, or a key is wrong.
+        UserError: If the file is missing, has another schema version or a wrong key.
     """
-    content = read_json(path, "fine-tuning result")
-    if isinstance(content, dict) and content.get("schema_version") == 1:
-        content = _from_first_schema(content, path)
-    if not isinstance(content, dict) or content.get("schema_version") != SCHEMA_VERSION:
-        raise UserError(f"{path}: is no result of schema {SCHEMA_VERSION}; run nnssl_finetune again with --restart")
-    return schema.parse(ArmResult, content, str(path))
-
-
-def _from_first_schema(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Add what the first schema did not have to say: there was one mode, one optimizer and one batch size."""
-    if not isinstance(content.get("schedule"), dict):
-        raise UserError(f"{path}: key schedule is missing or wrong; run nnssl_finetune again with --restart")
-    schedule = {**content["schedule"], "batch_size": None, "optimizer": "sgd"}
-    return {**content, "schema_version": SCHEMA_VERSION, "schedule": schedule, "unlabelled_cases": []}
+    return schema.read(ArmResult, path, "fine-tuning result", "run nnssl_finetune again with --restart")
 
 
 def read_dice(summary: Path, labels: Mapping[str, int | Sequence[int]]) -> tuple[dict[str, float | None], float | None]:
     """Read the mean Dice of every class, and their mean, from nnU-Net's ``summary.json``.
 
     Args:
-        summary: the file.
-        labels: ``labels`` of ``dataset.json``: class names and their values, or tuples of values for regions.
+        summary: The file.
+        labels: ``labels`` of ``dataset.json``: class names with their values, or with tuples of values for regions.
 
     Returns:
-        Dice by class name, and its mean over the classes; None in place of NaN.
+        Dice by class name, and its mean over the classes; None instead of NaN.
     """
     content = read_json(summary, "evaluation of nnU-Net")
     dice = {}
     for name, value in labels.items():
         key = str(value) if isinstance(value, int) else str(tuple(value))
-        if key in content["mean"]:  # background and ignore label are not evaluated
+        if key in content["mean"]:  # nnU-Net evaluates neither the background nor the ignore label
             dice[name] = _number(content["mean"][key]["Dice"])
     return dice, _number(content["foreground_mean"]["Dice"])
 
 
 def comparison(results: Sequence[ArmResult]) -> list[str]:
-    """Return the lines of a table: the Dice of all arms side by side, and the gain over scratch where there is one."""
+    """Return the lines of a table with the Dice of all arms, and the gain over scratch if it was trained."""
     first = results[0]
     scratch = next((result for result in results[1:] if result.weights is None), None)
     header = [f"Dice on {len(first.test_cases)} held-out cases", *(result.arm for result in results)]

@@ -1,4 +1,4 @@
-"""How long fine-tuning trains and by what: its modes, the numbers that each takes where the user gives none, a run's schedule."""
+"""Modes of fine-tuning with their default hyper-parameters, and the schedule of a run."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -11,7 +11,7 @@ Optimizer = Literal["sgd", "adam", "adamw"]
 
 @dataclass(frozen=True)
 class FinetuneSchedule:
-    """How long an arm is trained, and by which optimizer; stands in ``finetune.json``."""
+    """Length and optimizer of an arm's training, as written to ``finetune.json``."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -21,27 +21,27 @@ class FinetuneSchedule:
     learning_rate: float
     """Highest learning rate, reached at the end of the warm-up."""
     batch_size: int | None
-    """Patches per step; None for the plan's."""
+    """Patches per step; None for the batch size of the plan."""
     optimizer: Optimizer
-    """nnU-Net's SGD, Adam without weight decay, or AdamW as nnU-Net trains Primus; a linear probe is trained by Adam."""
+    """nnU-Net's SGD, Adam without weight decay, or AdamW as in nnU-Net's training of Primus. A linear probe uses Adam."""
 
 
 @dataclass(frozen=True)
 class Mode:
-    """What a mode of fine-tuning takes where the user gives none."""
+    """Default hyper-parameters of a mode of fine-tuning."""
 
     learning_rate: float
     optimizers: tuple[Optimizer, ...]
-    """Those it can be trained with; the first is the default."""
+    """Supported optimizers; the first is the default."""
 
 
 MODES = {
     "finetune": Mode(0.01, ("sgd", "adam", "adamw")),  # nnU-Net
     "linear": Mode(0.01, ("adam",)),  # Pix2Rep
-    "mean_teacher": Mode(0.01, ("sgd", "adam", "adamw")),  # nnU-Net, and UA-MT's too
+    "mean_teacher": Mode(0.01, ("sgd", "adam", "adamw")),  # nnU-Net and UA-MT
 }
 ADAMW_RATE = 3e-4
-"""Of nnU-Net's own trainers of Primus, which learns little by SGD."""
+"""Learning rate of nnU-Net's Primus trainers. Primus learns little with SGD."""
 
 
 def check_mode(mode: str) -> None:
@@ -64,10 +64,10 @@ def make_schedule(
     optimizer: Optimizer | None,
     transformer: bool = False,
 ) -> FinetuneSchedule:
-    """Return the schedule of a mode. None stands for the mode's default, or for that of Primus for a transformer.
+    """Return the schedule of a mode. None stands for the default of the mode, or of Primus if the network is a transformer.
 
     Raises:
-        ArgumentError: If a number or the optimizer does not fit.
+        ArgumentError: If a number is out of range or the mode does not support the optimizer.
     """
     if transformer and optimizer is None and "adamw" in MODES[mode].optimizers:
         optimizer = "adamw"

@@ -1,4 +1,4 @@
-"""What a user asks of a fine-tuning."""
+"""Settings of a fine-tuning."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,16 +25,16 @@ class FinetuneSettings:
         warmup_epochs: Epochs with a rising learning rate; None for one in twenty.
         learning_rate: Highest learning rate; None for the mode's: 0.01 in each, or 3e-4 with AdamW.
         batch_size: Patches per step; None for the plan's.
-        optimizer: ``"sgd"`` as in nnU-Net, ``"adam"``, which needs fewer steps and another learning rate, or ``"adamw"``, with
-            which nnU-Net trains Primus. None for the default: Adam for ``"linear"``, AdamW for Primus, else SGD.
+        optimizer: ``"sgd"`` as in nnU-Net, ``"adam"``, which needs fewer steps and another learning rate, or ``"adamw"``, as
+            in nnU-Net's training of Primus. None for the default: Adam for ``"linear"``, AdamW for Primus, else SGD.
         device: Device to compute on; None for a GPU if one is available, else the CPU.
         processes: Worker processes for preprocessing and evaluation; None for one per core, at most 8.
         plans_name: Name of the plan in the data set's folder; None to choose one.
-        mode: ``"finetune"`` trains all weights, ``"linear"`` the last segmentation layer alone, ``"mean_teacher"`` all weights
+        mode: ``"finetune"`` trains all weights, ``"linear"`` only the last segmentation layer, ``"mean_teacher"`` all weights
             with a consistency term on unlabelled cases.
         unlabelled: Unlabelled images for ``"mean_teacher"``: a file with case names, one per line, or a data set (number or
             name), all of whose images are used. None for all labelled cases that are neither trained on nor held out.
-        restart: Whether to delete these arms first and train them again.
+        restart: Whether to delete existing results of these arms and train them again.
     """
 
     configuration: str | None = None
@@ -65,7 +65,7 @@ def schedule_from(settings: FinetuneSettings, transformer: bool) -> FinetuneSche
         transformer: Whether the network is Primus, which has other defaults.
 
     Raises:
-        ArgumentError: If the mode is unknown, or a number or the optimizer does not fit.
+        ArgumentError: If the mode is unknown, a number is out of range, or the mode does not support the optimizer.
     """
     check_mode(settings.mode)
     return make_schedule(

@@ -21,7 +21,7 @@ from nnssl.matching.embedded import EmbeddingMatcher
 from nnssl.matching.pairs import make_pairs
 from nnssl.methods import SAM, find_stage
 from nnssl.plan import Plan
-from nnssl.weights.pretrained import restore_method
+from nnssl.weights.restored_method import restore_method
 from trainers.pretraining.stage_run import StageRun, stage_folder
 
 PAIRS, EXAMINATION = "pairs.npz", "examination.json"

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from nnssl.checkpoint import FINAL, read_checkpoint
+from nnssl.checkpoint import FINAL
 from nnssl.data.jobs import default_processes
 from nnssl.data.raw import find_dataset
 from nnssl.devices import find_device
@@ -15,7 +15,7 @@ from nnssl.methods import Method, find_method
 from nnssl.methods.settings import split_overrides
 from nnssl.paths import Folders, resolve_folders
 from nnssl.plan import Plan, existing_plan, read_plan
-from nnssl.weights.source import open_source
+from nnssl.weights.opened_checkpoint import open_checkpoint
 from trainers.pretraining.launch import StageJob, is_first_process, launch, number_of_processes
 from trainers.pretraining.probe_run import ProbeOptions, prepare_probe
 from trainers.pretraining.settings import PretrainSettings
@@ -61,7 +61,7 @@ def pretrain(
         if asked and stage not in [run.stage for run in runs]:
             logger.info(f"{stage.name}: left out, nothing asks for it with these settings")
     if settings.init is not None:
-        open_source(settings.init)
+        open_checkpoint(settings.init).check_tensors()
     if settings.restart and is_first_process():
         _remove([run.folder(folders.results) for run in runs])
     probed = None if settings.probe is None else _prepare_probe(settings, plan, configuration, folders)
@@ -190,7 +190,7 @@ def is_finished(results: Path, run: StageRun) -> bool:
     final = run.folder(results) / FINAL
     if not final.exists():
         return False
-    check_same_run(final, read_checkpoint(final)[1], run)
+    check_same_run(final, open_checkpoint(final).own_provenance, run)
     return True
 
 

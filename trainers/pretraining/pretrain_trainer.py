@@ -8,10 +8,11 @@ The loop owns device, precision, compilation, clipping, the moving average, logg
 resume; the pretext stage declares the rest (``nnssl.methods.protocol``).
 """
 
+import logging
 import math
-import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from time import perf_counter, time
 from typing import Any, ClassVar
@@ -22,12 +23,11 @@ from torch import Tensor
 
 from nnssl.checkpoint import FINAL, LATEST, read_checkpoint, to_plain, write_checkpoint
 from nnssl.data.case_store import CaseStore
-from nnssl.data.loader import PatchBatch, default_workers, make_loader
-from nnssl.distributed import average_gradients, rank, world_size
+from nnssl.data.loader import PatchBatch
+from nnssl.distributed import average_gradients
 from nnssl.draws import sample_generators
 from nnssl.errors import UserError
 from nnssl.files import write_json
-from nnssl.log import lines_to
 from nnssl.methods import find_stage
 from nnssl.methods.protocol import PretextMethod, StepOutput
 from nnssl.momentum import update_teacher
@@ -36,8 +36,10 @@ from nnssl.plan import plan_from_dict
 from trainers.precision import choose_precision
 from trainers.pretraining.epoch import Epoch, mean_of_steps
 from trainers.pretraining.initial_weights import load_initial_weights
+from trainers.pretraining.nnunet_state import nnunet_state, restore_nnunet_state
 from trainers.pretraining.optimisation import learning_rate_factor, make_optimizer, set_learning_rate, step_optimizer
 from trainers.pretraining.pairing import EXAMINATION, pairs_of_run
+from trainers.pretraining.patches import patches_of_run
 from trainers.pretraining.probe_run import BEST, KEY, ProbeRun
 from trainers.pretraining.progress import (
     METRICS_CSV,
@@ -47,13 +49,12 @@ from trainers.pretraining.progress import (
     plot_progress,
     write_metrics,
 )
-from trainers.pretraining.run_record import describe_run, opening_lines, provenance_of
+from trainers.pretraining.run_log import RunLog
+from trainers.pretraining.run_record import describe_run, opening_lines, provenance_of, write_model_folder
 from trainers.pretraining.run_state import network_weights, read_state, run_state
+from trainers.pretraining.saving import SavingCadence
 from trainers.pretraining.stage_run import RunOptions, check_same_run, resolve_run
 from trainers.pretraining.stopping import TERMINATED, StopRequest
-
-SAVING_SHARE = 0.05
-"""Writing checkpoints may take this share of the time."""
 
 
 class PretrainTrainer(nnUNetTrainer):
@@ -74,7 +75,10 @@ class PretrainTrainer(nnUNetTrainer):
     ) -> None:
         if fold != "all":
             raise UserError(f"fold {fold}: pretraining uses all images, so its only fold is 'all'")
-        super().__init__(plans, configuration, fold, dataset_json, device)
+        with redirect_stdout(StringIO()) as printed:
+            super().__init__(plans, configuration, fold, dataset_json, device)
+        self.print_to_log_file(printed.getvalue().rstrip())
+        self.run_log = RunLog(self.print_to_log_file, self.local_rank == 0)
         if device.type != "cuda" or device.index is not None:
             # nnU-Net takes several processes for several GPUs of one machine
             self.device = device
@@ -98,13 +102,16 @@ class PretrainTrainer(nnUNetTrainer):
         self.probe: ProbeRun | None = None
         self._probe_state: dict[str, Any] | None = None
         self._warning: str | None = None
-        self._last_save = time()
-        self._save_seconds = 0.0
+        self._cadence = SavingCadence()
 
     @property
     def folder(self) -> Path:
         """Where the stage leaves its results."""
         return Path(self.output_folder)
+
+    def print_to_log_file(self, *args: Any, also_print_to_console: bool = True, add_timestamp: bool = True) -> None:
+        """Write to the log file only; messages for the user go through ``run_log``."""
+        super().print_to_log_file(*args, also_print_to_console=False, add_timestamp=add_timestamp)
 
     # ---------------------------------------------------------------- set-up
 
@@ -121,7 +128,7 @@ class PretrainTrainer(nnUNetTrainer):
         architecture = self.configuration_manager.configuration["architecture"]
         heads = self.label_manager.num_segmentation_heads
         self.network = build_network(architecture, self.num_input_channels, heads, seed)
-        with lines_to(self.print_to_log_file):
+        with self.run_log.including_others():
             self.init = load_initial_weights(
                 self.network, self.run, self.options, self.folder.parents[2], self.dataset_json
             )
@@ -149,8 +156,7 @@ class PretrainTrainer(nnUNetTrainer):
         """Return the patches from the current step to the end of the stage; there is no validation part."""
         store = self._store()
         self.cases = tuple(sorted({*self.cases, *store.names}))
-        workers = self.options.workers
-        with lines_to(self.print_to_log_file):
+        with self.run_log.including_others():
             pairs = pairs_of_run(
                 self.folder,
                 store,
@@ -160,22 +166,8 @@ class PretrainTrainer(nnUNetTrainer):
                 device=self.device,
                 autocast=self._autocast,
             )
-        return iter(
-            make_loader(
-                store,
-                self.configuration.patch_size,
-                self.training.batch_size,
-                seed=self.options.seed,
-                stage=self.stage,
-                first_step=self.current_step,
-                last_step=self.training.total_steps,
-                rank=rank(),
-                world_size=world_size(),
-                num_workers=default_workers(self.device) if workers is None else workers,
-                pin_memory=self.device.type == "cuda",
-                pairs=pairs,
-            )
-        ), None
+        workers = self.options.workers
+        return patches_of_run(store, self.run, pairs, self.current_step, workers, self.device), None
 
     def _store(self) -> CaseStore:
         return CaseStore(Path(self.preprocessed_dataset_folder_base) / self.configuration.case_folder)
@@ -245,7 +237,7 @@ class PretrainTrainer(nnUNetTrainer):
 
     def _save_and_exit(self) -> None:
         self.save_checkpoint(str(self.folder / LATEST))
-        self.print_to_log_file(f"Asked to stop: saved at step {self.current_step}; run the same command again to go on")
+        self.run_log.tell(f"Asked to stop: saved at step {self.current_step}; run the same command again to go on")
         raise SystemExit(TERMINATED)
 
     def _end_readers(self) -> None:
@@ -265,18 +257,14 @@ class PretrainTrainer(nnUNetTrainer):
         self.method.train()
         if self.local_rank != 0:
             return
-        base = self.folder.parent
-        write_json(base / "plans.json", self.plans_manager.plans)
-        write_json(base / "dataset.json", self.dataset_json)
-        fingerprint = Path(self.preprocessed_dataset_folder_base) / "dataset_fingerprint.json"
-        if fingerprint.exists():
-            shutil.copyfile(fingerprint, base / fingerprint.name)
+        preprocessed = Path(self.preprocessed_dataset_folder_base)
+        write_model_folder(self.folder.parent, self.plans_manager.plans, self.dataset_json, preprocessed)
         write_json(self.folder / "run.json", describe_run(self.run, self.init, self.device, self.precision))
         lines, settings = opening_lines(self.run, self.method, self.current_step, self.device, self.precision)
         for line in lines:
-            self.print_to_log_file(line)
+            self.run_log.tell(line)
         for line in settings:
-            self.print_to_log_file(line, also_print_to_console=False)
+            self.print_to_log_file(line)
         self._start_probe()
 
     def _start_probe(self) -> None:
@@ -295,7 +283,7 @@ class PretrainTrainer(nnUNetTrainer):
             return math.nan
         with self._autocast():
             dice = self.probe.measure(self.network, finished_epochs)
-        self.print_to_log_file(self.probe.describe())
+        self.run_log.tell(self.probe.describe())
         write_json(self.folder / "probe.json", self.probe.state())
         if finished_epochs and self.probe.best["epochs"] == finished_epochs:
             self.save_checkpoint(str(self.folder / BEST), leaves=True)
@@ -318,13 +306,12 @@ class PretrainTrainer(nnUNetTrainer):
         self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
         self.epoch = Epoch()
         metrics = self.metrics()
-        self.print_to_log_file(f"Epoch {self.current_epoch}: {last_values(metrics)}")
+        self.run_log.tell(f"Epoch {self.current_epoch}: {last_values(metrics)}")
         if self._warning:
-            self.print_to_log_file(self._warning)
+            self.run_log.tell(self._warning, logging.WARNING)
         if self.local_rank == 0:
             write_metrics(self.folder / METRICS_CSV, metrics)
-        due = time() - self._last_save > self._save_seconds / SAVING_SHARE
-        if due and self.current_step < self.training.total_steps:
+        if self._cadence.is_due() and self.current_step < self.training.total_steps:
             self._draw_progress()
             self.save_checkpoint(str(self.folder / LATEST))
 
@@ -344,7 +331,7 @@ class PretrainTrainer(nnUNetTrainer):
         self.save_checkpoint(str(self.folder / FINAL))
         if self.local_rank == 0:
             (self.folder / LATEST).unlink(missing_ok=True)
-        self.print_to_log_file(f"Stage {self.stage} done: {self.folder / FINAL}")
+        self.run_log.tell(f"Stage {self.stage} done: {self.folder / FINAL}")
 
     def _examine(self) -> None:
         examine = self.stage_entry.load_examination()
@@ -355,7 +342,7 @@ class PretrainTrainer(nnUNetTrainer):
         content, lines = examine(self.method, self._store(), self.options.seed, self.device, self._autocast)
         write_json(self.folder / EXAMINATION, to_plain(content))
         for line in lines:
-            self.print_to_log_file(line)
+            self.run_log.tell(line)
 
     # ---------------------------------------------------------------- checkpoints
 
@@ -373,22 +360,18 @@ class PretrainTrainer(nnUNetTrainer):
         provenance = provenance_of(
             self.run, self.dataset_json, self.init, self.current_step, exported.pretrained, self.cases
         )
-        content = {
-            "network_weights": network_weights(self.network, exported if provenance.finished or leaves else None),
-            "optimizer_state": self.optimizer.state_dict(),
-            "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
-            "logging": self.logger.get_checkpoint(),
-            "_best_ema": None,
-            "current_epoch": self.current_step // self.num_iterations_per_epoch,
-            "init_args": {"configuration": self.configuration_name, "fold": self.fold},
-            # stock nnU-Net looks this name up when it predicts
-            "trainer_name": "nnUNetTrainer",
-            "inference_allowed_mirroring_axes": None,
-        }
+        content = nnunet_state(
+            network_weights(self.network, exported if provenance.finished or leaves else None),
+            self.optimizer,
+            self.grad_scaler,
+            self.logger,
+            self.current_step // self.num_iterations_per_epoch,
+            self.configuration_name,
+        )
         probed = self.probe.state(chose_weights=leaves) if self.probe else self._probe_state
         write_checkpoint(Path(filename), content, provenance, run_state(self.network, self.method, self.epoch, probed))
         if not leaves:
-            self._last_save, self._save_seconds = time(), time() - started
+            self._cadence.saved(started)
 
     def load_checkpoint(self, filename_or_checkpoint: str | dict) -> None:
         """Go on from a checkpoint of the same stage, plan and settings.
@@ -402,10 +385,7 @@ class PretrainTrainer(nnUNetTrainer):
         content, provenance = read_checkpoint(path)
         check_same_run(path, provenance, self.run)
         self.epoch, self._probe_state = read_state(path, content, self.network, self.method, self.device)
-        self.optimizer.load_state_dict(content["optimizer_state"])
-        if self.grad_scaler is not None and content["grad_scaler_state"] is not None:
-            self.grad_scaler.load_state_dict(content["grad_scaler_state"])
-        self.logger.load_checkpoint(content["logging"])
+        restore_nnunet_state(content, self.optimizer, self.grad_scaler, self.logger)
         self.current_step = provenance.step
         self.current_epoch = content["current_epoch"]
         self.cases = provenance.cases or ()
@@ -414,7 +394,7 @@ class PretrainTrainer(nnUNetTrainer):
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
         """Do nothing: without labels there is no Dice; ``nnssl_finetune`` evaluates the weights."""
-        self.print_to_log_file("Pretraining has no validation Dice; evaluate the weights with nnssl_finetune")
+        self.run_log.tell("Pretraining has no validation Dice; evaluate the weights with nnssl_finetune")
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """Do nothing: no pretext loss looks at the segmentation layers."""

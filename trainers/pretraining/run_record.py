@@ -1,5 +1,7 @@
 """What a run says of itself: in ``run.json``, at the head of its log, and as the provenance of its weights."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,10 +10,27 @@ from torch import nn
 import nnssl
 from nnssl.checkpoint import Provenance, to_plain
 from nnssl.distributed import world_size
+from nnssl.files import write_json
 from nnssl.methods import find_stage
 from nnssl.methods.settings import describe_settings
 from trainers.precision import Precision
 from trainers.pretraining.stage_run import StageRun, plain_settings
+
+
+def write_model_folder(folder: Path, plans: dict[str, Any], dataset_json: dict[str, Any], preprocessed: Path) -> None:
+    """Write the files that nnU-Net expects in the folder of a trained model, above the fold.
+
+    Args:
+        folder: Folder to write to.
+        plans: Content of the plans file.
+        dataset_json: Content of ``dataset.json``.
+        preprocessed: Preprocessed data set, from which the fingerprint is copied if there is one.
+    """
+    write_json(folder / "plans.json", plans)
+    write_json(folder / "dataset.json", dataset_json)
+    fingerprint = preprocessed / "dataset_fingerprint.json"
+    if fingerprint.exists():
+        shutil.copyfile(fingerprint, folder / fingerprint.name)
 
 
 def describe_run(run: StageRun, init: str | None, device: torch.device, precision: Precision) -> dict[str, Any]:

@@ -43,4 +43,4 @@ def read_state(
     load_method_state(path, content, network, method)
     state = content["nnssl"]["state"]
     epoch = Epoch(state["epoch_records"], [value.to(device) for value in state["epoch_embeddings"]])
-    return epoch, state.get("probe")  # earlier versions had none
+    return epoch, state["probe"]

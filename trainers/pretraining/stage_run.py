@@ -121,7 +121,6 @@ def check_same_run(path: Path, found: Provenance, run: StageRun) -> None:
         raise UserError(
             f"{path}: was run with other settings ({', '.join(changes)}); --restart starts again with the new ones"
         )
-    # read as this run's plan was, which may be of an earlier schema
     earlier = plan_from_dict(found.plans, f"{path}: plan")
     if _decisive(earlier, run.configuration) != _decisive(run.plan, run.configuration):
         raise UserError(

@@ -80,9 +80,9 @@ def test_an_unknown_flag_ends_in_one_line(name, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-m", "reprec", "--epochs", "many"], "argument --epochs: many is no whole number of 1 or more"),
-        (["-m", "reprec", "--epochs", "0"], "argument --epochs: 0 is no whole number of 1 or more"),
-        (["-m", "reprec", "--seed", "-1"], "argument --seed: -1 is no whole number of 0 or more"),
+        (["-m", "reprec", "--epochs", "many"], "argument --epochs: must be a whole number of at least 1, got many"),
+        (["-m", "reprec", "--epochs", "0"], "argument --epochs: must be a whole number of at least 1, got 0"),
+        (["-m", "reprec", "--seed", "-1"], "argument --seed: must be a whole number of at least 0, got -1"),
         (["-m", "reprec", "--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         ([], "the following arguments are required: -m/--method"),
     ],
@@ -98,7 +98,7 @@ def test_a_rate_is_a_number_above_0(capsys, text):
     with pytest.raises(SystemExit):
         finetune.main(["-d", "4", "--learning-rate", text])
     error = capsys.readouterr().err
-    assert error.startswith(f"nnssl_finetune: error: argument --learning-rate: {text} is no number above 0")
+    assert error.startswith(f"nnssl_finetune: error: argument --learning-rate: must be a number above 0, got {text}")
 
 
 # the next command

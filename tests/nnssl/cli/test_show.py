@@ -21,12 +21,13 @@ from nnssl.methods.state import method_state
 from nnssl.networks.backbone import build_network, planned_configuration, seeded
 from nnssl.paths import Folders, resolve_folders
 from nnssl.pictures import figures as pictures
-from nnssl.pictures.dense_network import open_cases, open_dense_network
-from nnssl.pictures.matches import find_matches, open_matcher
+from nnssl.pictures.dense_network import dense_network_of, open_cases
+from nnssl.pictures.matches import find_matches, matcher_of
 from nnssl.pictures.reconstructions import reconstruct_case
-from nnssl.pictures.teacher_uncertainty import open_teacher, tile_uncertainty
+from nnssl.pictures.teacher_uncertainty import teacher_of, tile_uncertainty
 from nnssl.plan import Plan
-from nnssl.weights.pretrained import restore_method
+from nnssl.weights.opened_checkpoint import open_checkpoint
+from nnssl.weights.restored_method import restore_method
 from tests.trainers.conftest import NAME, SHAPE, plan_toy
 from trainers.pretraining.stage_run import plain_settings
 
@@ -187,7 +188,7 @@ def test_uncertainty(files, drawn, capsys):
 @pytest.mark.parametrize("name", ["teacher", "teacher3d"])
 def test_uncertainty_is_that_of_the_teacher(files, name):
     """Of its network and its head, not of the student's: recomputed from the weights in the file."""
-    teacher, _ = open_teacher(files[name], None, torch.device("cpu"))
+    teacher = teacher_of(open_checkpoint(files[name]), None, torch.device("cpu"))
     state = read_checkpoint(files[name])[0]["nnssl"]["state"]["method"]
     for key, value in teacher.network.network.state_dict().items():
         assert torch.equal(value, state[f"teacher.{key}"])
@@ -263,7 +264,7 @@ def test_matches(files, drawn, capsys):
 def test_a_case_is_found_in_itself_and_its_crops_lie_where_it_says(files):
     _, provenance = restore_method(files["sam"], torch.device("cpu"))
     store = open_cases(provenance, NAME, resolve_folders())
-    matcher, method = open_matcher(files["sam"], store, torch.device("cpu"))
+    matcher, method = matcher_of(open_checkpoint(files["sam"]), store, torch.device("cpu"))
     patch = method.configuration.patch_size
     volume = store.case("toy_01").read_box((0, 0, 0), store.case("toy_01").shape)[0]
     for each in find_matches(matcher, store, "toy_01", "toy_01", 12, 0, patch):
@@ -321,12 +322,12 @@ def test_a_reconstruction_is_what_the_decoder_makes(files):
 
 def test_features_of_the_weights_or_as_asked_for(files):
     for name, asked, kind in (("2d", None, "single"), ("2d", "pyramid", "pyramid"), ("hybrid", None, "pyramid")):
-        network, _ = open_dense_network(files[name], asked, torch.device("cpu"))
+        network = dense_network_of(open_checkpoint(files[name]), asked, torch.device("cpu"))
         assert network.kind == kind
 
 
 def test_loaded_weights_are_those_of_the_file(files):
-    network, _ = open_dense_network(files["3d"], None, torch.device("cpu"))
+    network = dense_network_of(open_checkpoint(files["3d"]), None, torch.device("cpu"))
     stored = read_checkpoint(files["3d"])[0]["network_weights"]
     assert all(torch.equal(value, stored[name]) for name, value in network.network.state_dict().items())
     assert not network.network.training
@@ -339,7 +340,7 @@ def test_decoder_that_was_not_pretrained_is_told(files, capsys):
 
 def test_latest_weights(files, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_results", str(tmp_path))
-    assert "-w latest: no finished pretraining" in fails(capsys, "embedding")
+    assert "no finished pretraining for weights 'latest'" in fails(capsys, "embedding")
     folder = tmp_path / NAME / "model" / "fold_all"
     folder.mkdir(parents=True)
     shutil.copy(files["2d"], folder / "checkpoint_final.pth")
@@ -381,11 +382,11 @@ def test_an_exported_file_is_refused_in_one_line(files, capsys, tmp_path):
     assert "exported for 2d of nnUNetPlans, without the plan of the pretraining" in line
     assert "take the checkpoint of nnssl_pretrain that the file was made from" in line
     with pytest.raises(UserError, match="exported.pth: exported for 2d of nnUNetPlans"):
-        open_dense_network(tmp_path / "exported.pth", None, torch.device("cpu"))
+        dense_network_of(open_checkpoint(tmp_path / "exported.pth"), None, torch.device("cpu"))
 
 
 def test_network_without_decoder_is_refused(files, capsys, monkeypatch):
-    monkeypatch.setattr("nnssl.weights.pretrained.build_network", lambda *arguments: torch.nn.Linear(1, 1))
+    monkeypatch.setattr("nnssl.weights.opened_checkpoint.build_network", lambda *arguments: torch.nn.Linear(1, 1))
     assert "Linear has no convolutional decoder" in fails(capsys, "embedding", "-w", files["2d"])
 
 

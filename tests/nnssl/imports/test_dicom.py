@@ -368,7 +368,7 @@ def test_a_change_of_the_slices_is_noticed(folders, source):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"schema_version": 99}, "another version"),
+        ({"schema_version": 99}, "schema_version must be 1, got 99"),
         ({"slices": []}, "fewer than two slices"),
         ({"colour": "red"}, "colour"),
     ],

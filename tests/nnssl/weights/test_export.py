@@ -18,8 +18,9 @@ from nnssl.weights.export_settings import ExportSettings
 from nnssl.weights.fit import fit_weights
 from nnssl.weights.fit_report import refuse_below
 from nnssl.weights.formats import table_of
-from nnssl.weights.source import count_values, open_source
+from nnssl.weights.opened_checkpoint import open_checkpoint
 from nnssl.weights.target import build_target
+from nnssl.weights.tensor_names import count_values
 from tests.nnssl.weights.tiny_networks import architecture, dataset_json, plans, primus, unet, write_plans, write_source
 
 KINDS = [
@@ -122,7 +123,7 @@ def fitted(
     names = [f"c{n}" for n in range(channels[1])]
     content = plans(network, dim, channels[1], **(target or {}))
     built = build_target(content, next(iter(content["configurations"])), dataset_json(names), "target")
-    report = fit_weights(open_source(tmp_path / "a.pth"), built, **options)
+    report = fit_weights(open_checkpoint(tmp_path / "a.pth"), built, **options)
     return built.network, report
 
 
@@ -275,7 +276,7 @@ def test_primus_without_layer_scale_keeps_its_blocks(tmp_path):
         del content["network_weights"][name]
     torch.save(content, tmp_path / "a.pth")
     built = build_target(plans(primus(), 3, 1), "3d_fullres", dataset_json(["c0"]), "target")
-    report = fit_weights(open_source(tmp_path / "a.pth"), built)
+    report = fit_weights(open_checkpoint(tmp_path / "a.pth"), built)
     assert status(report, "eva.blocks.1.gamma_2").status == "adapted"
     assert torch.equal(built.network.eva.blocks[1].gamma_2, torch.ones(36))
 
@@ -290,11 +291,11 @@ def test_names_that_were_copied_apart_are_still_one_tensor(tmp_path):
     content["network_weights"] = dict(sorted(halves.items()))
     torch.save(content, tmp_path / "sorted.pth")
     built = build_target(plans(unet("residual", 3), 3, 1), "3d_fullres", dataset_json(["c0"]), "target")
-    whole, halved = (fit_weights(open_source(tmp_path / name), built) for name in ("a.pth", "b.pth"))
+    whole, halved = (fit_weights(open_checkpoint(tmp_path / name), built) for name in ("a.pth", "b.pth"))
     assert whole == halved
-    from_sorted = fit_weights(open_source(tmp_path / "sorted.pth"), built)
+    from_sorted = fit_weights(open_checkpoint(tmp_path / "sorted.pth"), built)
     assert set(from_sorted.tensors) == set(whole.tensors)
-    counts = {count_values(open_source(tmp_path / name).tensors) for name in ("a.pth", "b.pth", "sorted.pth")}
+    counts = {count_values(open_checkpoint(tmp_path / name).tensors) for name in ("a.pth", "b.pth", "sorted.pth")}
     assert len(counts) == 1
 
 
@@ -364,8 +365,8 @@ def test_stock_trainers_of_primus(tmp_path, folders):
     assert "nnssl_adaptation_plan" not in written
     assert "nnssl" not in written  # its plan is not that of this network
     assert any(name in line for line in explain_checkpoint(done.path))
-    with pytest.raises(UserError, match=f"was made for nnU-Net's {name}"):
-        open_source(done.path)
+    with pytest.raises(UserError, match=f"was exported for nnU-Net's {name}"):
+        open_checkpoint(done.path).check_tensors()
     (tmp_path / "user" / "dataset.json").unlink()
     with pytest.raises(UserError, match="decide the shape of this trainer's network"):
         export(

@@ -17,7 +17,7 @@ from nnssl.paths import Folders
 from nnssl.weights.adaptation_plan import KEY, RESENC_L, read_adaptation_plan, write_adaptation_plan
 from nnssl.weights.export import export
 from nnssl.weights.export_settings import ExportSettings
-from nnssl.weights.source import open_source
+from nnssl.weights.opened_checkpoint import open_checkpoint
 from tests.nnssl.weights.tiny_networks import architecture, plans, primus, unet, write_plans, write_source
 
 ENDS = ("PlainConvUNet", "ResidualEncoderUNet", "Primus", "PrimusS", "PrimusM", "PrimusL", "PrimusB", "ResEncL")
@@ -113,7 +113,7 @@ def elsewhere(tmp_path, folders, kind="residual"):
 @pytest.mark.parametrize("kind", ["plain", "residual", "primus"])
 def test_a_checkpoint_made_elsewhere_is_read(tmp_path, folders, kind):
     path, weights = elsewhere(tmp_path, folders, kind)
-    source = open_source(path)
+    source = open_checkpoint(path)
     assert source.num_channels == 2
     assert source.provenance is None
     assert not any(name.startswith(("decoder.stages", "up_projection")) for name in source.tensors)
@@ -168,7 +168,7 @@ def test_adaptation_plans_that_say_too_little(tmp_path, folders, change, message
     content[KEY] = {key: value for key, value in (content[KEY] | change).items() if value is not None}
     torch.save(content, path)
     with pytest.raises(UserError, match=message):
-        open_source(path)
+        open_checkpoint(path).check_tensors()
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
@@ -178,7 +178,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
     torch.save({"network_weights": {}, KEY: Evil()}, tmp_path / "evil.pth")
     with pytest.raises(UserError, match="could run code"):
-        open_source(tmp_path / "evil.pth")
+        open_checkpoint(tmp_path / "evil.pth")
     assert not (tmp_path / "ran").exists()
 
 
@@ -272,7 +272,7 @@ def test_an_exported_file_remembers_its_pretraining(tmp_path, folders):
     once = export(tmp_path / "a.pth", ExportSettings(for_plans=str(first), out=tmp_path / "once.pth"), folders).path
     second = write_plans(tmp_path / "second", plans(network, 3, 2), ["CT", "PET"])
     twice = export(once, ExportSettings(for_plans=str(second), out=tmp_path / "twice.pth"), folders).path
-    source = open_source(twice)
+    source = open_checkpoint(twice)
     assert source.pretraining["spacing_mm"] == [2.0, 1.0, 1.0]
     assert source.pretraining["channel_names"] == ["T1", "T2"]
     assert source.channel_names == ("CT", "PET")
@@ -297,7 +297,7 @@ def test_prefixes_of_other_programs(tmp_path, folders, ours, theirs):
     if ours:
         content[KEY] |= {"key_to_encoder": "online_encoder.stages", "key_to_stem": "online_encoder.stem"}
     torch.save(content, path)
-    tensors = open_source(path).tensors
+    tensors = open_checkpoint(path).tensors
     assert set(tensors) == {name for name in weights if name.startswith(("encoder.stages", "encoder.stem"))}
     assert all(torch.equal(value, weights[name]) for name, value in tensors.items())
 

@@ -15,7 +15,7 @@ from nnssl.weights.adaptation_plan import KEY, KEYS, PLAIN, RESENC_L, RESIDUAL, 
 from nnssl.weights.export import export
 from nnssl.weights.export_settings import ExportSettings
 from nnssl.weights.formats import check_loads
-from nnssl.weights.source import open_source
+from nnssl.weights.opened_checkpoint import open_checkpoint
 from nnssl.weights.target import _choose_configuration, _dataset_json, _find_plans, build_target
 from tests.nnssl.weights.tiny_networks import dataset_json, plans, unet, write_plans, write_source
 
@@ -125,7 +125,7 @@ def test_channel_names_of_a_source_are_in_the_order_of_their_numbers(tmp_path):
     many = {str(n): f"c{n}" for n in (10, 2, 0, 1, *range(3, 10))}
     content["nnssl"]["provenance"]["dataset_json"]["channel_names"] = many
     torch.save(content, tmp_path / "a.pth")
-    source = open_source(tmp_path / "a.pth")
+    source = open_checkpoint(tmp_path / "a.pth")
     assert source.channel_names == tuple(f"c{n}" for n in range(11))
     assert source.pretraining["channel_names"] == list(source.channel_names)
 
@@ -139,7 +139,7 @@ def test_a_name_that_only_begins_like_a_part_is_another_part(tmp_path, folders):
     content["network_weights"]["encoder.stages2.0.weight"] = torch.zeros(3)
     content["network_weights"]["encoder.stem_of_another.weight"] = torch.zeros(3)
     torch.save(content, path)
-    tensors = open_source(path).tensors
+    tensors = open_checkpoint(path).tensors
     assert tensors
     assert not [name for name in tensors if "stages2" in name or "another" in name]
 
@@ -187,7 +187,7 @@ def test_an_export_says_what_was_pretrained_and_a_hub_gets_no_section_of_nnssl(t
     torch.save(content, tmp_path / "a.pth")
     path = export(tmp_path / "a.pth", ExportSettings(form="hub", out=tmp_path / "hub"), folders).path
     assert "pretext" not in json.loads((path / "nnsslPlans.json").read_text())
-    made = open_source(path / "checkpoint_final.pth").provenance
+    made = open_checkpoint(path / "checkpoint_final.pth").provenance
     assert made.pretrains("encoder.stages.1.")
     assert not made.pretrains("decoder.stages.")
     assert "pretext" not in made.plans

@@ -16,11 +16,12 @@ from nnssl.environment import variables
 from nnssl.files import read_json
 from nnssl.log import lines_to
 from nnssl.paths import resolve_folders
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from tests.trainers.tiny_plan import PATCH_SIZE, tiny_plan, write_weights
 from trainers.finetuning import arm as finetune_arm
 from trainers.finetuning.finetune import finetune
 from trainers.finetuning.finetune_trainer import ArmSettings, FinetuneTrainer, make_trainer
-from trainers.finetuning.pretrained_weights import Weights, open_weights
+from trainers.finetuning.pretrained_weights import open_weights
 from trainers.finetuning.result import ArmResult
 from trainers.finetuning.schedule import FinetuneSchedule
 from trainers.finetuning.settings import FinetuneSettings
@@ -104,7 +105,7 @@ def trainer_of(
     return make_trainer(plan, "3d_fullres", {**dataset_json, **(labels or {})}, CPU, settings, resume, trainer_class)
 
 
-def weights_of(run: Run) -> Weights:
+def weights_of(run: Run) -> OpenedCheckpoint:
     return open_weights(run.weights, resolve_folders())
 
 

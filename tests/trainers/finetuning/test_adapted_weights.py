@@ -15,6 +15,7 @@ from nnssl.plan import read_plan
 from nnssl.weights.adaptation_plan import KEY, write_adaptation_plan
 from nnssl.weights.export import export
 from nnssl.weights.export_settings import ExportSettings
+from nnssl.weights.opened_checkpoint import open_checkpoint
 from planners.foreign_planner import plan_for_network
 from tests.nnssl.weights.tiny_networks import plans, primus, unet, write_plans
 from tests.trainers.finetuning.runs import CPU, DATASET, SCHEDULE, folders_set
@@ -72,13 +73,13 @@ def test_finetuning(labelled):
     said.clear()
     with lines_to(said.append):
         finetune(4, labelled / "mae.pth", FinetuneSettings(**arguments))
-    assert any("there already" in line for line in said)
+    assert any("Plan and weights exist already" in line for line in said)
     assert any("finished already" in line for line in said)
 
 
 def test_primus_has_a_plan_with_a_last_layer_for_any_classes(labelled):
     weights = write_elsewhere(labelled / "mae.pth", primus(), channels=1)
-    path = adapt_if_made_elsewhere(labelled / "mae.pth", DATASET, resolve_folders(), 1)
+    path = adapt_if_made_elsewhere(open_checkpoint(labelled / "mae.pth"), DATASET, resolve_folders(), 1).path
     content, provenance = read_checkpoint(path)
     name = provenance.plans["configurations"]["3d_fullres"]["architecture"]["network_class_name"]
     assert name == "nnssl.networks.primus.PlannedPrimus"

@@ -75,10 +75,10 @@ def test_cases_that_are_not_trained_on_are_held_out(tmp_path):
         ({"cases": "# nothing\n"}, None, "names no case"),
         ({"cases": "a\nb\nc\nd\n"}, None, "none is left to be held out"),
         ({"test_cases": "a\nb\nc\nd\n"}, None, "none is left to be trained on"),
-        ({"test_cases": "a\nb\n"}, 3, "there are 2 labelled cases to choose from"),
-        ({}, 0, "take 1 to 4"),
+        ({"test_cases": "a\nb\n"}, 3, "labels must be between 1 and 2"),
+        ({}, 0, "labels must be between 1 and 4"),
         ({}, 4, "none is left to be held out"),
-        ({"cases": "a\n"}, 2, "give one of them"),
+        ({"cases": "a\n"}, 2, "labels and cases cannot be combined"),
     ],
 )
 def test_case_choices_that_cannot_be_are_refused(tmp_path, lists, labels, message):
@@ -316,7 +316,7 @@ def test_finished_arms_are_recognised(run):
         assert finetune(4, run.weights, FinetuneSettings(**run.arguments)) == run.results
     assert [path.stat().st_mtime_ns for path in files] == before
     assert sum("finished already" in line for line in said) == 2
-    assert any("all 6 there already" in line for line in said)
+    assert any("all 6 exist already" in line for line in said)
     assert sum("there already and the same" in line for line in said) == 1
 
 
@@ -425,7 +425,7 @@ def test_stock_nnunet_predicts_the_same_from_the_model_folder(run, tmp_path):
     assert f"-m {run.results[0].model_folder} -f 0 -device cpu" in run.results[0].predict_command
 
 
-def test_arms_from_before_there_were_modes_are_found_and_read(run, tmp_path):
+def test_arms_keep_the_names_of_their_folders(tmp_path):
     task = finetune_arm.Task(
         dataset_name=DATASET,
         dataset_json={},
@@ -440,15 +440,16 @@ def test_arms_from_before_there_were_modes_are_found_and_read(run, tmp_path):
         unlabelled=(),
     )
     folder = finetune_arm.arm_folder(task, None, resolve_folders())
-    assert folder.name == "nnssl_scratch_2cases_seed3_c18d9a91__nnsslPlans__2d"  # as the first version named it
+    assert folder.name == "nnssl_scratch_2cases_seed3_c18d9a91__nnsslPlans__2d"
+
+
+def test_a_damaged_result_is_rejected(run, tmp_path):
     content = read_json(Path(run.results[0].model_folder, "finetune.json"), "result")
-    content["schema_version"] = 1
-    del content["unlabelled_cases"], content["schedule"]["batch_size"], content["schedule"]["optimizer"]
-    write_json(tmp_path / "finetune.json", content)
-    assert read_result(tmp_path / "finetune.json") == run.results[0]
-    for wrong in ({**content, "schema_version": 2}, {**content, "schema_version": 3}, {**content, "schedule": 1}):
+    for wrong in ({**content, "schema_version": 1}, {**content, "schema_version": 3}, {**content, "schedule": 1}):
         write_json(tmp_path / "finetune.json", wrong)
-        with pytest.raises(UserError, match="finetune.json"):
+        with pytest.raises(
+            UserError, match="finetune.json: schedule|finetune.json: schema_version must be 2, got [13]"
+        ):
             read_result(tmp_path / "finetune.json")
 
 

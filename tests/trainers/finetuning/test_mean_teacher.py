@@ -264,7 +264,7 @@ def test_unlabelled_cases_are_those_that_are_left(tmp_path):
     assert choose_unlabelled(CASES, split, listed) == (CASES[3],)
     for name, side in ((CASES[0], "trained on"), (CASES[5], "held out")):
         listed.write_text(f"{CASES[3]}\n{name}")
-        with pytest.raises(UserError, match=f"{name} {side} too; take such cases out"):
+        with pytest.raises(UserError, match=f"{name} also {side}; remove such cases"):
             choose_unlabelled(CASES, split, listed)
     with pytest.raises(
         UserError, match="all 6 labelled cases are trained on or held out, and it needs others; name the"

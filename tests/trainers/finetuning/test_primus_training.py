@@ -64,5 +64,5 @@ def test_fine_tuning_trains_it_also_with_an_earlier_plan(nnunet_folders, tmp_pat
     trainer = make_trainer(primus_plan(single), "3d_fullres", described, CPU, settings, False, None)
     trainer.initialize()
     assert_learns(trainer)
-    with pytest.raises(UserError, match="the loss of epoch 0 is not a number"):
+    with pytest.raises(UserError, match="the loss of epoch 0 is not finite"):
         trainer.on_train_epoch_end([{"loss": np.array(float("nan"))}])

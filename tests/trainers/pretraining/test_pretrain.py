@@ -22,7 +22,7 @@ from nnssl.methods import METHODS
 from nnssl.paths import resolve_folders
 from nnssl.plan import read_plan
 from tests.trainers.conftest import NAME, plan_toy
-from trainers.pretraining import pretrain_trainer
+from trainers.pretraining import patches, pretrain_trainer
 from trainers.pretraining.pretext import RepRecContrastiveTrainer
 from trainers.pretraining.pretrain import pretrain
 from trainers.pretraining.settings import PretrainSettings
@@ -135,24 +135,6 @@ def test_finished_stages_are_skipped_and_other_settings_are_refused(toy):
     assert final.stat().st_mtime_ns != before
 
 
-def test_a_run_with_a_plan_of_an_earlier_schema_is_recognised(toy):
-    path = toy.preprocessed / NAME / "nnsslPlans.json"
-    content = json.loads(path.read_text())
-    content["pretext"]["schema_version"] = 4
-    configurations = content["pretext"]["configurations"]
-    del configurations["3d_fullres_primus"]  # which no plan of that schema has
-    for configuration in configurations.values():
-        if configuration["tokens"] is not None:
-            del configuration["tokens"]["width"]
-    path.write_text(json.dumps(content))
-    alone = {"stages": ("reprec.generative",)}
-    run(toy, **alone)
-    said: list[str] = []
-    with lines_to(said.append):
-        run(toy, **alone)
-    assert said[0].startswith("reprec.generative: finished before")
-
-
 @pytest.mark.parametrize("stage", ["Contrastive", "Generative"])
 @pytest.mark.parametrize("step", [2, 3, 4])
 def test_stopped_run_ends_bit_identical(toy, monkeypatch, stage, step):
@@ -247,7 +229,7 @@ def test_nnunets_own_command_runs_the_same_training(toy, monkeypatch):
     """nnUNetv2_train with nnUNet_extTrainer, from the same seed, ends in the same tensors as nnssl_pretrain."""
     from nnunetv2.run.run_training import run_training
 
-    monkeypatch.setattr(pretrain_trainer, "default_workers", lambda device: 0)
+    monkeypatch.setattr(patches, "default_workers", lambda device: 0)
     run(toy)
     expected = tensors_of(folder_of(toy, "Contrastive") / "checkpoint_final.pth")
     line = next(line for line in _ext_trainer_lines() if line.startswith("export nnUNet_extTrainer="))

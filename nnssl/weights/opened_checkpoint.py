@@ -1,0 +1,299 @@
+"""A checkpoint, opened once without executing anything in it, and everything that follows from its content.
+
+``open_checkpoint`` reads checkpoints of nnssl and checkpoints made elsewhere in the adaptation-plan format. A property that
+a file cannot provide raises an error that says which file can.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nnssl.checkpoint import Provenance, load_tensors, parse_provenance
+from nnssl.errors import ArgumentError, UserError
+from nnssl.files import file_digest
+from nnssl.networks.backbone import build_network, planned_configuration
+from nnssl.plan import Plan, plan_from_dict
+from nnssl.weights.adaptation_plan import KEY, KEYS, AdaptationPlan, network_kind, read_adaptation_plan
+from nnssl.weights.tensor_names import GATE, SEGMENTATION, count_values, names_by_tensor
+
+EXPORT_KEY = "nnssl_export"
+"""Key of a file that was exported for a trainer with a network of its own. Its value describes the file for people."""
+
+FIRST_OUTPUTS = "decoder.seg_layers.0.weight"
+
+WRAPPERS = ("module.", "_orig_mod.")
+"""Prefixes that DistributedDataParallel and torch.compile put before names."""
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedCheckpoint:
+    """A checkpoint and what it provides.
+
+    Attributes:
+        path: The file.
+        content: The file's content, tensors on the CPU.
+        provenance: Where the weights come from; None for a file that nnssl did not write.
+    """
+
+    path: Path
+    content: dict[str, Any] = field(repr=False)
+    provenance: Provenance | None = field(repr=False)
+
+    def without_content(self) -> "OpenedCheckpoint":
+        """Return the checkpoint with an empty content, to keep its provenance in memory but not its tensors."""
+        return replace(self, content={})
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the file's bytes."""
+        return file_digest(self.path)
+
+    @property
+    def label(self) -> str:
+        """Description of the weights within a sentence."""
+        if self.provenance is not None:
+            return f"{self.provenance.stage}, pretrained on {self.provenance.dataset_name}"
+        return "a checkpoint made elsewhere"
+
+    @property
+    def made_elsewhere(self) -> bool:
+        """Whether another program wrote the file, in the adaptation-plan format."""
+        return self.provenance is None and KEY in self.content
+
+    @property
+    def own_provenance(self) -> Provenance:
+        """Where the weights come from.
+
+        Raises:
+            UserError: If the file is not a checkpoint of nnssl.
+        """
+        return self.provenance or parse_provenance(self.path, self.content)
+
+    @cached_property
+    def plan(self) -> Plan:
+        """Plan that the weights were pretrained with.
+
+        Raises:
+            UserError: As ``own_provenance`` and ``plan_of_pretraining``.
+        """
+        return plan_of_pretraining(self.own_provenance, str(self.path))
+
+    def choose_configuration(self, wanted: str | None) -> str:
+        """Return the wanted configuration of the plan in the file, or the one that the weights were pretrained with.
+
+        Raises:
+            UserError: If the file is not a checkpoint of nnssl.
+            ArgumentError: If the plan has no such configuration.
+        """
+        provenance = self.own_provenance
+        chosen = wanted or provenance.configuration
+        if chosen not in provenance.plans["configurations"]:
+            known = ", ".join(sorted(provenance.plans["configurations"]))
+            raise ArgumentError(
+                f"configuration must be one of {known} (in the plan of {self.path}), got {chosen}", "configuration"
+            )
+        return chosen
+
+    def build_network(self, seed: int) -> Any:
+        """Return the network of the plan with random weights and as many outputs as the checkpoint has.
+
+        Raises:
+            UserError: As ``plan``.
+        """
+        planned = planned_configuration(self.plan.nnunet, self.own_provenance.configuration)
+        weights = self.content["network_weights"]
+        classes = weights[FIRST_OUTPUTS].shape[0] if FIRST_OUTPUTS in weights else 1
+        return build_network(planned["architecture"], len(planned["normalization_schemes"]), classes, seed)
+
+    @cached_property
+    def adaptation(self) -> AdaptationPlan | None:
+        """Adaptation plan of a checkpoint made elsewhere; None for a checkpoint of nnssl.
+
+        Raises:
+            UserError: If the file is neither of the two, or its adaptation plan cannot be read.
+        """
+        if self.provenance is not None:
+            return None
+        if KEY in self.content:
+            return read_adaptation_plan(self.path, self.content)
+        if EXPORT_KEY in self.content:
+            made = self.content[EXPORT_KEY]
+            raise UserError(
+                f"{self.path}: was exported for nnU-Net's {made['trainer']}, whose network no plan describes; take the "
+                f"checkpoint that it was made from, {made['checkpoint']}"
+            )
+        raise UserError(
+            f"{self.path}: is neither a checkpoint of nnssl nor one with an {KEY}; take checkpoint_final.pth of "
+            "nnssl_pretrain, or a file from a model hub that has one"
+        )
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Pretrained tensors, under every name that nnU-Net's network has for them.
+
+        Raises:
+            UserError: As ``adaptation``; or if the file holds no such tensors, or NaN.
+        """
+        plan = self.adaptation
+        weights = _checked_weights(self.path, self.content["network_weights"])
+        if plan is None:
+            return _pretrained(weights, self.own_provenance)
+        renamed = {_usual_name(name, plan): value for name, value in weights.items()}
+        trained = {name: value for name, value in renamed.items() if name is not None}
+        if not trained:
+            raise UserError(
+                f"{self.path}: holds no weights under {plan.key_to_encoder} or {plan.key_to_stem}, where its {KEY} says "
+                "they are"
+            )
+        return trained
+
+    def check_tensors(self) -> None:
+        """Check that the file has pretrained tensors to transfer.
+
+        Raises:
+            UserError: As ``tensors``.
+        """
+        _ = self.tensors
+
+    @property
+    def untrained(self) -> int:
+        """Number of values in the file that are a random initialisation only."""
+        return count_values(self.content["network_weights"]) - count_values(self.tensors)
+
+    @cached_property
+    def seeded(self) -> frozenset[str]:
+        """Names of the tensors that are a random initialisation only."""
+        return frozenset(set(self.content["network_weights"]) - set(self.tensors))
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """Network of the weights, in the form of a plan's configuration."""
+        return self._planned["architecture"] if self.adaptation is None else self.adaptation.architecture()
+
+    @property
+    def channel_names(self) -> tuple[str, ...] | None:
+        """Channels of the images that the weights are for; None if the file does not name them."""
+        if self.adaptation is not None:
+            return None
+        names = self.own_provenance.dataset_json["channel_names"]
+        return tuple(str(names[key]) for key in sorted(names, key=int))
+
+    @property
+    def num_channels(self) -> int:
+        """Number of channels of the images that the weights are for."""
+        if self.adaptation is None:
+            return len(self.own_provenance.dataset_json["channel_names"])
+        return self.adaptation.pretrain_num_input_channels
+
+    @property
+    def patch_vox(self) -> tuple[int, ...]:
+        """Patch that learned positions are for, (z, y, x) or (y, x)."""
+        return tuple(self._planned["patch_size"]) if self.adaptation is None else self.adaptation.patch_vox
+
+    @property
+    def pretraining(self) -> dict[str, Any]:
+        """``spacing_mm``, ``patch_vox``, ``channel_names``, ``plans_name`` and ``configuration`` of the pretraining.
+
+        Each is None if the file does not say. An exported file was made for another network than that of the pretraining.
+        """
+        plan, provenance = self.adaptation, self.provenance
+        if plan is not None:
+            return {
+                "spacing_mm": None if plan.spacing_mm is None else list(plan.spacing_mm),
+                "patch_vox": list(plan.patch_vox),
+                "channel_names": None,
+                "plans_name": None,
+                "configuration": None,
+            }
+        assert provenance is not None
+        return provenance.origin or {
+            "spacing_mm": list(self._planned["spacing"]),
+            "patch_vox": list(self.patch_vox),
+            "channel_names": list(self.channel_names or ()),
+            "plans_name": provenance.plans_name,
+            "configuration": provenance.configuration,
+        }
+
+    @property
+    def citations(self) -> tuple[dict[str, Any], ...]:
+        """Publications that the file asks to cite."""
+        found = self.content.get("citations")
+        return tuple(found) if isinstance(found, (list, tuple)) else ()
+
+    @cached_property
+    def _planned(self) -> dict[str, Any]:
+        provenance = self.own_provenance
+        planned: dict[str, Any] = planned_configuration(provenance.plans, provenance.configuration)
+        return planned
+
+
+def open_checkpoint(path: Path) -> OpenedCheckpoint:
+    """Open a checkpoint of nnssl, or one made elsewhere, without executing anything in it.
+
+    Raises:
+        UserError: If the file is missing, unsafe or damaged, or a checkpoint of another version of nnssl.
+    """
+    content = load_tensors(path)
+    return OpenedCheckpoint(path, content, parse_provenance(path, content) if "nnssl" in content else None)
+
+
+def plan_of_pretraining(provenance: Provenance, what: str) -> Plan:
+    """Return the plan that weights were pretrained with.
+
+    Args:
+        provenance: Where the weights come from.
+        what: Description of the weights for an error message.
+
+    Raises:
+        UserError: If the weights were exported, so that their plan is that of another network; or if the plan is of another
+            version.
+    """
+    if provenance.origin is not None:
+        raise UserError(
+            f"{what}: exported for {provenance.configuration} of {provenance.plans_name}, without the plan of the pretraining "
+            "that pictures need; take the checkpoint of nnssl_pretrain that the file was made from"
+        )
+    return plan_from_dict(provenance.plans, what)
+
+
+def _pretrained(weights: Mapping[str, Tensor], provenance: Provenance) -> dict[str, Tensor]:
+    """Return the tensors that a checkpoint of nnssl names as pretrained, under all their names."""
+    pretrained = provenance.pretrained
+    if provenance.pretrains("transformer."):
+        pretrained = (*pretrained, GATE)  # pretraining sets the gate last, so that the transformer takes part
+    return {
+        name: weights[name]
+        for names in names_by_tensor(weights)
+        if any(name.startswith(prefix) for name in names for prefix in pretrained)
+        for name in names
+        if SEGMENTATION not in f".{name}"
+    }
+
+
+def _usual_name(name: str, plan: AdaptationPlan) -> str | None:
+    """Return the name of an encoder or stem tensor in nnU-Net's network; None for all other tensors.
+
+    The file gives the prefixes of both: the online encoder of a siamese method, for example, has its own prefix.
+    """
+    usual = KEYS[network_kind(plan.network_class)]
+    while name.startswith(WRAPPERS):
+        name = name.partition(".")[2]
+    for key in ("key_to_lpe", "key_to_encoder", "key_to_stem"):
+        theirs = getattr(plan, key)
+        if theirs and usual[key] and (name == theirs or name.startswith(f"{theirs}.")):
+            return usual[key] + name.removeprefix(theirs)
+    return None
+
+
+def _checked_weights(path: Path, weights: Any) -> dict[str, Tensor]:
+    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"{path}: network_weights must map names to tensors; download or copy the file again")
+    broken = next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
+    if broken is not None:
+        raise UserError(f"{path}: {broken} holds NaN or infinite values; take an earlier checkpoint")
+    return dict(weights)
