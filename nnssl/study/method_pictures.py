@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from nnssl.data.patients import patient_in_name
 from nnssl.paths import Folders
-from nnssl.pictures.components import embed_case
+from nnssl.pictures.components import MOST_CASES, embed_cases
 from nnssl.pictures.dense_network import dense_network_of, open_cases
 from nnssl.pictures.figures import (
     embedding_figure,
@@ -56,7 +56,8 @@ def dense_pictures(pretrained: OpenedCheckpoint, folders: Folders, device: torch
     network = dense_network_of(pretrained, None, device)
     store = open_cases(provenance, provenance.dataset_name, folders)
     one_each = {patient_in_name(name): name for name in reversed(store.names)}
-    query, *others = sorted(one_each.values())[:COMPARED_CASES]
+    names = sorted(one_each.values())
+    query, *others = names[:COMPARED_CASES]
     comparison = compare_cases(network, store, query, None, others, 0)
     similarity = picture_of(
         similarity_figure(comparison, f"{provenance.method}: similarity to one point"),
@@ -66,11 +67,12 @@ def dense_pictures(pretrained: OpenedCheckpoint, folders: Folders, device: torch
         ),
         f"Cosine similarity of all voxels to the marked point of {query}; the circle is the most similar voxel.",
     )
-    embedding = embed_case(network, store.case(query), None, 0)
+    shown = names[:MOST_CASES]
+    embedding = embed_cases(network, [store.case(name) for name in shown], None, 0)
     colours = picture_of(
         embedding_figure(embedding, f"{provenance.method}: features as colours"),
-        f"A slice of {query} beside the first three principal components of its features as red, green and blue",
-        "Voxels of the same colour have similar features.",
+        f"Slices of {', '.join(shown)} with the first three principal components of their features as red, green and blue",
+        "Voxels of the same colour have similar features, also in different cases.",
     )
     return similarity, colours
 
