@@ -78,7 +78,6 @@ PYTHON_NAMES = {
     "spacing": "spacing_mm",
     "dask": "dask_address",
     "mode": "modes",
-    "modality": "modalities",
 }
 """Python name of an argument by the name of its flag, where the two differ."""
 

@@ -33,6 +33,8 @@ UNTOLD = dict.fromkeys("omh", "at best without the code") | {"s": "by the mean o
 NAME = "nnssl_show"
 OTHERS = 2
 """Default number of other cases in which a query is searched."""
+BESIDE = 3
+"""Largest and default number of other cases that the picture of embeddings shows."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -56,7 +58,13 @@ def make_parser() -> argparse.ArgumentParser:
         pictures,
         "embedding",
         _embedding,
-        "Draw the first three principal components of a case's features as red, green and blue.",
+        "Draw the first three principal components of the features of up to four cases as red, green and blue.",
+    )
+    embedding.add_argument(
+        "--others",
+        nargs="*",
+        metavar="CASE",
+        help=f"Cases to show beside it, at most {BESIDE} (default: the next {BESIDE} of the data set).",
     )
     for each in (similarity, embedding):
         _add_feature_arguments(each)
@@ -143,9 +151,7 @@ def _similarity(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "C
 
     network, described = _open_network(args, weights, store)
     case = args.case or store.names[0]
-    place = store.names.index(case) + 1 if case in store.names else 0
-    following = [*store.names[place:], *store.names[:place]]
-    others = [name for name in following if name != case][:OTHERS] if args.others is None else args.others
+    others = _following(store, case, OTHERS) if args.others is None else args.others
     point = None if args.point is None else tuple(args.point)
     comparison = compare_cases(network, store, case, point, others, args.seed)
     write_picture(args.output, similarity_figure(comparison, described))
@@ -157,12 +163,18 @@ def _similarity(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "C
 
 
 def _embedding(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "CaseStore") -> None:
-    from nnssl.pictures.components import embed_case
+    from nnssl.errors import ArgumentError
+    from nnssl.pictures.components import embed_cases
     from nnssl.pictures.dense_network import find_case
     from nnssl.pictures.figures import embedding_figure, write_picture
 
     network, described = _open_network(args, weights, store)
-    embedding = embed_case(network, find_case(store, args.case or store.names[0]), args.slice, args.seed)
+    case = find_case(store, args.case or store.names[0]).name
+    others = _following(store, case, BESIDE) if args.others is None else args.others
+    if len(others) > BESIDE:
+        raise ArgumentError(f"others must name at most {BESIDE} cases, got {len(others)}", "others")
+    cases = [find_case(store, name) for name in dict.fromkeys([case, *others])]
+    embedding = embed_cases(network, cases, args.slice, args.seed)
     write_picture(args.output, embedding_figure(embedding, described))
 
 
@@ -217,6 +229,12 @@ def _matches(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "Case
         print_line(
             f"{place}: {by_embedding}, similarity {each.score:.3f}, back within {each.cycle_mm:.1f} mm; body's box {by_box}"
         )
+
+
+def _following(store: "CaseStore", case: str, count: int) -> list[str]:
+    """Return the cases that follow a case in the data set, which continues at its beginning."""
+    place = store.names.index(case) + 1 if case in store.names else 0
+    return [name for name in (*store.names[place:], *store.names[:place]) if name != case][:count]
 
 
 def _open_network(

@@ -19,7 +19,7 @@ from nnssl.data.case_store import StoredCase
 from nnssl.errors import UserError
 from nnssl.files import write_atomically
 from nnssl.palette import BLUISH_GREEN, ORANGE, SKY_BLUE
-from nnssl.pictures.components import Embedding
+from nnssl.pictures.components import CaseComponents, Embedding
 from nnssl.pictures.matches import PlaceMatch
 from nnssl.pictures.places import Voxel
 from nnssl.pictures.reconstructions import Reconstruction
@@ -79,24 +79,27 @@ def similarity_figure(comparison: Comparison, title: str) -> Figure:
 
 
 def embedding_figure(embedding: Embedding, title: str) -> Figure:
-    """Draw the image beside the first three principal components of its features as red, green and blue.
+    """Draw cases side by side, with the first three principal components of their features as red, green and blue.
+
+    In 2D, the colours are below the image of each case. In 3D, there is one row for each plane, and the colours are to
+    the right of the image.
 
     Args:
-        embedding: what to draw.
-        title: of the figure.
+        embedding: Components of the cases.
+        title: Title of the figure.
     """
-    figure, panels = _make_panels([embedding.case], embedding.two_dimensional, title)
-    planes = _planes(embedding.two_dimensional)
-    _draw_case(panels[0, : len(planes)], embedding.case, embedding.centre_vox, planes)
-    for place, axis in enumerate(planes):
-        colours = panels[0, place + len(planes)]
-        colour = np.moveaxis(embedding.components.take(embedding.centre_vox[axis], axis + 1), 0, -1)
-        colours.imshow(colour, aspect=_aspect(axis, embedding.case.spacing_mm), origin="lower", interpolation="nearest")
-        _orient(colours, axis)
-        colours.set_xlabel(f"{AXES[axis]} = {embedding.centre_vox[axis]}", fontsize=FONT_SIZE)
     shares = ", ".join(f"{100 * share:.0f} %" for share in embedding.share)
-    _head(panels[0, 0], embedding.case.name)
-    _head(panels[0, len(planes)], f"components 1, 2, 3 as red, green, blue:\n{shares} of the variance")
+    legend = f"components 1, 2, 3 of all cases as red, green, blue: {shares} of the variance"
+    figure, panels = _make_columns([each.case for each in embedding.cases], embedding.two_dimensional, title, legend)
+    planes = _planes(embedding.two_dimensional)
+    for number, shown in enumerate(embedding.cases):
+        images, colours = (panels[:1, number], panels[1:, number])
+        if not embedding.two_dimensional:
+            images, colours = panels[:, 2 * number], panels[:, 2 * number + 1]
+        _draw_case(images, shown.case, shown.centre_vox, planes)
+        for axes, axis in zip(colours, planes, strict=True):
+            _draw_components(axes, shown, axis)
+        _head(images[0], shown.case.name)
     return figure
 
 
@@ -222,6 +225,24 @@ def _make_panels(cases: Sequence[Any], two_dimensional: bool, title: str) -> tup
     return figure, panels
 
 
+def _make_columns(cases: Sequence[Any], two_dimensional: bool, title: str, legend: str) -> tuple[Figure, Any]:
+    """Return a figure and its axes for cases side by side, (image and colours, case) or (plane, image and colours)."""
+    extents_mm = np.max([np.multiply(case.shape, case.spacing_mm) for case in cases], axis=0)
+    planes = _planes(two_dimensional)
+    heights = [extents_mm[1] if axis == 0 else extents_mm[0] for axis in planes]
+    wide_mm = max(extents_mm[1] if axis == 2 else extents_mm[2] for axis in planes)
+    rows, columns = (heights * 2, len(cases)) if two_dimensional else (heights, 2 * len(cases))
+    inches = PANEL_INCHES / max(*heights, wide_mm)
+    width = max(columns * (wide_mm * inches + 0.15) + 0.2, LEAST_INCHES)
+    figure = Figure(figsize=(width, sum(rows) * inches + 0.35 * len(rows) + 0.9), layout="constrained")
+    figure.suptitle(f"{title}\n{legend}", fontsize=FONT_SIZE + 1)
+    panels = figure.subplots(len(rows), columns, squeeze=False, height_ratios=rows)
+    for axes in panels.ravel():
+        axes.set_xticks([])
+        axes.set_yticks([])
+    return figure, panels
+
+
 def _rows_of_three(count: int, shape: Sequence[int], spacing_mm: Sequence[float], title: str) -> tuple[Figure, Any]:
     """Return a figure and its axes (row, 3) for crops of one shape, in their proportions in mm, without ticks."""
     down, across = spacing_mm[-2:]
@@ -249,6 +270,15 @@ def _draw_case(panels: Sequence[Any], case: StoredCase, centre: Voxel, planes: S
     bounds = _window(volume, centre, planes)
     for place, axes in enumerate(panels):
         _draw_plane(axes, volume, planes[place % len(planes)], centre, case.spacing_mm, bounds)
+
+
+def _draw_components(axes: Any, shown: CaseComponents, axis: int) -> None:
+    """Draw the components in a plane of a case as red, green and blue."""
+    place = shown.centre_vox[axis]
+    colour = np.moveaxis(shown.components.take(place, axis + 1), 0, -1)
+    axes.imshow(colour, aspect=_aspect(axis, shown.case.spacing_mm), origin="lower", interpolation="nearest")
+    _orient(axes, axis)
+    axes.set_xlabel(f"{AXES[axis]} = {place}", fontsize=FONT_SIZE)
 
 
 def _draw_values(

@@ -1,8 +1,8 @@
-"""The figures of the report, as SVG that stands inside an HTML page.
+"""Figures of the report as SVG inside an HTML page.
 
-Colours are those of Okabe and Ito for colour-blind readers, with a marker of its own for each arm. Lines and text that
-carry no meaning of their own take the page's text colour, so that they suit a light and a dark page. Every figure has
-its numbers in words. Text stays text, in the page's font.
+The colours are Okabe and Ito's, which colour-blind readers can distinguish, and each arm has its own marker. Axes and labels
+take the page's text colour, so that they suit light and dark pages. Every figure has a text alternative with its numbers.
+Text remains text in the page's font.
 """
 
 import io
@@ -23,24 +23,25 @@ from nnssl.study.table import SCRATCH, Interval, Row, StudyTable
 from nnssl.study.words import count, interval_points, mode_name, points
 
 INK = "#010203"
-"""Stands for the page's text colour until the figure is inside the page."""
+"""Placeholder, which ``inline_svg`` replaces by the page's text colour."""
 MARKERS = ("s", "^", "D", "v", "P", "X", "h")
 LINES: tuple[Any, ...] = ("-", (0, (6, 1.5)), (0, (1, 1)))
-"""Solid first; the next one when the colours begin again."""
+"""Line styles; the next one is used each time the colours repeat."""
 PANEL_INCHES = (4.5, 3.2)
 SMALL_PANEL_INCHES = (3.4, 2.2)
 FONT_SIZE = 9
 DODGE = 4.5
-"""Points between the arms at the same number of labels, so that intervals do not hide one another."""
+"""Typographic points between arms at the same number of labels, so that intervals do not overlap."""
 LEFT_OUT = frozenset({"learning_rate", "epoch_seconds", "data_wait_share", "patches_per_second", "gradient_norm"})
-"""Metrics that say how a run went, not what it learned; they stay in metrics.csv."""
+"""Metrics that describe the run rather than what was learned; they remain in ``metrics.csv``."""
 PROBE = "probe_dice"
+"""Metric of the linear probe: a Dice from 0 to 1, which figures show in points."""
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 
 
 @dataclass(frozen=True)
 class Style:
-    """How one arm is drawn in every figure."""
+    """Colour, marker and line of an arm in all figures."""
 
     colour: str
     marker: str
@@ -49,7 +50,7 @@ class Style:
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure inside the page."""
+    """A figure of the page."""
 
     svg: str
     caption: str
@@ -57,7 +58,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Key:
-    """One entry of a legend."""
+    """An entry of a legend."""
 
     svg: str
     name: str
@@ -82,7 +83,7 @@ def label_styles(labels: Sequence[int]) -> dict[int, Style]:
 
 
 def legend(styles: Mapping[str, Style], prefix: str) -> list[Key]:
-    """Draw the line and marker of every style."""
+    """Draw a legend entry with the line and marker of each style."""
     keys = []
     for index, (name, style) in enumerate(styles.items()):
         figure = Figure(figsize=(0.5, 0.2))
@@ -96,7 +97,7 @@ def legend(styles: Mapping[str, Style], prefix: str) -> list[Key]:
 
 
 def dice_limits(rows: Sequence[Row]) -> tuple[float, float]:
-    """Return the lowest and the highest Dice in points that panels of these rows must show."""
+    """Return the limits of an axis, in points, that shows the Dice of all these rows."""
     values = [value for row in rows for value in (row.dice.low, row.dice.high, *row.seed_dice)]
     low, high = 100 * min(values), 100 * max(values)
     margin = max(0.06 * (high - low), 1.0)
@@ -107,14 +108,14 @@ def dice_limits(rows: Sequence[Row]) -> tuple[float, float]:
 def label_curves(
     rows: Sequence[Row], styles: Mapping[str, Style], limits: tuple[float, float], prefix: str, caption: str
 ) -> Panel:
-    """Draw Dice against the number of labels for every arm of one mode and length.
+    """Draw the Dice against the number of labels for all arms of one mode and length.
 
     Args:
-        rows: of one mode and length.
-        styles: of every arm.
-        limits: of the axis, Dice in points.
-        prefix: of the ids inside the figure.
-        caption: below the figure.
+        rows: Rows of one mode and length.
+        styles: Style of each arm.
+        limits: Limits of the Dice axis in points.
+        prefix: Prefix of the ids inside the figure.
+        caption: Caption below the figure.
     """
     labels = sorted({row.labels for row in rows})
     figure, axes = _make_axes(labels, "labels, log scale", limits)
@@ -134,21 +135,21 @@ def label_curves(
             f"{points(row.dice.mean)} {interval_points(row.dice)} with {count(row.labels, 'label')}" for row in own
         ]
         words.append(f"{arm}: {', '.join(numbers)}")
-    description = f"{caption}. Dice in points, with 95 % intervals. {'; '.join(words)}."
+    description = f"{caption}. Dice (points) with 95 % intervals. {'; '.join(words)}."
     return Panel(inline_svg(figure, prefix, description), caption)
 
 
 def length_curves(
     table: StudyTable, mode: str, styles: Mapping[int, Style], limits: tuple[float, float], prefix: str
 ) -> Panel:
-    """Draw the Dice of scratch against the steps of fine-tuning, a line for each number of labels.
+    """Draw the Dice of scratch against the steps of fine-tuning, with one line for each number of labels.
 
     Args:
-        table: of the study; one mode of it is drawn.
-        mode: of fine-tuning.
-        styles: of every number of labels.
-        limits: of the axis, Dice in points.
-        prefix: of the ids inside the figure.
+        table: Table of the study.
+        mode: Mode of fine-tuning to draw.
+        styles: Style of each number of labels.
+        limits: Limits of the Dice axis in points.
+        prefix: Prefix of the ids inside the figure.
     """
     rows = [row for row in table.rows if row.mode == mode and row.arm == SCRATCH]
     figure, axes = _make_axes(sorted({row.steps for row in rows}), "steps of fine-tuning, log scale", limits)
@@ -160,28 +161,30 @@ def length_curves(
             numbers = [f"{points(row.dice.mean)} after {row.steps:,} steps" for row in own]
             words.append(f"{count(labels, 'label')}: {', '.join(numbers)}")
     caption = f"Scratch, {mode_name(mode)}"
-    return Panel(inline_svg(figure, prefix, f"{caption}. Dice in points. {'; '.join(words)}."), caption)
+    return Panel(inline_svg(figure, prefix, f"{caption}. Dice (points). {'; '.join(words)}."), caption)
 
 
 def pretraining_panels(metrics: Mapping[str, Sequence[float]], prefix: str, what: str) -> list[Panel]:
-    """Draw the metrics of one pretraining over its epochs: the losses together, every other metric by itself.
+    """Draw the metrics of a pretraining stage over its epochs: all losses in one panel, each other metric in its own.
 
     Args:
-        metrics: one value per epoch; NaN where nothing was measured.
-        prefix: of the ids inside the figures.
-        what: arm and stage, for the text alternatives.
+        metrics: One value per epoch by metric; NaN where nothing was measured.
+        prefix: Prefix of the ids inside the figures.
+        what: Arm and stage for the text alternatives.
     """
     measured = {name: np.asarray(values, float) for name, values in metrics.items() if name not in LEFT_OUT}
     measured = {name: values for name, values in measured.items() if np.isfinite(values).any()}
+    if PROBE in measured:
+        measured[PROBE] = 100 * measured[PROBE]
     losses = [name for name in measured if name == "loss" or name.startswith("loss_")]
-    if len(losses) == 2:  # the sum of one part is that part
+    if len(losses) == 2:  # a sum of one part equals that part
         losses.remove("loss")
     groups = {"loss": losses} if losses else {}
-    # the probe first: it says when to stop
+    # The probe comes first because it tells when to stop.
     others = sorted(
         (name for name in measured if name not in losses and name != "loss"), key=lambda name: name != PROBE
     )
-    groups |= {name.replace("_", " "): [name] for name in others}
+    groups |= {_metric_name(name): [name] for name in others}
     panels = []
     for index, (title, names) in enumerate(groups.items()):
         figure = _draw_metrics({name: measured[name] for name in names}, title)
@@ -192,14 +195,14 @@ def pretraining_panels(metrics: Mapping[str, Sequence[float]], prefix: str, what
 
 
 def inline_svg(figure: Figure, prefix: str, description: str) -> str:
-    """Return a figure as an ``svg`` element that can stand in a page among others.
+    """Return a figure as a self-contained ``svg`` element for a page with other figures.
 
-    Nothing in it refers to anything outside it; of its ids only those that it uses itself are kept.
+    Ids that the figure does not refer to are removed.
 
     Args:
-        figure: to draw.
-        prefix: of its ids, different for every figure of a page.
-        description: its text alternative.
+        figure: Figure to draw.
+        prefix: Prefix of its ids, unique within the page.
+        description: Text alternative.
     """
     file = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "nnssl"}):
@@ -219,13 +222,13 @@ def inline_svg(figure: Figure, prefix: str, description: str) -> str:
 
 
 def _attributes(element: ElementTree.Element, used: set[str]) -> list[tuple[str, str]]:
-    """Return the attributes of an element without namespaces and without ids that nothing refers to."""
+    """Return the attributes of an element without namespaces and unused ids."""
     named = [(name.removeprefix(XLINK), text) for name, text in element.attrib.items()]
     return [(name, text) for name, text in named if name != "id" or text in used]
 
 
 def _inline(name: str, text: str, prefix: str) -> str:
-    """Return the value of an attribute with ids of the page, colours of the page and the page's font."""
+    """Return the value of an attribute with prefixed ids and the page's text colour and font."""
     if name == "id":
         return f"{prefix}-{text}"
     text = re.sub(r"(^|url\()#(?=[mp]\w{10}\b)", rf"\g<1>#{prefix}-", text)
@@ -234,7 +237,7 @@ def _inline(name: str, text: str, prefix: str) -> str:
 
 
 def _make_axes(ticks: Sequence[int], label: str, limits: tuple[float, float]) -> tuple[Figure, Any]:
-    """Return a figure with Dice in points upwards and the ticks, which are the measured values, on a log scale."""
+    """Return a figure with Dice in points against measured values, which are the ticks of a logarithmic axis."""
     figure = Figure(figsize=PANEL_INCHES, layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log")
@@ -246,13 +249,13 @@ def _make_axes(ticks: Sequence[int], label: str, limits: tuple[float, float]) ->
     axes.set_ylim(*limits)
     axes.yaxis.set_major_locator(MaxNLocator(6))
     axes.set_xlabel(label)
-    axes.set_ylabel("Dice, points")
+    axes.set_ylabel("Dice (points)")
     _calm(axes)
     return figure, axes
 
 
 def _calm(axes: Any) -> None:
-    """Leave two thin sides and a faint grid, in the page's text colour."""
+    """Reduce the frame to two thin sides and a faint grid in the page's text colour."""
     axes.tick_params(colors=INK, labelsize=FONT_SIZE, length=3)
     for side, spine in axes.spines.items():
         spine.set_visible(side in {"left", "bottom"})
@@ -287,7 +290,7 @@ def _draw_metrics(metrics: Mapping[str, np.ndarray], title: str) -> Figure:
     axes = figure.subplots()
     for index, (name, values) in enumerate(metrics.items()):
         epochs = np.flatnonzero(np.isfinite(values))
-        # values that are far apart must be seen as points
+        # Sparse values need markers, since a line alone would hide how few they are.
         marker = MARKERS[index % len(MARKERS)] if len(epochs) <= 60 else ""
         colour, line = COLOURS[index % len(COLOURS)], LINES[index % len(LINES)]
         label = name.removeprefix("loss_").replace("_", " ") if name != "loss" else "sum"
@@ -305,10 +308,14 @@ def _draw_metrics(metrics: Mapping[str, np.ndarray], title: str) -> Figure:
     return figure
 
 
+def _metric_name(name: str) -> str:
+    return "probe Dice (points)" if name == PROBE else name.replace("_", " ")
+
+
 def _describe_metric(name: str, values: np.ndarray) -> str:
-    """Return the first and the last value, and of the probe the best one, whose weights are kept apart."""
+    """Return the first and the last value; for the probe also the best one, whose weights are kept."""
     epochs = np.flatnonzero(np.isfinite(values))
-    text = f"{name.replace('_', ' ')}: {values[epochs[0]]:.3g} to {values[epochs[-1]]:.3g}"
+    text = f"{_metric_name(name)}: {values[epochs[0]]:.3g} to {values[epochs[-1]]:.3g}"
     if name == PROBE:
         best = int(np.nanargmax(values))
         text += f", best {values[best]:.3g} in epoch {best} (ring)"

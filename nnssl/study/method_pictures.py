@@ -1,4 +1,4 @@
-"""What each method shows of itself in a report: pictures made from its weights and the data it was pretrained on."""
+"""Pictures in a report of what each method learned, made from its weights and its pretraining data."""
 
 import io
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from nnssl.data.patients import patient_in_name
 from nnssl.paths import Folders
-from nnssl.pictures.components import embed_case
+from nnssl.pictures.components import MOST_CASES, embed_cases
 from nnssl.pictures.dense_network import dense_network_of, open_cases
 from nnssl.pictures.figures import (
     embedding_figure,
@@ -29,66 +29,70 @@ from nnssl.weights.restored_method import method_of
 
 Maker = Callable[[OpenedCheckpoint, Folders, torch.device], tuple[Picture, ...]]
 MATCHES = 4
-"""Places that are looked for."""
+"""Number of places to match."""
 COMPARED_CASES = 3
-"""The query's case and two of other patients."""
+"""Number of cases shown: that of the query and those of two other patients."""
 
 
 def picture_of(figure: Figure, alt: str, caption: str) -> Picture:
-    """Return a figure as a picture of a report."""
+    """Convert a figure to a picture of a report."""
     file = io.BytesIO()
     save_png(figure, file)
     return Picture(file.getvalue(), alt, caption)
 
 
 def dense_pictures(pretrained: OpenedCheckpoint, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
-    """Return the similarity of a point to the voxels of other cases, and the first components of the features of a case.
+    """Draw the similarity of a point to the voxels of other cases, and the principal components of features.
 
     Args:
-        pretrained: checkpoint of a method that pretrains features of voxels.
-        folders: nnU-Net's folders, with the preprocessed cases of its data set.
-        device: where to compute.
+        pretrained: Checkpoint of a method that pretrains features of voxels.
+        folders: nnU-Net's folders, with the preprocessed cases of the pretraining data set.
+        device: Device for the computation.
 
     Raises:
-        UserError: as ``dense_network_of`` and ``open_cases``.
+        UserError: If ``dense_network_of`` or ``open_cases`` rejects the checkpoint.
     """
     provenance = pretrained.own_provenance
     network = dense_network_of(pretrained, None, device)
     store = open_cases(provenance, provenance.dataset_name, folders)
     one_each = {patient_in_name(name): name for name in reversed(store.names)}
-    query, *others = sorted(one_each.values())[:COMPARED_CASES]
+    names = sorted(one_each.values())
+    query, *others = names[:COMPARED_CASES]
     comparison = compare_cases(network, store, query, None, others, 0)
     similarity = picture_of(
-        similarity_figure(comparison, f"{provenance.method}: what resembles one point"),
-        f"Slices of {', '.join([query, *others])} with the cosine similarity of every voxel to one point of {query} over them; "
+        similarity_figure(comparison, f"{provenance.method}: similarity to one point"),
+        f"Slices of {', '.join([query, *others])} overlaid with the cosine similarity of every voxel to one point of {query}; "
         + "; ".join(
             f"nearest in {each.case.name}: cosine {each.nearest_cosine:.2f}" for each in comparison.similarities
         ),
         f"Cosine similarity of all voxels to the marked point of {query}; the circle is the most similar voxel.",
     )
-    embedding = embed_case(network, store.case(query), None, 0)
+    shown = names[:MOST_CASES]
+    embedding = embed_cases(network, [store.case(name) for name in shown], None, 0)
     colours = picture_of(
         embedding_figure(embedding, f"{provenance.method}: features as colours"),
-        f"A slice of {query} beside the first three principal components of its features as red, green and blue",
-        "Tissue of one colour has similar features.",
+        f"Slices of {', '.join(shown)} with the first three principal components of their features as red, green and blue",
+        "Voxels of the same colour have similar features, also in different cases.",
     )
     return similarity, colours
 
 
 def uncertainty_pictures(pretrained: OpenedCheckpoint, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
-    """Return where Pixel-global's teacher is not sure of a case, and what dense features show.
+    """Draw where the teacher of Pixel-global is uncertain, and the pictures of dense features.
 
     Raises:
-        UserError: as ``teacher_of`` and ``open_cases``.
+        UserError: If ``teacher_of`` or ``open_cases`` rejects the checkpoint.
     """
     provenance = pretrained.own_provenance
     teacher = teacher_of(pretrained, None, device)
     store = open_cases(provenance, provenance.dataset_name, folders)
     case = store.case(store.names[0])
     picture = picture_of(
-        uncertainty_figure(measure_uncertainty(teacher, case, None), f"{provenance.method}: how sure the teacher is"),
-        f"A slice of {case.name} with the uncertainty of the teacher over it",
-        f"Entropy of {teacher.passes} passes with dropout: bright where the teacher does not know what it sees.",
+        uncertainty_figure(
+            measure_uncertainty(teacher, case, None), f"{provenance.method}: uncertainty of the teacher"
+        ),
+        f"A slice of {case.name} overlaid with the uncertainty of the teacher",
+        f"Entropy of {teacher.passes} passes with dropout; bright voxels are those of which the teacher is uncertain.",
     )
     return picture, *dense_pictures(pretrained, folders, device)
 
@@ -96,10 +100,10 @@ def uncertainty_pictures(pretrained: OpenedCheckpoint, folders: Folders, device:
 def reconstruction_pictures(
     pretrained: OpenedCheckpoint, folders: Folders, device: torch.device
 ) -> tuple[Picture, ...]:
-    """Return what PCRL's decoder makes of a patch, and what dense features show.
+    """Draw the reconstructions of a patch by PCRL's decoder, and the pictures of dense features.
 
     Raises:
-        UserError: as ``method_of`` and ``open_cases``.
+        UserError: If ``method_of`` or ``open_cases`` rejects the checkpoint.
     """
     method, provenance = method_of(pretrained, device), pretrained.own_provenance
     dense = dense_pictures(pretrained, folders, device)
@@ -110,18 +114,18 @@ def reconstruction_pictures(
     made = reconstruct_case(method, store.case(name), None, 0, device)
     picture = picture_of(
         reconstruction_figure(made, method.configuration.spacing_mm, f"{provenance.method}: reconstructions"),
-        f"For each encoder the corrupted crop of {name}, the turned clean crop that is asked for, and what the decoder makes; "
+        f"For each encoder, the corrupted crop of {name}, the transformed clean crop as target, and the output of the decoder; "
         + "; ".join(f"{each.model}: mean squared error {each.error:.2f}" for each in made),
-        "Input, asked for, made: for the encoder, its moving average and the hybrid of both.",
+        "Input, target and output for the encoder, its moving average and the hybrid of both.",
     )
     return picture, *dense
 
 
 def recovery_pictures(pretrained: OpenedCheckpoint, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
-    """Return what Alice's decoder makes of masked tokens; nothing without a loss for them.
+    """Draw the masked tokens that Alice's decoder recovers; no picture if the reconstruction loss was off.
 
     Raises:
-        UserError: as ``method_of`` and ``open_cases``.
+        UserError: If ``method_of`` or ``open_cases`` rejects the checkpoint.
     """
     method, provenance = method_of(pretrained, device), pretrained.own_provenance
     if not provenance.settings["reconstruction_weight"]:
@@ -133,17 +137,17 @@ def recovery_pictures(pretrained: OpenedCheckpoint, folders: Folders, device: to
         picture_of(
             reconstruction_figure(made, method.configuration.spacing_mm, f"{provenance.method}: recovered tokens"),
             f"The visible tokens of a patch of {name}, the patch, and the patch with its masked tokens recovered; mean squared "
-            f"error {made[0].error:.2f}, by the mean of what is visible {made[0].error_untold:.2f}",
-            "Visible tokens, the patch, and the masked tokens recovered beside the visible ones.",
+            f"error {made[0].error:.2f}, of the mean of the visible tokens {made[0].error_untold:.2f}",
+            "The visible tokens, the patch, and the recovered masked tokens together with the visible ones.",
         ),
     )
 
 
 def match_pictures(pretrained: OpenedCheckpoint, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
-    """Return where SAM finds places of a case in another case, and what dense features show; the latter alone for one case.
+    """Draw where SAM finds places of a case in another case (if there are two), and the pictures of dense features.
 
     Raises:
-        UserError: as ``matcher_of`` and ``open_cases``.
+        UserError: If ``matcher_of`` or ``open_cases`` rejects the checkpoint.
     """
     dense = dense_pictures(pretrained, folders, device)
     provenance = pretrained.own_provenance
@@ -155,9 +159,9 @@ def match_pictures(pretrained: OpenedCheckpoint, folders: Folders, device: torch
     found = find_matches(matcher, store, query, key, MATCHES, 0, method.configuration.patch_size)
     picture = picture_of(
         matches_figure(found, method.configuration.spacing_mm, f"{provenance.method}: {query}, found in {key}"),
-        f"Places of {query} beside where embeddings and the body's box find them in {key}; "
-        + "; ".join(f"similarity {each.score:.2f}, back within {each.cycle_mm:.0f} mm" for each in found),
-        "A place, where embeddings find it in another case, and the same place of the body's box.",
+        f"Places of {query} beside their matches in {key}, by embeddings and by the body's box; "
+        + "; ".join(f"similarity {each.score:.2f}, cycle error {each.cycle_mm:.0f} mm" for each in found),
+        "A place, its match by embeddings in another case, and the corresponding place in the body's box.",
     )
     return picture, *dense
 
@@ -170,14 +174,14 @@ MAKERS: dict[str, Maker] = {
     "sam": match_pictures,
     "alice": recovery_pictures,
 }
-"""By method; a method without an entry shows nothing of its own."""
+"""Function that draws the pictures of each method; a method without an entry has none."""
 
 
 def method_pictures(method: str, checkpoint: Path, folders: Folders, device: torch.device) -> tuple[Picture, ...]:
-    """Return what a method shows of itself; empty for one that shows nothing.
+    """Draw the pictures of what a method learned; empty for a method without pictures.
 
     Raises:
-        UserError: the weights or the cases cannot be shown.
+        UserError: If the weights or the cases cannot be shown.
     """
     maker = MAKERS.get(method)
     return () if maker is None else maker(open_checkpoint(checkpoint), folders, device)

@@ -1,15 +1,16 @@
-"""The page in which a study ends: one HTML file that opens offline, and its table as CSV and Markdown."""
+"""Writes the report of a study: one HTML page that opens offline, and its table as CSV and Markdown."""
 
 import base64
 import re
-import struct
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from importlib import resources
+from io import BytesIO
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
+from PIL import Image, UnidentifiedImageError
 
 from nnssl.evaluation.metrics import COLUMNS
 from nnssl.files import write_atomically, write_csv
@@ -27,64 +28,63 @@ from nnssl.study.figures import (
     length_curves,
     pretraining_panels,
 )
-from nnssl.study.table import SCRATCH, Cell, Rise, Row, StudyTable
+from nnssl.study.table import FEWEST_CASES, SCRATCH, Cell, Rise, Row, StudyTable
 from nnssl.study.words import count, interval_points, mode_name, points, signed_points, summarise
 
 TEMPLATE = "report_template.html"
-PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 WIDE_PIXELS = 800
-"""Width from which on a picture has so many panels that a phone shows it larger, to scroll along."""
+"""Width above which a picture is shown larger on a phone, where the reader scrolls, because it has many panels."""
 CSV_CELL = ("arm", "mode", "labels", "seed", "steps")
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of the page."""
+    """A picture of the report."""
 
     png: bytes
     alt: str
-    """What it shows, for readers who do not see it."""
+    """Text alternative for readers who cannot see the picture."""
     caption: str
 
 
 @dataclass(frozen=True)
 class PretrainingCurve:
-    """What one stage of a pretraining logged."""
+    """The metrics that one pretraining stage logged."""
 
     arm: str
     stage: str
     metrics: dict[str, list[float]]
-    """One value per epoch, named as in ``metrics.csv``; NaN where nothing was measured."""
+    """One value per epoch by the name in ``metrics.csv``; NaN where nothing was measured."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the page of a study shows."""
+    """The content of a report."""
 
     title: str
     dataset_name: str
-    """What was fine-tuned and judged on."""
+    """Data set of fine-tuning and evaluation."""
     source_name: str
-    """What was pretrained on."""
+    """Data set of pretraining."""
     table: StudyTable
     pictures: tuple[Picture, ...]
-    """Scratch, arms and reference on the same slices."""
+    """Segmentations of scratch and the arms beside the reference, on the same slices."""
     method_pictures: dict[str, tuple[Picture, ...]]
-    """By arm: similarity, reconstruction, matches."""
+    """Pictures of what the method learned (similarity, reconstruction, matches), by arm."""
     curves: tuple[PretrainingCurve, ...]
     decisions: tuple[Decision, ...]
-    """Of the plan."""
+    """Decisions of the plan."""
     facts: dict[str, dict[str, str]]
-    """By section (versions, hardware, time): name and value."""
+    """Names and values by section (versions, hardware, time)."""
     commands: tuple[str, ...]
-    """That repeat the study."""
+    """Commands that reproduce the study."""
     notes: tuple[str, ...]
-    """What a reader must know: which patients, the check for leaks, missing cells."""
+    """Notes that a reader must know, such as the held-out patients, the check for leaks and missing cells."""
 
 
 @dataclass(frozen=True)
 class RowGroup:
-    """The rows that are compared with one another."""
+    """Rows that are compared with one another."""
 
     labels: int
     steps: int
@@ -93,13 +93,13 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class ModeSection:
-    """One mode of fine-tuning on the page."""
+    """The section of one mode of fine-tuning."""
 
     name: str
     curves: tuple[Panel, ...]
-    """The longest length first."""
+    """One panel for each length, the longest first."""
     lengths: Panel | None
-    """Dice of scratch against steps; None where scratch has one length only."""
+    """Dice of scratch against steps; None if scratch has one length only."""
     rises: tuple[Rise, ...]
     longest: tuple[RowGroup, ...]
     shorter: tuple[RowGroup, ...]
@@ -115,10 +115,10 @@ class CurveSection:
 
 
 def render_report(report: Report) -> str:
-    """Return the page as HTML that refers to nothing outside itself.
+    """Render a report as self-contained HTML.
 
     Args:
-        report: what it shows; every part may be empty, and rows may be missing.
+        report: Content; every part may be empty, and rows may be missing.
     """
     rows = report.table.rows
     styles = arm_styles([row.arm for row in rows])
@@ -132,6 +132,7 @@ def render_report(report: Report) -> str:
             report=report,
             summary=summarise(report.table, report.dataset_name, report.source_name),
             seeds=len({seed for row in rows for seed in row.seeds}),
+            fewest_cases=FEWEST_CASES,
             arms=legend(shown, "arm"),
             lengths=_length_legend(steps),
             modes=[
@@ -145,31 +146,34 @@ def render_report(report: Report) -> str:
 
 
 def write_report(path: Path, report: Report) -> None:
-    """Write the page, atomically.
+    """Write a report as HTML, atomically.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: If the file cannot be written.
     """
     content = render_report(report).encode()
     write_atomically(path, lambda file: file.write(content))
 
 
 def results_csv(path: Path, cells: Sequence[Cell]) -> None:
-    """Write what was measured in every held-out case, one line for each class, atomically.
+    """Write the metrics of every held-out case and class to a CSV file, atomically.
+
+    Dice and normalised surface distance are fractions from 0 to 1, unlike in the report, which shows points. An empty field
+    stands for a metric that is not defined.
 
     Args:
-        path: of the CSV.
-        cells: of the study; an empty field stands for a metric that does not count.
+        path: Path of the CSV file.
+        cells: Cells of the study.
     """
     lines = [[*(getattr(cell, name) for name in CSV_CELL), *astuple(case)] for cell in cells for case in cell.metrics]
     write_csv(path, [*CSV_CELL, *COLUMNS], lines)
 
 
 def markdown_table(table: StudyTable) -> str:
-    """Return the study as a Markdown table, for a page of documentation.
+    """Format a study as a Markdown table.
 
-    One line for each arm, mode and length, one column for each number of labels; in a cell Dice with its interval, and
-    the gain with its verdict.
+    The table has one line for each arm, mode and length, and one column for each number of labels. A cell holds the Dice
+    in points with its interval, the gain in points and the verdict.
     """
     labels = sorted({row.labels for row in table.rows})
     found = {(row.mode, row.arm, row.steps, row.labels): row for row in table.rows}
@@ -178,7 +182,8 @@ def markdown_table(table: StudyTable) -> str:
     arms = {arm: index for index, arm in enumerate(dict.fromkeys(row.arm for row in table.rows))}
     keys = sorted({key[:3] for key in found}, key=lambda key: (places[key[0]], arms[key[1]], key[2]))
     several = len(places) > 1
-    lines = [["arm", "steps", *(count(each, "label") for each in labels)], ["---"] * (2 + len(labels))]
+    header = ["arm", "steps", *(f"Dice (points), {count(each, 'label')}" for each in labels)]
+    lines = [header, ["---"] * len(header)]
     for mode, arm, steps in keys:
         name = arm if arm == SCRATCH else f"`{arm}`"
         shown = [found.get((mode, arm, steps, each)) for each in labels]
@@ -196,7 +201,7 @@ def _markdown_cell(row: Row) -> str:
 
 
 def _environment() -> Environment:
-    """Return Jinja with every text escaped and a missing name as an error."""
+    """Return a Jinja environment that escapes all text and rejects missing names."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "points": points,
@@ -209,14 +214,14 @@ def _environment() -> Environment:
         "mode": mode_name,
         "count": count,
         "image": _image,
-        "safe_svg": Markup,  # made by inline_svg, which escapes
+        "safe_svg": Markup,  # inline_svg has escaped it
     }
     environment.tests["wide"] = _is_wide
     return environment
 
 
 def _typeset(text: str) -> str:
-    """Put a minus sign where a hyphen stands before a number."""
+    """Replace the hyphen before a number by a minus sign."""
     return "".join(
         "\N{MINUS SIGN}" if sign == "-" and (not before or before in " [(") and after.isdigit() else sign
         for before, sign, after in zip(["", *text], text, [*text[1:], ""], strict=False)
@@ -224,7 +229,7 @@ def _typeset(text: str) -> str:
 
 
 def _breakable(name: str) -> Markup:
-    """Return the name of an arm with the places where a narrow column may break it."""
+    """Return the name of an arm with the positions at which a narrow column may break it."""
     return Markup("<wbr>").join(re.split(r"(?<=.)(?=[:/=]|(?<!_)__|\.\D)", name))
 
 
@@ -232,12 +237,13 @@ def _size(picture: Picture) -> tuple[int, int]:
     """Return width and height in pixels.
 
     Raises:
-        ValueError: it is no PNG.
+        ValueError: If the picture is not a PNG.
     """
-    if picture.png[:8] != PNG_SIGNATURE:
-        raise ValueError(f"the picture {picture.caption!r} is no PNG")
-    width, height = struct.unpack(">II", picture.png[16:24])
-    return width, height
+    try:
+        with Image.open(BytesIO(picture.png), formats=("PNG",)) as image:
+            return image.size
+    except UnidentifiedImageError as error:
+        raise ValueError(f"the picture {picture.caption!r} is not a PNG") from error
 
 
 def _is_wide(picture: Picture) -> bool:
@@ -245,7 +251,7 @@ def _is_wide(picture: Picture) -> bool:
 
 
 def _image(picture: Picture) -> Markup:
-    """Return a picture as an element that holds its own content."""
+    """Return a picture as an ``img`` element that contains the data."""
     return Markup('<img src="data:image/png;base64,{}" alt="{}" width="{}" height="{}">').format(
         base64.b64encode(picture.png).decode(), picture.alt, *_size(picture)
     )
@@ -289,7 +295,7 @@ def _length_legend(styles: dict[int, Style]) -> list[Key]:
 
 
 def _curve_sections(curves: Sequence[PretrainingCurve]) -> dict[str, list[CurveSection]]:
-    """Return the stages of each arm."""
+    """Return the sections of all stages by arm."""
     sections: dict[str, list[CurveSection]] = {}
     for index, curve in enumerate(curves):
         panels = pretraining_panels(curve.metrics, f"curve{index}", f"{curve.arm}, stage {curve.stage}")

@@ -1,6 +1,6 @@
 """Segmentations of the same slice side by side: the reference, scratch and every arm.
 
-The cases are not chosen by eye: those with the lowest, the median and the highest gain, so that failures are shown too.
+The cases with the lowest, the median and the highest gain are shown, so that failures appear too and nobody chooses cases by eye.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,15 +22,15 @@ FONT_SIZE = 8
 
 @dataclass(frozen=True)
 class SegmentedCase:
-    """A case with its reference and what networks made of it.
+    """A case with its reference and the predictions of several arms.
 
     Attributes:
-        name: of the case.
-        volume: intensities (z, y, x).
-        spacing_mm: (z, y, x).
-        reference: class values (z, y, x).
-        predictions: class values (z, y, x) by arm, in the order in which they are shown.
-        notes: a few words under each prediction, by arm, such as its Dice.
+        name: Name of the case.
+        volume: Intensities (z, y, x).
+        spacing_mm: Spacing (z, y, x) in mm.
+        reference: Class values (z, y, x) of the reference.
+        predictions: Class values (z, y, x) by arm, in the order in which they are shown.
+        notes: Short text below each prediction by arm, such as its Dice.
     """
 
     name: str
@@ -45,7 +45,7 @@ def choose_cases(gains: Mapping[str, float]) -> list[str]:
     """Return the cases with the lowest, the median and the highest gain; fewer where there are fewer.
 
     Args:
-        gains: difference in Dice from scratch, by case.
+        gains: Difference in Dice from scratch by case.
     """
     order = sorted(gains, key=lambda case: (gains[case], case))
     places = sorted({0, (len(order) - 1) // 2, len(order) - 1}) if order else []
@@ -53,9 +53,9 @@ def choose_cases(gains: Mapping[str, float]) -> list[str]:
 
 
 def shown_slice(reference: Integer[np.ndarray, "z y x"], spacing_mm: Sequence[float]) -> tuple[int, int]:
-    """Return the axis with the thickest slices and its slice with the most foreground of the reference.
+    """Return the axis with the thickest slices, and its slice with the most foreground in the reference.
 
-    The slice is the middle one where nothing is foreground.
+    Without any foreground, the middle slice is returned.
     """
     axis = int(np.argmax(spacing_mm)) if min(reference.shape) > 1 else int(np.argmin(reference.shape))
     others = tuple(other for other in range(3) if other != axis)
@@ -64,12 +64,12 @@ def shown_slice(reference: Integer[np.ndarray, "z y x"], spacing_mm: Sequence[fl
 
 
 def segmentation_figure(cases: Sequence[SegmentedCase], labels: Mapping[str, int], title: str) -> Figure:
-    """Draw one row for each case: the image, the reference, and the segmentation of every arm.
+    """Draw one row per case with the image, the reference and the segmentation of every arm.
 
     Args:
-        cases: all with the same arms.
-        labels: value of every class.
-        title: of the figure.
+        cases: Cases with the same arms.
+        labels: Value of each class.
+        title: Title of the figure.
     """
     arms = list(cases[0].predictions)
     columns = ["image", "reference", *arms]
@@ -104,7 +104,7 @@ def _draw(
     segmentation: Integer[np.ndarray, "z y x"] | None,
     colours: Mapping[int, str],
 ) -> None:
-    """Draw a slice with a segmentation over it: filled, and outlined so that it reads without colour."""
+    """Draw a slice overlaid with a segmentation, filled and outlined so that it is readable without colour."""
     image = case.volume.take(place, axis)
     low, high = np.percentile(image, (1, 99))
     down, across = (length for other, length in enumerate(case.spacing_mm) if other != axis)

@@ -1,10 +1,10 @@
-"""What may be concluded from a study: paired differences from scratch with intervals, tests and a rule for a claim.
+"""Statistics of a study: paired differences from scratch with intervals, tests and the rule for a claim.
 
-A case is the unit: its score is the mean Dice over its classes, averaged over the seeds. Intervals and tests say how far
-results carry over to other cases, not to other labelled patients; for that the differences of the single seeds stand beside
-them, and a claim needs all of them to agree.
+The unit is the case. Its score is the mean Dice over its classes, averaged over the seeds. Intervals and tests tell how well
+results generalise to other cases, but not to other labelled patients. The differences of the single seeds show the latter, so
+a claim requires that all of them agree.
 
-Source: Wilcoxon signed-rank test and bias-corrected bootstrap (Efron, JASA 1987) as SciPy has them; Holm, Scandinavian
+Source: Wilcoxon signed-rank test and bias-corrected bootstrap (Efron, JASA 1987) as implemented in SciPy; Holm, Scandinavian
 Journal of Statistics 6, 1979.
 """
 
@@ -16,26 +16,27 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from nnssl.study.table import SCRATCH, Cell, Gain, Interval, Rise, Row, StudyTable
+from nnssl.study.table import FEWEST_CASES, SCRATCH, Cell, Gain, Interval, Rise, Row, StudyTable
 from nnssl.study.words import GAIN, LOSS, NO_CLAIM, NO_DIFFERENCE, signed_points
 
 CONVERGED_RISE = 0.02
-"""Scratch has stopped improving when its Dice rises by less than this from the second longest to the longest length."""
+"""Rise in Dice from the second longest to the longest length below which scratch counts as having stopped improving."""
 BEGUN_DICE = 0.1
-"""A network below it at the longest length finds little but its largest class: it stands still before it learns, not after."""
+"""Dice at the longest length below which a network has not begun to segment.
+
+Such a network finds little but its largest class: if its Dice stands still, it does so before learning, not after.
+"""
 MAY_STAY_LOW = "linear"
-"""Mode in which scratch may end below that: what a linear layer finds in features of random weights."""
+"""Mode in which scratch may stay below ``BEGUN_DICE``, because a linear layer finds little in random features."""
 LEVEL = 0.05
 CONFIDENCE = 0.95
 RESAMPLES = 5000
 ROUNDING_DIGITS = 12
-"""Differences are rounded to so many before they are ranked, or 0.1 - 0.3 + 0.2 would be ranked as a difference."""
-FEWEST_CASES = 6
-"""With fewer, Wilcoxon's two-sided p cannot fall below 0.05."""
+"""Decimal places of differences before they are ranked; otherwise 0.1 - 0.3 + 0.2 would count as a difference."""
 
 
 def case_scores(cell: Cell) -> dict[str, float]:
-    """Return the mean Dice over the classes that count, by case; cases without any are left out."""
+    """Return the mean Dice of each case over its classes with a Dice; cases without any are omitted."""
     values: dict[str, list[float]] = defaultdict(list)
     for entry in cell.metrics:
         if entry.dice is not None:
@@ -47,12 +48,12 @@ def bootstrap_interval(values: Float[np.ndarray, " case"], seed: int = 0, resamp
     """Return the mean and its 95 % interval by the bias-corrected and accelerated bootstrap over cases.
 
     Args:
-        values: one per case.
-        seed: of the resampling.
-        resamples: number of them.
+        values: One value per case.
+        seed: Random seed of the resampling.
+        resamples: Number of bootstrap samples.
 
     Returns:
-        An interval of no width for a single case, or for equal values.
+        Mean and interval; the interval has no width for a single case or equal values.
     """
     mean = float(np.mean(values))
     if len(values) < 2 or np.ptp(values) < 1e-12:
@@ -64,7 +65,7 @@ def bootstrap_interval(values: Float[np.ndarray, " case"], seed: int = 0, resamp
 
 
 def paired_p_value(differences: Float[np.ndarray, " case"]) -> float:
-    """Return the two-sided p value of Wilcoxon's signed-rank test; 1 where all differences are 0."""
+    """Return the two-sided p value of Wilcoxon's signed-rank test; 1 if all differences are 0."""
     rounded = np.round(differences, ROUNDING_DIGITS)
     if not np.any(rounded):
         return 1.0
@@ -72,7 +73,7 @@ def paired_p_value(differences: Float[np.ndarray, " case"]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return Holm's adjusted p values, in the order given: the family-wise error rate is at most the level."""
+    """Return p values adjusted by Holm's method, which bounds the family-wise error rate, in the order given."""
     order = np.argsort(p_values, kind="stable")
     adjusted = np.empty(len(p_values))
     largest = 0.0
@@ -83,16 +84,16 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def labels_of_scratch(curve: Mapping[int, float], target: float) -> str:
-    """Return the number of labels that scratch needs for a Dice: its curve, linear in the logarithm of labels.
+    """Interpolate the number of labels that scratch needs to reach a Dice, linearly in the logarithm of labels.
 
-    Where the curve is not monotone, the last crossing counts: from there on scratch stays above the target.
+    If the curve is not monotone, the last crossing counts, because scratch stays above the target from there on.
 
     Args:
         curve: Dice of scratch by number of labels.
         target: Dice to reach.
 
     Returns:
-        ``4.2``; ``> 20`` if the curve ends below the target, ``< 1`` if it is never below it.
+        Text such as ``4.2``; ``> 20`` if the curve ends below the target, ``< 1`` if it is never below the target.
     """
     labels = sorted(curve)
     if curve[labels[-1]] < target:
@@ -107,12 +108,12 @@ def labels_of_scratch(curve: Mapping[int, float], target: float) -> str:
 
 
 def tabulate(cells: Sequence[Cell], tolerance_mm: float, resamples: int = RESAMPLES) -> StudyTable:
-    """Return the table of a study, finished or not.
+    """Compute the table of a study, which may be unfinished.
 
     Args:
-        cells: those that are finished, in any order.
-        tolerance_mm: of the normalised surface distance in them.
-        resamples: of every bootstrap.
+        cells: Finished cells in any order.
+        tolerance_mm: Tolerance of their normalised surface distance in mm.
+        resamples: Number of samples of each bootstrap.
     """
     groups: dict[tuple[str, int, int], dict[str, dict[int, Cell]]] = defaultdict(lambda: defaultdict(dict))
     arms = list(dict.fromkeys([SCRATCH, *(cell.arm for cell in cells)]))
@@ -141,7 +142,7 @@ def _rows_of_group(
     rises: Mapping[tuple[str, int], Rise],
     resamples: int,
 ) -> list[Row]:
-    """Return the rows that are compared with one another: same mode, number of labels and steps."""
+    """Return the rows of one mode, number of labels and number of steps, which are compared with one another."""
     mode, labels, steps = key
     curve = {other[1]: mean for other, mean in means.items() if (other[0], other[2]) == (mode, steps)}
     scratch = group.get(SCRATCH, {})
@@ -160,8 +161,8 @@ def _rows_of_group(
         if arm in paired:
             difference = bootstrap_interval(paired[arm].mean(axis=0), resamples=resamples)
             seeds = tuple(paired[arm].mean(axis=1).tolist())
-            gain = Gain(difference, seeds, p_values[arm], corrected[arm])
-        rows.append(_make_row(arm, key, group[arm], gain, curve, rises.get((mode, labels)), paired.get(arm), resamples))
+            gain = Gain(difference, seeds, p_values[arm], corrected[arm], num_cases=paired[arm].shape[1])
+        rows.append(_make_row(arm, key, group[arm], gain, curve, rises.get((mode, labels)), resamples))
     return rows
 
 
@@ -172,7 +173,6 @@ def _make_row(
     gain: Gain | None,
     curve: Mapping[int, float],
     rise: Rise | None,
-    paired: Float[np.ndarray, "seed case"] | None,
     resamples: int,
 ) -> Row:
     mode, labels, steps = key
@@ -194,19 +194,18 @@ def _make_row(
         nsd=_mean([entry.nsd for entry in entries]),
         hd95_mm=_mean([entry.hd95_mm for entry in entries]),
         gain=gain,
-        verdict="" if arm == SCRATCH else judge(gain, steps, rise, 0 if paired is None else paired.shape[1]),
+        verdict="" if arm == SCRATCH else judge(gain, steps, rise),
         labels_of_scratch="" if arm == SCRATCH or not curve else labels_of_scratch(curve, dice.mean),
     )
 
 
-def judge(gain: Gain | None, steps: int, rise: Rise | None, num_cases: int) -> str:
-    """Return what may be said of a gain, in a few words.
+def judge(gain: Gain | None, steps: int, rise: Rise | None) -> str:
+    """Return the verdict on a gain: the conclusion that it allows, or the reason why it allows none.
 
     Args:
-        gain: None if scratch lacks a seed.
-        steps: of fine-tuning.
-        rise: of scratch between its two longest lengths; None if there is one length only.
-        num_cases: that were paired.
+        gain: Gain over scratch; None if scratch lacks a seed.
+        steps: Number of steps of fine-tuning.
+        rise: Rise of scratch between its two longest lengths; None if there is only one length.
     """
     if gain is None:
         return f"scratch is not finished{NO_CLAIM}"
@@ -220,7 +219,7 @@ def judge(gain: Gain | None, steps: int, rise: Rise | None, num_cases: int) -> s
         return f"scratch still rises by {signed_points(rise.difference)} points{NO_CLAIM}"
     if len(gain.seed_differences) < 2:
         return f"one seed only{NO_CLAIM}"
-    if num_cases < FEWEST_CASES:
+    if gain.num_cases < FEWEST_CASES:
         return f"fewer than {FEWEST_CASES} cases{NO_CLAIM}"
     if gain.p_holm < LEVEL and all(difference > 0 for difference in gain.seed_differences):
         return GAIN
@@ -230,7 +229,7 @@ def judge(gain: Gain | None, steps: int, rise: Rise | None, num_cases: int) -> s
 
 
 def _find_rises(groups: Mapping[Key, Group], means: Mapping[Key, float]) -> dict[tuple[str, int], Rise]:
-    """Return how much scratch rises between its two longest lengths, by mode and labels, over the seeds that both have."""
+    """Return the rise of scratch between its two longest lengths by mode and labels, over the seeds of both lengths."""
     rises = {}
     for mode, labels in dict.fromkeys((mode, labels) for mode, labels, _ in sorted(means)):
         lengths = sorted(steps for other, number, steps in means if (other, number) == (mode, labels))
@@ -251,7 +250,7 @@ def _find_rises(groups: Mapping[Key, Group], means: Mapping[Key, float]) -> dict
 def _differences(
     arm: Mapping[int, Cell], scratch: Mapping[int, Cell], seeds: Sequence[int]
 ) -> Float[np.ndarray, "seed case"]:
-    """Return the difference from scratch of every seed and case that all of them have."""
+    """Return the difference from scratch by seed and case, for the cases that every cell of both has scored."""
     ours, theirs = ([case_scores(cells[seed]) for seed in seeds] for cells in (arm, scratch))
     common = sorted(set.intersection(*(set(scores) for scores in (*ours, *theirs)))) if seeds else []
     return np.array([[a[case] - b[case] for case in common] for a, b in zip(ours, theirs, strict=True)])
@@ -263,7 +262,7 @@ def _mean_of(cells: Mapping[int, Cell]) -> float:
 
 
 def _mean_by_case(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean over the seeds by case."""
+    """Return the mean over the seeds for each case."""
     values: dict[str, list[float]] = defaultdict(list)
     for each in scores:
         for case, score in each.items():

@@ -1,32 +1,38 @@
-"""The table of a label-efficiency study: what was measured in every cell, and what may be concluded from it."""
+"""The table of a label-efficiency study: the measurements of every cell and the conclusions that they allow."""
 
 from dataclasses import dataclass
 
 from nnssl.evaluation.metrics import CaseMetrics
 
 SCRATCH = "scratch"
+FEWEST_CASES = 6
+"""Smallest number of paired cases with which p can fall below 0.05.
+
+The two-sided p of Wilcoxon's signed-rank test is smallest where all n differences have the same sign: 2 / 2**n, which is
+0.0625 for five pairs and 0.031 for six. A p value of fewer pairs could not be significant and is not shown.
+"""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One fine-tuned network and its held-out cases."""
+    """A fine-tuned network and its metrics on the held-out cases."""
 
     arm: str
-    """As the user names it: ``pix2rep``, ``pcrl:attention=none``; ``scratch`` for random weights."""
+    """Name given by the user, such as ``pix2rep`` or ``pcrl:attention=none``; ``scratch`` for random weights."""
     mode: str
     """``finetune``, ``linear`` or ``mean_teacher``."""
     labels: int
-    """Labelled patients that were trained on."""
+    """Number of labelled patients in the training set."""
     seed: int
     steps: int
-    """Optimizer steps of fine-tuning."""
+    """Number of optimizer steps of fine-tuning."""
     metrics: tuple[CaseMetrics, ...]
     """One entry for each held-out case and class."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean and its 95 % bootstrap interval."""
+    """A mean with its 95 % bootstrap interval."""
 
     mean: float
     low: float
@@ -35,20 +41,22 @@ class Interval:
 
 @dataclass(frozen=True)
 class Gain:
-    """Difference from scratch with the same cases, seeds, schedule and mode, in Dice from -1 to 1."""
+    """Difference in Dice (-1 to 1) from scratch with the same cases, seeds, schedule and mode."""
 
     difference: Interval
     seed_differences: tuple[float, ...]
-    """Mean over the cases for each seed, in the order of the seeds."""
+    """Mean difference over the cases for each seed, in the order of the seeds."""
     p_value: float
-    """Wilcoxon signed-rank test over cases, two-sided, of differences averaged over the seeds."""
+    """Two-sided p of Wilcoxon's signed-rank test over cases; differences are averaged over the seeds first."""
     p_holm: float
-    """The same after Holm's correction over the arms of the same mode, number of labels and length."""
+    """``p_value`` after Holm's correction over the arms of the same mode, number of labels and length."""
+    num_cases: int
+    """Number of paired cases, on which the difference and the test rest."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: an arm at one number of labels and one length, over all seeds."""
+    """A line of the table: an arm at one number of labels and one length, over all seeds."""
 
     arm: str
     mode: str
@@ -56,7 +64,7 @@ class Row:
     steps: int
     seeds: tuple[int, ...]
     dice: Interval
-    """Case scores are means over classes; they are averaged over seeds, then over cases."""
+    """Dice averaged over classes, then seeds, then cases."""
     seed_dice: tuple[float, ...]
     class_dice: dict[str, float | None]
     nsd: float | None
@@ -64,32 +72,32 @@ class Row:
     gain: Gain | None
     """None for scratch, and where scratch lacks a seed that this arm has."""
     verdict: str
-    """What may be said of the gain, in one line; empty for scratch."""
+    """Conclusion that the gain allows, or the reason why it allows none; empty for scratch."""
     labels_of_scratch: str
-    """Labels that scratch needs for this Dice at this length: ``4.2``, ``> 20``, ``< 1``; empty for scratch."""
+    """Number of labels that scratch needs for this Dice at this length: ``4.2``, ``> 20``, ``< 1``; empty for scratch."""
 
 
 @dataclass(frozen=True)
 class Rise:
-    """How much scratch still gains from the second longest to the longest length."""
+    """Improvement of scratch from the second longest to the longest length."""
 
     mode: str
     labels: int
     steps: tuple[int, int]
     difference: float
-    """In Dice from -1 to 1."""
+    """Difference in Dice, -1 to 1."""
     begun: bool
-    """Whether scratch segments well enough at the longest length for standing still to be an end and not a beginning."""
+    """Whether scratch has begun to segment at the longest length, so that a standstill can be the end of learning."""
     stopped: bool
-    """Whether scratch has begun, and rises so little that it has stopped improving."""
+    """Whether scratch has begun to segment and hardly rises any more."""
 
 
 @dataclass(frozen=True)
 class StudyTable:
-    """All rows in the order mode, labels, steps, arm (scratch first), and whether scratch has stopped improving."""
+    """The rows of a study in the order mode, labels, steps, arm (scratch first), and the improvement of scratch."""
 
     rows: tuple[Row, ...]
     rises: tuple[Rise, ...]
     tolerance_mm: float
-    """Of the normalised surface distance."""
+    """Tolerance of the normalised surface distance in mm."""
     num_test_cases: int

@@ -1,26 +1,26 @@
-"""What a study found, in words and numbers for a person.
+"""Words and numbers of a study as readers see them.
 
-Dice, its differences and the normalised surface distance are kept from 0 to 1 and shown in points from 0 to 100.
+Dice, differences of Dice and the normalised surface distance are stored from 0 to 1 and shown in points from 0 to 100.
 """
 
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from nnssl.study.table import SCRATCH, Interval, Row, StudyTable
+from nnssl.study.table import FEWEST_CASES, SCRATCH, Gain, Interval, Row, StudyTable
 
 GAIN, LOSS, NO_DIFFERENCE = "gain", "loss", "no difference seen"
-"""Verdicts that say something of the arm; every other one says why nothing is said."""
+"""Verdicts that state a result; every other verdict gives the reason why none can be stated."""
 NO_CLAIM = ": no claim"
 MODES = {"finetune": "fine-tuning", "linear": "linear probe", "mean_teacher": "mean teacher"}
 NOTHING_YET = "No network of this study has been evaluated yet, so there is nothing to conclude."
 NOTHING = "–"
 FEW = 3
-"""Arms, or arms and modes, that a sentence names one by one."""
+"""Largest number of arms, or of arms and modes, that a sentence lists by name."""
 
 
 def points(value: float | None) -> str:
-    """Return a value from 0 to 1 in points: ``0.7234`` as ``72.3``; a dash for None."""
+    """Return a value from 0 to 1 in points (``72.3`` for ``0.7234``), or a dash for None."""
     return NOTHING if value is None else f"{100 * value + 0.0:.1f}".replace("-0.0", "0.0")
 
 
@@ -36,18 +36,20 @@ def interval_points(interval: Interval, signed: bool = False) -> str:
     return f"[{show(interval.low)}, {show(interval.high)}]"
 
 
-def p_value(value: float) -> str:
-    """Return a p value with three digits: ``0.012``, ``< 0.001``."""
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+def p_value(gain: Gain) -> str:
+    """Return the corrected p value with three digits: ``0.012``, ``< 0.001``; ``n/a (2 pairs)`` for too few pairs."""
+    if gain.num_cases < FEWEST_CASES:
+        return f"n/a ({count(gain.num_cases, 'pair')})"
+    return "< 0.001" if gain.p_holm < 0.001 else f"{gain.p_holm:.3f}"
 
 
 def mode_name(mode: str) -> str:
-    """Return a mode in words."""
+    """Return the name of a mode for readers."""
     return MODES.get(mode, mode.replace("_", " "))
 
 
 def count(number: int, noun: str) -> str:
-    """Return a number with its noun in the singular or the plural: ``1 label``, ``5 labels``."""
+    """Return a number with its noun in the singular or plural: ``1 label``, ``5 labels``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
@@ -58,14 +60,17 @@ def enumerate_words(words: Sequence[object]) -> str:
 
 
 def summarise(table: StudyTable, dataset_name: str, source_name: str) -> tuple[str, ...]:
-    """Say in two or three sentences what was compared, which verdicts there are, and where nothing is claimed.
+    """Summarise a study: what was compared, which gains and losses are claimed, and why the rest allows no claim.
 
-    Only the verdicts are read, of each arm's longest length: a difference without one is not mentioned.
+    The summary rests on the verdicts at the longest length of each arm. A difference without a verdict is not mentioned.
 
     Args:
-        table: of the study.
-        dataset_name: what was fine-tuned and judged on.
-        source_name: what was pretrained on.
+        table: Table of the study.
+        dataset_name: Data set of fine-tuning and evaluation.
+        source_name: Data set of pretraining.
+
+    Returns:
+        Up to three paragraphs.
     """
     if not table.rows:
         return (NOTHING_YET,)
@@ -75,19 +80,20 @@ def summarise(table: StudyTable, dataset_name: str, source_name: str) -> tuple[s
     if outcomes[GAIN]:
         claims.append(f"Pretraining helps{_list_claims(outcomes[GAIN], len(judged))}.")
     elif judged:
-        claims.append("No gain over scratch can be claimed.")
+        which = f"any of the {len(judged)} comparisons" if len(judged) > 1 else "the only comparison"
+        claims.append(f"No gain is claimed for {which}.")
     if outcomes[LOSS]:
         claims.append(f"Pretraining harms{_list_claims(outcomes[LOSS], len(judged))}.")
     if _two_lengths_only(table, outcomes[GAIN]):
         claims.append(
-            "Scratch was seen at two lengths only; a third, longer one would show whether it has stopped improving."
+            "Scratch was measured at two lengths only; a third, longer one would show whether it has stopped improving."
         )
     sentences = [_describe(table, dataset_name, source_name), " ".join(claims), _describe_rest(judged)]
     return tuple(sentence for sentence in sentences if sentence)
 
 
 def _two_lengths_only(table: StudyTable, gains: Iterable[Row]) -> bool:
-    """Whether some gain rests on two lengths of scratch, which may both be too early for it to have begun to learn."""
+    """Return whether a gain rests on two lengths of scratch only: scratch may not have begun to learn at either."""
     lengths: dict[tuple[str, int], set[int]] = {}
     for row in table.rows:
         if row.arm == SCRATCH:
@@ -111,17 +117,17 @@ def _describe(table: StudyTable, dataset_name: str, source_name: str) -> str:
     seeds = {seed for row in table.rows for seed in row.seeds}
     data = (
         f"on {dataset_name} with {enumerate_words(labels)} label{'' if labels == [1] else 's'} and "
-        f"{count(len(seeds), 'seed')}, judged on {count(table.num_test_cases, 'held-out case')}"
+        f"{count(len(seeds), 'seed')}, evaluated on {count(table.num_test_cases, 'held-out case')}"
     )
     if not arms:
-        return f"So far only training from scratch was measured, {data}."
+        return f"So far, only training from scratch has been measured, {data}."
     named = enumerate_words(arms) if len(arms) <= FEW else f"{len(arms)} arms"
     were = "was" if len(arms) == 1 else "were"
     return f"{named}, pretrained on {source_name}, {were} compared with training from scratch {data}."
 
 
 def _list_claims(rows: Sequence[Row], total: int) -> str:
-    """Return each arm and mode with its numbers of labels and range of differences, or how many where they are many."""
+    """Return each arm and mode with its numbers of labels and range of differences; only totals for more than ``FEW``."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.arm, row.mode), []).append(row)
@@ -143,21 +149,26 @@ def _conditions(mode: str, labels: Sequence[int]) -> str:
 def _difference_range(rows: Sequence[Row]) -> str:
     differences = sorted(row.gain.difference.mean for row in rows if row.gain)
     bounds = dict.fromkeys(signed_points(value) for value in (*differences[:1], *differences[-1:]))
-    return f"{' to '.join(bounds)} points of Dice"
+    return f"{' to '.join(bounds)} Dice points"
 
 
 def _describe_rest(judged: Sequence[Row]) -> str:
-    """Say how many comparisons have no claim, and why."""
+    """State how many comparisons show no difference, and how many allow no claim for which reasons."""
     open_rows = [row for row in judged if row.verdict not in {GAIN, LOSS, NO_DIFFERENCE}]
     same = sum(row.verdict == NO_DIFFERENCE for row in judged)
-    parts = [f"no difference was seen in {same}"] if same else []
+    total = count(len(judged), "comparison")
+    sentences = []
+    if same:
+        sentences.append(f"No difference was seen{'' if same == len(judged) else f' in {same} of {total}'}.")
     if open_rows:
         reasons = Counter(_reason(row) for row in open_rows)
-        listed = "; ".join(f"{reason}: {number}" if len(reasons) > 1 else reason for reason, number in reasons.items())
-        parts.append(f"nothing is claimed for {len(open_rows)} ({listed})")
-    return f"Of {count(len(judged), 'comparison')} {enumerate_words(parts)}." if parts else ""
+        listed = ", ".join(f"{reason} ({number})" if len(reasons) > 1 else reason for reason, number in reasons.items())
+        allows = f"{len(open_rows)} of {total} {'allows' if len(open_rows) == 1 else 'allow'} no claim"
+        every = "Reason" if len(reasons) == 1 else "Reasons"
+        sentences.append(f"{every if len(open_rows) == len(judged) else allows}: {listed}.")
+    return " ".join(sentences)
 
 
 def _reason(row: Row) -> str:
-    """Return why a verdict claims nothing, without the numbers in which rows differ."""
+    """Return the reason of a verdict without a claim, less the numbers that differ between rows."""
     return re.sub(r" by [+-]?[\d.]+ points?", "", row.verdict.removesuffix(NO_CLAIM)) or "no verdict yet"

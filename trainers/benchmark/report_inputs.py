@@ -26,6 +26,7 @@ from nnssl.study.report import (
 from nnssl.study.segmentation_pictures import SegmentedCase, choose_cases, segmentation_figure
 from nnssl.study.statistics import case_scores
 from nnssl.study.table import SCRATCH, StudyTable
+from nnssl.study.words import points
 from nnssl.weights.opened_checkpoint import open_checkpoint
 from trainers.benchmark.cells import StudyCells
 from trainers.benchmark.estimate import cell_seconds, format_duration
@@ -148,7 +149,7 @@ def _read_case(
     predictions = {
         arm: _read_segmentation(study, cells.predictions(key) / f"{case}{ending}") for arm, key in keys.items()
     }
-    notes = {arm: f"Dice {score:.2f}" for arm, score in scores.items() if score is not None}
+    notes = {arm: f"Dice {points(score)}" for arm, score in scores.items() if score is not None}
     z, y, x = spacing_mm
     reference = _read_segmentation(study, cells.references / f"{case}{ending}")
     return SegmentedCase(case, volume[0], (z, y, x), reference, predictions, notes)

@@ -20,8 +20,8 @@ from nnssl.files import write_json
 from nnssl.log import lines_to, logger, silence
 from nnssl.paths import make_writable
 from nnssl.study.table import SCRATCH, StudyTable
-from nnssl.study.words import count
-from nnssl.tables import align, number
+from nnssl.study.words import count, points
+from nnssl.tables import align
 from nnssl.version import __version__
 from planners.finetune_planner import adopt_plan
 from trainers.benchmark.arms import make_weights
@@ -187,11 +187,11 @@ def _describe_cell(cells: StudyCells, cell: CellKey, seconds: float, own: Sequen
     scratch = CellKey(SCRATCH, cell.mode, cell.labels, cell.seed, cell.epochs)
     beside = ""
     if cell.arm != SCRATCH and cells.is_finished(scratch):
-        beside = f" (scratch {number(read_result(cells.folder(scratch) / FILE_NAME).mean_dice, 3)})"
+        beside = f" (scratch {points(read_result(cells.folder(scratch) / FILE_NAME).mean_dice)})"
     remaining = f", {format_duration(left)} left" if left is not None and done < len(own) else ""
     return (
         f"[{done}/{len(own)}] {cell.arm}, {cell.mode}, {cell.labels} labelled, seed {cell.seed}, "
-        f"{cells.study.steps(cell)} steps: Dice {number(dice, 3)}{beside}, {seconds:.0f} s{remaining}"
+        f"{cells.study.steps(cell)} steps: Dice {points(dice)} points{beside}, {seconds:.0f} s{remaining}"
     )
 
 

@@ -165,12 +165,17 @@ def test_two_runs_draw_the_same(files):
 
 
 def test_embedding(files, drawn):
-    run("embedding", "-w", files["2d"], "--case", "toy_02", "--slice", 4, "-o", "a.png")
-    run("embedding", "-w", files["3d"], "-o", "b.png")
-    assert [axes.get_xlabel() for axes in drawn[0].axes] == ["z = 4"] * 2
-    assert len(drawn[1].axes) == 6
-    assert heads(drawn[0])[0] == "toy_02"
-    assert heads(drawn[0])[1].startswith("components 1, 2, 3 as red, green, blue")
+    run("embedding", "-w", files["2d"], "--case", "toy_02", "--slice", 4, "--others", "-o", "a.png")
+    run("embedding", "-w", files["3d"], "--case", "toy_02", "-o", "b.png")
+    run("embedding", "-w", files["2d"], "--case", "toy_02", "--slice", 4, "--others", "toy_00", "toy_02", "-o", "c.png")
+    alone, following, chosen = drawn
+    assert [axes.get_xlabel() for axes in alone.axes] == ["z = 4"] * 2
+    assert "components 1, 2, 3 of all cases as red, green, blue" in alone.get_suptitle()
+    assert heads(alone) == ["toy_02"]
+    assert len(following.axes) == 4 * 6
+    assert heads(following) == ["toy_02", "toy_03", "toy_00", "toy_01"]
+    assert heads(chosen) == ["toy_02", "toy_00"]
+    assert [axes.get_xlabel() for axes in chosen.axes[::2]] == ["z = 4"] * 2
 
 
 def test_uncertainty(files, drawn, capsys):
@@ -355,6 +360,9 @@ def test_cases_and_points_that_are_not_there(files, capsys):
     assert "it has toy_00, toy_01" in line
     assert "case nobody" in fails(capsys, "similarity", "-w", files["3d"], "--others", "toy_01", "nobody")
     assert "case nobody" in fails(capsys, "embedding", "-w", files["3d"], "--case", "nobody")
+    assert "case nobody" in fails(capsys, "embedding", "-w", files["3d"], "--others", "nobody")
+    line = fails(capsys, "embedding", "-w", files["3d"], "--others", *["toy_01"] * 4)
+    assert "--others must name at most 3 cases, got 4" in line
     line = fails(capsys, "similarity", "-w", files["3d"], "--point", *SHAPE)
     assert "point 16 24 20: lies outside case toy_00, whose shape (z y x, preprocessed) is 16 24 20" in line
     assert "lies outside case toy_00" in fails(capsys, "embedding", "-w", files["2d"], "--slice", 16)

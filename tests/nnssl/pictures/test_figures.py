@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nnssl.errors import UserError
-from nnssl.pictures.components import Embedding
+from nnssl.pictures.components import CaseComponents, Embedding
 from nnssl.pictures.figures import check_picture_path, embedding_figure, similarity_figure, write_picture
 from nnssl.pictures.similarity import Comparison, Similarity
 from tests.nnssl.pictures.pointwise import SPACING_MM, random_volume, write_cases
@@ -83,29 +83,46 @@ def test_similarity_in_3d_shows_three_planes_in_their_proportions(store):
 
 @pytest.mark.parametrize("two_dimensional", [True, False])
 def test_embedding(store, two_dimensional):
-    components = np.random.default_rng(1).random((3, *SHAPE)).astype(np.float32)
-    embedding = Embedding(store.case("b"), (2, 3, 5), components, (0.5, 0.25, 0.125), two_dimensional)
-    panels = panels_of(embedding_figure(embedding, "stage"))
-    planes = 1 if two_dimensional else 3
-    assert len(panels) == 2 * planes
-    assert panels[0].get_title(loc="left") == "b"
-    assert panels[planes].get_title(loc="left").endswith("red, green, blue:\n50 %, 25 %, 12 % of the variance")
-    assert np.array_equal(panels[planes].images[0].get_array(), components[:, 2].transpose(1, 2, 0))
-    if not two_dimensional:
-        assert np.array_equal(panels[5].images[0].get_array(), components[:, :, :, 5].transpose(1, 2, 0))
+    components = np.random.default_rng(1).random((2, 3, *SHAPE)).astype(np.float32)
+    places = {"b": (2, 3, 5), "a": (4, 1, 0)}
+    shown = [CaseComponents(store.case(name), places[name], each) for name, each in zip("ba", components, strict=True)]
+    figure = embedding_figure(Embedding(tuple(shown), (0.5, 0.25, 0.125), two_dimensional), "stage")
+    panels = panels_of(figure)
+    assert figure.get_suptitle().startswith("stage\n")
+    assert figure.get_suptitle().endswith("red, green, blue: 50 %, 25 %, 12 % of the variance")
+    if two_dimensional:  # image above colours, one column for each case
+        images, colours = [panels[:1], panels[1:2]], [panels[2:3], panels[3:]]
+    else:  # image beside colours, one row for each plane
+        images, colours = [panels[0::4], panels[2::4]], [panels[1::4], panels[3::4]]
+    for number, (each, own, found) in enumerate(zip(shown, images, colours, strict=True)):
+        assert own[0].get_title(loc="left") == each.case.name
+        volume = each.case.read_box((0, 0, 0), SHAPE)[0]
+        assert len(own) == len(found) == (1 if two_dimensional else 3)
+        for axis, (image, colour) in enumerate(zip(own, found, strict=True)):
+            place = each.centre_vox[axis]
+            assert np.array_equal(image.images[0].get_array(), volume.take(place, axis))
+            expected = components[number].take(place, axis + 1).transpose(1, 2, 0)
+            assert np.array_equal(colour.images[0].get_array(), expected)
+            assert image.get_xlabel() == colour.get_xlabel() == f"{'zyx'[axis]} = {place}"
+            assert image.get_aspect() == colour.get_aspect()
 
 
 @pytest.mark.parametrize("shape", [(12, 54, 24), (20, 30, 20), (7, 60, 60)])
-def test_no_label_is_cut_off_whatever_plane_is_the_tallest(tmp_path, shape):
+@pytest.mark.parametrize("count", [1, 4])
+@pytest.mark.parametrize("two_dimensional", [True, False])
+def test_no_label_is_cut_off_whatever_plane_is_the_tallest(tmp_path, shape, count, two_dimensional):
     case = write_cases(tmp_path / "cases", {"a": random_volume(0, shape)}, np.zeros((0, 3), int)).case("a")
     components = np.random.default_rng(0).random((3, *shape)).astype(np.float32)
-    figure = embedding_figure(Embedding(case, (2, 3, 5), components, (0.5, 0.3, 0.1), False), "two\nlines")
+    shown = (CaseComponents(case, (2, 3, 5), components),) * count
+    figure = embedding_figure(Embedding(shown, (0.5, 0.3, 0.1), two_dimensional), "two\nlines")
     write_picture(tmp_path / "picture.png", figure)
     renderer = figure.canvas.get_renderer()
     width, height = figure.bbox.size
     heads = [axes._left_title for axes in figure.axes if axes.get_title(loc="left")]
     labels = [axes.xaxis.label for axes in figure.axes]
     boxes = [text.get_window_extent(renderer) for text in (*heads, *labels, figure._suptitle)]
+    assert min(box.x0 for box in boxes) >= 0
+    assert max(box.x1 for box in boxes) <= width
     assert min(box.y0 for box in boxes) >= 0
     assert max(box.y1 for box in boxes) <= height
     assert max(head.get_window_extent(renderer).y1 for head in heads) <= figure._suptitle.get_window_extent(renderer).y0

@@ -8,7 +8,7 @@ import torch
 
 from nnssl.errors import UserError
 from nnssl.pictures import features as dense_features
-from nnssl.pictures.components import embed_case, fit_components, project
+from nnssl.pictures.components import embed_cases, fit_components, project
 from nnssl.pictures.features import (
     Standardisation,
     embed_point,
@@ -24,10 +24,6 @@ from tests.nnssl.pictures.pointwise import SPACING_MM, make_network, random_volu
 SHAPE = (6, 10, 14)
 FLIPS = (1, 3)
 TILES = {2: (1, 6, 8), 3: (4, 6, 8)}
-
-
-def silent(line: str) -> None:
-    pass
 
 
 def everywhere(shape=SHAPE) -> np.ndarray:
@@ -252,10 +248,11 @@ def test_constant_feature_is_left_out():
 def test_embedding_of_a_case(store, dim):
     case = store.case("a")
     network = make_network(dim, {2: TILES[2], 3: (2, 4, 6)}[dim])
-    embedding = embed_case(network, case, 5 if dim == 2 else None, 0)
-    z, y, x = embedding.centre_vox
+    embedding = embed_cases(network, [case], 5 if dim == 2 else None, 0)
+    (shown,) = embedding.cases
+    z, y, x = shown.centre_vox
     assert dim == 3 or z == 5
-    seen = np.isfinite(embedding.components)
+    seen = np.isfinite(shown.components)
     assert seen[:, z].all()
     assert dim == 2 or (seen[:, :, y].all() and seen[:, :, :, x].all())
     assert not seen.all()  # tiles that meet no plane are left out
@@ -266,8 +263,35 @@ def test_embedding_of_a_case(store, dim):
     features = torch.from_numpy(single_features(case.read_box((0, 0, 0), SHAPE))[z]).float()
     along = standardisation.apply(features.flatten(0, 1)) @ components.directions.T
     expected = ((along - components.low) / (components.high - components.low)).clamp(0, 1)
-    assert np.allclose(embedding.components[:, z], expected.T.view(3, *SHAPE[1:]), atol=1e-3)
+    assert np.allclose(shown.components[:, z], expected.T.view(3, *SHAPE[1:]), atol=1e-3)
     assert 0 < sum(embedding.share) <= 1.0001
+
+
+@pytest.mark.parametrize("dim", [2, 3])
+def test_one_colour_is_one_feature_in_all_cases(store, dim):
+    """Components and their range are those of both cases: a voxel has the value of its flipped twin, and of a loop."""
+    network = make_network(dim, TILES[dim])
+    cases = [store.case(name) for name in "acb"]
+    embedding = embed_cases(network, cases, 2 if dim == 2 else None, 0)
+    assert [each.case.name for each in embedding.cases] == ["a", "c", "b"]
+    if dim == 2:  # the slice is the first case's, the others have their fullest one
+        assert [each.centre_vox[0] for each in embedding.cases] == [2, fullest_slice(cases[1]), fullest_slice(cases[2])]
+    sample = torch.cat([sample_features(network, case, 0) for case in cases])
+    standardisation = fit_standardisation(sample)
+    components = fit_components(standardisation.apply(sample))
+    assert embedding.share == pytest.approx(components.share.tolist())
+    for each in embedding.cases:
+        features = torch.from_numpy(single_features(each.case.read_box((0, 0, 0), SHAPE))).float()
+        along = standardisation.apply(features.flatten(0, 2)) @ components.directions.T
+        scaled = ((along - components.low) / (components.high - components.low)).clamp(0, 1)
+        seen = np.isfinite(each.components)
+        assert np.allclose(each.components[seen], scaled.T.view(3, *SHAPE).numpy()[seen], atol=1e-3)
+    first, last = embedding.cases[0].components, np.flip(embedding.cases[2].components, (1, 3))
+    both = np.isfinite(first) & np.isfinite(last)
+    assert both.any() or dim == 2
+    assert np.allclose(first[both], last[both], atol=1e-3)
+    alone = embed_cases(network, cases[:1], 2 if dim == 2 else None, 0).cases[0].components
+    assert not np.allclose(alone[np.isfinite(alone)], first[np.isfinite(alone)], atol=1e-2)
 
 
 def test_slice_with_most_body_and_middle_of_the_body(tmp_path):
@@ -278,7 +302,7 @@ def test_slice_with_most_body_and_middle_of_the_body(tmp_path):
     distance = np.linalg.norm((ring - ring.mean(axis=0)) * SPACING_MM, axis=1)
     assert middle_of(case) == tuple(ring[distance.argmin()]) != tuple(np.round(ring.mean(axis=0)))
     assert fullest_slice(case) == 1
-    assert embed_case(make_network(2, TILES[2]), case, None, 0).centre_vox[0] == 1
+    assert embed_cases(make_network(2, TILES[2]), [case], None, 0).cases[0].centre_vox[0] == 1
     assert compare_cases(make_network(2, TILES[2]), store, "a", None, [], 0).query_vox == middle_of(case)
 
 
@@ -289,9 +313,9 @@ def test_what_is_not_there_is_refused(store):
     with pytest.raises(UserError, match=r"case d: .* has no such case; it has a, b, c"):
         compare_cases(network, store, "a", (0, 0, 0), ["d"], 0)
     with pytest.raises(UserError, match=r"slice 2: these weights are 3D"):
-        embed_case(network, store.case("a"), 2, 0)
+        embed_cases(network, [store.case("a")], 2, 0)
     with pytest.raises(UserError, match=r"lies outside case a"):
-        embed_case(make_network(2, TILES[2]), store.case("a"), 6, 0)
+        embed_cases(make_network(2, TILES[2]), [store.case("a")], 6, 0)
 
 
 def test_nearest_ignores_what_was_not_computed():

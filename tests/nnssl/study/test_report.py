@@ -77,12 +77,14 @@ class Page(HTMLParser):
         return [attributes for tag, attributes in self.elements if tag in tags]
 
 
-def make_row(arm=SCRATCH, labels=5, steps=450, dice=0.5, gain=None, verdict="", mode="finetune", seeds=(0, 1)):
+def make_row(
+    arm=SCRATCH, labels=5, steps=450, dice=0.5, gain=None, verdict="", mode="finetune", seeds=(0, 1), pairs=40
+):
     """Return a row; ``gain`` is the mean difference, None for no comparison."""
     compared = None
     if gain is not None:
         differences = tuple(gain + 0.01 * (seed - 0.5) for seed in seeds)
-        compared = Gain(Interval(gain, gain - 0.021, gain + 0.034), differences, 0.0004, 0.0123)
+        compared = Gain(Interval(gain, gain - 0.021, gain + 0.034), differences, 0.0004, 0.0123, num_cases=pairs)
     return Row(
         arm=arm,
         mode=mode,
@@ -249,14 +251,14 @@ def test_table_shows_the_numbers_of_the_study(page):
     longest, shorter, linear = (table for table in page.tables if table[0][0] == "Arm" and "Verdict" in table[0])
     assert [words_of(name) for name in longest[0]] == [
         "Arm",
-        "Dice 95 %",
-        "Gain 95 %",
+        "Dice (points), 95 % interval",
+        "Gain (points), 95 % interval",
         "Verdict",
-        "p Holm",
-        "Gain of each seed",
-        "Scratch needs labels",
-        "NSD",
-        "HD95 mm",
+        "p (Holm)",
+        "Gain of each seed (points)",
+        "Labels scratch needs",
+        "NSD (points)",
+        "HD95 (mm)",
     ]
     rows = [[words_of(cell) for cell in row] for row in longest[1:]]
     assert rows == [
@@ -279,6 +281,16 @@ def test_table_shows_the_numbers_of_the_study(page):
     ]
     assert [row[0] for row in shorter if len(row) == 1] == ["1 label, 150 steps", "20 labels, 150 steps"]
     assert words_of(linear[3][2]) == "−3.9 [−6.0, −0.5]"
+
+
+@pytest.mark.parametrize(("pairs", "shown"), [(1, "n/a (1 pair)"), (5, "n/a (5 pairs)"), (6, "0.012")])
+def test_p_is_shown_only_where_it_could_be_significant(pairs, shown):
+    page = Page(
+        render_report(empty_report(make_table(make_row(), make_row(ARM, gain=0.1, verdict="gain", pairs=pairs))))
+    )
+    (table,) = (table for table in page.tables if "Verdict" in table[0])
+    assert table[3][4] == shown
+    assert "With fewer than 6 pairs" in page.text
 
 
 def test_every_row_of_the_study_is_shown_once(page):
@@ -338,7 +350,7 @@ def test_pretraining_panels():
     panels = pretraining_panels(metrics, "x", "arm")
     assert [panel.caption for panel in panels] == [
         "loss: 3 to 1; loss a: 2 to 0.5; loss b: 1 to 0.5",
-        "probe dice: 0.5 to 0.25, best 0.5 in epoch 1 (ring)",
+        "probe Dice (points): 50 to 25, best 50 in epoch 1 (ring)",
         "effective rank: 4 to 6",
     ]
     alone = pretraining_panels({"loss": [2.0, 1.0], "loss_contrast": [2.0, 1.0]}, "x", "arm")
@@ -353,8 +365,8 @@ def summary_of(*rows) -> tuple[str, ...]:
 def test_summary_of_a_gain():
     assert summary_of(make_row("pix2rep", gain=0.0927, verdict="gain")) == (
         "pix2rep, pretrained on B, was compared with training from scratch on A with 5 labels and 2 seeds, "
-        "judged on 40 held-out cases.",
-        "Pretraining helps: pix2rep (fine-tuning, 5 labels: +9.3 points of Dice).",
+        "evaluated on 40 held-out cases.",
+        "Pretraining helps: pix2rep (fine-tuning, 5 labels: +9.3 Dice points).",
     )
 
 
@@ -369,27 +381,28 @@ def test_summary_warns_of_a_gain_that_two_lengths_show(lengths, said):
 
 def test_summary_of_a_loss():
     assert summary_of(make_row("pix2rep", gain=-0.039, verdict="loss", mode="linear"))[1:] == (
-        "No gain over scratch can be claimed. "
-        "Pretraining harms: pix2rep (linear probe, 5 labels: -3.9 points of Dice).",
+        "No gain is claimed for the only comparison. "
+        "Pretraining harms: pix2rep (linear probe, 5 labels: -3.9 Dice points).",
     )
 
 
 @pytest.mark.parametrize(
     ("verdict", "rest"),
     [
-        ("no difference seen", "no difference was seen in 1"),
-        (STILL_RISES, "nothing is claimed for 1 (scratch still rises)"),
-        ("one length only: no claim", "nothing is claimed for 1 (one length only)"),
-        ("short schedule: no claim", "nothing is claimed for 1 (short schedule)"),
-        ("fewer than 2 seeds: no claim", "nothing is claimed for 1 (fewer than 2 seeds)"),
-        ("", "nothing is claimed for 1 (no verdict yet)"),
-        ("a gain would need 6 cases", "nothing is claimed for 1 (a gain would need 6 cases)"),
+        ("no difference seen", "No difference was seen."),
+        (STILL_RISES, "Reason: scratch still rises."),
+        ("one length only: no claim", "Reason: one length only."),
+        ("short schedule: no claim", "Reason: short schedule."),
+        ("fewer than 2 seeds: no claim", "Reason: fewer than 2 seeds."),
+        ("", "Reason: no verdict yet."),
+        ("a gain would need 6 cases", "Reason: a gain would need 6 cases."),
     ],
 )
 @pytest.mark.parametrize("gain", [0.4, None])
 def test_summary_claims_nothing_without_a_verdict(verdict, rest, gain):
     row = make_row("pix2rep", dice=0.9, gain=gain, verdict=verdict)
-    assert summary_of(row)[1:] == ("No gain over scratch can be claimed.", f"Of 1 comparison {rest}.")
+    assert summary_of(row)[1:] == ("No gain is claimed for the only comparison.", rest)
+    assert summary_of(row, replace(row, labels=1))[1:] == ("No gain is claimed for any of the 2 comparisons.", rest)
 
 
 def test_summary_reads_the_longest_length_only():
@@ -409,9 +422,9 @@ def test_summary_joins_the_numbers_of_labels_and_counts_the_rest():
         make_row("b", 20, gain=0.0, verdict="no difference seen"),
     ]
     assert summary_of(*rows)[1:] == (
-        "Pretraining helps: a (fine-tuning, 1 and 20 labels: +2.0 to +30.0 points of Dice).",
-        "Of 6 comparisons no difference was seen in 1 and nothing is claimed for 3 "
-        "(scratch still rises: 2; one length only: 1).",
+        "Pretraining helps: a (fine-tuning, 1 and 20 labels: +2.0 to +30.0 Dice points).",
+        "No difference was seen in 1 of 6 comparisons. "
+        "3 of 6 comparisons allow no claim: scratch still rises (2), one length only (1).",
     )
 
 
@@ -420,7 +433,7 @@ def test_summary_of_many_gains_stays_short():
     rows.append(make_row("arm0", 20, gain=0.9, verdict="no difference seen"))
     first, second, _ = summary_of(*rows)
     assert first.startswith("4 arms, pretrained on B, were compared")
-    expected = "by +10.0 to +13.0 points of Dice, most for arm3 (fine-tuning, 5 labels)."
+    expected = "by +10.0 to +13.0 Dice points, most for arm3 (fine-tuning, 5 labels)."
     assert second == f"Pretraining helps in 4 of 5 comparisons, {expected}"
 
 
@@ -429,14 +442,15 @@ def test_summary_before_anything_is_compared():
         "No network of this study has been evaluated yet, so there is nothing to conclude.",
     )
     assert summary_of() == (
-        "So far only training from scratch was measured, on A with 5 labels and 2 seeds, judged on 40 held-out cases.",
+        "So far, only training from scratch has been measured, on A with 5 labels and 2 seeds, evaluated on 40 held-out "
+        "cases.",
     )
 
 
 def test_minus_signs_are_typeset_in_numbers_only():
     html = render_report(make_report(notes=("a-1",)))
     assert "a-1" in html
-    assert "linear probe, 1 label: −3.9 points" in Page(html).text
+    assert "linear probe, 1 label: −3.9 Dice points" in Page(html).text
 
 
 @pytest.mark.parametrize(
@@ -463,12 +477,12 @@ def test_incomplete_study_is_a_page(table):
 
 def test_one_length_says_that_it_cannot_be_known():
     page = Page(render_report(empty_report(make_table(make_row()))))
-    assert "Scratch was not measured at two lengths yet" in page.text
+    assert "Scratch has not been measured at two lengths yet" in page.text
 
 
 def test_pretraining_that_has_not_begun():
     page = Page(render_report(make_report(curves=(PretrainingCurve(ARM, "pcrl.all", {"loss": []}),))))
-    assert "No epoch has ended yet." in page.text
+    assert "No epoch has finished yet." in page.text
 
 
 def test_picture_has_its_size_and_a_wide_one_is_marked(page):
@@ -478,7 +492,7 @@ def test_picture_has_its_size_and_a_wide_one_is_marked(page):
         "picture wide",
         "picture",
     ]
-    with pytest.raises(ValueError, match="no PNG"):
+    with pytest.raises(ValueError, match="not a PNG"):
         render_report(make_report(pictures=(Picture(b"GIF89a", "alt", "caption"),)))
 
 
@@ -521,7 +535,7 @@ def test_results_csv_keeps_every_number(tmp_path):
 
 def test_markdown_table():
     assert markdown_table(FULL).splitlines() == [
-        "| arm | steps | 1 label | 20 labels |",
+        "| arm | steps | Dice (points), 1 label | Dice (points), 20 labels |",
         "|---|---|---|---|",
         "| scratch, fine-tuning | 150 | 20.1 [15.0, 24.3] | 60.5 [55.4, 64.7] |",
         "| scratch, fine-tuning | 450 | 23.4 [18.3, 27.6] | 72.8 [67.7, 77.0] |",

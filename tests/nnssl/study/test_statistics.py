@@ -14,12 +14,12 @@ from nnssl.study.statistics import (
     paired_p_value,
     tabulate,
 )
-from nnssl.study.table import Cell, Gain, Interval, Rise
+from nnssl.study.table import FEWEST_CASES, Cell, Gain, Interval, Rise
 
 CASES, SEEDS = 20, (0, 1, 2)
 SIMULATIONS = 200
 QUICK = 100
-"""Resamples where the interval is not what is looked at."""
+"""Resamples of tests that do not check the interval."""
 
 
 def make_cell(arm, dice, labels=5, seed=0, steps=300, mode="finetune", label="organ"):
@@ -92,12 +92,21 @@ def test_the_numbers_are_scipys():
         expected = stats.bootstrap((differences,), np.mean, n_resamples=2000, rng=np.random.default_rng(0))
         assert gain.difference.low == pytest.approx(expected.confidence_interval.low)
         assert gain.difference.high == pytest.approx(expected.confidence_interval.high)
+        assert gain.num_cases == CASES
         assert gain.seed_differences == pytest.approx((dice[arm] - dice["scratch"]).mean(axis=1))
         p_values.append(gain.p_value)
     assert [rows[arm].gain.p_holm for arm in "ab"] == pytest.approx(holm(p_values))
     assert rows["a"].dice.mean == pytest.approx(dice["a"].mean())
     assert rows["a"].nsd == pytest.approx(dice["a"].mean() / 2)
     assert rows["scratch"].gain is None
+
+
+def test_significance_needs_six_pairs():
+    """The smallest p belongs to differences of one sign: 2 of the 2**n equally likely patterns of signs."""
+    for num_cases in range(1, 12):
+        p = paired_p_value(np.linspace(0.1, 0.2, num_cases))
+        assert p == pytest.approx(2 / 2**num_cases)
+        assert (p < 0.05) == (num_cases >= FEWEST_CASES)
 
 
 def test_holm_by_hand():
@@ -148,8 +157,8 @@ def test_the_last_crossing_counts_where_the_curve_falls():
     assert labels_of_scratch({1: 0.7, 5: 0.5, 20: 0.4}, 0.6) == "> 20"
 
 
-def gain(p_holm, *seeds):
-    return Gain(Interval(float(np.mean(seeds)), 0.0, 0.1), seeds, p_holm / 2, p_holm)
+def gain(p_holm, *seeds, num_cases=20):
+    return Gain(Interval(float(np.mean(seeds)), 0.0, 0.1), seeds, p_holm / 2, p_holm, num_cases)
 
 
 STOPPED = Rise("finetune", 5, (100, 300), 0.01, begun=True, stopped=True)
@@ -160,17 +169,17 @@ NOT_BEGUN = Rise("finetune", 5, (100, 300), 0.01, begun=False, stopped=False)
 @pytest.mark.parametrize(
     ("arguments", "verdict"),
     [
-        ((gain(0.01, 0.1, 0.2), 300, STOPPED, 20), "gain"),
-        ((gain(0.01, -0.1, -0.2), 300, STOPPED, 20), "loss"),
-        ((gain(0.01, 0.1, -0.02), 300, STOPPED, 20), "no difference seen"),
-        ((gain(0.06, 0.1, 0.2), 300, STOPPED, 20), "no difference seen"),
-        ((gain(0.01, 0.1, 0.2), 100, STOPPED, 20), "short schedule: no claim"),
-        ((gain(0.01, 0.1, 0.2), 300, RISING, 20), "scratch still rises by +12.3 points: no claim"),
-        ((gain(0.01, 0.1, 0.2), 300, NOT_BEGUN, 20), "scratch has hardly begun to segment: no claim"),
-        ((gain(0.01, 0.1, 0.2), 300, None, 20), "one length only: no claim"),
-        ((gain(0.01, 0.1), 300, STOPPED, 20), "one seed only: no claim"),
-        ((gain(0.01, 0.1, 0.2), 300, STOPPED, 5), "fewer than 6 cases: no claim"),
-        ((None, 300, STOPPED, 20), "scratch is not finished: no claim"),
+        ((gain(0.01, 0.1, 0.2), 300, STOPPED), "gain"),
+        ((gain(0.01, -0.1, -0.2), 300, STOPPED), "loss"),
+        ((gain(0.01, 0.1, -0.02), 300, STOPPED), "no difference seen"),
+        ((gain(0.06, 0.1, 0.2), 300, STOPPED), "no difference seen"),
+        ((gain(0.01, 0.1, 0.2), 100, STOPPED), "short schedule: no claim"),
+        ((gain(0.01, 0.1, 0.2), 300, RISING), "scratch still rises by +12.3 points: no claim"),
+        ((gain(0.01, 0.1, 0.2), 300, NOT_BEGUN), "scratch has hardly begun to segment: no claim"),
+        ((gain(0.01, 0.1, 0.2), 300, None), "one length only: no claim"),
+        ((gain(0.01, 0.1), 300, STOPPED), "one seed only: no claim"),
+        ((gain(0.01, 0.1, 0.2, num_cases=5), 300, STOPPED), "fewer than 6 cases: no claim"),
+        ((None, 300, STOPPED), "scratch is not finished: no claim"),
     ],
 )
 def test_verdicts(arguments, verdict):
