@@ -6,9 +6,12 @@ and is put into the environment, so that nnU-Net code of the same process finds 
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.log import logger
 
@@ -46,6 +49,26 @@ def resolve_folders() -> Folders:
             make_writable(folder)
         folders[name] = folder
     return Folders(**folders)
+
+
+@contextmanager
+def use_folders(folders: Folders | None) -> Iterator[Folders]:
+    """Let nnU-Net's code use the same folders as the caller inside a ``with`` block.
+
+    Args:
+        folders: Folders to use; None for those of the environment.
+
+    Yields:
+        The folders.
+
+    Raises:
+        UserError: As ``resolve_folders``.
+    """
+    used = folders or resolve_folders()
+    with variables(
+        nnUNet_raw=str(used.raw), nnUNet_preprocessed=str(used.preprocessed), nnUNet_results=str(used.results)
+    ):
+        yield used
 
 
 def make_writable(folder: Path) -> Path:

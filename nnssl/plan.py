@@ -274,7 +274,14 @@ def plan_from_dict(content: Any, source: str) -> Plan:
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plans file of nnssl; raises UserError as ``plan_from_dict`` does."""
+    """Read a plans file of nnssl; raises UserError as ``plan_from_dict`` does.
+
+    Example:
+        >>> folder = nnssl.resolve_folders().preprocessed / "Dataset501_Scans"
+        >>> plan = nnssl.read_plan(folder / "nnsslPlans.json")
+        >>> plan.name, plan.pretext.num_cases
+        ('nnsslPlans', 4)
+    """
     return plan_from_dict(read_json(path, "plan"), str(path))
 
 

@@ -9,7 +9,7 @@ from nnssl.data.raw import find_dataset, leave_out, read_dataset
 from nnssl.errors import UserError
 from nnssl.log import logger
 from nnssl.methods import METHODS
-from nnssl.paths import Folders, resolve_folders
+from nnssl.paths import Folders, use_folders
 from nnssl.plan import Plan, plan_path
 from planners.fingerprint import Fingerprint, read_or_extract
 from planners.presets import choose_preset
@@ -59,9 +59,18 @@ def plan_and_preprocess(
     Raises:
         UserError: If the data set, a plan, a list or a number does not fit, too many cases are unusable, or a file cannot be
             written.
+
+    Example:
+        >>> settings = nnssl.PlanSettings(preset="cpu", configurations=["3d_fullres"], processes=1)
+        >>> prepared = nnssl.plan_and_preprocess(501, settings)
+        >>> prepared.plan.dataset_name
+        'Dataset501_Scans'
     """
-    settings = settings or PlanSettings()
-    folders = folders or resolve_folders()
+    with use_folders(folders) as used:
+        return _plan_and_preprocess(dataset, settings or PlanSettings(), used)
+
+
+def _plan_and_preprocess(dataset: str | int, settings: PlanSettings, folders: Folders) -> PreparedDataset:
     processes = default_processes() if settings.processes is None else settings.processes
     channels = settings.channel_names
     raw = read_dataset(dataset, folders, None if channels is None else tuple(channels))

@@ -74,8 +74,8 @@ def workspace(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("workspace")
     scans = write_phantom_dataset(folder, "Dataset900_Scans", 4, 0, SHAPE, SPACING_MM, labelled=False)
     (scans / "imagesTr").rename(folder / "scans")
-    for image in (folder / "scans").iterdir():
-        image.rename(image.with_name(image.name.replace("_0000.nii.gz", ".nii.gz")))
+    for number, image in enumerate(sorted((folder / "scans").iterdir())):
+        image.rename(image.with_name(f"scan_{number}.nii.gz"))
     raw = folder / "nnssl_workspace" / "raw"
     write_phantom_dataset(raw, "Dataset004_MyTask", 8, 0, SHAPE, SPACING_MM, first_case=4)
     return folder
@@ -86,7 +86,7 @@ def test_examples_of_the_docstrings_work(workspace, monkeypatch):
     monkeypatch.chdir(workspace)
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.delenv(f"nnUNet_{name}", raising=False)
-    known: dict[str, object] = {}
+    known: dict[str, object] = {"nnssl": nnssl, "Path": Path}
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     before = dict(os.environ)
     for name in IN_ORDER:

@@ -91,7 +91,9 @@ def _run(args: argparse.Namespace) -> None:
         mixed=args.mixed,
         min_slices=args.min_slices,
     )
-    record = import_dataset(args.source, args.number, args.name, folders, args.kind, choices, args.restart)
+    record = import_dataset(
+        args.source, args.number, args.name, kind=args.kind, choices=choices, restart=args.restart, folders=folders
+    )
     for line in format_import(record):
         print_line(line)
     print_line(f"record: {folders.raw / record.dataset_name / RECORD_FILE}")

@@ -17,8 +17,8 @@ METRICS_FILE, SUMMARY_FILE = "metrics.csv", "summary_nnssl.json"
 
 
 def evaluate(
-    predictions: Path,
-    references: Path,
+    predictions: Path | str,
+    references: Path | str,
     labels_file: Path | None = None,
     tolerance_mm: float = 2.0,
     output: Path | None = None,
@@ -39,7 +39,14 @@ def evaluate(
 
     Raises:
         UserError: folders, labels or the tolerance do not fit, or a file cannot be written.
+
+    Example:
+        >>> references = nnssl.resolve_folders().raw / "Dataset004_MyTask" / "labelsTr"
+        >>> summary = nnssl.evaluate("segmentations", references, processes=1)
+        >>> summary["cases"]
+        8
     """
+    predictions, references = Path(predictions), Path(references)
     if not 0 < tolerance_mm < math.inf:
         raise UserError(f"--tolerance-mm {tolerance_mm:g}: give a number of mm above 0")
     labels, ignore = find_labels(labels_file, predictions, references)

@@ -23,7 +23,7 @@ from nnssl.imports.lists import find_in_collection, find_in_list
 from nnssl.imports.record import RECORD_FILE, SCHEMA_VERSION, ImportRecord, TakenCase
 from nnssl.imports.sources import KINDS, Candidate, Choices, Found, check_choices, detect_kind, volume_ending
 from nnssl.log import logger
-from nnssl.paths import Folders, make_writable
+from nnssl.paths import Folders, make_writable, resolve_folders
 from nnssl.schema import read, write
 from nnssl.version import __version__
 
@@ -40,13 +40,14 @@ FINDERS: dict[str, Callable[[Path, Choices], Found]] = {
 
 
 def import_dataset(
-    source: Path,
+    source: Path | str,
     number: int,
     name: str,
-    folders: Folders,
+    *,
     kind: str | None = None,
     choices: Choices | None = None,
     restart: bool = False,
+    folders: Folders | None = None,
 ) -> ImportRecord:
     """Register existing images as a raw nnU-Net data set without copying them.
 
@@ -57,10 +58,10 @@ def import_dataset(
         source: Folder of image files, BIDS tree, list, folder of DICOM files, or collection.
         number: Number of the data set, between 1 and 999.
         name: Name of the data set, without ``DatasetXXX_``.
-        folders: nnU-Net's folders.
         kind: Kind of the source, a key of ``KINDS``; None to detect it.
         choices: Which images to import and how they form cases; None for the defaults.
         restart: Whether to replace an earlier import.
+        folders: nnU-Net's folders; None for those of the environment.
 
     Returns:
         Record of the imported cases and the rejected files.
@@ -68,12 +69,18 @@ def import_dataset(
     Raises:
         ArgumentError: If the number, the name, the kind or the choices are wrong.
         UserError: If the source cannot be read, if no image can be imported, or if the folder contains other files.
+
+    Example:
+        >>> record = nnssl.import_dataset("scans", 501, "Scans")
+        >>> len(record.taken)
+        4
     """
     choices = choices or Choices()
+    folders = folders or resolve_folders()
     dataset_name = _name_dataset(number, name)
     folder = folders.raw / dataset_name
     _check_target(folder, number, folders)
-    source = Path(os.path.abspath(source.expanduser()))
+    source = Path(os.path.abspath(Path(source).expanduser()))
     if Found().refuse_name(source):
         raise UserError(f"{ascii(str(source))} is not a UTF-8 path, so SimpleITK cannot open it; rename it")
     if kind is not None and kind not in KINDS:

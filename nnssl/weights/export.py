@@ -31,7 +31,7 @@ class Exported:
     report: FitReport = field(repr=False)
 
 
-def export(checkpoint: Path, settings: ExportSettings | None = None, folders: Folders | None = None) -> Exported:
+def export(checkpoint: Path | str, settings: ExportSettings | None = None, folders: Folders | None = None) -> Exported:
     """Fit pretrained weights to a network and write them in a form that others load.
 
     Args:
@@ -41,8 +41,13 @@ def export(checkpoint: Path, settings: ExportSettings | None = None, folders: Fo
 
     Raises:
         UserError: If the file cannot be read, the target cannot be built, too few weights fit, or nothing can be written.
+
+    Example:
+        >>> exported = nnssl.export(weights, nnssl.ExportSettings(out=Path("weights_for_nnunet.pth")))
+        >>> exported.path.name
+        'weights_for_nnunet.pth'
     """
-    settings = settings or ExportSettings()
+    checkpoint, settings = Path(checkpoint), settings or ExportSettings()
     folders = folders or resolve_folders()
     _check_settings(settings)
     form = settings.form

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from nnssl.data.jobs import default_processes
 from nnssl.devices import find_device
 from nnssl.log import logger
-from nnssl.paths import Folders, resolve_folders
+from nnssl.paths import Folders, resolve_folders, use_folders
 from nnssl.study.table import StudyTable
 from trainers.benchmark.cells import StudyCells
 from trainers.benchmark.estimate import describe_estimate
@@ -45,10 +45,16 @@ def benchmark(
 
     Raises:
         UserError: If settings, data, weights or plan do not fit one another, or a held-out case was seen in pretraining.
+
+    Example:
+        >>> table = nnssl.benchmark(settings, processes=1)
+        >>> [row.arm for row in table.rows]
+        ['scratch', 'mine']
     """
     share = parse_part(part)
-    study = open_study(settings, device, processes, folders)
-    return run_study(study, study_folder(study, name), share, command or f"nnssl.benchmark({settings!r})")
+    with use_folders(folders) as used:
+        study = open_study(settings, device, processes, used)
+        return run_study(study, study_folder(study, name), share, command or f"nnssl.benchmark({settings!r})")
 
 
 def preview(
@@ -62,6 +68,12 @@ def preview(
 
     Raises:
         UserError: As ``benchmark``.
+
+    Example:
+        >>> settings = nnssl.StudySettings(
+        ...     dataset=4, source=501, arms=(f"mine={weights}",), labels=(1,), seeds=1, epochs=(1,), iterations_per_epoch=2
+        ... )
+        >>> nnssl.preview(settings, processes=1)
     """
     cells = StudyCells(open_study(settings, device, processes, folders))
     for line in [*describe_matrix(cells), *describe_estimate(cells)]:

@@ -15,7 +15,7 @@ from nnssl.errors import ArgumentError
 from nnssl.files import read_json
 from nnssl.log import logger
 from nnssl.networks.backbone import planned_configuration
-from nnssl.paths import Folders, resolve_folders
+from nnssl.paths import Folders, use_folders
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint, open_checkpoint
 from planners.finetune_planner import adopt_plan
 from planners.primus_rules import CLASS_NAME as PRIMUS
@@ -48,6 +48,12 @@ def finetune(
 
     Raises:
         UserError: If data set, weights, cases or settings do not fit one another; the message says which and what to do.
+
+    Example:
+        >>> settings = nnssl.FinetuneSettings(labels=3, epochs=1, iterations_per_epoch=2, processes=1)
+        >>> (arm,) = nnssl.finetune(4, weights, settings)
+        >>> arm.arm, len(arm.train_cases), len(arm.test_cases)
+        ('pix2rep', 3, 5)
     """
     settings = settings or FinetuneSettings()
     schedule_from(settings, transformer=False)  # reports a wrong number before any file is read
@@ -60,7 +66,13 @@ def finetune(
     processes = settings.processes if settings.processes is not None else default_processes()
     if processes < 1:
         raise ArgumentError(f"processes must be at least 1, got {processes}", "processes")
-    folders = folders or resolve_folders()
+    with use_folders(folders) as used:
+        return _finetune(dataset, weights, settings, used, processes)
+
+
+def _finetune(
+    dataset: str | int, weights: str | Path, settings: FinetuneSettings, folders: Folders, processes: int
+) -> list[ArmResult]:
     dataset_name = find_dataset(dataset, folders)
     origin = _open_origin(weights, dataset_name, folders, processes)
     task = _make_task(settings, origin, dataset_name, folders, processes)

@@ -37,6 +37,12 @@ def segment(
 
     Raises:
         UserError: If the model folder holds no finished fold, or the images folder no images of the model's file ending.
+
+    Example:
+        >>> images = nnssl.resolve_folders().raw / "Dataset004_MyTask" / "imagesTr"
+        >>> files = nnssl.segment(arm.model_folder, images, "segmentations", processes=1)
+        >>> len(files)
+        8
     """
     model, images = Path(model).expanduser(), Path(images).expanduser()
     folds = sorted(path.parent.name.removeprefix("fold_") for path in model.glob(f"fold_*/{CHECKPOINT}"))

@@ -13,7 +13,7 @@ from nnssl.files import read_json
 from nnssl.log import logger
 from nnssl.methods import Method, find_method
 from nnssl.methods.settings import split_overrides
-from nnssl.paths import Folders, resolve_folders
+from nnssl.paths import Folders, use_folders
 from nnssl.plan import Plan, existing_plan, read_plan
 from nnssl.weights.opened_checkpoint import open_checkpoint
 from trainers.pretraining.launch import StageJob, is_first_process, launch, number_of_processes
@@ -46,9 +46,20 @@ def pretrain(
     Raises:
         UserError: If the method, data set, plan, configuration or a setting is unknown or does not fit, or if a checkpoint
             belongs to another run.
+
+    Example:
+        >>> settings = nnssl.PretrainSettings(
+        ...     configuration="3d_fullres", epochs=1, iterations_per_epoch=2, overrides=["batch_size=2"], workers=0
+        ... )
+        >>> weights = nnssl.pretrain("pix2rep", 501, settings)
+        >>> weights.name
+        'checkpoint_final.pth'
     """
-    settings = settings or PretrainSettings()
-    folders = folders or resolve_folders()
+    with use_folders(folders) as used:
+        return _pretrain(method_name, dataset, settings or PretrainSettings(), used)
+
+
+def _pretrain(method_name: str, dataset: str | int | None, settings: PretrainSettings, folders: Folders) -> Path:
     method = find_method(method_name)
     overrides = settings.all_overrides(method)
     path = find_plan(folders, dataset, settings.plans_name)

@@ -57,7 +57,7 @@ def source(tmp_path):
 def run(source, folders, **kwargs):
     choices = Choices(**{name: kwargs.pop(name) for name in list(kwargs) if name in Choices.__dataclass_fields__})
     with lines_to(kwargs.pop("say", silent)):
-        return import_dataset(source, 501, "Scans", folders, choices=choices, **kwargs)
+        return import_dataset(source, 501, "Scans", folders=folders, choices=choices, **kwargs)
 
 
 def cases_of(record):
@@ -519,12 +519,12 @@ def test_what_no_import_made_is_never_touched(folders, source):
     assert own.exists()
     (folders.preprocessed / "Dataset502_Other").mkdir()
     with pytest.raises(UserError, match="number 502 is taken by Dataset502_Other"):
-        import_dataset(source, 502, "Scans", folders)
+        import_dataset(source, 502, "Scans", folders=folders)
     for number, name in ((0, "Scans"), (1000, "Scans"), (3, "My Scans"), (3, "Dataset003_Scans")):
         with pytest.raises(ArgumentError, match="must"):
-            import_dataset(source, number, name, folders)
+            import_dataset(source, number, name, folders=folders)
     with pytest.raises(ArgumentError, match="kind must be one of folder, .*, got pile"):
-        import_dataset(source, 3, "Scans", folders, "pile")
+        import_dataset(source, 3, "Scans", kind="pile", folders=folders)
 
 
 def test_the_command_prints_the_table_and_ends_errors_in_one_line(folders, source, capsys):

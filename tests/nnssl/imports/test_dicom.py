@@ -47,7 +47,7 @@ def source(tmp_path):
 
 def run(source, folders, **kwargs):
     choices = Choices(**{name: kwargs.pop(name) for name in list(kwargs) if name in Choices.__dataclass_fields__})
-    return import_dataset(source, 501, "Scans", folders, choices=choices, **kwargs)
+    return import_dataset(source, 501, "Scans", folders=folders, choices=choices, **kwargs)
 
 
 def reasons_of(source, **choices):
@@ -304,7 +304,7 @@ def test_a_description_in_another_character_set(folders, source):
 def import_again(source, folders) -> bool:
     said = []
     with lines_to(said.append):
-        import_dataset(source, 501, "Scans", folders)
+        import_dataset(source, 501, "Scans", folders=folders)
     return "nothing to do" in said[-1]
 
 
