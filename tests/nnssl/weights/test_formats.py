@@ -392,7 +392,7 @@ def test_command(tmp_path, nnunet_folders, capsys, monkeypatch):
         (["--channels", "CT"], "needs --for-plans"),
         (["--for-plans", "4", "-p", "otherPlans", "--trainer", "Nope"], "nnU-Net has no such trainer"),
         (["--for-plans", "4", "-p", "otherPlans", "--channels", "CT", "CT"], "names one twice"),
-        (["--results", "x.json"], "are for the card"),
+        (["--results", "x.json"], "--results needs --format hub"),
         (["--least-share", "2"], "--least-share must be between 0 and 1, got 2.0"),
     ]
     for arguments, message in wrong:
