@@ -1,7 +1,8 @@
-"""Checkpoints: nnU-Net's keys and one more, ``nnssl``; tensors and plain Python only, written atomically, loaded safely.
+"""Checkpoints: nnU-Net's keys and the key ``nnssl``, with tensors and plain Python only.
 
-``network_weights`` is the complete state of the plan's network under nnU-Net's own names, so the file itself is what
-``nnUNetv2_train -pretrained_weights`` takes. What only pretraining needs (heads, teacher, queue) stands under ``nnssl``.
+``network_weights`` is the complete state of the plan's network under nnU-Net's own names, so ``nnUNetv2_train
+-pretrained_weights`` accepts the file as it is. The key ``nnssl`` holds what only pretraining needs (heads, teacher, queue).
+Files are written atomically, and nothing in them is executed when they are loaded.
 """
 
 import pickle
@@ -18,12 +19,12 @@ from nnssl.schema import STRICT, check_version, parse
 
 SCHEMA_VERSION = 2
 LATEST, FINAL = "checkpoint_latest.pth", "checkpoint_final.pth"
-"""Names of nnU-Net: what an unfinished run goes on from, and what a finished one leaves."""
+"""nnU-Net's names of the checkpoint that an unfinished run resumes from, and of the one that a finished run writes."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where the weights of a checkpoint come from; stands under ``nnssl.provenance`` as plain Python."""
+    """Where the weights of a checkpoint come from, stored in plain Python under ``nnssl.provenance``."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -44,31 +45,31 @@ class Provenance:
     total_steps: int
     finished: bool
     pretrained: tuple[str, ...]
-    """Prefixes of the parameters in ``network_weights`` that were pretrained; all others are a seeded initialisation."""
+    """Prefixes of the parameters in ``network_weights`` that were pretrained; all others have a seeded initialisation."""
     init: str | None
-    """Checkpoint that the stage started from, None for random weights."""
+    """Checkpoint that the stage started from; None for random weights."""
     cases: tuple[str, ...] | None = None
     """Names of the cases that the stage was shown; None for weights that were made elsewhere."""
     origin: dict[str, Any] | None = None
-    """Of an exported file, whose plan is another's: ``spacing_mm``, ``patch_vox`` and ``channel_names`` of the pretraining, and
-    its ``plans_name`` and ``configuration``; None where ``plans`` says it."""
+    """``spacing_mm``, ``patch_vox``, ``channel_names``, ``plans_name`` and ``configuration`` of the pretraining, for an exported
+    file, whose ``plans`` are those of its target; None for other files."""
 
     def pretrains(self, part: str) -> bool:
-        """Whether a part of the network, such as ``decoder.stages.``, was pretrained, or some of it."""
+        """Return whether a part of the network, such as ``decoder.stages.``, was pretrained, at least partly."""
         return any(part.startswith(prefix) or prefix.startswith(part) for prefix in self.pretrained)
 
 
 def to_plain(value: Any, copied: dict[Any, torch.Tensor] | None = None) -> Any:
-    """Return a value with arrays and numpy scalars replaced by plain Python and tensors moved to the CPU.
+    """Return a value with arrays and NumPy scalars replaced by plain Python, and tensors moved to the CPU.
 
-    Names that share one tensor (nnU-Net registers an encoder twice) still share it afterwards.
+    Names that share a tensor (nnU-Net registers an encoder twice) still share it afterwards.
 
     Args:
-        value: tensors, arrays, numbers, strings, None and containers of these.
-        copied: tensors moved so far, by what they are; None to begin.
+        value: Tensors, arrays, numbers, strings, None and containers of these.
+        copied: Tensors moved so far, by memory address and layout; None in the first call.
 
     Raises:
-        TypeError: something else is inside, which ``torch.load(weights_only=True)`` would refuse.
+        TypeError: If the value holds an object of another type, which ``torch.load(weights_only=True)`` would reject.
     """
     copied = {} if copied is None else copied
     if isinstance(value, torch.Tensor):
@@ -87,21 +88,21 @@ def to_plain(value: Any, copied: dict[Any, torch.Tensor] | None = None) -> Any:
         return tuple(entries) if isinstance(value, tuple) else entries
     if hasattr(value, "tolist"):
         return to_plain(value.tolist())
-    raise TypeError(f"a checkpoint holds tensors and plain Python only, not {type(value).__name__}")
+    raise TypeError(f"a checkpoint must hold only tensors and plain Python values, got {type(value).__name__}")
 
 
 def write_checkpoint(path: Path, content: dict[str, Any], provenance: Provenance, state: dict[str, Any]) -> None:
     """Write a checkpoint atomically.
 
     Args:
-        path: the file.
+        path: File to write.
         content: nnU-Net's keys (``network_weights``, ``optimizer_state``, ...).
-        provenance: where the weights come from.
-        state: what a pretraining run needs to go on beside nnU-Net's keys; empty for weights that only leave.
+        provenance: Where the weights come from.
+        state: State beside nnU-Net's keys that a pretraining run needs to resume; empty for exported weights.
 
     Raises:
-        UserError: the file cannot be written.
-        TypeError: something is neither a tensor nor plain Python.
+        UserError: If the file cannot be written.
+        TypeError: If a value is neither a tensor nor plain Python.
     """
     section = {"schema_version": SCHEMA_VERSION, "provenance": asdict(provenance), "state": state}
     plain = to_plain({**content, "nnssl": section})
@@ -112,32 +113,35 @@ def load_tensors(path: Path) -> dict[str, Any]:
     """Load any checkpoint file without executing anything in it.
 
     Args:
-        path: a file written by ``torch.save``.
+        path: File written by ``torch.save``.
 
     Returns:
-        Its content, tensors on the CPU.
+        The content of the file, with tensors on the CPU.
 
     Raises:
-        UserError: the file is missing, cut short, no checkpoint, or holds code instead of tensors.
+        UserError: If the file is missing, truncated, not a checkpoint, or holds code instead of tensors.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such checkpoint") from error
+        raise UserError(f"{path}: there is no such checkpoint; check the path") from error
     except pickle.UnpicklingError as error:
         if not zipfile.is_zipfile(path):
             raise UserError(
-                f"{path}: is no checkpoint, or an old one that could run code when loaded; it was not loaded"
+                f"{path}: is not a checkpoint, or has an old format that could run code, so it was not loaded; take a checkpoint "
+                "that torch.save wrote"
             ) from error
         raise UserError(
-            f"{path}: holds Python objects that could run code when loaded, so it was not loaded; "
-            "use a checkpoint that contains tensors and plain values only"
+            f"{path}: holds Python objects that could run code, so it was not loaded; "
+            "take a checkpoint that holds only tensors and plain Python values"
         ) from error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: is not a readable checkpoint ({reason}); write or copy it again") from error
+        raise UserError(f"{path}: cannot be read as a checkpoint ({reason}); write or copy the file again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+        raise UserError(
+            f"{path}: must hold the dictionary of a checkpoint, got {type(content).__name__}; take another file"
+        )
     return content
 
 
@@ -148,7 +152,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], Provenance]:
         The whole content and its provenance.
 
     Raises:
-        UserError: as ``load_tensors``; or the file is not a checkpoint of this nnssl.
+        UserError: If the file cannot be loaded (see ``load_tensors``) or is not a checkpoint of this version of nnssl.
     """
     content = load_tensors(path)
     return content, parse_provenance(path, content)
@@ -158,10 +162,10 @@ def parse_provenance(path: Path, content: dict[str, Any]) -> Provenance:
     """Return where the weights of a loaded checkpoint come from.
 
     Raises:
-        UserError: it is not a checkpoint of this nnssl.
+        UserError: If the content is not a checkpoint of this version of nnssl.
     """
     section = content.get("nnssl")
     if not isinstance(section, dict) or "network_weights" not in content:
-        raise UserError(f"{path}: is no checkpoint of nnssl pretraining; take checkpoint_final.pth of nnssl_pretrain")
+        raise UserError(f"{path}: is not a checkpoint of nnssl; take checkpoint_final.pth of nnssl_pretrain")
     check_version(section, SCHEMA_VERSION, str(path), "pretrain again, or use the version of nnssl that wrote it")
     return parse(Provenance, section["provenance"], f"{path}: provenance")

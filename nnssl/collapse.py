@@ -1,6 +1,6 @@
-"""Signs that a representation has collapsed.
+"""Measures that show whether a representation has collapsed.
 
-Some losses cannot show it: a cosine loss is 0, its best value, for constant embeddings.
+Some losses do not show a collapse: a cosine loss is 0, its best value, for constant embeddings.
 """
 
 import math
@@ -13,22 +13,23 @@ from torch import Tensor
 COLLAPSED_RANK = 1.5
 """Effective rank below which a representation counts as collapsed."""
 COLLAPSED_SPREAD = 0.05
-"""The same for ``feature_std``, as a share of its value for directions that spread over the sphere."""
+"""Value of ``feature_std`` below which a representation counts as collapsed, as a share of its value for directions that
+spread over the sphere."""
 
 
 def collapse_warning(std: float, rank: float, dimensions: int) -> str | None:
-    """Return a warning about embeddings that have collapsed, None for others.
+    """Return a warning if embeddings have collapsed, else None.
 
     Args:
         std: ``feature_std`` of the embeddings.
-        rank: their ``effective_rank``.
-        dimensions: of an embedding.
+        rank: ``effective_rank`` of the embeddings.
+        dimensions: Number of dimensions of an embedding.
     """
     if rank >= COLLAPSED_RANK and std * math.sqrt(dimensions) >= COLLAPSED_SPREAD:
         return None
     return (
-        f"WARNING: effective rank {rank:.2f}, standard deviation {std:.2g}: all embeddings point the same way, the "
-        "representation has collapsed; try a lower learning rate or a larger batch"
+        f"WARNING: effective rank {rank:.2f}, standard deviation {std:.2g}: all embeddings point in the same "
+        "direction, so the representation has collapsed; try a lower learning rate or a larger batch"
     )
 
 
@@ -36,7 +37,7 @@ def collapse_warning(std: float, rank: float, dimensions: int) -> str | None:
 def feature_std(embeddings: Float[Tensor, "sample d"]) -> Float[Tensor, ""]:
     """Return the standard deviation of the embeddings' directions over the samples, averaged over the dimensions.
 
-    About ``1 / sqrt(d)`` when directions spread over the sphere, 0 when all are equal.
+    It is about ``1 / sqrt(d)`` if directions spread over the sphere, and 0 if all are equal.
     Source: Chen and He, SimSiam, CVPR 2021, section 4.1.
     """
     return F.normalize(embeddings.float(), dim=1).std(dim=0, unbiased=False).mean()
@@ -44,14 +45,14 @@ def feature_std(embeddings: Float[Tensor, "sample d"]) -> Float[Tensor, ""]:
 
 @torch.no_grad()
 def effective_rank(embeddings: Float[Tensor, "sample d"]) -> Float[Tensor, ""]:
-    """Return ``exp(H(s / sum(s)))``, s the singular values of the centred embeddings and H the entropy.
+    """Return ``exp(H(s / sum(s)))``, where s are the singular values of the centred embeddings and H is the entropy.
 
-    Between 1 (all on one line) and ``min(sample - 1, d)``; 0 when all embeddings are equal.
+    It lies between 1 (all embeddings on one line) and ``min(sample - 1, d)``, and is 0 if all embeddings are equal.
     Source: Roy and Vetterli, The effective rank, EUSIPCO 2007.
     """
     embeddings = embeddings.float()
     values = torch.linalg.svdvals(embeddings - embeddings.mean(dim=0))
-    # rounding leaves equal embeddings unequal by an ulp; without a floor that noise would count as full rank
+    # Rounding makes equal embeddings differ by one ulp. Without this floor, that noise would count as full rank.
     values = torch.where(values > 1e-6 * embeddings.norm(), values, 0.0)
     share = values / values.sum().clamp_min(torch.finfo(values.dtype).tiny)
     return torch.where(values.sum() > 0, torch.special.entr(share).sum().exp(), 0.0)
@@ -59,13 +60,13 @@ def effective_rank(embeddings: Float[Tensor, "sample d"]) -> Float[Tensor, ""]:
 
 @torch.no_grad()
 def retrieval_top1(a: Float[Tensor, "sample d"], b: Float[Tensor, "sample d"]) -> Float[Tensor, ""]:
-    """Return the share of rows of ``a`` whose nearest row of ``b`` by cosine is the one at the same place.
+    """Return the share of rows of ``a`` whose nearest row of ``b`` by cosine has the same index.
 
-    ``1 / sample`` when all embeddings are equal, 0 when there are none.
+    It is ``1 / sample`` if all embeddings are equal, and 0 if there are none.
 
     Args:
-        a: embeddings in one view.
-        b: embeddings of the same voxels or patches in another view, in the same order.
+        a: Embeddings in one view.
+        b: Embeddings of the same voxels or patches in another view, in the same order.
     """
     with torch.autocast(a.device.type, enabled=False):
         similarity = F.normalize(a.float(), dim=1) @ F.normalize(b.float(), dim=1).T

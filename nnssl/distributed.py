@@ -1,4 +1,4 @@
-"""What a process knows of the others: rank, number of processes, and tensors of all of them. One process: identity.
+"""Rank, number of processes, and exchange of tensors between processes. With one process, tensors are returned unchanged.
 
 All processes must call these functions in the same order, with tensors of equal shape.
 """
@@ -17,7 +17,7 @@ def is_distributed() -> bool:
 
 
 def rank() -> int:
-    """Return the place of this process among all, 0 for a single one."""
+    """Return the rank of this process, 0 for a single process."""
     return dist.get_rank() if is_distributed() else 0
 
 
@@ -27,7 +27,7 @@ def world_size() -> int:
 
 
 def average_gradients(module: nn.Module, device: torch.device) -> nn.Module:
-    """Return a module whose backward pass averages the gradients over all ranks; on one process the module itself."""
+    """Return a module whose backward pass averages the gradients over all ranks; with one process, the module itself."""
     if not is_distributed():
         return module
     devices = [device.index] if device.type == "cuda" else None
@@ -52,7 +52,7 @@ class _GatherWithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        # every rank's loss depends on every rank's rows: the parts are added where the rows came from
+        # Every rank's loss depends on the rows of every rank, so the gradients are added on the rank that owns the rows.
         total = gradients[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         return total[rank() * ctx.rows : (rank() + 1) * ctx.rows]
@@ -61,8 +61,8 @@ class _GatherWithGradient(torch.autograd.Function):
 def gather_with_gradient(tensor: Tensor) -> Tensor:
     """Return the tensors of all ranks, concatenated along axis 0 in the order of ranks, with gradient.
 
-    A rank's rows get the sum of the gradients that all ranks' losses have there. Averaged over ranks afterwards, as
-    ``DistributedDataParallel`` does with the parameters, this is the gradient of the mean of the ranks' losses.
+    The rows of a rank receive the sum of the gradients of all ranks' losses. Averaging over ranks afterwards, as
+    ``DistributedDataParallel`` does for parameters, gives the gradient of the mean of the ranks' losses.
     """
     return tensor if world_size() == 1 else _GatherWithGradient.apply(tensor)
 
@@ -80,7 +80,7 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
 def standardise_over_ranks(rows: Tensor, epsilon: float = 1e-5) -> Tensor:
     """Return rows (sample, d) with mean 0 and variance 1 in every dimension over the rows of all ranks, with gradient.
 
-    What batch normalisation without scale and shift does with the batch of all processes.
+    This equals batch normalisation without scale and shift over the batch of all processes.
     """
     centred = rows - gather_with_gradient(rows.mean(dim=0, keepdim=True)).mean(dim=0)
     variance = gather_with_gradient(centred.square().mean(dim=0, keepdim=True)).mean(dim=0)

@@ -1,7 +1,7 @@
-"""Random numbers that depend on what they are for, not on who draws them.
+"""Random numbers that depend on their purpose, not on the process that draws them.
 
-Every draw of a pretraining run comes from a generator seeded by (seed, stage, step, sample): the same whatever the number
-of worker processes or of ranks, and the same after a restart. A sample is counted over the global batch.
+Every draw of a pretraining run comes from a generator that is seeded by (seed, stage, step, sample). The draws are therefore
+the same for any number of worker processes and ranks, and after a restart. Samples are counted over the global batch.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ def make_generator(*key: int | str) -> torch.Generator:
 
 
 def sample_generators(seed: int, purpose: str, step: int, samples: Sequence[int]) -> list[torch.Generator]:
-    """Return one generator for each sample of a step.
+    """Return one generator per sample of a step.
 
     Args:
-        seed: the run's seed.
-        purpose: what is drawn, e.g. ``"reprec.contrastive/views"``.
-        step: training step, counted from 0 over the whole stage.
-        samples: places of the samples in the global batch.
+        seed: Random seed of the run.
+        purpose: Purpose of the draws, e.g. ``"reprec.contrastive/views"``.
+        step: Training step, counted from 0 over the whole stage.
+        samples: Indices of the samples in the global batch.
     """
     return [make_generator(seed, purpose, step, sample) for sample in samples]

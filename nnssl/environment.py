@@ -1,4 +1,4 @@
-"""Environment variables that are set for a while; nnU-Net reads some of its settings from variables only."""
+"""Temporary environment variables; nnU-Net reads some of its settings only from there."""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def variables(**values: str) -> Iterator[None]:
-    """Set environment variables inside a ``with`` block and put back what was there before."""
+    """Set environment variables inside a ``with`` block and restore the previous values afterwards."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:

@@ -1,4 +1,4 @@
-"""Writing files so that a half-written one never looks whole."""
+"""Reading and writing files. A file is written completely or not at all."""
 
 import contextlib
 import csv
@@ -15,14 +15,14 @@ from nnssl.errors import UserError
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a file under a temporary name, flush it to disk and rename it into place.
+    """Write a file under a temporary name, flush it to disk, and rename it.
 
     Args:
-        path: the file; its folder must exist.
-        write: called with the open binary file.
+        path: File to write; its folder must exist.
+        write: Function that is called with the open binary file.
 
     Raises:
-        UserError: the file cannot be written (no space, no permission).
+        UserError: If the file cannot be written (no space, no permission).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -42,16 +42,16 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """Fill a folder under a temporary name, which takes the place of what was there when the block ends well.
+    """Fill a folder under a temporary name, which replaces the folder if the ``with`` block ends without an error.
 
     Args:
-        folder: the folder; the one that it lies in must exist.
+        folder: Folder to write; its parent must exist.
 
     Yields:
-        The temporary folder, empty.
+        The empty temporary folder.
 
     Raises:
-        UserError: something cannot be written there.
+        UserError: If the folder or a file in it cannot be written.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
@@ -70,7 +70,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write plain Python content as indented JSON, atomically, keys in the order given."""
+    """Write plain Python content to an indented JSON file atomically, with the keys in the given order."""
     text = json.dumps(content, indent=4) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
@@ -79,22 +79,22 @@ def read_json(path: Path, what: str) -> Any:
     """Read a JSON file.
 
     Args:
-        path: the file.
-        what: what it is, for the error message ("plan", "fingerprint").
+        path: File to read.
+        what: Kind of file ("plan", "fingerprint"), for the error message.
 
     Raises:
-        UserError: the file is missing or not JSON.
+        UserError: If the file is missing or is not JSON.
     """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such {what}") from error
+        raise UserError(f"{path}: there is no such {what}; check the path") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: is not a readable {what} ({error}); write it again") from error
+        raise UserError(f"{path}: cannot be read as a {what} ({error}); write the file again") from error
 
 
 def file_digest(path: Path) -> str:
-    """Return a digest of a file's bytes, 16 hexadecimal digits."""
+    """Return a digest of the bytes of a file, 16 hexadecimal digits."""
     digest = hashlib.blake2b(digest_size=8)
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -103,38 +103,41 @@ def file_digest(path: Path) -> str:
 
 
 def content_digest(content: Any) -> str:
-    """Return a digest of plain content, whatever the order of its keys, 8 hexadecimal digits: short enough for a folder name."""
+    """Return a digest of plain content that does not depend on the order of its keys.
+
+    It has 8 hexadecimal digits, so that it fits into a folder name.
+    """
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 
 def read_names(path: Path) -> list[str]:
-    """Read a list of cases: one name per line; empty lines and lines that start with ``#`` are passed over.
+    """Read a list of cases, one name per line. Empty lines and lines that start with ``#`` are ignored.
 
     Raises:
-        UserError: no such file, no name in it, or a name twice.
+        UserError: If the file does not exist, holds no name, or holds a name twice.
     """
     try:
         lines = [line.strip() for line in path.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{path}: cannot be read as a list of cases ({error}); give a text file, one name per line"
+            f"{path}: cannot be read as a list of cases ({error}); give a text file with one name per line"
         ) from error
     names = [line for line in lines if line and not line.startswith("#")]
     if not names:
-        raise UserError(f"{path}: names no case; write one name per line")
+        raise UserError(f"{path}: holds no case name; write one name per line")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"{path}: names {some(twice)} more than once; name each case once")
+        raise UserError(f"{path}: lists {some(twice)} more than once; list each case once")
     return names
 
 
 def some(names: Sequence[str]) -> str:
-    """Return the first three of some names, for a message."""
+    """Return the first three of a list of names, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Write a table with a header line, atomically, in the form that spreadsheets open."""
+    """Write a table with a header line to a CSV file atomically."""
 
     def write(file: BinaryIO) -> None:
         text = io.StringIO(newline="")

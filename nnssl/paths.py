@@ -1,8 +1,8 @@
 """nnU-Net's three folders, resolved when they are used.
 
-nnssl reads and writes where nnU-Net does, so every command takes the environment variables ``nnUNet_raw``,
-``nnUNet_preprocessed`` and ``nnUNet_results``. One that is not set becomes a folder below ``./nnssl_workspace``
-and is put into the environment, so that nnU-Net code of the same process finds the same place.
+nnssl reads and writes in the same folders as nnU-Net, so every command uses the environment variables ``nnUNet_raw``,
+``nnUNet_preprocessed`` and ``nnUNet_results``. A variable that is not set is set to a folder below ``./nnssl_workspace``, so
+that nnU-Net's code in the same process uses the same folder.
 """
 
 import os
@@ -20,7 +20,7 @@ VARIABLES = {"raw": "nnUNet_raw", "preprocessed": "nnUNet_preprocessed", "result
 
 @dataclass(frozen=True)
 class Folders:
-    """Where raw data sets, preprocessed data sets and results lie."""
+    """The folders of raw data sets, preprocessed data sets and results."""
 
     raw: Path
     preprocessed: Path
@@ -28,13 +28,13 @@ class Folders:
 
 
 def resolve_folders() -> Folders:
-    """Return nnU-Net's folders, falling back to ``./nnssl_workspace`` for each variable that is not set.
+    """Return nnU-Net's folders, below ``./nnssl_workspace`` for each variable that is not set.
 
     Returns:
         The three folders as absolute paths; ``preprocessed`` and ``results`` exist and can be written to.
 
     Raises:
-        UserError: a folder cannot be made or written to.
+        UserError: If a folder cannot be created or written to.
     """
     folders = {}
     for name, variable in VARIABLES.items():
@@ -72,10 +72,10 @@ def use_folders(folders: Folders | None) -> Iterator[Folders]:
 
 
 def make_writable(folder: Path) -> Path:
-    """Make a folder if it is missing and check that files can be made in it.
+    """Create a folder if it does not exist, and check that files can be created in it.
 
     Raises:
-        UserError: the folder cannot be made or is not writable.
+        UserError: If the folder cannot be created or is not writable.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +83,5 @@ def make_writable(folder: Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(
-            f"{folder}: cannot write there ({error.strerror}); choose a folder that you may write to"
-        ) from error
+        raise UserError(f"{folder}: the folder is not writable ({error.strerror}); choose another folder") from error
     return folder

@@ -1,7 +1,7 @@
-"""The plan: a valid nnU-Net plans file with one more section, ``pretext``.
+"""The plan: a valid nnU-Net plans file with an additional section, ``pretext``.
 
-Stock nnU-Net reads everything outside ``pretext``; nnssl reads its own decisions from it. Axes are in the order of the
-preprocessed arrays (after ``transpose_forward``): z, y, x, or y, x in 2D. Lengths in mm carry ``_mm``, in voxels ``_vox``.
+Stock nnU-Net reads everything outside ``pretext``, which holds the decisions of nnssl. Axes are in the order of the
+preprocessed arrays (after ``transpose_forward``): z, y, x, or y, x in 2D. Names of lengths end in ``_mm`` or ``_vox``.
 """
 
 from dataclasses import asdict, dataclass
@@ -19,38 +19,38 @@ PLANS_NAME = "nnsslPlans"
 
 @dataclass(frozen=True)
 class Decision:
-    """One choice of the planner and why it was made."""
+    """A decision of the planner and its reason."""
 
     __pydantic_config__: ClassVar = STRICT
 
     configuration: str
-    """Name of the configuration, or ``"data set"`` for what all of them share."""
+    """Name of the configuration, or ``"data set"`` for decisions that all configurations share."""
     what: str
     value: str
     reason: str
 
 
 Reasons = list[tuple[str, str, str]]
-"""(what, value, reason) of each decision that a rule makes."""
+"""Subject, value and reason of each decision of a rule."""
 
 
 @dataclass(frozen=True)
 class TokenGrid:
-    """How a patch is cut into tokens."""
+    """Division of a patch into tokens."""
 
     __pydantic_config__: ClassVar = STRICT
 
     stage: int | None
-    """Encoder stage of a U-Net whose feature map gives the tokens; 0 is full resolution. One position is one token. None where
-    voxels become tokens at once (Primus)."""
+    """Encoder stage of a U-Net whose feature map gives the tokens, one per position; 0 is full resolution. None for Primus, which
+    makes tokens directly from voxels."""
     grid: tuple[int, ...]
-    """Tokens per axis for the plan's patch."""
+    """Number of tokens per axis in the plan's patch."""
     size_vox: tuple[int, ...]
     size_mm: tuple[float, ...]
     width: int
-    """Channels of a token as the encoder gives it."""
+    """Number of channels of a token at the output of the encoder."""
     mask_block: tuple[int, ...]
-    """Tokens per axis that are masked together."""
+    """Number of tokens per axis that are masked together."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,17 @@ class TransformerSize:
     depth: int
     heads: int
     decoder_depth: int
-    """Blocks of the token decoder that a generative stage puts on it."""
+    """Number of blocks of the token decoder that a generative stage adds."""
 
 
 @dataclass(frozen=True)
 class StageSchedule:
-    """How long one pretext stage runs and on how many patches at once."""
+    """Length and batch size of a pretext stage."""
 
     __pydantic_config__: ClassVar = STRICT
 
     batch_size: int
-    """Patches per step over all processes; each gives as many views as the method makes."""
+    """Patches per step over all processes; the method makes its views from each patch."""
     epochs: int
     iterations_per_epoch: int
     warmup_epochs: int
@@ -81,108 +81,110 @@ class StageSchedule:
 
 @dataclass(frozen=True)
 class DenseSampling:
-    """Which features describe a point, and how many points a step can compare."""
+    """Features that describe a point, and numbers of points that a step can compare."""
 
     __pydantic_config__: ClassVar = STRICT
 
     features: Literal["single", "pyramid"]
     """``single``: the last decoder stage; ``pyramid``: all decoder stages and the bottleneck, side by side."""
     channels: int
-    """Features of a point."""
+    """Number of features of a point."""
     contrast_points: int
-    """Pairs of points in a step where every point is compared with every other."""
+    """Pairs of points per step if every point is compared with every other."""
     correlation_points: int
-    """Pairs of points in a step where only correlations of dimensions are made."""
+    """Pairs of points per step if only correlations of dimensions are computed."""
 
 
 @dataclass(frozen=True)
 class ContextChoices:
-    """How crops may be turned without leaving their grid, and how large the attention is that is told of it."""
+    """Turns of a crop that keep its voxel grid, and the size of the attention that receives the turn as a code."""
 
     __pydantic_config__: ClassVar = STRICT
 
     turn_plane: tuple[int, int]
-    """Axes of the plane."""
+    """Axes of the plane in which crops are turned."""
     quarter_turns: bool
-    """False where only half turns keep the grid."""
+    """Whether quarter turns keep the grid; if not, only half turns are used."""
     attention_rank: int
 
 
 @dataclass(frozen=True)
 class AnatomyChoices:
-    """Which stages of the encoder have the resolution of anatomical embeddings, and whether there is a use for them."""
+    """Encoder stages of the anatomical embeddings, and whether embeddings or body boxes pair scans."""
 
     __pydantic_config__: ClassVar = STRICT
 
     fine_stage: int
-    """Of those that say where exactly."""
+    """Encoder stage of the fine embedding, which localises precisely."""
     coarse_stage: int
-    """Of those that say in which part of the body."""
+    """Encoder stage of the coarse embedding, which finds the part of the body."""
     partners: Literal["sam", "body_box"]
-    """What pairs the places of different scans: embeddings, or the place in the body's box where scans are hardly larger than a
-    patch."""
+    """How positions in different scans are paired: by embeddings, or by the position in the body's box if scans are hardly larger
+    than a patch."""
 
 
 @dataclass(frozen=True)
 class PretextConfiguration:
-    """What the pretext methods take from the data for one configuration of the plan."""
+    """Settings of the pretext methods that depend on the data, for one configuration of the plan."""
 
     __pydantic_config__: ClassVar = STRICT
 
     case_folder: str
-    """Folder of the preprocessed cases, below the data set's folder in ``nnUNet_preprocessed``."""
+    """Name of the folder of preprocessed cases, below the data set's folder in ``nnUNet_preprocessed``."""
     patch_size: tuple[int, ...]
     spacing_mm: tuple[float, ...]
     thick_axis: int | None
-    """Axis treated apart because its slices are thick, None if there is none."""
+    """Axis with thick slices, which is treated differently; None if there is none."""
     crop_fraction: tuple[float, float]
-    """Least and largest share of the patch's volume (area in 2D) that a random crop covers."""
+    """Smallest and largest share of the patch's volume (area in 2D) that a random crop covers."""
     crop_overlap: float
-    """Share of the smaller of two crops that both crops have in common on average."""
+    """Average overlap of two crops, as a share of the smaller one."""
     rotation_deg: tuple[float, ...]
-    """Largest rotation about each axis; a single angle in 2D. 0 where rotation is not allowed."""
+    """Largest rotation about each axis, one angle in 2D; 0 if rotation is not allowed."""
     flip_axes: tuple[int, ...]
     intensity_views: tuple[str, ...]
-    """Names of the intensity changes that suit the modality."""
+    """Names of the intensity changes that are suitable for the modality."""
     tokens: TokenGrid | None
-    """None where no stage of the encoder has enough positions, and where no method looks at tokens."""
+    """None if no encoder stage has enough positions, or if no method uses tokens."""
     transformer: TransformerSize | None
-    """None for a U-Net without one."""
+    """None for a U-Net without a transformer."""
     dense: DenseSampling
     context: ContextChoices
     anatomy: AnatomyChoices
     queue_length: int
-    """Keys that a momentum-contrast queue holds."""
+    """Number of keys in the queue of momentum contrast."""
     teacher_momentum: float
     schedules: dict[str, StageSchedule]
-    """By stage, named ``method.stage``."""
+    """Schedule of each stage, by its name ``method.stage``."""
 
     @property
     def has_feature_maps(self) -> bool:
-        """Whether the network is a U-Net: one whose voxels become tokens at once has no maps of several resolutions."""
+        """Whether the network has feature maps of several resolutions: true for a U-Net, false for Primus."""
         return self.tokens is None or self.tokens.stage is not None
 
     @property
     def token_grid(self) -> TokenGrid:
-        """The tokens, for a stage that cannot do without them.
+        """The token grid, for stages that need one.
 
         Raises:
-            UserError: If the configuration has none.
+            UserError: If the configuration has no token grid.
         """
         if self.tokens is None:
-            raise UserError(f"the configuration with patch {self.patch_size} has no token grid; choose another with -c")
+            raise UserError(
+                f"the configuration with patch {self.patch_size} has no token grid; choose another configuration"
+            )
         return self.tokens
 
     @property
     def transformer_size(self) -> TransformerSize:
-        """The size of the transformer, for a stage that cannot do without one.
+        """The size of the transformer, for stages that need one.
 
         Raises:
             UserError: If the network of the configuration has no transformer.
         """
         if self.transformer is None:
             raise UserError(
-                f"the configuration with patch {self.patch_size} has no transformer; choose another with -c"
+                f"the configuration with patch {self.patch_size} has no transformer; choose another configuration"
             )
         return self.transformer
 
@@ -199,21 +201,21 @@ class Pretext:
     preset: str
     memory_target_gb: float
     like: str | None
-    """Plans file of nnU-Net that this plan was built around, None for a plan from the data alone."""
+    """nnU-Net plans file that this plan was built around; None for a plan from the data alone."""
     modalities: tuple[str, ...]
-    """Per channel: ``CT`` or what the data set calls it."""
+    """Modality of each channel: ``CT``, or the channel's name in the data set."""
     num_cases: int
-    """Usable cases."""
+    """Number of usable cases."""
     configurations: dict[str, PretextConfiguration]
     decisions: tuple[Decision, ...]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A plans file as nnU-Net sees it and nnssl's section of it."""
+    """A plans file: the content that nnU-Net reads, and nnssl's section."""
 
     nnunet: dict[str, Any]
-    """The whole file, ``pretext`` included."""
+    """Content of the whole file, including ``pretext``."""
     pretext: Pretext
 
     @property
@@ -223,14 +225,14 @@ class Plan:
 
     @property
     def name(self) -> str:
-        """Identifier of the plan: its file name without ``.json``."""
+        """Name of the plan: its file name without ``.json``."""
         return self.nnunet["plans_name"]
 
     def configuration(self, name: str) -> PretextConfiguration:
         """Return nnssl's section of one configuration.
 
         Raises:
-            UserError: the plan has no such configuration; names those it has.
+            UserError: If the plan has no such configuration. The message lists those that it has.
         """
         if name not in self.pretext.configurations:
             known = ", ".join(sorted(self.pretext.configurations))
@@ -239,15 +241,15 @@ class Plan:
 
 
 def plan_path(folders: Folders, dataset_name: str, plans_name: str) -> Path:
-    """Return where the plans file of a data set lies, nnU-Net's or nnssl's."""
+    """Return the path of a plans file of a data set, whether nnU-Net or nnssl wrote it."""
     return folders.preprocessed / dataset_name / f"{plans_name}.json"
 
 
 def existing_plan(folders: Folders, dataset_name: str, plans_name: str) -> Path:
-    """Return the plans file of a data set.
+    """Return the path of an existing plans file of a data set.
 
     Raises:
-        UserError: there is no such plan; names the command that makes it.
+        UserError: If there is no such plan. The message names the command that makes it.
     """
     path = plan_path(folders, dataset_name, plans_name)
     if not path.exists():
@@ -257,24 +259,25 @@ def existing_plan(folders: Folders, dataset_name: str, plans_name: str) -> Path:
 
 
 def plan_from_dict(content: Any, source: str) -> Plan:
-    """Check the content of a plans file and return it as a Plan.
+    """Check the content of a plans file and return it as a ``Plan``.
 
     Args:
-        content: the parsed JSON.
-        source: path or name, for the error message.
+        content: Parsed JSON.
+        source: Path or name, for the error message.
 
     Raises:
-        UserError: there is no ``pretext`` section (a plain nnU-Net plan), it is of another schema version, or a key is
-            wrong.
+        UserError: If the section ``pretext`` is missing (a plain nnU-Net plan), has another schema version or a wrong key.
     """
     if not isinstance(content, dict) or "pretext" not in content:
-        raise UserError(f"{source}: has no 'pretext' section, so it is no plan of nnssl; run nnssl_plan_and_preprocess")
+        raise UserError(
+            f"{source}: has no section 'pretext', so it is not a plan of nnssl; run nnssl_plan_and_preprocess"
+        )
     pretext = parse(Pretext, content["pretext"], f"{source}: pretext", "run nnssl_plan_and_preprocess again")
     return Plan(nnunet=content, pretext=pretext)
 
 
 def read_plan(path: Path) -> Plan:
-    """Read a plans file of nnssl; raises UserError as ``plan_from_dict`` does.
+    """Read a plans file of nnssl. Raises ``UserError`` as ``plan_from_dict`` does.
 
     Example:
         >>> folder = nnssl.resolve_folders().preprocessed / "Dataset501_Scans"
@@ -286,7 +289,7 @@ def read_plan(path: Path) -> Plan:
 
 
 def write_plan(path: Path, nnunet: dict[str, Any], pretext: Pretext) -> Plan:
-    """Write a plans file: nnU-Net's content with nnssl's section, atomically, and return it as read back."""
+    """Write a plans file atomically, nnU-Net's content with nnssl's section, and return the plan as it is read back."""
     content = {**nnunet, "pretext": asdict(pretext)}
     write_json(path, content)
     return read_plan(path)

@@ -1,4 +1,4 @@
-"""Files between stages are dataclasses: one reader and one writer, and an unknown or missing key is an error."""
+"""Reading and writing of the files between stages: dataclasses whose keys, types and version are checked."""
 
 import json
 from dataclasses import asdict, fields
@@ -63,5 +63,5 @@ def read(cls: type[T], path: Path, what: str, advice: str = WRITE_AGAIN) -> T:
 
 
 def write(path: Path, content: Any) -> None:
-    """Write a dataclass as JSON, atomically."""
+    """Write a dataclass to a JSON file atomically."""
     write_json(path, asdict(content))

@@ -1,4 +1,4 @@
-"""Sizes in words: voxels, lengths, memory and large numbers."""
+"""Sizes as text: voxels, lengths, memory and large numbers."""
 
 from collections.abc import Iterable
 
@@ -7,12 +7,12 @@ UNITS_OF_MEMORY = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
 def in_voxels(sizes: Iterable[float]) -> str:
-    """Return numbers of voxels, tokens or strides along the axes as ``4x8x8``."""
+    """Return numbers of voxels, tokens or strides per axis in the form ``4x8x8``."""
     return "x".join(str(int(size)) for size in sizes)
 
 
 def in_mm(lengths: Iterable[float]) -> str:
-    """Return lengths along the axes as ``2.5 x 1 x 1``."""
+    """Return lengths per axis in the form ``2.5 x 1 x 1``."""
     return " x ".join(f"{float(length):.4g}" for length in lengths)
 
 

@@ -2,24 +2,21 @@
 
 from collections.abc import Collection, Sequence
 
+from tabulate import tabulate
+
 
 def align(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
-    """Return rows of cells as lines whose columns stand below one another, two spaces apart.
+    """Return rows of cells as lines with aligned columns, two spaces apart.
 
     Args:
-        rows: all of the same length, the header among them.
-        left: columns that are aligned to the left; the others, of numbers, to the right.
+        rows: Rows of equal length, including the header.
+        left: Indices of the columns that are aligned to the left; the others hold numbers and are aligned to the right.
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if place in left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    sides = ["left" if column in left else "right" for column in range(len(rows[0]))]
+    table = tabulate(rows, tablefmt="plain", colalign=sides, disable_numparse=True)
+    return [line.rstrip() for line in table.splitlines()]
 
 
 def number(value: float | None, digits: int) -> str:
-    """Return a number with so many digits after the point; ``-`` for None."""
+    """Return a number with the given number of decimals; ``-`` for None."""
     return "-" if value is None else f"{value:.{digits}f}"

@@ -158,7 +158,7 @@ def test_folder_that_cannot_be_written(raw, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_preprocessed", str(blocked / "below"))
     line = fails_to_plan(capsys)
     assert str(blocked) in line
-    assert "cannot write" in line
+    assert "the folder is not writable" in line
 
 
 def test_verbose_adds_the_traceback(raw, capsys):
@@ -247,4 +247,4 @@ def test_truncated_missing_and_foreign_checkpoints(planned, capsys, tmp_path):
     assert "weights.pth" in fails(capsys, info, str(path))
     assert "there is no such checkpoint" in fails(capsys, info, str(tmp_path / "none.pth"))
     path.write_text("{}")
-    assert "is no checkpoint" in fails(capsys, pretrain, "-m", "reprec", "--device", "cpu", "--init", str(path))
+    assert "is not a checkpoint" in fails(capsys, pretrain, "-m", "reprec", "--device", "cpu", "--init", str(path))

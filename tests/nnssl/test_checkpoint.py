@@ -93,7 +93,7 @@ def test_parts_of_a_network_that_were_pretrained():
 
 
 def test_objects_are_refused_when_writing():
-    with pytest.raises(TypeError, match="not object"):
+    with pytest.raises(TypeError, match="plain Python values, got object"):
         to_plain({"a": [object()]})
 
 
@@ -127,16 +127,16 @@ def test_truncated_missing_and_foreign_files_are_one_line(tmp_path):
     write_checkpoint(path, {"network_weights": {"a": torch.randn(100)}}, make_provenance(), {})
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="not a readable checkpoint") as error:
+    with pytest.raises(UserError, match="cannot be read as a checkpoint") as error:
         read_checkpoint(path)
     assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="there is no such checkpoint"):
         read_checkpoint(tmp_path / "none.pth")
     torch.save({"network_weights": {}}, path)
-    with pytest.raises(UserError, match="is no checkpoint of nnssl"):
+    with pytest.raises(UserError, match="is not a checkpoint of nnssl"):
         read_checkpoint(path)
     torch.save({"nnssl": {"schema_version": 2, "provenance": {}}}, path)
-    with pytest.raises(UserError, match="is no checkpoint of nnssl"):
+    with pytest.raises(UserError, match="is not a checkpoint of nnssl"):
         read_checkpoint(path)
     torch.save({"network_weights": {}, "nnssl": {"schema_version": 99}}, path)
     with pytest.raises(UserError, match="must be 2, got 99"):

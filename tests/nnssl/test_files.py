@@ -87,7 +87,7 @@ def test_lists_of_names(tmp_path):
     path = tmp_path / "cases.txt"
     path.write_text("# training\n b \n\na\n#c\nd#1\n")
     assert read_names(path) == ["b", "a", "d#1"]
-    for text, message in (("# nothing\n\n", "names no case"), ("a\nb\n a\n", "names a more than once")):
+    for text, message in (("# nothing\n\n", "holds no case name"), ("a\nb\n a\n", "lists a more than once")):
         path.write_text(text)
         with pytest.raises(UserError, match=f"cases.txt: {message}"):
             read_names(path)

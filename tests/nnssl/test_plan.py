@@ -93,10 +93,10 @@ def test_wrong_key_is_an_error_that_names_file_and_key(tmp_path, change, message
 def test_plain_nnunet_plan_and_broken_file_are_refused(tmp_path):
     path = tmp_path / "nnUNetPlans.json"
     path.write_text(json.dumps(NNUNET))
-    with pytest.raises(UserError, match="has no 'pretext' section"):
+    with pytest.raises(UserError, match="has no section 'pretext'"):
         read_plan(path)
     path.write_text('{"dataset_name": ')
-    with pytest.raises(UserError, match="is not a readable plan"):
+    with pytest.raises(UserError, match="cannot be read as a plan"):
         read_plan(path)
     with pytest.raises(UserError, match="there is no such plan"):
         read_plan(tmp_path / "none.json")

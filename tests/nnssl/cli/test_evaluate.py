@@ -134,7 +134,7 @@ def break_labels(folders):
         (lambda f: None, ("--labels", "nowhere.json"), "nowhere.json: there is no such dataset.json"),
         (lambda f: None, ("--tolerance-mm", "0"), "--tolerance-mm 0: give a number of mm above 0"),
         (lambda f: None, ("--tolerance-mm", "nan"), "--tolerance-mm nan: give a number of mm above 0"),
-        (lambda f: None, ("--output", "/dev/null/here"), "/dev/null/here: cannot write there"),
+        (lambda f: None, ("--output", "/dev/null/here"), "/dev/null/here: the folder is not writable"),
         (lambda f: shutil.rmtree(f / "references"), (), "references: there is no such folder"),
         (write_image, (), "so these seem to be images"),
         (write_background, (), "hold background only"),

@@ -375,7 +375,7 @@ def test_files_that_are_not_there(files, capsys, tmp_path):
     assert "there is no folder" in fails(capsys, "embedding", "-w", files["2d"], "-o", "none/a.png")
     assert "there is no such checkpoint" in fails(capsys, "embedding", "-w", "none.pth")
     (tmp_path / "text.pth").write_text("weights")
-    assert "is no checkpoint" in fails(capsys, "similarity", "-w", "text.pth")
+    assert "is not a checkpoint" in fails(capsys, "similarity", "-w", "text.pth")
     content, provenance = read_checkpoint(files["2d"])
     weights = dict(list(content["network_weights"].items())[1:])
     write_checkpoint(tmp_path / "part.pth", {"network_weights": weights}, provenance, {})

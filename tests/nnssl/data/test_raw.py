@@ -221,7 +221,7 @@ def test_images_listed_in_dataset_json(folders, tmp_path, monkeypatch):
         (lambda folder: (folder / "imagesTr").rename(folder / "images"), "has no folder imagesTr"),
         (lambda folder: write_image(folder / "imagesTr" / "c_0000.mha", make_array()), "1 .mha and 2 .nii.gz"),
         (lambda folder: (folder / "dataset.json").write_text('{"file_ending": ".nrrd"}'), r"2 .nii.gz files, but .* is .nrrd"),
-        (lambda folder: (folder / "dataset.json").write_text("{"), "not a readable dataset.json"),
+        (lambda folder: (folder / "dataset.json").write_text("{"), "cannot be read as a dataset.json"),
         (lambda folder: (folder / "dataset.json").write_text("[]"), "must contain a JSON object .* got list"),
         (lambda folder: [p.rename(p.with_name(p.name.replace("_0000", ""))) for p in (folder / "imagesTr").iterdir()],
          "rename the images to CASE_0000.nii.gz"),

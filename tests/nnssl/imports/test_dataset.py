@@ -446,7 +446,7 @@ def test_modalities_of_a_collection_are_channels_or_mixed(folders, source):
 
 def test_what_is_no_collection(folders, source):
     path = source / "x.json"
-    for content, reason in (("[]", "has no key 'datasets'"), ("{", "is not a readable collection")):
+    for content, reason in (("[]", "has no key 'datasets'"), ("{", "cannot be read as a collection")):
         path.write_text(content)
         with pytest.raises(UserError, match=reason):
             run(path, folders)

@@ -401,7 +401,7 @@ def test_command(tmp_path, nnunet_folders, capsys, monkeypatch):
             ["--for-plans", "4", "-p", "otherPlans", "--channels", "CT", "CT"],
             "--channels must have different names, got CT CT",
         ),
-        (["--results", "x.json"], "are for the card"),
+        (["--results", "x.json"], "--results needs --format hub"),
         (["--least-share", "2"], "--least-share must be between 0 and 1, got 2.0"),
     ]
     for arguments, message in wrong:

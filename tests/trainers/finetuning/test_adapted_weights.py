@@ -109,7 +109,7 @@ def test_a_patch_is_not_longer_than_the_images(labelled):
 def test_files_that_are_no_weights(labelled, capsys):
     torch.save({"network_weights": {}}, labelled / "other.pth")
     assert main(["-d", "4", "-w", str(labelled / "other.pth"), "--device", "cpu"]) == 2
-    assert "other.pth: is no checkpoint of nnssl" in capsys.readouterr().err
+    assert "other.pth: is not a checkpoint of nnssl" in capsys.readouterr().err
 
 
 def test_pretraining_goes_on_from_weights_made_elsewhere(toy, tmp_path, monkeypatch):

@@ -72,7 +72,7 @@ def test_cases_that_are_not_trained_on_are_held_out(tmp_path):
         ({"cases": "a\nx1\n"}, None, "x1 not among the 4 labelled cases"),
         ({"test_cases": "a_0000\n"}, None, "a_0000 not among"),
         ({"cases": "a\na\n"}, None, "a more than once"),
-        ({"cases": "# nothing\n"}, None, "names no case"),
+        ({"cases": "# nothing\n"}, None, "holds no case name"),
         ({"cases": "a\nb\nc\nd\n"}, None, "none is left to be held out"),
         ({"test_cases": "a\nb\nc\nd\n"}, None, "none is left to be trained on"),
         ({"test_cases": "a\nb\n"}, 3, "labels must be between 1 and 2"),
