@@ -1,1 +1,1 @@
-"""What the data dictates: fingerprint, plan and planners."""
+"""Fingerprint, presets and planners: everything that the data determine before pretraining starts."""

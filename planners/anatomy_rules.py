@@ -1,4 +1,4 @@
-"""What anatomical embeddings need of a plan: which stages of the encoder name a place exactly, and which roughly."""
+"""Planner rules for anatomical embeddings: the encoder stages of both embeddings, and how places of scans are paired."""
 
 from collections.abc import Mapping, Sequence
 from math import ceil, prod
@@ -9,11 +9,12 @@ from nnssl.plan import AnatomyChoices, Reasons
 from nnssl.sizes import in_mm
 
 LARGEST_STRIDE = 16
-"""SAM's coarse cells are 16 voxels long."""
+"""Largest stride of the coarse embedding in voxels; SAM's coarse cells are 16 voxels long."""
 LEAST_COARSE_CELLS = 27
-"""Fewer cells leave a query without others that are farther away than its neighbours."""
+"""Smallest number of coarse cells in a patch. With fewer, all cells are direct neighbours of a query."""
 LEAST_PATCHES = 1.5
-"""A scan hardly longer than a patch holds no other part of the body that a place could be taken for."""
+"""Smallest length of the median scan, in patches. A scan hardly longer than a patch contains no other part of the body that
+a place could be confused with."""
 
 
 def decide_anatomy(
@@ -22,16 +23,16 @@ def decide_anatomy(
     spacing_mm: Sequence[float],
     scan_mm: Sequence[float] | None = None,
 ) -> tuple[AnatomyChoices, Reasons]:
-    """Choose the stages of the fine and of the coarse embeddings, and what pairs places of different scans.
+    """Choose the stages of the fine and coarse embeddings, and how places of different scans are paired.
 
     Args:
-        architecture: of the plan's network.
-        shape: voxels of the patch.
-        spacing_mm: of its voxels.
-        scan_mm: size of the median scan; None if it is not known.
+        architecture: Architecture of the plan's network.
+        shape: Size of the patch in voxels.
+        spacing_mm: Spacing of the patch in mm.
+        scan_mm: Size of the median scan in mm; None if unknown.
 
     Returns:
-        The choice, and (what, value, reason) for every decision.
+        The choice, and what, value and reason of every decision.
     """
     total, strides = [1] * len(shape), []
     for stage in encoder_strides(dict(architecture)):

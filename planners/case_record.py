@@ -1,4 +1,4 @@
-"""What is measured on one case: its geometry, its intensities, and whether it can be learnt from at all."""
+"""Measurements on one case: its geometry, its intensities, and whether it can be used for pretraining."""
 
 import hashlib
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from nnssl.draws import draw_seed
 from nnssl.schema import STRICT
 
 CT_AIR_HU = -100.0
-"""Air is below it, also where intensities are clipped."""
+"""Hounsfield number below which voxels are air, also if intensities are clipped."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class IntensityStatistics:
 
 @dataclass(frozen=True)
 class CaseRecord:
-    """What is known of one usable case; axes z, y, x."""
+    """Measurements of one usable case; axes are z, y, x."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -43,38 +43,41 @@ class CaseRecord:
     shape: tuple[int, ...]
     spacing_mm: tuple[float, ...]
     orientation: str
-    """Directions towards which x, y and z grow ("LPS"); empty where the format does not say."""
+    """Directions in which x, y and z increase ("LPS"); empty if the file format does not store them."""
     channels: int
     shape_after_crop: tuple[int, ...]
-    """Shape of the box around all voxels that are not 0 in some channel, as nnU-Net crops."""
+    """Shape of the bounding box of all voxels that are nonzero in any channel, as nnU-Net crops."""
     relative_size_after_crop: float
     foreground_share: float
     """Share of the voxels in ``body_mask``."""
     intensities: tuple[IntensityStatistics, ...]
-    """Per channel."""
+    """Statistics of each channel."""
     below_ct_air: tuple[float, ...]
-    """Per channel: share of the voxels below ``CT_AIR_HU``."""
+    """Share of the voxels below ``CT_AIR_HU``, for each channel."""
     digest: str
-    """Of the shape and the voxels; equal for equal images."""
+    """Digest of the shape and the voxels; equal for equal images."""
 
 
 @dataclass(frozen=True)
 class MeasuredCase:
-    """What a worker hands back for one case."""
+    """Result of a worker for one case."""
 
     record: CaseRecord
     samples: np.ndarray
-    """(channel, samples) float32"""
+    """Sampled intensities of the body, (channel, samples), float32."""
 
 
 def measure_case(case: RawCase, reader: str, channels: int, samples: int) -> MeasuredCase | SetAside:
-    """Read one case and measure it, or say why it cannot be used.
+    """Read and measure one case.
 
     Args:
-        case: the case.
-        reader: name of the reader class.
-        channels: that it should have.
-        samples: intensities of its body to draw from each channel, seeded by its name.
+        case: Case to measure.
+        reader: Name of the reader class.
+        channels: Expected number of channels.
+        samples: Number of intensities of the body to draw from each channel, with the case's name as seed.
+
+    Returns:
+        The measurements, or why the case cannot be used.
     """
     try:
         volume, spacing_mm = read_volume(case, reader)
@@ -88,7 +91,7 @@ def measure_case(case: RawCase, reader: str, channels: int, samples: int) -> Mea
     crop = _shape_after_crop(volume)
     generator = np.random.default_rng(draw_seed("fingerprint", case.name))
     foreground = [channel[mask] for channel in volume]
-    # with replacement, as in nnU-Net, so that every case has the same weight however small it is
+    # drawn with replacement, as in nnU-Net, so that every case has the same weight regardless of its size
     places = generator.integers(0, foreground[0].size, samples)
     record = CaseRecord(
         name=case.name,
@@ -107,9 +110,13 @@ def measure_case(case: RawCase, reader: str, channels: int, samples: int) -> Mea
 
 
 def _check_volume(case: RawCase, volume: np.ndarray, spacing_mm: tuple[float, ...], channels: int) -> None:
-    """Raise a CaseError for a volume that cannot be learnt from."""
+    """Check that a volume can be used for pretraining.
+
+    Raises:
+        CaseError: If its channels, spacing or intensities are unusable.
+    """
     if volume.shape[0] != channels:
-        raise CaseError(str(case.images[0]), f"has {volume.shape[0]} channel(s), the data set has {channels}")
+        raise CaseError(str(case.images[0]), f"has {volume.shape[0]} channel(s), but the data set has {channels}")
     check_spacing(case.images[0], spacing_mm)
     files = case.images if len(case.images) == channels else case.images[:1] * channels
     for file, values in zip(files, volume, strict=True):
@@ -120,7 +127,7 @@ def _check_volume(case: RawCase, volume: np.ndarray, spacing_mm: tuple[float, ..
 
 
 def _shape_after_crop(volume: np.ndarray) -> tuple[int, ...]:
-    """Return the shape of the box around everything that is not 0; filling holes, as nnU-Net does, cannot change it."""
+    """Return the shape of the bounding box of all nonzero voxels. Filling holes, as nnU-Net does, does not change it."""
     nonzero = np.any(volume != 0, axis=0)
     extents = []
     for axis in range(3):
@@ -130,13 +137,13 @@ def _shape_after_crop(volume: np.ndarray) -> tuple[int, ...]:
 
 
 def digest_volume(volume: Float32[np.ndarray, "channel z y x"]) -> str:
-    """Return a digest of the shape and the voxels; equal for equal images, whatever their files are called."""
+    """Return a digest of the shape and the voxels, which is equal for equal images regardless of file names."""
     shape = hashlib.blake2b(repr(volume.shape).encode(), digest_size=16).digest()
     return hashlib.blake2b(volume.data, digest_size=16, person=shape).hexdigest()
 
 
 def summarise_intensities(values: np.ndarray) -> IntensityStatistics:
-    """Return nnU-Net's statistics of intensities; percentiles of large arrays come from an even sample."""
+    """Return nnU-Net's statistics of intensities; percentiles of large arrays are computed on an even sample."""
     low, median, high = np.percentile(spread_sample(values), (0.5, 50.0, 99.5))
     return IntensityStatistics(
         mean=float(values.mean(dtype=np.float64)),

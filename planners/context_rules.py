@@ -1,4 +1,4 @@
-"""What reconstructing transformed crops needs of a plan: a plane to turn in, and the rank of the attention."""
+"""Planner rules for the reconstruction of transformed crops: the plane of the turns and the rank of the attention."""
 
 from collections.abc import Mapping, Sequence
 from math import prod
@@ -9,6 +9,7 @@ from nnssl.sizes import in_words
 from nnssl.views.turns import turn_plane
 
 RANKS = (8, 16, 32, 64)
+"""Ranks of the attention that may be chosen."""
 
 
 def decide_context(
@@ -17,13 +18,13 @@ def decide_context(
     """Choose the plane of the turns and the rank of the attention.
 
     Args:
-        architecture: of the plan's network.
-        shape: voxels of the patch.
-        spacing_mm: of its voxels.
-        thick_axis: axis with thick slices, None if there is none.
+        architecture: Architecture of the plan's network.
+        shape: Size of the patch in voxels.
+        spacing_mm: Spacing of the patch in mm.
+        thick_axis: Axis with thick slices; None if there is none.
 
     Returns:
-        The choice, and (what, value, reason) for every decision.
+        The choice, and what, value and reason of every decision.
     """
     plane, quarter = turn_plane(shape, spacing_mm, thick_axis)
     turns = "quarter turns" if quarter else "half turns"
@@ -47,7 +48,7 @@ def decide_context(
 
 
 def _bottleneck(architecture: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the channels of the bottleneck and the voxels of its kernel."""
+    """Return the number of channels of the bottleneck and the number of voxels in its kernel."""
     arguments = architecture["arch_kwargs"]
     kernel = arguments["kernel_sizes"][-1]
     dimensions = 3 if "3d" in arguments["conv_op"].lower() else 2

@@ -1,10 +1,10 @@
-"""What dense pretext methods need of a plan: which features describe a point, and how many points fit into memory."""
+"""Planner rules for dense methods: the features that describe a point, and the number of points that fit into memory."""
 
 from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError
 from nnssl.networks.backbone import measurable_network
 from nnssl.networks.dense import DenseKind, dense_channels
 from nnssl.plan import DenseSampling, Reasons
@@ -12,32 +12,36 @@ from nnssl.sizes import in_bytes
 from planners.presets import Preset
 
 PAPER_WIDTH = 1024
-"""Maps of Pix2Rep's last decoder stage; its baseline's is the width below which its results fell most (64 to 1,024)."""
+"""Number of channels of Pix2Rep's last decoder stage."""
 WIDE_ENOUGH = 64
+"""Smallest width with which the last decoder stage alone describes a point: that of Pix2Rep's baseline, below which its results
+fell most (widths of 64 to 1,024)."""
 BYTES = 4
+"""Bytes of a value in float32."""
 CONTRAST_POINTS = (1000, 2048, 4096)
-"""Pix2Rep's number in 2D; more for volumes."""
+"""Numbers of points to choose from: Pix2Rep's number in 2D, and larger ones for volumes."""
 CONTRAST_SHARE = 0.1
-"""Of the memory target, for the similarities of all points with all: logits, their softmax and its gradient."""
+"""Share of the memory target for the similarities between all points: logits, their softmax and its gradient."""
 CORRELATION_POINTS = (4096, 16_384, 65_536)
+"""Numbers of points to choose from where only correlations of dimensions are computed."""
 CORRELATION_SHARE = 0.25
-"""Of the memory target, for features and embeddings of all points on both sides, with their gradients."""
+"""Share of the memory target for features and embeddings of all points in both views, with their gradients."""
 HEAD_WIDTHS = 4 * 256
-"""Values of a point in Pix2Rep's head: hidden layer before and after its normalisation, embedding, standardised."""
+"""Values per point in Pix2Rep's head: hidden layer before and after normalisation, embedding, standardised embedding."""
 
 
 def decide_dense(
     features_per_stage: Sequence[int], patch: Sequence[int], preset: Preset
 ) -> tuple[DenseSampling, Reasons]:
-    """Choose features and numbers of points.
+    """Choose the features of a point and the numbers of points.
 
     Args:
-        features_per_stage: of the plan's network, full resolution first.
-        patch: voxels.
-        preset: the memory target.
+        features_per_stage: Number of features in each stage of the plan's network, full resolution first.
+        patch: Size of the patch in voxels.
+        preset: Memory target.
 
     Returns:
-        The choice, and (what, value, reason) for every decision.
+        The choice, and what, value and reason of every decision.
     """
     target = preset.memory_gb * 1e9
     last = features_per_stage[0]
@@ -50,7 +54,7 @@ def decide_dense(
         value = f"single: {last} channels of the last decoder stage"
         reason = f"the last decoder stage has at least {WIDE_ENOUGH} channels"
     else:
-        value = f"pyramid: {channels} channels of all decoder stages"
+        value = f"pyramid: {channels:,} channels of all decoder stages"
         reason = (
             f"the last stage has only {last} channels (fewer than {WIDE_ENOUGH}); the other stages add "
             f"{in_bytes(contrast * 2 * (channels - last) * BYTES)} for {contrast:,} pairs of points"
@@ -78,18 +82,18 @@ def decide_dense(
 
 
 def widen_last_stage(nnunet: dict[str, Any], width: int, channels: int, budgets: dict[str, float]) -> None:
-    """Give the first encoder and the last decoder stage of every configuration another width, in place.
+    """Set the width of the first encoder and last decoder stage of every configuration, in place.
 
-    The batch size follows by nnU-Net's rule.
+    The batch size is reduced by nnU-Net's rule if necessary.
 
     Args:
-        nnunet: the plans file.
-        width: channels at full resolution.
-        channels: of the input.
-        budgets: by configuration, feature values that fit into memory.
+        nnunet: Content of the plans file.
+        width: Number of channels at full resolution.
+        channels: Number of input channels.
+        budgets: Number of feature values that fit into memory, by configuration.
 
     Raises:
-        UserError: fewer than two patches would fit.
+        ArgumentError: If fewer than two patches fit into memory.
     """
     for name, budget in budgets.items():
         configuration = nnunet["configurations"][name]
@@ -98,9 +102,11 @@ def widen_last_stage(nnunet: dict[str, Any], width: int, channels: int, budgets:
         network = measurable_network(configuration["architecture"], channels)
         fits = int(budget // network.compute_conv_feature_map_size(tuple(configuration["patch_size"])))
         if fits < 2:
-            raise UserError(
-                f"--dense-width {width}: fewer than two patches of {name} fit into memory; take a smaller width or a larger "
-                "--preset"
+            raise ArgumentError(
+                f"dense_width must leave memory for two patches of {name}, got {width}; choose a smaller width or a larger "
+                "preset",
+                "dense_width",
+                "preset",
             )
         configuration["batch_size"] = min(configuration["batch_size"], fits)
 

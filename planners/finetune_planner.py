@@ -1,8 +1,8 @@
-"""The downstream nnU-Net plan that fits given weights: the plan they were pretrained with, moved to another data set.
+"""The nnU-Net plan for fine-tuning given weights: the plan that they were pretrained with, moved to another data set.
 
-Patch size, spacing, normalisation and network stay as pretrained, so that the weights fit; the data set's name and
-reader become the target's. nnU-Net's own ``nnUNetv2_move_plans_between_datasets`` does the move. The result is a plain
-nnU-Net plan without nnssl's ``pretext`` section: that one describes the pretraining data.
+Patch size, spacing, normalisation and network stay the same so that the weights fit; the data set's name and reader become
+those of the target. nnU-Net's own ``nnUNetv2_move_plans_between_datasets`` moves the plan. The result is a plain nnU-Net plan
+without nnssl's ``pretext`` section, which describes the pretraining data.
 """
 
 import tempfile
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl.environment import variables
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json, write_json
 from nnssl.log import logger
 from nnssl.paths import Folders
@@ -23,57 +23,60 @@ from nnssl.plan import plan_path
 
 @dataclass(frozen=True)
 class AdoptedPlan:
-    """A plan in the target's preprocessed folder that fits the weights."""
+    """Plan in the target's preprocessed folder that fits the weights."""
 
     name: str
-    """Name of the plans file without ``.json``; what ``-p`` of nnU-Net's commands takes."""
+    """Name of the plans file without ``.json``, as nnU-Net's commands expect after ``-p``."""
     path: Path
+    """Path of the plans file."""
     content: dict[str, Any]
+    """Content of the plans file."""
 
 
 def adopt_plan(
     plan: Mapping[str, Any], target_dataset: str, folders: Folders, plans_name: str | None = None
 ) -> AdoptedPlan:
-    """Write the plan of pretrained weights for a labelled data set, and say so; what is there is kept.
+    """Write the plan of pretrained weights for a labelled data set, unless it exists already.
 
     Args:
-        plan: as ``fit_plan``.
-        target_dataset: as ``fit_plan``.
-        folders: as ``fit_plan``.
-        plans_name: as ``fit_plan``.
+        plan: See ``fit_plan``.
+        target_dataset: See ``fit_plan``.
+        folders: See ``fit_plan``.
+        plans_name: See ``fit_plan``.
 
     Returns:
-        The plan, written or found.
+        The plan that was written or found.
 
     Raises:
-        UserError: as ``fit_plan``.
+        UserError: See ``fit_plan``.
     """
     adopted = fit_plan(plan, target_dataset, folders, plans_name)
     if adopted.path.exists():
-        logger.info(f"Plan {adopted.name} for {target_dataset}: there already and the same ({adopted.path})")
+        logger.info(f"Plan {adopted.name} of {target_dataset} exists and fits the weights ({adopted.path})")
         return adopted
     adopted.path.parent.mkdir(parents=True, exist_ok=True)
     write_json(adopted.path, adopted.content)
-    logger.info(f"Plan {adopted.name} for {target_dataset}: that of {plan['dataset_name']}, written to {adopted.path}")
+    logger.info(f"Plan {adopted.name} of {plan['dataset_name']} copied to {target_dataset}: {adopted.path}")
     return adopted
 
 
 def fit_plan(
     plan: Mapping[str, Any], target_dataset: str, folders: Folders, plans_name: str | None = None
 ) -> AdoptedPlan:
-    """Return the plan of pretrained weights for a labelled data set, and the file that it has or gets; nothing is written.
+    """Return the plan of pretrained weights for a labelled data set, with the path of its file, without writing it.
 
-    The file keeps the plan's name if that is free for the target or holds the same plan already. Where another plan has
-    that name, the file is called ``<name>From<id of the pretraining data set>``. No file is ever overwritten.
+    The file keeps the plan's name unless a different plan of the target has that name. Then, the file is called
+    ``<name>From<id of the pretraining data set>``. Files are never overwritten.
 
     Args:
-        plan: content of the plans file the weights were pretrained with.
-        target_dataset: name of the labelled data set, ``DatasetXXX_Name``.
+        plan: Content of the plans file that the weights were pretrained with.
+        target_dataset: Name of the labelled data set, ``DatasetXXX_Name``.
         folders: nnU-Net's folders.
-        plans_name: name of the file, to choose it oneself.
+        plans_name: Name of the plans file; None to choose it as described above.
 
     Raises:
-        UserError: the numbers of channels differ, the target has no ``dataset.json``, or other plans have the names.
+        UserError: If the numbers of channels differ, or the target has no ``dataset.json``.
+        ArgumentError: If other plans have these names.
     """
     dataset_json = read_json(folders.raw / target_dataset / "dataset.json", "dataset.json of a labelled data set")
     check_channels(plan, target_dataset, dataset_json)
@@ -83,30 +86,31 @@ def fit_plan(
         content = moved_plan(plan, target_dataset, name)
         if not path.exists() or _without_pretext(read_json(path, "plan")) == content:
             return AdoptedPlan(name, path, content)
-        logger.info(f"Plan {name} for {target_dataset}: there is another one with this name, kept as it is ({path})")
-    raise UserError(
-        f"{path}: is another plan than the one these weights need; choose a free name with --plans-name, or delete the "
-        "file if it is no longer needed"
+        logger.info(f"{target_dataset} already has a different plan named {name}, which is kept ({path})")
+    raise ArgumentError(
+        f"{path}: differs from the plan that these weights need; choose another name with plans_name, or delete the file "
+        "if it is no longer needed",
+        "plans_name",
     )
 
 
 def moved_plan(plan: Mapping[str, Any], target_dataset: str, name: str) -> dict[str, Any]:
-    """Return a plan as nnU-Net moves it to another data set, under a name, without nnssl's section.
+    """Return a plan as nnU-Net moves it to another data set, without nnssl's section.
 
     Args:
-        plan: content of the source's plans file.
-        target_dataset: name of a raw data set; its ``dataset.json`` and first image decide the reader.
-        name: the plan's new name; with another name than before, the folders of preprocessed data get other names too.
+        plan: Content of the source's plans file.
+        target_dataset: Name of a raw data set, whose ``dataset.json`` and first image determine the reader.
+        name: New name of the plan. If it changes, so do the names of the folders with preprocessed data.
 
     Raises:
-        UserError: nnU-Net finds no reader or no image.
+        UserError: If nnU-Net finds no reader or no image.
     """
     from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets import (
         move_plans_between_datasets,
     )
 
-    # nnU-Net moves files, unasked over what is there; it gets a folder of its own to do so. A source that is the target
-    # itself would be the same file.
+    # nnU-Net overwrites existing files without asking, so it works in a temporary folder. The source gets a name of its own,
+    # because source and target may be the same data set.
     with tempfile.TemporaryDirectory(prefix="nnssl_plan_") as folder:
         source = Path(folder, "Dataset000_Source")
         target = Path(folder, target_dataset)
@@ -124,14 +128,14 @@ def moved_plan(plan: Mapping[str, Any], target_dataset: str, name: str) -> dict[
 
 
 def check_channels(plan: Mapping[str, Any], target_dataset: str, dataset_json: Mapping[str, Any]) -> None:
-    """Check that a data set has as many channels as a plan normalises.
+    """Check that a data set has the number of channels that a plan normalises.
 
     Raises:
-        UserError: it has not, or its ``dataset.json`` names no channels or labels.
+        UserError: If the number differs, or ``dataset.json`` names no channels or labels.
     """
     check_described(target_dataset, dataset_json)
     found = len(dataset_json["channel_names"])
-    # a configuration that inherits has no schemes of its own
+    # a configuration that inherits from another one has no schemes of its own
     planned = {
         len(configuration["normalization_schemes"])
         for configuration in plan["configurations"].values()
@@ -142,24 +146,26 @@ def check_channels(plan: Mapping[str, Any], target_dataset: str, dataset_json: M
         pretrained = " or ".join(map(str, sorted(planned)))
         raise UserError(
             f"{target_dataset}: has {found} channel(s) ({names}), but the weights were pretrained on {pretrained} "
-            f"({plan['dataset_name']}); take weights pretrained on as many channels, or make these fit the data set's own plans "
-            "with nnssl_export --for-plans"
+            f"({plan['dataset_name']}); use weights pretrained on {found} channel(s), or fit these weights to the data set's "
+            "own plans with nnssl_export --for-plans"
         )
 
 
 def check_described(dataset_name: str, dataset_json: Mapping[str, Any]) -> None:
-    """Check that a ``dataset.json`` names what nnU-Net needs to train.
+    """Check that a ``dataset.json`` has all keys that nnU-Net needs for training.
 
     Raises:
-        UserError: it does not.
+        UserError: If a key is missing.
     """
     for key in ("channel_names", "labels", "file_ending"):
         if key not in dataset_json:
-            raise UserError(f"{dataset_name}: dataset.json has no {key!r}, so it cannot be trained on; add it")
+            raise UserError(
+                f"{dataset_name}: dataset.json has no key {key!r}, which nnU-Net needs for training; add it"
+            )
 
 
 def _name_by_source(plan: Mapping[str, Any]) -> str:
-    """``nnsslPlansFrom501`` for plan nnsslPlans of Dataset501_Name."""
+    """Return, for example, ``nnsslPlansFrom501`` for the plan nnsslPlans of Dataset501_Name."""
     return f"{plan['plans_name']}From{plan['dataset_name'].removeprefix('Dataset').split('_')[0]}"
 
 

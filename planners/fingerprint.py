@@ -1,11 +1,11 @@
-"""The fingerprint: what the planner needs to know of a data set, measured on its images alone.
+"""The fingerprint: measurements on the images of a data set, from which the planner decides.
 
-Every case is read once. What stays of it is one small record and its share of a bounded number of sampled intensities,
-so memory does not grow with the voxels of a data set; only the records (about 1 kB each) grow with the number of cases.
+Every case is read once. Only a small record and a share of a fixed number of sampled intensities are kept of a case, so memory
+does not grow with the voxels of a data set; only the records (about 1 kB each) grow with the number of cases.
 
-Source: nnU-Net's dataset fingerprint (Isensee et al., Nature Methods 2021), whose JSON ``nnunet_fingerprint`` gives.
-Deviations: nnU-Net takes foreground from the labels, here it is ``nnssl.data.body.body_mask``, which needs none; at most
-``SAMPLED_INTENSITIES`` are kept where nnU-Net keeps 10^8.
+Source: nnU-Net's dataset fingerprint (Isensee et al., Nature Methods 2021); ``nnunet_fingerprint`` returns its JSON.
+Deviations: nnU-Net takes the foreground from the labels. Here it comes from ``nnssl.data.body.body_mask``, which needs no
+labels; at most ``SAMPLED_INTENSITIES`` intensities are kept, whereas nnU-Net keeps 10^8.
 """
 
 import hashlib
@@ -37,16 +37,16 @@ SCHEMA_VERSION = 1
 FILE_NAME = "nnssl_fingerprint.json"
 
 SAMPLED_INTENSITIES = 4_000_000
-"""Foreground intensities kept over all cases and channels (16 MB)."""
+"""Number of foreground intensities kept over all cases and channels (16 MB)."""
 CT_AIR_SHARE = 0.01
-"""A case looks like CT if at least this share of its voxels lies below ``CT_AIR_HU`` (air, also if clipped)."""
+"""Smallest share of voxels below ``CT_AIR_HU`` (air, also if clipped) with which a case looks like CT."""
 CT_CASES = 0.95
-"""Share of the cases that must look like CT."""
+"""Smallest share of cases that look like CT with which a channel counts as CT."""
 
 
 @dataclass(frozen=True)
 class Duplicate:
-    """A case that is not used because its voxels are those of another."""
+    """Case that is not used because its voxels equal those of another case."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -56,7 +56,7 @@ class Duplicate:
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What the data dictates."""
+    """Measurements on a data set."""
 
     __pydantic_config__: ClassVar = STRICT
     __schema_version__: ClassVar = SCHEMA_VERSION
@@ -66,15 +66,15 @@ class Fingerprint:
     sources: str
     """Digest of names, sizes and times of all image files, and of how they are read."""
     channel_names: tuple[str, ...]
-    """Of dataset.json or the user, else the modality that was judged from intensities."""
+    """Names from ``dataset.json`` or the user, otherwise the modality detected from intensities."""
     modalities: tuple[str, ...]
-    """Per channel: ``"CT"``, or the channel's name."""
+    """``"CT"`` or the channel's name, for each channel."""
     cases: tuple[CaseRecord, ...]
     """Usable cases, sorted by name."""
     set_aside: tuple[SetAside, ...]
     duplicates: tuple[Duplicate, ...]
     foreground_intensity_properties_per_channel: dict[str, IntensityStatistics]
-    """Over all usable cases, each with the same weight; keys "0", "1", ..."""
+    """Statistics over all usable cases, each with the same weight; keys are "0", "1", ..."""
 
     @property
     def usable(self) -> frozenset[str]:
@@ -85,17 +85,17 @@ class Fingerprint:
 def extract_fingerprint(dataset: RawDataset, processes: int) -> Fingerprint:
     """Measure every case of a data set.
 
-    The result depends on the data only, not on the number of processes.
+    The result depends only on the data, not on the number of processes.
 
     Args:
-        dataset: the data set.
-        processes: worker processes; up to 1 runs in this process.
+        dataset: Raw data set.
+        processes: Number of worker processes; with 1 or fewer, this process does the work.
 
     Returns:
         The fingerprint.
 
     Raises:
-        UserError: no case is usable, or a worker was killed.
+        UserError: If no case is usable, or a worker was killed.
     """
     measured: list[MeasuredCase] = []
     set_aside = list(dataset.set_aside)
@@ -112,9 +112,9 @@ def extract_fingerprint(dataset: RawDataset, processes: int) -> Fingerprint:
     measured, odd = _split_dimensions(dataset, measured)
     set_aside = sorted(set_aside + odd, key=lambda entry: (entry.case, entry.file))
     for entry in set_aside:
-        logger.info(f"set aside {entry.case}: {entry.reason} ({entry.file})")
+        logger.info(f"skipped {entry.case}: {entry.reason} ({entry.file})")
     for duplicate in duplicates:
-        logger.info(f"left out {duplicate.case}: it has the same voxels as {duplicate.same_as}")
+        logger.info(f"skipped {duplicate.case}: it has the same voxels as {duplicate.same_as}")
     if not measured:
         raise UserError(_too_many(dataset.name, set_aside, len(set_aside) + len(duplicates)))
     modalities = _judge_modalities(dataset, [entry.record for entry in measured])
@@ -136,42 +136,42 @@ def extract_fingerprint(dataset: RawDataset, processes: int) -> Fingerprint:
 
 
 def read_or_extract(dataset: RawDataset, folders: Folders, processes: int) -> Fingerprint:
-    """Return the stored fingerprint if it was made from the same files, else extract and store it.
+    """Return the stored fingerprint if it was made from the same files; otherwise extract and store it.
 
     It is stored as ``<nnUNet_preprocessed>/<data set>/nnssl_fingerprint.json``.
 
     Args:
-        dataset: the data set.
+        dataset: Raw data set.
         folders: nnU-Net's folders.
-        processes: see ``extract_fingerprint``.
+        processes: See ``extract_fingerprint``.
 
     Returns:
         The fingerprint.
 
     Raises:
-        UserError: as ``extract_fingerprint``; or the folder cannot be written.
+        UserError: If the folder cannot be written, or as in ``extract_fingerprint``.
     """
     path = make_writable(folders.preprocessed / dataset.name) / FILE_NAME
     if path.exists():
         try:
             stored = read(Fingerprint, path, "fingerprint")
         except UserError:
-            logger.info(f"{path} is of another version of nnssl or damaged: measuring the data set again")
+            logger.info(f"{path} is damaged or was written by another version of nnssl: measuring the data set again")
         else:
             if stored.sources == digest_sources(dataset):
-                logger.info(f"fingerprint of {dataset.name} taken from {path}: the images have not changed")
+                logger.info(f"fingerprint of {dataset.name} read from {path}: the images have not changed")
                 return stored
-            logger.info(f"the images of {dataset.name} are not those of {path}: measuring them again")
+            logger.info(f"{path} does not match the images of {dataset.name}: measuring them again")
     fingerprint = extract_fingerprint(dataset, processes)
     write(path, fingerprint)
     return fingerprint
 
 
 def check_set_aside(fingerprint: Fingerprint) -> None:
-    """Check that few enough cases had to be set aside.
+    """Check that at most a tenth of the cases cannot be used.
 
     Raises:
-        UserError: more than a tenth; names the count and the first few.
+        UserError: If there are more; the message lists the first few.
     """
     total = len(fingerprint.cases) + len(fingerprint.set_aside) + len(fingerprint.duplicates)
     if len(fingerprint.set_aside) > MOST_SET_ASIDE * total:
@@ -179,7 +179,7 @@ def check_set_aside(fingerprint: Fingerprint) -> None:
 
 
 def nnunet_fingerprint(fingerprint: Fingerprint) -> dict[str, Any]:
-    """Return the content of nnU-Net's ``dataset_fingerprint.json``; plain Python, cases in the fingerprint's order."""
+    """Return the content of nnU-Net's ``dataset_fingerprint.json`` in plain Python types; cases keep their order."""
     sizes = [case.relative_size_after_crop for case in fingerprint.cases]
     properties = fingerprint.foreground_intensity_properties_per_channel
     return {
@@ -191,7 +191,7 @@ def nnunet_fingerprint(fingerprint: Fingerprint) -> dict[str, Any]:
 
 
 def digest_sources(dataset: RawDataset) -> str:
-    """Return a digest of names, sizes and modification times of all images and of how they are read."""
+    """Return a digest of how images are read and of the names, sizes and modification times of all images."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr((dataset.name, dataset.reader, dataset.channel_names, dataset.set_aside)).encode())
     for case in dataset.cases:
@@ -206,7 +206,7 @@ def digest_sources(dataset: RawDataset) -> str:
 
 
 def _measure_cases(dataset: RawDataset, processes: int) -> list[MeasuredCase | SetAside]:
-    """Return what was measured on each case, in the order of the cases."""
+    """Return the measurements of all cases, sorted by name."""
     work = partial(
         measure_case,
         reader=dataset.reader,
@@ -220,7 +220,7 @@ def _measure_cases(dataset: RawDataset, processes: int) -> list[MeasuredCase | S
 
 
 def _split_dimensions(dataset: RawDataset, measured: list[MeasuredCase]) -> tuple[list[MeasuredCase], list[SetAside]]:
-    """Set aside single slices among volumes, or volumes among single slices: whichever are fewer."""
+    """Reject single slices among volumes or volumes among single slices, whichever are fewer."""
     flat = [entry for entry in measured if entry.record.shape[0] == 1]
     files = {case.name: str(case.images[0]) for case in dataset.cases}
     mostly_flat = 2 * len(flat) > len(measured)
@@ -231,7 +231,7 @@ def _split_dimensions(dataset: RawDataset, measured: list[MeasuredCase]) -> tupl
 
 
 def _judge_modalities(dataset: RawDataset, records: list[CaseRecord]) -> tuple[str, ...]:
-    """Return CT or the channel's name for each channel, judging unnamed channels from intensities."""
+    """Return CT or the channel's name for each channel; the modality of unnamed channels is detected from intensities."""
     modalities = []
     for channel, name in enumerate(dataset.channel_names):
         looks = sum(record.below_ct_air[channel] >= CT_AIR_SHARE for record in records)
@@ -240,17 +240,17 @@ def _judge_modalities(dataset: RawDataset, records: list[CaseRecord]) -> tuple[s
         if name == UNKNOWN_CHANNEL:
             modalities.append("CT" if like_ct else "MRI")
             logger.info(
-                f"{dataset.name}: channel {channel} is taken for {modalities[-1]}, as {seen}; if not so, name it"
+                f"{dataset.name}: channel {channel} detected as {modalities[-1]} ({seen}); name the channel if this is wrong"
             )
         else:
             modalities.append("CT" if name.casefold() == "ct" else name)  # nnU-Net's rule
             if (modalities[-1] == "CT") != like_ct:
                 logger.info(
-                    f"{dataset.name}: channel {channel} is treated as {name} as dataset.json says, though {seen}"
+                    f"{dataset.name}: channel {channel} is treated as {name}, its name in dataset.json, although {seen}"
                 )
     return tuple(modalities)
 
 
 def _too_many(name: str, set_aside: list[SetAside], total: int) -> str:
     first = "; ".join(f"{Path(entry.file).name} {entry.reason}" for entry in set_aside[:3])
-    return f"{name}: {len(set_aside)} of {total} cases cannot be used ({first}); mend or remove them"
+    return f"{name}: {len(set_aside)} of {total} cases cannot be used ({first}); fix or remove them"

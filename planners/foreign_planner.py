@@ -1,4 +1,4 @@
-"""The plan for a network that was not planned here: nnU-Net's own for the data, but for network, patch and spacing."""
+"""The plan around a network from elsewhere: nnU-Net's own plan of the data with another network, patch and spacing."""
 
 import math
 import tempfile
@@ -17,11 +17,12 @@ from nnssl.files import read_json, write_json
 from nnssl.networks.backbone import encoder_strides
 from nnssl.paths import Folders
 from nnssl.plan import TransformerSize
+from nnssl.sizes import in_voxels
 from planners.primus_rules import primus_architecture
 
 CONFIGURATION = "3d_fullres"
 BATCH_SIZE = 2
-"""As nnU-Net's main branch fine-tunes such weights."""
+"""Batch size with which nnU-Net's main branch fine-tunes such weights."""
 
 
 def plan_for_network(
@@ -32,43 +33,46 @@ def plan_for_network(
     plans_name: str,
     folders: Folders,
 ) -> dict[str, Any]:
-    """Plan a labelled data set with nnU-Net's own planner, around a given network.
+    """Plan a labelled data set around a given network, with nnU-Net's own planner.
 
-    Normalisation, reader and axes are those that nnU-Net decides for the data set. The patch is the weights', but no longer
-    than the data set's images along any axis.
+    nnU-Net decides normalisation, reader and axes. The patch is that of the weights, shortened where the median image of the
+    data set is shorter.
 
     Args:
-        architecture: of the network, as a configuration of a plan names it.
-        patch_vox: that the weights' authors recommend, (z, y, x).
-        spacing_mm: of pretraining; None for what nnU-Net decides.
-        dataset_name: with ``dataset_fingerprint.json`` in its preprocessed folder.
-        plans_name: of the new plan.
+        architecture: Architecture of the network, in the form of a plan's configuration.
+        patch_vox: Patch that the authors of the weights recommend, (z, y, x), in voxels.
+        spacing_mm: Spacing of pretraining in mm; None for the spacing that nnU-Net chooses.
+        dataset_name: Name of the data set, whose preprocessed folder contains ``dataset_fingerprint.json``.
+        plans_name: Name of the new plan.
         folders: nnU-Net's folders.
 
     Returns:
-        The content of a plans file with the one configuration ``3d_fullres``.
+        The content of a plans file with the single configuration ``3d_fullres``.
 
     Raises:
-        UserError: the weights are for slices, or nnU-Net has no 3D configuration for the data set.
+        UserError: If the weights are for slices, nnU-Net plans no 3D configuration for the data set, or the patch is too small
+            for the network.
     """
     from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 
     if len(patch_vox) != 3:
         raise UserError(
-            f"{dataset_name}: the weights are for {len(patch_vox)}D images; only 3D ones can be planned around"
+            f"{dataset_name}: cannot be planned around weights for {len(patch_vox)}D images; use weights for 3D images"
         )
-    # the planner writes, unasked over what is there; it gets a folder of its own to do so
+    # the planner overwrites existing files without asking, so it works in a temporary folder
     with tempfile.TemporaryDirectory(prefix="nnssl_plan_") as folder:
         target = Path(folder, dataset_name)
         target.mkdir()
         fingerprint = folders.preprocessed / dataset_name / "dataset_fingerprint.json"
         write_json(target / fingerprint.name, read_json(fingerprint, "fingerprint"))
-        # torch's device: the planner builds networks, of which it looks at the sizes alone
+        # the planner builds networks only to read their sizes, which the device meta provides without memory
         with variables(nnUNet_preprocessed=folder), redirect_stdout(StringIO()), torch.device("meta"):
             ExperimentPlanner(dataset_name, plans_name=plans_name).plan_experiment()
         plan: dict[str, Any] = read_json(target / f"{plans_name}.json", "plan")
     if CONFIGURATION not in plan["configurations"]:
-        raise UserError(f"{dataset_name}: nnU-Net plans no 3d_fullres for it, so weights for volumes have no use")
+        raise UserError(
+            f"{dataset_name}: nnU-Net plans no configuration 3d_fullres, so weights for volumes cannot be used"
+        )
     configuration = plan["configurations"][CONFIGURATION]
     if spacing_mm is not None:
         scale = np.array(configuration["spacing"]) / np.array(spacing_mm)
@@ -82,7 +86,7 @@ def plan_for_network(
     ]
     if min(patch) < 1:
         raise UserError(
-            f"{dataset_name}: a patch of {list(patch_vox)} voxels is shorter than the network's strides, {steps}"
+            f"{dataset_name}: a patch of {in_voxels(patch_vox)} voxels is smaller than the network's strides, {in_voxels(steps)}"
         )
     configuration |= {"patch_size": patch, "batch_size": BATCH_SIZE, "architecture": _planned(architecture, patch)}
     plan["configurations"] = {CONFIGURATION: configuration}
@@ -90,7 +94,7 @@ def plan_for_network(
 
 
 def _steps(architecture: dict[str, Any]) -> list[int]:
-    """Return what a patch is a multiple of, per axis."""
+    """Return the number of voxels along each axis of which a patch must be a multiple."""
     kwargs = architecture["arch_kwargs"]
     if "patch_embed_size" in kwargs:
         return list(kwargs["patch_embed_size"])
@@ -98,11 +102,10 @@ def _steps(architecture: dict[str, Any]) -> list[int]:
 
 
 def _planned(architecture: dict[str, Any], patch: Sequence[int]) -> dict[str, Any]:
-    """Return the network as nnU-Net builds it from a plan: of Primus, the one whose last layer fits any number of classes."""
+    """Return the architecture for a plan; for Primus, the class whose last layer fits any number of classes."""
     kwargs = architecture["arch_kwargs"]
     if "patch_embed_size" not in kwargs:
         return architecture
-    size = TransformerSize(
-        kwargs["embed_dim"], kwargs["eva_depth"], kwargs["eva_numheads"], decoder_depth=2
-    )  # the last is of pretraining
+    # decoder_depth matters only for pretraining
+    size = TransformerSize(kwargs["embed_dim"], kwargs["eva_depth"], kwargs["eva_numheads"], decoder_depth=2)
     return primus_architecture(size, kwargs["patch_embed_size"], patch)

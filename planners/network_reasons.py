@@ -1,4 +1,4 @@
-"""Why the plan of the networks is as it is: what nnU-Net's rules decided for spacing, axes, patch and network, in words."""
+"""Reasons for the decisions of nnU-Net's rules: spacing, axes, normalisation, patch and network."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,15 +21,15 @@ def explain_data_set(
     like: Path | None,
     spacing_given: bool,
 ) -> Reasons:
-    """Return what all configurations share, and why.
+    """Return the decisions that all configurations share, with their reasons.
 
     Args:
-        nnunet: the plans file.
-        spacings_mm: of the cases, in the plan's order of axes.
-        modalities: of the channels.
-        preset: the memory target.
-        like: the plans file that was taken over, None for a plan from the data.
-        spacing_given: whether the user chose the spacing.
+        nnunet: Content of the plans file.
+        spacings_mm: Spacing of every case in mm, in the plan's order of axes.
+        modalities: Modality of each channel.
+        preset: Memory target.
+        like: Plans file that this plan was built around; None for a plan from the data.
+        spacing_given: Whether the user set the spacing.
     """
     source = f"taken from {like.parent.name}/{like.name}" if like else None
     configurations = nnunet["configurations"]
@@ -70,12 +70,12 @@ def explain_data_set(
 
 
 def explain_network(base: dict[str, Any], preset: Preset, like: Path | None) -> Reasons:
-    """Return patch, network and batch size of a configuration, and why.
+    """Return the decisions on patch, network and batch size of a configuration, with their reasons.
 
     Args:
-        base: the configuration in the plans file.
-        preset: the memory target.
-        like: the plans file that was taken over, None for a plan from the data.
+        base: Configuration in the plans file.
+        preset: Memory target.
+        like: Plans file that this plan was built around; None for a plan from the data.
     """
     source = f"taken from {like.parent.name}/{like.name}" if like else None
     arch = base["architecture"]["arch_kwargs"]
@@ -100,5 +100,5 @@ def explain_network(base: dict[str, Any], preset: Preset, like: Path | None) -> 
 
 
 def _along_axes(sizes: Sequence[int] | int) -> str:
-    """Return a stride or kernel in words; a single number stands for all axes."""
+    """Return a stride or kernel as text; a single number applies to all axes."""
     return in_voxels(sizes) if isinstance(sizes, (list, tuple)) else str(sizes)

@@ -1,4 +1,4 @@
-"""From raw images to preprocessed cases in one call: fingerprint, plan, preprocessing; what is done is recognised."""
+"""Fingerprint, plan and preprocessing of a raw data set in one call, without repeating finished work."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from nnssl.data.jobs import default_processes
 from nnssl.data.preprocess import PreprocessReport, preprocess_dataset
 from nnssl.data.raw import find_dataset, leave_out, read_dataset
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.log import logger
 from nnssl.methods import METHODS
 from nnssl.paths import Folders, use_folders
@@ -20,18 +20,18 @@ from planners.settings import PlanSettings
 
 @dataclass(frozen=True)
 class PreparedDataset:
-    """A data set that was planned."""
+    """Result of planning and preprocessing a data set."""
 
     fingerprint: Fingerprint
     plan: Plan
     report: PreprocessReport | None
-    """None where nothing was to be preprocessed."""
+    """Report of the preprocessing; None if only the plan was requested."""
 
     def first_pretraining(self) -> tuple[str, str | None]:
-        """Return the first method of the index that finds its cases, and the configuration to name if it is not the usual one.
+        """Return the first method whose cases are preprocessed, and its configuration, or None for the method's default.
 
         Raises:
-            UserError: nothing was preprocessed that a method can use.
+            UserError: If no method can use the preprocessed cases.
         """
         folders = {folder.name for folder in self.report.folders} if self.report else set()
         planned = self.plan.pretext.configurations
@@ -40,7 +40,10 @@ class PreparedDataset:
             ready = [name for name in usable if planned[name].case_folder in folders]
             if ready:
                 return method.name, None if ready[0] == usable[0] else ready[0]
-        raise UserError(f"plan {self.plan.name} of {self.plan.dataset_name}: no method can use what was preprocessed")
+        raise UserError(
+            f"plan {self.plan.name} of {self.plan.dataset_name}: no method can use the preprocessed configurations; "
+            "preprocess others"
+        )
 
 
 def plan_and_preprocess(
@@ -57,8 +60,8 @@ def plan_and_preprocess(
         The fingerprint, the plan and a report of the preprocessing.
 
     Raises:
-        UserError: If the data set, a plan, a list or a number does not fit, too many cases are unusable, or a file cannot be
-            written.
+        UserError: If the data set, a plan or a list does not fit, too many cases are unusable, or a file cannot be written.
+        ArgumentError: If a setting has a wrong value.
 
     Example:
         >>> settings = nnssl.PlanSettings(preset="cpu", configurations=["3d_fullres"], processes=1)
@@ -110,7 +113,7 @@ def _plan_and_preprocess(dataset: str | int, settings: PlanSettings, folders: Fo
 
 
 def format_unused(prepared: PreparedDataset) -> list[str]:
-    """Return a line for every case that is not used and why; empty when all are used."""
+    """Return one line for every case that is not used, with the reason; an empty list if all cases are used."""
     fingerprint, report = prepared.fingerprint, prepared.report
     aside = [*fingerprint.set_aside, *(() if report is None else report.set_aside)]
     lines = [f"  {entry.case}: {entry.reason} ({entry.file})" for entry in aside]
@@ -119,8 +122,16 @@ def format_unused(prepared: PreparedDataset) -> list[str]:
 
 
 def _find_nnunet_plan(like: str | int, plans_name: str, folders: Folders) -> Path:
-    """Return the plans file of nnU-Net of a data set."""
+    """Return the path of an nnU-Net plan.
+
+    Raises:
+        ArgumentError: If the data set has no such plan.
+    """
     path = plan_path(folders, find_dataset(like, folders), plans_name)
     if not path.exists():
-        raise UserError(f"--like {like}: {path} is missing; run nnUNetv2_plan_and_preprocess -d {like} first")
+        raise ArgumentError(
+            f"like must be a data set with an nnU-Net plan, got {like}: {path} does not exist; run "
+            f"nnUNetv2_plan_and_preprocess -d {like} first",
+            "like",
+        )
     return path

@@ -1,28 +1,28 @@
-"""Memory targets: what a user's machine allows, and which of nnU-Net's planners knows such a machine."""
+"""Presets: memory targets, and the network sizes, batch sizes and training lengths that belong to them."""
 
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError
 from nnssl.log import logger
 from nnssl.plan import TransformerSize
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A memory target and what follows from it.
+    """Memory target and the choices that depend on it.
 
     Attributes:
-        memory_gb: memory that one training step may take.
-        encoder: plain U-Net, or the residual encoder in the size that nnU-Net recommends for this memory.
-        base_features: channels of the first stage.
-        max_features: largest number of channels in 2D and in 3D.
-        transformer: largest transformer of a hybrid network.
-        primus: largest Primus.
-        largest_batch: no pretext batch grows beyond this.
-        epochs_share: share of a method's published epochs.
+        memory_gb: Memory in GB that one training step may take.
+        encoder: Plain U-Net, or the residual encoder in the size that nnU-Net recommends for this memory.
+        base_features: Number of channels in the first stage.
+        max_features: Largest number of channels in 2D and in 3D.
+        transformer: Size of the largest transformer of a hybrid network.
+        primus: Size of the largest Primus.
+        largest_batch: Largest batch size of a pretext stage.
+        epochs_share: Share of a method's published epochs.
     """
 
     memory_gb: float
@@ -49,7 +49,7 @@ PRIMUS_SIZES = (
     TransformerSize(width=792, depth=12, heads=12, decoder_depth=4),
     TransformerSize(width=864, depth=16, heads=12, decoder_depth=4),
 )
-"""From a tiny one to Primus S, B and M (Wald et al. 2025, table 1); nnU-Net's own trainers build the last three."""
+"""From a tiny Primus to Primus S, B and M (Wald et al. 2025, table 1); nnU-Net's own trainers build the last three."""
 
 PRESETS = {
     "cpu": Preset(0.5, "plain", 16, (128, 128), VIT_SIZES[0], PRIMUS_SIZES[0], 16, 0.1),
@@ -64,18 +64,21 @@ def find_preset(name: str) -> Preset:
     """Return a preset by name.
 
     Raises:
-        UserError: there is no such preset; names those there are.
+        ArgumentError: If there is no such preset.
     """
     if name not in PRESETS:
-        raise UserError(f"--preset {name}: the presets are {', '.join(PRESETS)}")
+        raise ArgumentError(f"preset must be one of {', '.join(PRESETS)}, got {name}", "preset")
     return PRESETS[name]
 
 
 def choose_preset(name: str | None) -> str:
-    """Return the name of the preset asked for, or of the one for this machine's GPU, said aloud.
+    """Return the requested preset, or detect and print the one for this machine's GPU.
+
+    Args:
+        name: Name of a preset; None to detect it.
 
     Raises:
-        UserError: there is no such preset.
+        ArgumentError: If there is no such preset.
     """
     if name is not None:
         find_preset(name)
@@ -87,9 +90,13 @@ def choose_preset(name: str | None) -> str:
 
 
 def preset_for_gpu(memory_gb: float | None) -> tuple[str, str]:
-    """Return the preset for a GPU with this much memory, and the sentence that says so; None without a GPU."""
+    """Return the preset for a GPU and a sentence that explains the choice.
+
+    Args:
+        memory_gb: Memory of the GPU in GB; None without a GPU.
+    """
     if memory_gb is None:
-        return "8gb", "no GPU found: planning for a GPU with 8 GB; --preset chooses another target (cpu, 24gb, ...)"
+        return "8gb", "no GPU detected: planning for preset 8gb, a GPU with 8 GB; other presets are cpu, 24gb, ..."
     fitting = [name for name, preset in PRESETS.items() if name != "cpu" and preset.memory_gb <= memory_gb * 1.05]
     chosen = fitting[-1] if fitting else "8gb"
-    return chosen, f"GPU with {memory_gb:.0f} GB found: planning for {chosen}; --preset chooses another target"
+    return chosen, f"GPU with {memory_gb:.0f} GB detected: planning for preset {chosen}"

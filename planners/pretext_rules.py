@@ -1,7 +1,7 @@
-"""What pretraining needs from the data beyond nnU-Net's plan; every rule records its reason.
+"""Decisions that pretraining needs beyond nnU-Net's plan; every rule records its reason.
 
-The rules look at a finished nnU-Net plan (from the data or taken over from a data set with labels) and add a hybrid
-configuration beside each convolutional one and nnssl's own section for all of them.
+The rules read a finished nnU-Net plan, made from the data or taken from a labelled data set. They add hybrid configurations and
+Primus to the convolutional configurations, and nnssl's own section for each of them.
 """
 
 from collections.abc import Sequence
@@ -35,15 +35,16 @@ from planners.view_rules import decide_crop, decide_flips, decide_intensity, dec
 
 
 class PretextRules:
-    """Adds hybrid configurations to a plan and decides nnssl's section of every configuration.
+    """Rules that add configurations to a plan and decide nnssl's section of every configuration.
 
     Args:
-        fingerprint: of the usable cases.
-        preset: the memory target.
-        nnunet: the plans file; hybrid configurations are added to it.
-        budgets: by configuration, feature values that fit into memory; a missing one is taken from the plan's batch size.
-        like: the plans file that was taken over, None for a plan from the data.
-        spacing_given: whether the user chose the spacing.
+        fingerprint: Measurements of the usable cases.
+        preset: Memory target.
+        nnunet: Content of the plans file, to which configurations are added.
+        budgets: Number of feature values that fit into memory, by configuration; a missing number is derived from the plan's
+            batch size.
+        like: Plans file that this plan was built around; None for a plan from the data.
+        spacing_given: Whether the user set the spacing.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class PretextRules:
 
     def decide(self) -> None:
         """Fill ``configurations`` and ``decisions``."""
-        self._say(
+        self._record(
             "data set",
             *explain_data_set(
                 self.nnunet, self.spacings_mm, self.modalities, self.preset, self.like, self.spacing_given
@@ -80,7 +81,7 @@ class PretextRules:
         )
         for name in [name for name in ("3d_fullres", "2d") if name in self.nnunet["configurations"]]:
             base = self.nnunet["configurations"][name]
-            self._say(name, *explain_network(base, self.preset, self.like))
+            self._record(name, *explain_network(base, self.preset, self.like))
             features = self._feature_sizes(base["architecture"], base["patch_size"])
             budget = self.budgets.get(name, sum(features) * base["batch_size"])
             views = self._decide_views(name, base)
@@ -90,22 +91,22 @@ class PretextRules:
                 "anatomy": self._decide_anatomy(name, base, views),
             }
             hybrid = f"{name}_hybrid"
-            # nothing looks at the tokens of a U-Net for slices
+            # no method reads the tokens of a U-Net for slices
             tokens, reasons = decide_tokens(base["architecture"], base["patch_size"], base["spacing"])
-            self._say(name if len(views["patch_size"]) == 3 else hybrid, *reasons)
+            self._record(name if len(views["patch_size"]) == 3 else hybrid, *reasons)
             self._decide_run(name, views, tokens if len(views["patch_size"]) == 3 else None, None, features, budget)
             if tokens is not None:
                 size, reasons = decide_transformer(tokens, self.preset)
-                self._say(hybrid, ("views", f"same as {name}", "the patches are the same"), *reasons)
+                self._record(hybrid, ("views", f"same as {name}", "the patches are the same"), *reasons)
                 self._add_hybrid(name, hybrid, base, tokens, size, budget)
                 self._decide_run(hybrid, views, tokens, size, features, budget)
             if len(views["patch_size"]) == 3:
                 self._add_primus(name, base, views, budget)
 
-    def _say(self, configuration: str, *reasons: tuple[str, str, str]) -> None:
+    def _record(self, configuration: str, *reasons: tuple[str, str, str]) -> None:
         self.decisions += [Decision(configuration, *each) for each in reasons]
 
-    # configurations of nnssl's own
+    # nnssl's own configurations
 
     def _add_hybrid(
         self, name: str, hybrid: str, base: dict[str, Any], tokens: TokenGrid, size: TransformerSize, budget: float
@@ -121,15 +122,15 @@ class PretextRules:
         backbone = configuration["architecture"]["network_class_name"].rsplit(".", 1)[-1]
         fits = f"the U-Net of {name} with a transformer on stage {tokens.stage}; its weights also fit {name}"
         memory = f"at most that of {name}; the transformer's memory is included"
-        self._say(hybrid, ("backbone", backbone, fits))
-        self._say(hybrid, ("batch size (fine-tuning)", str(configuration["batch_size"]), memory))
+        self._record(hybrid, ("backbone", backbone, fits))
+        self._record(hybrid, ("batch size (fine-tuning)", str(configuration["batch_size"]), memory))
 
     def _add_primus(self, name: str, base: dict[str, Any], views: dict[str, Any], budget: float) -> None:
         primus = f"{name}_primus"
         chosen, decisions = decide_primus(
             base["patch_size"], base["spacing"], self.channels, budget, base["batch_size"], self.preset
         )
-        self._say(primus, *decisions)
+        self._record(primus, *decisions)
         if chosen is None:
             return
         self.nnunet["configurations"][primus] = {
@@ -139,10 +140,10 @@ class PretextRules:
             "architecture": chosen.architecture,
         }
         if chosen.patch == views["patch_size"]:
-            self._say(primus, ("views", f"same as {name}", "the patches are the same"))
+            self._record(primus, ("views", f"same as {name}", "the patches are the same"))
         else:
             crop, overlap, reasons = decide_crop(chosen.patch)
-            self._say(primus, *reasons)
+            self._record(primus, *reasons)
             views = {**views, "patch_size": chosen.patch, "crop_fraction": crop, "crop_overlap": overlap}
         self._decide_run(primus, views, chosen.tokens, chosen.size, (chosen.values, 0.0), budget)
 
@@ -154,10 +155,10 @@ class PretextRules:
             float(network.decoder.compute_conv_feature_map_size(size)),
         )
 
-    # what pretext methods read
+    # values that pretext methods read
 
     def _decide_views(self, name: str, base: dict[str, Any]) -> dict[str, Any]:
-        """Return what the views of a configuration take from the data, for itself and its hybrid."""
+        """Return the fields on views, which a configuration shares with its hybrid."""
         patch = tuple(int(n) for n in base["patch_size"])
         spacing = tuple(float(mm) for mm in base["spacing"])
         thick = int(np.argmax(spacing)) if len(spacing) == 3 and max(spacing) / min(spacing) > ANISO_THRESHOLD else None
@@ -166,7 +167,7 @@ class PretextRules:
         rotation, of_rotation = decide_rotation(len(patch), thick)
         flips, of_flips = decide_flips(len(patch))
         intensity, of_intensity = decide_intensity(self.is_ct)
-        self._say(name, *of_crop, *of_rotation, *of_flips, *of_intensity)
+        self._record(name, *of_crop, *of_rotation, *of_flips, *of_intensity)
         return {
             "case_folder": folder,
             "patch_size": patch,
@@ -182,21 +183,21 @@ class PretextRules:
     def _decide_dense(self, name: str, base: dict[str, Any]) -> DenseSampling:
         features = base["architecture"]["arch_kwargs"]["features_per_stage"]
         sampling, decisions = decide_dense(features, base["patch_size"], self.preset)
-        self._say(name, *decisions)
+        self._record(name, *decisions)
         return sampling
 
     def _decide_context(self, name: str, base: dict[str, Any], views: dict[str, Any]) -> ContextChoices:
         chosen, decisions = decide_context(
             base["architecture"], views["patch_size"], views["spacing_mm"], views["thick_axis"]
         )
-        self._say(name, *decisions)
+        self._record(name, *decisions)
         return chosen
 
     def _decide_anatomy(self, name: str, base: dict[str, Any], views: dict[str, Any]) -> AnatomyChoices:
         scan_mm = np.median(self.shapes * self.spacings_mm, axis=0)[-len(views["patch_size"]) :]
         chosen, decisions = decide_anatomy(base["architecture"], views["patch_size"], views["spacing_mm"], scan_mm)
-        if len(views["patch_size"]) == 3:  # no method looks for places in slices
-            self._say(name, *decisions)
+        if len(views["patch_size"]) == 3:  # no method matches places in slices
+            self._record(name, *decisions)
         return chosen
 
     def _decide_run(
@@ -216,21 +217,21 @@ class PretextRules:
             for stage in method.stages
             if stage.runs_in(name) == name and not (stage.reads_tokens and tokens is None)
         )
-        stages = list(dict.fromkeys(found))  # a stage may serve several methods
+        stages = list(dict.fromkeys(found))  # several methods may share a stage
         schedules = {}
         for stage in stages:
             schedules[stage.name], reasons = decide_schedule(
                 stage, features, budget, tokens, size, patches, self.preset
             )
-            self._say(name, *reasons)
-        # a teacher sees what its student sees, without a graph
+            self._record(name, *reasons)
+        # a teacher runs the encoder on its student's input, without a graph
         taught = [
             schedules[stage.name]
             for stage in stages
             if stage.encoder_graphs and stage.encoder_passes and not stage.reads_tokens
         ]
         queue, momentum, reasons = decide_teacher(patches, taught)
-        self._say(name, *reasons)
+        self._record(name, *reasons)
         self.configurations[name] = PretextConfiguration(
             **views,
             tokens=tokens,

@@ -1,8 +1,8 @@
-"""Fingerprint and memory target -> plan.
+"""The planner of pretraining: turns fingerprint and memory target into a plan.
 
-nnU-Net's own planner chooses spacing, axis order, normalisation, patch, topology and the batch of a supervised step; it is
-subclassed here for the inputs only (no labels, no ``dataset.json`` in the raw folder) so that its rules stay its own.
-What pretraining needs beyond that is in ``planners.pretext_rules``.
+nnU-Net's own planner chooses spacing, axis order, normalisation, patch, network and the batch size of fine-tuning. It is
+subclassed only to replace its inputs (no labels, no ``dataset.json`` in the raw folder), so its rules are unchanged.
+``planners.pretext_rules`` decides what pretraining needs in addition.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnssl.data.dicom_series import stock_reader
 from nnssl.data.raw import RawDataset
 from nnssl.environment import variables
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json, write_json
 from nnssl.log import logger
 from nnssl.paths import Folders
@@ -40,11 +40,11 @@ from planners.presets import Preset, find_preset
 from planners.pretext_rules import PretextRules
 
 CONVOLUTIONAL = ("2d", "3d_fullres")
-"""Configurations of nnU-Net that pretraining plans for; a hybrid one stands beside each."""
+"""Configurations of nnU-Net that pretraining plans; each gets a hybrid configuration."""
 
 
 class _WithoutLabels:
-    """What differs from nnU-Net's planners: where the inputs come from, and how the outputs are called."""
+    """Differences from nnU-Net's planners: the source of the inputs and the names of the outputs."""
 
     reader_name: str
     plans_identifier: str
@@ -53,20 +53,20 @@ class _WithoutLabels:
         return recursive_find_reader_writer_by_name(self.reader_name)
 
     def generate_data_identifier(self, configuration_name: str) -> str:
-        # nnU-Net's residual planners share the folder of nnUNetPlans; a plan with another spacing must not
+        # nnU-Net's residual planners use the folder of nnUNetPlans, which would be wrong for another spacing
         return f"{self.plans_identifier}_{configuration_name}"
 
 
 class PretrainPlanner(_WithoutLabels, ExperimentPlanner):
-    """Plans a plain U-Net."""
+    """Planner of a plain U-Net."""
 
 
 class PretrainPlannerResidualL(_WithoutLabels, nnUNetPlannerResEncL):
-    """Plans nnU-Net's residual encoder L."""
+    """Planner of nnU-Net's residual encoder L."""
 
 
 class PretrainPlannerResidualXL(_WithoutLabels, nnUNetPlannerResEncXL):
-    """Plans nnU-Net's residual encoder XL."""
+    """Planner of nnU-Net's residual encoder XL."""
 
 
 PLANNERS: dict[str, type[ExperimentPlanner]] = {
@@ -91,29 +91,34 @@ def plan_pretraining(
     The same fingerprint and arguments give the same plan, byte for byte.
 
     Args:
-        dataset: the raw data set; its ``dataset.json`` content is written beside the plan, for nnU-Net.
-        fingerprint: of the usable cases.
-        folders: nnU-Net's folders; the plan goes to ``<preprocessed>/<data set>/<plans_name>.json``.
-        preset_name: memory target, a key of ``planners.presets.PRESETS``.
-        plans_name: identifier of the plan.
-        like: plans file of nnU-Net whose spacing, patch and networks are taken over; None to plan from the data.
-        spacing_mm: z, y, x as stored, in place of the one from the data; 2D takes its plane.
-        dense_width: channels of the stages at full resolution, in place of the preset's.
+        dataset: Raw data set; the content of its ``dataset.json`` is written next to the plan for nnU-Net.
+        fingerprint: Measurements of the usable cases.
+        folders: nnU-Net's folders; the plan is written to ``<preprocessed>/<data set>/<plans_name>.json``.
+        preset_name: Memory target, a key of ``planners.presets.PRESETS``.
+        plans_name: Name of the plan.
+        like: nnU-Net plans file whose spacing, patch and networks are used; None to plan from the data.
+        spacing_mm: Spacing in mm, (z, y, x) as stored, in place of the one chosen from the data; 2D uses the in-plane part.
+        dense_width: Number of channels at full resolution in place of the preset's.
 
     Returns:
         The plan as read back from its file.
 
     Raises:
-        UserError: ``like`` does not fit (channels, dimensions) or leaves nothing to choose, the preset is unknown, the width
-            does not fit into memory, or a file cannot be written.
+        UserError: If the plan ``like`` does not fit the data set, too many cases are unusable, or a file cannot be written.
+        ArgumentError: If ``like`` is combined with ``spacing_mm`` or ``dense_width``, the spacing or the preset is invalid, or
+            the width does not fit into memory.
     """
     preset = find_preset(preset_name)
     if like is not None and (spacing_mm is not None or dense_width is not None):
-        raise UserError(
-            f"{like}: decides spacing and width, so --spacing and --dense-width cannot be given with --like"
+        raise ArgumentError(
+            f"spacing_mm and dense_width cannot be combined with like, because the plan {like} determines both",
+            "spacing_mm",
+            "dense_width",
+            "like",
         )
     if spacing_mm is not None and not (len(spacing_mm) == 3 and all(0 < mm < math.inf for mm in spacing_mm)):
-        raise UserError(f"--spacing {' '.join(f'{mm:g}' for mm in spacing_mm)}: three lengths in mm above 0 are wanted")
+        given = " ".join(f"{mm:g}" for mm in spacing_mm)
+        raise ArgumentError(f"spacing_mm must be three lengths above 0, got {given}", "spacing_mm")
     check_set_aside(fingerprint)
     names = {str(i): name for i, name in enumerate(fingerprint.channel_names)}
     dataset_json = {**dataset.dataset_json, "channel_names": names}
@@ -171,11 +176,11 @@ def _plan_from_data(
         planner.reader_name = stock_reader(dataset.reader)
         planner.UNet_base_num_features = preset.base_features
         planner.UNet_max_features_2d, planner.UNet_max_features_3d = preset.max_features
-        with torch.device("meta"):  # it builds networks, of which it looks at the sizes alone
+        with torch.device("meta"):  # it builds networks only to read their sizes
             plans = planner.plan_experiment()
     for name in ("3d_lowres", "3d_cascade_fullres"):
         plans["configurations"].pop(name, None)
-    # nnU-Net looks this name up among its own planners
+    # nnU-Net searches its own planners for this name
     plans["experiment_planner_used"] = planner_class.__mro__[2].__name__
     return _plain(plans), planner
 
@@ -183,17 +188,17 @@ def _plan_from_data(
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
-        # a memory target other than nnU-Net's own for its residual presets is intended here
+        # nnU-Net warns about memory targets other than those of its residual presets, which are intended here
         warnings.simplefilter("ignore")
         yield
 
 
 @contextlib.contextmanager
 def _staged(dataset: RawDataset, dataset_json: dict[str, Any], fingerprint: Fingerprint) -> Iterator[None]:
-    """Show nnU-Net's planner a data set with ``dataset.json`` and fingerprint in a temporary folder.
+    """Present a data set to nnU-Net's planner in a temporary folder with ``dataset.json`` and fingerprint.
 
-    The raw folder may have no ``dataset.json`` and may be read-only, and nnU-Net's own fingerprint of a labelled data set
-    must not be overwritten: so nothing of the user's is touched.
+    The user's folders stay unchanged: the raw folder may be read-only or lack a ``dataset.json``, and nnU-Net's own fingerprint
+    of a labelled data set must not be overwritten.
     """
     paths = {case.name: [str(image) for image in case.images] for case in dataset.cases}
     listed = {case.name: {"images": paths[case.name], "label": ""} for case in fingerprint.cases}
@@ -209,29 +214,29 @@ def _staged(dataset: RawDataset, dataset_json: dict[str, Any], fingerprint: Fing
 
 
 def _budget(planner: ExperimentPlanner, dimensions: int) -> float:
-    """Feature values that fit into the memory target, by the rule nnU-Net sets its batch size with."""
+    """Return the number of feature values that fit into the memory target, by nnU-Net's rule for the batch size."""
     reference = planner.UNet_reference_val_2d if dimensions == 2 else planner.UNet_reference_val_3d
     batch = planner.UNet_reference_val_corresp_bs_2d if dimensions == 2 else planner.UNet_reference_val_corresp_bs_3d
     return reference * batch * planner.UNet_vram_target_GB / planner.UNet_reference_val_corresp_GB
 
 
 def _plan_like(like: Path, dataset: RawDataset, fingerprint: Fingerprint, plans_name: str) -> dict[str, Any]:
-    """Take spacing, patch, normalisation and networks of an existing nnU-Net plan over to this data set."""
+    """Return a plan of this data set with spacing, patch, normalisation and networks of an existing nnU-Net plan."""
     source = read_json(like, "nnU-Net plan")
     if not isinstance(source, dict) or "configurations" not in source:
         raise UserError(
-            f"{like}: is no plans file of nnU-Net; run nnUNetv2_plan_and_preprocess for that data set first"
+            f"{like}: is not a plans file of nnU-Net; run nnUNetv2_plan_and_preprocess for that data set first"
         )
     plans = deepcopy(source)
     plans.pop("pretext", None)
     kept = {name: plans["configurations"][name] for name in CONVOLUTIONAL if name in plans["configurations"]}
     if not kept:
-        raise UserError(f"{like}: has none of the configurations {', '.join(CONVOLUTIONAL)}")
+        raise UserError(f"{like}: has no configuration {' or '.join(CONVOLUTIONAL)}; choose another nnU-Net plan")
     for name, configuration in kept.items():
         channels = len(configuration["normalization_schemes"])
         if channels != len(fingerprint.channel_names):
             raise UserError(
-                f"{like}: plans for {channels} channels, {dataset.name} has {len(fingerprint.channel_names)}; "
+                f"{like}: expects {channels} channel(s), but {dataset.name} has {len(fingerprint.channel_names)}; "
                 "pretrain on images with the same channels"
             )
         configuration["data_identifier"] = f"{plans_name}_{name}"

@@ -1,4 +1,4 @@
-"""Size, token and patch of Primus, the vision transformer beside the U-Nets, from data and memory target."""
+"""Planner rules for Primus, a vision transformer: token, patch and size from the data and the memory target."""
 
 import math
 from collections.abc import Sequence
@@ -15,15 +15,18 @@ from planners.presets import PRIMUS_SIZES, Preset
 
 CLASS_NAME = "nnssl.networks.primus.PlannedPrimus"
 TOKEN_VOX = 8
-"""Primus's tokens are 8 voxels long."""
+"""Length of Primus's tokens in voxels."""
 LONGEST_TOKEN_VOX = 16
+"""Longest side of a token in voxels that may be chosen."""
 TOKENS = (64, 8000)
-"""Fewer leave nothing to relate; 8000 are those of the largest patch in the Primus paper, 160 voxels along every axis."""
+"""Smallest and largest number of tokens. Fewer leave attention too little to relate; 8,000 is the number for the largest patch
+in the Primus paper, which has 160 voxels along every axis."""
 LEAST_BATCH = 2
+"""Smallest batch size that must fit into memory."""
 LEAST_SHARE = 0.25
-"""Of the U-Net's patch; rather than a smaller one, tokens are longer."""
+"""Smallest share of the U-Net's patch; longer tokens are preferred to a smaller patch."""
 DECODER_FEATURES = 32
-"""Of the map that the segmentation layer reads."""
+"""Number of channels of the map that the segmentation layer reads."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,12 @@ class PlannedTransformer:
     """Primus for one data set and memory target.
 
     Attributes:
-        architecture: as a plan has it.
-        patch: voxels.
-        tokens: of a patch.
-        size: of the transformer.
-        values: feature values of one patch, by nnU-Net's measure of memory.
-        batch: patches of a fine-tuning step.
+        architecture: Architecture in the form of a plan's configuration.
+        patch: Size of the patch in voxels.
+        tokens: Token grid of a patch.
+        size: Size of the transformer.
+        values: Number of feature values of one patch, by nnU-Net's measure of memory.
+        batch: Batch size of fine-tuning.
     """
 
     architecture: dict[str, Any]
@@ -50,18 +53,18 @@ class PlannedTransformer:
 def decide_primus(
     patch: Sequence[int], spacing_mm: Sequence[float], channels: int, budget: float, largest_batch: int, preset: Preset
 ) -> tuple[PlannedTransformer | None, Reasons]:
-    """Choose Primus's token, then the largest patch that fits, then the largest transformer.
+    """Choose the token of Primus, then the largest patch that fits, then the largest transformer.
 
     Args:
-        patch: voxels of the U-Net's patch.
-        spacing_mm: of its voxels.
-        channels: of the input.
-        budget: feature values that fit into the memory target.
-        largest_batch: patches of the U-Net's fine-tuning step.
-        preset: the memory target.
+        patch: Size of the U-Net's patch in voxels.
+        spacing_mm: Spacing of the patch in mm.
+        channels: Number of input channels.
+        budget: Number of feature values that fit into the memory target.
+        largest_batch: Batch size with which the U-Net is fine-tuned.
+        preset: Memory target.
 
     Returns:
-        The choice, None where nothing fits, and (what, value, reason) for every decision.
+        The choice, or None if nothing fits; and what, value and reason of every decision.
     """
     problem = what_cannot_run(channels)
     if problem:
@@ -97,12 +100,14 @@ def decide_primus(
 
 
 def token_vox(longest: int, patch: Sequence[int], spacing_mm: Sequence[float]) -> tuple[int, ...]:
-    """Return a token that is so long along the finest axis, and about as many mm along the others, in powers of two.
+    """Return a token with a given length along the finest axis and about the same length in mm along the others.
+
+    All sides are powers of two.
 
     Args:
-        longest: voxels, a power of two.
-        patch: no side of the token is longer than the patch's.
-        spacing_mm: of the voxels.
+        longest: Length along the finest axis in voxels, a power of two.
+        patch: Size of the patch in voxels, which limits the sides of the token.
+        spacing_mm: Spacing of the patch in mm.
     """
     finest = min(spacing_mm)
     sides = (max(0, round(math.log2(longest * finest / mm))) for mm in spacing_mm)
@@ -110,12 +115,12 @@ def token_vox(longest: int, patch: Sequence[int], spacing_mm: Sequence[float]) -
 
 
 def fitted_patch(patch: Sequence[int], token: Sequence[int]) -> tuple[int, ...]:
-    """Return the multiple of a token that is nearest to a patch along every axis."""
+    """Return the multiple of a token that is closest to a patch along every axis."""
     return tuple(max(1, round(n / size)) * size for n, size in zip(patch, token, strict=True))
 
 
 def thinner_patch(patch: Sequence[int], token: Sequence[int], spacing_mm: Sequence[float]) -> tuple[int, ...]:
-    """Return a patch without one layer of tokens, across the axis along which it is longest in mm."""
+    """Return a patch that is one token shorter along its longest axis in mm."""
     extents = [n * mm if n > size else 0.0 for n, size, mm in zip(patch, token, spacing_mm, strict=True)]
     axis = extents.index(max(extents))
     return tuple(n - size * (place == axis) for place, (n, size) in enumerate(zip(patch, token, strict=True)))
@@ -124,7 +129,7 @@ def thinner_patch(patch: Sequence[int], token: Sequence[int], spacing_mm: Sequen
 def _fitting(
     sizes: Sequence[TransformerSize], token: Sequence[int], patch: Sequence[int], channels: int, budget: float
 ) -> list[tuple[TransformerSize, float]]:
-    """Return the transformers of which the least batch fits, each with the values of a patch; ascending."""
+    """Return the transformers of which the smallest batch fits, in ascending size, each with the feature values of a patch."""
     if math.prod(_grid(patch, token)) > TOKENS[1]:
         return []
     fitting = []
@@ -137,7 +142,7 @@ def _fitting(
 
 
 def primus_architecture(size: TransformerSize, token: Sequence[int], patch: Sequence[int]) -> dict[str, Any]:
-    """Return the ``architecture`` of a plan."""
+    """Return the ``architecture`` of a plan's configuration with Primus."""
     arch_kwargs = {
         "embed_dim": size.width,
         "eva_depth": size.depth,
@@ -145,8 +150,8 @@ def primus_architecture(size: TransformerSize, token: Sequence[int], patch: Sequ
         "patch_embed_size": list(token),
         "input_shape": list(patch),
         "decoder_features": DECODER_FEATURES,
-        "drop_path_rate": 0.2 if size.depth >= 12 else 0.0,  # of nnU-Net's trainers of Primus
-        # nnU-Net takes from these at which resolutions logits come, and gives the lowest of them no weight
+        "drop_path_rate": 0.2 if size.depth >= 12 else 0.0,  # as in nnU-Net's trainers of Primus
+        # nnU-Net derives the resolutions of the logits from these, and gives the lowest one no weight
         "strides": [[1] * len(token), list(token), [1] * len(token)],
     }
     return {"network_class_name": CLASS_NAME, "arch_kwargs": arch_kwargs, "_kw_requires_import": []}
@@ -159,7 +164,7 @@ def _feature_values(architecture: dict[str, Any], channels: int, patch: Sequence
 
 @lru_cache
 def what_cannot_run(channels: int) -> str | None:
-    """Return what goes wrong when a tiny Primus sees a patch, None if nothing does."""
+    """Return the error that a tiny Primus raises on a patch; None if it raises none."""
     try:
         architecture = primus_architecture(PRIMUS_SIZES[0], (2, 4, 4), (4, 8, 8))
         architecture["arch_kwargs"]["drop_path_rate"] = 0.2
@@ -167,13 +172,13 @@ def what_cannot_run(channels: int) -> str | None:
         with torch.no_grad():
             network(torch.zeros(2, channels, 4, 8, 8))
             network.encode(torch.zeros(2, channels, 4, 8, 8), torch.tensor([[0, 3], [1, 2]]))
-    except Exception as error:  # whatever another version of a library raises
+    except Exception as error:  # another version of a library may raise any exception
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def _token_lengths(patch: Sequence[int], spacing_mm: Sequence[float]) -> list[int]:
-    """Return the lengths of a token's longest side to try, the best first."""
+    """Return the lengths of a token's longest side to try, in order of preference."""
     small = [TOKEN_VOX]
     # a patch too small for Primus's tokens gets shorter ones
     while small[-1] > 2 and math.prod(_grid(patch, token_vox(small[-1], patch, spacing_mm))) < TOKENS[0]:

@@ -1,4 +1,4 @@
-"""The plan's decisions, as lines for a person."""
+"""The plan's decisions as a table of text."""
 
 import shutil
 import textwrap
@@ -10,8 +10,8 @@ def format_decisions(plan: Plan, width: int | None = None) -> list[str]:
     """Return a table of every decision with its reason, grouped by configuration.
 
     Args:
-        plan: the plan.
-        width: of the lines in characters; None for that of the terminal.
+        plan: Plan whose decisions are listed.
+        width: Width of the lines in characters; None for the width of the terminal.
     """
     width = width or shutil.get_terminal_size((120, 24)).columns
     what = max(len(decision.what) for decision in plan.pretext.decisions)

@@ -1,4 +1,4 @@
-"""How long a stage is trained and on how many patches at a time, from memory target and amount of data, with the reasons."""
+"""Planner rules for batch size and length of a stage, from the memory target and the number of patches."""
 
 import math
 from collections.abc import Sequence
@@ -9,21 +9,21 @@ from nnssl.plan import Reasons, StageSchedule, TokenGrid, TransformerSize
 from planners.presets import Preset
 
 NO_GRAD_SHARE = 0.15
-"""Memory of a pass without a graph over one that keeps it: two feature maps of one stage live at a time."""
+"""Memory of a pass without a graph relative to a pass with one: only two feature maps of one stage exist at a time."""
 STEPS_PER_EPOCH = (25, 250)
-"""Fewest and most steps of an epoch; 250 is nnU-Net's."""
+"""Smallest and largest number of steps in an epoch; nnU-Net uses 250."""
 
 
 def values_of_patch(
     stage: Stage, features: tuple[float, float], tokens: TokenGrid | None, size: TransformerSize | None
 ) -> float:
-    """Return the feature values that one patch of a stage keeps in memory.
+    """Return the number of feature values that one patch of a stage keeps in memory.
 
     Args:
-        stage: of a method.
-        features: values of one pass through encoder and decoder that keeps its graph.
-        tokens: that the stage reads; None if it reads none.
-        size: of a transformer that sees them; None for a U-Net's encoder.
+        stage: Stage of a method.
+        features: Numbers of feature values of one pass through encoder and decoder with a graph.
+        tokens: Token grid that the stage reads; None if it reads none.
+        size: Size of the transformer that reads the tokens; None for the encoder of a U-Net.
     """
     encoder, decoder = features
     masked = stage.reads_tokens and tokens is not None and size is not None
@@ -32,7 +32,7 @@ def values_of_patch(
     if masked:
         assert tokens is not None
         assert size is not None
-        # the token decoder sees all tokens, the encoder at most a quarter of them
+        # the token decoder reads all tokens, the encoder at most a quarter of them
         blocks = size.depth / 4 + size.decoder_depth
         values += math.prod(tokens.grid) * 9 * size.width * blocks
     if tokens is not None:
@@ -49,16 +49,19 @@ def decide_schedule(
     patches: int,
     preset: Preset,
 ) -> tuple[StageSchedule, Reasons]:
-    """Choose batch size and length of a stage.
+    """Choose the batch size and length of a stage.
 
     Args:
-        stage: of a method.
-        features: see ``values_of_patch``.
-        budget: feature values that fit into the memory target.
-        tokens: see ``values_of_patch``.
-        size: see ``values_of_patch``.
-        patches: distinct ones in the data set.
-        preset: the memory target.
+        stage: Stage of a method.
+        features: See ``values_of_patch``.
+        budget: Number of feature values that fit into the memory target.
+        tokens: See ``values_of_patch``.
+        size: See ``values_of_patch``.
+        patches: Number of distinct patches in the data set.
+        preset: Memory target.
+
+    Returns:
+        The schedule, and what, value and reason of every decision.
     """
     fits = int(budget // values_of_patch(stage, features, tokens, size))
     most = max(2, min(fits, preset.largest_batch, patches // 2))
@@ -99,14 +102,14 @@ def decide_schedule(
 
 
 def decide_teacher(patches: int, taught: Sequence[StageSchedule]) -> tuple[int, float, Reasons]:
-    """Choose the length of a queue of keys and the momentum of a teacher.
+    """Choose the length of the key queue and the momentum of the teacher.
 
     Args:
-        patches: distinct ones in the data set.
-        taught: schedules of the stages that have a teacher.
+        patches: Number of distinct patches in the data set.
+        taught: Schedules of the stages with a teacher.
 
     Returns:
-        Keys in the queue, share of itself that a teacher keeps in a step, and the reasons; none without such a stage.
+        The number of keys in the queue, the momentum, and what, value and reason of both; no reasons without such a stage.
     """
     batch = max((schedule.batch_size for schedule in taught), default=2)
     queue = min(max(2 ** int(math.log2(max(2, patches / 4))), 64, 2 * batch), 4096)

@@ -1,4 +1,4 @@
-"""What a user asks of planning and preprocessing."""
+"""Settings of planning and preprocessing."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

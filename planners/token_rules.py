@@ -1,4 +1,4 @@
-"""The hybrid network of a data set: which feature map becomes tokens, how large the transformer on it is, with the reasons."""
+"""Planner rules for hybrid networks: the feature map that becomes tokens, and the size of the transformer."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,26 +12,28 @@ from nnssl.sizes import in_mm, in_voxels
 from planners.presets import VIT_SIZES, Preset
 
 TOKENS_WANTED = 196
-"""Tokens of RepRec's 14 x 14 grid (224 pixels at stride 16), the length ViT-B/16 was made for."""
+"""Number of tokens in RepRec's 14 x 14 grid (224 pixels at stride 16), for which ViT-B/16 was designed."""
 TOKENS_MIN, TOKENS_MAX = 64, 2000
-"""Fewer tokens leave nothing to relate; more make attention the costliest part of the network."""
+"""Smallest and largest number of tokens. Fewer leave attention too little to relate; with more, attention becomes the most
+expensive part of the network."""
 FEW_TOKENS = 128
-"""Below this many tokens the next smaller transformer is taken."""
+"""Number of tokens below which the next smaller transformer is used."""
 HYBRID_CLASSES = {"PlainConvUNet": "HybridUNet", "ResidualEncoderUNet": "HybridResidualEncoderUNet"}
+"""Class of the hybrid network, by the class of its U-Net."""
 
 
 def decide_tokens(
     architecture: dict[str, Any], patch: Sequence[int], spacing_mm: Sequence[float]
 ) -> tuple[TokenGrid | None, Reasons]:
-    """Choose the encoder stage whose positions become tokens, and the block of them that is masked at once.
+    """Choose the encoder stage whose positions become tokens, and the block of tokens that is masked together.
 
     Args:
-        architecture: of the U-Net.
-        patch: voxels.
-        spacing_mm: of its voxels.
+        architecture: Architecture of the U-Net.
+        patch: Size of the patch in voxels.
+        spacing_mm: Spacing of the patch in mm.
 
     Returns:
-        The grid, None if no stage has a useful number of positions; and the reasons.
+        The grid, or None if no stage has a suitable number of positions; and what, value and reason of every decision.
     """
     strides = np.cumprod(np.array(encoder_strides(architecture)), axis=0)
     grids = [[math.ceil(n / s) for n, s in zip(patch, stride, strict=True)] for stride in strides]
@@ -74,7 +76,7 @@ def decide_tokens(
 
 
 def decide_transformer(tokens: TokenGrid, preset: Preset) -> tuple[TransformerSize, Reasons]:
-    """Choose the size of the transformer from the memory target, one smaller for few tokens."""
+    """Choose the transformer of the memory target, or one size smaller if there are few tokens."""
     size = preset.transformer
     count = math.prod(tokens.grid)
     reason = f"the size for a memory target of {preset.memory_gb:g} GB"
@@ -89,12 +91,12 @@ def decide_transformer(tokens: TokenGrid, preset: Preset) -> tuple[TransformerSi
 
 
 def hybrid_architecture(architecture: Mapping[str, Any], tokens: TokenGrid, size: TransformerSize) -> dict[str, Any]:
-    """Return the ``architecture`` of a plan for a U-Net with a transformer on one stage.
+    """Return the ``architecture`` of a plan's configuration for a U-Net with a transformer on one stage.
 
     Args:
-        architecture: of the U-Net.
-        tokens: whose stage it stands on.
-        size: of the transformer.
+        architecture: Architecture of the U-Net.
+        tokens: Token grid with the stage of the transformer.
+        size: Size of the transformer.
     """
     stock = architecture["network_class_name"].rsplit(".", 1)[-1]
     return {

@@ -1,4 +1,4 @@
-"""What random views take from the data: crop, rotation, flips and intensity changes, each with its reason."""
+"""Planner rules for random views: crop, rotation, flips and intensity changes."""
 
 from collections.abc import Sequence
 
@@ -7,17 +7,18 @@ import numpy as np
 from nnssl.plan import Reasons
 
 LEAST_CROP_VOX = 4
-"""A random crop covers at least this many voxels along every axis."""
+"""Smallest number of voxels that a random crop covers along every axis."""
 
 
 def decide_crop(patch: Sequence[int]) -> tuple[tuple[float, float], float, Reasons]:
-    """Choose the share of a patch that a crop covers.
+    """Choose the range of the share of a patch that a crop covers.
 
     Args:
-        patch: voxels.
+        patch: Size of the patch in voxels.
 
     Returns:
-        Least and largest share; the share of the smaller of two crops that both have in common, on average; the reasons.
+        The smallest and largest share; the mean overlap of two crops as a share of the smaller one; and what, value and reason
+        of the decision.
     """
     least_zoom = max(0.2 ** (1 / len(patch)), min(1.0, LEAST_CROP_VOX / min(patch)))
     low = round(least_zoom ** len(patch), 4)
@@ -28,11 +29,11 @@ def decide_crop(patch: Sequence[int]) -> tuple[tuple[float, float], float, Reaso
 
 
 def decide_rotation(dimensions: int, thick_axis: int | None) -> tuple[tuple[float, ...], Reasons]:
-    """Choose the largest rotation about each axis, in degrees: none that mixes thick slices.
+    """Choose the largest rotation about each axis in degrees, without mixing thick slices.
 
     Args:
-        dimensions: of the patch.
-        thick_axis: along which voxels are much longer than along the others; None without one.
+        dimensions: Number of axes of the patch.
+        thick_axis: Axis along which voxels are much longer than along the others; None if there is none.
     """
     if dimensions == 2:
         reason = "rotating a single slice moves no voxel out of it"
@@ -47,7 +48,7 @@ def decide_rotation(dimensions: int, thick_axis: int | None) -> tuple[tuple[floa
 
 
 def decide_flips(dimensions: int) -> tuple[tuple[int, ...], Reasons]:
-    """Choose the axes that may be flipped: those of the fine plane."""
+    """Choose the axes that may be flipped: the in-plane axes."""
     axes = tuple(range(dimensions - 2, dimensions))
     reason = "the in-plane axes: RepRec's horizontal flip and its counterpart along the other axis"
     return axes, [("flips", f"axes {axes[0]} and {axes[1]}", reason)]
@@ -66,12 +67,12 @@ def decide_intensity(is_ct: bool) -> tuple[tuple[str, ...], Reasons]:
 
 
 def mean_overlap(low: float, dimensions: int, draws: int = 4096) -> float:
-    """Return the mean share of the smaller of two random crops that both have in common; a seeded estimate.
+    """Estimate the mean overlap of two random crops, as a share of the smaller one, with a fixed seed.
 
     Args:
-        low: least share of the patch that a crop covers.
-        dimensions: of the patch.
-        draws: pairs of crops.
+        low: Smallest share of the patch that a crop covers.
+        dimensions: Number of axes of the patch.
+        draws: Number of pairs of crops.
     """
     rng = np.random.default_rng(0)
     zoom = rng.uniform(low, 1.0, size=(2, draws)) ** (1 / dimensions)

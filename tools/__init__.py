@@ -1,1 +1,1 @@
-"""Tools for developers: measurements, and what writes pages and pictures of the documentation."""
+"""Tools for developers: measurements, and programs that write pages and pictures of the documentation."""

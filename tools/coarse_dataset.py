@@ -1,7 +1,7 @@
-"""Resample a labelled data set to coarse voxels, for studies that two CPU cores can finish.
+"""Resample a labelled data set to coarse voxels, for studies that fit on two CPU cores.
 
-Images are blurred by 0.4 of the new voxel and interpolated, labels take the nearest voxel; the result is a raw data set of
-nnU-Net's below ``nnUNet_raw``::
+Images are blurred by 0.4 of the new voxel size and interpolated linearly; labels take the nearest voxel. The result is written to
+``nnUNet_raw`` in nnU-Net's raw format::
 
     python -m tools.coarse_dataset --dataset 17 --spacing 8 6 6 --name Dataset117_BTCVSmall
 """
@@ -16,13 +16,13 @@ from nnssl.paths import resolve_folders
 
 
 def resample(image: sitk.Image, spacing_mm: list[float], interpolator: int, outside: float) -> sitk.Image:
-    """Return an image on a grid of other voxels that begins where the image's own begins.
+    """Return an image on a grid with another spacing and the same origin corner.
 
     Args:
-        image: of three dimensions.
-        spacing_mm: along x, y, z.
-        interpolator: of SimpleITK.
-        outside: value beyond the image.
+        image: Image with three dimensions.
+        spacing_mm: New spacing along x, y, z.
+        interpolator: SimpleITK's number of the interpolator.
+        outside: Value outside the image.
     """
     own = image.GetSpacing()
     lengths = zip(image.GetSize(), own, spacing_mm, strict=True)
@@ -40,10 +40,12 @@ def resample(image: sitk.Image, spacing_mm: list[float], interpolator: int, outs
 
 def main() -> None:
     """Write the data set and print the shape of every case."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", required=True, help="labelled, with one channel, in .nii.gz")
-    parser.add_argument("--spacing", nargs=3, type=float, required=True, metavar="MM", help="z y x")
-    parser.add_argument("--name", required=True, help="of the new data set, DatasetXXX_Name")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--dataset", required=True, help="labelled data set with one channel in .nii.gz files, number or name"
+    )
+    parser.add_argument("--spacing", nargs=3, type=float, required=True, metavar="MM", help="new spacing, z y x")
+    parser.add_argument("--name", required=True, help="name of the new data set, DatasetXXX_Name")
     args = parser.parse_args()
     folders = resolve_folders()
     source, target = folders.raw / find_dataset(args.dataset, folders), folders.raw / args.name

@@ -1,7 +1,9 @@
-"""Memory and time of one step of Pix2Rep by number of points: ``python -m tools.dense_memory --dataset 501``.
+"""Measure memory and time of one Pix2Rep step for several numbers of points.
 
-Every number of points runs in a process of its own, whose largest resident memory is reported. The first row is the bare
-network on both views, without points.
+Each number of points runs in its own process, and the peak resident memory of that process is reported. The first row is the bare
+network on both views, without points::
+
+    python -m tools.dense_memory --dataset 501
 """
 
 import argparse
@@ -26,7 +28,7 @@ STEPS = 4
 
 
 def run(path: Any, configuration_name: str, method: str, batch_size: int, points: int) -> tuple[float, float]:
-    """Return seconds of the last step and the largest memory of this process in GB; 0 points: the bare network."""
+    """Return the seconds of the last step and the peak memory of this process in GB; 0 points measure the bare network."""
     plan = read_plan(path)
     configuration = plan.configuration(configuration_name)
     stage = METHODS[method].stages[0]
@@ -56,17 +58,23 @@ def run(path: Any, configuration_name: str, method: str, batch_size: int, points
 
 def main() -> None:
     """Print one row for each number of points."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--method", default="pix2rep", choices=("pix2rep", "pix2rep_v2"))
-    parser.add_argument("--configuration", default="2d")
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--points", type=int, nargs="+", default=[250, 1000, 2048, 4096])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True, help="planned data set, number or name")
+    parser.add_argument("--method", default="pix2rep", choices=("pix2rep", "pix2rep_v2"), help="(default: pix2rep)")
+    parser.add_argument("--configuration", default="2d", help="configuration of the plan (default: 2d)")
+    parser.add_argument("--batch-size", type=int, default=4, help="patches per step (default: 4)")
+    parser.add_argument(
+        "--points",
+        type=int,
+        nargs="+",
+        default=[250, 1000, 2048, 4096],
+        help="numbers of points to measure (default: 250 1000 2048 4096)",
+    )
     args = parser.parse_args()
     folders = resolve_folders()
     path = find_plan(folders, args.dataset, "nnsslPlans")
     print(describe())
-    print("| points | step (s) | largest memory (GB) | over the bare network (GB) |\n|---|---|---|---|")
+    print("| points | step (s) | peak memory (GB) | above the bare network (GB) |\n|---|---|---|---|")
     bare = None
     for points in [0, *args.points]:
         with multiprocessing.get_context("spawn").Pool(1) as pool:

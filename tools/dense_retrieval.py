@@ -1,8 +1,8 @@
-"""Do dense embeddings find the same tissue in other patients? Labels are read for counting only.
+"""Measure whether dense embeddings find the same tissue in other patients; labels are used only for evaluation.
 
-For points of each class in the middle slice of each case, all voxels of the middle slices of the other cases are ranked by
-cosine. Reported are the area under the ROC curve for the voxels of the class, how often the nearest voxel is of the class,
-and the class's share of the voxels, which is what chance would give. 2D configurations::
+For points of each class in the middle slice of each case, all voxels in the middle slices of the other cases are ranked by cosine
+similarity. The table shows the area under the ROC curve for the voxels of the class, how often the most similar voxel belongs to
+the class, and the share of the voxels that belong to the class, which is the chance level. Only for 2D configurations::
 
     python -m tools.dense_retrieval --weights CHECKPOINT --labelled 27 --plans nnsslPlans --cases CASE CASE CASE
 """
@@ -28,7 +28,7 @@ POINTS_PER_CLASS = 6
 
 
 def read_slice(folder: Path, case: str, patch: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the middle slice of a case that nnU-Net preprocessed, and its labels, padded or cut to the patch."""
+    """Return the middle slice of a case preprocessed by nnU-Net and its labels, padded or cropped to the patch."""
     volume, labels = (np.asarray(blosc2.open(str(folder / f"{case}{end}.b2nd"))[:]) for end in ("", "_seg"))
     middle = volume.shape[1] // 2
     pad = [side for n, wanted in zip(volume.shape[:1:-1], patch[::-1], strict=True) for side in (0, max(0, wanted - n))]
@@ -38,19 +38,19 @@ def read_slice(folder: Path, case: str, patch: tuple[int, ...]) -> tuple[torch.T
 
 
 def roc_area(scores: torch.Tensor, positive: torch.Tensor) -> float:
-    """Return the area under the ROC curve of scores for the positive ones."""
+    """Return the area under the ROC curve of scores, given which samples are positive."""
     rank = scores.argsort().argsort().double() + 1
     count = int(positive.sum())
     return float((rank[positive].sum() - count * (count + 1) / 2) / (count * (len(scores) - count)))
 
 
 def main() -> None:
-    """Print one row for each kind of features and class."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", type=Path, required=True)
-    parser.add_argument("--labelled", required=True, help="data set that nnssl_finetune has prepared")
-    parser.add_argument("--plans", required=True, help="its plan")
-    parser.add_argument("--cases", nargs="+", required=True)
+    """Print one row for each class and each kind of features."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, help="checkpoint of nnssl_pretrain")
+    parser.add_argument("--labelled", required=True, help="labelled data set that nnssl_finetune has prepared")
+    parser.add_argument("--plans", required=True, help="name of the plan of that data set")
+    parser.add_argument("--cases", nargs="+", required=True, help="names of the cases to compare")
     args = parser.parse_args()
     folders = resolve_folders()
     content, provenance = read_checkpoint(args.weights)
@@ -64,7 +64,7 @@ def main() -> None:
     data = dataset / f"{args.plans}_{provenance.configuration}"
     slices = {case: read_slice(data, case, patch) for case in args.cases}
     places = torch.cartesian_prod(*(torch.arange(float(n)) for n in patch))[None]
-    print("| features | class | ROC area | nearest is of the class | share of the class |\n|---|---|---|---|---|")
+    print("| features | class | ROC area | nearest voxel in the class | share of the class |\n|---|---|---|---|---|")
     for kind in ("pyramid", "single"):
         embedded = {}
         for case, (image, _) in slices.items():

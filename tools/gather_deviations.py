@@ -1,6 +1,6 @@
-"""Gather the deviations of all methods from their pages on one page.
+"""Collect the deviations of all methods from their pages on one page.
 
-Run ``python -m tools.gather_deviations`` to update ``documentation/deviations.md``; a test compares the two.
+Run ``python -m tools.gather_deviations`` to update ``documentation/deviations.md``; a test checks that the page is up to date.
 """
 
 import re

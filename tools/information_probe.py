@@ -1,9 +1,9 @@
-"""What do frozen encoder features still say of how a crop lies? PCRL's information test: rotation and relative position.
+"""Measure what frozen encoder features know about the pose of a crop: PCRL's test of rotation and relative position.
 
-Square (cubic) crops of the body of the pretraining images. Rotation: which of four quarter turns a crop was given, in the plane
-of the last two axes. Relative position: on which side of a crop, along either of these axes, its neighbour lies, from the
-features of both. A linear classifier reads the map of the bottleneck, averaged on a grid of two cells per axis; it is trained on
-the crops of most patients and judged on those of the others. Chance is 0.25 for both::
+Crops with equal in-plane sides are taken from the body in the pretraining images. Rotation: by how many quarter turns a crop was
+rotated in the plane of the last two axes. Relative position: on which side of a crop its neighbour lies along these axes, given
+the features of both. A linear classifier reads the bottleneck's feature map, averaged on a grid of two cells per axis. It is
+trained on the crops of most patients and evaluated on the others. The chance level of both tasks is 0.25::
 
     python -m tools.information_probe --weights CHECKPOINT CHECKPOINT
 """
@@ -27,11 +27,11 @@ from nnssl.pictures.dense_network import dense_network_of, open_cases
 from nnssl.weights.opened_checkpoint import open_checkpoint
 
 SHIFTS = ((-1, 0), (1, 0), (0, -1), (0, 1))
-"""Of the neighbour, in sides of a crop, along the last two axes."""
+"""Offsets of the neighbour along the last two axes, in sides of a crop."""
 
 
 def crop_side(patch: tuple[int, ...], strides: list[list[int]]) -> tuple[int, ...]:
-    """Return the size of a crop: half of the patch's shorter side in the plane, as a multiple of the network's stride."""
+    """Return the size of a crop: half of the patch's shorter in-plane side, rounded down to a multiple of the stride."""
     stride = np.prod(strides, axis=0)
     in_plane = int(max(stride[-2:]))
     side = max(in_plane, min(patch[-2:]) // 2 // in_plane * in_plane)
@@ -41,7 +41,7 @@ def crop_side(patch: tuple[int, ...], strides: list[list[int]]) -> tuple[int, ..
 def read_crops(
     case: StoredCase, size: tuple[int, ...], flat: bool, rng: np.random.Generator, count: int
 ) -> list[tuple[torch.Tensor, torch.Tensor, int]]:
-    """Return crops, a neighbour of each, and on which side it lies; both centres in the body's stored voxels or near them."""
+    """Return crops around stored voxels of the body, a neighbour of each crop, and the side on which the neighbour lies."""
     found = []
     box = (1, *size) if flat else size
     for centre in rng.permutation(case.foreground_vox)[:count]:
@@ -55,20 +55,20 @@ def read_crops(
 
 @torch.no_grad()
 def features(encoder: Any, crops: list[torch.Tensor]) -> np.ndarray:
-    """Return the bottleneck's map on a grid of two cells per axis, a row for each crop."""
+    """Return the bottleneck's feature map on a grid of two cells per axis, one row per crop."""
     pool: Any = F.adaptive_avg_pool3d if crops[0].ndim == 4 else F.adaptive_avg_pool2d
     return torch.cat([pool(encoder(crop[None])[-1], 2).flatten(1) for crop in crops]).numpy()
 
 
 def accuracy(rows: np.ndarray, classes: np.ndarray, held_out: np.ndarray) -> float:
-    """Return the share of held-out rows that a linear classifier gets right."""
+    """Return the accuracy of a linear classifier on the held-out rows."""
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=500))
     classifier.fit(rows[~held_out], classes[~held_out])
     return float(classifier.score(rows[held_out], classes[held_out]))
 
 
 def measure(encoder: Any, store: CaseStore, size: tuple[int, ...], flat: bool, crops_per_case: int) -> list[float]:
-    """Return the accuracies of rotation and of relative position."""
+    """Return the accuracies for rotation and relative position."""
     rng = np.random.default_rng(0)
     patients = sorted({patient_in_name(name) for name in store.names})
     judged = set(patients[: max(1, len(patients) // 4)])
@@ -87,10 +87,10 @@ def measure(encoder: Any, store: CaseStore, size: tuple[int, ...], flat: bool, c
 
 
 def main() -> None:
-    """Print one row for random weights, and one for each checkpoint."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", type=Path, nargs="+", required=True)
-    parser.add_argument("--crops-per-case", type=int, default=20)
+    """Print one row for random weights and one for each checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, nargs="+", required=True, help="checkpoints of nnssl_pretrain")
+    parser.add_argument("--crops-per-case", type=int, default=20, help="(default: 20)")
     args = parser.parse_args()
     print("| encoder | rotation | relative position |\n|---|---|---|")
     for place, path in enumerate([args.weights[0], *args.weights]):

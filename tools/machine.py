@@ -1,4 +1,4 @@
-"""One line on the machine that a benchmark ran on."""
+"""Description of the machine that runs a measurement."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ import torch
 
 
 def describe() -> str:
-    """Return cores, what they can compute in, and versions."""
+    """Return one line with the number of cores, their bfloat16 support, and the versions of Python and PyTorch."""
     formats = [
         name
         for name, has in (

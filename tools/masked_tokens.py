@@ -1,7 +1,7 @@
-"""Do masked tokens cost nothing in the encoder? Its pass at several shares of masked tokens, against the tokens alone.
+"""Measure whether masked tokens cost time in the encoder, for several shares of masked tokens.
 
-For each share: seconds of the encoder, forward and backward, on a batch of patches with so many visible tokens, and of its blocks
-alone on as many tokens of noise, timed in turns::
+For each share, the table shows the seconds of a forward and backward pass through the encoder on a batch of patches, and through
+its blocks alone on the same number of random tokens. Both are timed alternately::
 
     python -m tools.masked_tokens --dataset 518 --configuration 3d_fullres_primus
 """
@@ -25,7 +25,7 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)
 
 
 def seconds_of(encoder: Any, output: Any) -> float:
-    """Return the seconds that a pass and its gradient take."""
+    """Return the seconds of a forward and backward pass."""
     started = perf_counter()
     output().float().square().mean().backward()
     encoder.zero_grad(set_to_none=True)
@@ -34,11 +34,13 @@ def seconds_of(encoder: Any, output: Any) -> float:
 
 def main() -> None:
     """Print one row for each share of masked tokens."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--configuration", default="3d_fullres_primus")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=10)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True, help="planned data set, number or name")
+    parser.add_argument(
+        "--configuration", default="3d_fullres_primus", help="configuration of the plan (default: 3d_fullres_primus)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="patches per step (default: 8)")
+    parser.add_argument("--repeats", type=int, default=10, help="measurements of each share (default: 10)")
     args = parser.parse_args()
     folders = resolve_folders()
     plan = read_plan(find_plan(folders, args.dataset, "nnsslPlans"))
@@ -63,7 +65,7 @@ def main() -> None:
         return tokens
 
     print(describe())
-    print("| masked | visible tokens | encoder (s) | over nothing masked | its blocks alone (s) | ratio |")
+    print("| masked | visible tokens | encoder (s) | relative to no masking | blocks alone (s) | ratio |")
     print("|---|---|---|---|---|---|")
     rows: dict[float, list[tuple[float, float]]] = {share: [] for share in SHARES}
     for _ in range(args.repeats + 1):

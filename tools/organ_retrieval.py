@@ -1,8 +1,8 @@
-"""Do matched points lie in the same organ? Labels are read for counting only.
+"""Measure whether matched points lie in the same organ; labels are used only for evaluation.
 
-Points are drawn in every organ of each case and looked for in every other case: by SAM's embeddings, by the place in the body's
-box, and by embeddings whose places are shuffled (chance). Reported are the share of the matches that have the label of their
-point, the median distance of matches from the organ, and the median way back to the point::
+Points are drawn in every organ of each case and matched to every other case: by SAM's embeddings, by the position in the body's
+box, and by embeddings with shuffled places (chance). The table shows the share of matches with the label of their point, the
+median distance of matches from the organ, and the median distance from the point after matching back::
 
     python -m tools.organ_retrieval --weights CHECKPOINT --labelled 17 --dataset 518
 """
@@ -29,17 +29,17 @@ from nnssl.pictures.matches import matcher_of
 from nnssl.weights.opened_checkpoint import open_checkpoint
 
 POINTS = 10
-"""Of each organ and pair of cases."""
+"""Number of points for each organ and pair of cases."""
 
 
 class ShuffledMatcher:
-    """Embeddings whose places in the other case are shuffled: what remains is chance."""
+    """Embeddings whose places in the other case are shuffled, which gives the chance level."""
 
     def __init__(self, matcher: EmbeddingMatcher) -> None:
         self.matcher = matcher
 
     def match_points(self, query: str, points_mm: np.ndarray, key: str) -> Matches:
-        """Return a random place inside the other case for every point; there is no score."""
+        """Return a random place inside the other case for every point, with NaN as score."""
         case = self.matcher.embedded(key)
         inside = case.inside.nonzero().numpy()
         cells = np.random.default_rng(0).permutation(inside)[np.arange(len(points_mm)) % len(inside)]
@@ -48,7 +48,7 @@ class ShuffledMatcher:
 
 
 def read_labels(folder: Path, name: str, shape: tuple[int, ...], axes: list[int]) -> np.ndarray:
-    """Return the labels of a raw case on the grid of its preprocessed one, by the nearest voxel."""
+    """Return the labels of a raw case on the grid of the preprocessed case, by nearest-neighbour interpolation."""
     image, labels = (
         sitk.GetArrayFromImage(sitk.ReadImage(str(path))).transpose(axes)
         for path in (folder / "imagesTr" / f"{name}_0000.nii.gz", folder / "labelsTr" / f"{name}.nii.gz")
@@ -59,14 +59,14 @@ def read_labels(folder: Path, name: str, shape: tuple[int, ...], axes: list[int]
 
 
 Found = dict[int, np.ndarray]
-"""By organ: whether matches lie in it, how far from it they lie in mm, and how far the way back ends in mm."""
+"""For each organ: whether matches lie in it, their distance from it in mm, and the distance after matching back in mm."""
 
 
 def count(matchers: dict[str, PointMatcher], store: CaseStore, labels: dict[str, np.ndarray]) -> dict[str, Found]:
-    """Return what every matcher makes of points of every organ, looked for in every other case."""
+    """Return the results of every matcher for points of every organ, matched to every other case."""
     found: dict[str, dict[int, list[np.ndarray]]] = {name: {} for name in matchers}
     away_from = DistanceMaps(store, labels)
-    # both ways of a pair follow one another, as few embedded scans are kept
+    # both directions of a pair follow each other, because only a few embedded scans are kept
     for pair in combinations(store.names, 2):
         for query, key in (pair, pair[::-1]):
             rng = np.random.default_rng([store.names.index(query), store.names.index(key)])
@@ -76,7 +76,7 @@ def count(matchers: dict[str, PointMatcher], store: CaseStore, labels: dict[str,
             inside = [np.argwhere(labels[query] == organ) for organ in organs]
             points_mm = np.concatenate([each[rng.integers(len(each), size=POINTS)] for each in inside]) * spacing
             for name, matcher in matchers.items():
-                # all organs at once: a search looks at every cell of the other case
+                # all organs at once, because a search reads every cell of the other case
                 matches = matcher.match_points(query, points_mm, key)
                 back = cycle_error_mm(matcher, query, points_mm, key, matches).reshape(-1, POINTS)
                 voxels = np.clip(np.round(matches.points_mm / other).astype(int), 0, last).reshape(-1, POINTS, 3)
@@ -87,7 +87,7 @@ def count(matchers: dict[str, PointMatcher], store: CaseStore, labels: dict[str,
 
 
 class DistanceMaps:
-    """How far every voxel of a case lies from an organ, in mm; made once for each."""
+    """Distance of every voxel of a case from an organ in mm; each map is computed once."""
 
     def __init__(self, store: CaseStore, labels: dict[str, np.ndarray]) -> None:
         self.store = store
@@ -95,7 +95,7 @@ class DistanceMaps:
         self.maps: dict[tuple[str, int], np.ndarray] = {}
 
     def __call__(self, case: str, organ: int) -> np.ndarray:
-        """Return the map of a case and an organ, (z, y, x), in float32."""
+        """Return the distance map of a case and an organ, (z, y, x), in float32."""
         if (case, organ) not in self.maps:
             away = distance_transform_edt(self.labels[case] != organ, sampling=self.store.case(case).spacing_mm)
             self.maps[case, organ] = away.astype(np.float32)
@@ -103,12 +103,12 @@ class DistanceMaps:
 
 
 def main() -> None:
-    """Print one row for each organ, and their means."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", type=Path, required=True, help="of sam")
-    parser.add_argument("--labelled", required=True, help="data set with labels of cases of the same names")
-    parser.add_argument("--dataset", help="the preprocessed cases (default: those of the weights)")
-    parser.add_argument("--device", default="cpu")
+    """Print one row for each organ and one for the means."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, required=True, help="checkpoint of the method sam")
+    parser.add_argument("--labelled", required=True, help="data set with labels of the same cases, number or name")
+    parser.add_argument("--dataset", help="data set with the preprocessed cases (default: that of the weights)")
+    parser.add_argument("--device", default="cpu", help="PyTorch device (default: cpu)")
     args = parser.parse_args()
     folders = resolve_folders()
     weights = open_checkpoint(args.weights)
@@ -121,8 +121,11 @@ def main() -> None:
     labels = {name: read_labels(raw, name, store.case(name).shape, axes) for name in store.names}
     matchers = {"embeddings": matcher, "body's box": BodyBoxMatcher(store), "shuffled": ShuffledMatcher(matcher)}
     results = count(matchers, store, labels)
-    print(f"{len(store.names)} cases; same organ, mm from the organ, mm back (medians) for {', '.join(matchers)}")
-    columns = [f"{name}: {what}" for name in matchers for what in ("in it", "mm from it", "mm back")]
+    print(
+        f"{len(store.names)} cases: share of matches in the organ, median distance from it, and median distance after matching "
+        f"back, for {', '.join(matchers)}"
+    )
+    columns = [f"{name}: {what}" for name in matchers for what in ("in organ", "mm from organ", "mm back")]
     print(f"| organ | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
     rows = []
     for organ in results["embeddings"]:

@@ -1,6 +1,6 @@
-"""Draw the stages from raw images to a report, for the README.
+"""Draw the stages from raw images to the report, for the README.
 
-Run ``python -m tools.picture_of_stages`` to write ``documentation/stages.png`` again.
+Run ``python -m tools.picture_of_stages`` to write ``documentation/stages.png``.
 """
 
 from pathlib import Path
@@ -41,15 +41,15 @@ COMMANDS = (
         ),
     ),
 )
-"""Each row: the commands, its colour, and its stages with what they make or do."""
+"""Rows of the picture: commands, colour, and stages with a short description."""
 WIDTH, HEIGHT, GAP, ROW = 1.9, 0.95, 0.42, 1.7
-"""Of a box, between two boxes, and from row to row, in units of the drawing."""
+"""Width and height of a box, distance between boxes, and distance between rows, in units of the drawing."""
 LINES = "#767676"
-"""Grey that is seen on white and on black."""
+"""Grey that is visible on white and on black."""
 
 
 def draw_box(axes: Axes, x: float, y: float, colour: str, name: str, text: str) -> None:
-    """Draw one stage, its lower left corner at (x, y)."""
+    """Draw one stage with its lower left corner at (x, y)."""
     shape = "round,pad=0,rounding_size=0.12"
     axes.add_patch(FancyBboxPatch((x, y), WIDTH, HEIGHT, boxstyle=shape, facecolor=colour, edgecolor="none"))
     axes.text(x + WIDTH / 2, y + HEIGHT - 0.23, name, color="white", size=11.5, weight="bold", ha="center", va="center")
@@ -57,7 +57,7 @@ def draw_box(axes: Axes, x: float, y: float, colour: str, name: str, text: str) 
 
 
 def draw_arrow(axes: Axes, points: list[tuple[float, float]]) -> None:
-    """Draw a line through points with a head at its end."""
+    """Draw a line through points with an arrowhead at its end."""
     axes.plot([x for x, _ in points[:-1]], [y for _, y in points[:-1]], color=LINES, linewidth=1.6)
     axes.annotate(
         "",
@@ -68,7 +68,7 @@ def draw_arrow(axes: Axes, points: list[tuple[float, float]]) -> None:
 
 
 def draw() -> Figure:
-    """Return the picture: a row for each command, arrows from stage to stage, on no background of its own."""
+    """Return the picture: one row per command and arrows between stages, on a transparent background."""
     across, down = max(len(stages) for *_, stages in COMMANDS), len(COMMANDS)
     size = (across * (WIDTH + GAP) + 0.1, down * ROW - ROW + HEIGHT + 0.45)
     figure = Figure(figsize=size, facecolor="none")

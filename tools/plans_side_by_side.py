@@ -1,6 +1,6 @@
 """Print the plans of several data sets side by side in Markdown.
 
-Run ``python -m tools.plans_side_by_side PLAN.json ...``.
+Run ``python -m tools.plans_side_by_side PLAN.json PLAN.json``.
 """
 
 import sys
@@ -10,7 +10,7 @@ from nnssl.plan import Plan, read_plan
 
 
 def table(plans: list[Plan]) -> list[str]:
-    """Return one Markdown table per configuration: what was decided, for each plan, with its reason."""
+    """Return the lines of one Markdown table per configuration, with the decisions of each plan and their reasons."""
     found = {(d.configuration, d.what): None for plan in plans for d in plan.pretext.decisions}
     lines: list[str] = []
     order = ["data set", "3d_fullres", "3d_fullres_hybrid", "3d_fullres_primus", "2d", "2d_hybrid"]

@@ -1,6 +1,8 @@
-"""Preprocessing against nnU-Net's on the same cases: ``python -m tools.preprocessing --dataset 4 --cases 20``.
+"""Compare preprocessing by nnssl and by nnU-Net on the same cases.
 
-Both run in this process, one case after the other; nnU-Net's also resamples and writes the segmentation that it needs.
+Both run in this process, case by case. nnU-Net also resamples and writes the segmentation, which it needs::
+
+    python -m tools.preprocessing --dataset 501 --labelled 4 --cases 20
 """
 
 import argparse
@@ -24,12 +26,12 @@ from trainers.pretraining.pretrain import find_plan
 
 
 def main() -> None:
-    """Print one row: cases per second of both, their ratio, the largest difference of a voxel, and the disk."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", required=True, help="planned data set whose plan is used")
-    parser.add_argument("--labelled", required=True, help="the same images with labels, for nnU-Net")
-    parser.add_argument("--configuration", default="3d_fullres")
-    parser.add_argument("--cases", type=int, default=12)
+    """Print one row: cases per second of both, their ratio, the largest difference of a voxel, and the ratio of disk space."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True, help="data set whose plan is used, number or name")
+    parser.add_argument("--labelled", required=True, help="data set with the same images and labels, for nnU-Net")
+    parser.add_argument("--configuration", default="3d_fullres", help="configuration of the plan (default: 3d_fullres)")
+    parser.add_argument("--cases", type=int, default=12, help="number of cases (default: 12)")
     args = parser.parse_args()
     folders = resolve_folders()
     plan = read_plan(find_plan(folders, args.dataset, "nnsslPlans"))
@@ -67,7 +69,9 @@ def main() -> None:
         disk = {folder: sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) for folder in (ours, theirs)}
     rate = {name: len(store.names) / value for name, value in seconds.items()}
     print(describe())
-    print("| data set | cases | nnssl (cases/s) | nnU-Net (cases/s) | ratio | largest difference | disk |")
+    print(
+        "| data set | cases | nnssl (cases/s) | nnU-Net (cases/s) | ratio | largest difference | disk space (ratio) |"
+    )
     print("|---|---|---|---|---|---|---|")
     print(
         f"| {dataset.name} | {len(store.names)} | {rate['nnssl']:.2f} | {rate['nnunet']:.2f} | "

@@ -1,14 +1,21 @@
-"""A pretraining step against the bare network on the same batch: ``python -m tools.pretrain_step --dataset 501``.
+"""Compare a pretraining step with the bare network on the same batch.
 
-Bare is what no implementation of the stage can do without. RepRec, contrastive: the encoder forward and backward on one view
-and forward on the other; generative: the encoder forward, the transformer and the token decoder forward and backward.
-Pix2Rep: encoder and decoder forward and backward on both views. Pixel-global: both forward on both views, backward on one.
-PCRL: the encoder forward on both views and the decoder on three times the batch, backward through all but one encoder.
-SAM: encoder, decoder and heads down to the fine embeddings, forward and backward on both views. Alice: the encoder on the visible
-tokens and the token decoder, forward and backward, and the encoder forward on all tokens; its pairs are by the body's box.
-SimCLR: the encoder forward and backward on both views.
-Both are timed in turns in one process, under the same precision, so that a busy machine slows both. ``--memory`` gives the
-largest resident memory instead, of processes that do nothing but steps and nothing but the bare network.
+The bare network is the part that every implementation of a stage needs:
+
+- RepRec, contrastive: the encoder, forward and backward on one view and forward on the other.
+- RepRec, generative: the encoder forward; the transformer and the token decoder forward and backward.
+- Pix2Rep: encoder and decoder, forward and backward on both views.
+- Pixel-global: encoder and decoder, forward on both views and backward on one.
+- PCRL: the encoder forward on both views and the decoder on three times the batch, backward through all but one encoder.
+- SAM: encoder, decoder and heads down to the fine embeddings, forward and backward on both views.
+- Alice: the encoder on the visible tokens and the token decoder, forward and backward; the encoder forward on all tokens. Pairs
+  are made by the body's box.
+- SimCLR: the encoder, forward and backward on both views.
+
+Both are timed alternately in one process and with the same precision, so that load on the machine slows both. ``--memory``
+measures peak resident memory instead, in one process that only runs steps and one that only runs the bare network::
+
+    python -m tools.pretrain_step --dataset 501
 """
 
 import argparse
@@ -40,7 +47,7 @@ from trainers.pretraining.stage_run import RunOptions
 
 
 def bare_contrastive(trainer: PretrainTrainer, views: Any) -> None:
-    """Encoder on both views, backward through one."""
+    """Run the encoder on both views, with backward through one."""
     method: Any = trainer.method
     with trainer.precision.autocast(trainer.device):
         output = method.encoder(views[0])[-1]
@@ -50,7 +57,7 @@ def bare_contrastive(trainer: PretrainTrainer, views: Any) -> None:
 
 
 def bare_generative(trainer: PretrainTrainer, views: Any) -> None:
-    """Frozen encoder, then transformer and decoder on the visible tokens with backward."""
+    """Run the frozen encoder, then transformer and decoder on the visible tokens with backward."""
     method: Any = trainer.method
     with trainer.precision.autocast(trainer.device):
         with torch.no_grad():
@@ -63,7 +70,7 @@ def bare_generative(trainer: PretrainTrainer, views: Any) -> None:
 
 
 def bare_dense(trainer: PretrainTrainer, views: Any) -> None:
-    """Encoder and decoder on both views, with backward."""
+    """Run encoder and decoder on both views, with backward."""
     method: Any = trainer.method
     with trainer.precision.autocast(trainer.device):
         output = decoder_maps(method.network, torch.cat([views.before, views.warped]))[-1]
@@ -71,7 +78,7 @@ def bare_dense(trainer: PretrainTrainer, views: Any) -> None:
 
 
 def bare_distillation(trainer: PretrainTrainer, views: Any) -> None:
-    """Encoder and decoder on both views, backward through one."""
+    """Run encoder and decoder on both views, with backward through one."""
     method: Any = trainer.method
     with trainer.precision.autocast(trainer.device):
         output = decoder_maps(method.network, views.student)[-1]
@@ -81,7 +88,7 @@ def bare_distillation(trainer: PretrainTrainer, views: Any) -> None:
 
 
 def bare_contexts(trainer: PretrainTrainer, views: Any) -> None:
-    """Encoder on both views, decoder on three times the batch, backward through all but the second encoder."""
+    """Run the encoder on both views and the decoder on three times the batch, with backward through all but one encoder."""
     method: Any = trainer.method
     with trainer.precision.autocast(trainer.device):
         features = method.network.encoder(views.seen_o)
@@ -93,7 +100,7 @@ def bare_contexts(trainer: PretrainTrainer, views: Any) -> None:
 
 
 def bare_embedding(trainer: PretrainTrainer, views: Any) -> None:
-    """Encoder and both heads on both views, decoder down to the fine embeddings, with backward."""
+    """Run the encoder, the decoder down to the fine embeddings, and both heads on both views, with backward."""
     method: Any = trainer.method
     with trainer.precision.autocast(trainer.device):
         maps = method.embedding(torch.cat([views.first, views.second]))
@@ -101,7 +108,7 @@ def bare_embedding(trainer: PretrainTrainer, views: Any) -> None:
 
 
 def bare_alignment(trainer: PretrainTrainer, views: Any) -> None:
-    """Encoder on visible tokens and token decoder with backward, encoder on all tokens."""
+    """Run the encoder on visible tokens and the token decoder with backward, and the encoder on all tokens."""
     method: Any = trainer.method
     with trainer.precision.autocast(trainer.device):
         seen = method.student(views.patches, views.visible)
@@ -112,7 +119,7 @@ def bare_alignment(trainer: PretrainTrainer, views: Any) -> None:
 
 
 def bare_views(trainer: PretrainTrainer, views: Any) -> None:
-    """Encoder on both views, backward through both."""
+    """Run the encoder on both views, with backward through both."""
     method: Any = trainer.method
     with trainer.precision.autocast(trainer.device):
         output = torch.cat([method.encoder(volumes)[-1] for volumes in views])
@@ -133,7 +140,7 @@ BARE = {
 
 
 def timed(function: Callable[[], Any]) -> float:
-    """Return the seconds a call takes."""
+    """Return the seconds that a call takes."""
     started = perf_counter()
     function()
     return perf_counter() - started
@@ -141,14 +148,16 @@ def timed(function: Callable[[], Any]) -> float:
 
 def main() -> None:
     """Print one row for each stage of a method."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", required=True)
-    parser.add_argument("--method", default="reprec", choices=METHODS)
-    parser.add_argument("--configuration", help="(default: the method's first)")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings, as in nnssl_pretrain")
-    parser.add_argument("--memory", action="store_true", help="largest memory instead of seconds")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", required=True, help="planned and preprocessed data set, number or name")
+    parser.add_argument("--method", default="reprec", choices=METHODS, help="(default: reprec)")
+    parser.add_argument("--configuration", help="configuration of the plan (default: the method's first)")
+    parser.add_argument("--repeats", type=int, default=10, help="timed steps (default: 10)")
+    parser.add_argument("--batch-size", type=int, default=8, help="patches per step (default: 8)")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the method, as in nnssl_pretrain"
+    )
+    parser.add_argument("--memory", action="store_true", help="measure peak memory instead of seconds")
     args = parser.parse_args()
     args.configuration = args.configuration or METHODS[args.method].configurations[0]
     folders = resolve_folders()
@@ -168,7 +177,7 @@ def main() -> None:
 
 
 def time_stage(path: Any, stage: Any, args: argparse.Namespace) -> tuple[float, float, float, float]:
-    """Return medians: seconds of a step, of the bare network, their ratio, and the share of a step that waits for data."""
+    """Return medians: seconds of a step and of the bare network, their ratio, and the share of a step spent waiting for data."""
     trainer = make_trainer(path, stage, args)
     steps, bares, waits = [], [], []
     for repeat in range(args.repeats + 2):
@@ -180,7 +189,7 @@ def time_stage(path: Any, stage: Any, args: argparse.Namespace) -> tuple[float, 
         views = views_of(trainer, batch)
         own = timed(lambda views=views: BARE[stage.name](trainer, views))
         trainer.optimizer.zero_grad(set_to_none=True)
-        if repeat >= 2:  # the first two warm caches
+        if repeat >= 2:  # the first two fill caches
             steps.append(seconds)
             bares.append(own)
             waits.append(waited / (waited + seconds))
@@ -190,7 +199,7 @@ def time_stage(path: Any, stage: Any, args: argparse.Namespace) -> tuple[float, 
 
 
 def largest_memory(path: Any, stage: Any, args: argparse.Namespace, bare: bool) -> float:
-    """Return the largest resident memory of this process in GB after some steps, or as many runs of the bare network."""
+    """Return the peak resident memory of this process in GB after four steps or four runs of the bare network."""
     trainer = make_trainer(path, stage, args)
     for _ in range(4):
         batch = next(trainer.dataloader_train)
@@ -205,24 +214,24 @@ def largest_memory(path: Any, stage: Any, args: argparse.Namespace, bare: bool) 
 
 
 def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function returns in a fresh process, whose memory nothing else has used."""
+    """Run a function in a new process, so that its peak memory includes nothing else, and return its result."""
     with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def views_of(trainer: PretrainTrainer, batch: Any) -> Any:
-    """Return the views of a batch, drawn anew."""
+    """Return the views of a batch from fixed seeds."""
     generators = [torch.Generator().manual_seed(i) for i in range(len(batch.samples))]
     return trainer.method.make_views(batch.volumes, generators)
 
 
 def pairs_of_boxes(folder: Path, store: CaseStore, partners: str | None, *_: Any, **__: Any) -> PairTable | None:
-    """Return pairs by the body's box where a stage wants pairs, and write none."""
+    """Return pairs by the body's box if a stage needs pairs, without writing them."""
     return None if partners is None else make_pairs(store, None, BodyBoxMatcher(store), 0)
 
 
 def make_trainer(path: Any, stage: Stage, args: argparse.Namespace) -> PretrainTrainer:
-    """Return a trainer that is set up and writes no results; the generative stage starts from random weights."""
+    """Return an initialised trainer that writes no results; the generative stage starts from random weights."""
     from nnssl.files import read_json
 
     plans = {**read_json(path, "plan"), "continue_training": False}

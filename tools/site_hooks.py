@@ -1,7 +1,7 @@
-"""Hooks of the documentation site: pages from the top of the repository, and links and lists as GitHub reads them.
+"""Hooks of the documentation site: pages from the root of the repository, and links, anchors and lists as on GitHub.
 
-``mkdocs.yml`` names this file. The README is the home page of the site, and ``documentation/index.md`` its list of all pages.
-The pages are the files of the repository; the site has no second copy of any text.
+``mkdocs.yml`` names this file. The README is the home page of the site, and ``documentation/index.md`` its list of pages. The
+site is built from the files of the repository without copying any text.
 """
 
 import html
@@ -23,33 +23,33 @@ MOVED = {
     "CHANGELOG.md": "changelog.md",
     "LICENSE": "licence.txt",
 }
-"""Place in the site by place in the repository, for the files that are not at the same place below ``documentation/``."""
+"""Path in the site by path in the repository, for files whose path below ``documentation/`` differs."""
 SOURCE = {place: source for source, place in MOVED.items()}
 LINK = re.compile(r"(?P<image>!?)\[(?P<words>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 BLOCK = re.compile(r"(^ *```.*?^ *```)", flags=re.MULTILINE | re.DOTALL)
 
 
 def place_in_site(source: str) -> str | None:
-    """Return the place in the site of a file of the repository, None if the site does not have it."""
+    """Return the path in the site of a file in the repository; None if the file is not part of the site."""
     if source in MOVED:
         return MOVED[source]
     return source.removeprefix("documentation/") if source.startswith("documentation/") else None
 
 
 def place_in_repository(place: str) -> str:
-    """Return the place in the repository of a file of the site."""
+    """Return the path in the repository of a file in the site."""
     return SOURCE.get(place, f"documentation/{place}")
 
 
 def links_of_site(markdown: str, source: str) -> str:
-    """Return the Markdown of a file of the repository with its links as they are in the site.
+    """Return the Markdown of a file with its links rewritten for the site.
 
-    A link to a file that the site does not have, such as source code, becomes its words; a link to a file that does not
-    exist stays, so that a strict build fails.
+    A link to a file outside the site, such as source code, is replaced by its text. A link to a file that does not exist is
+    kept, so that a strict build fails.
 
     Args:
-        markdown: the content of the file.
-        source: its place in the repository.
+        markdown: Content of the file.
+        source: Path of the file in the repository.
     """
     place = place_in_site(source)
     assert place is not None
@@ -75,23 +75,23 @@ def slug(heading: str, separator: str) -> str:
 
 
 class ListsOfGitHub(Extension):
-    """Takes what is indented by two or three spaces below an entry of a list as its content, as GitHub does."""
+    """Markdown extension that accepts list content indented by two or three spaces, as GitHub does."""
 
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
-        """Build the parser again with this indentation; other extensions must come later."""
+        """Rebuild the parser with this indentation; other extensions must be added later."""
         md.tab_length = 2
         md.build_parser()
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Make anchors and lists as GitHub does."""
+    """Configure anchors and lists as on GitHub."""
     config.mdx_configs.setdefault("toc", {})["slugify"] = slug
     config.markdown_extensions.insert(0, ListsOfGitHub())
     return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the files of the repository that lie outside the folder of the documentation."""
+    """Add the files that lie outside the documentation folder."""
     contents = files.get_file_from_path("index.md")
     assert contents is not None
     files.remove(contents)

@@ -1,6 +1,7 @@
-"""Extension of Griffe, which reads the source for the documentation site: signatures without class variables.
+"""Griffe extension that removes class variables from the signatures on the documentation site.
 
-Griffe takes a class variable annotated with a bare ``ClassVar`` for a field of the dataclass, and shows it as an argument.
+Griffe reads the source code. It mistakes a class variable annotated with a bare ``ClassVar`` for a field of the dataclass and
+shows it as an argument.
 """
 
 from typing import Any
@@ -9,8 +10,8 @@ from griffe import Class, Extension
 
 
 class WithoutPydanticConfig(Extension):
-    """Leaves Pydantic's configuration out of every class."""
+    """Extension that removes Pydantic's configuration from every class."""
 
     def on_class_members(self, *, cls: Class, **_: Any) -> None:
-        """Remove it before the fields of dataclasses are read."""
+        """Remove the configuration before the fields of dataclasses are read."""
         cls.members.pop("__pydantic_config__", None)

@@ -1,4 +1,4 @@
-"""How long ``--help`` takes, for nnssl's and nnU-Net's commands: ``python -m tools.startup [--repeats N]``."""
+"""Measure how long ``--help`` of nnssl's and nnU-Net's commands takes: ``python -m tools.startup --repeats 3``."""
 
 import argparse
 import shutil
@@ -14,11 +14,11 @@ COMMANDS = (*OWN, "nnUNetv2_plan_and_preprocess", "nnUNetv2_train")
 
 
 def main() -> None:
-    """Print a table of the least and the median time of each command."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
+    """Print a table with the shortest and the median time of each command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each command (default: 5)")
     repeats = parser.parse_args().repeats
-    print("| command, with `--help` | least (s) | median (s) |\n|---|---|---|")
+    print("| command, with `--help` | shortest (s) | median (s) |\n|---|---|---|")
     for name in COMMANDS:
         path = shutil.which(name, path=str(Path(sys.executable).parent)) or name
         times = []

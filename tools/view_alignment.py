@@ -1,8 +1,8 @@
-"""Did Pixel-global learn to align views? Teacher and student before and after pretraining, on the same new draws.
+"""Measure whether Pixel-global learned to align views: teacher and student before and after pretraining.
 
-Patches of the pretraining images, crops that pretraining has not drawn. Per voxel: the cross-entropy between teacher and
-student, which cannot be lower than the teacher's own entropy. Same-voxel retrieval among 256 points of a batch: by the head's
-predictions, and by the features of the last decoder stage of the student alone, which are what leaves::
+Both are compared on the same new crops of the pretraining images. The table shows the cross-entropy between teacher and student
+per voxel, whose lower bound is the teacher's entropy, and the retrieval of the same voxel among 256 points of a batch: by the
+predictions of the head, and by the student's last decoder stage, whose weights are handed over::
 
     python -m tools.view_alignment --weights CHECKPOINT CHECKPOINT
 """
@@ -30,7 +30,7 @@ NEW_SEED = 20_261
 
 
 def decoder_retrieval(method: PixelGlobal, views: CorrespondingViews) -> torch.Tensor:
-    """Return how often a point's nearest in the other crop is itself, by the student's last decoder stage."""
+    """Return how often the nearest point in the other crop is the same point, by the student's last decoder stage."""
     sides = []
     for images, points in ((views.student, views.points_student), (views.teacher, views.points_teacher)):
         features = interpolate_at(decoder_maps(method.network, images)[-1], points, images.shape[2:])
@@ -41,7 +41,7 @@ def decoder_retrieval(method: PixelGlobal, views: CorrespondingViews) -> torch.T
 
 
 def measure(path: Path, trained: bool, steps: int) -> dict[str, float]:
-    """Return the means over some batches of new draws."""
+    """Return the means over several batches with new random crops."""
     method, provenance = restore_method(path, torch.device("cpu"), trained)
     configuration = method.configuration
     store = CaseStore(resolve_folders().preprocessed / provenance.dataset_name / configuration.case_folder)
@@ -56,10 +56,10 @@ def measure(path: Path, trained: bool, steps: int) -> dict[str, float]:
 
 
 def main() -> None:
-    """Print one row for the start, and one for the end of each run."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--weights", type=Path, nargs="+", required=True)
-    parser.add_argument("--steps", type=int, default=20, help="batches that are measured")
+    """Print one row for the initial weights and one for the final weights of each run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", type=Path, nargs="+", required=True, help="checkpoints of the method pixelglobal")
+    parser.add_argument("--steps", type=int, default=20, help="number of batches (default: 20)")
     args = parser.parse_args()
     print(f"| weights | {' | '.join(NAMES)} |\n|{'---|' * (len(NAMES) + 1)}")
     for trained, path in [(False, args.weights[0]), *((True, path) for path in args.weights)]:

@@ -1,4 +1,4 @@
-"""Which stages anatomical embeddings have the resolution of."""
+"""Encoder stages of anatomical embeddings, and the pairing of scans."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The plane of PCRL's turns and the rank of its attention, and plans that were made before there were any."""
+"""The plane of PCRL's turns and the rank of its attention."""
 
 import pytest
 

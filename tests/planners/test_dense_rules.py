@@ -1,4 +1,4 @@
-"""Features and points of dense methods, and the two values with which a user overrules the planner's network."""
+"""Features and points of dense methods, and the two arguments that override the planner's network."""
 
 import json
 import math
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError
 from nnssl.networks.backbone import build_network
 from nnssl.plan import DenseSampling
 from nnssl.sizes import in_bytes
@@ -16,6 +16,7 @@ from planners.presets import PRESETS
 from tests.planners.test_pretrain_planner import make_plan
 
 FEATURES = [16, 32, 64, 128, 128]
+NOT_WITH_LIKE = r"^spacing_mm and dense_width cannot be combined with like, because the plan x/nnUNetPlans.json"
 
 
 def test_narrow_last_stage_takes_the_pyramid_and_says_what_it_costs():
@@ -47,7 +48,7 @@ def test_points_grow_with_memory_and_stay_within_it():
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 @pytest.mark.parametrize("features", [FEATURES, [96, 200, 320, 320]])
 def test_most_points_that_fit_into_their_share_of_memory(preset, features):
-    """Numbers of four bytes: three of all pairs; two sides of features and head, each with its gradient."""
+    """Values of four bytes: three per pair of points; features and head on two sides, each with its gradient."""
     sampling, decisions = decide_dense(features, (64, 80, 48), PRESETS[preset])
     memory = PRESETS[preset].memory_gb * 1e9
     wanted = [n for n in (1000, 2048, 4096) if 3 * (2 * n) * (2 * n) * 4 <= 0.1 * memory]
@@ -91,13 +92,13 @@ def test_width_is_what_is_given_and_stock_nnunet_builds_it(nnunet_folders):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dense_width": 4096}, r"--dense-width 4096: fewer than two patches"),
-        ({"like": Path("x/nnUNetPlans.json"), "spacing_mm": (1.0, 1.0, 1.0)}, r"nnUNetPlans.json: decides spacing"),
-        ({"like": Path("x/nnUNetPlans.json"), "dense_width": 64}, r"nnUNetPlans.json: decides spacing and width"),
-        ({"spacing_mm": (1.0, 2.0)}, r"--spacing 1 2: three lengths"),
-        ({"spacing_mm": (0.0, 2.0, 2.0)}, r"--spacing 0 2 2: three lengths"),
+        ({"dense_width": 4096}, r"^dense_width must leave memory for two patches of .*, got 4096; "),
+        ({"like": Path("x/nnUNetPlans.json"), "spacing_mm": (1.0, 1.0, 1.0)}, NOT_WITH_LIKE),
+        ({"like": Path("x/nnUNetPlans.json"), "dense_width": 64}, NOT_WITH_LIKE),
+        ({"spacing_mm": (1.0, 2.0)}, r"^spacing_mm must be three lengths above 0, got 1 2$"),
+        ({"spacing_mm": (0.0, 2.0, 2.0)}, r"^spacing_mm must be three lengths above 0, got 0 2 2$"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(arguments, message, nnunet_folders):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(ArgumentError, match=message):
         make_plan("iso", **arguments)

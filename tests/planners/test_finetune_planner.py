@@ -63,7 +63,7 @@ def test_the_same_plan_is_found_again_and_another_one_is_never_overwritten(targe
     assert adopt_plan(tiny_plan(), TARGET, folders) == first
 
     changed["configurations"]["3d_fullres"]["patch_size"] = [24, 16, 16]
-    with pytest.raises(UserError, match=r"nnsslPlansFrom501.json.*--plans-name"):
+    with pytest.raises(UserError, match=r"nnsslPlansFrom501.json.*plans_name"):
         adopt_plan(changed, TARGET, folders)
     third = adopt_plan(changed, TARGET, folders, plans_name="mine")
     assert third.path.name == "mine.json"

@@ -57,7 +57,7 @@ def write_names(folder, *names):
 
 @pytest.mark.parametrize("modality", ["MR", "CT"])
 def test_foreground_of_a_phantom_is_its_body(modality):
-    """The CT of the same seed is the same anatomy, whose body is everything above -500 HU."""
+    """The CT phantom with the same seed has the same anatomy; its body is everything above -500 HU."""
     for seed in range(3):
         volume, _ = make_phantom(seed, (32, 48, 40), (3.0, 1.5, 2.0), modality)
         body = make_phantom(seed, (32, 48, 40), (3.0, 1.5, 2.0), "CT")[0] > -500
@@ -169,7 +169,7 @@ def test_unusable_cases_are_set_aside_and_duplicates_listed(folders):
      (2, 2, "volume", "is a single slice among volumes")],
 )  # fmt: skip
 def test_the_fewer_of_slices_and_volumes_are_set_aside(folders, slices, volumes, kept, reason):
-    """As many of one as of the other leave the volumes."""
+    """With equal numbers of both, the volumes are kept."""
     folder = folders.raw / "Dataset612_Mixed"
     for number in range(slices):
         write_case(folder, f"slice{number}", tissue(number, (14, 11)), spacing=(1.0, 1.0))
@@ -183,7 +183,7 @@ def test_the_fewer_of_slices_and_volumes_are_set_aside(folders, slices, volumes,
 
 
 def test_intensities_are_sampled_at_odd_distances(monkeypatch):
-    """An even distance would fall into step with the sides of images."""
+    """An even step would align with the sides of images."""
     monkeypatch.setattr(body, "HISTOGRAM_VOXELS", 100)
     for size, step in ((99, 1), (100, 1), (101, 3), (250, 3), (350, 5), (1000, 11)):
         sample = body.spread_sample(np.arange(size).reshape(-1, 1))
@@ -227,7 +227,7 @@ def test_a_voxel_of_air_makes_no_ct_but_a_hundredth_of_them_does(folders, voxels
 
 
 def test_nan_is_found_where_the_reader_hands_it_on(folders):
-    """ITK turns NaN into 0 in NIfTI files (the test above) and keeps it in others."""
+    """ITK replaces NaN by 0 in NIfTI files (see the test above) and keeps it in other formats."""
     images = folders.raw / "Dataset611_Nrrd" / "imagesTr"
     images.mkdir(parents=True)
     holes = tissue(5)
@@ -269,7 +269,7 @@ def test_modality_is_judged_when_nothing_names_it(folders, modality, judged):
     with lines_to(said.append):
         found = extract_fingerprint(dataset, 1)
     assert found.modalities == found.channel_names == (judged,)
-    assert any(f"taken for {judged}" in line for line in said)
+    assert any(f"detected as {judged}" in line for line in said)
 
 
 def test_names_decide_the_modality_and_a_doubt_is_said(folders):

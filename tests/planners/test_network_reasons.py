@@ -1,4 +1,4 @@
-"""Why the network is as it is: the words follow the numbers."""
+"""Reasons for the network: the text must follow the numbers."""
 
 from pathlib import Path
 

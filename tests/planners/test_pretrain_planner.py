@@ -1,4 +1,4 @@
-"""The planner on made-up fingerprints of different modalities and geometries: no images are read."""
+"""The planner on synthetic fingerprints of several modalities and geometries, without images."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.data.raw import RawCase, RawDataset, SetAside
 from nnssl.environment import variables
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.methods import find_stage
 from nnssl.paths import resolve_folders
 from nnssl.plan import TokenGrid, TransformerSize, read_plan
@@ -76,7 +76,7 @@ def make_plan(kind: str, preset: str = "cpu", **arguments):
 
 @pytest.fixture(scope="module")
 def cpu_plans(tmp_path_factory):
-    """The plans of all kinds for a CPU, made once."""
+    """Return the plans of all kinds for the preset cpu, which are made once."""
     folder = tmp_path_factory.mktemp("plans")
     with variables(**{f"nnUNet_{name}": str(folder / name) for name in ("raw", "preprocessed", "results")}):
         return {kind: make_plan(kind) for kind in sorted(KINDS)}
@@ -144,7 +144,7 @@ def test_thick_slices_are_treated_apart(cpu_plans):
     assert "1x2x2" in said["3d_fullres", "strides"].value
     block = plan.configuration("3d_fullres_hybrid").tokens
     assert block.size_vox[0] < block.size_vox[1]
-    # slices are all 10 mm, so both configurations have the same voxels and share them
+    # all slices are 10 mm thick, so both configurations have the same voxels and share them
     assert plan.configuration("2d").case_folder == three.case_folder
 
 
@@ -172,7 +172,7 @@ def test_modality_decides_normalisation_and_views(cpu_plans):
 def test_tokens_are_within_bounds_and_blocks_within_the_grid(kind, cpu_plans):
     for name, configuration in cpu_plans[kind].pretext.configurations.items():
         tokens = configuration.tokens
-        if name == "2d":  # nothing looks at tokens of its U-Net
+        if name == "2d":  # no method reads the tokens of its U-Net
             assert tokens is None
             continue
         assert 64 <= np.prod(tokens.grid) <= (8000 if name.endswith("primus") else 2000)
@@ -183,13 +183,13 @@ def test_tokens_are_within_bounds_and_blocks_within_the_grid(kind, cpu_plans):
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_nothing_is_decided_twice(kind, cpu_plans):
-    """Also where a stage serves two methods, as SAM's does."""
+    """This includes stages that two methods share, such as SAM's."""
     decided = [(each.configuration, each.what) for each in cpu_plans[kind].pretext.decisions]
     assert len(set(decided)) == len(decided)
 
 
 def test_the_order_of_axes_changes_nothing_but_the_order(cpu_plans, nnunet_folders, monkeypatch):
-    """Thick slices along x, as sagittal scans may be stored: the plan is that of the same scans stored along z."""
+    """Thick slices along x, as in some sagittal scans, give the same plan as thick slices along z."""
     shapes, spacings, channels = KINDS["thick"]
     sagittal = ([shape[1:] + shape[:1] for shape in shapes], [mm[1:] + mm[:1] for mm in spacings], channels)
     monkeypatch.setitem(KINDS, "sagittal", sagittal)
@@ -223,7 +223,7 @@ def test_patches_are_counted_in_scans_at_the_plans_spacing(kind, cpu_plans):
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_schedules_and_teachers_follow_from_their_stages(kind, cpu_plans):
-    """A masked encoder has no teacher beside it; the shortest run with one decides its momentum."""
+    """A masked encoder has no teacher; the shortest run with a teacher determines the momentum."""
     plan = cpu_plans[kind]
     taught = {"reprec.contrastive", "pcrl.contexts", "pixelglobal.distillation"}
     said = {(d.configuration, d.what) for d in plan.pretext.decisions}
@@ -307,7 +307,7 @@ def test_like_takes_over_the_plan_of_the_labelled_data(nnunet_folders):
         plan.nnunet["foreground_intensity_properties_per_channel"]
         == source["foreground_intensity_properties_per_channel"]
     )
-    with pytest.raises(UserError, match="plans for 1 channels, Dataset501_Toy has 2"):
+    with pytest.raises(UserError, match=r"expects 1 channel\(s\), but Dataset501_Toy has 2"):
         make_plan("two_channels", like=other)
     for left, gone in (("3d_fullres", "2d"), ("2d", "3d_fullres")):
         configurations = {key: value for key, value in source["configurations"].items() if not key.startswith(gone)}
@@ -334,13 +334,13 @@ def test_labelled_fingerprint_of_nnunet_is_not_overwritten(nnunet_folders):
     (labelled / "labelsTr").mkdir(parents=True)
     plan_pretraining(replace(dataset, folder=labelled), fingerprint, resolve_folders(), "cpu")
     assert (folder / "dataset_fingerprint.json").read_text() == '{"of": "nnU-Net"}'
-    # without labels it is ours, and follows the images
+    # without labels, nnssl writes this file and updates it with the images
     make_plan("iso")
     assert len(json.loads((folder / "dataset_fingerprint.json").read_text())["spacings"]) == len(fingerprint.cases)
 
 
 def test_overlap_agrees_with_the_crops_that_are_drawn():
-    """The planner's estimate against the share that the views' own geometry measures."""
+    """Compare the planner's estimate with the overlap measured by the geometry of the views."""
     ranges = AffineRange(crop_fraction=(0.2, 1.0), rotation_deg=(0.0, 0.0, 0.0), flip_axes=())
     generators = [torch.Generator().manual_seed(i) for i in range(400)]
     first, second = (draw_affine(generators, ranges, (32, 48, 40), (1.0, 1.0, 1.0)) for _ in range(2))
@@ -354,7 +354,7 @@ def test_presets():
     assert preset_for_gpu(139.0)[0] == "80gb"
     assert preset_for_gpu(4.0)[0] == "8gb"
     assert set(PRESETS) == {"cpu", "8gb", "24gb", "40gb", "80gb"}
-    with pytest.raises(UserError, match="the presets are cpu, 8gb"):
+    with pytest.raises(ArgumentError, match="^preset must be one of cpu, 8gb, 24gb, 40gb, 80gb, got 1tb$"):
         find_preset("1tb")
 
 
@@ -372,7 +372,7 @@ def test_plan_file_is_read_back(nnunet_folders):
 @pytest.mark.parametrize(
     ("stage", "transformer", "values_of_a_patch"),
     [
-        # the teacher without a graph; a quarter of the encoder's blocks and the decoder's on all tokens; what is kept per token
+        # the teacher without a graph, a quarter of the encoder's blocks, the decoder's blocks on all tokens, values per token
         ("alice.alignment", True, 0.15 * 1e6 + 100 * 9 * 40 * (8 / 4 + 2) + 100 * 20_000),
         ("alice.alignment", False, 1.15 * 1e6 + 100 * 20_000),
         ("reprec.generative", True, 0.15 * 1e6 + 100 * 9 * 40 * (8 / 4 + 2)),

@@ -45,7 +45,7 @@ def test_tokens_are_alike_in_mm_and_neither_few_nor_many(patch, spacing, token, 
 
 @pytest.mark.parametrize("size", PRIMUS_SIZES)
 def test_every_size_can_be_built_and_run(size):
-    """With the tokens that thick slices ask for, too; one block of each, since blocks are alike."""
+    """This includes the tokens of thick slices; one block of each network is enough, because blocks are equal."""
     architecture = primus_architecture(size, (1, 8, 8), (3, 16, 24))
     architecture["arch_kwargs"]["eva_depth"] = 1
     network = build_network(architecture, 2, 3, seed=0)
@@ -97,7 +97,7 @@ def test_what_the_installed_libraries_cannot_run_is_left_out(monkeypatch):
 
 @pytest.mark.parametrize(("size", "rate"), list(zip(PRIMUS_SIZES, (0.0, 0.2, 0.2, 0.2), strict=True)))
 def test_architecture_says_size_token_and_patch(size, rate):
-    """Paths are dropped in the sizes that nnU-Net trains; strides lead from full resolution to tokens and no further."""
+    """The sizes that nnU-Net trains use drop path; the strides end at the resolution of the tokens."""
     kwargs = primus_architecture(size, (2, 8, 8), (10, 24, 16))["arch_kwargs"]
     assert kwargs == {
         "embed_dim": size.width, "eva_depth": size.depth, "eva_numheads": size.heads, "patch_embed_size": [2, 8, 8],

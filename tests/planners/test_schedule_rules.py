@@ -1,4 +1,4 @@
-"""How long a stage runs and on how many patches, and what follows for a queue of keys and a teacher."""
+"""Batch size and length of a stage, the key queue and the teacher's momentum."""
 
 import math
 from dataclasses import replace
@@ -14,7 +14,7 @@ FEATURES = (1e6, 3e5)
 
 
 def schedule(patches: int, fits: int, preset: str = "24gb", stage: str = "pix2rep.dense"):
-    """Of a stage of which a patch takes two passes with a graph through encoder and decoder."""
+    """Return the schedule of a stage in which a patch needs two passes with a graph through encoder and decoder."""
     budget = (fits + 0.5) * 2 * sum(FEATURES)
     return decide_schedule(find_stage(stage)[1], FEATURES, budget, None, None, patches, PRESETS[preset])
 

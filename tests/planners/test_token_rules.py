@@ -1,4 +1,4 @@
-"""Which feature map becomes tokens, how many are masked together, and how large the transformer on them is."""
+"""The feature map that becomes tokens, the mask block, and the size of the transformer."""
 
 import math
 from dataclasses import replace
@@ -64,7 +64,7 @@ GRID = TokenGrid(stage=2, grid=(4, 8, 4), size_vox=(2, 4, 4), size_mm=(6.0, 4.0,
 
 
 def test_few_tokens_take_the_next_smaller_transformer():
-    """128 are no longer few; the smallest stays what it is."""
+    """Fewer than 128 tokens reduce the size by one step, except for the smallest transformer."""
     fewer = replace(GRID, grid=(127, 1, 1))
     for preset in PRESETS.values():
         place = VIT_SIZES.index(preset.transformer)

@@ -1,4 +1,4 @@
-"""What views take from the data: shares of crops, rotations, flips and intensity changes."""
+"""Crops, rotations, flips and intensity changes that suit the data."""
 
 import random
 
@@ -58,7 +58,7 @@ def test_flips_are_those_of_the_fine_plane():
 
 
 def test_the_modality_decides_which_intensities_change():
-    """Hounsfield numbers keep their order and their meaning: no gamma, no bias field, no inversion."""
+    """Hounsfield units keep their order and meaning: no gamma, bias field or inversion."""
     ct, mr = set(decide_intensity(True)[0]), set(decide_intensity(False)[0])
     assert ct == {"contrast", "brightness", "noise", "blur", "window"}
     assert mr == {"contrast", "brightness", "noise", "blur", "gamma", "bias_field", "inversion"}

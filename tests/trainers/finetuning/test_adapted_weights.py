@@ -102,7 +102,7 @@ def test_a_patch_is_not_longer_than_the_images(labelled):
         "3d_fullres"
     ]
     assert plan["patch_size"] == plan["architecture"]["arch_kwargs"]["input_shape"] == [8, 16, 16]
-    with pytest.raises(UserError, match="only 3D ones"):
+    with pytest.raises(UserError, match="use weights for 3D images"):
         plan_for_network(unet("plain", 2), (16, 16), None, DATASET, "aPlans", folders)
 
 

@@ -317,7 +317,7 @@ def test_finished_arms_are_recognised(run):
     assert [path.stat().st_mtime_ns for path in files] == before
     assert sum("finished already" in line for line in said) == 2
     assert any("all 6 exist already" in line for line in said)
-    assert sum("there already and the same" in line for line in said) == 1
+    assert sum("exists and fits the weights" in line for line in said) == 1
 
 
 def test_an_arm_that_was_trained_but_not_evaluated_is_evaluated_only(run, monkeypatch):
