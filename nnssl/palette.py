@@ -1,4 +1,4 @@
-"""The colours of all figures: Okabe and Ito's palette, which readers who are blind to some colours tell apart too.
+"""The colours of all figures: Okabe and Ito's palette, which colour-blind readers can distinguish.
 
 Source: Okabe and Ito, Color universal design, 2008.
 """
@@ -12,6 +12,6 @@ VERMILION = "#D55E00"
 REDDISH_PURPLE = "#CC79A7"
 
 ON_WHITE = (BLUE, VERMILION, BLUISH_GREEN, REDDISH_PURPLE, ORANGE, SKY_BLUE)
-"""Of lines on a page, those that differ most first; yellow is too pale for them."""
+"""Colours of lines on a white page, most distinct first; yellow is too pale for lines."""
 ON_IMAGES = (ORANGE, SKY_BLUE, BLUISH_GREEN, YELLOW, BLUE, VERMILION, REDDISH_PURPLE)
-"""Of areas over grey values, the bright ones first."""
+"""Colours of areas on grey images, brightest first."""
