@@ -78,6 +78,7 @@ PYTHON_NAMES = {
     "spacing": "spacing_mm",
     "dask": "dask_address",
     "mode": "modes",
+    "labels": "labels_file",
 }
 """Python name of an argument by the name of its flag, where the two differ."""
 

@@ -227,7 +227,7 @@ def _matches(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "Case
             " ".join(map(str, vox)) for vox in (each.query_vox, each.found_vox, each.box_vox)
         )
         print_line(
-            f"{place}: {by_embedding}, similarity {each.score:.3f}, back within {each.cycle_mm:.1f} mm; body's box {by_box}"
+            f"{place}: {by_embedding}, similarity {each.score:.3f}, cycle error {each.cycle_mm:.1f} mm; body's box {by_box}"
         )
 
 

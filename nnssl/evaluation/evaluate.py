@@ -1,11 +1,11 @@
-"""Two folders of segmentations against one another: metrics case by case and their means, printed and written."""
+"""Evaluates a folder of segmentations: metrics of each case and their means, printed and written."""
 
 import math
 from pathlib import Path
 from typing import Any
 
 from nnssl.data.jobs import default_processes
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError
 from nnssl.evaluation.labels import find_labels
 from nnssl.evaluation.metrics import evaluate_folders, write_metrics_csv
 from nnssl.evaluation.summary import format_summary, summarise
@@ -27,18 +27,18 @@ def evaluate(
     """Compare the segmentations of a folder with references of the same names, and write metrics and means.
 
     Args:
-        predictions: folder with segmentations.
-        references: folder with reference segmentations of the same names.
-        labels_file: ``dataset.json`` that names the classes; None for one beside either folder, else numbers.
-        tolerance_mm: of the surface distance.
-        output: folder for ``metrics.csv`` and ``summary_nnssl.json``; None for the predictions'.
-        processes: None for one for each core, at most 8.
+        predictions: Folder with segmentations.
+        references: Folder with reference segmentations of the same names.
+        labels_file: ``dataset.json`` that names the classes; None for one beside either folder or, without any, numbers.
+        tolerance_mm: Tolerance of the normalised surface distance in mm.
+        output: Folder for ``metrics.csv`` and ``summary_nnssl.json``; None for that of the predictions.
+        processes: Number of processes; None for one per core, at most 8.
 
     Returns:
         The content of ``summary_nnssl.json``.
 
     Raises:
-        UserError: folders, labels or the tolerance do not fit, or a file cannot be written.
+        UserError: If folders, labels or the tolerance are unsuitable, or a file cannot be written.
 
     Example:
         >>> references = nnssl.resolve_folders().raw / "Dataset004_MyTask" / "labelsTr"
@@ -48,7 +48,7 @@ def evaluate(
     """
     predictions, references = Path(predictions), Path(references)
     if not 0 < tolerance_mm < math.inf:
-        raise UserError(f"--tolerance-mm {tolerance_mm:g}: give a number of mm above 0")
+        raise ArgumentError(f"tolerance_mm must be above 0 and finite, got {tolerance_mm:g}", "tolerance_mm")
     labels, ignore = find_labels(labels_file, predictions, references)
     folder = make_writable(output or predictions)
     workers = default_processes() if processes is None else processes
@@ -58,5 +58,5 @@ def evaluate(
     write_json(folder / SUMMARY_FILE, summary)
     for line in format_summary(summary):
         logger.info(line)
-    logger.info(f"per case and class: {folder / METRICS_FILE}; means: {folder / SUMMARY_FILE}")
+    logger.info(f"Metrics per case and class: {folder / METRICS_FILE}; means: {folder / SUMMARY_FILE}")
     return summary

@@ -1,4 +1,4 @@
-"""Which classes a segmentation has: as a ``dataset.json`` names them, or as they are found."""
+"""Classes of a segmentation: those that a ``dataset.json`` names, or all values that occur."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,22 +6,23 @@ from typing import Any
 
 import numpy as np
 
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError
 from nnssl.evaluation.segmentation_files import find_segmentations, read_segmentation
 from nnssl.files import read_json
 from nnssl.log import logger
 
 DATASET_JSON = "dataset.json"
 MOST_CLASSES = 255
-"""Where no file names the classes."""
+"""Largest number of values if no file names the classes; images have more."""
 
 
 def foreground_labels(dataset_json: Mapping[str, Any]) -> dict[str, int | tuple[int, ...]]:
-    """Return the classes and regions of a ``dataset.json`` that are evaluated: all but background and ignore label.
+    """Return the classes and regions of a ``dataset.json`` without background and ignore label.
 
     Raises:
-        KeyError: it has no ``labels``.
-        ValueError: a value is no whole number, as in files of nnU-Net v1, which give names by value; or TypeError.
+        KeyError: If it has no ``labels``.
+        ValueError: If a value is not an integer, as in files of nnU-Net v1, which map values to names.
+        TypeError: If a value has a wrong type.
     """
     return {
         name: tuple(map(int, value)) if isinstance(value, (list, tuple)) else int(value)
@@ -31,26 +32,27 @@ def foreground_labels(dataset_json: Mapping[str, Any]) -> dict[str, int | tuple[
 
 
 def ignore_label(dataset_json: Mapping[str, Any]) -> int | None:
-    """Return the value of a ``dataset.json`` that marks voxels which nobody labelled, None without one."""
+    """Return the value that marks unlabelled voxels according to a ``dataset.json``; None if there is none."""
     value = dataset_json["labels"].get("ignore")
     return None if value is None else int(value)
 
 
 def find_labels(file: Path | None, predictions: Path, references: Path) -> tuple[dict[str, Any], int | None]:
-    """Return the classes to evaluate and the value to ignore: from a file, from one beside either folder, or as found.
+    """Return the classes to evaluate and the value to ignore.
 
-    nnU-Net writes a ``dataset.json`` into the folder of its predictions.
+    They come from the given file, else from a ``dataset.json`` beside either folder (nnU-Net writes one to the folder of its
+    predictions), else from the values that occur.
 
     Args:
-        file: None to look beside the segmentations.
-        predictions: folder.
-        references: folder.
+        file: ``dataset.json`` that names the classes; None to look beside the segmentations.
+        predictions: Folder of the predictions.
+        references: Folder of the references.
 
     Raises:
-        UserError: there is no such folder, a file cannot be read, or predictions and references have different labels.
+        UserError: If a folder does not exist, a file cannot be read, or predictions and references have different labels.
     """
     for folder in (predictions, references):
-        find_segmentations(folder)  # a folder that is not there is no folder without a dataset.json
+        find_segmentations(folder)  # otherwise, a missing folder would pass for one without a dataset.json
     beside = [predictions / DATASET_JSON, references / DATASET_JSON, references.absolute().parent / DATASET_JSON]
     paths = [file] if file is not None else [path for path in beside if path.exists()]
     if not paths:
@@ -59,11 +61,12 @@ def find_labels(file: Path | None, predictions: Path, references: Path) -> tuple
     first = paths[0]
     for path in paths[1:]:
         if found[path] != found[first]:
-            raise UserError(
+            raise ArgumentError(
                 f"{first} and {path}: have different labels, {_describe(found[first])} and {_describe(found[path])}; "
-                "--labels FILE says which are meant"
+                "choose a file with labels_file",
+                "labels_file",
             )
-    logger.info(f"labels: {first}")
+    logger.info(f"Labels: {first}")
     return found[first]
 
 
@@ -71,19 +74,22 @@ def _parse_labels(content: Any, path: Path) -> tuple[dict[str, Any], int | None]
     """Return the classes to evaluate and the value to ignore from the content of a ``dataset.json``.
 
     Raises:
-        UserError: it has no labels, or not in the form of nnU-Net v2.
+        UserError: If it has no labels, or not in the format of nnU-Net v2.
     """
     if not isinstance(content, dict) or not isinstance(content.get("labels"), dict):
-        raise UserError(f"{path}: has no 'labels', so the classes have no names; give another --labels FILE")
+        raise ArgumentError(f"{path}: has no 'labels', which name the classes; give another labels_file", "labels_file")
     try:
         labels, ignore = foreground_labels(content), ignore_label(content)
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f'{path}: its labels are not in the form of nnU-Net v2, {{"background": 0, "liver": 1}}; '
-            "write them so, or give another --labels FILE"
+        raise ArgumentError(
+            f'{path}: its labels are not in the format of nnU-Net v2, {{"background": 0, "liver": 1}}; '
+            "convert them, or give another labels_file",
+            "labels_file",
         ) from error
     if not labels:
-        raise UserError(f"{path}: its 'labels' name no class but the background; give another --labels FILE")
+        raise ArgumentError(
+            f"{path}: its 'labels' name no class but the background; give another labels_file", "labels_file"
+        )
     return labels, ignore
 
 
@@ -94,20 +100,23 @@ def _describe(labels: tuple[dict[str, Any], int | None]) -> str:
 
 
 def _labels_as_found(predictions: Path, references: Path) -> dict[str, int]:
-    """Return every value of the segmentations but 0 as a class of that name."""
+    """Return every value of the segmentations except 0 as a class of that name."""
     values: set[int] = set()
     for folder in (predictions, references):
         for path in find_segmentations(folder).values():
             values |= {int(value) for value in np.unique(read_segmentation(path).values)}
             if len(values) > MOST_CLASSES:
-                raise UserError(
-                    f"{path}: makes it more than {MOST_CLASSES} different values, so these seem to be images; "
-                    "give segmentations, or --labels FILE"
+                raise ArgumentError(
+                    f"{path}: with this file, there are more than {MOST_CLASSES} different values, so these seem to be "
+                    "images; give segmentations, or labels_file to name the classes",
+                    "labels_file",
                 )
     labels = {str(value): value for value in sorted(values - {0})}
     if not labels:
-        raise UserError(
-            f"{predictions}, {references}: hold background only; --labels FILE says which classes there are"
+        raise ArgumentError(
+            f"{predictions}, {references}: contain background only; name the classes with labels_file", "labels_file"
         )
-    logger.info(f"no dataset.json found: the classes are the values {', '.join(labels)}; --labels FILE names them")
+    logger.info(
+        f"No dataset.json found: the classes are the values {', '.join(labels)}; a dataset.json would name them"
+    )
     return labels

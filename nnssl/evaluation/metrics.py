@@ -1,12 +1,12 @@
-"""How good a segmentation is, per case and class: Dice, normalised surface distance, 95th percentile distance, volume.
+"""Segmentation metrics per case and class: Dice, normalised surface distance, 95th percentile distance, volume.
 
 Source: Dice as in nnU-Net's evaluation. Normalised surface distance: Nikolov et al., Deep learning to achieve clinically
 applicable segmentation of head and neck anatomy, JMIR 2021 (surface Dice at a tolerance); surfaces, areas and distances are
 MONAI's, with surface elements between voxels.
 
-Empty sides follow one rule: where neither side has the class, the pair is not counted (None, as nnU-Net's NaN). Where one
-side has it, the Dice and the surface distance are 0, and the 95th percentile distance is the diagonal of the image, than
-which no distance in it is larger. So a missed organ is never passed over.
+Empty masks follow one rule. If neither side has the class, the pair does not count (None, as nnU-Net's NaN). If only one side
+has the class, the Dice and the normalised surface distance are 0, and the 95th percentile distance is the diagonal of the
+image, the largest possible distance. A missed organ therefore always counts.
 """
 
 import csv
@@ -28,29 +28,30 @@ from nnssl.schema import STRICT
 
 Label = int | Sequence[int]
 ROUNDING = 1e-6
-"""Relative difference of a distance from the tolerance that is put down to rounding: spacings are often stored in float32."""
+"""Relative excess over the tolerance that is attributed to rounding, because spacings are often stored in float32."""
 COLUMNS = ("case", "class", "dice", "nsd", "hd95_mm", "volume_ml", "reference_volume_ml")
-"""Of ``CaseMetrics`` in a table."""
+"""Columns of a table of ``CaseMetrics``."""
 
 
 @dataclass(frozen=True)
 class CaseMetrics:
-    """One class of one case."""
+    """Metrics of one class in one case."""
 
     __pydantic_config__: ClassVar = STRICT
 
     case: str
     label: str
-    """Class or region."""
+    """Name of the class or region."""
     dice: float | None
-    """0 to 1; None where neither side has the class."""
+    """Dice, 0 to 1; None if neither side has the class."""
     nsd: float | None
-    """Normalised surface distance, 0 to 1; None as above."""
+    """Normalised surface distance, 0 to 1; None if neither side has the class."""
     hd95_mm: float | None
-    """95th percentile of the distance between the surfaces, the larger direction; None as above."""
+    """95th percentile of the surface distance in mm, the larger of both directions; None if neither side has the class."""
     volume_ml: float
-    """Predicted."""
+    """Volume of the prediction."""
     reference_volume_ml: float
+    """Volume of the reference."""
 
 
 def evaluate_case(
@@ -60,17 +61,17 @@ def evaluate_case(
     tolerance_mm: float,
     ignore: int | None = None,
 ) -> list[CaseMetrics]:
-    """Evaluate one segmentation, one entry for each class.
+    """Compute the metrics of every class in one segmentation.
 
     Args:
-        prediction: image file.
-        reference: image file of the same geometry.
-        labels: value of every class, several for a region.
-        tolerance_mm: of the normalised surface distance.
-        ignore: value of the reference whose voxels are left out on both sides.
+        prediction: Image file of the prediction.
+        reference: Image file of the reference, with the same geometry.
+        labels: Value of each class, or several values for a region.
+        tolerance_mm: Tolerance of the normalised surface distance in mm.
+        ignore: Value of the reference that excludes voxels on both sides; None for no exclusion.
 
     Raises:
-        UserError: a file cannot be read, the geometries differ, or a value is no label.
+        UserError: If a file cannot be read, the geometries differ, or a value is not a label.
     """
     predicted, true = read_segmentation(prediction), read_segmentation(reference)
     check_same_geometry(prediction, predicted, reference, true)
@@ -79,8 +80,8 @@ def evaluate_case(
         unknown = sorted({int(value) for value in np.unique(values)} - known - more)
         if unknown:
             raise UserError(
-                f"{path}: holds the value {unknown[0]}, which is none of the labels ({', '.join(map(str, sorted(known)))}); "
-                "take the dataset.json that it was made with"
+                f"{path}: contains the value {unknown[0]}, which is not a label ({', '.join(map(str, sorted(known)))}); "
+                "use the dataset.json that belongs to it"
             )
     counted = np.ones(true.values.shape, bool) if ignore is None else true.values != ignore
     voxel_ml = float(np.prod(true.spacing_mm)) / 1000
@@ -104,15 +105,15 @@ def compare_masks(
     """Return Dice, normalised surface distance and the 95th percentile distance in mm of two masks.
 
     Args:
-        prediction: 2D or 3D.
-        reference: of the same shape.
-        spacing_mm: in the order of the axes.
-        tolerance_mm: of the normalised surface distance.
-        diagonal_mm: of the image: the distance where one mask is empty.
+        prediction: Predicted mask, 2D or 3D.
+        reference: Reference mask of the same shape.
+        spacing_mm: Spacing in mm in the order of the axes.
+        tolerance_mm: Tolerance of the normalised surface distance in mm.
+        diagonal_mm: Diagonal of the image in mm, which is the distance if one mask is empty.
 
     Returns:
-        Two shares from 0 to 1 and a distance; by the rule for empty sides where a mask is empty. A 3D image of one slice
-        is taken as 2D: seen as a volume it is all surface.
+        Two shares from 0 to 1 and a distance, or the values for empty masks. A 3D image of one slice is treated as 2D,
+        because as a volume it would consist of surface only.
     """
     if prediction.ndim == 3 and 1 in prediction.shape:
         flat = prediction.shape.index(1)
@@ -124,7 +125,7 @@ def compare_masks(
         return 0.0, 0.0, diagonal_mm
     dice = 2 * float((prediction & reference).sum()) / float(prediction.sum() + reference.sum())
     box = _common_box(prediction | reference)
-    # a rim of background, so that what touches the border of the image has a surface there too
+    # With a rim of background, objects at the border of the image have a surface there too.
     ours, theirs = (np.pad(mask[box], 1) for mask in (prediction, reference))
     nsd, hd95_mm = _surface_metrics(ours, theirs, spacing_mm, tolerance_mm)
     return dice, nsd, hd95_mm
@@ -139,19 +140,19 @@ def evaluate_folders(
     processes: int = 1,
     cases: Sequence[str] | None = None,
 ) -> list[CaseMetrics]:
-    """Evaluate the segmentations of a folder, one entry for each case and class, sorted by case.
+    """Compute the metrics of every case and class of a folder, sorted by case.
 
     Args:
-        predictions: folder.
-        references: folder.
-        labels: as ``evaluate_case``.
-        tolerance_mm: of the normalised surface distance.
-        ignore: as ``evaluate_case``.
-        processes: worker processes; 1 works in this one.
-        cases: to evaluate; None for all that either folder has.
+        predictions: Folder of the predictions.
+        references: Folder of the references.
+        labels: Value of each class, or several values for a region.
+        tolerance_mm: Tolerance of the normalised surface distance in mm.
+        ignore: Value of the references that excludes voxels on both sides; None for no exclusion.
+        processes: Number of worker processes; 1 for this process only.
+        cases: Cases to evaluate; None for all cases of either folder.
 
     Raises:
-        UserError: a prediction or a reference is missing, or a process was killed; or as ``evaluate_case``.
+        UserError: If a prediction or a reference is missing, a process was killed, or ``evaluate_case`` rejects a file.
     """
     ours, theirs = find_segmentations(predictions), find_segmentations(references)
     names = sorted(cases if cases is not None else {*ours, *theirs})
@@ -159,8 +160,8 @@ def evaluate_folders(
         missing = [name for name in names if name not in found]
         if missing:
             raise UserError(
-                f"{folder}: has no {what} of {some(missing)}; put it there, or move the other file away if the case is not "
-                "meant to be evaluated"
+                f"{folder}: has no {what} of {some(missing)}; add it, or remove the other file if the case is not to be "
+                "evaluated"
             )
     evaluate = partial(_evaluate_pair, labels=labels, tolerance_mm=tolerance_mm, ignore=ignore)
     pairs = [(name, ours[name], theirs[name]) for name in names]
@@ -170,15 +171,15 @@ def evaluate_folders(
 
 
 def write_metrics_csv(path: Path, metrics: Sequence[CaseMetrics]) -> None:
-    """Write one line for each case and class; what is not counted is an empty field."""
+    """Write one line for each case and class, with an empty field for each metric that does not count."""
     write_csv(path, COLUMNS, [astuple(entry) for entry in metrics])
 
 
 def read_metrics_csv(path: Path) -> list[CaseMetrics]:
-    """Read what ``write_metrics_csv`` wrote.
+    """Read a file of ``write_metrics_csv``.
 
     Raises:
-        UserError: it is no such file.
+        UserError: If the file is not such a table.
     """
     try:
         with open(path, newline="") as file:
@@ -187,7 +188,7 @@ def read_metrics_csv(path: Path) -> list[CaseMetrics]:
             raise ValueError(f"columns {', '.join(rows[0])}")
         return [_parse_row(*row) for row in rows[1:]]
     except (OSError, ValueError, IndexError, TypeError) as error:
-        raise UserError(f"{path}: is no table of metrics ({error}); delete it to have it made again") from error
+        raise UserError(f"{path}: is not a table of metrics ({error}); delete it and evaluate again") from error
 
 
 def _parse_row(case: str, label: str, *numbers: str) -> CaseMetrics:
@@ -210,7 +211,7 @@ def _surface_metrics(
     spacing_mm: Sequence[float],
     tolerance_mm: float,
 ) -> tuple[float, float]:
-    import torch  # slow to import, as is MONAI
+    import torch  # slow to import, like MONAI
     from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 
     ours, theirs = (torch.from_numpy(mask)[None, None] for mask in (prediction, reference))
@@ -231,7 +232,7 @@ def _surface_metrics(
 
 
 def _common_box(mask: Bool[np.ndarray, "*shape"]) -> tuple[slice, ...]:
-    """Return the box around all that is true."""
+    """Return the bounding box of a mask."""
     box = []
     for axis in range(mask.ndim):
         others = tuple(other for other in range(mask.ndim) if other != axis)

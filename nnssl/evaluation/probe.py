@@ -1,11 +1,11 @@
-"""A linear segmentation probe: how much of the classes can be read off frozen features of voxels by a linear layer.
+"""A linear segmentation probe, which measures how well a linear layer separates classes by frozen features of voxels.
 
-The features of a voxel are those of all encoder stages, and of the decoder stages where the decoder is pretrained, side by
-side. Multinomial logistic regression is fitted to voxels of a few labelled tiles, every class with the same number of
-voxels where there are enough, and scored by the Dice on tiles of other cases.
+The features of a voxel are those of all encoder stages and, if the decoder is pretrained, of its stages, concatenated.
+Multinomial logistic regression is fitted to voxels of a few labelled tiles, with the same number of voxels per class where
+there are enough. The score is the Dice on tiles of other cases.
 
-A linear layer commutes with interpolation: so whole tiles are predicted by applying the layer to every map at the map's own
-resolution and adding up the interpolated results. Features of full resolution are never made.
+A linear layer commutes with interpolation. Whole tiles are therefore predicted by applying the layer to each map at its own
+resolution and summing the interpolated results, without computing features at full resolution.
 
 Source: linear probing of dense features as in Seince et al., Pix2Rep, MIDL 2024; logistic regression is scikit-learn's.
 """
@@ -27,28 +27,28 @@ from nnssl.networks.dense import decoder_maps
 from nnssl.views.points import interpolate_at
 
 IGNORED = -1
-"""Label of voxels that are neither fitted nor scored."""
+"""Label of voxels that are excluded from fit and score."""
 POINTS_PER_CLASS = 50
-"""Voxels of each class that are drawn from a tile."""
+"""Number of voxels of each class that are drawn from a tile."""
 REGULARISATION = 1.0
-"""scikit-learn's ``C``."""
+"""scikit-learn's ``C``, the inverse strength of the regularisation."""
 ITERATIONS = 100
-"""Of the fit at most; it need not converge to the last digit."""
+"""Largest number of iterations of the fit, which need not converge to the last digit."""
 
 
 @dataclass(frozen=True)
 class LabelledTile:
-    """Part of a labelled case as a network sees it."""
+    """A patch of a labelled case."""
 
     case: str
     volume: Float[np.ndarray, " channel *shape"]
     labels: Int[np.ndarray, "*shape"]
-    """Class values; ``IGNORED`` where nothing is known."""
+    """Class values; ``IGNORED`` for unlabelled voxels."""
 
 
 @dataclass(frozen=True)
 class LinearProbe:
-    """One linear layer for every map, whose results add up to the logits of the classes."""
+    """One linear layer per feature map; the sum of their outputs is the logits of the classes."""
 
     classes: tuple[int, ...]
     weights: tuple[Float[Tensor, "class channel"], ...]
@@ -58,8 +58,8 @@ class LinearProbe:
         """Return the logits of all voxels of a patch.
 
         Args:
-            maps: feature maps (batch, channel, *grid) of any resolution that cover the patch.
-            shape: voxels of the patch.
+            maps: Feature maps (batch, channel, *grid) of any resolution that cover the patch.
+            shape: Shape of the patch in voxels.
         """
         mode = "bilinear" if len(shape) == 2 else "trilinear"
         total = self.bias.view(1, -1, *[1] * len(shape))
@@ -73,7 +73,7 @@ class LinearProbe:
 
 @contextmanager
 def frozen(network: nn.Module) -> Iterator[None]:
-    """Compute features as in prediction and leave everything as it was: modes, gradients, random numbers."""
+    """Switch a network to inference and restore its modes and the random state afterwards; no gradients are computed."""
     modes = {name: module.training for name, module in network.named_modules()}
     network.eval()
     try:
@@ -85,12 +85,12 @@ def frozen(network: nn.Module) -> Iterator[None]:
 
 
 def probe_maps(network: Any, volumes: Float[Tensor, "batch channel *shape"], with_decoder: bool) -> list[Tensor]:
-    """Return the maps that the probe reads: all encoder stages, and the decoder's where asked for.
+    """Return the feature maps of the probe: all encoder stages and, on request, the decoder stages.
 
     Args:
-        network: as ``nnssl.networks.dense.decoder_maps`` takes it.
-        volumes: patches.
-        with_decoder: whether the decoder says something.
+        network: Network that ``nnssl.networks.dense.decoder_maps`` accepts.
+        volumes: Patches.
+        with_decoder: Whether to include the decoder stages.
     """
     skips = list(network.encoder(volumes))
     return [*skips, *decoder_maps(network, volumes)[1:]] if with_decoder else skips
@@ -107,12 +107,12 @@ def fit_probe(
     """Fit the probe to labelled tiles.
 
     Args:
-        network: frozen here, put back afterwards.
-        tiles: to learn from.
-        classes: values that are told apart, background included.
-        with_decoder: as ``probe_maps``.
-        seed: of the drawn voxels.
-        device: where the network is.
+        network: Network, which is frozen during the fit and restored afterwards.
+        tiles: Tiles of the training cases.
+        classes: Class values to separate, including the background.
+        with_decoder: Whether to use the decoder stages.
+        seed: Random seed of the drawn voxels.
+        device: Device of the network.
     """
     from sklearn.linear_model import LogisticRegression  # slow to import
 
@@ -130,14 +130,14 @@ def fit_probe(
             targets.append(tile.labels[tuple(points.T)])
     values, target = np.concatenate(rows), np.concatenate(targets)
     mean, std = values.mean(axis=0), values.std(axis=0)
-    std[std < 1e-6] = np.inf  # a feature that does not vary says nothing
+    std[std < 1e-6] = np.inf  # a constant feature carries no information
     present = np.unique(target)
     weight, bias = np.zeros((len(classes), values.shape[1])), np.full(len(classes), -1e4)
     if len(present) == 1:
         bias[list(classes).index(int(present[0]))] = 0.0
     else:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # not converged: good enough
+            warnings.simplefilter("ignore")  # a fit that has not converged is good enough
             model = LogisticRegression(C=REGULARISATION, max_iter=ITERATIONS).fit((values - mean) / std, target)
         own, offset = model.coef_, model.intercept_
         if len(present) == 2:  # scikit-learn has one row for two classes
@@ -153,14 +153,14 @@ def fit_probe(
 def score_probe(
     network: Any, probe: LinearProbe, tiles: Sequence[LabelledTile], with_decoder: bool, device: torch.device
 ) -> dict[int, float | None]:
-    """Return the Dice of every class but the first over all voxels of the tiles; None for one that is nowhere.
+    """Return the Dice of every class except the first over all voxels of the tiles; None for an absent class.
 
     Args:
-        network: frozen here, put back afterwards.
-        probe: fitted to other tiles.
-        tiles: to score on.
-        with_decoder: as ``probe_maps``.
-        device: where the network is.
+        network: Network, which is frozen during the prediction and restored afterwards.
+        probe: Probe fitted to other tiles.
+        tiles: Tiles of the test cases.
+        with_decoder: Whether to use the decoder stages.
+        device: Device of the network.
     """
     counts = dict.fromkeys(probe.classes[1:], (0, 0))
     with frozen(network):
@@ -175,7 +175,7 @@ def score_probe(
 
 
 def mean_dice(dice: Mapping[int, float | None]) -> float:
-    """Return the mean over the classes that are somewhere; NaN if none is."""
+    """Return the mean over the classes that occur; NaN if none does."""
     values = [value for value in dice.values() if value is not None]
     return float(np.mean(values)) if values else float("nan")
 
@@ -186,10 +186,10 @@ def draw_labelled_points(
     """Draw up to ``POINTS_PER_CLASS`` voxels of every class, without replacement.
 
     Args:
-        labels: of a tile.
-        classes: that are drawn.
-        seed: of the probe.
-        number: of the tile; together they decide the draw.
+        labels: Class values of a tile.
+        classes: Classes to draw.
+        seed: Random seed of the probe.
+        number: Number of the tile, which determines the draw together with the seed.
     """
     generator = make_generator(seed, "probe/points", number)
     chosen = []

@@ -1,7 +1,7 @@
-"""Segmentations on disk: which files of a folder are some, their voxels with spacing, and whether two show the same place.
+"""Segmentations on disk: finding them in a folder, reading voxels and spacing, and comparing the geometry of two files.
 
-Every format that nnU-Net writes is read, with the spacing that nnU-Net takes for it: from the header; for a TIFF from the
-``.json`` of the same name beside it; 1 for pictures without either.
+Every format that nnU-Net writes can be read, with the spacing that nnU-Net uses: that of the header or, for a TIFF, of the
+``.json`` file of the same name; 1 for pictures that have neither.
 """
 
 from collections.abc import Mapping
@@ -18,18 +18,18 @@ from nnssl.files import read_json
 
 TIFF = (".tiff", ".tif")
 GEOMETRY_TOLERANCE = 1e-3
-"""Difference of spacing (relative), origin (voxels) and direction that is put down to rounding."""
+"""Difference of spacing (relative), origin (voxels) and direction that is attributed to rounding."""
 
 
 @dataclass(frozen=True)
 class Segmentation:
-    """The classes of the voxels of an image, and where they are.
+    """The class values of an image and its geometry.
 
     Attributes:
-        values: (z, y, x), or (y, x) of a 2D image.
-        spacing_mm: in the order of the array's axes.
-        origin: in mm, (x, y, z) as ITK has it.
-        direction: rows of the matrix of ITK.
+        values: Class values (z, y, x), or (y, x) for a 2D image.
+        spacing_mm: Spacing in mm in the order of the array's axes.
+        origin: Origin in mm in ITK's order (x, y, z).
+        direction: Rows of ITK's direction matrix, flattened.
     """
 
     values: Integer[np.ndarray, "*shape"]
@@ -39,28 +39,28 @@ class Segmentation:
 
 
 def find_segmentations(folder: Path) -> dict[str, Path]:
-    """Return the segmentations of a folder by case; hidden files and files of other kinds are passed over.
+    """Return the segmentations of a folder by case; hidden files and files of other kinds are skipped.
 
     Raises:
-        UserError: there is no such folder, it holds none, or a case has two files.
+        UserError: If the folder does not exist, contains no segmentation, or has two files for one case.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: there is no such folder; give one with segmentations")
+        raise UserError(f"{folder}: this folder does not exist; check the path")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or not path.name.lower().endswith(ENDINGS):
             continue
         name = case_name(path)
         if name in found:
-            raise UserError(f"{folder}: has two files of {name}, {found[name].name} and {path.name}; keep one")
+            raise UserError(f"{folder}: has two files for {name}, {found[name].name} and {path.name}; keep one")
         found[name] = path
     if not found:
-        raise UserError(f"{folder}: holds no segmentation ({', '.join(ENDINGS)}); give another folder")
+        raise UserError(f"{folder}: contains no segmentation ({', '.join(ENDINGS)}); give another folder")
     return found
 
 
 def case_name(path: Path) -> str:
-    """Return the name of a file without its ending."""
+    """Return the name of a file without its extension."""
     return path.name.removesuffix(ending_of(path))
 
 
@@ -68,13 +68,13 @@ def read_segmentation(path: Path) -> Segmentation:
     """Read one segmentation.
 
     Raises:
-        UserError: the file is cut short or cannot be read, has other than 2 or 3 axes or several values per voxel, or
-            holds NaN or fractions.
+        UserError: If the file is truncated or unreadable, does not have 2 or 3 axes, has several values per voxel, or
+            contains NaN or fractions.
     """
     import SimpleITK as sitk  # noqa: N813  the usual name; slow to import
 
     try:
-        # ITK returns zeros for what is missing in a cut file, and for NaN in a NIfTI: classes lost without a word
+        # ITK silently reads the missing part of a truncated file, and NaN in a NIfTI file, as zeros.
         check_whole(path)
         check_finite(path)
         image = sitk.ReadImage(str(path))
@@ -84,13 +84,15 @@ def read_segmentation(path: Path) -> Segmentation:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{path}: cannot be read ({reason}); copy or predict it again") from error
     if image.GetNumberOfComponentsPerPixel() != 1:
-        raise UserError(f"{path}: has {image.GetNumberOfComponentsPerPixel()} values per voxel; give one, the class")
+        raise UserError(f"{path}: has {image.GetNumberOfComponentsPerPixel()} values per voxel; give one class value")
     if image.GetDimension() not in (2, 3):
-        raise UserError(f"{path}: has {image.GetDimension()} axes; give an image of 2 or 3")
+        raise UserError(f"{path}: has {image.GetDimension()} axes; give an image with 2 or 3")
     values = sitk.GetArrayFromImage(image)
     if values.dtype.kind == "f":
         if not np.array_equal(values, np.rint(values)):
-            raise UserError(f"{path}: holds fractions, so it is no segmentation; give whole numbers, the classes")
+            raise UserError(
+                f"{path}: contains fractions, so it is not a segmentation; give an image of integer class values"
+            )
         values = values.astype(np.int64)
     if path.name.lower().endswith(PICTURE_ENDINGS):
         axes = values.ndim
@@ -101,10 +103,10 @@ def read_segmentation(path: Path) -> Segmentation:
 
 
 def _picture_spacing_mm(path: Path, axes: int) -> tuple[float, ...]:
-    """Return the spacing in the file that nnU-Net writes beside a 3D TIFF, else 1.
+    """Return the spacing from the file that nnU-Net writes beside a 3D TIFF, or 1 without such a file.
 
     Raises:
-        UserError: that file is not what nnU-Net writes.
+        UserError: If the file does not have nnU-Net's format.
     """
     beside = path.with_name(f"{case_name(path)}.json")
     if not path.name.lower().endswith(TIFF) or not beside.exists():
@@ -116,15 +118,15 @@ def _picture_spacing_mm(path: Path, axes: int) -> tuple[float, ...]:
         or len(spacing) != axes
         or not all(isinstance(mm, (int, float)) and mm > 0 for mm in spacing)
     ):
-        raise UserError(f"{beside}: has no 'spacing' of {axes} numbers above 0 for {path.name}; write it again")
+        raise UserError(f"{beside}: has no 'spacing' of {axes} numbers above 0 for {path.name}; correct it")
     return tuple(map(float, spacing))
 
 
 def check_same_geometry(prediction: Path, predicted: Segmentation, reference: Path, true: Segmentation) -> None:
-    """Check that two images show the same voxels of the world.
+    """Check that two images have the same geometry.
 
     Raises:
-        UserError: their size, spacing, origin or direction differ; names the prediction.
+        UserError: If their size, spacing, origin or direction differ.
     """
     if predicted.values.shape != true.values.shape:
         axes = "(z, y, x)" if predicted.values.ndim == 3 else "(y, x)"

@@ -1,4 +1,4 @@
-"""The means of many metrics, by class: what ``nnssl_evaluate`` prints and writes."""
+"""Means of metrics by class, as ``nnssl_evaluate`` prints and writes them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,12 +8,12 @@ from nnssl.tables import align, number
 
 
 def summarise(metrics: Sequence[CaseMetrics], labels: Sequence[str], tolerance_mm: float) -> dict[str, Any]:
-    """Return means over the cases that count, by class, and over the classes.
+    """Return the means by class over the cases that count, and their means over the classes.
 
     Args:
-        metrics: of every case and class.
-        labels: the classes.
-        tolerance_mm: of the normalised surface distance.
+        metrics: Metrics of all cases and classes.
+        labels: Names of the classes.
+        tolerance_mm: Tolerance of the normalised surface distance in mm.
     """
     names = ("dice", "nsd", "hd95_mm")
     classes = {}
@@ -31,7 +31,7 @@ def summarise(metrics: Sequence[CaseMetrics], labels: Sequence[str], tolerance_m
 
 
 def format_summary(summary: Mapping[str, Any]) -> list[str]:
-    """Return the lines of a table: one for each class, and the means."""
+    """Return the lines of a table with one line per class and one for the means."""
     head = ["class", "cases", "Dice", f"NSD at {summary['tolerance_mm']:g} mm", "HD95 mm", "volume ml", "reference ml"]
     columns = ("dice", "nsd", "hd95_mm", "volume_ml", "reference_volume_ml")
     digits = (4, 4, 2, 2, 2)

@@ -1,1 +1,1 @@
-"""Where a place of one scan lies in another: ``PointMatcher`` and two ways of finding it."""
+"""Matching of places between scans: ``PointMatcher`` and two implementations."""

@@ -1,6 +1,6 @@
-"""Do anatomical embeddings find the same place? Measured without labels, after SAM's training.
+"""Sanity checks of anatomical embeddings after SAM's training: whether they find the same place, measured without labels.
 
-What is judged in other scans are the matches that pairs of patches are made of, those that ``matching.points.reliable`` takes.
+In other scans, only reliable matches (``matching.points.reliable``) are evaluated, of which pairs of patches are made.
 
 Source: the sanity checks that follow from Yan et al., SAM, TMI 2022; thresholds are this project's.
 """
@@ -25,36 +25,37 @@ from nnssl.views.points import cell_centres_vox
 from nnssl.views.spatial import map_points
 
 SCHEMA_VERSION = 2
-"""2: reliable matches are judged, not all; what falls short within a scan is a warning."""
+"""Version 2: only reliable matches are evaluated, and failures within a scan are warnings."""
 PATCHES = 16
 PAIRS = 50
 POINTS_PER_PAIR = 20
 HIT_MM = 10.0
-"""Or the longest edge of a cell where that is longer: a match is the centre of a cell."""
+"""Largest distance of a hit, unless the longest edge of a cell, whose centre a match is, is longer."""
 LEAST_HIT_SHARE = 0.8
 LARGEST_MEDIAN_CYCLE_MM = 20.0
 LEAST_CORRELATION = (0.95, 0.9, 0.9)
-"""Of the place of a point and of its match along z, y and x, by ranks."""
+"""Smallest rank correlation between the positions of points and matches along z, y and x."""
 
 
 @dataclass(frozen=True)
 class Sanity:
-    """How well places are found; lengths in mm, medians.
+    """Results of the sanity checks; errors are medians.
 
     Attributes:
-        self_error_mm: between the true place of a point in another crop of the same scan and the one found.
-        self_hit_share: of points that are found within ``hit_mm``.
-        permuted_error_mm: the same with the other crop's embeddings shuffled: chance.
-        cycle_error_mm: from a point to the place that its match in another scan is found at in the first one.
-        rank_correlation: Spearman's, of the place of points and of their reliable matches in other scans, along z, y, x.
-        likeness: mean correlation of the voxels around a point and around its reliable match.
-        box_likeness: the same of these points with the body box instead of embeddings.
-        usable: whether matches in other scans are better than the places of the body's box.
-        reasons: why not, empty if usable.
-        hit_mm: how near counts as found.
-        reliable_share: of the matches in other scans.
-        warnings: what falls short within a scan, which decides nothing.
-        schema_version: of the file.
+        self_error_mm: Error in mm of points matched to another crop of the same scan.
+        self_hit_share: Share of these points with an error of at most ``hit_mm``.
+        permuted_error_mm: The same error in mm for shuffled embeddings of the other crop, which is chance level.
+        cycle_error_mm: Distance in mm between a point and the match of its match in another scan.
+        rank_correlation: Spearman's correlation between the positions of points and their reliable matches in other scans, along
+            z, y and x.
+        likeness: Mean correlation of the voxels around a point with those around its reliable match.
+        box_likeness: The same for the places of these points in the body's box.
+        usable: Whether matches in other scans are better than places in the body's box.
+        reasons: Reasons why they are not; empty if usable.
+        hit_mm: Largest distance in mm of a hit.
+        reliable_share: Share of reliable matches in other scans.
+        warnings: Failures within a scan, which do not affect ``usable``.
+        schema_version: Version of the file's schema.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -82,14 +83,14 @@ def examine(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Measure how well the embeddings of a finished run find places.
+    """Measure how well the embeddings of a finished run match places.
 
     Args:
-        method: SAM, in evaluation mode.
-        store: the preprocessed cases.
-        seed: of the points.
-        device: where to compute.
-        autocast: gives the context of mixed precision.
+        method: SAM in evaluation mode.
+        store: Store of the preprocessed cases.
+        seed: Random seed of the points.
+        device: Device for the computation.
+        autocast: Function that returns the context of mixed precision.
 
     Returns:
         The content of ``Sanity``, and lines for the user.
@@ -102,7 +103,7 @@ def examine(
 def measure(
     method: Any, store: CaseStore, seed: int, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> Sanity:
-    """Return all checks of a method's embeddings; see ``examine``."""
+    """Run all checks of a method's embeddings; see ``examine``."""
     errors, permuted = self_match(method, store, seed, device, autocast)
     matcher = EmbeddingMatcher(method.embedding, store, method.configuration.patch_size, device, autocast)
     box = BodyBoxMatcher(store)
@@ -116,7 +117,7 @@ def measure(
     places, found, scores, cycles, own, other = zip(*looked, strict=True)
     least = least_score(np.concatenate(scores))
     taken = [reliable(score, cycle, least) for score, cycle in zip(scores, cycles, strict=True)]
-    # within each pair: scans that are larger or begin elsewhere say nothing of how well places are found
+    # Correlations are within each pair, because differences in size and position between scans are irrelevant to matching.
     of_pairs = [
         [_rank_correlation(a[good, axis], b[good, axis]) for a, b, good in zip(places, found, taken, strict=True)]
         for axis in range(3)
@@ -138,23 +139,23 @@ def measure(
 
 
 def what_fails(numbers: dict[str, Any]) -> list[str]:
-    """Return why matches in other scans are worth less than the places of the body's box, in words."""
+    """Return the reasons why matches in other scans are worse than places in the body's box."""
     failing = []
     if not numbers["cycle_error_mm"] <= LARGEST_MEDIAN_CYCLE_MM:
-        failing.append(f"matches lead back to a place {numbers['cycle_error_mm']:.0f} mm away")
+        failing.append(f"the median cycle error is {numbers['cycle_error_mm']:.0f} mm")
     for axis, value, least in zip("zyx", numbers["rank_correlation"], LEAST_CORRELATION, strict=True):
         if not value >= least:
-            failing.append(f"order of places along {axis} kept with a correlation of {value:.2f} only")
+            failing.append(f"the rank correlation of places along {axis} is only {value:.2f}")
     if not numbers["likeness"] > numbers["box_likeness"]:
         failing.append(
-            f"tissue around matches is no more alike ({numbers['likeness']:.2f}) than at the same place of the body box "
+            f"tissue around matches is not more similar ({numbers['likeness']:.2f}) than at the same place in the body's box "
             f"({numbers['box_likeness']:.2f})"
         )
     return failing
 
 
 def what_is_coarse(numbers: dict[str, Any]) -> list[str]:
-    """Return what falls short within a scan: places are found less exactly than SAM can, be it better than the box does."""
+    """Return warnings on matches within a scan that are less exact than SAM allows, though they may still beat the box."""
     if numbers["self_hit_share"] >= LEAST_HIT_SHARE:
         return []
     share, hit_mm = numbers["self_hit_share"], numbers["hit_mm"]
@@ -162,7 +163,7 @@ def what_is_coarse(numbers: dict[str, Any]) -> list[str]:
 
 
 def hit_within_mm(method: Any) -> float:
-    """Return how near to a place counts as found: 10 mm, or the longest edge of a fine cell."""
+    """Return the largest distance of a hit: 10 mm, or the longest edge of a fine cell if that is longer."""
     own = method.configuration
     cells = method.embedding.grids(own.patch_size)["fine"]
     edges = zip(own.patch_size, cells, own.spacing_mm, strict=True)
@@ -170,28 +171,28 @@ def hit_within_mm(method: Any) -> float:
 
 
 def describe(sanity: Sanity) -> list[str]:
-    """Return the checks as lines for the user."""
+    """Describe the checks in lines for the user."""
     z, y, x = sanity.rank_correlation
     lines = [
         f"Places found in another crop of the same scan: {sanity.self_hit_share:.0%} within {sanity.hit_mm:g} mm, median error "
         f"{sanity.self_error_mm:.1f} mm (chance {sanity.permuted_error_mm:.1f} mm)",
-        f"Places found in other scans: back within {sanity.cycle_error_mm:.1f} mm, {sanity.reliable_share:.0%} of them reliable: "
-        f"correlation of places {z:.2f} {y:.2f} {x:.2f} (z y x), likeness of the tissue {sanity.likeness:.2f} "
-        f"(body box {sanity.box_likeness:.2f})",
+        f"Places found in other scans: cycle error {sanity.cycle_error_mm:.1f} mm; {sanity.reliable_share:.0%} are reliable, "
+        f"with a rank correlation of {z:.2f} {y:.2f} {x:.2f} (z y x) and a tissue similarity of {sanity.likeness:.2f} "
+        f"(body's box {sanity.box_likeness:.2f})",
     ]
     lines += [f"WARNING: {each}; train longer, or on more scans" for each in sanity.warnings]
     if sanity.usable:
-        return [*lines, "The embeddings find places in other scans better than the body's box does"]
+        return [*lines, "The embeddings find places in other scans better than the body's box does."]
     return [
         *lines,
-        f"The embeddings do NOT find places in other scans; take the place in the body box instead: {'; '.join(sanity.reasons)}",
+        f"The embeddings do NOT find places in other scans; use the body's box instead. Reasons: {'; '.join(sanity.reasons)}",
     ]
 
 
 def self_match(
     method: Any, store: CaseStore, seed: int, device: torch.device, autocast: Callable[[], AbstractContextManager[Any]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the errors in mm of points that are looked for in another crop of their patch, and those of chance."""
+    """Return the errors in mm of points matched to another crop of their patch, and those of chance."""
     patch = method.configuration.patch_size
     spacing = torch.tensor(method.configuration.spacing_mm)
     errors: list[np.ndarray] = []
@@ -223,7 +224,7 @@ def self_match(
 
 
 def draw_pairs(store: CaseStore, seed: int) -> list[tuple[str, str, np.ndarray]]:
-    """Return pairs of different cases with points in mm in the body of the first; a single case with itself."""
+    """Return pairs of different cases, or of a single case with itself, with points in mm in the body of the first."""
     pairs = []
     for index in range(PAIRS):
         rng = np.random.default_rng([seed, index])
@@ -231,17 +232,17 @@ def draw_pairs(store: CaseStore, seed: int) -> list[tuple[str, str, np.ndarray]]
         second = (first + 1 + int(rng.integers(max(1, len(store.names) - 1)))) % len(store.names)
         case = store.case(store.names[first])
         body = case.foreground_vox
-        if not len(body):  # nothing brighter than the rest was found: anywhere will do
+        if not len(body):  # no body was found, so points are drawn anywhere
             body = rng.integers(case.shape, size=(POINTS_PER_PAIR, 3))
         points = body[rng.integers(len(body), size=POINTS_PER_PAIR)]
         pairs.append((case.name, store.names[second], points * np.array(case.spacing_mm)))
-    return sorted(pairs, key=lambda pair: pair[:2])  # so that embeddings that were made are used again
+    return sorted(pairs, key=lambda pair: pair[:2])  # sorted for reuse of cached embeddings
 
 
 def likeness(store: CaseStore, query: str, points_mm: np.ndarray, key: str, found_mm: np.ndarray) -> np.ndarray:
-    """Return the correlation of the voxels around points and around their matches, -1 to 1, the mean over channels.
+    """Return the correlation (-1 to 1) of voxels around points with those around their matches, averaged over channels.
 
-    Voxels that lie outside either scan are left out; NaN where nothing is left that varies.
+    Voxels outside either scan are ignored. The result is NaN if the remaining voxels are constant.
     """
     values = []
     for pair_mm in zip(points_mm, found_mm, strict=True):
@@ -263,25 +264,25 @@ def likeness(store: CaseStore, query: str, points_mm: np.ndarray, key: str, foun
 
 
 def _rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Return Spearman's correlation; NaN where a side does not vary."""
+    """Return Spearman's correlation; NaN if either side is constant."""
     if len(first) < 2 or min(np.ptp(first), np.ptp(second)) == 0:
         return float("nan")
     return float(spearmanr(first, second).statistic)
 
 
 def _mean(values: np.ndarray) -> float:
-    """Return the mean of what is a number; NaN where nothing is."""
+    """Return the mean of all values except NaN; NaN if there are none."""
     numbers = values[~np.isnan(values)]
     return float(numbers.mean()) if len(numbers) else float("nan")
 
 
 def _correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Return Pearson's correlation; NaN where one side does not vary."""
+    """Return Pearson's correlation; NaN if either side is constant."""
     if not len(first) or min(first.std(), second.std()) == 0:
         return float("nan")
     return float(np.corrcoef(first, second)[0, 1])
 
 
 def surroundings_vox(spacing_mm: Sequence[float], reach_mm: float = 15.0) -> tuple[int, ...]:
-    """Return the voxels of a box that reaches so far to every side; cases of a plan have one spacing."""
+    """Return the shape in voxels of a box that extends ``reach_mm`` to every side."""
     return tuple(2 * max(1, round(reach_mm / mm)) + 1 for mm in spacing_mm)

@@ -1,4 +1,4 @@
-"""Matching by the place in the box around the body: the way without learning, which any other has to beat."""
+"""Matching by the relative position in the body's box, the baseline without learning."""
 
 from functools import lru_cache
 
@@ -9,16 +9,16 @@ from nnssl.data.case_store import CaseStore
 from nnssl.matching.points import Matches
 
 TAIL = 1.0
-"""Per cent of the body's voxels that may lie outside its box along an axis, on either side: a table, a tube."""
+"""Percentage of body voxels that may lie outside the box at either end of an axis, such as a table or a tube."""
 
 
 class BodyBoxMatcher:
-    """The place that lies as far along the box around the body, axis by axis.
+    """Matcher that keeps the relative position in the body's box along each axis.
 
-    Source: none; the baseline of methods that learn to match.
+    Source: none; baseline for methods that learn to match.
 
     Args:
-        store: the preprocessed cases.
+        store: Store of the preprocessed cases.
     """
 
     def __init__(self, store: CaseStore) -> None:
@@ -26,13 +26,13 @@ class BodyBoxMatcher:
         self._box = lru_cache(maxsize=None)(self._measure)
 
     def match_points(self, query: str, points_mm: Float[np.ndarray, "point 3"], key: str) -> Matches:
-        """Return where points of a case lie in another case; scores are NaN."""
+        """Match points of a case to another case; scores are NaN."""
         (low, size), (key_low, key_size) = self._box(query), self._box(key)
         found = (points_mm - low) / size * key_size + key_low
         return Matches(found, np.full(len(found), np.nan))
 
     def _measure(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the lower corner of the box around the body and its size, in mm; of the whole volume without a body."""
+        """Return the lower corner and size of the body's box in mm; those of the whole volume if there is no body."""
         case = self.store.case(name)
         spacing = np.array(case.spacing_mm)
         body = case.foreground_vox

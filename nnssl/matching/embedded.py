@@ -1,11 +1,11 @@
-"""Matching by anatomical embeddings: a place is where another scan's embeddings are most like those of the point.
+"""Matching by anatomical embeddings: a point matches the place with the most similar embeddings in another scan.
 
-Whole scans are embedded in tiles of the size that the network was trained on: its instance normalisation takes statistics of
-what it is given, so that a scan given whole would get other embeddings than its parts.
+Scans are embedded in tiles of the training patch size, because instance normalisation depends on its input: a whole scan would
+get other embeddings than its parts.
 
 Source: Yan et al., SAM: Self-supervised Learning of Pixel-wise Anatomical Embeddings, TMI 2022, section III-C.
-Deviations: coarse embeddings are brought back to unit norm after they are interpolated to the fine grid. A match is the centre of
-the best cell, and nothing is rounded to voxels.
+Deviations: coarse embeddings are normalised again after interpolation to the fine grid. A match is the centre of the best
+cell and is not rounded to voxels.
 """
 
 import itertools
@@ -27,20 +27,20 @@ from nnssl.networks.backbone import stage_strides
 CPU = torch.device("cpu")
 POINTS_AT_ONCE = 64
 CELLS_AT_ONCE = 2**18
-"""Cells whose similarity to so many points is held at a time."""
+"""Number of points and of cells whose similarities are held in memory at once."""
 CASES_KEPT, BYTES_KEPT = 3, 2**31
-"""So many embedded cases are kept, and more as long as they take no more memory than this together."""
+"""Number of embedded cases kept in memory; more are kept while all together need no more than this many bytes."""
 
 
 class EmbeddedCase(NamedTuple):
-    """The embeddings of a whole case, in half precision; coarse ones on their own grid, which starts at the same voxel.
+    """The embeddings of a whole case in half precision, on a fine and a coarse grid that start at the same voxel.
 
     Attributes:
-        fine: unit vectors.
-        coarse: unit vectors.
-        cell_vox: voxels along each axis of a fine cell.
-        coarse_vox: voxels along each axis of a coarse cell.
-        inside: fine cells whose centre lies in the scan.
+        fine: Fine embeddings, unit vectors.
+        coarse: Coarse embeddings, unit vectors.
+        cell_vox: Size of a fine cell along each axis in voxels.
+        coarse_vox: Size of a coarse cell along each axis in voxels.
+        inside: Whether the centre of a fine cell lies in the scan.
     """
 
     fine: Float[Tensor, "dimension z y x"]
@@ -51,19 +51,19 @@ class EmbeddedCase(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Bytes of memory that the embeddings take."""
+        """Memory of the embeddings in bytes."""
         return sum(each.nbytes for each in (self.fine, self.coarse, self.inside))
 
     def interpolate(self, coarse_map: Float[Tensor, "value cz cy cx"], cells: Tensor) -> Float[Tensor, "value cell"]:
-        """Return values of the coarse grid at fine cells, linearly between coarse ones.
+        """Interpolate values of the coarse grid linearly at fine cells.
 
         Args:
-            coarse_map: values.
-            cells: (cell, 3), zyx indices of fine cells.
+            coarse_map: Values on the coarse grid.
+            cells: Indices (z, y, x) of fine cells, (cell, 3).
         """
         ratio = torch.tensor([f / c for f, c in zip(self.cell_vox, self.coarse_vox, strict=True)])
         size = torch.tensor(coarse_map.shape[1:])
-        # from -1 to 1 over the coarse cells, as grid_sample counts
+        # grid_sample expects coordinates from -1 to 1 over the coarse cells.
         places = ((cells + 0.5) * ratio / size * 2 - 1).flip(1).float()
         sampled = F.grid_sample(
             coarse_map[None].float(), places[None, :, None, None], align_corners=False, padding_mode="border"
@@ -72,14 +72,14 @@ class EmbeddedCase(NamedTuple):
 
 
 class EmbeddingMatcher:
-    """Finds places by fine and coarse embeddings.
+    """Matcher by fine and coarse embeddings.
 
     Args:
-        embedding: ``AnatomicalEmbedding`` in evaluation mode, on ``device``.
-        store: the preprocessed cases.
-        tile_vox: the patch size it was trained on, (z, y, x).
-        device: where to compute.
-        autocast: gives the context of mixed precision.
+        embedding: ``AnatomicalEmbedding`` in evaluation mode on ``device``.
+        store: Store of the preprocessed cases.
+        tile_vox: Patch size (z, y, x) of the training in voxels.
+        device: Device for the computation.
+        autocast: Function that returns the context of mixed precision.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class EmbeddingMatcher:
         self._embedded: OrderedDict[str, EmbeddedCase] = OrderedDict()
 
     def match_points(self, query: str, points_mm: Float[np.ndarray, "point 3"], key: str) -> Matches:
-        """Return where points of a case lie in another case; the score is the mean of both cosines."""
+        """Match points of a case to another case; the score is the mean of both cosines."""
         vectors = self.vectors(query, points_mm)
         other = self.embedded(key)
         cells, scores = best_cells(vectors, other, self.device)
@@ -108,7 +108,7 @@ class EmbeddingMatcher:
         return Matches(centres_vox * spacing, scores)
 
     def vectors(self, name: str, points_mm: Float[np.ndarray, "point 3"]) -> Float[Tensor, "2 point dimension"]:
-        """Return the fine and the coarse embeddings of the cells that points lie in."""
+        """Return the fine and coarse embeddings of the cells that contain points."""
         case = self.embedded(name)
         spacing = np.array(self.store.case(name).spacing_mm)
         cells = np.floor((points_mm / spacing + 0.5) / np.array(case.cell_vox)).astype(np.int64)
@@ -119,7 +119,7 @@ class EmbeddingMatcher:
         return torch.stack([case.fine[:, z, y, x].T.float(), coarse.T])
 
     def embedded(self, name: str) -> EmbeddedCase:
-        """Return the embeddings of a case; those used last are kept, as many as there is room for."""
+        """Return the embeddings of a case; the most recently used ones are cached."""
         if name not in self._embedded:
             self._embedded[name] = self._embed(name)
         self._embedded.move_to_end(name)
@@ -148,7 +148,7 @@ class EmbeddingMatcher:
         return EmbeddedCase(fine.blended(), coarse.blended(), fine.cell_vox, coarse.cell_vox, inside)
 
     def _coarsest_cell_vox(self) -> tuple[int, ...]:
-        """Return the voxels of the longest cell along each axis, so that tiles begin where cells begin."""
+        """Return the size of the coarsest cell along each axis in voxels, at multiples of which tiles start."""
         return stage_strides(self.embedding.network.encoder, 3)[-1]
 
 
@@ -156,12 +156,12 @@ class EmbeddingMatcher:
 def best_cells(
     vectors: Float[Tensor, "2 point dimension"], other: EmbeddedCase, device: torch.device = CPU
 ) -> tuple[np.ndarray, Float[np.ndarray, " point"]]:
-    """Return for each point the cell of another case that is most like it, and the mean of both cosines there.
+    """Return the most similar cell of another case for each point, and the mean of both cosines there.
 
     Args:
-        vectors: fine and coarse, of unit norm.
-        other: where to look.
-        device: where to compute, a part of the cells at a time.
+        vectors: Fine and coarse embeddings of the points, unit vectors.
+        other: Case to search.
+        device: Device for the computation, which processes a part of the cells at a time.
     """
     z, y, x = other.fine.shape[1:]
     slices = max(1, CELLS_AT_ONCE // (y * x))
@@ -187,25 +187,25 @@ def best_cells(
 
 
 def corners_on_cells(shape: Sequence[int], tile: Sequence[int], cell: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Return the first voxels of tiles that cover a volume, half a tile apart, and at multiples of a cell.
+    """Return the first voxels of tiles that cover a volume, about half a tile apart and at multiples of a cell.
 
-    So cells of all tiles lie on one grid; the tiles of ``nnssl.pictures.tiles``, whose values are of voxels, are spread evenly.
+    The cells of all tiles therefore lie on one grid. ``nnssl.pictures.tiles`` needs no such grid and spaces its tiles evenly.
     """
     axes = []
     for length, size, unit in zip(shape, tile, cell, strict=True):
         step = max(unit, size // 2 // unit * unit)
-        last = -(-max(0, length - size) // unit) * unit  # reaches beyond the volume by less than a cell
+        last = -(-max(0, length - size) // unit) * unit  # exceeds the volume by less than a cell
         axes.append([*range(0, last, step), last])
     return itertools.product(*axes)
 
 
 class _Blend:
-    """Sums maps of tiles on the grid of a whole volume; the middle of a tile weighs more than its border.
+    """Weighted sum of tile maps on the grid of a volume, in which the middle of a tile weighs more than its border.
 
     Args:
-        tile_map: of the first tile.
-        tile_vox: voxels of a tile.
-        shape: voxels of the volume.
+        tile_map: Map of the first tile.
+        tile_vox: Shape of a tile in voxels.
+        shape: Shape of the volume in voxels.
     """
 
     def __init__(self, tile_map: Tensor, tile_vox: Sequence[int], shape: Sequence[int]) -> None:
@@ -218,7 +218,7 @@ class _Blend:
         self.weight = ramps[0][:, None, None] * ramps[1][:, None] * ramps[2]
 
     def add(self, tile_map: Tensor, lower: Sequence[int]) -> None:
-        """Add the map of a tile that begins at a voxel."""
+        """Add the map of a tile that starts at a voxel."""
         place, shown = [slice(None)], [slice(None)]
         for first, vox, count, cells in zip(lower, self.cell_vox, tile_map.shape[2:], self.grid, strict=True):
             start = round(first / vox)

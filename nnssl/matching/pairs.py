@@ -1,7 +1,7 @@
-"""Pairs of places of different scans, found before training: which patches a method that compares patients looks at.
+"""Pairs of places in different scans, computed before training, for methods that compare patches of different patients.
 
-Each pair is a point in the body of one scan and its match in another. Matches are taken whose score is not in the lowest quarter
-of all, and that lead back to within 20 mm of their point; where too few are found, the place in the body's box is.
+A pair is a point in the body of one scan and its match in another. Matches are used if their score is not in the lowest quarter
+of all and their cycle error is at most 20 mm. If there are too few, the place in the body's box is used instead.
 """
 
 from collections.abc import Sequence
@@ -18,24 +18,24 @@ from nnssl.log import logger
 from nnssl.matching.points import PointMatcher, cycle_error_mm, least_score, reliable
 
 PARTNERS = 4
-"""Other scans that a scan is paired with."""
+"""Number of other scans that a scan is paired with."""
 POINTS = 64
-"""Pairs of places of two scans."""
+"""Number of pairs of places for two scans."""
 TRIES = 3
-"""Points that are looked for, for each that is wanted."""
+"""Number of points to match for each pair that is needed."""
 
 
 class Candidates(NamedTuple):
-    """Points of one scan and where they were found in another.
+    """Points of one scan and their matches in another.
 
     Attributes:
-        query: index of the scan that the points belong to.
-        key: index of the other.
-        points_vox: zyx in the first scan.
-        found_mm: zyx in the other.
-        boxed_mm: zyx in the other, by the fallback.
-        score: of the match, 0 without one.
-        cycle_mm: how far the way back ends from the point, infinite without a match.
+        query: Index of the scan that the points belong to.
+        key: Index of the other scan.
+        points_vox: Points (z, y, x) in the first scan in voxels.
+        found_mm: Matches (z, y, x) in the other scan in mm.
+        boxed_mm: Matches (z, y, x) by the fallback in the other scan in mm.
+        score: Score of the match; 0 without one.
+        cycle_mm: Cycle error of the match in mm; infinite without one.
     """
 
     query: int
@@ -51,15 +51,15 @@ def make_pairs(store: CaseStore, matcher: PointMatcher | None, fallback: PointMa
     """Pair places of every scan with places of other patients' scans.
 
     Args:
-        store: the preprocessed cases; of a single one, places are paired with themselves.
-        matcher: None to take the fallback for all.
-        fallback: for places without a reliable match.
-        seed: of partners and points.
+        store: Store of the preprocessed cases; the places of a single case are paired with themselves.
+        matcher: Matcher by embeddings; None to use the fallback for all places.
+        fallback: Matcher for places without a reliable match.
+        seed: Random seed of partners and points.
     """
     names = store.names
     found = []
     for first, second in choose_partners(names, seed):
-        # both ways at once, while the embeddings of both are there
+        # Both directions are matched while the embeddings of both scans are in memory.
         for query, key in ((first, second), (second, first)) if first != second else ((first, second),):
             found.append(_look(store, query, key, matcher, fallback, seed))
     least = least_score(np.concatenate([each.score for each in found]))
@@ -75,9 +75,10 @@ def make_pairs(store: CaseStore, matcher: PointMatcher | None, fallback: PointMa
 
 
 def choose_partners(names: Sequence[str], seed: int) -> list[tuple[int, int]]:
-    """Return which scans are paired, by index and each pair once, in an order in which a scan's pairs are near one another.
+    """Return the indices of paired scans, each pair once, in an order that keeps the pairs of a scan close together.
 
-    Scans of one patient, as their names tell, are paired only where there is no other patient; a single scan with itself.
+    Scans of one patient, identified by their names, are paired only if there is no other patient. A single scan is paired with
+    itself.
     """
     order = np.random.default_rng(draw_seed(seed, "partners")).permutation(len(names)).tolist()
     patients = [patient_in_name(names[index]) for index in order]
@@ -112,7 +113,7 @@ def _look(
 
 
 def _take(found: Candidates, least: float) -> tuple[np.ndarray, ...]:
-    """Return the columns of a table for the reliable matches, or for the fallback's where they are too few."""
+    """Return the columns of a table with reliable matches, completed by matches of the fallback."""
     good = reliable(found.score, found.cycle_mm, least)
     taken = np.nonzero(good)[0][:POINTS]
     rest = np.setdiff1d(np.arange(len(good)), taken)[: POINTS - len(taken)]

@@ -1,4 +1,4 @@
-"""What every way of matching points offers, and the check that any of them can be put to."""
+"""The interface of point matchers, and the cycle check that selects reliable matches."""
 
 from typing import NamedTuple, Protocol
 
@@ -10,11 +10,11 @@ LEAST_SCORE_RANK = 0.25
 
 
 class Matches(NamedTuple):
-    """Where points were found.
+    """Matches of points.
 
     Attributes:
-        points_mm: zyx from the centre of the first voxel of the preprocessed key case.
-        score: how much the two places are alike, at most 1; NaN where the way of matching has no such number.
+        points_mm: Positions (z, y, x) in mm from the centre of the first voxel of the preprocessed key case.
+        score: Similarity of both places, at most 1; NaN if the matcher has no score.
     """
 
     points_mm: Float[np.ndarray, "point 3"]
@@ -22,15 +22,15 @@ class Matches(NamedTuple):
 
 
 class PointMatcher(Protocol):
-    """Finds the places of one case in another."""
+    """Matches places of one case to another."""
 
     def match_points(self, query: str, points_mm: Float[np.ndarray, "point 3"], key: str) -> Matches:
-        """Return where points of a case lie in another case.
+        """Match points of a case to another case.
 
         Args:
-            query: name of the case that the points belong to.
-            points_mm: zyx from the centre of the first voxel of the preprocessed query case.
-            key: name of the other case.
+            query: Name of the case that the points belong to.
+            points_mm: Positions (z, y, x) in mm from the centre of the first voxel of the preprocessed query case.
+            key: Name of the other case.
         """
         ...
 
@@ -38,32 +38,32 @@ class PointMatcher(Protocol):
 def cycle_error_mm(
     matcher: PointMatcher, query: str, points_mm: Float[np.ndarray, "point 3"], key: str, matches: Matches
 ) -> Float[np.ndarray, " point"]:
-    """Return how far from each point one ends when its match is looked for in the query case again.
+    """Return the distance in mm between each point and the match of its match in the query case.
 
     Args:
-        matcher: that made the matches.
-        query: name of the case that the points belong to.
-        points_mm: zyx.
-        key: name of the other case.
-        matches: of the points in the key case.
+        matcher: Matcher that made the matches.
+        query: Name of the case that the points belong to.
+        points_mm: Positions (z, y, x) of the points in mm.
+        key: Name of the other case.
+        matches: Matches of the points in the key case.
     """
     back = matcher.match_points(key, matches.points_mm, query)
     return np.linalg.norm(back.points_mm - points_mm, axis=1)
 
 
 def least_score(scores: Float[np.ndarray, " point"]) -> float:
-    """Return the score that matches of a data set have to reach, so that the lowest quarter of them all is left out."""
+    """Return the score threshold of a data set, which excludes the lowest quarter of all matches."""
     return float(np.quantile(scores, LEAST_SCORE_RANK))
 
 
 def reliable(
     scores: Float[np.ndarray, " point"], cycles_mm: Float[np.ndarray, " point"], least: float
 ) -> Bool[np.ndarray, " point"]:
-    """Return which matches are taken: those that lead back to near their point, and score high enough.
+    """Return which matches are reliable: those with a small cycle error and a sufficient score.
 
     Args:
-        scores: of matches.
-        cycles_mm: how far from their point one ends, as ``cycle_error_mm`` says it.
-        least: as ``least_score`` says it.
+        scores: Scores of the matches.
+        cycles_mm: Cycle errors of the matches from ``cycle_error_mm``.
+        least: Score threshold from ``least_score``.
     """
     return (cycles_mm <= LARGEST_CYCLE_MM) & (scores >= least)

@@ -1,1 +1,1 @@
-"""Pictures of what pretrained weights know, made without labels."""
+"""Pictures of what pretrained weights have learned, made without labels."""

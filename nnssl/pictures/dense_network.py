@@ -1,4 +1,4 @@
-"""A pretrained network whose features describe voxels, and the preprocessed cases that it can be shown."""
+"""A pretrained network with features of voxels, and the preprocessed cases to show them on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,21 +21,21 @@ from nnssl.plan import existing_plan, read_plan
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint, plan_of_pretraining
 
 SPACING_TOLERANCE = 1e-3
-"""Relative difference of spacings that is put down to rounding."""
+"""Relative difference of spacings that is attributed to rounding."""
 NAMED_CASES = 5
-"""How many cases a message lists."""
+"""Largest number of cases that a message lists."""
 
 
 @dataclass(frozen=True)
 class DenseNetwork:
-    """A network, the features that are read from it, and the tile that it is shown at once.
+    """A network with the kind of its features and the size of its tiles.
 
     Attributes:
-        network: as ``nnssl.networks.dense.decoder_maps`` takes it, in evaluation mode.
-        kind: which maps are read.
-        tile_vox: (z, y, x); one slice for a 2D network.
-        two_dimensional: whether the network takes slices.
-        device: where the network is.
+        network: Network in evaluation mode that ``nnssl.networks.dense.decoder_maps`` accepts.
+        kind: Kind of the feature maps.
+        tile_vox: Shape (z, y, x) of a tile in voxels; one slice for a 2D network.
+        two_dimensional: Whether the network takes slices.
+        device: Device of the network.
     """
 
     network: nn.Module
@@ -46,12 +46,12 @@ class DenseNetwork:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Voxels of a tile along the axes that the network sees."""
+        """Shape of a tile along the axes of the network, in voxels."""
         return self.tile_vox[1:] if self.two_dimensional else self.tile_vox
 
     @torch.inference_mode()
     def maps(self, case: StoredCase, lower_vox: Sequence[int]) -> list[Float[Tensor, "1 channel *grid"]]:
-        """Return the feature maps of the tile that begins at a voxel, coarsest first, in float32."""
+        """Return the feature maps of the tile that starts at a voxel, coarsest first, in float32."""
         box = torch.from_numpy(case.read_box(lower_vox, self.tile_vox)).to(self.device)
         tile = box[None, :, 0] if self.two_dimensional else box[None]
         return [each.float() for each in dense_maps(self.network, tile, self.kind)]
@@ -61,12 +61,12 @@ def dense_network_of(pretrained: OpenedCheckpoint, kind: DenseKind | None, devic
     """Build the network of a checkpoint of pretraining and load its weights.
 
     Args:
-        pretrained: the checkpoint.
-        kind: which maps are read; None for those that the weights were pretrained to compare, else all of them.
-        device: where to compute.
+        pretrained: The checkpoint.
+        kind: Kind of the feature maps; None for the kind used in pretraining or, if it used none, the pyramid.
+        device: Device for the computation.
 
     Raises:
-        UserError: the weights do not fit the network of the plan, or that network has no decoder that makes feature maps.
+        UserError: If the weights do not fit the network of the plan, or this network has no convolutional decoder.
     """
     provenance, path = pretrained.own_provenance, pretrained.path
     network = pretrained.build_network(0)
@@ -78,8 +78,8 @@ def dense_network_of(pretrained: OpenedCheckpoint, kind: DenseKind | None, devic
         raise UserError(f"{path}: its weights do not fit the network of its plan ({reason}); pretrain again") from error
     if not provenance.pretrains("decoder.stages."):
         logger.info(
-            f"Warning: {provenance.method} does not pretrain the decoder, whose features are shown as they were "
-            f"initialised; pretrained are only {', '.join(provenance.pretrained)}"
+            f"Warning: {provenance.method} does not pretrain the decoder, so its features are those of the random "
+            f"initialisation; only {', '.join(provenance.pretrained)} are pretrained"
         )
     patch = pretrained.plan.configuration(provenance.configuration).patch_size
     tile = (1,) * (3 - len(patch)) + patch
@@ -93,22 +93,22 @@ def dense_network_of(pretrained: OpenedCheckpoint, kind: DenseKind | None, devic
 
 
 def check_decoder(network: Any, path: Path) -> None:
-    """Check that a network has what ``decoder_maps`` reads.
+    """Check that a network has the decoder that ``decoder_maps`` reads.
 
     Raises:
-        UserError: it has not.
+        UserError: If the network has no convolutional decoder.
     """
     decoder = getattr(network, "decoder", None)
     if not (hasattr(network, "encoder") and hasattr(decoder, "transpconvs") and hasattr(decoder, "stages")):
         raise UserError(
-            f"{path}: its network {type(network).__name__} has no convolutional decoder to read features of voxels from; "
-            "take the weights of a U-Net configuration"
+            f"{path}: its network {type(network).__name__} has no convolutional decoder, which features of voxels come from; "
+            "use weights of a U-Net configuration"
         )
 
 
 def pretrained_kind(settings: dict[str, Any]) -> DenseKind:
-    """Return the features that a stage's settings say it compared; all of them if it compared none."""
-    found: DenseKind = settings.get("features", "pyramid")  # a setting of the dense methods only
+    """Return the kind of features in a stage's settings; the pyramid if it has no such setting."""
+    found: DenseKind = settings.get("features", "pyramid")  # only dense methods have this setting
     return found if found in get_args(DenseKind) else "pyramid"
 
 
@@ -116,13 +116,13 @@ def open_cases(provenance: Provenance, dataset_name: str, folders: Folders) -> C
     """Return the preprocessed cases of a data set.
 
     Args:
-        provenance: of the weights.
-        dataset_name: ``DatasetXXX_Name``; need not be the one the weights were pretrained on.
+        provenance: Provenance of the weights.
+        dataset_name: Name ``DatasetXXX_Name``, which may differ from the pretraining data set.
         folders: nnU-Net's folders.
 
     Raises:
-        UserError: the data set has no plan of that name with this configuration, that plan normalises or turns images in
-            another way than the weights', or none of its cases is preprocessed.
+        UserError: If the data set has no plan of the same name with this configuration, its plan normalises or transposes
+            images differently, or none of its cases is preprocessed.
     """
     name = provenance.configuration
     own = plan_of_pretraining(provenance, f"weights of {provenance.stage}")
@@ -135,13 +135,13 @@ def open_cases(provenance: Provenance, dataset_name: str, folders: Folders) -> C
     )
     if before != here:
         raise UserError(
-            f"{path}: its normalization_schemes and transpose_forward {here} are not those of the weights, {before}; "
-            "take a data set of the same modality"
+            f"{path}: its normalization_schemes and transpose_forward {here} differ from those of the weights, {before}; "
+            "use a data set of the same modality"
         )
     spacing_mm = own.configuration(name).spacing_mm
     if not np.allclose(spacing_mm, pretext.spacing_mm, rtol=SPACING_TOLERANCE):
         logger.info(
-            f"Warning: pretrained at a spacing of {spacing_mm} mm, the cases of {dataset_name} have {pretext.spacing_mm}"
+            f"Warning: pretrained at a spacing of {spacing_mm} mm, but the cases of {dataset_name} have {pretext.spacing_mm} mm"
         )
     return CaseStore(folders.preprocessed / dataset_name / pretext.case_folder)
 
@@ -150,7 +150,7 @@ def find_case(store: CaseStore, name: str) -> StoredCase:
     """Return a case by name.
 
     Raises:
-        UserError: there is no such case; names some of those there are.
+        UserError: If there is no such case; the message lists some that exist.
     """
     if name not in store.names:
         some = ", ".join(store.names[:NAMED_CASES]) + (", ..." if len(store.names) > NAMED_CASES else "")

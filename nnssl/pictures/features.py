@@ -1,8 +1,8 @@
-"""Features of voxels: read from the maps of a tile, sampled over a case, and standardised before they are compared.
+"""Features of voxels, which are read from the maps of a tile, sampled over a case, and standardised for comparison.
 
-Features are standardised because the raw outputs of rectified units share a large common mean, which makes every cosine
-nearly 1, and because the stages of a decoder differ in scale: every channel has mean 0 and standard deviation 1 over a
-sample of voxels inside the bodies of the cases shown.
+Standardisation gives every channel mean 0 and standard deviation 1 over a sample of body voxels of the cases shown. It is
+needed because the raw outputs of rectified units share a large mean, which makes every cosine nearly 1, and because the
+stages of a decoder differ in scale.
 """
 
 import math
@@ -22,29 +22,29 @@ from nnssl.pictures.tiles import tile_around
 from nnssl.views.points import interpolate_at
 
 SAMPLED_TILES = 8
-"""Tiles of a case that the sample of features comes from."""
+"""Number of tiles of a case from which features are sampled."""
 SAMPLED_POINTS = 512
-"""Points of each of them."""
+"""Number of points sampled in each tile."""
 CHUNK_VALUES = 2**24
-"""Features at full resolution that are held at once, 64 MiB in float32."""
+"""Number of feature values at full resolution held in memory at once, 64 MiB in float32."""
 CONSTANT = 1e-6
-"""Standard deviation below which a channel says nothing and is left out."""
+"""Standard deviation below which a channel counts as constant and is ignored."""
 
 
 @dataclass(frozen=True)
 class Standardisation:
-    """Mean and standard deviation of every feature over a sample; a feature that does not vary has an infinite one."""
+    """Mean and standard deviation of every feature over a sample; infinite standard deviation for a constant feature."""
 
     mean: Float[Tensor, " channel"]
     std: Float[Tensor, " channel"]
 
     def apply(self, features: Float[Tensor, "point channel"]) -> Float[Tensor, "point channel"]:
-        """Return the features with mean 0 and standard deviation 1."""
+        """Return standardised features."""
         return (features - self.mean) / self.std
 
 
 def body_points(case: StoredCase, seed: int) -> Int[np.ndarray, "point 3"]:
-    """Return the stored voxels of the body; of a case without any, random voxels."""
+    """Return the stored body voxels of a case; random voxels if there are none."""
     if len(case.foreground_vox):
         return case.foreground_vox.astype(np.int64)
     generator = make_generator(seed, "show", case.name, "anywhere")
@@ -56,13 +56,13 @@ def body_points(case: StoredCase, seed: int) -> Int[np.ndarray, "point 3"]:
 def features_at(
     maps: Sequence[Tensor], shape: Sequence[int], points_vox: Float[Tensor, "point d"]
 ) -> Float[Tensor, "point channel"]:
-    """Return the features of all maps at points of a tile, side by side."""
+    """Return the concatenated features of all maps at points of a tile."""
     points = points_vox.to(maps[0].device, torch.float32)[None]
     return torch.cat([interpolate_at(each, points, shape)[0] for each in maps], dim=1)
 
 
 def embed_point(network: DenseNetwork, case: StoredCase, point_vox: Voxel) -> Float[Tensor, " channel"]:
-    """Return the features of a voxel, read in the middle of a tile as far as the volume allows."""
+    """Return the features of a voxel, which is in the middle of a tile as far as the volume allows."""
     lower = tile_around(case.shape, network.tile_vox, point_vox)
     place = torch.tensor(point_vox) - torch.tensor(lower)
     maps = network.maps(case, lower)
@@ -70,12 +70,12 @@ def embed_point(network: DenseNetwork, case: StoredCase, point_vox: Voxel) -> Fl
 
 
 def sample_features(network: DenseNetwork, case: StoredCase, seed: int) -> Float[Tensor, "point channel"]:
-    """Return the features of body voxels of a case, drawn in a few tiles around random ones of them.
+    """Sample features of body voxels of a case in a few tiles around random body voxels.
 
     Args:
-        network: whose features are taken.
-        case: the case.
-        seed: of the draw, which depends on nothing else but the case's name and stored points.
+        network: Network that computes the features.
+        case: The case.
+        seed: Random seed; the draw otherwise depends only on the case's name and stored voxels.
     """
     points = body_points(case, seed)
     generator = make_generator(seed, "show", case.name)
@@ -92,7 +92,7 @@ def sample_features(network: DenseNetwork, case: StoredCase, seed: int) -> Float
 
 
 def fit_standardisation(features: Float[Tensor, "point channel"]) -> Standardisation:
-    """Return mean and standard deviation of every feature."""
+    """Fit mean and standard deviation of every feature."""
     std = features.std(dim=0, correction=0)
     return Standardisation(features.mean(dim=0), std.masked_fill(std < CONSTANT, math.inf))
 
@@ -100,9 +100,9 @@ def fit_standardisation(features: Float[Tensor, "point channel"]) -> Standardisa
 def voxel_features(
     maps: Sequence[Tensor], shape: Sequence[int], standardisation: Standardisation
 ) -> Iterator[tuple[int, Float[Tensor, " channel *shape"]]]:
-    """Yield standardised features of all voxels of a tile, a few channels at a time, with the first channel's number.
+    """Yield standardised features of all voxels of a tile, a few channels at a time, with the index of the first channel.
 
-    The same numbers as ``interpolate_at`` at all voxels, several times as fast.
+    The result equals ``interpolate_at`` at all voxels, but is computed several times as fast.
     """
     first = 0
     for each in standardised_maps(maps, standardisation):
@@ -112,7 +112,7 @@ def voxel_features(
 
 
 def standardised_maps(maps: Sequence[Tensor], standardisation: Standardisation) -> Iterator[Tensor]:
-    """Yield the maps with standardised channels; linear interpolation keeps mean and scale, so it may follow."""
+    """Yield the maps with standardised channels, before interpolation, with which standardisation commutes."""
     first = 0
     for each in maps:
         channels = slice(first, first + each.shape[1])
@@ -124,7 +124,7 @@ def standardised_maps(maps: Sequence[Tensor], standardisation: Standardisation) 
 
 
 def at_full_resolution(feature_map: Float[Tensor, "1 channel *grid"], shape: Sequence[int]) -> Tensor:
-    """Return a map of a tile with a value for each of its voxels, (channel, *shape)."""
+    """Interpolate a map of a tile to the voxels of the tile, (channel, *shape)."""
     if tuple(feature_map.shape[2:]) == tuple(shape):
         return feature_map[0]
     mode = "bilinear" if len(shape) == 2 else "trilinear"

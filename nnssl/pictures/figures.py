@@ -1,6 +1,6 @@
-"""Pictures of what dense features know.
+"""Figures of dense features, reconstructions and matches.
 
-The colours suit colour-blind readers, except where three components are shown as red, green and blue.
+The colours suit colour-blind readers, except for the three components shown as red, green and blue.
 """
 
 from collections.abc import Sequence
@@ -27,15 +27,15 @@ from nnssl.pictures.similarity import Comparison
 from nnssl.pictures.teacher_uncertainty import Uncertainty
 
 COLOUR_MAP = "inferno"
-"""Even steps of brightness, which also read without colour."""
+"""Colour map of even brightness steps, which is also readable without colour."""
 QUERY_COLOUR, NEAREST_COLOUR, BOX_COLOUR = SKY_BLUE, BLUISH_GREEN, ORANGE
-"""The shapes of the markers differ too."""
+"""Colours of the markers, whose shapes differ too."""
 OVERLAY = 0.65
-"""Opacity of the similarity over the image."""
+"""Opacity of values drawn over the image."""
 PANEL_INCHES = 2.6
 """Height of the tallest plane."""
 LEAST_INCHES = 6.5
-"""Width that the title needs."""
+"""Smallest width of a figure, which the title needs."""
 FONT_SIZE = 8
 DPI = 120
 AXES = "zyx"
@@ -45,12 +45,12 @@ MODEL_NAMES = {"o": "encoder", "m": "moving average", "h": "hybrid", "s": "stude
 def similarity_figure(comparison: Comparison, title: str) -> Figure:
     """Draw the query and, for each case, the image beside its similarity to the query.
 
-    One row for each case: the planes through the query in its own case, through the nearest voxel in the others; first
-    the image alone, then with the similarity over it. Cosines below 0 have the colour of 0.
+    Each case has one row with its image, alone and overlaid with the similarity, in the planes through the query or, in the
+    other cases, through the nearest voxel. Cosines below 0 have the colour of 0.
 
     Args:
-        comparison: what to draw.
-        title: of the figure.
+        comparison: Query and similarities.
+        title: Title of the figure.
     """
     figure, panels = _make_panels([each.case for each in comparison.similarities], comparison.two_dimensional, title)
     scale = Normalize(0, 1)
@@ -104,11 +104,11 @@ def embedding_figure(embedding: Embedding, title: str) -> Figure:
 
 
 def uncertainty_figure(uncertainty: Uncertainty, title: str) -> Figure:
-    """Draw the image beside the uncertainty of the teacher over it.
+    """Draw the image, alone and overlaid with the uncertainty of the teacher.
 
     Args:
-        uncertainty: what to draw.
-        title: of the figure.
+        uncertainty: Uncertainty of the teacher in a case.
+        title: Title of the figure.
     """
     case, centre = uncertainty.case, uncertainty.centre_vox
     figure, panels = _make_panels([case], uncertainty.two_dimensional, title)
@@ -123,18 +123,18 @@ def uncertainty_figure(uncertainty: Uncertainty, title: str) -> Figure:
     bar = figure.colorbar(
         ScalarMappable(scale, COLOUR_MAP), ax=panels.ravel().tolist(), extend="both", alpha=OVERLAY, aspect=40
     )
-    bar.set_label("uncertainty: 0 sure, 1 no idea", fontsize=FONT_SIZE)
+    bar.set_label("uncertainty: 0 for one-hot, 1 for uniform", fontsize=FONT_SIZE)
     bar.ax.tick_params(labelsize=FONT_SIZE)
     return figure
 
 
 def reconstruction_figure(reconstructions: Sequence[Reconstruction], spacing_mm: Sequence[float], title: str) -> Figure:
-    """Draw what each model sees, what is asked for and what the decoder makes, one row for each.
+    """Draw input, target and output of each model, one row per model.
 
     Args:
-        reconstructions: of one patch.
-        spacing_mm: of its voxels.
-        title: of the figure.
+        reconstructions: Reconstructions of one patch.
+        spacing_mm: Spacing of the patch in mm.
+        title: Title of the figure.
     """
     down, across = spacing_mm[-2:]
     figure, panels = _rows_of_three(len(reconstructions), reconstructions[0].seen.shape, spacing_mm, title)
@@ -143,18 +143,18 @@ def reconstruction_figure(reconstructions: Sequence[Reconstruction], spacing_mm:
         for axes, image in zip(row, (each.seen, each.target, each.output), strict=True):
             axes.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=down / across, interpolation="nearest")
         _head(row[0], f"{MODEL_NAMES[each.model]}: input")
-        _head(row[1], "asked for")
-        _head(row[2], f"made: error {each.error:.2f}, untold {each.error_untold:.2f}")
+        _head(row[1], "target")
+        _head(row[2], f"output: error {each.error:.2f}, baseline {each.error_untold:.2f}")
     return figure
 
 
 def matches_figure(matches: Sequence[PlaceMatch], spacing_mm: Sequence[float], title: str) -> Figure:
-    """Draw each place in its case, where embeddings find it in the other case, and where the body's box has it.
+    """Draw each place in its case and its matches in the other case, by embeddings and by the body's box.
 
     Args:
-        matches: one row for each.
-        spacing_mm: of the voxels.
-        title: of the figure.
+        matches: Matches, one row each.
+        spacing_mm: Spacing of the crops in mm.
+        title: Title of the figure.
     """
     down, across = spacing_mm[-2:]
     rows, columns = matches[0].query.shape
@@ -167,23 +167,23 @@ def matches_figure(matches: Sequence[PlaceMatch], spacing_mm: Sequence[float], t
             axes.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=down / across, interpolation="nearest")
             _mark(axes, 0, (0, rows // 2, columns // 2), marker, colour)
         _head(row[0], f"place {_name(each.query_vox)}")
-        _head(row[1], f"embeddings: similarity {each.score:.2f}, back within {each.cycle_mm:.0f} mm")
-        _head(row[2], "the same place of the body's box")
+        _head(row[1], f"embeddings: similarity {each.score:.2f}, cycle error {each.cycle_mm:.0f} mm")
+        _head(row[2], "same place in the body's box")
     return figure
 
 
 def check_picture_path(path: Path) -> Path:
-    """Return the path of a picture that can be written.
+    """Check that a picture can be written to a path, and return the path.
 
     Raises:
-        UserError: it does not end in ``.png``, or its folder does not exist.
+        UserError: If the path does not end in ``.png``, its folder does not exist, or it is a folder.
     """
     if path.suffix.lower() != ".png":
-        raise UserError(f"{path}: pictures are PNG files; give a name that ends in .png")
+        raise UserError(f"{path}: is not a PNG file; give a name that ends in .png")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.absolute().parent}; make it first")
+        raise UserError(f"{path}: the folder {path.absolute().parent} does not exist; create it first")
     if path.is_dir():
-        raise UserError(f"{path}: is a folder; give the name of a file")
+        raise UserError(f"{path}: is a folder; give a file name")
     return path
 
 
@@ -191,25 +191,25 @@ def write_picture(path: Path, figure: Figure) -> None:
     """Write a figure as PNG, atomically.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: If the file cannot be written.
     """
     write_atomically(path, lambda file: save_png(figure, file))
 
 
 def save_png(figure: Figure, file: BinaryIO) -> None:
-    """Save a figure as PNG, whatever window system matplotlib is set up for."""
-    # once before: the layout makes room for labels before planes have their proportions
+    """Save a figure as PNG, independently of matplotlib's backend."""
+    # The layout is computed before planes have their proportions, so the figure is drawn once in advance.
     FigureCanvasAgg(figure).draw()
     figure.savefig(file, format="png", dpi=DPI)
 
 
 def _planes(two_dimensional: bool) -> tuple[int, ...]:
-    """Return the axes across which planes are cut."""
+    """Return the axes perpendicular to the planes shown."""
     return (0,) if two_dimensional else (0, 1, 2)
 
 
 def _make_panels(cases: Sequence[Any], two_dimensional: bool, title: str) -> tuple[Figure, Any]:
-    """Return a figure and its axes (case, plane of the image and then of the overlay), as wide as the planes in mm."""
+    """Return a figure and its axes (case; planes of the image, then of the overlay), with widths proportional to mm."""
     extents_mm = np.max([np.multiply(case.shape, case.spacing_mm) for case in cases], axis=0)
     planes = _planes(two_dimensional)
     widths = [extents_mm[1] if axis == 2 else extents_mm[2] for axis in planes] * 2
@@ -244,7 +244,7 @@ def _make_columns(cases: Sequence[Any], two_dimensional: bool, title: str, legen
 
 
 def _rows_of_three(count: int, shape: Sequence[int], spacing_mm: Sequence[float], title: str) -> tuple[Figure, Any]:
-    """Return a figure and its axes (row, 3) for crops of one shape, in their proportions in mm, without ticks."""
+    """Return a figure and its axes (row, 3) without ticks for crops of one shape, with proportions as in mm."""
     down, across = spacing_mm[-2:]
     width = PANEL_INCHES * shape[1] * across / (shape[0] * down)
     size = (max(3 * width + 0.4, LEAST_INCHES), (PANEL_INCHES + 0.4) * count + 0.5)
@@ -258,14 +258,14 @@ def _rows_of_three(count: int, shape: Sequence[int], spacing_mm: Sequence[float]
 
 
 def _window(volume: Float32[np.ndarray, "z y x"], centre: Voxel, planes: Sequence[int]) -> tuple[float, float]:
-    """Return the intensities to show as black and as white: 1st and 99th percentile of the planes."""
+    """Return the intensities shown as black and white: the 1st and 99th percentile of the planes."""
     shown = np.concatenate([volume.take(centre[axis], axis).ravel() for axis in planes])
     low, high = np.percentile(shown, (1, 99))
     return float(low), float(high)
 
 
 def _draw_case(panels: Sequence[Any], case: StoredCase, centre: Voxel, planes: Sequence[int]) -> None:
-    """Draw the planes of a case through a voxel, once or, where there are twice as many panels, twice."""
+    """Draw the planes of a case through a voxel once or, for twice as many panels, twice."""
     volume = case.read_box((0, 0, 0), case.shape)[0]
     bounds = _window(volume, centre, planes)
     for place, axes in enumerate(panels):
@@ -318,13 +318,13 @@ def _draw_plane(
 
 
 def _orient(axes: Any, axis: int) -> None:
-    """Put the first row of a slice at the top, and the first slice at the bottom, as they are usually looked at."""
+    """Put the first row of a slice at the top and the first slice at the bottom, as is usual."""
     if axis == 0 and not axes.yaxis_inverted():
         axes.invert_yaxis()
 
 
 def _aspect(axis: int, spacing_mm: Sequence[float]) -> float:
-    """Return how much taller than wide a pixel of a plane is."""
+    """Return the ratio of height to width of a pixel in a plane."""
     down, across = (length for other, length in enumerate(spacing_mm) if other != axis)
     return down / across
 

@@ -1,4 +1,4 @@
-"""Where places of one case are found in another: by the embeddings of SAM, and by the body's box beside it."""
+"""Matches of places of one case in another, by the embeddings of SAM and by the body's box."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -22,17 +22,17 @@ METHOD = "sam"
 
 @dataclass(frozen=True)
 class PlaceMatch:
-    """A place and where it was found; each crop is a slice across the first axis with the place in its middle, channel 0.
+    """A place and its matches in another case, with crops that are axial slices of channel 0 centred on them.
 
     Attributes:
-        query_vox: zyx of the place in its preprocessed case.
-        found_vox: zyx of the nearest voxel to where embeddings find it in the other case.
-        box_vox: zyx where the body's box has it.
-        score: mean of the cosines of the embeddings.
-        cycle_mm: from the place to where its match leads back to.
-        query: (y, x), around the place.
-        found: around the match.
-        box: around the place of the box.
+        query_vox: Place (z, y, x) in its preprocessed case, in voxels.
+        found_vox: Voxel (z, y, x) nearest to the match by embeddings in the other case.
+        box_vox: Voxel (z, y, x) of the match by the body's box.
+        score: Mean cosine of the embeddings.
+        cycle_mm: Distance in mm between the place and the match of its match.
+        query: Crop (y, x) around the place.
+        found: Crop (y, x) around the match by embeddings.
+        box: Crop (y, x) around the match by the body's box.
     """
 
     query_vox: Voxel
@@ -46,14 +46,16 @@ class PlaceMatch:
 
 
 def matcher_of(pretrained: OpenedCheckpoint, store: CaseStore, device: torch.device) -> tuple[EmbeddingMatcher, Any]:
-    """Return what finds places among the cases of a store by the embeddings of SAM, and the method.
+    """Return the matcher by SAM's embeddings for the cases of a store, and the method.
 
     Raises:
-        UserError: the checkpoint is of another method, or as ``method_of``.
+        UserError: If the checkpoint is of another method, or ``method_of`` rejects it.
     """
     found = pretrained.own_provenance.method
     if found != METHOD:
-        raise UserError(f"{pretrained.path}: is of {found} and has no embeddings of places; take {METHOD}'s")
+        raise UserError(
+            f"{pretrained.path}: is of {found} and has no embeddings of places; use a checkpoint of {METHOD}"
+        )
     method = method_of(pretrained, device)
     return EmbeddingMatcher(method.embedding, store, method.configuration.patch_size, device), method
 
@@ -61,16 +63,16 @@ def matcher_of(pretrained: OpenedCheckpoint, store: CaseStore, device: torch.dev
 def find_matches(
     matcher: EmbeddingMatcher, store: CaseStore, query: str, key: str, count: int, seed: int, patch: tuple[int, ...]
 ) -> list[PlaceMatch]:
-    """Look for places in the body of a case in another case.
+    """Match random places in the body of a case to another case.
 
     Args:
-        matcher: by embeddings.
-        store: of both cases.
-        query: name of the case that the places belong to.
-        key: name of the other case.
-        count: of places, drawn in the body.
-        seed: of the places.
-        patch: voxels of a crop, of which the middle slice is shown.
+        matcher: Matcher by embeddings.
+        store: Store with both cases.
+        query: Name of the case that the places belong to.
+        key: Name of the other case.
+        count: Number of places.
+        seed: Random seed of the places.
+        patch: Shape of a crop in voxels; its middle slice is kept.
     """
     case, other = store.case(query), store.case(key)
     body = case.body_vox

@@ -1,4 +1,4 @@
-"""Places of a case that a picture shows: the middle of its body, its fullest slice, or what the user names.
+"""Places of a case that a picture shows: the middle of its body, the slice with the most body, or the user's choice.
 
 Points are (z, y, x) in voxels of the preprocessed case.
 """
@@ -13,19 +13,19 @@ Voxel = tuple[int, int, int]
 
 
 def choose_centre(case: StoredCase, slice_vox: int | None, two_dimensional: bool, otherwise: str) -> Voxel:
-    """Return the voxel that the planes of a picture run through, or the slice of a 2D network.
+    """Return the voxel in which the planes of a picture intersect, or which lies in the slice of a 2D network.
 
     Args:
-        case: the case.
-        slice_vox: z of the slice for a 2D network; None for the one with the most body.
-        two_dimensional: whether the network takes slices.
-        otherwise: what is shown of a 3D network, for the message.
+        case: The case.
+        slice_vox: z of the slice for a 2D network; None for the slice with the most body.
+        two_dimensional: Whether the network takes slices.
+        otherwise: Text for the error message: what the picture of a 3D network shows.
 
     Raises:
-        UserError: the slice lies outside the case, or the network is not 2D.
+        UserError: If the slice lies outside the case, or the network is not 2D.
     """
     if slice_vox is not None and not two_dimensional:
-        raise UserError(f"slice {slice_vox}: these weights are 3D and show {otherwise}; leave the slice out")
+        raise UserError(f"slice {slice_vox}: these weights are 3D and show {otherwise}; omit the slice")
     centre = middle_of(case)
     if two_dimensional:
         centre = (fullest_slice(case) if slice_vox is None else slice_vox, centre[1], centre[2])
@@ -33,10 +33,10 @@ def choose_centre(case: StoredCase, slice_vox: int | None, two_dimensional: bool
 
 
 def check_point(case: StoredCase, point_vox: Voxel) -> Voxel:
-    """Return a point that lies inside a case.
+    """Check that a point lies inside a case, and return the point.
 
     Raises:
-        UserError: it does not.
+        UserError: If the point lies outside the case.
     """
     if any(not 0 <= place < extent for place, extent in zip(point_vox, case.shape, strict=True)):
         point, shape = " ".join(map(str, point_vox)), " ".join(map(str, case.shape))
@@ -47,7 +47,7 @@ def check_point(case: StoredCase, point_vox: Voxel) -> Voxel:
 
 
 def middle_of(case: StoredCase) -> Voxel:
-    """Return the stored voxel of the body that is nearest to their mean in mm; the centre of a case without any."""
+    """Return the stored body voxel nearest to the mean of all in mm; without any, the centre of the case."""
     points = case.foreground_vox.astype(np.float64)
     if not len(points):
         z, y, x = (extent // 2 for extent in case.shape)
@@ -58,6 +58,6 @@ def middle_of(case: StoredCase) -> Voxel:
 
 
 def fullest_slice(case: StoredCase) -> int:
-    """Return z of the slice with the most stored voxels of the body; the middle one of a case without any."""
+    """Return z of the slice with the most stored body voxels; without any, that of the middle slice."""
     points = case.foreground_vox
     return int(np.bincount(points[:, 0]).argmax()) if len(points) else case.shape[0] // 2

@@ -1,4 +1,4 @@
-"""What the decoder of a method makes of a patch of a case: what the encoder sees, what is asked for, and the answer."""
+"""Reconstructions of a patch by the decoder of a method: input, target and output."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,16 +21,17 @@ METHODS = ("alice", "pcrl")
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """One model's input, what its code asks for, and what the decoder makes; the middle slice of the patch, channel 0.
+    """Input, target and output of one model in the middle slice of a patch, channel 0.
 
     Attributes:
-        model: ``o``, ``m`` or ``h`` of PCRL; ``s`` of Alice.
-        seen: (y, x), the corrupted crop; of the hybrid the mix of both crops; of Alice the visible tokens.
-        target: the clean crop, flipped and turned where a code asks for it.
-        output: of the decoder; of Alice that of masked tokens, in the contrast that each has, beside the visible ones.
-        error: mean squared error over the patch, all channels; of Alice over the masked tokens, each standardised.
-        error_untold: the least error of an answer that does not listen to the code, without attention that of the mean; of Alice
-            that of the mean of the visible tokens.
+        model: ``o``, ``m`` or ``h`` for PCRL; ``s`` for Alice.
+        seen: Input (y, x): the corrupted crop, for the hybrid the mix of both crops, for Alice the visible tokens.
+        target: Clean crop (y, x), flipped and turned as the code demands.
+        output: Output (y, x) of the decoder; for Alice the masked tokens, with the contrast of the true ones, and the visible
+            tokens.
+        error: Mean squared error over the patch and all channels; for Alice over the masked tokens, each standardised.
+        error_untold: Baseline of the error. PCRL: the smallest error without knowledge of the code, or without attention that
+            of the mean. Alice: the error of the mean of the visible tokens.
     """
 
     model: str
@@ -42,18 +43,20 @@ class Reconstruction:
 
 
 def reconstructor_of(pretrained: OpenedCheckpoint, device: torch.device) -> Any:
-    """Restore a method that reconstructs from a checkpoint.
+    """Restore a method with a reconstruction loss from a checkpoint.
 
     Raises:
-        UserError: the checkpoint is of another method, reconstructs nothing, or as ``method_of``.
+        UserError: If the method does not reconstruct, was pretrained without this loss, or ``method_of`` rejects it.
     """
     provenance, path = pretrained.own_provenance, pretrained.path
     if provenance.method not in METHODS:
         raise UserError(
-            f"{path}: is of {provenance.method} and reconstructs nothing; take those of {' or '.join(METHODS)}"
+            f"{path}: is of {provenance.method} and reconstructs nothing; use a checkpoint of {' or '.join(METHODS)}"
         )
     if not provenance.settings["reconstruction_weight"]:
-        raise UserError(f"{path}: was pretrained with reconstruction_weight=0; take weights that reconstruct")
+        raise UserError(
+            f"{path}: was pretrained with reconstruction_weight=0; use weights of a run with a reconstruction loss"
+        )
     return method_of(pretrained, device)
 
 
@@ -61,17 +64,17 @@ def reconstructor_of(pretrained: OpenedCheckpoint, device: torch.device) -> Any:
 def reconstruct_case(
     method: Any, case: StoredCase, slice_vox: int | None, seed: int, device: torch.device
 ) -> list[Reconstruction]:
-    """Reconstruct a patch in the middle of the body, for all models.
+    """Reconstruct a patch in the middle of the body with all models of a method.
 
     Args:
-        method: that reconstructs.
-        case: the case.
-        slice_vox: z of the slice for a 2D network; None for the one with the most body.
-        seed: of crops, corruption and transformations.
-        device: where to compute.
+        method: Method that reconstructs.
+        case: The case.
+        slice_vox: z of the slice for a 2D network; None for the slice with the most body.
+        seed: Random seed of crops, corruption and transformations.
+        device: Device for the computation.
 
     Raises:
-        UserError: the slice lies outside the case, or the network is not 2D.
+        UserError: If the slice lies outside the case, or is given for a network that is not 2D.
     """
     patch = method.configuration.patch_size
     flat = len(patch) == 2

@@ -1,13 +1,13 @@
-"""Which voxels of a case resemble a given one.
+"""Similarity of the voxels of cases to a query voxel.
 
 Source: Seince et al., Dense Self-Supervised Learning for Medical Image Segmentation (Pix2Rep), MIDL 2024, figure 2: the
 cosine similarity between the embedding of a query pixel and all pixels of other images, and the pixel nearest to it.
 
 Deviations:
-    * Features are standardised before they are compared (``nnssl.pictures.features`` says why).
-    * A case is seen in tiles of the plan's patch size, as in pretraining; the cosines of tiles that overlap are averaged
-      with weights that fall towards the rim of a tile, where the network lacks context. So the map of the query's own
-      case can be a little below 1 at the query. Embeddings of a whole volume are never held.
+    * Features are standardised before the comparison, for the reasons given in ``nnssl.pictures.features``.
+    * A case is processed in tiles of the plan's patch size, as in pretraining. Cosines of overlapping tiles are averaged
+      with weights that decrease towards the border of a tile, where the network lacks context. The cosine at the query can
+      therefore be slightly below 1. Embeddings of a whole volume are never held in memory.
 """
 
 from collections.abc import Sequence
@@ -35,12 +35,12 @@ from nnssl.pictures.tiles import average_over_tiles, tile_corners
 
 @dataclass(frozen=True)
 class Similarity:
-    """How much the voxels of one case resemble the query.
+    """Similarity of the voxels of a case to the query.
 
     Attributes:
-        case: the case.
-        cosine: (z, y, x), -1 to 1; NaN where it was not computed.
-        nearest_vox: the voxel with the largest cosine.
+        case: The case.
+        cosine: Cosine similarity (z, y, x), -1 to 1; NaN for voxels that were not computed.
+        nearest_vox: Voxel with the largest cosine.
     """
 
     case: StoredCase
@@ -55,7 +55,7 @@ class Similarity:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A query voxel and what resembles it: in its own case, which comes first, and in others."""
+    """A query voxel and its similarity to voxels of its own case, which comes first, and of others."""
 
     query_vox: Voxel
     similarities: tuple[Similarity, ...]
@@ -65,23 +65,23 @@ class Comparison:
 def compare_cases(
     network: DenseNetwork, store: CaseStore, case: str, point_vox: Voxel | None, others: Sequence[str], seed: int
 ) -> Comparison:
-    """Compute the similarity of the voxels of some cases to one voxel.
+    """Compute the similarity of the voxels of several cases to one voxel.
 
-    A 2D network sees, of the query's own case, the query's slice only; of the others all slices.
+    A 2D network processes only the query's slice of the query's case, but all slices of the other cases.
 
     Args:
-        network: whose features are compared.
-        store: the cases.
-        case: with the query.
-        point_vox: the query; None for the middle of the case's body.
-        others: cases to search.
-        seed: of the sample that features are standardised over.
+        network: Network that computes the features.
+        store: Store with the cases.
+        case: Name of the query's case.
+        point_vox: Query voxel; None for the middle of the case's body.
+        others: Names of the other cases to search.
+        seed: Random seed of the sample for standardisation.
 
     Returns:
-        The query's case and the others in the order given.
+        Similarities in the query's case and in the others, in the order given.
 
     Raises:
-        UserError: there is no such case, or the point lies outside its case.
+        UserError: If a case does not exist, or the point lies outside its case.
     """
     cases = [find_case(store, name) for name in (case, *others)]
     query_vox = check_point(cases[0], point_vox) if point_vox else middle_of(cases[0])
@@ -108,15 +108,15 @@ def cosines(
     query: Float[Tensor, " channel"],
     standardisation: Standardisation,
 ) -> Float[Tensor, " 1 *shape"]:
-    """Return the cosine of the standardised features of every voxel of a tile with the query's.
+    """Return the cosine similarity of the standardised features of every voxel of a tile to the query's.
 
-    Channels are carried to full resolution a few at a time: product and norm are sums over channels.
+    Product and norm are sums over channels, so only a few channels at a time are interpolated to full resolution.
 
     Args:
-        maps: of the tile.
-        shape: of the tile.
-        query: standardised.
-        standardisation: of the features of all maps side by side.
+        maps: Feature maps of the tile.
+        shape: Shape of the tile.
+        query: Standardised features of the query.
+        standardisation: Standardisation of the concatenated features of all maps.
     """
     product = torch.zeros(tuple(shape), device=query.device)
     square = torch.zeros_like(product)
@@ -127,6 +127,6 @@ def cosines(
 
 
 def find_nearest(cosine: Float32[np.ndarray, "z y x"]) -> Voxel:
-    """Return the voxel with the largest value, NaN left out; the first of several."""
+    """Return the first voxel with the largest value, ignoring NaN."""
     z, y, x = (int(place) for place in np.unravel_index(int(np.nanargmax(cosine)), cosine.shape))
     return z, y, x

@@ -1,9 +1,9 @@
-"""Where the teacher of Pixel-global is not sure: the entropy of its passes with dropout, voxel by voxel (the paper's figure 2).
+"""Uncertainty of the teacher of Pixel-global: the entropy of its passes with dropout in each voxel (the paper's figure 2).
 
 Source: "Pixel-global self-supervised learning with uncertainty-aware context stabilizer" (2022).
 
-Deviations: the head is standardised over the points that it is given together. In training these are the points of a step;
-here they are all voxels of a tile, in random order and so many at a time as memory allows.
+Deviations: the head standardises over the points of one call. In training, these are the points of a step; here, they are the
+voxels of a tile in random order, in chunks that fit into memory.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ POINTS_AT_ONCE = 2**15
 
 @dataclass(frozen=True)
 class Teacher:
-    """The teacher's network and the head whose passes are compared."""
+    """The teacher's network, and the head whose passes with dropout are compared."""
 
     network: DenseNetwork
     head: PointAssignment
@@ -41,13 +41,13 @@ class Teacher:
 
 @dataclass(frozen=True)
 class Uncertainty:
-    """How unsure the teacher is of the voxels of a case.
+    """Uncertainty of the teacher in the shown planes of a case.
 
     Attributes:
-        case: the case.
-        centre_vox: the voxel that the shown planes run through.
-        values: (z, y, x), 0 to 1; NaN away from the planes.
-        two_dimensional: whether one slice is shown.
+        case: The case.
+        centre_vox: Voxel in which the shown planes intersect.
+        values: Uncertainty (z, y, x), 0 for one-hot, 1 for uniform; NaN off the planes.
+        two_dimensional: Whether one slice is shown instead of three planes.
     """
 
     case: StoredCase
@@ -60,17 +60,17 @@ def teacher_of(pretrained: OpenedCheckpoint, passes: int | None, device: torch.d
     """Build the teacher of Pixel-global.
 
     Args:
-        pretrained: the checkpoint.
-        passes: with dropout; None for the setting of the pretraining, or the paper's 20 where that is 0.
-        device: where to compute.
+        pretrained: The checkpoint.
+        passes: Number of passes with dropout; None for the setting of the pretraining or, if it is 0, the paper's 20.
+        device: Device for the computation.
 
     Raises:
-        UserError: the checkpoint is of another method, or as ``dense_network_of``.
+        UserError: If the checkpoint is of another method, or ``dense_network_of`` rejects it.
     """
     found = pretrained.own_provenance.method
     if found != METHOD:
         raise UserError(
-            f"{pretrained.path}: is of {found}, which has no teacher that says how sure it is; take {METHOD}'s"
+            f"{pretrained.path}: is of {found}, which has no teacher with an uncertainty; use a checkpoint of {METHOD}"
         )
     network = dense_network_of(pretrained, "single", device)
     method = method_of(pretrained, device)
@@ -80,15 +80,15 @@ def teacher_of(pretrained: OpenedCheckpoint, passes: int | None, device: torch.d
 
 
 def measure_uncertainty(teacher: Teacher, case: StoredCase, slice_vox: int | None) -> Uncertainty:
-    """Compute the uncertainty of a case where three planes or one slice show it.
+    """Compute the uncertainty in three planes or one slice of a case.
 
     Args:
-        teacher: whose passes are compared.
-        case: the case.
-        slice_vox: z of the slice for a 2D network; None for the one with the most body.
+        teacher: Teacher whose passes are compared.
+        case: The case.
+        slice_vox: z of the slice for a 2D network; None for the slice with the most body.
 
     Raises:
-        UserError: the slice lies outside the case, or the network is not 2D.
+        UserError: If the slice lies outside the case, or is given for a network that is not 2D.
     """
     network = teacher.network
     centre = choose_centre(case, slice_vox, network.two_dimensional, "three planes")
@@ -104,9 +104,9 @@ def tile_uncertainty(
     """Return the uncertainty of all voxels of a tile, 0 to 1.
 
     Args:
-        teacher: whose head is used.
-        feature_map: of full resolution.
-        name: of the case; decides the draws.
+        teacher: Teacher whose head is applied.
+        feature_map: Feature map at full resolution.
+        name: Name of the case, which determines the random draws.
     """
     features = feature_map.flatten(2)[0].T
     order = torch.randperm(len(features), generator=make_generator(0, "uncertainty", name)).to(features.device)
@@ -120,5 +120,5 @@ def tile_uncertainty(
 
 
 def _even_chunks(order: Tensor) -> Sequence[Tensor]:
-    """Split an order into parts of about the same length, none longer than ``POINTS_AT_ONCE``."""
+    """Split an order into parts of about the same length, at most ``POINTS_AT_ONCE``."""
     return order.tensor_split(-(-len(order) // POINTS_AT_ONCE))

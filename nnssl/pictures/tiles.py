@@ -1,4 +1,4 @@
-"""A case in tiles of the size that a network is trained on, averaged where they overlap."""
+"""Evaluation of a case in tiles of the training patch size, averaged where they overlap."""
 
 import itertools
 import math
@@ -14,7 +14,7 @@ from nnssl.pictures.places import Voxel
 
 
 def tile_around(shape: Sequence[int], tile_vox: Sequence[int], point_vox: Sequence[int]) -> Voxel:
-    """Return the first voxel of the tile around a point, moved into the volume; a smaller volume is in its middle."""
+    """Return the first voxel of the tile around a point, moved into the volume; a smaller volume is centred in it."""
     z, y, x = (
         -((length - extent) // 2) if extent < length else min(max(int(place) - length // 2, 0), extent - length)
         for extent, length, place in zip(shape, tile_vox, point_vox, strict=True)
@@ -26,11 +26,11 @@ def tile_corners(shape: Sequence[int], tile_vox: Sequence[int]) -> list[Voxel]:
     """Return the first voxels of tiles that cover a volume and overlap by half or more; slices do not overlap along z.
 
     Args:
-        shape: (z, y, x) of the volume.
-        tile_vox: (z, y, x) of a tile.
+        shape: Shape (z, y, x) of the volume in voxels.
+        tile_vox: Shape (z, y, x) of a tile in voxels.
 
     Returns:
-        (z, y, x), negative where the volume is smaller than a tile: it is in the tile's middle.
+        First voxels (z, y, x), negative along axes on which the volume is smaller than a tile and centred in it.
     """
     axes = []
     for extent, length in zip(shape, tile_vox, strict=True):
@@ -46,7 +46,7 @@ def tile_corners(shape: Sequence[int], tile_vox: Sequence[int]) -> list[Voxel]:
 def tiles_through(
     shape: Sequence[int], tile_vox: Sequence[int], centre_vox: Voxel, two_dimensional: bool
 ) -> list[Voxel]:
-    """Return those of ``tile_corners`` whose tiles meet the three planes through a voxel, or its slice alone."""
+    """Return the ``tile_corners`` whose tiles meet the three planes through a voxel, or in 2D its slice."""
     axes = (0,) if two_dimensional else (0, 1, 2)
     return [
         lower
@@ -56,7 +56,7 @@ def tiles_through(
 
 
 def tile_weights(tile_vox: Sequence[int]) -> Float32[np.ndarray, "z y x"]:
-    """Return weights that fall linearly along each axis from the middle of a tile to just above 0 at its rim."""
+    """Return weights that decrease linearly along each axis from the middle of a tile to just above 0 at its border."""
     z, y, x = (1 - np.abs((2 * np.arange(n) + 1) / n - 1) * n / (n + 1) for n in tile_vox)
     return (z[:, None, None] * y[:, None] * x).astype(np.float32)
 
@@ -68,17 +68,17 @@ def average_over_tiles(
     channels: int,
     evaluate: Callable[[list[Tensor]], Float[Tensor, " channel *shape"]],
 ) -> Float32[np.ndarray, "channel z y x"]:
-    """Evaluate the feature maps of tiles and average where tiles overlap.
+    """Evaluate the feature maps of tiles and average the values where tiles overlap.
 
     Args:
-        network: makes the maps.
-        case: the case.
-        lowers: first voxels of the tiles.
-        channels: that ``evaluate`` returns.
-        evaluate: maps of a tile -> values of its voxels; may change the maps.
+        network: Network that computes the maps.
+        case: The case.
+        lowers: First voxels of the tiles.
+        channels: Number of channels that ``evaluate`` returns.
+        evaluate: Function from the maps of a tile to values of its voxels; may modify the maps.
 
     Returns:
-        Values, NaN where no tile was.
+        Values by voxel; NaN outside all tiles.
     """
     total = np.zeros((channels, *case.shape), np.float32)
     weight = np.zeros(case.shape, np.float32)

@@ -41,7 +41,7 @@ def test_table_and_files(folders, capsys):
     (folder := folders / "predictions").joinpath("dataset.json").write_text(json.dumps({"labels": LABELS}))
     assert run(folders) == 0
     said = capsys.readouterr().out
-    assert f"labels: {folder / 'dataset.json'}" in said
+    assert f"Labels: {folder / 'dataset.json'}" in said
     assert "evaluated 2 of 2 cases" in said  # no terminal, so lines instead of a bar
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert [(row["case"], row["class"]) for row in rows] == [
@@ -83,7 +83,7 @@ def test_label_files_that_agree_are_one(folders, capsys):
     (folders / "predictions" / "dataset.json").write_text(json.dumps({"labels": LABELS, "name": "predicted"}))
     (folders / "dataset.json").write_text(json.dumps({"labels": dict(reversed(LABELS.items()))}))
     assert run(folders) == 0
-    assert f"labels: {folders / 'predictions' / 'dataset.json'}" in capsys.readouterr().out
+    assert f"Labels: {folders / 'predictions' / 'dataset.json'}" in capsys.readouterr().out
 
 
 def test_nnunets_own_summary_is_left_alone(folders):
@@ -123,21 +123,21 @@ def break_labels(folders):
         (
             lambda f: (f / "dataset.json").write_text('{"labels": {"liver": 1}}'),
             (),
-            "holds the value 2, which is none of the",
+            "contains the value 2, which is not a label",
         ),
         (
             lambda f: (f / "dataset.json").write_text('{"labels": {"0": "background", "1": "liver"}}'),
             (),
-            "dataset.json: its labels are not in the form of nnU-Net v2",
+            "dataset.json: its labels are not in the format of nnU-Net v2",
         ),
         (lambda f: (f / "dataset.json").write_text('{"labels": {"background": 0}}'), (), "name no class but the"),
         (lambda f: None, ("--labels", "nowhere.json"), "nowhere.json: there is no such dataset.json"),
-        (lambda f: None, ("--tolerance-mm", "0"), "--tolerance-mm 0: give a number of mm above 0"),
-        (lambda f: None, ("--tolerance-mm", "nan"), "--tolerance-mm nan: give a number of mm above 0"),
+        (lambda f: None, ("--tolerance-mm", "0"), "--tolerance-mm must be above 0 and finite, got 0"),
+        (lambda f: None, ("--tolerance-mm", "nan"), "--tolerance-mm must be above 0 and finite, got nan"),
         (lambda f: None, ("--output", "/dev/null/here"), "/dev/null/here: the folder is not writable"),
-        (lambda f: shutil.rmtree(f / "references"), (), "references: there is no such folder"),
+        (lambda f: shutil.rmtree(f / "references"), (), "references: this folder does not exist"),
         (write_image, (), "so these seem to be images"),
-        (write_background, (), "hold background only"),
+        (write_background, (), "contain background only; name the classes with --labels"),
         (lambda f: (f / "predictions" / "b.nii.gz").write_bytes(b"x"), (), "b.nii.gz: its header cannot be read"),
     ],
 )

@@ -1,4 +1,4 @@
-"""nnssl_show end to end on a toy data set, with random weights; and what a user can get wrong."""
+"""nnssl_show end to end on a toy data set with random weights, and mistakes of the user."""
 
 import dataclasses
 import json
@@ -73,7 +73,7 @@ def write_method(path: Path, plan: Plan, configuration: str, name: str, *overrid
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory) -> dict[str, Path]:
-    """A planned toy data set with weights for both dimensions, made once."""
+    """Return a planned toy data set with weights for both dimensions, made once."""
     root = tmp_path_factory.mktemp("show")
     folders = Folders(*(root / name for name in ("raw", "preprocessed", "results")))
     for folder in dataclasses.astuple(folders):
@@ -105,7 +105,7 @@ def files(workspace, monkeypatch, tmp_path) -> dict[str, Path]:
 
 @pytest.fixture
 def drawn(monkeypatch) -> list:
-    """The figures that were written."""
+    """Return the list of figures that were written."""
     figures = []
     write = pictures.write_picture
     monkeypatch.setattr(pictures, "write_picture", lambda path, figure: (figures.append(figure), write(path, figure)))
@@ -192,7 +192,7 @@ def test_uncertainty(files, drawn, capsys):
 
 @pytest.mark.parametrize("name", ["teacher", "teacher3d"])
 def test_uncertainty_is_that_of_the_teacher(files, name):
-    """Of its network and its head, not of the student's: recomputed from the weights in the file."""
+    """The uncertainty is computed with network and head of the teacher, not of the student."""
     teacher = teacher_of(open_checkpoint(files[name]), None, torch.device("cpu"))
     state = read_checkpoint(files[name])[0]["nnssl"]["state"]["method"]
     for key, value in teacher.network.network.state_dict().items():
@@ -222,7 +222,7 @@ def test_reconstruction(files, drawn, capsys):
     ]
     run("reconstruction", "-w", files["pcrl3d"], "-o", "b.png")
     assert [len(figure.axes) for figure in drawn] == [3 * 3, 2 * 3]
-    assert "asked for" in heads(drawn[0])
+    assert "target" in heads(drawn[0])
     assert "is of pix2rep and reconstructs nothing" in fails(capsys, "reconstruction", "-w", files["2d"])
     assert "slice 3: these weights are 3D" in fails(capsys, "reconstruction", "-w", files["pcrl3d"], "--slice", 3)
     assert "99" in fails(capsys, "reconstruction", "-w", files["pcrl"], "--slice", 99)
@@ -230,7 +230,7 @@ def test_reconstruction(files, drawn, capsys):
 
 @pytest.mark.parametrize("name", ["primus", "alice"])
 def test_recovered_tokens(files, drawn, capsys, name):
-    """Visible tokens as they are, masked ones of the answer, with the mean and the deviation that they have in truth."""
+    """Visible tokens are unchanged; masked ones are outputs with the true mean and standard deviation."""
     run("reconstruction", "-w", files[name], "--case", "toy_02", "-o", "a.png")
     assert "s: mean squared error" in capsys.readouterr().out
     assert len(drawn[0].axes) == 3
@@ -259,7 +259,7 @@ def test_recovered_tokens(files, drawn, capsys, name):
 def test_matches(files, drawn, capsys):
     run("matches", "-w", files["sam"], "--case", "toy_01", "--other", "toy_03", "--points", 3, "-o", "a.png")
     out = capsys.readouterr().out
-    assert out.count("back within") == 3
+    assert out.count("cycle error") == 3
     assert len(drawn[0].axes) == 9
     assert "found in toy_03" in drawn[0].get_suptitle()
     assert "has no embeddings of places" in fails(capsys, "matches", "-w", files["3d"])
@@ -282,7 +282,7 @@ def test_a_case_is_found_in_itself_and_its_crops_lie_where_it_says(files):
 
 @pytest.mark.parametrize("name", ["pcrl", "pcrl3d", "teacher"])
 def test_a_method_is_restored_as_it_was(files, name):
-    """Every tensor of network and state is that of the file; untrained, it is the seeded start."""
+    """Every tensor of network and state is that of the file; without training, it is the seeded initialisation."""
     content = read_checkpoint(files[name])[0]
     method, _ = restore_method(files[name], torch.device("cpu"))
     stored = content["nnssl"]["state"]["method"]
@@ -300,7 +300,7 @@ def test_a_method_is_restored_as_it_was(files, name):
 
 
 def test_a_state_with_other_parts_is_refused(files, tmp_path):
-    """Parts that are missing must not be the random start instead."""
+    """Missing parts must not silently keep their random initialisation."""
     content, provenance = read_checkpoint(files["pcrl"])
     state = {"method": dict(content["nnssl"]["state"]["method"])}
     del state["method"]["output.weight"]
@@ -372,7 +372,7 @@ def test_cases_and_points_that_are_not_there(files, capsys):
 
 def test_files_that_are_not_there(files, capsys, tmp_path):
     assert "ends in .png" in fails(capsys, "embedding", "-w", files["2d"], "-o", "a.pdf")
-    assert "there is no folder" in fails(capsys, "embedding", "-w", files["2d"], "-o", "none/a.png")
+    assert "does not exist; create it first" in fails(capsys, "embedding", "-w", files["2d"], "-o", "none/a.png")
     assert "there is no such checkpoint" in fails(capsys, "embedding", "-w", "none.pth")
     (tmp_path / "text.pth").write_text("weights")
     assert "is not a checkpoint" in fails(capsys, "similarity", "-w", "text.pth")
@@ -401,7 +401,7 @@ def test_network_without_decoder_is_refused(files, capsys, monkeypatch):
 
 
 def test_other_data_sets(files, capsys, tmp_path, monkeypatch, drawn):
-    """Its cases must be preprocessed by a plan of the same name; another spacing is told, another modality refused."""
+    """Its cases must be preprocessed by a plan of the same name; another spacing causes a warning, another modality an error."""
     for name in (NAME, OTHER):
         shutil.copytree(files["root"] / "preprocessed" / NAME, tmp_path / name)
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
@@ -421,7 +421,7 @@ def test_other_data_sets(files, capsys, tmp_path, monkeypatch, drawn):
 
     content["configurations"]["2d"]["normalization_schemes"] = ["CTNormalization"]
     plan.write_text(json.dumps(content))
-    assert "take a data set of the same modality" in fails(capsys, "embedding", "-w", files["2d"], "-d", 502)
+    assert "use a data set of the same modality" in fails(capsys, "embedding", "-w", files["2d"], "-d", 502)
 
     plan.unlink()
     line = fails(capsys, "embedding", "-w", files["2d"], "-d", 502)

@@ -1,4 +1,4 @@
-"""Metrics against nnU-Net's Dice and against distances counted by brute force, on images that are neither cubic nor isotropic."""
+"""Metrics compared with nnU-Net's Dice and brute-force distances, on images that are neither cubic nor isotropic."""
 
 import itertools
 import math
@@ -37,7 +37,7 @@ def write(path, array, spacing_mm=SPACING_MM, origin=(4.0, -7.0, 11.0), dtype=np
 
 
 def blobs(seed, shape=(7, 12, 15)):
-    """Two lumpy classes, neither centred nor alike."""
+    """Return two lumpy classes that are neither centred nor equal."""
     rng = np.random.default_rng(seed)
     array = np.zeros(shape, np.uint8)
     grid = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing="ij"), axis=-1)
@@ -69,7 +69,7 @@ def test_volumes_in_ml(pair):
 
 
 def surface(mask):
-    """Voxels of a mask with a neighbour outside it, along any axis, by looking at each."""
+    """Return the voxels of a mask that have a neighbour outside it along any axis, by a loop."""
     found = []
     for place in np.argwhere(mask):
         for axis, step in itertools.product(range(mask.ndim), (-1, 1)):
@@ -96,9 +96,9 @@ def test_hd95_by_brute_force(shape, spacing_mm):
 
 
 def element_mm(corners, spacing_mm):
-    """Length in mm of the contour within a square of four voxel centres, area in mm2 of the surface within a cube of eight.
+    """Return the length in mm of a contour in a square of four voxel centres, or the area in mm2 in a cube of eight.
 
-    The surface cuts the edges in their middle. In 2D by hand; in 3D by marching cubes, where that is not ambiguous.
+    The surface intersects edges in their middle. 2D is computed by hand, 3D by marching cubes for unambiguous cubes.
     """
     if corners.ndim == 3:
         faces = [corners.take(place, axis=axis) for axis in range(3) for place in (0, 1)]
@@ -114,7 +114,7 @@ def element_mm(corners, spacing_mm):
 
 
 def surface_elements(mask, spacing_mm):
-    """Places and sizes in mm of all elements of a surface, by looking at each square or cube of neighbours."""
+    """Return places and sizes in mm of all surface elements, by a loop over squares or cubes of neighbours."""
     padded = np.pad(mask, 1)
     places, sizes = [], []
     for place in itertools.product(*(range(n - 1) for n in padded.shape)):
@@ -151,7 +151,7 @@ def test_both_diagonals_of_a_2d_contour():
 
 @pytest.mark.parametrize("spacing_mm", [0.4, 0.7, 1.1, 1.3, 2.3])
 def test_a_distance_equal_to_the_tolerance_is_within_it(spacing_mm):
-    """Whatever float32, in which NIfTI keeps spacings, makes of the numbers."""
+    """Rounding to float32, in which NIfTI stores spacings, does not matter."""
     stored_mm = float(np.float32(spacing_mm))
     first = box((12, 30), (3, 4), (9, 10))
     for voxels in (1, 2, 3, 5, 7):
@@ -179,7 +179,7 @@ def box(shape, lower, upper):
 
 
 def test_surface_distance_of_boxes():
-    """A box that is longer at one end by 6 voxels: its far face is 7.5 mm away, its other faces agree."""
+    """A box is longer at one end by 6 voxels: its far face is 7.5 mm away, the other faces agree."""
     shape, spacing_mm = (40, 70, 60), (1.5, 1.25, 0.8)
     first, second = box(shape, (4, 8, 5), (34, 52, 55)), box(shape, (4, 8, 5), (34, 58, 55))
     size_mm, longer_mm = np.multiply((30, 44, 50), spacing_mm), np.multiply((30, 50, 50), spacing_mm)
@@ -188,7 +188,7 @@ def test_surface_distance_of_boxes():
     def area(size):
         return 2 * (size[0] * size[1] + size[0] * size[2] + size[1] * size[2])
 
-    # beyond the tolerance: the far face of either box, and of the longer one its sides further out
+    # Beyond the tolerance are the far faces of both boxes, and the outer part of the sides of the longer one.
     face = size_mm[0] * size_mm[2]
     beyond = 2 * (size_mm[0] + size_mm[2]) * (7.5 - tolerance_mm)
     expected = 1 - (2 * face + beyond) / (area(size_mm) + area(longer_mm))
@@ -200,7 +200,7 @@ def test_surface_distance_of_boxes():
 
 @pytest.mark.parametrize("shape", [(7, 12, 15), (17, 22)])
 def test_the_field_of_view_does_not_matter(shape):
-    """Also for an object that touches the border: an image with more air around it gives the same numbers."""
+    """More air around the image changes nothing, even for an object that touches the border."""
     first, second = (blobs(seed, shape) == 1 for seed in (0, 1))
     first[0], second[0] = False, False
     first[0, 3:6], second[0, 4:7] = True, True
@@ -286,12 +286,12 @@ def test_tiffs_of_nnunet_have_their_spacing_beside_them(tmp_path):
 
 
 def cut(path):
-    """Take the end of a file away; ITK reads what is left with zeros for the rest."""
+    """Truncate a file, which ITK would read with zeros for the missing part."""
     path.write_bytes(path.read_bytes()[:-30])
 
 
 def turn(path):
-    """Point the x axis the other way, about the same origin."""
+    """Reverse the direction of the x axis at the same origin."""
     image = sitk.ReadImage(str(path))
     image.SetDirection((-1, 0, 0, 0, 1, 0, 0, 0, 1))
     sitk.WriteImage(image, str(path))
@@ -308,7 +308,7 @@ def make_series(path):
         (cut, "is truncated .*; copy or predict it again"),
         (lambda f: write(f, np.where(blobs(0) == 1, np.nan, 0), dtype=np.float32), "contains NaN"),
         (turn, "differs in direction from its reference"),
-        (make_series, "has 4 axes; give an image of 2 or 3"),
+        (make_series, "has 4 axes; give an image with 2 or 3"),
         (lambda f: f.unlink(), "does not exist"),
         (
             lambda f: sitk.WriteImage(sitk.GetImageFromArray(np.zeros((7, 12, 15, 3), np.uint8), True), str(f)),
@@ -317,8 +317,8 @@ def make_series(path):
         (lambda f: write(f, blobs(0)[:-1]), r"has \(6, 12, 15\) voxels"),
         (lambda f: write(f, blobs(0), (3.0, 1.25, 0.9)), "differs in spacing from its reference"),
         (lambda f: write(f, blobs(0), origin=(4.0, -7.0, 14.0)), "differs in origin from its reference"),
-        (lambda f: write(f, blobs(0) * 2), "holds the value 4, which is none of the labels"),
-        (lambda f: write(f, blobs(0) * 0.5, dtype=np.float32), "holds fractions, so it is no segmentation"),
+        (lambda f: write(f, blobs(0) * 2), "contains the value 4, which is not a label"),
+        (lambda f: write(f, blobs(0) * 0.5, dtype=np.float32), "contains fractions, so it is not a segmentation"),
         (lambda f: f.write_bytes(b"no image"), "unreadable header"),
     ],
 )
@@ -337,13 +337,13 @@ def test_a_missing_side_is_named(tmp_path):
         evaluate_folders(tmp_path / "p", tmp_path / "r", LABELS, 2.0)
     with pytest.raises(UserError, match="r: has no reference of a"):
         evaluate_folders(tmp_path / "p", tmp_path / "r", LABELS, 2.0, cases=["a", "b"])
-    with pytest.raises(UserError, match="there is no such folder"):
+    with pytest.raises(UserError, match="this folder does not exist"):
         evaluate_folders(tmp_path / "q", tmp_path / "r", LABELS, 2.0)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no segmentation"):
+    with pytest.raises(UserError, match="contains no segmentation"):
         evaluate_folders(tmp_path / "empty", tmp_path / "r", LABELS, 2.0)
     write(tmp_path / "p" / "a.nrrd", blobs(0))
-    with pytest.raises(UserError, match="has two files of a"):
+    with pytest.raises(UserError, match="has two files for a"):
         evaluate_folders(tmp_path / "p", tmp_path / "r", LABELS, 2.0)
 
 
@@ -353,5 +353,5 @@ def test_damaged_tables(tmp_path):
     good = path.read_text()
     for text in ("", "case,dice\n", good.replace("0.5", "half"), good + "b,liver\n"):
         path.write_text(text)
-        with pytest.raises(UserError, match="is no table of metrics"):
+        with pytest.raises(UserError, match="is not a table of metrics"):
             read_metrics_csv(path)

@@ -1,4 +1,4 @@
-"""The linear probe against features made at full resolution, and on classes that a feature tells apart."""
+"""The linear probe, compared with features at full resolution, and on classes that a feature separates."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ SHAPES = [(9, 14), (6, 9, 14)]
 
 
 class Encoder(nn.Module):
-    """Two maps: the voxels themselves, and their mean over blocks of two."""
+    """Encoder with two maps: the voxels, and their mean over blocks of two."""
 
     def forward(self, volumes):
         pool = F.avg_pool2d if volumes.ndim == 4 else F.avg_pool3d
@@ -40,7 +40,7 @@ class Network(nn.Module):
 
 
 def make_tile(seed, shape, shuffled=False):
-    """Class 1 is bright in channel 0, class 2 dark; channel 1 says nothing."""
+    """Return a tile with class 1 bright and class 2 dark in channel 0, and noise in channel 1."""
     rng = np.random.default_rng(seed)
     labels = np.zeros(shape, np.int16)
     labels[..., 1:4, 2:8], labels[..., 5:8, 6:13] = 1, 2

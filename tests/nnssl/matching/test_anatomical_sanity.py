@@ -1,4 +1,4 @@
-"""What SAM says of itself: measured on scans where places are known, and on embeddings that know nothing."""
+"""Sanity checks of SAM on scans with known places, and on untrained embeddings."""
 
 from dataclasses import replace
 
@@ -42,7 +42,7 @@ GOOD = {
 
 
 def make_store(folder) -> CaseStore:
-    """Two scans of one anatomy, one of them shifted in its box: three channels rise along the axes, one has a pattern."""
+    """Return two scans of one anatomy, one of them shifted: three channels rise along the axes, one has a pattern."""
     for name, shift in (("a", 0), ("b", 4)):
         shape = (6, 24, 40)
         z, y, x = np.meshgrid(*[np.arange(n, dtype=np.float32) for n in shape], indexing="ij")
@@ -57,7 +57,7 @@ def make_store(folder) -> CaseStore:
 
 @pytest.fixture(autouse=True)
 def few_pairs(monkeypatch) -> None:
-    """As many as tell what is measured; the number of a real examination only takes time here."""
+    """Reduce the number of pairs; that of a real examination would only take more time."""
     monkeypatch.setattr(sanity_module, "PAIRS", 10)
 
 
@@ -70,7 +70,7 @@ def method() -> SAM:
 
 
 class Known(torch.nn.Module):
-    """Embeds a place by its first three intensities, on the unit sphere; as a network that has learned the anatomy would."""
+    """Embedding of a place by its first three intensities on the unit sphere, like a network that knows the anatomy."""
 
     def __init__(self, method: SAM) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ def test_known_places_are_found_and_shuffled_ones_are_not(method, tmp_path):
 
 
 def test_what_is_coarse_within_a_scan_is_a_warning_and_refuses_nothing():
-    """The body's box, which would be taken instead, is coarser still."""
+    """The alternative, the body's box, is even coarser."""
     numbers = {**GOOD, "self_hit_share": 0.79}
     assert not what_fails(numbers)
     assert not what_is_coarse({**GOOD, "self_hit_share": 0.8})
@@ -111,14 +111,14 @@ def test_what_is_coarse_within_a_scan_is_a_warning_and_refuses_nothing():
 
 
 def test_a_place_that_is_a_cell_away_is_found(method):
-    """A match is the centre of a cell, of 6 x 2 x 3 mm here; of 16 x 2 x 3 mm where slices are so thick."""
+    """A match is the centre of a cell, which measures 6 x 2 x 3 mm here and 16 x 2 x 3 mm for thick slices."""
     assert hit_within_mm(method) == 10
     method.configuration = replace(method.configuration, spacing_mm=(16.0, 1.0, 1.5))
     assert hit_within_mm(method) == 16
 
 
 def test_matches_that_are_not_reliable_are_not_judged(method, tmp_path, monkeypatch):
-    """Matches of half of the points lie anywhere, and lead back to anywhere; pairs would not be made of them."""
+    """Half of the points have random matches with large cycle errors, which pairs would not be made of."""
     store = make_store(tmp_path)
     method.embedding = Known(method)
 
@@ -146,12 +146,12 @@ def test_untrained_embeddings_are_not_usable(method, tmp_path):
     ("change", "reason"),
     [
         ({}, None),
-        ({"cycle_error_mm": 21.0}, "21 mm away"),
-        ({"cycle_error_mm": float("nan")}, "nan mm away"),
+        ({"cycle_error_mm": 21.0}, "cycle error is 21 mm"),
+        ({"cycle_error_mm": float("nan")}, "cycle error is nan mm"),
         ({"rank_correlation": (0.94, 0.95, 0.95)}, "along z"),
         ({"rank_correlation": (0.99, 0.89, 0.95)}, "along y"),
         ({"rank_correlation": (0.99, 0.95, float("nan"))}, "along x"),
-        ({"likeness": 0.3}, "no more alike"),
+        ({"likeness": 0.3}, "not more similar"),
     ],
 )
 def test_every_check_alone_can_fail(change, reason):
@@ -164,7 +164,7 @@ def test_every_check_alone_can_fail(change, reason):
 
 
 def test_likeness_is_the_correlation_of_what_both_scans_have(tmp_path):
-    """Voxel by voxel; what lies outside one of the scans is left out on both sides."""
+    """Computed voxel by voxel; voxels outside either scan are ignored on both sides."""
     store = make_store(tmp_path)
     size = surroundings_vox(SPACING)
     assert size == (5, 31, 21)

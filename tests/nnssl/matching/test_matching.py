@@ -1,4 +1,4 @@
-"""Matching of points: by the body's box, and by embeddings of whole scans that are made of tiles."""
+"""Matching of points by the body's box, and by embeddings of whole scans composed of tiles."""
 
 from types import SimpleNamespace
 
@@ -20,7 +20,7 @@ TILE = (8, 16, 16)
 
 
 class Places(torch.nn.Module):
-    """Says where a voxel is by its own intensities: what it embeds is the mean of the channels over a cell."""
+    """Embedding of a cell by the mean of its channels, whose intensities encode the position."""
 
     network = SimpleNamespace(encoder=SimpleNamespace(strides=[[1, 1, 1], [1, 2, 2], [2, 2, 2]]))
 
@@ -30,7 +30,7 @@ class Places(torch.nn.Module):
 
 
 def make_image(shape=SHAPE, shift=(0, 0, 0)) -> np.ndarray:
-    """Channels that are different everywhere, and alike for neighbours."""
+    """Return channels that differ everywhere and are similar for neighbours."""
     z, y, x = np.meshgrid(*[np.arange(n) - s for n, s in zip(shape, shift, strict=True)], indexing="ij")
     angles = [z / 9, y / 17, x / 19]
     return np.stack([f(a) for a in angles for f in (np.cos, np.sin)]).astype(np.float32)
@@ -77,7 +77,7 @@ def test_a_shift_by_whole_cells_shifts_the_matches(tmp_path):
 
 
 def test_embeddings_of_a_scan_do_not_depend_on_its_tiles(tmp_path):
-    """This network looks at nothing beyond a cell, so tiles must join without a seam; borders of the scan are its own."""
+    """This network has no context beyond a cell, so tiles must join without a seam."""
     store = store_of(tmp_path, a=(make_image(), everywhere()))
     tiled = EmbeddingMatcher(Places(), store, TILE, torch.device("cpu")).embedded("a")
     whole = EmbeddingMatcher(Places(), store, SHAPE, torch.device("cpu")).embedded("a")
@@ -91,7 +91,7 @@ def test_embeddings_of_a_scan_do_not_depend_on_its_tiles(tmp_path):
 
 
 def test_cells_beyond_the_scan_are_no_match(tmp_path):
-    """A scan of odd size: its last cells are half outside, their centres too where two voxels make one."""
+    """The last cells of a scan of odd size are half outside, and so are their centres if a cell has two voxels."""
     shape = (7, 21, 23)
     store = store_of(tmp_path, a=(make_image(shape), everywhere(shape)))
     case = EmbeddingMatcher(Places(), store, TILE, torch.device("cpu")).embedded("a")
@@ -105,7 +105,7 @@ def test_cells_beyond_the_scan_are_no_match(tmp_path):
 
 
 def test_coarse_vectors_are_interpolated_and_brought_back_to_unit_norm(tmp_path, monkeypatch):
-    """Against torch's own interpolation of the whole map; and in slabs as at once."""
+    """Compared with torch's interpolation of the whole map; slabs give the same result as the whole."""
     store = store_of(tmp_path, a=(make_image(), everywhere()), b=(make_image(shift=(1, 5, 3)), everywhere()))
     matcher = EmbeddingMatcher(Places(), store, TILE, torch.device("cpu"))
     case = matcher.embedded("b")
@@ -127,7 +127,7 @@ def test_coarse_vectors_are_interpolated_and_brought_back_to_unit_norm(tmp_path,
 
 
 def test_a_point_is_in_the_cell_that_its_voxel_lies_in(tmp_path):
-    """A voxel reaches half of its length to either side of its centre, and points lie between centres and beyond borders too."""
+    """A voxel extends half its length around its centre; points also lie between centres and beyond borders."""
     store = store_of(tmp_path, a=(make_image(), everywhere()))
     matcher = EmbeddingMatcher(Places(), store, TILE, torch.device("cpu"))
     places_vox = np.random.default_rng(3).uniform(-2, np.array(SHAPE) + 1, size=(300, 3))
@@ -141,7 +141,7 @@ def test_a_point_is_in_the_cell_that_its_voxel_lies_in(tmp_path):
 
 @pytest.mark.parametrize(("room", "kept"), [(0, 3), (3.5, 3), (4, 4)])
 def test_embeddings_of_the_cases_used_last_are_kept(tmp_path, monkeypatch, room, kept):
-    """Three, or as many as there is memory for."""
+    """Three cases are kept, or as many as fit into memory."""
     image = make_image((8, 16, 16))
     store = store_of(tmp_path, **{name: (image, everywhere((8, 16, 16))) for name in "abcd"})
     matcher = EmbeddingMatcher(Places(), store, TILE, torch.device("cpu"))
@@ -169,14 +169,14 @@ def test_the_way_back_is_measured_in_mm_from_the_point_itself():
 
 
 class Surroundings(Places):
-    """Sees two voxels around: at the border of a tile it sees zeros instead of what is there."""
+    """Embedding with a context of two voxels, which sees zeros beyond the border of a tile."""
 
     def forward(self, volumes: torch.Tensor) -> Embeddings:
         return super().forward(F.avg_pool3d(volumes, 5, stride=1, padding=2))
 
 
 def test_overlapping_tiles_look_like_the_whole(tmp_path):
-    """The middle of a tile counts more than its border, where the network sees less than there is."""
+    """The middle of a tile weighs more than its border, where the network lacks context."""
     rough = make_image() + 0.8 * np.random.default_rng(0).standard_normal((6, *SHAPE)).astype(np.float32)
     store = store_of(tmp_path, a=(rough, everywhere()))
     cpu = torch.device("cpu")
@@ -199,7 +199,7 @@ def test_tiles_cover_a_scan_and_begin_with_cells(shape):
 
 
 def test_the_body_s_box(tmp_path):
-    """Boxes of other sizes at other places: corners go to corners, the middle to the middle, outliers aside."""
+    """Boxes differ in size and place: corners map to corners and the middle to the middle, apart from outliers."""
     first, second = everywhere((10, 20, 30)), everywhere((15, 20, 15)) + [3, 10, 20]
     outlier = np.repeat([[19, 43, 51]], 5, axis=0)
     empty = np.zeros((0, 3), dtype=int)

@@ -1,4 +1,4 @@
-"""Pairs of places: which matches are taken, what stands in for the others, and the file."""
+"""Pairs of places: selection of matches, the fallback, and the file."""
 
 import itertools
 
@@ -20,7 +20,7 @@ from tests.nnssl.matching.test_matching import SPACING, everywhere, make_image, 
 
 
 class Shifted:
-    """Finds every place 3 mm away along y, and from there back; places at low z lead astray, those at high x score low."""
+    """Matcher that shifts by 3 mm along y and back; matches at low z have a large cycle error, those at high x a low score."""
 
     def match_points(self, query: str, points_mm: np.ndarray, key: str) -> Matches:
         way = np.where(query < key, 3.0, -3.0)
@@ -68,7 +68,7 @@ def test_low_scores_are_left_out(tmp_path):
 
 
 def test_a_pair_of_scans_that_score_low_is_left_to_the_box(tmp_path):
-    """The threshold is one for all pairs of scans: two that have nothing in common have no best quarters of their own."""
+    """All pairs of scans share one threshold, so two scans with nothing in common have no reliable matches of their own."""
     image = make_image()
     store = store_of(tmp_path, **{name: (image, everywhere()) for name in "abc"})
 
@@ -80,7 +80,7 @@ def test_a_pair_of_scans_that_score_low_is_left_to_the_box(tmp_path):
     table = make_pairs(store, Strangers(), BodyBoxMatcher(store), 0)
     strange = (table.query == 2) | (table.key == 2)
     assert table.matched[~strange].all()
-    # two thirds of the scores are those of strangers, so the lowest quarter is among them
+    # Two thirds of the scores are those of strangers, so the lowest quarter is among them.
     assert table.matched[strange].all()
 
     class Friends(Strangers):
@@ -92,7 +92,7 @@ def test_a_pair_of_scans_that_score_low_is_left_to_the_box(tmp_path):
     table = make_pairs(store, Friends(), BodyBoxMatcher(store), 0)
     low = (table.query + table.key == 2) & (table.query != 1)
     assert table.matched[~low].all()
-    assert table.matched[low].mean() < 0.8  # a quarter of all are three quarters of theirs
+    assert table.matched[low].mean() < 0.8  # a quarter of all matches is three quarters of theirs
 
 
 def test_partners_are_other_patients_and_stay_near():
@@ -106,7 +106,7 @@ def test_partners_are_other_patients_and_stay_near():
     assert len(set(pairs)) == len(pairs)
     kept: list[int] = []
     made = 0
-    for pair in pairs:  # with the embeddings of so many scans kept, few are made twice
+    for pair in pairs:  # with this many cached scans, few embeddings are computed twice
         for scan in pair:
             made += scan not in kept
             kept = [*(each for each in kept if each != scan), scan][-CASES_KEPT:]
@@ -157,7 +157,7 @@ def test_a_file_that_could_run_code_is_not_read(tmp_path):
 
 
 def test_places_are_in_voxels_of_their_own_scan(tmp_path):
-    """Two scans of the same body with other voxels: the same share of the box is another voxel."""
+    """Two scans of the same body differ in voxel size, so the same position in the box is another voxel."""
     shapes, spacings = {"a": (20, 44, 52), "b": (30, 22, 26)}, {"a": (3.0, 1.0, 1.5), "b": (2.0, 2.0, 3.0)}
     for name, shape in shapes.items():
         properties = CaseProperties(1, shape, 1, spacings[name], (), "digest", 0.5)
@@ -218,7 +218,7 @@ def test_pairs_are_moved_by_as_much(corners, rooms, move):
 
 
 def test_patches_of_a_pair_show_both_places_at_the_same_place(tmp_path):
-    """At every border too: both are moved by as much, and as far as they can into their scans."""
+    """Also at borders, where both patches are moved equally and as far as possible into their scans."""
     image, other = make_image(), make_image(shift=(2, 6, 4))
     store = store_of(tmp_path, a=(image, everywhere()), b=(other, everywhere()))
     rng = np.random.default_rng(0)

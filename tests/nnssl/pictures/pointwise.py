@@ -1,4 +1,4 @@
-"""Networks whose features are known for every voxel, and cases on disk to show them."""
+"""Networks with known features in every voxel, and cases on disk for them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Encoder(nn.Module):
-    """The image, and the image at half the resolution along its last two axes."""
+    """Encoder that returns the image, and the image at half the resolution along its last two axes."""
 
     def forward(self, volumes):
         stride = (1,) * (volumes.ndim - 4) + (2, 2)
@@ -25,7 +25,7 @@ class Encoder(nn.Module):
 
 
 class DropCoarse(nn.Module):
-    """Keep what came over the skip, with a square beside it, so that a voxel's features depend on nothing else."""
+    """Stage that keeps only the skip connection and its square, so that features depend on nothing but the voxel."""
 
     def forward(self, joined):
         fine = joined[:, joined.shape[1] // 2 :]
@@ -40,7 +40,7 @@ class Decoder(nn.Module):
 
 
 class Pointwise(nn.Module):
-    """Features ``(100 + 7 v, v^2)`` of the voxel's channels v; ``pyramid`` puts a coarse map beside them."""
+    """Network with the features ``(100 + 7 v, v^2)`` of the voxel's channels v; ``pyramid`` adds a coarse map."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ def make_network(dim: int, tile: Sequence[int], kind: DenseKind = "single") -> D
 
 
 def single_features(volume: np.ndarray) -> np.ndarray:
-    """Return ``(z, y, x, channel)``."""
+    """Return the expected features (z, y, x, channel)."""
     return np.moveaxis(np.concatenate([100 + 7 * volume, volume**2]), 0, -1).astype(np.float64)
 
 
@@ -67,6 +67,6 @@ def write_cases(folder: Path, volumes: dict[str, np.ndarray], foreground: np.nda
 
 
 def random_volume(seed: int, shape: Sequence[int], channels: int = 3) -> np.ndarray:
-    """Return noise that float16 keeps to the bit."""
+    """Return noise that float16 represents exactly."""
     noise = np.random.default_rng(seed).standard_normal((channels, *shape))
     return noise.astype(np.float16).astype(np.float32)

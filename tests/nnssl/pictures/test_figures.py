@@ -1,4 +1,4 @@
-"""What stands in the panels of the pictures, and how the files are written."""
+"""Content of the panels of the pictures, and writing of the files."""
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def test_similarity_in_3d_shows_three_planes_in_their_proportions(store):
     cosine = comparison.similarities[1].cosine
     for found, expected in zip(shown, (cosine[1], cosine[:, 7], cosine[:, :, 3]), strict=True):
         assert np.array_equal(found, expected)
-    # the nearest voxel of the query's own case is off the plane x = 10, where it is not marked
+    # The nearest voxel of the query's own case is not in the plane x = 10 and therefore not marked there.
     assert [marks_of(axes)[1:] for axes in panels[3:6]] == [[("o", 11, 2)], [("o", 11, 4)], []]
     assert [marks_of(axes) for axes in panels[9:]] == [[("o", 3, 7)], [("o", 3, 1)], [("o", 7, 1)]]
 
@@ -150,7 +150,7 @@ def test_paths_that_cannot_be_pictures(tmp_path):
     (tmp_path / "folder.png").mkdir()
     for name, reason in (
         ("a.jpg", "ends in .png"),
-        ("none/a.png", "there is no folder"),
+        ("none/a.png", "does not exist; create it first"),
         ("folder.png", "is a folder"),
     ):
         with pytest.raises(UserError, match=reason):

@@ -1,4 +1,4 @@
-"""Similarity and components of dense features against loops over voxels, with networks whose features are known."""
+"""Similarity and components of dense features, compared with loops over voxels for networks with known features."""
 
 import itertools
 
@@ -32,7 +32,7 @@ def everywhere(shape=SHAPE) -> np.ndarray:
 
 @pytest.fixture
 def store(tmp_path):
-    """A case, and the same case flipped, so that the voxel that resembles another one is known; and a third one."""
+    """Return a case, its flipped copy, in which the most similar voxel is known, and a third case."""
     volume = random_volume(0, SHAPE)
     volumes = {"a": volume, "b": np.flip(volume, FLIPS).copy(), "c": random_volume(1, SHAPE)}
     return write_cases(tmp_path / "cases", volumes, everywhere()[::3])
@@ -66,7 +66,7 @@ def test_flipped_voxel_is_the_nearest(store, dim):
 
 @pytest.mark.parametrize("dim", [2, 3])
 def test_maps_equal_a_loop_over_voxels(store, dim):
-    """The cases are seen in tiles; each sampled voxel is seen by some tile, so mean and spread can be had from outside."""
+    """Cases are processed in tiles; mean and standard deviation come from the same sample."""
     network = make_network(dim, TILES[dim])
     comparison = compare_cases(network, store, "a", (1, 7, 3), ["c"], 3)
     features = {name: single_features(store.case(name).read_box((0, 0, 0), SHAPE)) for name in "ac"}
@@ -83,7 +83,7 @@ def test_maps_equal_a_loop_over_voxels(store, dim):
 
 
 def test_raw_features_would_all_look_alike(store):
-    """What standardisation is for."""
+    """The reason for standardisation."""
     features = single_features(store.case("a").read_box((0, 0, 0), SHAPE))
     raw = brute_cosines(features, features[1, 7, 3], np.zeros(6), np.ones(6))
     standardised = compare_cases(make_network(3, SHAPE), store, "a", (1, 7, 3), [], 0).similarities[0].cosine
@@ -114,7 +114,7 @@ def test_case_without_body_is_sampled_anywhere(tmp_path):
 
 @pytest.mark.parametrize("dim", [2, 3])
 def test_tiles_equal_one_big_tile(store, dim):
-    """For features that depend on nothing but the voxel."""
+    """Tiles do not matter to features that depend only on the voxel."""
     whole = (1, *SHAPE[1:]) if dim == 2 else SHAPE
     case = store.case("a")
     query, standardisation = torch.randn(6), Standardisation(100 + torch.randn(6), torch.rand(6) + 0.5)
@@ -132,7 +132,7 @@ def test_tiles_equal_one_big_tile(store, dim):
 
 
 def test_average_weighs_tiles_by_their_centre(store):
-    """Each tile says its own number; a loop over voxels and tiles says what the average is."""
+    """Each tile returns its own number; a loop over voxels and tiles computes the expected average."""
     tile = TILES[3]
     lowers = tile_corners(SHAPE, tile)
     numbers = iter(range(len(lowers)))
@@ -204,7 +204,7 @@ def test_full_resolution_equals_interpolation_at_every_voxel(monkeypatch, shape,
 
 
 def test_query_reads_all_maps_of_its_voxel(tmp_path):
-    """In a pyramid the coarse map comes first; a case smaller than the tile is shown amid zeros."""
+    """The coarse map comes first in a pyramid; a case smaller than the tile is padded with zeros."""
     shape, tile = (3, 6, 7), (4, 8, 8)
     store = write_cases(tmp_path / "cases", {"a": random_volume(0, shape, channels=1)}, everywhere(shape))
     network = make_network(3, tile, "pyramid")
@@ -269,7 +269,7 @@ def test_embedding_of_a_case(store, dim):
 
 @pytest.mark.parametrize("dim", [2, 3])
 def test_one_colour_is_one_feature_in_all_cases(store, dim):
-    """Components and their range are those of both cases: a voxel has the value of its flipped twin, and of a loop."""
+    """Components and their range are fitted to all cases: a voxel has the value of its flipped copy."""
     network = make_network(dim, TILES[dim])
     cases = [store.case(name) for name in "acb"]
     embedding = embed_cases(network, cases, 2 if dim == 2 else None, 0)
@@ -295,7 +295,7 @@ def test_one_colour_is_one_feature_in_all_cases(store, dim):
 
 
 def test_slice_with_most_body_and_middle_of_the_body(tmp_path):
-    """The mean of a ring lies in its hole; the middle is a voxel of the ring, nearest in mm."""
+    """The mean of a ring lies in its hole, so the middle is the nearest voxel of the ring in mm."""
     ring = np.array([(1, 2, 2), (1, 2, 8), (1, 7, 5), (2, 2, 5), (4, 5, 5), (1, 8, 3)])
     store = write_cases(tmp_path / "cases", {"a": random_volume(0, SHAPE)}, ring)
     case = store.case("a")

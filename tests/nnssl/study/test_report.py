@@ -1,4 +1,4 @@
-"""The page of a study: what it claims, that its numbers are those of the table, and that it needs nothing but itself."""
+"""The report of a study: its claims, its numbers, and that it is self-contained."""
 
 import csv
 import re
@@ -33,7 +33,7 @@ STILL_RISES = "scratch still rises by +12.3 points: no claim"
 
 
 class Page(HTMLParser):
-    """Elements with their attributes in order, the text, and the text of every cell of every table."""
+    """A parsed page: elements with attributes in order, text, and the text of every table cell."""
 
     def __init__(self, html: str):
         super().__init__()
@@ -80,7 +80,7 @@ class Page(HTMLParser):
 def make_row(
     arm=SCRATCH, labels=5, steps=450, dice=0.5, gain=None, verdict="", mode="finetune", seeds=(0, 1), pairs=40
 ):
-    """Return a row; ``gain`` is the mean difference, None for no comparison."""
+    """Return a row; ``gain`` is the mean difference, or None for no comparison."""
     compared = None
     if gain is not None:
         differences = tuple(gain + 0.01 * (seed - 0.5) for seed in seeds)

@@ -1,4 +1,4 @@
-"""Which cases and slices are shown, and that the colours are where the segmentation is."""
+"""Selection of cases and slices, and the positions of the colours."""
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -37,14 +37,14 @@ def test_a_picture_has_a_panel_for_every_arm_and_paints_what_was_segmented():
         (8.0, 1.5, 1.0),
         reference,
         {"scratch": prediction, "pix2rep": reference},
-        {"scratch": "Dice 0.00"},
+        {"scratch": "Dice 0.0"},
     )
     figure = segmentation_figure([case, case], {"left": 1, "right": 2}, "title")
     FigureCanvasAgg(figure).draw()
     panels = figure.axes
     assert len(panels) == 2 * 4
     assert [axes.get_title() for axes in panels[:4]] == ["image", "reference", "scratch", "pix2rep"]
-    assert panels[2].get_xlabel() == "Dice 0.00"
+    assert panels[2].get_xlabel() == "Dice 0.0"
     assert len(panels[0].images) == 1
     for axes, shown in zip(panels[1:4], (reference, prediction, reference), strict=True):
         overlay = axes.images[1].get_array()

@@ -1,4 +1,4 @@
-"""Statistics of a study against SciPy, on data with a known effect and on data with none."""
+"""Statistics of a study, compared with SciPy on data with and without a known effect."""
 
 import numpy as np
 import pytest
@@ -31,7 +31,7 @@ def make_cell(arm, dice, labels=5, seed=0, steps=300, mode="finetune", label="or
 
 
 def make_study(rng, effects, cases=CASES, noise=0.05, lengths=(100, 300), rise=0.0):
-    """Scratch and arms with given effects; cases differ in difficulty, which all arms share."""
+    """Return scratch and arms with given effects; cases differ in difficulty, which all arms share."""
     difficulty = rng.uniform(0.5, 0.8, cases)
     cells = []
     for steps in lengths:
@@ -50,7 +50,7 @@ def last_rows(cells, resamples=QUICK):
 
 
 def test_a_known_effect_is_found_and_covered():
-    """The interval of the difference holds the true one in about 95 % of the studies; SciPy's numbers are the table's."""
+    """The interval contains the true difference in about 95 % of the studies."""
     covered, found = 0, 0
     for number in range(SIMULATIONS):
         row = last_rows(make_study(np.random.default_rng(number), {"a": 0.05}), 400)["a"]
@@ -61,7 +61,7 @@ def test_a_known_effect_is_found_and_covered():
 
 
 def test_no_effect_raises_false_alarms_at_the_nominal_rate():
-    """One arm: 5 % of the p values are below 0.05. Four arms: after Holm 5 % of the studies have any below it."""
+    """For one arm, 5 % of the p values are below 0.05. For four arms, 5 % of the studies have one below it after Holm."""
     single, family, claims = 0, 0, 0
     for number in range(SIMULATIONS):
         rows = last_rows(make_study(np.random.default_rng(1000 + number), dict.fromkeys("abcd", 0.0)))
@@ -71,7 +71,7 @@ def test_no_effect_raises_false_alarms_at_the_nominal_rate():
         claims += any(row.verdict in ("gain", "loss") for row in arms)
     low, high = stats.binom.interval(0.995, SIMULATIONS, 0.05)
     assert low <= single <= high
-    assert family <= high  # arms share scratch, so Holm is on the safe side
+    assert family <= high  # arms share scratch, so Holm is conservative
     assert claims <= family
 
 
@@ -148,7 +148,7 @@ def test_scores_are_means_over_the_classes_that_count():
     [(0.5, "1"), (0.6, "2.2"), (0.7, "5"), (0.75, "10"), (0.81, "> 20"), (0.4, "< 1"), (0.8, "20")],
 )
 def test_annotation_saving_on_a_curve(target, expected):
-    """Half way between 1 and 5 labels on a logarithmic scale is their geometric mean, 2.2."""
+    """The middle between 1 and 5 labels on a logarithmic scale is their geometric mean, 2.2."""
     assert labels_of_scratch({1: 0.5, 5: 0.7, 20: 0.8}, target) == expected
 
 
@@ -202,7 +202,7 @@ def test_whether_scratch_has_stopped_is_measured_between_the_two_longest_lengths
 @pytest.mark.parametrize(("mode", "verdict"), [("finetune", "scratch has hardly begun"), ("linear", "gain")])
 @pytest.mark.parametrize("scratch", [0.02, 0.12])
 def test_standing_still_before_it_segments_is_not_the_end_of_learning(mode, verdict, scratch):
-    """A network that finds next to nothing at both lengths has not stopped; a linear probe of random weights may stay there."""
+    """A network that finds next to nothing at both lengths has not stopped, except for a linear probe of random weights."""
     dice = np.linspace(0.8, 1.2, 20)
     cells = [
         make_cell(arm, scratch * dice + gain, steps=steps, seed=seed, mode=mode)
@@ -246,7 +246,7 @@ def test_a_case_that_counts_on_one_side_only_is_in_the_mean_but_not_in_the_diffe
     assert after["a"].gain == before["a"].gain
 
 
-def test_the_two_directions_of_an_effect_are_told_apart():
+def test_the_two_directions_of_an_effect_are_distinguished():
     rows = last_rows(make_study(np.random.default_rng(0), {"better": 0.1, "worse": -0.1, "same": 0.0}))
     verdicts = {arm: rows[arm].verdict for arm in ("better", "worse", "same")}
     assert verdicts == {"better": "gain", "worse": "loss", "same": "no difference seen"}

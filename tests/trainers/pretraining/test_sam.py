@@ -26,7 +26,7 @@ def test_it_says_how_well_places_are_found_and_leaves_what_it_trained(toy, capsy
     examined = json.loads((final.parent / "examination.json").read_text())
     assert 0 <= examined["self_hit_share"] <= 1
     assert examined["usable"] is (not examined["reasons"])
-    assert "Places found in other scans: back within" in capsys.readouterr().out
+    assert "Places found in other scans: cycle error" in capsys.readouterr().out
     assert not (final.parent / "checkpoint_latest.pth").exists()
     content, provenance = read_checkpoint(final)
     manager = PlansManager(read_plan(toy.preprocessed / NAME / "nnsslPlans.json").nnunet)
