@@ -25,6 +25,7 @@ EXPORT_KEY = "nnssl_export"
 """Key of a file that was exported for a trainer with a network of its own. Its value describes the file for people."""
 
 FIRST_OUTPUTS = "decoder.seg_layers.0.weight"
+"""Name of a segmentation layer, from which the number of outputs is read."""
 
 WRAPPERS = ("module.", "_orig_mod.")
 """Prefixes that DistributedDataParallel and torch.compile put before names."""
@@ -147,8 +148,8 @@ class OpenedCheckpoint:
         trained = {name: value for name, value in renamed.items() if name is not None}
         if not trained:
             raise UserError(
-                f"{self.path}: holds no weights under {plan.key_to_encoder} or {plan.key_to_stem}, where its {KEY} says "
-                "they are"
+                f"{self.path}: has no weights under {plan.key_to_encoder} or {plan.key_to_stem}, which its {KEY} names; ask "
+                "the author of the file for a correct one"
             )
         return trained
 
@@ -255,8 +256,8 @@ def plan_of_pretraining(provenance: Provenance, what: str) -> Plan:
     """
     if provenance.origin is not None:
         raise UserError(
-            f"{what}: exported for {provenance.configuration} of {provenance.plans_name}, without the plan of the pretraining "
-            "that pictures need; take the checkpoint of nnssl_pretrain that the file was made from"
+            f"{what}: exported for {provenance.configuration} of {provenance.plans_name}, without the plan of the "
+            "pretraining; use the checkpoint of nnssl_pretrain that the file was exported from"
         )
     return plan_from_dict(provenance.plans, what)
 
@@ -265,7 +266,7 @@ def _pretrained(weights: Mapping[str, Tensor], provenance: Provenance) -> dict[s
     """Return the tensors that a checkpoint of nnssl names as pretrained, under all their names."""
     pretrained = provenance.pretrained
     if provenance.pretrains("transformer."):
-        pretrained = (*pretrained, GATE)  # pretraining sets the gate last, so that the transformer takes part
+        pretrained = (*pretrained, GATE)  # set when the weights leave pretraining, so that the transformer takes part
     return {
         name: weights[name]
         for names in names_by_tensor(weights)

@@ -390,7 +390,7 @@ def test_an_exported_file_is_refused_in_one_line(files, capsys, tmp_path):
     write_checkpoint(tmp_path / "exported.pth", {"network_weights": content["network_weights"]}, exported, {})
     line = fails(capsys, "embedding", "-w", "exported.pth")
     assert "exported for 2d of nnUNetPlans, without the plan of the pretraining" in line
-    assert "take the checkpoint of nnssl_pretrain that the file was made from" in line
+    assert "use the checkpoint of nnssl_pretrain that the file was exported from" in line
     with pytest.raises(UserError, match="exported.pth: exported for 2d of nnUNetPlans"):
         dense_network_of(open_checkpoint(tmp_path / "exported.pth"), None, torch.device("cpu"))
 

@@ -203,7 +203,7 @@ def test_random_weights_depend_on_the_seed_alone(run, tmp_path):
 
 
 def test_weights_of_another_network_end_in_one_line(run):
-    with pytest.raises(UserError, match="-c 3d_fullres") as caught:
+    with pytest.raises(UserError, match="use 3d_fullres, which the weights were pretrained with") as caught:
         finetune(4, run.weights, FinetuneSettings(configuration="3d_fullres_wide", **run.arguments))
     assert "\n" not in str(caught.value)
     assert "features" not in str(caught.value)

@@ -267,7 +267,7 @@ def test_unlabelled_cases_are_those_that_are_left(tmp_path):
         with pytest.raises(UserError, match=f"{name} also {side}; remove such cases"):
             choose_unlabelled(CASES, split, listed)
     with pytest.raises(
-        UserError, match="all 6 labelled cases are trained on or held out, and it needs others; name the"
+        UserError, match="needs images of other cases, but all 6 labelled ones are trained on or held out; choose"
     ):
         choose_unlabelled(CASES, Split(CASES[:2], CASES[2:], "2cases"))
 
@@ -307,12 +307,12 @@ def test_images_of_a_data_set_without_labels(run, tmp_path, monkeypatch):
     (source / "dataset.json").write_text(json.dumps(content))
     for image in list((source / "imagesTr").iterdir()):
         shutil.copyfile(image, str(image).replace("_0000.", "_0001."))
-    with pytest.raises(UserError, match=r"has 2 channel\(s\), Dataset004_Phantoms has 1"):
+    with pytest.raises(UserError, match=r"with 1 channel\(s\), as Dataset004_Phantoms has, got .* with 2"):
         finetune(4, run.weights, FinetuneSettings(**{**options, "unlabelled": 777}))
     shutil.rmtree(source)
 
 
 def test_nothing_is_prepared_when_no_case_is_left(run, monkeypatch):
     monkeypatch.setattr("trainers.finetuning.finetune.prepare_data", lambda *args: pytest.fail("prepared"))
-    with pytest.raises(UserError, match="--mode mean_teacher: all 6 labelled cases"):
+    with pytest.raises(UserError, match="mode mean_teacher needs images of other cases, but all 6"):
         finetune(4, run.weights, FinetuneSettings(**{**run.arguments, "labels": 4, "mode": "mean_teacher"}))
