@@ -290,7 +290,7 @@ def test_wrong_inputs_are_one_line(toy, tmp_path):
     assert f"there is no method 'nosuch'; nnssl has {', '.join(sorted(METHODS))}" in message(
         pretrain, "nosuch", toy, NAME
     )
-    assert "data set Dataset777_No: not found" in message(pretrain, "reprec", toy, "Dataset777_No")
+    assert "data set Dataset777_No was not found" in message(pretrain, "reprec", toy, "Dataset777_No")
     (toy.raw / "Dataset777_No").mkdir(parents=True)
     for wanted in ("Dataset777_No", 777):  # its number as well as its name
         assert "run nnssl_plan_and_preprocess -d Dataset777_No" in message(pretrain, "reprec", toy, wanted)
