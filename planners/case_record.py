@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from nnssl.data.body import body_mask, spread_sample
+from nnssl.data.bounding_box import find_box
 from nnssl.data.case_error import CaseError, SetAside
 from nnssl.data.image_files import check_finite, check_spacing
 from nnssl.data.raw import RawCase, read_header, read_volume
@@ -128,12 +129,7 @@ def _check_volume(case: RawCase, volume: np.ndarray, spacing_mm: tuple[float, ..
 
 def _shape_after_crop(volume: np.ndarray) -> tuple[int, ...]:
     """Return the shape of the bounding box of all nonzero voxels. Filling holes, as nnU-Net does, does not change it."""
-    nonzero = np.any(volume != 0, axis=0)
-    extents = []
-    for axis in range(3):
-        along = np.flatnonzero(nonzero.any(axis=tuple(other for other in range(3) if other != axis)))
-        extents.append(int(along[-1] - along[0] + 1))
-    return tuple(extents)
+    return tuple(side.stop - side.start for side in find_box(np.any(volume != 0, axis=0)))
 
 
 def digest_volume(volume: Float32[np.ndarray, "channel z y x"]) -> str:

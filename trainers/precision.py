@@ -6,6 +6,7 @@ on CUDA.
 """
 
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -84,6 +85,34 @@ def _cpu_has(question: str) -> bool:
     """Return the result of one of torch.cpu's private feature tests; False if this version of PyTorch does not have it."""
     test = getattr(torch.cpu, question, None)
     return test is not None and bool(test())
+
+
+def clip_and_step(
+    parameters: Iterable[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+    largest_norm: float,
+) -> Tensor:
+    """Clip the gradient and step the optimizer.
+
+    Args:
+        parameters: Parameters whose gradient is clipped.
+        optimizer: Optimizer to step.
+        scaler: Loss scaler with which the gradient was computed; None for formats other than float16.
+        largest_norm: Largest norm of the gradient over all parameters; a longer gradient is scaled down.
+
+    Returns:
+        The gradient's norm before clipping.
+    """
+    if scaler is None:
+        norm = nn.utils.clip_grad_norm_(parameters, largest_norm)
+        optimizer.step()
+        return norm
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(parameters, largest_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    return norm
 
 
 class FullPrecisionLoss(nn.Module):

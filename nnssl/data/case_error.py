@@ -35,3 +35,8 @@ class CaseError(Exception):
 
     def __str__(self) -> str:
         return f"{self.file} {self.reason}"
+
+
+def last_line(error: Exception) -> str:
+    """Return the last line of an error's message, which contains the reason for errors of ITK."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from nnssl.data.case_error import CaseError
+from nnssl.data.case_error import CaseError, last_line
 from nnssl.errors import UserError
 from nnssl.schema import STRICT, read
 
@@ -128,8 +128,7 @@ def read_slice_header(file: Path) -> Any:
     try:
         header.ReadImageInformation()
     except RuntimeError as error:
-        reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")
-        raise CaseError(str(file), f"cannot be read as a DICOM image ({reason})") from error
+        raise CaseError(str(file), f"cannot be read as a DICOM image ({last_line(error)})") from error
     return header
 
 

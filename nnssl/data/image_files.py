@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nnssl.data.case_error import CaseError
+from nnssl.data.case_error import CaseError, last_line
 from nnssl.data.dicom_series import DICOM_READER, SERIES_ENDING, find_slices, measure_series, read_series
 
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
@@ -70,7 +70,7 @@ def read_images(files: Sequence[Path], reader: str) -> tuple[np.ndarray, dict[st
         raise
     except Exception as error:  # the readers pass on any error of ITK, nibabel, tifffile and PIL
         # nnU-Net prints a mismatch of channels and raises an error without a message
-        reason = _last_line(error) or next((line for line in printed.getvalue().splitlines() if "ERROR" in line), "")
+        reason = last_line(error) or next((line for line in printed.getvalue().splitlines() if "ERROR" in line), "")
         raise CaseError(str(files[0]), f"cannot be read ({reason or type(error).__name__})") from error
 
 
@@ -120,7 +120,7 @@ def check_whole(file: Path, trust_length: bool = False) -> None:
     except (gzip.BadGzipFile, zlib.error) as error:
         raise CaseError(str(file), f"is damaged ({error})") from error
     except OSError as error:
-        raise CaseError(str(file), f"cannot be read ({_last_line(error)})") from error
+        raise CaseError(str(file), f"cannot be read ({last_line(error)})") from error
     if present < expected:
         raise CaseError(str(file), f"is truncated (has {present} of {expected} bytes)")
 
@@ -181,7 +181,7 @@ def _nifti_bytes(file: Path) -> int:
         proxy = nibabel.load(file).dataobj  # type: ignore[attr-defined]  # the offset is missing from a loaded header
         return int(proxy.offset) + int(np.prod(proxy.shape, dtype=np.int64)) * proxy.dtype.itemsize
     except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError) as error:
-        raise CaseError(str(file), f"has an unreadable header ({_last_line(error)})") from error
+        raise CaseError(str(file), f"has an unreadable header ({last_line(error)})") from error
 
 
 def _gipl_bytes(file: Path) -> int:
@@ -244,7 +244,7 @@ def _open_itk_header(file: Path) -> Any:
     try:
         header.ReadImageInformation()
     except RuntimeError as error:
-        raise CaseError(str(file), f"has an unreadable header ({_last_line(error)})") from error
+        raise CaseError(str(file), f"has an unreadable header ({last_line(error)})") from error
     return header
 
 
@@ -268,13 +268,8 @@ def _read_nibabel_header(file: Path) -> Header:
     try:
         image: Any = nibabel.load(file)
     except (OSError, EOFError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
-        raise CaseError(str(file), f"has an unreadable header ({_last_line(error)})") from error
+        raise CaseError(str(file), f"has an unreadable header ({last_line(error)})") from error
     if image.ndim != 3:
         raise CaseError(str(file), f"must have 3 axes for nnU-Net's nibabel reader, got {image.ndim}")
     spacing_mm = tuple(float(mm) for mm in image.header.get_zooms()[::-1])
     return Header(1, tuple(image.shape[::-1]), spacing_mm, "".join(map(str, nibabel.aff2axcodes(image.affine))))
-
-
-def _last_line(error: Exception) -> str:
-    """Return the last line of an error's message, which contains the reason for errors of ITK."""
-    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")

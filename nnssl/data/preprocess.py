@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int
 
 from nnssl.data.body import body_mask
+from nnssl.data.bounding_box import find_box
 from nnssl.data.case_error import MOST_SET_ASIDE, CaseError, SetAside
 from nnssl.data.case_store import (
     SCHEMA_VERSION,
@@ -215,16 +216,15 @@ def _find_nonzero(
 
     If ``filled``, nnU-Net's mask within the box, which is -1 outside, is returned too.
     """
-    from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice, get_bbox_from_mask
-    from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
+    from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero  # slow to import
 
     mask = np.any(volume != 0, axis=0)
     if not mask.any():
         raise ValueError("contains only zeros")
     if filled:
         _, mask, bounds = crop_to_nonzero(volume)
-        return tuple(bounding_box_to_slice(bounds)), mask[0]
-    return tuple(bounding_box_to_slice(get_bbox_from_mask(mask))), None
+        return tuple(slice(*each) for each in bounds), mask[0]
+    return find_box(mask), None
 
 
 def _normalise(

@@ -20,6 +20,7 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Bool
 
+from nnssl.data.bounding_box import find_box
 from nnssl.data.jobs import follow_jobs, run_jobs
 from nnssl.errors import UserError
 from nnssl.evaluation.segmentation_files import case_name, check_same_geometry, find_segmentations, read_segmentation
@@ -124,7 +125,7 @@ def compare_masks(
     if not prediction.any() or not reference.any():
         return 0.0, 0.0, diagonal_mm
     dice = 2 * float((prediction & reference).sum()) / float(prediction.sum() + reference.sum())
-    box = _common_box(prediction | reference)
+    box = find_box(prediction | reference)
     # With a rim of background, objects at the border of the image have a surface there too.
     ours, theirs = (np.pad(mask[box], 1) for mask in (prediction, reference))
     nsd, hd95_mm = _surface_metrics(ours, theirs, spacing_mm, tolerance_mm)
@@ -229,13 +230,3 @@ def _surface_metrics(
         )
         hd95_mm = compute_hausdorff_distance(ours, theirs, include_background=True, percentile=95, spacing=spacing)
     return float(nsd), float(hd95_mm)
-
-
-def _common_box(mask: Bool[np.ndarray, "*shape"]) -> tuple[slice, ...]:
-    """Return the bounding box of a mask."""
-    box = []
-    for axis in range(mask.ndim):
-        others = tuple(other for other in range(mask.ndim) if other != axis)
-        places = np.flatnonzero(mask.any(axis=others))
-        box.append(slice(int(places[0]), int(places[-1]) + 1))
-    return tuple(box)

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nnssl.errors import UserError
-from trainers.precision import VARIABLE, FullPrecisionLoss, choose_precision
+from trainers.precision import VARIABLE, FullPrecisionLoss, choose_precision, clip_and_step
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
@@ -78,3 +78,31 @@ def test_the_network_runs_in_bfloat16_and_the_loss_in_float32(monkeypatch):
     assert seen == [[torch.float32, torch.float32, torch.float32]]
     loss.backward()
     assert network.weight.grad.dtype == torch.float32
+
+
+def stepped(scaler: torch.amp.GradScaler | None, largest_norm: float, factor: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return a weight after one step of SGD at rate 0.1 on ``factor * (3 w0 - 4 w1)``, and the norm."""
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    loss = factor * (3 * weight[0] - 4 * weight[1])
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    norm = clip_and_step([weight], optimizer, scaler, largest_norm)
+    return weight.detach(), norm
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_gradient_is_clipped_after_its_scale_is_removed(scaled):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024) if scaled else None
+    weight, norm = stepped(scaler, largest_norm=12)
+    assert norm == pytest.approx(5)
+    assert weight.tolist() == pytest.approx([1 - 0.3, 2 + 0.4])
+    weight, norm = stepped(scaler, largest_norm=1)
+    assert norm == pytest.approx(5)
+    assert weight.tolist() == pytest.approx([1 - 0.06, 2 + 0.08], abs=1e-5)
+
+
+def test_a_gradient_that_overflows_is_left_out_and_scaled_less():
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024)
+    weight, _ = stepped(scaler, largest_norm=12, factor=1e38)
+    assert weight.tolist() == [1, 2]
+    assert scaler.get_scale() == 512

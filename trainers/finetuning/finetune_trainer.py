@@ -35,7 +35,7 @@ from nnssl.files import write_atomically
 from nnssl.log import logger
 from trainers.finetuning.keyed_batches import KeyedBatches, fix_transforms, global_seed
 from trainers.finetuning.schedule import FinetuneSchedule
-from trainers.precision import FullPrecisionLoss, choose_precision
+from trainers.precision import FullPrecisionLoss, choose_precision, clip_and_step
 
 STOCK_TRAINER = "nnUNetTrainer"
 SETTINGS_KEY = "nnssl_finetune"
@@ -209,14 +209,7 @@ class FinetuneTrainer(nnUNetTrainer):
             # Each term frees its graph before the next one is computed, which saves memory.
             (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
             total += loss.detach()
-        if self.grad_scaler is None:
-            nn.utils.clip_grad_norm_(self.network.parameters(), largest)
-            self.optimizer.step()
-        else:
-            self.grad_scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.network.parameters(), largest)
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
+        clip_and_step(self.network.parameters(), self.optimizer, self.grad_scaler, largest)
         return {"loss": total.cpu().numpy()}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:

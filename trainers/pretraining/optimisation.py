@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nnssl.methods.protocol import ParameterGroup
 from nnssl.methods.settings import TrainingSettings
+from trainers.precision import clip_and_step
 
 STEP_MILESTONES = (0.6, 0.8)
 """Shares of the run after which the step schedule divides by 10 (MoCo v1: epochs 120 and 160 of 200)."""
@@ -73,14 +74,5 @@ def step_optimizer(
         The gradient's norm before clipping.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if scaler is None:
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, largest_norm)
-        optimizer.step()
-        return norm
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(parameters, largest_norm)
-    scaler.step(optimizer)
-    scaler.update()
-    return norm
+    (loss if scaler is None else scaler.scale(loss)).backward()
+    return clip_and_step(parameters, optimizer, scaler, largest_norm)

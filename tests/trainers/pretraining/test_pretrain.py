@@ -276,7 +276,7 @@ def test_wrong_inputs_are_one_line(toy, tmp_path):
     assert f"Unknown method 'nosuch'. Available methods: {', '.join(sorted(METHODS))}" in message(
         pretrain, "nosuch", NAME, None, toy
     )
-    assert "data set Dataset777_No: not found" in message(pretrain, "reprec", "Dataset777_No", None, toy)
+    assert "data set Dataset777_No was not found" in message(pretrain, "reprec", "Dataset777_No", None, toy)
     (toy.raw / "Dataset777_No").mkdir(parents=True)
     for wanted in ("Dataset777_No", 777):  # its number as well as its name
         assert "run nnssl_plan_and_preprocess -d Dataset777_No" in message(pretrain, "reprec", wanted, None, toy)
