@@ -80,6 +80,19 @@ def make_parser() -> argparse.ArgumentParser:
     reconstruction = _add_picture(
         pictures, "reconstruction", _reconstruction, "Draw how the decoder of pcrl or alice reconstructs a patch."
     )
+    _add_matches(pictures)
+    for each in (embedding, uncertainty, reconstruction):
+        each.add_argument(
+            "--slice",
+            type=natural_int,
+            metavar="Z",
+            help="Slice to draw, for 2D weights (default: the one with the most body).",
+        )
+    add_seed_argument(reconstruction, "Random seed for crops, corruption, turns and masks")
+    return parser
+
+
+def _add_matches(pictures: Any) -> None:
     matches = _add_picture(
         pictures,
         "matches",
@@ -95,15 +108,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="Number of points, drawn at random in the body (default: 4).",
     )
     add_seed_argument(matches, "Random seed for the points")
-    for each in (embedding, uncertainty, reconstruction):
-        each.add_argument(
-            "--slice",
-            type=natural_int,
-            metavar="Z",
-            help="Slice to draw, for 2D weights (default: the one with the most body).",
-        )
-    add_seed_argument(reconstruction, "Random seed for crops, corruption, turns and masks")
-    return parser
 
 
 def _add_picture(pictures: Any, name: str, function: Draw, text: str) -> Any:
