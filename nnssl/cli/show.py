@@ -51,21 +51,14 @@ def make_parser() -> argparse.ArgumentParser:
         metavar=("Z", "Y", "X"),
         help="Query voxel, counted from 0 in the preprocessed case (default: the middle of the body).",
     )
-    similarity.add_argument(
-        "--others", nargs="*", metavar="CASE", help=f"Cases to search (default: the next {OTHERS} of the data set)."
-    )
+    _add_others_argument(similarity, f"Cases to search (default: the next {OTHERS} of the data set).")
     embedding = _add_picture(
         pictures,
         "embedding",
         _embedding,
         "Draw the first three principal components of the features of up to four cases as red, green and blue.",
     )
-    embedding.add_argument(
-        "--others",
-        nargs="*",
-        metavar="CASE",
-        help=f"Cases to show beside it, at most {BESIDE} (default: the next {BESIDE} of the data set).",
-    )
+    _add_others_argument(embedding, f"Cases to show beside it, at most {BESIDE} (default: the next {BESIDE}).")
     for each in (similarity, embedding):
         _add_feature_arguments(each)
     uncertainty = _add_picture(
@@ -124,6 +117,11 @@ def _add_picture(pictures: Any, name: str, function: Draw, text: str) -> Any:
     add_verbose_argument(parser)
     parser.set_defaults(function=function)
     return parser
+
+
+def _add_others_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the argument for cases beside the first one."""
+    parser.add_argument("--others", nargs="*", metavar="CASE", help=what)
 
 
 def _add_feature_arguments(parser: argparse.ArgumentParser) -> None:
