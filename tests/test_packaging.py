@@ -1,5 +1,6 @@
-"""What a wheel and a source distribution hold, read off the files that decide it. Nothing is built here."""
+"""Content of the wheel and the source distribution, and declared dependencies, read from the files that decide them."""
 
+import ast
 import fnmatch
 import re
 import sys
@@ -19,6 +20,17 @@ ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 TOP = ("nnssl", "planners", "trainers")
+INSTALLED_BY = {
+    "sklearn": "scikit-learn",
+    "skimage": "scikit-image",
+    "distributed": "dask",
+    "mkdocs": "mkdocs-material",
+    "markdown": "mkdocs-material",
+    "griffe": "mkdocstrings",
+}
+"""Imported packages and the declared dependency that installs each, where the names differ."""
+NOT_IMPORTED = {"batchgenerators": "nnU-Net's data loading and augmentation processes build on it"}
+"""Declared dependencies that no file imports, and the reason for each."""
 
 
 def files_of_packages() -> list[Path]:
@@ -68,3 +80,37 @@ def test_version_is_written_once():
 def test_changelog_begins_with_the_version_of_the_code():
     versions = re.findall(r"^## \[(.+?)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     assert next(version for version in versions if version != "Unreleased") == nnssl.__version__
+
+
+def imported_by(*folders: str) -> set[str]:
+    """Return the distributions that the files of some folders import, including lazy imports."""
+    found = set()
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(str(node.module))
+    packages = {name.partition(".")[0] for name in found} - {*TOP, "tests", "tools"} - sys.stdlib_module_names
+    return {normalise(INSTALLED_BY.get(name, name)) for name in packages}
+
+
+def normalise(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def declared(*extras: str) -> set[str]:
+    """Return the names of the dependencies of the project, or of some of its extras."""
+    project = PYPROJECT["project"]
+    lines = [line for extra in extras for line in project["optional-dependencies"][extra]] or project["dependencies"]
+    return {normalise(re.split(r"[\[<>=!~; ]", line)[0]) for line in lines}
+
+
+def test_every_import_of_the_packages_is_a_declared_dependency():
+    assert imported_by(*TOP) - declared() == declared("dask")
+    assert imported_by("tests") - declared() <= declared("test") | {"tomli"}  # the oldest Python has no tomllib
+    assert imported_by("tools") - declared() <= declared("docs")
+
+
+def test_every_declared_dependency_is_imported_or_has_a_reason():
+    assert declared() - imported_by(*TOP) == set(NOT_IMPORTED)
