@@ -279,7 +279,7 @@ def plan_from_dict(content: Any, source: str) -> Plan:
 def read_plan(path: Path) -> Plan:
     """Read a plans file of nnssl. Raises ``UserError`` as ``plan_from_dict`` does.
 
-    Example:
+    Examples:
         >>> folder = nnssl.resolve_folders().preprocessed / "Dataset501_Scans"
         >>> plan = nnssl.read_plan(folder / "nnsslPlans.json")
         >>> plan.name, plan.pretext.num_cases

@@ -63,7 +63,7 @@ def plan_and_preprocess(
         UserError: If the data set, a plan or a list does not fit, too many cases are unusable, or a file cannot be written.
         ArgumentError: If a setting has a wrong value.
 
-    Example:
+    Examples:
         >>> settings = nnssl.PlanSettings(preset="cpu", configurations=["3d_fullres"], processes=1)
         >>> prepared = nnssl.plan_and_preprocess(501, settings)
         >>> prepared.plan.dataset_name

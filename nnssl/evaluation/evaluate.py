@@ -40,7 +40,7 @@ def evaluate(
     Raises:
         UserError: If folders, labels or the tolerance are unsuitable, or a file cannot be written.
 
-    Example:
+    Examples:
         >>> references = nnssl.resolve_folders().raw / "Dataset004_MyTask" / "labelsTr"
         >>> summary = nnssl.evaluate("segmentations", references, processes=1)
         >>> summary["cases"]

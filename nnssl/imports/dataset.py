@@ -70,7 +70,7 @@ def import_dataset(
         ArgumentError: If the number, the name, the kind or the choices are wrong.
         UserError: If the source cannot be read, if no image can be imported, or if the folder contains other files.
 
-    Example:
+    Examples:
         >>> record = nnssl.import_dataset("scans", 501, "Scans")
         >>> len(record.taken)
         4

@@ -42,7 +42,7 @@ def export(checkpoint: Path | str, settings: ExportSettings | None = None, folde
     Raises:
         UserError: If the file cannot be read, the target cannot be built, too few weights fit, or nothing can be written.
 
-    Example:
+    Examples:
         >>> exported = nnssl.export(weights, nnssl.ExportSettings(out=Path("weights_for_nnunet.pth")))
         >>> exported.path.name
         'weights_for_nnunet.pth'

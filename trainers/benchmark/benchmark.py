@@ -46,7 +46,7 @@ def benchmark(
     Raises:
         UserError: If settings, data, weights or plan do not fit one another, or a held-out case was seen in pretraining.
 
-    Example:
+    Examples:
         >>> table = nnssl.benchmark(settings, processes=1)
         >>> [row.arm for row in table.rows]
         ['scratch', 'mine']
@@ -69,7 +69,7 @@ def preview(
     Raises:
         UserError: As ``benchmark``.
 
-    Example:
+    Examples:
         >>> settings = nnssl.StudySettings(
         ...     dataset=4, source=501, arms=(f"mine={weights}",), labels=(1,), seeds=1, epochs=(1,), iterations_per_epoch=2
         ... )

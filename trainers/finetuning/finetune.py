@@ -49,7 +49,7 @@ def finetune(
     Raises:
         UserError: If data set, weights, cases or settings do not fit one another; the message says which and what to do.
 
-    Example:
+    Examples:
         >>> settings = nnssl.FinetuneSettings(labels=3, epochs=1, iterations_per_epoch=2, processes=1)
         >>> (arm,) = nnssl.finetune(4, weights, settings)
         >>> arm.arm, len(arm.train_cases), len(arm.test_cases)

@@ -38,7 +38,7 @@ def segment(
     Raises:
         UserError: If the model folder holds no finished fold, or the images folder no images of the model's file ending.
 
-    Example:
+    Examples:
         >>> images = nnssl.resolve_folders().raw / "Dataset004_MyTask" / "imagesTr"
         >>> files = nnssl.segment(arm.model_folder, images, "segmentations", processes=1)
         >>> len(files)

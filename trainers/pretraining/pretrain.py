@@ -47,7 +47,7 @@ def pretrain(
         UserError: If the method, data set, plan, configuration or a setting is unknown or does not fit, or if a checkpoint
             belongs to another run.
 
-    Example:
+    Examples:
         >>> settings = nnssl.PretrainSettings(
         ...     configuration="3d_fullres", epochs=1, iterations_per_epoch=2, overrides=["batch_size=2"], workers=0
         ... )
