@@ -88,7 +88,7 @@ def _run(args: argparse.Namespace) -> None:
     weights = run_demo(args.folder, size, args.seed, find_device(args.device))
     print_next(
         f"nnssl_info {weights}",
-        "nnssl_plan_and_preprocess -d ID (your own images; nnssl_import makes a data set of them)",
+        "nnssl_plan_and_preprocess -d ID (for your own images; register them with nnssl_import first)",
     )
 
 

@@ -63,7 +63,7 @@ def _run(args: argparse.Namespace) -> None:
     from nnssl.evaluation.evaluate import evaluate
 
     evaluate(args.predictions, args.references, args.labels, args.tolerance_mm, args.output, args.processes)
-    print_next("nnssl_benchmark -d LABELLED_ID -m METHOD (whether pretraining is what helps, with how many labels)")
+    print_next("nnssl_benchmark -d LABELLED_ID -m METHOD (to measure how much pretraining helps with few labels)")
 
 
 if __name__ == "__main__":

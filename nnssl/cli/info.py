@@ -162,7 +162,7 @@ def _explain_own(source: "OpenedCheckpoint") -> list[str]:
         f"  pretrained on {provenance.dataset_name}; made for plan {provenance.plans_name}, configuration "
         f"{provenance.configuration}",
         *_explain_network(source),
-        f"  pretrained parts: {parts}; all else is a seeded initialisation",
+        f"  pretrained parts: {parts}; all others have a seeded initialisation",
         f"  started from: {provenance.init or 'random weights'}",
         "  settings:",
     ]
