@@ -16,7 +16,7 @@ def find_device(device: "torch.device | str | None" = None) -> "torch.device":
         device: ``cpu``, ``cuda``, ``mps`` or a PyTorch device; None to choose.
 
     Raises:
-        ArgumentError: If PyTorch does not find the requested device.
+        ArgumentError: If the device is unknown to PyTorch or not available on this machine.
     """
     import torch
 
@@ -25,7 +25,10 @@ def find_device(device: "torch.device | str | None" = None) -> "torch.device":
         reason = "GPU found" if chosen == "cuda" else "no CUDA GPU found"
         logger.info(f"Device: {chosen} ({reason})")
         return torch.device(chosen)
-    found = torch.device(device)
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ArgumentError(f"device must be cpu, cuda or mps, got {device}", "device") from error
     missing = (found.type == "cuda" and not torch.cuda.is_available()) or (
         found.type == "mps" and not torch.backends.mps.is_available()
     )
