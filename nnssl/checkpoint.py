@@ -165,7 +165,7 @@ def parse_provenance(path: Path, content: dict[str, Any]) -> Provenance:
         UserError: If the content is not a checkpoint of this version of nnssl.
     """
     section = content.get("nnssl")
-    if not isinstance(section, dict) or "network_weights" not in content or "provenance" not in section:
+    if not isinstance(section, dict) or "network_weights" not in content:
         raise UserError(f"{path}: is not a checkpoint of nnssl; take checkpoint_final.pth of nnssl_pretrain")
     check_version(section, SCHEMA_VERSION, str(path), "pretrain again, or use the version of nnssl that wrote it")
-    return parse(Provenance, section["provenance"], f"{path}: provenance")
+    return parse(Provenance, section.get("provenance"), f"{path}: provenance")
