@@ -13,10 +13,8 @@ import random
 import shutil
 import signal
 import sys
-import time
 from dataclasses import dataclass
 from importlib import import_module
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +26,8 @@ from nnssl.checkpoint import read_checkpoint
 from nnssl.data.case_store import CaseStore
 from nnssl.data.phantoms import write_phantom_dataset
 from nnssl.environment import variables
+from tests.waiting import HUNG_S
+from trainers.pretraining import pretrain_trainer
 
 NAME = "Dataset501_Phantoms"
 CASES = Path("preprocessed", NAME, "nnsslPlans_cases_3d")
@@ -50,6 +50,14 @@ class Moment:
 
     call: str
     parts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """So many seconds of computing after a pretext stage has begun."""
+
+    name: str
+    seconds: float
 
 
 def moment(call: str, *parts: str) -> Moment:
@@ -91,50 +99,63 @@ def die_at(moment: Moment) -> None:
     setattr(os, moment.call, die)
 
 
-def run_command(command: list[str], log: Path, at: Moment | None) -> None:
-    """Run a command as the main function of a process until its end or a given moment; write its output to a file."""
+def die_after(stage: Stage) -> None:
+    """Let this process end at once, without any cleanup, after so much computing in a pretext stage.
+
+    Only time in which this process computes is counted, so it ends in the stage however busy the machine is.
+    """
+    original = pretrain_trainer.opening_lines
+
+    def start_timer(run, *arguments):
+        if run.stage.name == stage.name:
+            signal.setitimer(signal.ITIMER_PROF, stage.seconds)
+        return original(run, *arguments)
+
+    pretrain_trainer.opening_lines = start_timer
+
+
+def run_command(command: list[str], log: Path, at: Moment | Stage | None) -> None:
+    """Run a command in a process of its own, with its lines in a file, to its end or to a moment."""
     with log.open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout.reconfigure(line_buffering=True)
-    Figure.savefig = lambda figure, *arguments, **options: None  # drawing takes longer than an epoch here
-    if at is not None:
+    Figure.savefig = lambda figure, *arguments, **options: None  # a picture takes longer than an epoch here
+    if isinstance(at, Moment):
         die_at(at)
+    elif at is not None:
+        die_after(at)
     raise SystemExit(import_module(f"nnssl.cli.{command[0]}").main(command[1:]))
 
 
-def start(root: Path, command: list[str], at: Moment | None = None) -> BaseProcess:
-    """Start a command on the folders below ``root``."""
+def run(root: Path, command: list[str], at: Moment | Stage | None = None) -> int:
+    """Run a command on the folders below ``root``, to its end or to a moment, and return its exit code."""
     log = root / "log.txt"
     log.write_text("")
     with variables(**{f"nnUNet_{name}": str(root / name) for name in ("raw", "preprocessed", "results")}):
         process = multiprocessing.get_context("spawn").Process(target=run_command, args=(command, log, at))
         process.start()
-    return process
+    process.join(HUNG_S)
+    if process.exitcode is None:
+        process.kill()
+    assert process.exitcode is not None, f"it hangs: {log.read_text()}"
+    return process.exitcode
 
 
 def finish(root: Path, command: list[str]) -> None:
-    process = start(root, command)
-    process.join(600)
-    assert process.exitcode == 0, (root / "log.txt").read_text()
+    assert run(root, command) == 0, (root / "log.txt").read_text()
 
 
 def kill_at(root: Path, command: list[str], at: Moment) -> None:
-    process = start(root, command, at)
-    process.join(600)
-    assert process.exitcode == -signal.SIGKILL, (at, process.exitcode, (root / "log.txt").read_text())
+    code = run(root, command, at)
+    assert code == -signal.SIGKILL, (at, code, (root / "log.txt").read_text())
 
 
-def kill_in_stage(root: Path, stage: str, delay_s: float) -> bool:
-    """Kill the pretraining some time after a stage has begun, and return whether it was still running."""
-    process = start(root, PRETRAIN)
-    deadline = time.monotonic() + 600
-    while process.is_alive() and stage not in (root / "log.txt").read_text() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    time.sleep(delay_s)
-    process.kill()
-    process.join()
-    return process.exitcode == -signal.SIGKILL
+def kill_in_stage(root: Path, stage: Stage) -> bool:
+    """End the pretraining in the middle of a stage; returns whether it had not finished before."""
+    code = run(root, PRETRAIN, stage)
+    assert code in (0, -signal.SIGPROF), (stage, code, (root / "log.txt").read_text())
+    return code == -signal.SIGPROF
 
 
 def stage_folder(root: Path, stage: str) -> Path:
@@ -201,12 +222,14 @@ def test_killed_where_files_change(calm, tmp_path):
         assert_same_stage(stage_folder(calm, stage), stage_folder(root, stage))
 
 
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system does not count the time of a process")
 def test_killed_at_random_moments(calm, tmp_path):
     root = make_raw(tmp_path / "killed")
     shutil.copytree(calm / "preprocessed", root / "preprocessed", dirs_exist_ok=True)
     draw = random.Random(20)
     for name in STAGES.values():
-        assert any([kill_in_stage(root, f"Pretext stage {name}", draw.uniform(0, 0.1)) for _ in range(2)])
+        killed = [kill_in_stage(root, Stage(name, draw.uniform(0.001, 0.1))) for _ in range(2)]
+        assert killed[0]
     finish(root, PRETRAIN)
     for stage in STAGES:
         assert_same_stage(stage_folder(calm, stage), stage_folder(root, stage))

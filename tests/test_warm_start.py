@@ -7,22 +7,23 @@ import numpy as np
 import pytest
 import torch
 
+from tests.waiting import receive
 from tests.warm_start import IMPORTED
 
 
-def describe(queue):
+def describe(parent):
     modules = {name for name in IMPORTED if name in sys.modules}
     numbers = random.random(), float(np.random.rand())  # noqa: NPY002
-    queue.put((modules, os.environ.get("NNSSL_WARM"), os.getcwd(), torch.get_num_threads(), numbers))
+    parent.send((modules, os.environ.get("NNSSL_WARM"), os.getcwd(), torch.get_num_threads(), numbers))
 
 
 def describe_some(number: int) -> list:
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    processes = [context.Process(target=describe, args=(queue,)) for _ in range(number)]
+    pipes = [context.Pipe() for _ in range(number)]
+    processes = [context.Process(target=describe, args=(there,)) for _, there in pipes]
     for process in processes:
         process.start()
-    found = [queue.get(timeout=600) for _ in processes]
+    found = [receive(here, process) for (here, _), process in zip(pipes, processes, strict=True)]
     for process in processes:
         process.join()
     return found

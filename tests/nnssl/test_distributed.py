@@ -22,6 +22,7 @@ from nnssl.losses.barlow_twins import barlow_twins
 from nnssl.losses.contrastive import info_nce_in_batch, info_nce_with_queue
 from nnssl.losses.nt_xent import nt_xent
 from nnssl.momentum import FeatureQueue
+from tests.waiting import HUNG_S
 
 RANKS, PER_RANK = 2, 3
 
@@ -61,7 +62,7 @@ def run_rank(place: int, folder: str) -> None:
     """Do on one of two processes what ``one_process`` does on one, and save what came out."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", RANKS)
-    dist.init_process_group("gloo", store=store, rank=place, world_size=RANKS, timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", store=store, rank=place, world_size=RANKS, timeout=timedelta(seconds=HUNG_S))
     try:
         own = slice(place * PER_RANK, (place + 1) * PER_RANK)
         query_inputs, key_inputs = (inputs[own] for inputs in data())

@@ -11,6 +11,7 @@ import torch
 from nnssl.data import case_store
 from nnssl.data.case_store import CaseProperties, CaseStore, SourceFile, complete_cases, layout, write_case
 from nnssl.errors import UserError
+from tests.waiting import receive
 
 
 def properties_of(volume, digest="abc") -> CaseProperties:
@@ -253,8 +254,8 @@ def test_the_case_that_was_not_used_for_longest_is_closed(tmp_path):
     assert store.case("b") is not second
 
 
-def read_sum(store, name, results):
-    results.put(float(store.case(name).read_box((0, 0, 0), (7, 133, 90)).sum()))
+def read_sum(store, name, parent):
+    parent.send(float(store.case(name).read_box((0, 0, 0), (7, 133, 90)).sum()))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -265,8 +266,8 @@ def test_a_store_in_use_can_go_to_another_process(tmp_path, method):
     store = CaseStore(tmp_path)
     expected = float(store.case("a").read_box((0, 0, 0), (7, 133, 90)).sum())
     context = multiprocessing.get_context(method)
-    results = context.Queue()
-    process = context.Process(target=read_sum, args=(store, "a", results))
+    here, there = context.Pipe()
+    process = context.Process(target=read_sum, args=(store, "a", there))
     process.start()
-    assert results.get(timeout=60) == expected
+    assert receive(here, process) == expected
     process.join()

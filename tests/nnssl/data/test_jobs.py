@@ -6,6 +6,7 @@ import pytest
 
 from nnssl.data.jobs import run_jobs
 from nnssl.errors import UserError
+from tests.waiting import HUNG_S
 
 
 def double(job):
@@ -53,8 +54,19 @@ def test_a_killed_process_gives_one_clear_error():
         list(run_jobs(die_at_three, range(10), 2, None))
 
 
-def test_a_dask_cluster_does_the_same():
-    distributed = pytest.importorskip("distributed")
+@pytest.fixture
+def distributed(monkeypatch):
+    """Dask with timeouts that a busy machine does not reach."""
+    module = pytest.importorskip("distributed")
+    import dask
+
+    monkeypatch.setattr("nnssl.data.jobs.DASK_TIMEOUT_S", HUNG_S)
+    timeouts = {f"distributed.comm.timeouts.{name}": f"{HUNG_S}s" for name in ("connect", "tcp")}
+    with dask.config.set(timeouts):
+        yield module
+
+
+def test_a_dask_cluster_does_the_same(distributed):
     with distributed.LocalCluster(
         n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
     ) as cluster:
@@ -63,8 +75,7 @@ def test_a_dask_cluster_does_the_same():
             list(run_jobs(fail_at_three, range(20), 1, cluster.scheduler_address))
 
 
-def test_a_cluster_without_workers_is_said():
-    distributed = pytest.importorskip("distributed")
+def test_a_cluster_without_workers_is_said(distributed):
     with (
         distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster,
         pytest.raises(UserError, match="the Dask cluster has no workers"),

@@ -2,7 +2,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 from collections import Counter
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,6 +14,7 @@ from nnssl.data.case_store import CaseProperties, CaseStore, write_case
 from nnssl.data.loader import draw_box, draw_case, make_loader
 from nnssl.draws import make_generator
 from nnssl.errors import UserError
+from tests.waiting import HUNG_S, has_ended, receive, wait_until
 
 SHAPES = {"large": (9, 31, 23), "small": (3, 8, 30), "long": (25, 12, 11), "flat": (6, 40, 40), "other": (11, 17, 19)}
 PATCH = (5, 12, 10)
@@ -185,8 +185,9 @@ def test_the_global_random_state_is_left_alone(store, workers):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_workers_outlive_a_request_to_stop(store):
+def test_workers_outlive_a_request_to_stop(store, monkeypatch):
     """A scheduler sends SIGTERM to every process of a job; the readers must stay until the trainer has saved."""
+    monkeypatch.setattr("nnssl.data.loader.GRACE_SECONDS", HUNG_S)
     batches = iter(make_loader(store, PATCH, 4, 3, "m.s", 0, 40, num_workers=1))
     next(batches)
     workers = multiprocessing.active_children()
@@ -200,14 +201,7 @@ def read_until_killed(folder: Path, parent: Connection) -> None:
     batches = iter(make_loader(CaseStore(folder), PATCH, 4, 3, "m.s", 0, 40, num_workers=2))
     next(batches)
     parent.send([reader.pid for reader in multiprocessing.active_children()])
-    time.sleep(600)
-
-
-def has_ended(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    except FileNotFoundError:
-        return True
+    parent.recv()  # nothing is ever sent, so it waits to be killed
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
@@ -216,13 +210,9 @@ def test_readers_end_with_a_training_that_was_killed(store):
     here, there = multiprocessing.Pipe()
     training = multiprocessing.get_context("spawn").Process(target=read_until_killed, args=(store.folder, there))
     training.start()
-    assert here.poll(120)
-    readers = here.recv()
+    readers = receive(here, training)
     assert len(readers) == 2
     assert not any(map(has_ended, readers))
     training.kill()
     training.join()
-    deadline = time.monotonic() + 60
-    while not all(map(has_ended, readers)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert all(map(has_ended, readers))
+    wait_until(lambda: all(map(has_ended, readers)))
