@@ -138,7 +138,7 @@ def break_labels(folders):
         (lambda f: shutil.rmtree(f / "references"), (), "references: this folder does not exist"),
         (write_image, (), "so these seem to be images"),
         (write_background, (), "contain background only; name the classes with --labels"),
-        (lambda f: (f / "predictions" / "b.nii.gz").write_bytes(b"x"), (), "b.nii.gz: its header cannot be read"),
+        (lambda f: (f / "predictions" / "b.nii.gz").write_bytes(b"x"), (), "b.nii.gz has an unreadable header"),
     ],
 )
 def test_mistakes_end_in_one_line(folders, capsys, break_it, more, message):

@@ -73,11 +73,11 @@ def test_cases_that_are_not_trained_on_are_held_out(tmp_path):
         ({"test_cases": "a_0000\n"}, None, "a_0000 not among"),
         ({"cases": "a\na\n"}, None, "a more than once"),
         ({"cases": "# nothing\n"}, None, "holds no case name"),
-        ({"cases": "a\nb\nc\nd\n"}, None, "none is left to be held out"),
-        ({"test_cases": "a\nb\nc\nd\n"}, None, "none is left to be trained on"),
+        ({"cases": "a\nb\nc\nd\n"}, None, "labelled cases is left to be held out"),
+        ({"test_cases": "a\nb\nc\nd\n"}, None, "labelled cases is left to be trained on"),
         ({"test_cases": "a\nb\n"}, 3, "labels must be between 1 and 2"),
         ({}, 0, "labels must be between 1 and 4"),
-        ({}, 4, "none is left to be held out"),
+        ({}, 4, "labelled cases is left to be held out"),
         ({"cases": "a\n"}, 2, "labels and cases cannot be combined"),
     ],
 )
@@ -505,7 +505,7 @@ def test_a_preprocessed_case_that_is_not_complete_is_seen(run, tmp_path):
 def test_the_command_ends_in_one_line_for_the_user(run, capsys):
     assert main(["-d", "77", "-w", str(run.weights), "--device", "cpu"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("nnssl_finetune: error: data set 77:")
+    assert error.startswith("nnssl_finetune: error: data set 77 was not found")
     assert error.count("\n") == 1
     assert main(["-d", "77", "--verbose", "--device", "cpu"]) == 2
     assert "Traceback" in capsys.readouterr().err

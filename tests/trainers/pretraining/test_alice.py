@@ -105,7 +105,7 @@ def test_embeddings_of_another_plan_are_refused(toy):
     path.write_text(json.dumps({**json.loads(path.read_text()), "usable": True}))
     plan = read_plan(toy.preprocessed / NAME / "nnsslPlans.json")
     store = CaseStore(toy.preprocessed / NAME / plan.configuration("3d_fullres").case_folder)
-    arguments = (store, torch.device("cpu"), nullcontext, print)
+    arguments = (store, torch.device("cpu"), nullcontext)
     assert usable_matcher(final, plan, *arguments) is not None
     own = plan.configuration("3d_fullres")
     changed = {**plan.pretext.configurations, "3d_fullres": replace(own, spacing_mm=(9.0, 1.0, 1.25))}
