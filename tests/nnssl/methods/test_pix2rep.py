@@ -384,6 +384,7 @@ def overfit(version: str, steps: int, *overrides: str) -> tuple[list[float], obj
     return losses, output
 
 
+@pytest.mark.nightly
 def test_v1_overfits_one_batch_an_order_of_magnitude_below_chance():
     """At temperature 0.1; at the method's 0.53 no embedding can do so (below)."""
     losses, output = overfit("pix2rep", 150, "temperature=0.1")
@@ -400,6 +401,7 @@ def test_floor_of_v1_at_its_own_temperature():
     assert losses[-1] == pytest.approx(floor, abs=0.15)
 
 
+@pytest.mark.nightly
 def test_v2_overfits_one_batch():
     losses, output = overfit("pix2rep_v2", 150, "embedding_dimensions=16")
     assert losses[0] > 2

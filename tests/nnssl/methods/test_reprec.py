@@ -285,6 +285,7 @@ def test_gradient_reaches_transformer_and_decoder(dim):
     assert {id(p) for p in given} == {id(p) for p in method.parameters() if p.requires_grad}
 
 
+@pytest.mark.nightly
 def test_overfits_one_batch_below_the_trivial_baseline():
     _, method = make_stage("generative", 2)
     views = method.make_views(make_waves(4), generators())

@@ -257,6 +257,7 @@ def test_a_sample_is_the_same_in_any_batch():
     assert whole.seeds[2] == part.seeds[0]
 
 
+@pytest.mark.nightly
 def test_places_are_learned():
     """Of 12 queries most find their place first among 20 hard others, on views that are drawn anew."""
     method = make_stage("dimensions=16", "intensity_views=")

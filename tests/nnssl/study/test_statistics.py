@@ -60,6 +60,7 @@ def test_a_known_effect_is_found_and_covered():
     assert found / SIMULATIONS > 0.95
 
 
+@pytest.mark.nightly
 def test_no_effect_raises_false_alarms_at_the_nominal_rate():
     """For one arm, 5 % of the p values are below 0.05. For four arms, 5 % of the studies have one below it after Holm."""
     single, family, claims = 0, 0, 0
