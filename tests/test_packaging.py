@@ -21,6 +21,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 TOP = ("nnssl", "planners", "trainers")
 INSTALLED_BY = {
+    "PIL": "Pillow",
     "sklearn": "scikit-learn",
     "skimage": "scikit-image",
     "distributed": "dask",
