@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnssl.checkpoint import FINAL
 from nnssl.data.jobs import default_processes
 from nnssl.devices import find_device
 from nnssl.errors import UserError
@@ -11,8 +12,6 @@ from nnssl.paths import make_writable
 
 if TYPE_CHECKING:
     import torch
-
-CHECKPOINT = "checkpoint_final.pth"
 
 
 def segment(
@@ -45,7 +44,7 @@ def segment(
         8
     """
     model, images = Path(model).expanduser(), Path(images).expanduser()
-    folds = sorted(path.parent.name.removeprefix("fold_") for path in model.glob(f"fold_*/{CHECKPOINT}"))
+    folds = sorted(path.parent.name.removeprefix("fold_") for path in model.glob(f"fold_*/{FINAL}"))
     if not folds or not (model / "plans.json").exists():
         raise UserError(f"{model}: not a model folder with a finished fold; give the model_folder of a fine-tuning")
     output = make_writable(Path(output).expanduser())
@@ -57,7 +56,7 @@ def segment(
     with printed_output_to(output / "nnunet_output.txt"):
         predictor = nnUNetPredictor(device=computed_on, allow_tqdm=False, perform_everything_on_device=True)
         names = tuple(fold if fold == "all" else int(fold) for fold in folds)
-        predictor.initialize_from_trained_model_folder(str(model), names, CHECKPOINT)
+        predictor.initialize_from_trained_model_folder(str(model), names, FINAL)
         ending = predictor.dataset_json["file_ending"]
         if not any(images.glob(f"*{ending}")):
             raise UserError(f"{images}: no images ending in {ending}, which the model reads")
