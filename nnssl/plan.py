@@ -4,7 +4,9 @@ Stock nnU-Net reads everything outside ``pretext``, which holds the decisions of
 preprocessed arrays (after ``transpose_forward``): z, y, x, or y, x in 2D. Names of lengths end in ``_mm`` or ``_vox``.
 """
 
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +15,7 @@ from nnssl.files import read_json, write_json
 from nnssl.paths import Folders
 from nnssl.schema import STRICT, parse
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 PLANS_NAME = "nnsslPlans"
 
 
@@ -44,13 +46,19 @@ class TokenGrid:
     """Encoder stage of a U-Net whose feature map gives the tokens, one per position; 0 is full resolution. None for Primus, which
     makes tokens directly from voxels."""
     grid: tuple[int, ...]
-    """Number of tokens per axis in the plan's patch."""
+    """Number of tokens per axis in the patch of the stage."""
     size_vox: tuple[int, ...]
     size_mm: tuple[float, ...]
     width: int
     """Number of channels of a token at the output of the encoder."""
     mask_block: tuple[int, ...]
     """Number of tokens per axis that are masked together."""
+
+    def of_patch(self, patch_size: Sequence[int]) -> "TokenGrid":
+        """Return the grid of tokens of this size in another patch."""
+        grid = tuple(math.ceil(n / size) for n, size in zip(patch_size, self.size_vox, strict=True))
+        block = tuple(max(1, min(n, count // 2)) for n, count in zip(self.mask_block, grid, strict=True))
+        return replace(self, grid=grid, mask_block=block)
 
 
 @dataclass(frozen=True)
@@ -68,15 +76,33 @@ class TransformerSize:
 
 @dataclass(frozen=True)
 class StageSchedule:
-    """Length and batch size of a pretext stage."""
+    """Patch, batch size and length of a pretext stage, which its training settings take over."""
 
     __pydantic_config__: ClassVar = STRICT
 
+    patch_size: tuple[int, ...]
+    """Number of voxels of a patch per axis, at most those of the plan's patch."""
     batch_size: int
     """Patches per step over all processes; the method makes its views from each patch."""
+    pieces: int
+    """Number of pieces in which a batch passes the network; the gradient is that of the whole batch."""
+    checkpointing: bool
+    """Whether the network's stages keep only their inputs and are computed again in the backward pass."""
     epochs: int
     iterations_per_epoch: int
     warmup_epochs: int
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What a step of a pretext stage costs, as estimated by the planner."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    memory_gb: float
+    """Largest memory of a step in GB (1e9 bytes), with weights and the optimizer's state."""
+    multiply_adds: float
+    """Multiply-adds of the network in a step, forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -124,56 +150,23 @@ class AnatomyChoices:
 
 
 @dataclass(frozen=True)
-class PretextConfiguration:
-    """Settings of the pretext methods that depend on the data, for one configuration of the plan."""
+class DataChoices:
+    """Settings that depend on the data only, so that all stages of a configuration share them."""
 
     __pydantic_config__: ClassVar = STRICT
 
     case_folder: str
     """Name of the folder of preprocessed cases, below the data set's folder in ``nnUNet_preprocessed``."""
-    patch_size: tuple[int, ...]
     spacing_mm: tuple[float, ...]
     thick_axis: int | None
     """Axis with thick slices, which is treated differently; None if there is none."""
-    crop_fraction: tuple[float, float]
-    """Smallest and largest share of the patch's volume (area in 2D) that a random crop covers."""
-    crop_overlap: float
-    """Average overlap of two crops, as a share of the smaller one."""
     rotation_deg: tuple[float, ...]
     """Largest rotation about each axis, one angle in 2D; 0 if rotation is not allowed."""
     flip_axes: tuple[int, ...]
     intensity_views: tuple[str, ...]
     """Names of the intensity changes that are suitable for the modality."""
-    tokens: TokenGrid | None
-    """None if no encoder stage has enough positions, or if no method uses tokens."""
     transformer: TransformerSize | None
     """None for a U-Net without a transformer."""
-    dense: DenseSampling
-    context: ContextChoices
-    anatomy: AnatomyChoices
-    queue_length: int
-    """Number of keys in the queue of momentum contrast."""
-    teacher_momentum: float
-    schedules: dict[str, StageSchedule]
-    """Schedule of each stage, by its name ``method.stage``."""
-
-    @property
-    def has_feature_maps(self) -> bool:
-        """Whether the network has feature maps of several resolutions: true for a U-Net, false for Primus."""
-        return self.tokens is None or self.tokens.stage is not None
-
-    @property
-    def token_grid(self) -> TokenGrid:
-        """The token grid, for stages that need one.
-
-        Raises:
-            UserError: If the configuration has no token grid.
-        """
-        if self.tokens is None:
-            raise UserError(
-                f"the configuration with patch {self.patch_size} has no token grid; choose another configuration"
-            )
-        return self.tokens
 
     @property
     def transformer_size(self) -> TransformerSize:
@@ -184,9 +177,104 @@ class PretextConfiguration:
         """
         if self.transformer is None:
             raise UserError(
-                f"the configuration with patch {self.patch_size} has no transformer; choose another configuration"
+                f"the configuration at {self.spacing_mm} mm has no transformer; choose another configuration"
             )
         return self.transformer
+
+
+@dataclass(frozen=True)
+class PatchChoices:
+    """Settings that depend on the patch of a stage."""
+
+    __pydantic_config__: ClassVar = STRICT
+
+    crop_fraction: tuple[float, float]
+    """Smallest and largest share of the patch's volume (area in 2D) that a random crop covers."""
+    crop_overlap: float
+    """Average overlap of two crops, as a share of the smaller one."""
+    tokens: TokenGrid | None
+    """None if no encoder stage has enough positions, or if the stage uses no tokens."""
+    dense: DenseSampling
+    context: ContextChoices
+    anatomy: AnatomyChoices
+    queue_length: int
+    """Number of keys in the queue of momentum contrast."""
+    teacher_momentum: float
+
+    @property
+    def token_grid(self) -> TokenGrid:
+        """The token grid, for stages that need one.
+
+        Raises:
+            UserError: If the stage has no token grid.
+        """
+        if self.tokens is None:
+            raise UserError("the plan has no token grid for this stage; choose another configuration")
+        return self.tokens
+
+
+@dataclass(frozen=True)
+class StagePlan(PatchChoices):
+    """The plan of one pretext stage."""
+
+    schedule: StageSchedule
+    distinct_patches: int
+    """Number of patches of this size that cover all cases without overlap."""
+    cost: StageCost
+
+
+@dataclass(frozen=True)
+class StageConfiguration(DataChoices, PatchChoices):
+    """Settings that a pretext stage reads: those of its configuration and those of its own patch."""
+
+    patch_size: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PretextConfiguration(DataChoices):
+    """Settings of the pretext stages for one configuration of the plan."""
+
+    patch_size: tuple[int, ...]
+    """Patch of fine-tuning; every stage has one of its own."""
+    has_feature_maps: bool
+    """Whether the network has feature maps of several resolutions: true for a U-Net, false for Primus."""
+    stages: dict[str, StagePlan]
+    """Plan of each stage, by its name ``method.stage``."""
+
+    def stage(self, name: str) -> StagePlan:
+        """Return the plan of a stage.
+
+        Raises:
+            UserError: If the configuration has no plan for the stage.
+        """
+        if name not in self.stages:
+            raise UserError(
+                f"The plan has no schedule for {name} with this configuration. If the plan is older than the method, plan "
+                "again with the same nnssl_plan_and_preprocess command, which keeps existing weights. Otherwise the planner "
+                "left the stage out; nnssl_info shows its reasons"
+            )
+        return self.stages[name]
+
+    def for_stage(self, name: str, patch_size: Sequence[int] = ()) -> StageConfiguration:
+        """Return the settings that a stage reads.
+
+        Args:
+            name: Name of the stage, ``method.stage``.
+            patch_size: Patch that the user chose in place of the plan's; empty for the plan's.
+
+        Raises:
+            UserError: As ``stage``, or if the patch has another number of axes than the plan's.
+        """
+        planned = self.stage(name)
+        patch = tuple(patch_size) or planned.schedule.patch_size
+        if len(patch) != len(self.patch_size):
+            raise UserError(f"patch_size must have {len(self.patch_size)} axes, got {patch}")
+        tokens = planned.tokens
+        if tokens is not None and patch != planned.schedule.patch_size:
+            tokens = tokens.of_patch(patch)
+        shared = {field.name: getattr(self, field.name) for field in fields(DataChoices)}
+        own = {field.name: getattr(planned, field.name) for field in fields(PatchChoices)}
+        return StageConfiguration(**shared, **{**own, "tokens": tokens}, patch_size=patch)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from nnssl.networks.backbone import measurable_network
 from nnssl.networks.dense import DenseKind, dense_channels
 from nnssl.plan import DenseSampling, Reasons
 from nnssl.sizes import in_bytes
-from planners.presets import Preset
 
 PAPER_WIDTH = 1024
 """Number of channels of Pix2Rep's last decoder stage."""
@@ -31,25 +30,28 @@ HEAD_WIDTHS = 4 * 256
 
 
 def decide_dense(
-    features_per_stage: Sequence[int], patch: Sequence[int], preset: Preset
+    features_per_stage: Sequence[int], patch: Sequence[int], memory_gb: float, free_gb: float
 ) -> tuple[DenseSampling, Reasons]:
     """Choose the features of a point and the numbers of points.
 
     Args:
         features_per_stage: Number of features in each stage of the plan's network, full resolution first.
         patch: Size of the patch in voxels.
-        preset: Memory target.
+        memory_gb: Memory target in GB.
+        free_gb: Memory in GB that patch and batch leave for the points.
 
     Returns:
         The choice, and what, value and reason of every decision.
     """
-    target = preset.memory_gb * 1e9
+    target, free = memory_gb * 1e9, free_gb * 1e9
     last = features_per_stage[0]
     kind: DenseKind = "single" if last >= WIDE_ENOUGH else "pyramid"
     channels = dense_channels(list(features_per_stage), kind)
     paper = in_bytes(prod(patch) * PAPER_WIDTH * BYTES)
-    contrast = _most(CONTRAST_POINTS, CONTRAST_SHARE * target, _contrast_bytes)
-    correlation = _most(CORRELATION_POINTS, CORRELATION_SHARE * target, lambda n: _correlation_bytes(n, channels))
+    contrast = _most(CONTRAST_POINTS, min(CONTRAST_SHARE * target, free), _contrast_bytes)
+    correlation = _most(
+        CORRELATION_POINTS, min(CORRELATION_SHARE * target, free), lambda n: _correlation_bytes(n, channels)
+    )
     if kind == "single":
         value = f"single: {last} channels of the last decoder stage"
         reason = f"the last decoder stage has at least {WIDE_ENOUGH} channels"
@@ -79,6 +81,20 @@ def decide_dense(
             f"{CORRELATION_SHARE:.0%} of the memory target)",
         ),
     ]
+
+
+def bytes_of_points(setting: str | None, sampling: DenseSampling) -> float:
+    """Return the memory of the points that a stage compares, in bytes.
+
+    Args:
+        setting: ``contrast`` or ``correlation``, whichever the stage compares; None if it compares no points.
+        sampling: Features and numbers of points.
+    """
+    if setting is None:
+        return 0.0
+    if setting == "contrast":
+        return _contrast_bytes(sampling.contrast_points)
+    return _correlation_bytes(sampling.correlation_points, sampling.channels)
 
 
 def widen_last_stage(nnunet: dict[str, Any], width: int, channels: int, budgets: dict[str, float]) -> None:

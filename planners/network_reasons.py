@@ -19,7 +19,7 @@ def explain_data_set(
     modalities: Sequence[str],
     preset: Preset,
     like: Path | None,
-    spacing_given: bool,
+    spacing_reasons: dict[str, str],
 ) -> Reasons:
     """Return the decisions that all configurations share, with their reasons.
 
@@ -29,11 +29,12 @@ def explain_data_set(
         modalities: Modality of each channel.
         preset: Memory target.
         like: Plans file that this plan was built around; None for a plan from the data.
-        spacing_given: Whether the user set the spacing.
+        spacing_reasons: Reason for every spacing that was not chosen from the data, by configuration.
     """
     source = f"taken from {like.parent.name}/{like.name}" if like else None
     configurations = nnunet["configurations"]
-    base = configurations["3d_fullres" if "3d_fullres" in configurations else "2d"]
+    finest = "3d_fullres" if "3d_fullres" in configurations else "2d"
+    base = configurations[finest]
     median = np.median(spacings_mm, axis=0)
     low, high = spacings_mm.min(axis=0), spacings_mm.max(axis=0)
     cases = len(spacings_mm)
@@ -43,8 +44,8 @@ def explain_data_set(
         rule = f"the same in all {cases} cases"
     else:
         rule = f"median of {cases} cases ({in_mm(low)} to {in_mm(high)} mm)"
-    if spacing_given:
-        rule = f"set by the user; in the data: {rule}"
+    if finest in spacing_reasons:
+        rule = f"{spacing_reasons[finest]}; in the data: {rule}"
     elif not like and len(base["spacing"]) == 3 and base["spacing"][0] < 0.99 * median[0]:
         rule += "; 10th percentile along the thick slices, so that thin slices are not lost"
     forward = tuple(nnunet["transpose_forward"])
@@ -69,15 +70,17 @@ def explain_data_set(
     return [*reasons, ("memory target", f"{preset.memory_gb:g} GB", features)]
 
 
-def explain_network(base: dict[str, Any], preset: Preset, like: Path | None) -> Reasons:
+def explain_network(base: dict[str, Any], preset: Preset, like: Path | None, spacing_reason: str | None) -> Reasons:
     """Return the decisions on patch, network and batch size of a configuration, with their reasons.
 
     Args:
         base: Configuration in the plans file.
         preset: Memory target.
         like: Plans file that this plan was built around; None for a plan from the data.
+        spacing_reason: Reason for a spacing of its own; None if it was chosen from the data.
     """
     source = f"taken from {like.parent.name}/{like.name}" if like else None
+    own = [("spacing", f"{in_mm(base['spacing'])} mm", spacing_reason)] if spacing_reason else []
     arch = base["architecture"]["arch_kwargs"]
     median = in_voxels([round(float(v)) for v in base["median_image_size_in_voxels"]])
     thin = any(1 in (k if isinstance(k, (list, tuple)) else [k]) for k in arch["kernel_sizes"])
@@ -90,8 +93,8 @@ def explain_network(base: dict[str, Any], preset: Preset, like: Path | None) -> 
     batch = "nnU-Net's rule: as many as the memory target allows"
     if preset.encoder == "plain":
         batch += ", at most 5% of the data set's voxels per step"
-    return [
-        ("patch", in_voxels(base["patch_size"]), source or patch),
+    return own + [
+        ("patch (fine-tuning)", in_voxels(base["patch_size"]), source or patch),
         ("strides", " ".join(_along_axes(s) for s in arch["strides"]), source or strides),
         ("kernels", " ".join(_along_axes(k) for k in arch["kernel_sizes"]), source or kernels),
         ("backbone", base["architecture"]["network_class_name"].rsplit(".", 1)[-1], source or backbone),

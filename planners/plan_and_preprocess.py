@@ -91,6 +91,7 @@ def _plan_and_preprocess(dataset: str | int, settings: PlanSettings, folders: Fo
         around,
         settings.spacing_mm,
         settings.dense_width,
+        settings.length,
     )
     for line in format_decisions(plan):
         logger.info(line)

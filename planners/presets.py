@@ -21,8 +21,8 @@ class Preset:
         max_features: Largest number of channels in 2D and in 3D.
         transformer: Size of the largest transformer of a hybrid network.
         primus: Size of the largest Primus.
-        largest_batch: Largest batch size of a pretext stage.
-        epochs_share: Share of a method's published epochs.
+        step_multiply_adds: Multiply-adds that a pretext step may compute; None for no limit.
+        length: Length of the pretext stages, a key of ``LENGTHS``.
     """
 
     memory_gb: float
@@ -31,9 +31,24 @@ class Preset:
     max_features: tuple[int, int]
     transformer: TransformerSize
     primus: TransformerSize
-    largest_batch: int
-    epochs_share: float
+    step_multiply_adds: float | None
+    length: str
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether steps run on a GPU, in mixed precision."""
+        return self.step_multiply_adds is None
+
+    @property
+    def pretext_memory_gb(self) -> float:
+        """Memory in GB that a pretext step may take: all of it, less a reserve on a GPU for its context and fragments."""
+        return self.memory_gb * (1 - GPU_RESERVE) if self.on_gpu else self.memory_gb
+
+
+GPU_RESERVE = 0.1
+"""Share of a GPU's memory for its context and for fragments."""
+LENGTHS = {"short": 0.1, "medium": 1 / 3, "full": 1.0}
+"""Share of a method's published epochs, by the name of the length."""
 
 VIT_SIZES = (
     TransformerSize(width=192, depth=4, heads=3, decoder_depth=2),
@@ -51,12 +66,15 @@ PRIMUS_SIZES = (
 )
 """From a tiny Primus to Primus S, B and M (Wald et al. 2025, table 1); nnU-Net's own trainers build the last three."""
 
+CPU_STEP = 4e10
+"""Multiply-adds of a step of about two seconds on two CPU cores, at 10 to 13 billion per second and core (3D, float32)."""
+
 PRESETS = {
-    "cpu": Preset(0.5, "plain", 16, (128, 128), VIT_SIZES[0], PRIMUS_SIZES[0], 16, 0.1),
-    "8gb": Preset(8.0, "plain", 32, (512, 320), VIT_SIZES[2], PRIMUS_SIZES[1], 256, 1.0),
-    "24gb": Preset(24.0, "residual L", 32, (512, 320), VIT_SIZES[3], PRIMUS_SIZES[2], 256, 1.0),
-    "40gb": Preset(40.0, "residual XL", 32, (512, 320), VIT_SIZES[3], PRIMUS_SIZES[3], 256, 1.0),
-    "80gb": Preset(80.0, "residual XL", 32, (512, 320), VIT_SIZES[3], PRIMUS_SIZES[3], 256, 1.0),
+    "cpu": Preset(0.5, "plain", 16, (128, 128), VIT_SIZES[0], PRIMUS_SIZES[0], CPU_STEP, "short"),
+    "8gb": Preset(8.0, "plain", 32, (512, 320), VIT_SIZES[2], PRIMUS_SIZES[1], None, "full"),
+    "24gb": Preset(24.0, "residual L", 32, (512, 320), VIT_SIZES[3], PRIMUS_SIZES[2], None, "full"),
+    "40gb": Preset(40.0, "residual XL", 32, (512, 320), VIT_SIZES[3], PRIMUS_SIZES[3], None, "full"),
+    "80gb": Preset(80.0, "residual XL", 32, (512, 320), VIT_SIZES[3], PRIMUS_SIZES[3], None, "full"),
 }
 
 

@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,17 @@ from nnssl.files import read_json, write_json
 from nnssl.log import logger
 from nnssl.paths import Folders
 from nnssl.plan import PLANS_NAME, SCHEMA_VERSION, Plan, Pretext, plan_path, write_plan
+from nnssl.sizes import in_mm
 from nnssl.version import __version__
 from planners.dense_rules import widen_last_stage
 from planners.fingerprint import Fingerprint, check_set_aside, nnunet_fingerprint
-from planners.presets import Preset, find_preset
+from planners.presets import LENGTHS, Preset, find_preset
 from planners.pretext_rules import PretextRules
 
+COARSENING = 2 ** (1 / 2)
+"""Factor by which the finest spacing grows until steps are computed in time."""
+MOST_COARSENINGS = 2
+"""Number of times that the spacing is made coarser, to twice the finest one at most."""
 CONVOLUTIONAL = ("2d", "3d_fullres")
 """Configurations of nnU-Net that pretraining plans; each gets a hybrid configuration."""
 
@@ -85,6 +91,7 @@ def plan_pretraining(
     like: Path | None = None,
     spacing_mm: Sequence[float] | None = None,
     dense_width: int | None = None,
+    length: str | None = None,
 ) -> Plan:
     """Plan the pretraining of a data set and write the plan.
 
@@ -99,6 +106,7 @@ def plan_pretraining(
         like: nnU-Net plans file whose spacing, patch and networks are used; None to plan from the data.
         spacing_mm: Spacing in mm, (z, y, x) as stored, in place of the one chosen from the data; 2D uses the in-plane part.
         dense_width: Number of channels at full resolution in place of the preset's.
+        length: Length of the pretext stages, a key of ``planners.presets.LENGTHS``; None for the preset's.
 
     Returns:
         The plan as read back from its file.
@@ -122,17 +130,16 @@ def plan_pretraining(
     check_set_aside(fingerprint)
     names = {str(i): name for i, name in enumerate(fingerprint.channel_names)}
     dataset_json = {**dataset.dataset_json, "channel_names": names}
-    if like is None:
-        nnunet, planner = _plan_from_data(dataset, dataset_json, fingerprint, preset, plans_name, spacing_mm)
-        planned = nnunet["configurations"]
-        budgets = {name: _budget(planner, len(planned[name]["spacing"])) for name in planned}
-        if dense_width is not None:
-            widen_last_stage(nnunet, dense_width, len(names), budgets)
-    else:
-        nnunet = _plan_like(like, dataset, fingerprint, plans_name)
-        budgets = {}
-    rules = PretextRules(fingerprint, preset, nnunet, budgets, like, spacing_mm is not None)
-    rules.decide()
+    if length is not None and length not in LENGTHS:
+        raise ArgumentError(f"length must be one of {', '.join(LENGTHS)}, got {length}", "length")
+    request = _Request(
+        dataset, dataset_json, fingerprint, preset, plans_name, like, dense_width, length or preset.length
+    )
+    given = {} if spacing_mm is None else dict.fromkeys(CONVOLUTIONAL, spacing_mm)
+    rules = request.apply(given, dict.fromkeys(given, "set by the user"))
+    if spacing_mm is None and like is None:
+        rules = request.coarsen(rules)
+    nnunet = rules.nnunet
     pretext = Pretext(
         schema_version=SCHEMA_VERSION,
         nnssl_version=__version__,
@@ -153,6 +160,78 @@ def plan_pretraining(
     plan = write_plan(path, _plain(nnunet), pretext)
     logger.info(f"plan: {path}")
     return plan
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What a plan is made from, without the spacing."""
+
+    dataset: RawDataset
+    dataset_json: dict[str, Any]
+    fingerprint: Fingerprint
+    preset: Preset
+    plans_name: str
+    like: Path | None
+    dense_width: int | None
+    length: str
+    _plans: dict[tuple[float, ...] | None, tuple[dict[str, Any], dict[str, float]]] = field(default_factory=dict)
+
+    def apply(self, spacings_mm: dict[str, Sequence[float]], reasons: dict[str, str]) -> PretextRules:
+        """Return the rules after all decisions.
+
+        Args:
+            spacings_mm: Spacing (z, y, x) as stored, by configuration; nnU-Net chooses the others from the data.
+            reasons: Reason for each of these spacings.
+        """
+        if self.like is not None:
+            nnunet, budgets = _plan_like(self.like, self.dataset, self.fingerprint, self.plans_name), {}
+        else:
+            nnunet, budgets = self._plan(None)
+            for name, spacing in spacings_mm.items():
+                if name in nnunet["configurations"]:
+                    other = self._plan(tuple(float(mm) for mm in spacing))[0]["configurations"]
+                    nnunet["configurations"][name] = other.get(name, nnunet["configurations"][name])
+            if self.dense_width is not None:
+                widen_last_stage(nnunet, self.dense_width, len(self.dataset_json["channel_names"]), budgets)
+        rules = PretextRules(self.fingerprint, self.preset, nnunet, budgets, self.like, reasons, self.length)
+        rules.decide()
+        return rules
+
+    def _plan(self, spacing_mm: tuple[float, ...] | None) -> tuple[dict[str, Any], dict[str, float]]:
+        """Return nnU-Net's plan for a spacing and the budget of each configuration."""
+        if spacing_mm not in self._plans:
+            plans, planner = _plan_from_data(
+                self.dataset, self.dataset_json, self.fingerprint, self.preset, self.plans_name, spacing_mm
+            )
+            budgets = {name: _budget(planner, len(each["spacing"])) for name, each in plans["configurations"].items()}
+            self._plans[spacing_mm] = plans, budgets
+        return deepcopy(self._plans[spacing_mm])
+
+    def coarsen(self, rules: PretextRules) -> PretextRules:
+        """Return rules for coarser configurations, until the least step of every stage is computed in time."""
+        spacings: dict[str, Sequence[float]] = {}
+        reasons: dict[str, str] = {}
+        for step in range(1, MOST_COARSENINGS + 1):
+            if not rules.slow:
+                break
+            for name in rules.slow:
+                spacing = _stored_spacing(self._plan(None)[0], name)
+                finest = float(f"{min(spacing) * COARSENING**step:.3g}")
+                spacings[name] = [max(mm, finest) for mm in spacing]
+                reasons[name] = (
+                    f"coarser than the {in_mm(spacing)} mm of the data, because the least useful steps would take more than "
+                    "about two seconds on two CPU cores"
+                )
+            rules = self.apply(spacings, reasons)
+        return rules
+
+
+def _stored_spacing(nnunet: dict[str, Any], name: str) -> list[float]:
+    """Return the spacing of a configuration, (z, y, x) as stored; that of 2D is completed by the distance of the slices."""
+    spacing = nnunet["configurations"][name]["spacing"]
+    if len(spacing) == 2:
+        spacing = [nnunet["original_median_spacing_after_transp"][0], *spacing]
+    return [float(spacing[axis]) for axis in nnunet["transpose_backward"]]
 
 
 def _plan_from_data(

@@ -12,6 +12,7 @@ from nnssl.networks.backbone import build_network, measurable_network
 from nnssl.plan import Reasons, TokenGrid, TransformerSize
 from nnssl.sizes import in_mm, in_voxels
 from planners.presets import PRIMUS_SIZES, Preset
+from planners.step_rules import block_of
 
 CLASS_NAME = "nnssl.networks.primus.PlannedPrimus"
 TOKEN_VOX = 8
@@ -39,6 +40,8 @@ class PlannedTransformer:
         tokens: Token grid of a patch.
         size: Size of the transformer.
         values: Number of feature values of one patch, by nnU-Net's measure of memory.
+        multiply_adds: Multiply-adds of the blocks for one patch.
+        parameters: Number of parameters.
         batch: Batch size of fine-tuning.
     """
 
@@ -47,6 +50,8 @@ class PlannedTransformer:
     tokens: TokenGrid
     size: TransformerSize
     values: float
+    multiply_adds: float
+    parameters: int
     batch: int
 
 
@@ -94,7 +99,10 @@ def decide_primus(
             stage=None, grid=grid, size_vox=token, size_mm=size_mm, width=size.width, mask_block=(1, 1, 1)
         )
         batch = max(LEAST_BATCH, min(largest_batch, int(budget // values)))
-        chosen = PlannedTransformer(primus_architecture(size, token, shape), shape, tokens, size, values, batch)
+        architecture = primus_architecture(size, token, shape)
+        parameters = sum(each.numel() for each in measurable_network(architecture, channels).parameters())
+        work = size.depth * block_of(tokens, size)
+        chosen = PlannedTransformer(architecture, shape, tokens, size, values, work, parameters, batch)
         return chosen, _explain(chosen, patch, preset, refused)
     return None, [("left out", "-", f"no suitable patch fits into memory with tokens of {' or '.join(refused)} voxels")]
 
@@ -205,7 +213,7 @@ def _explain(chosen: PlannedTransformer, patch: Sequence[int], preset: Preset, r
     if refused:
         memory += f"; tokens of {' or '.join(refused)} voxels are not feasible"
     return [
-        ("patch", in_voxels(chosen.patch), fitted),
+        ("patch (fine-tuning)", in_voxels(chosen.patch), fitted),
         (
             "token size",
             f"{in_voxels(tokens.size_vox)} voxels, {in_mm(tokens.size_mm)} mm",

@@ -22,6 +22,8 @@ class PlanSettings:
         like_plans: Name of that nnU-Net plan.
         spacing_mm: Spacing (z, y, x) in place of the one chosen from the data.
         dense_width: Number of channels at full resolution in place of the preset's.
+        length: Length of the pretext stages relative to the papers': ``short`` (a tenth), ``medium`` (a third) or ``full``;
+            None for the preset's.
         channel_names: Names of the channels; None for those in ``dataset.json``.
         exclude: File that lists cases to leave out, one name per line.
         processes: Worker processes for reading and preprocessing; None for one per core, at most 8.
@@ -37,6 +39,7 @@ class PlanSettings:
     like_plans: str = NNUNET_PLANS_NAME
     spacing_mm: Sequence[float] | None = None
     dense_width: int | None = None
+    length: str | None = None
     channel_names: Sequence[str] | None = None
     exclude: Path | None = None
     processes: int | None = None

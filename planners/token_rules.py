@@ -16,6 +16,8 @@ TOKENS_WANTED = 196
 TOKENS_MIN, TOKENS_MAX = 64, 2000
 """Smallest and largest number of tokens. Fewer leave attention too little to relate; with more, attention becomes the most
 expensive part of the network."""
+FINE_TUNING_MAX = 8000
+"""Largest number of tokens in the patch of fine-tuning, which is larger; that of Primus (Wald et al. 2025)."""
 FEW_TOKENS = 128
 """Number of tokens below which the next smaller transformer is used."""
 HYBRID_CLASSES = {"PlainConvUNet": "HybridUNet", "ResidualEncoderUNet": "HybridResidualEncoderUNet"}
@@ -23,7 +25,11 @@ HYBRID_CLASSES = {"PlainConvUNet": "HybridUNet", "ResidualEncoderUNet": "HybridR
 
 
 def decide_tokens(
-    architecture: dict[str, Any], patch: Sequence[int], spacing_mm: Sequence[float]
+    architecture: dict[str, Any],
+    patch: Sequence[int],
+    spacing_mm: Sequence[float],
+    largest: Sequence[int] | None = None,
+    fixed_stage: int | None = None,
 ) -> tuple[TokenGrid | None, Reasons]:
     """Choose the encoder stage whose positions become tokens, and the block of tokens that is masked together.
 
@@ -31,6 +37,8 @@ def decide_tokens(
         architecture: Architecture of the U-Net.
         patch: Size of the patch in voxels.
         spacing_mm: Spacing of the patch in mm.
+        largest: Patch of fine-tuning, if the network is fine-tuned with the transformer.
+        fixed_stage: Stage that the network's transformer is on; None to choose it.
 
     Returns:
         The grid, or None if no stage has a suitable number of positions; and what, value and reason of every decision.
@@ -38,8 +46,16 @@ def decide_tokens(
     strides = np.cumprod(np.array(encoder_strides(architecture)), axis=0)
     grids = [[math.ceil(n / s) for n, s in zip(patch, stride, strict=True)] for stride in strides]
     counts = [math.prod(grid) for grid in grids]
+    in_largest = [
+        math.prod(math.ceil(n / s) for n, s in zip(largest or patch, stride, strict=True)) for stride in strides
+    ]
     listed = " / ".join(f"{count:,}" for count in counts)
-    fitting = [stage for stage, count in enumerate(counts) if TOKENS_MIN <= count <= TOKENS_MAX and stage > 0]
+    fitting = [
+        stage
+        for stage, count in enumerate(counts)
+        if TOKENS_MIN <= count <= TOKENS_MAX and in_largest[stage] <= FINE_TUNING_MAX and stage > 0
+        if fixed_stage in (None, stage)
+    ]
     if not fitting:
         reason = f"no encoder stage has {TOKENS_MIN} to {TOKENS_MAX:,} positions (the stages have {listed})"
         return None, [("left out", "-", reason)]

@@ -343,7 +343,7 @@ def test_methods_are_compared_as_the_index_has_them():
             f"encoder {stage.encoder_graphs} + {stage.encoder_passes}, decoder {stage.decoder_graphs}"
             for stage in method.stages
         ]
-        batches = [str(stage.useful_batch) for stage in method.stages]
+        batches = [str(stage.needs.useful_batch) for stage in method.stages]
         expected.append((method.name, method.configurations, ", then ".join(batches), "; then ".join(passes)))
     assert [(code_spans(row[0])[0], tuple(code_spans(row[1])), row[3], row[4]) for row in rows] == expected
 
@@ -439,8 +439,8 @@ def test_presets_are_those_of_the_code():
             ", ".join(map(str, preset.max_features)),
             f"{size.depth}, {size.width}, {size.heads}, {size.decoder_depth}",
             f"{preset.primus.depth}, {preset.primus.width}, {preset.primus.heads}",
-            str(preset.largest_batch),
-            f"{preset.epochs_share:g}",
+            "-" if preset.step_multiply_adds is None else f"{preset.step_multiply_adds / 1e9:g} billion",
+            preset.length,
         ]
     assert shown == expected
 

@@ -11,6 +11,29 @@ from nnssl.errors import UserError
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What a stage needs of a step to learn, from which the planner chooses patch and batch together.
+
+    Extents are edges of a cube in mm (a square in 2D); the planner gives a patch of the same volume the aspect of the data.
+
+    Attributes:
+        useful_batch: Smallest batch with which the stage learns.
+        paper_batch: Batch of the paper.
+        least_mm: Least extent in 2D and in 3D at which patches still show different anatomy.
+        crop_mm: Extent of the paper's crops in 2D and in 3D.
+        contrasts_patches: Whether the other patches of a batch are negatives, so that two patches of one place harm.
+        source: Source of the paper's batch and crop, and the reason for the other two.
+    """
+
+    useful_batch: int
+    paper_batch: int
+    least_mm: tuple[float, float]
+    crop_mm: tuple[float, float]
+    contrasts_patches: bool
+    source: str
+
+
+@dataclass(frozen=True)
 class Stage:
     """One pretext stage of a method.
 
@@ -21,7 +44,7 @@ class Stage:
         encoder_graphs: Number of encoder passes per patch that keep a graph, from which the planner derives the batch size.
         encoder_passes: Number of encoder passes per patch without a graph.
         decoder_graphs: Number of decoder passes per patch that keep a graph.
-        useful_batch: Batch size below which the planner warns; 1 if the batch size does not matter.
+        needs: Batch and extent of the patches that the stage needs to learn.
         batch_multiple: Number of which the batch size of every process must be a multiple.
         reads_tokens: Whether the stage needs the plan's token grid; a transformer encoder receives only the visible tokens.
         token_values: Number of feature values that each token of a patch keeps in memory, in addition to the encoder and the
@@ -37,7 +60,7 @@ class Stage:
     encoder_graphs: int
     encoder_passes: int
     decoder_graphs: int
-    useful_batch: int
+    needs: Needs
     batch_multiple: int = 1
     reads_tokens: bool = False
     token_values: int = 0
@@ -94,7 +117,14 @@ SAM_STAGE = Stage(
     encoder_graphs=2,
     encoder_passes=0,
     decoder_graphs=1,
-    useful_batch=2,
+    needs=Needs(
+        useful_batch=4,
+        paper_batch=4,
+        least_mm=(64.0, 64.0),
+        crop_mm=(192.0, 128.0),
+        contrasts_patches=False,
+        source="3 to 6 pairs of crops of 96 x 96 x 32 voxels at 2 mm (authors' code), the volume of a cube of 133 mm",
+    ),
     configuration="3d_fullres",
     examination="nnssl.matching.anatomical_sanity:examine",
 )
@@ -114,7 +144,14 @@ METHODS = {
                 encoder_graphs=1,
                 encoder_passes=1,
                 decoder_graphs=0,
-                useful_batch=8,
+                needs=Needs(
+                    useful_batch=8,
+                    paper_batch=256,
+                    least_mm=(96.0, 64.0),
+                    crop_mm=(224.0, 128.0),
+                    contrasts_patches=True,
+                    source="crops of 224 pixels at 1 mm (section 5.1); no batch stated, so MoCo's; volumes: 128 mm, as SAM",
+                ),
             ),
             Stage(
                 name="reprec.generative",
@@ -123,7 +160,14 @@ METHODS = {
                 encoder_graphs=0,
                 encoder_passes=1,
                 decoder_graphs=0,
-                useful_batch=1,
+                needs=Needs(
+                    useful_batch=8,
+                    paper_batch=32,
+                    least_mm=(96.0, 64.0),
+                    crop_mm=(224.0, 128.0),
+                    contrasts_patches=False,
+                    source="slices of 224 pixels at 1 mm (section 5.1); no batch stated, 32 chosen; volumes: 128 mm, as SAM",
+                ),
                 reads_tokens=True,
             ),
         ),
@@ -142,7 +186,14 @@ METHODS = {
                 encoder_graphs=2,
                 encoder_passes=0,
                 decoder_graphs=2,
-                useful_batch=2,
+                needs=Needs(
+                    useful_batch=4,
+                    paper_batch=8,
+                    least_mm=(64.0, 48.0),
+                    crop_mm=(192.0, 96.0),
+                    contrasts_patches=False,
+                    source="8 cardiac slices of 128 pixels of about 1.5 mm (section 3); volumes: the body part in view, 96 mm",
+                ),
             ),
         ),
     ),
@@ -160,7 +211,14 @@ METHODS = {
                 encoder_graphs=2,
                 encoder_passes=0,
                 decoder_graphs=2,
-                useful_batch=2,
+                needs=Needs(
+                    useful_batch=4,
+                    paper_batch=8,
+                    least_mm=(64.0, 48.0),
+                    crop_mm=(192.0, 96.0),
+                    contrasts_patches=False,
+                    source="8 cardiac slices of 128 pixels of about 1.5 mm (section 3); volumes: the body part in view, 96 mm",
+                ),
             ),
         ),
     ),
@@ -181,7 +239,14 @@ METHODS = {
                 encoder_graphs=1,
                 encoder_passes=1,
                 decoder_graphs=3,
-                useful_batch=8,
+                needs=Needs(
+                    useful_batch=8,
+                    paper_batch=16,
+                    least_mm=(96.0, 48.0),
+                    crop_mm=(224.0, 96.0),
+                    contrasts_patches=True,
+                    source="16 crops of 32 to 112 mm; in 2D, images of 224 pixels (authors' code)",
+                ),
             ),
         ),
     ),
@@ -213,7 +278,14 @@ METHODS = {
                 encoder_graphs=1,
                 encoder_passes=1,
                 decoder_graphs=0,
-                useful_batch=4,
+                needs=Needs(
+                    useful_batch=4,
+                    paper_batch=8,
+                    least_mm=(64.0, 64.0),
+                    crop_mm=(160.0, 128.0),
+                    contrasts_patches=False,
+                    source="8 crops of 192 x 192 x 64 voxels of abdominal CT per GPU (section 4.1), about 150 mm",
+                ),
                 batch_multiple=2,
                 reads_tokens=True,
                 token_values=20_000,  # projection and CASA of student and teacher, in float32
@@ -235,7 +307,14 @@ METHODS = {
                 encoder_graphs=2,
                 encoder_passes=0,
                 decoder_graphs=0,
-                useful_batch=8,
+                needs=Needs(
+                    useful_batch=16,
+                    paper_batch=4096,
+                    least_mm=(96.0, 64.0),
+                    crop_mm=(224.0, 128.0),
+                    contrasts_patches=True,
+                    source="4,096 images of 224 pixels (section 2.2); 16 patches have 30 negatives; volumes: 128 mm, as SAM",
+                ),
             ),
         ),
     ),
@@ -253,7 +332,14 @@ METHODS = {
                 encoder_graphs=1,
                 encoder_passes=1,
                 decoder_graphs=1,
-                useful_batch=8,
+                needs=Needs(
+                    useful_batch=8,
+                    paper_batch=8,
+                    least_mm=(96.0, 64.0),
+                    crop_mm=(224.0, 128.0),
+                    contrasts_patches=False,
+                    source="8 crops of 224 pixels (section 4.1); volumes: 128 mm, as SAM",
+                ),
             ),
         ),
     ),

@@ -63,7 +63,7 @@ from nnssl.networks.heads import TokenDecoder
 from nnssl.networks.token_alignment import ConditionalAlignment, Predictor, TokenProjection
 from nnssl.networks.token_encoders import token_encoder, trained_up_to_tokens
 from nnssl.networks.tokens import cut_into_tokens, join_tokens, sine_cosine_positions
-from nnssl.plan import PretextConfiguration
+from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
 from nnssl.views.masking import check_mask, draw_block_mask, visible_tokens
@@ -168,7 +168,7 @@ class Alice(PretextMethod):
         )
     )
 
-    def __init__(self, network: Any, settings: AliceSettings, configuration: PretextConfiguration) -> None:
+    def __init__(self, network: Any, settings: AliceSettings, configuration: StageConfiguration) -> None:
         super().__init__()
         check_settings(settings, world_size())
         check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
@@ -205,7 +205,7 @@ class Alice(PretextMethod):
         self._momentum = momentum_for_run(settings.teacher_momentum, settings.training.total_steps)
 
     @classmethod
-    def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
+    def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
         """Return the plan's rotation, intensity views, mask block, partners, and size of decoder and projection."""
         size = configuration.transformer
         return {

@@ -59,7 +59,7 @@ from nnssl.networks.attention import AttentionKind, TransformationAttention
 from nnssl.networks.backbone import input_channels, widest_kernel
 from nnssl.networks.dense import ENCODER, ENCODER_AND_DECODER, decode, trained_encoder, trained_up_to_segmentation
 from nnssl.networks.heads import PooledProjection
-from nnssl.plan import PretextConfiguration
+from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.corruption import CorruptionRange, apply_corruption, draw_corruption
 from nnssl.views.intensity import (
@@ -179,7 +179,7 @@ class PCRL(PretextMethod):
         )
     )
 
-    def __init__(self, network: Any, settings: PCRLSettings, configuration: PretextConfiguration) -> None:
+    def __init__(self, network: Any, settings: PCRLSettings, configuration: StageConfiguration) -> None:
         super().__init__()
         shape, spacing_mm = configuration.patch_size, configuration.spacing_mm
         check_settings(settings)
@@ -209,7 +209,7 @@ class PCRL(PretextMethod):
         self._momentum = momentum_for_run(settings.teacher_momentum, settings.training.total_steps)
 
     @classmethod
-    def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
+    def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
         """Return the plan's crop, rotation, flips, turns, attention rank and queue length.
 
         A code may flip every axis, including the thick one, because flips keep the voxel grid and the code names them.

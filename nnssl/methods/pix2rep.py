@@ -59,7 +59,7 @@ from nnssl.methods.settings import (
 )
 from nnssl.networks.dense import ENCODER_AND_DECODER, DenseKind, dense_channels, dense_maps, trained_up_to_segmentation
 from nnssl.networks.heads import PointProjection
-from nnssl.plan import PretextConfiguration
+from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import (
     IntensityRange,
@@ -171,7 +171,7 @@ class DensePoints(PretextMethod):
         UserError: If the crop, the rotation, the flips or the intensity changes cannot be drawn.
     """
 
-    def __init__(self, network: Any, settings: Any, configuration: PretextConfiguration) -> None:
+    def __init__(self, network: Any, settings: Any, configuration: StageConfiguration) -> None:
         super().__init__()
         check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
         check_intensity(intensity_range(settings, configuration.spacing_mm))
@@ -182,7 +182,7 @@ class DensePoints(PretextMethod):
         self.head = PointProjection(channels, settings.hidden_dimensions, settings.embedding_dimensions)
 
     @classmethod
-    def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
+    def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
         """Return the plan's features and ranges of the views."""
         return {
             "features": configuration.dense.features,
@@ -236,7 +236,7 @@ class Pix2Rep(DensePoints):
     defaults: ClassVar[Pix2RepSettings] = Pix2RepSettings(training=TRAINING)
 
     @classmethod
-    def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
+    def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
         """Return the plan's features, ranges of the views, and number of points for a contrast."""
         return {**super().from_plan(configuration), "points": configuration.dense.contrast_points}
 
@@ -251,7 +251,7 @@ class Pix2RepV2(DensePoints):
     defaults: ClassVar[Pix2RepV2Settings] = Pix2RepV2Settings(training=TRAINING)
 
     @classmethod
-    def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
+    def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
         """Return the plan's features, ranges of the views, and number of points for a correlation matrix."""
         return {**super().from_plan(configuration), "points": configuration.dense.correlation_points}
 

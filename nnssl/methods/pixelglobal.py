@@ -70,7 +70,7 @@ from nnssl.methods.settings import (
 from nnssl.momentum import cosine_momentum, make_teacher, momentum_for_run
 from nnssl.networks.dense import ENCODER_AND_DECODER, decoder_maps, trained_up_to_segmentation
 from nnssl.networks.heads import PointAssignment, PooledAssignment
-from nnssl.plan import PretextConfiguration
+from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
 from nnssl.views.overlap import draw_overlapping, map_across, shown_by_both
@@ -173,7 +173,7 @@ class PixelGlobal(PretextMethod):
         )
     )
 
-    def __init__(self, network: Any, settings: PixelGlobalSettings, configuration: PretextConfiguration) -> None:
+    def __init__(self, network: Any, settings: PixelGlobalSettings, configuration: StageConfiguration) -> None:
         super().__init__()
         check_settings(settings, world_size())
         check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
@@ -192,7 +192,7 @@ class PixelGlobal(PretextMethod):
         self._momentum = momentum_for_run(settings.teacher_momentum, settings.training.total_steps)
 
     @classmethod
-    def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
+    def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
         """Return the plan's crop, rotation, flips and intensity views."""
         return {
             "crop_fraction": configuration.crop_fraction,

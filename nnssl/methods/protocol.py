@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from nnssl.plan import PretextConfiguration
+from nnssl.plan import StageConfiguration
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class PretextMethod(nn.Module):
     """Base class of all pretext stages.
 
     A subclass lives in the file of its method in ``nnssl/methods``, which should read like the paper. Its constructor takes
-    the plan's network, the resolved settings of the stage and the plan's ``PretextConfiguration``, in this order. It must
+    the plan's network, the resolved settings of the stage and the plan's ``StageConfiguration``, in this order. It must
     switch off ``requires_grad`` for all parameters that the stage does not train. State that must survive a restart has to be
     a parameter or a buffer.
 
@@ -64,7 +64,7 @@ class PretextMethod(nn.Module):
     defaults: ClassVar[Any]
 
     @classmethod
-    def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
+    def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
         """Return the settings that the plan decides, by key. The trainer adds those of the stage's schedule."""
         raise NotImplementedError
 

@@ -61,7 +61,7 @@ from nnssl.momentum import make_teacher, momentum_for_run, queue_for_run
 from nnssl.networks.dense import ENCODER, trained_encoder
 from nnssl.networks.heads import PooledProjection, TokenDecoder
 from nnssl.networks.tokens import map_to_tokens, sine_cosine_positions, take_tokens
-from nnssl.plan import PretextConfiguration
+from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, check_intensity, restrict_to
 from nnssl.views.jittered_crops import jittered_crop_pair
@@ -132,7 +132,7 @@ class RepRecContrastive(PretextMethod):
         )
     )
 
-    def __init__(self, network: Any, settings: ContrastiveSettings, configuration: PretextConfiguration) -> None:
+    def __init__(self, network: Any, settings: ContrastiveSettings, configuration: StageConfiguration) -> None:
         super().__init__()
         check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
         check_intensity(intensity_range(settings))
@@ -150,7 +150,7 @@ class RepRecContrastive(PretextMethod):
         self._momentum = momentum_for_run(settings.teacher_momentum, settings.training.total_steps)
 
     @classmethod
-    def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
+    def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
         """Return the plan's queue length, teacher momentum, crop, flips and intensity views.
 
         Of the plan's intensity views, only brightness and contrast are kept, because RepRec has no others. Gamma and a bias
@@ -248,7 +248,7 @@ class RepRecGenerative(PretextMethod):
         )
     )
 
-    def __init__(self, network: Any, settings: GenerativeSettings, configuration: PretextConfiguration) -> None:
+    def __init__(self, network: Any, settings: GenerativeSettings, configuration: StageConfiguration) -> None:
         super().__init__()
         check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
         check_mask(configuration.token_grid.grid, settings.mask_block, settings.mask_ratio)
@@ -264,7 +264,7 @@ class RepRecGenerative(PretextMethod):
         self.decoder = TokenDecoder(size.width, settings.decoder_depth, size.heads, channels)
 
     @classmethod
-    def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
+    def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
         """Return the plan's mask block, decoder depth, crop and flips."""
         return {
             "mask_block": configuration.token_grid.mask_block,

@@ -50,7 +50,7 @@ from nnssl.methods.settings import (
 )
 from nnssl.networks.anatomical_embedding import AnatomicalEmbedding, EmbeddingKind, Embeddings
 from nnssl.networks.dense import ENCODER, decoder_parts, trained_up_to_level
-from nnssl.plan import PretextConfiguration
+from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.cells import PlacedCells, Queries, draw_queries, far_enough, place_cells
 from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
@@ -174,7 +174,7 @@ class SAM(PretextMethod):
         )
     )
 
-    def __init__(self, network: Any, settings: SAMSettings, configuration: PretextConfiguration) -> None:
+    def __init__(self, network: Any, settings: SAMSettings, configuration: StageConfiguration) -> None:
         super().__init__()
         check_settings(settings, len(network.encoder.output_channels))
         check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
@@ -185,7 +185,7 @@ class SAM(PretextMethod):
         self.embedding = AnatomicalEmbedding(network, settings.fine_stage, settings.coarse_stage, settings.dimensions)
 
     @classmethod
-    def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
+    def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
         """Return the plan's stages, rotation and intensity views."""
         return {
             "fine_stage": configuration.anatomy.fine_stage,

@@ -51,6 +51,12 @@ class TrainingSettings:
     warmup_epochs: Annotated[int, Field(ge=0)]
     gradient_clip: Annotated[float, Field(gt=0)]
     """Norm to which the gradient of all parameters together is clipped."""
+    patch_size: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Number of voxels of a patch per axis; the plan gives it."""
+    pieces: Annotated[int, Field(ge=1)] = 1
+    """Number of pieces in which the batch of a process passes the network."""
+    checkpointing: bool = False
+    """Whether the network's stages are computed again in the backward pass to save memory."""
 
     @property
     def total_steps(self) -> int:
@@ -125,19 +131,16 @@ def resolve_stage(
     Raises:
         UserError: If ``resolve_settings`` raises it, or if the plan has no schedule for the stage.
     """
-    if stage not in configuration.schedules:
-        raise UserError(
-            f"The plan has no schedule for {stage} with this configuration. If the plan is older than the method, plan again "
-            "with the same nnssl_plan_and_preprocess command, which keeps existing weights. Otherwise the planner left the "
-            "stage out; nnssl_info shows its reasons"
-        )
-    schedule = configuration.schedules[stage]
-    planned = {**asdict(schedule), **implementation.from_plan(configuration)}
+    schedule = configuration.stage(stage).schedule
+    planned = {**asdict(schedule), **implementation.from_plan(configuration.for_stage(stage))}
     settings, origins = resolve_settings(implementation.defaults, planned, overrides)
+    if origins["patch_size"] == ORIGINS[2]:
+        own = configuration.for_stage(stage, settings.training.patch_size)
+        planned.update(implementation.from_plan(own))
     if origins["epochs"] == ORIGINS[2] and origins["warmup_epochs"] != ORIGINS[2]:
         # The warm-up remains the same share of the run.
         planned["warmup_epochs"] = round(schedule.warmup_epochs * settings.training.epochs / schedule.epochs)
-        settings, origins = resolve_settings(implementation.defaults, planned, overrides)
+    settings, origins = resolve_settings(implementation.defaults, planned, overrides)
     return settings, origins
 
 

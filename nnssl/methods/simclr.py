@@ -29,7 +29,7 @@ from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, Step
 from nnssl.methods.settings import CropFraction, Positive, Share, TrainingSettings, TwoOrMore, changes_in_common
 from nnssl.networks.dense import ENCODER, trained_encoder
 from nnssl.networks.heads import PooledProjection
-from nnssl.plan import PretextConfiguration
+from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, check_intensity, restrict_to
 from nnssl.views.jittered_crops import jittered_crop_pair
@@ -79,7 +79,7 @@ class SimCLR(PretextMethod):
         )
     )
 
-    def __init__(self, network: Any, settings: SimCLRSettings, configuration: PretextConfiguration) -> None:
+    def __init__(self, network: Any, settings: SimCLRSettings, configuration: StageConfiguration) -> None:
         super().__init__()
         check_affine(affine_range(settings), configuration.patch_size, configuration.spacing_mm)
         check_intensity(intensity_range(settings))
@@ -90,7 +90,7 @@ class SimCLR(PretextMethod):
         self.head = PooledProjection(channels, channels, settings.embedding_dimensions)
 
     @classmethod
-    def from_plan(cls, configuration: PretextConfiguration) -> dict[str, Any]:
+    def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
         """Return the plan's crop, flips and intensity views."""
         return {
             "crop_fraction": configuration.crop_fraction,

@@ -20,7 +20,9 @@ def planned_configuration(plans: dict[str, Any], name: str) -> dict[str, Any]:
     return configuration
 
 
-def build_network(architecture: dict[str, Any], channels: int, num_classes: int, seed: int) -> Any:
+def build_network(
+    architecture: dict[str, Any], channels: int, num_classes: int, seed: int, initialise: bool = True
+) -> Any:
     """Build the network that a plan's configuration names, with a seeded initialisation.
 
     Args:
@@ -28,6 +30,7 @@ def build_network(architecture: dict[str, Any], channels: int, num_classes: int,
         channels: Number of input channels.
         num_classes: Number of outputs of the segmentation layer.
         seed: Random seed of the initial weights; torch's global random state does not change.
+        initialise: Whether to draw the weights as nnU-Net does; False leaves them as torch's layers draw them.
 
     Returns:
         Network with deep supervision switched on, as nnU-Net trains it.
@@ -43,7 +46,7 @@ def build_network(architecture: dict[str, Any], channels: int, num_classes: int,
             architecture["_kw_requires_import"],
             channels,
             num_classes,
-            allow_init=True,
+            allow_init=initialise,
             deep_supervision=True,
         )
 
@@ -70,7 +73,7 @@ def measurable_network(architecture: dict[str, Any], channels: int) -> Any:
         UserError: If the class cannot be imported.
     """
     with torch.device("meta"):
-        return build_network(architecture, channels, 2, seed=0)
+        return build_network(architecture, channels, 2, seed=0, initialise=False)
 
 
 def seeded(build: Callable[[], M], seed: int, purpose: str) -> M:

@@ -19,6 +19,9 @@ from torch import Tensor, nn
 
 from nnssl.networks.tokens import map_to_tokens, take_tokens
 
+POSITIONS = "eva.pos_embed"
+"""Name of the position embeddings, the only weights whose shape depends on the patch."""
+
 
 class SegmentationLayer(nn.Module):
     """The segmentation layer, under the names that nnU-Net's U-Nets have for theirs.
@@ -163,6 +166,31 @@ def check_size(width: int, heads: int, token_vox: Sequence[int], shape: Sequence
         raise ValueError(f"input_shape must be a multiple of patch_embed_size {tuple(token_vox)}, got {tuple(shape)}")
     if width % (6 * heads):
         raise ValueError(f"embed_dim must be a multiple of six times the {heads} heads, got {width}")
+
+
+def architecture_of_patch(architecture: dict[str, Any], patch: Sequence[int]) -> dict[str, Any]:
+    """Return an architecture for another patch: that of Primus has the patch in it, all others are unchanged."""
+    arguments = architecture["arch_kwargs"]
+    if "input_shape" not in arguments:
+        return architecture
+    return {**architecture, "arch_kwargs": {**arguments, "input_shape": list(patch)}}
+
+
+def fit_positions(
+    weights: dict[str, Tensor], shape: Sequence[int], new_shape: Sequence[int], network: nn.Module
+) -> None:
+    """Resample the position embeddings of Primus's weights to another patch, in place; other weights are unchanged.
+
+    Args:
+        weights: Weights by name.
+        shape: Number of voxels of the patch that the weights belong to.
+        new_shape: Number of voxels of the other patch.
+        network: Network that the weights belong to, of any patch.
+    """
+    if isinstance(network, PlannedPrimus):
+        grids = [[n // token for n, token in zip(size, network.token_vox, strict=True)] for size in (shape, new_shape)]
+        if weights[POSITIONS].shape[1] != math.prod(grids[1]):
+            weights[POSITIONS] = resample_positions(weights[POSITIONS], *grids)
 
 
 def resample_positions(

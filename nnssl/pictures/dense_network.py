@@ -81,7 +81,8 @@ def dense_network_of(pretrained: OpenedCheckpoint, kind: DenseKind | None, devic
             f"Warning: {provenance.method} does not pretrain the decoder, so its features are those of the random "
             f"initialisation; only {', '.join(provenance.pretrained)} are pretrained"
         )
-    patch = pretrained.plan.configuration(provenance.configuration).patch_size
+    patch = tuple(provenance.settings.get("patch_size") or ())
+    patch = patch or pretrained.plan.configuration(provenance.configuration).patch_size
     tile = (1,) * (3 - len(patch)) + patch
     return DenseNetwork(
         network=network.eval().requires_grad_(False).to(device),

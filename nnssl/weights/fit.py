@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nnssl.errors import ArgumentError
-from nnssl.networks.primus import resample_positions
+from nnssl.networks.primus import POSITIONS, resample_positions
 from nnssl.weights.fit_report import FitReport, Fitted
 from nnssl.weights.kernels import CHANNEL_POLICIES, ChannelPolicy, fit_input_channels, fit_kernel
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint
@@ -22,8 +22,6 @@ from nnssl.weights.target import TargetNetwork
 from nnssl.weights.tensor_names import GATE, SEGMENTATION, names_by_tensor
 
 TRANSFORMER = "transformer."
-
-POSITIONS = "eva.pos_embed"
 
 
 @torch.no_grad()

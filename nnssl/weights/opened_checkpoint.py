@@ -4,7 +4,7 @@
 a file cannot provide raises an error that says which file can.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from nnssl.checkpoint import Provenance, load_tensors, parse_provenance
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import file_digest
 from nnssl.networks.backbone import build_network, planned_configuration
+from nnssl.networks.primus import architecture_of_patch
 from nnssl.plan import Plan, plan_from_dict
 from nnssl.weights.adaptation_plan import KEY, KEYS, AdaptationPlan, network_kind, read_adaptation_plan
 from nnssl.weights.tensor_names import GATE, SEGMENTATION, count_values, names_by_tensor
@@ -100,8 +101,12 @@ class OpenedCheckpoint:
             )
         return chosen
 
-    def build_network(self, seed: int) -> Any:
+    def build_network(self, seed: int, patch: Sequence[int] | None = None) -> Any:
         """Return the network of the plan with random weights and as many outputs as the checkpoint has.
+
+        Args:
+            seed: Random seed of the weights.
+            patch: Number of voxels of the patch; None for that of fine-tuning. Only Primus depends on it.
 
         Raises:
             UserError: As ``plan``.
@@ -109,7 +114,8 @@ class OpenedCheckpoint:
         planned = planned_configuration(self.plan.nnunet, self.own_provenance.configuration)
         weights = self.content["network_weights"]
         classes = weights[FIRST_OUTPUTS].shape[0] if FIRST_OUTPUTS in weights else 1
-        return build_network(planned["architecture"], len(planned["normalization_schemes"]), classes, seed)
+        architecture = architecture_of_patch(planned["architecture"], patch or planned["patch_size"])
+        return build_network(architecture, len(planned["normalization_schemes"]), classes, seed)
 
     @cached_property
     def adaptation(self) -> AdaptationPlan | None:

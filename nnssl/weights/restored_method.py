@@ -49,9 +49,11 @@ def method_of(checkpoint: OpenedCheckpoint, device: torch.device, trained: bool 
     stage = find_stage(provenance.stage)[1]
     implementation = stage.load()
     settings = settings_of_run(implementation.defaults, provenance.settings, str(checkpoint.path))
-    network = checkpoint.build_network(provenance.seed)
-    configuration = plan.configuration(provenance.configuration)
+    planned = plan.configuration(provenance.configuration)
+    configuration = planned.for_stage(stage.name, settings.training.patch_size)
+    network = checkpoint.build_network(provenance.seed, configuration.patch_size)
     method: Any = seeded(lambda: implementation(network, settings, configuration), provenance.seed, stage.name)
     if trained:
-        load_method_state(checkpoint.path, checkpoint.content, network, method)
+        patches = (planned.patch_size, configuration.patch_size)
+        load_method_state(checkpoint.path, checkpoint.content, network, method, patches)
     return method.eval().requires_grad_(False).to(device)

@@ -12,6 +12,8 @@ from nnssl.plan import (
     DenseSampling,
     Pretext,
     PretextConfiguration,
+    StageCost,
+    StagePlan,
     StageSchedule,
     TokenGrid,
     TransformerSize,
@@ -19,28 +21,36 @@ from nnssl.plan import (
     write_plan,
 )
 
+TOKENS = TokenGrid(
+    stage=1, grid=(8, 12, 10), size_vox=(2, 2, 2), size_mm=(6.0, 2.0, 3.0), width=8, mask_block=(1, 2, 2)
+)
+
 
 def make_pretext() -> Pretext:
-    configuration = PretextConfiguration(
-        case_folder="nnsslPlans_cases_3d",
-        patch_size=(16, 24, 20),
-        spacing_mm=(3.0, 1.0, 1.5),
-        thick_axis=None,
+    stage = StagePlan(
         crop_fraction=(0.2, 1.0),
         crop_overlap=0.6,
-        rotation_deg=(30.0, 30.0, 30.0),
-        flip_axes=(1, 2),
-        intensity_views=("contrast",),
-        tokens=TokenGrid(
-            stage=1, grid=(8, 12, 10), size_vox=(2, 2, 2), size_mm=(6.0, 2.0, 3.0), width=8, mask_block=(1, 2, 2)
-        ),
-        transformer=TransformerSize(width=16, depth=1, heads=2, decoder_depth=1),
+        tokens=TOKENS,
         dense=DenseSampling(features="pyramid", channels=24, contrast_points=1000, correlation_points=4096),
         context=ContextChoices(turn_plane=(1, 2), quarter_turns=False, attention_rank=16),
         anatomy=AnatomyChoices(fine_stage=1, coarse_stage=2, partners="sam"),
         queue_length=64,
         teacher_momentum=0.99,
-        schedules={"reprec.contrastive": StageSchedule(2, 3, 4, 0)},
+        schedule=StageSchedule((16, 24, 20), 2, 1, False, 3, 4, 0),
+        distinct_patches=9,
+        cost=StageCost(0.25, 3e9),
+    )
+    configuration = PretextConfiguration(
+        case_folder="nnsslPlans_cases_3d",
+        patch_size=(32, 24, 20),
+        has_feature_maps=True,
+        spacing_mm=(3.0, 1.0, 1.5),
+        thick_axis=None,
+        rotation_deg=(30.0, 30.0, 30.0),
+        flip_axes=(1, 2),
+        intensity_views=("contrast",),
+        transformer=TransformerSize(width=16, depth=1, heads=2, decoder_depth=1),
+        stages={"reprec.contrastive": stage},
     )
     return Pretext(
         schema_version=SCHEMA_VERSION,
@@ -53,6 +63,10 @@ def make_pretext() -> Pretext:
         configurations={"3d_fullres_hybrid": configuration},
         decisions=(Decision("data set", "spacing", "1 mm", "median"),),
     )
+
+
+def stage_in(pretext: dict) -> dict:
+    return pretext["configurations"]["3d_fullres_hybrid"]["stages"]["reprec.contrastive"]
 
 
 NNUNET = {"dataset_name": "Dataset501_Toy", "plans_name": "nnsslPlans", "configurations": {}}
@@ -70,9 +84,9 @@ def test_round_trip(tmp_path):
     ("change", "message"),
     [
         (lambda p: p["configurations"]["3d_fullres_hybrid"].update(colour=1), "3d_fullres_hybrid.colour"),
-        (lambda p: p["configurations"]["3d_fullres_hybrid"].pop("queue_length"), "queue_length"),
-        (lambda p: p["configurations"]["3d_fullres_hybrid"].update(queue_length="64"), "queue_length"),
-        (lambda p: p["configurations"]["3d_fullres_hybrid"]["tokens"].update(grid=[1.5]), "tokens.grid"),
+        (lambda p: stage_in(p).pop("queue_length"), "queue_length"),
+        (lambda p: stage_in(p).update(queue_length="64"), "queue_length"),
+        (lambda p: stage_in(p)["tokens"].update(grid=[1.5]), "tokens.grid"),
         (lambda p: p.update(schema_version=99), f"schema_version must be {SCHEMA_VERSION}, got 99"),
         (lambda p: p.update(schema_version=SCHEMA_VERSION - 1), f"got {SCHEMA_VERSION - 1}; run nnssl_plan"),
         (lambda p: p.pop("schema_version"), f"schema_version must be {SCHEMA_VERSION}, got None"),
@@ -102,17 +116,25 @@ def test_plain_nnunet_plan_and_broken_file_are_refused(tmp_path):
         read_plan(tmp_path / "none.json")
 
 
-def test_only_a_network_of_tokens_has_no_feature_maps():
+def test_a_stage_reads_the_settings_of_its_configuration_and_of_its_own_patch():
     (hybrid,) = make_pretext().configurations.values()
-    assert hybrid.has_feature_maps
-    assert replace(hybrid, tokens=None).has_feature_maps
-    assert not replace(hybrid, tokens=replace(hybrid.tokens, stage=None)).has_feature_maps
+    own = hybrid.for_stage("reprec.contrastive")
+    assert (own.patch_size, own.tokens, own.queue_length) == ((16, 24, 20), TOKENS, 64)
+    assert (own.case_folder, own.transformer, own.flip_axes) == (hybrid.case_folder, hybrid.transformer, (1, 2))
+    other = hybrid.for_stage("reprec.contrastive", (8, 25, 2))
+    assert other.patch_size == (8, 25, 2)
+    assert (other.token_grid.grid, other.token_grid.mask_block) == ((4, 13, 1), (1, 2, 1))
+    with pytest.raises(UserError, match=r"patch_size must have 3 axes, got \(8, 25\)"):
+        hybrid.for_stage("reprec.contrastive", (8, 25))
+    with pytest.raises(UserError, match="The plan has no schedule for alice.alignment"):
+        hybrid.for_stage("alice.alignment")
 
 
 def test_what_a_stage_cannot_do_without_is_there_or_an_error():
     (hybrid,) = make_pretext().configurations.values()
-    assert (hybrid.token_grid, hybrid.transformer_size) == (hybrid.tokens, hybrid.transformer)
-    plain = replace(hybrid, tokens=None, transformer=None)
+    own = hybrid.for_stage("reprec.contrastive")
+    assert (own.token_grid, own.transformer_size) == (own.tokens, hybrid.transformer)
+    plain = replace(own, tokens=None, transformer=None)
     with pytest.raises(UserError, match="has no token grid"):
         plain.token_grid  # noqa: B018
     with pytest.raises(UserError, match="has no transformer"):

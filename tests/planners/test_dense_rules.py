@@ -11,7 +11,7 @@ from nnssl.errors import ArgumentError
 from nnssl.networks.backbone import build_network
 from nnssl.plan import DenseSampling
 from nnssl.sizes import in_bytes
-from planners.dense_rules import CORRELATION_POINTS, decide_dense
+from planners.dense_rules import CORRELATION_POINTS, bytes_of_points, decide_dense
 from planners.presets import PRESETS
 from tests.planners.test_pretrain_planner import make_plan
 
@@ -20,7 +20,7 @@ NOT_WITH_LIKE = r"^spacing_mm and dense_width cannot be combined with like, beca
 
 
 def test_narrow_last_stage_takes_the_pyramid_and_says_what_it_costs():
-    sampling, decisions = decide_dense(FEATURES, (128, 112), PRESETS["cpu"])
+    sampling, decisions = decide_dense(FEATURES, (128, 112), 0.5, 0.5)
     assert sampling == DenseSampling("pyramid", 368, 1000, 4096)
     reasons = {what: reason for what, _, reason in decisions}
     # 2 sides x 1000 points x 352 more channels x 4 bytes; 128 x 112 x 1024 x 4 bytes
@@ -30,17 +30,16 @@ def test_narrow_last_stage_takes_the_pyramid_and_says_what_it_costs():
 
 
 def test_wide_last_stage_is_read_alone():
-    sampling, decisions = decide_dense([64, *FEATURES[1:]], (128, 112), PRESETS["cpu"])
+    sampling, decisions = decide_dense([64, *FEATURES[1:]], (128, 112), 0.5, 0.5)
     assert (sampling.features, sampling.channels) == ("single", 64)
     assert "at least 64 channels" in decisions[0][2]
 
 
 def test_points_grow_with_memory_and_stay_within_it():
-    sizes = [decide_dense(FEATURES, (64, 64, 64), PRESETS[name])[0] for name in ("cpu", "8gb", "80gb")]
+    sizes = [decide_dense(FEATURES, (64, 64, 64), memory, memory)[0] for memory in (0.5, 8.0, 80.0)]
     assert [s.contrast_points for s in sizes] == [1000, 2048, 4096]
     assert sizes[0].correlation_points < sizes[1].correlation_points <= sizes[2].correlation_points
-    for sampling, name in zip(sizes[1:], ("8gb", "80gb"), strict=True):
-        target = PRESETS[name].memory_gb * 1e9
+    for sampling, target in zip(sizes[1:], (8e9, 80e9), strict=True):
         assert 3 * (2 * sampling.contrast_points) ** 2 * 4 <= 0.1 * target
         assert sampling.correlation_points in CORRELATION_POINTS
 
@@ -49,14 +48,25 @@ def test_points_grow_with_memory_and_stay_within_it():
 @pytest.mark.parametrize("features", [FEATURES, [96, 200, 320, 320]])
 def test_most_points_that_fit_into_their_share_of_memory(preset, features):
     """Values of four bytes: three per pair of points; features and head on two sides, each with its gradient."""
-    sampling, decisions = decide_dense(features, (64, 80, 48), PRESETS[preset])
-    memory = PRESETS[preset].memory_gb * 1e9
+    gb = PRESETS[preset].memory_gb
+    sampling, decisions = decide_dense(features, (64, 80, 48), gb, gb)
+    memory = gb * 1e9
     wanted = [n for n in (1000, 2048, 4096) if 3 * (2 * n) * (2 * n) * 4 <= 0.1 * memory]
     assert sampling.contrast_points == max(wanted, default=1000)
     point = 4 * (sampling.channels + 256 + 256 + 256 + 256)
     wanted = [n for n in (4096, 16_384, 65_536) if 2 * 2 * n * point <= 0.25 * memory]
     assert sampling.correlation_points == max(wanted, default=4096)
     assert f"embeddings take {in_bytes(4 * sampling.correlation_points * point)} (" in decisions[2][2]
+
+
+def test_points_take_no_more_than_patch_and_batch_leave():
+    for free in (0.05, 0.5, 5.0):
+        sampling, _ = decide_dense(FEATURES, (64, 64, 64), 80.0, free)
+        for setting, least in (("contrast", 1000), ("correlation", 4096)):
+            points = getattr(sampling, f"{setting}_points")
+            assert points == least or bytes_of_points(setting, sampling) <= free * 1e9
+    assert bytes_of_points(None, sampling) == 0.0
+    assert bytes_of_points("contrast", sampling) == 3 * (2 * sampling.contrast_points) ** 2 * 4
 
 
 @pytest.mark.parametrize("kind", ["iso", "thick"])
@@ -79,14 +89,14 @@ def test_width_is_what_is_given_and_stock_nnunet_builds_it(nnunet_folders):
         assert configuration.configuration["architecture"]["arch_kwargs"]["features_per_stage"][0] == 96
         network = build_network(configuration.configuration["architecture"], 1, 3, seed=0)
         assert network.decoder.seg_layers[-1].in_channels == 96
-        assert wide.configuration(name).dense.features == "single"
+        assert all(stage.dense.features == "single" for stage in wide.configuration(name).stages.values())
     for name in ("2d", "3d_fullres"):
         before, after = (p.nnunet["configurations"][name]["batch_size"] for p in (usual, wide))
         assert 2 <= after <= before
         stage = "pix2rep.dense"
-        before, after = (p.configuration(name).schedules[stage].batch_size for p in (usual, wide))
-        assert 2 <= after < before
-    assert usual.configuration("2d").dense.features == "pyramid"
+        before, after = (p.configuration(name).stage(stage).schedule for p in (usual, wide))
+        assert after.batch_size * math.prod(after.patch_size) <= before.batch_size * math.prod(before.patch_size)
+    assert usual.configuration("2d").for_stage("pix2rep.dense").dense.features == "pyramid"
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ def data_set(spacing, cases, order=(0, 1, 2), schemes=("CTNormalization",), like
     configuration = {"spacing": spacing, "normalization_schemes": schemes}
     nnunet = {"configurations": {"3d_fullres": configuration, "2d": {}}, "transpose_forward": list(order)}
     modalities = ["CT", "MRI", "PET"][: len(schemes)]
-    found = explain_data_set(nnunet, np.array(cases), modalities, PRESETS["cpu"], like, given)
+    found = explain_data_set(
+        nnunet, np.array(cases), modalities, PRESETS["cpu"], like, {"3d_fullres": "set by the user"} if given else {}
+    )
     return {what: (value, reason) for what, value, reason in found}
 
 
@@ -72,14 +74,14 @@ def test_network(kernels, words):
             "arch_kwargs": {"strides": [[1, 1, 1], 2], "kernel_sizes": kernels},
         },
     }
-    said = {what: (value, reason) for what, value, reason in explain_network(base, PRESETS["cpu"], None)}
+    said = {what: (value, reason) for what, value, reason in explain_network(base, PRESETS["cpu"], None, None)}
     assert words in said["kernels"][1]
-    assert said["patch"][0] == "16x64x48"
-    assert "20x100x80" in said["patch"][1]
+    assert said["patch (fine-tuning)"][0] == "16x64x48"
+    assert "20x100x80" in said["patch (fine-tuning)"][1]
     assert said["strides"][0] == "1x1x1 2"
     assert said["backbone"][0] == "PlainConvUNet"
     assert "at most 5%" in said["batch size (fine-tuning)"][1]
-    residual = {what: reason for what, _, reason in explain_network(base, PRESETS["24gb"], None)}
+    residual = {what: reason for what, _, reason in explain_network(base, PRESETS["24gb"], None, None)}
     assert "5%" not in residual["batch size (fine-tuning)"]
-    taken = {reason for _, _, reason in explain_network(base, PRESETS["24gb"], LIKE)}
+    taken = {reason for _, _, reason in explain_network(base, PRESETS["24gb"], LIKE, None)}
     assert taken == {"taken from Dataset004_Other/nnUNetPlans.json"}

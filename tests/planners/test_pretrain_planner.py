@@ -14,9 +14,10 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnssl.data.raw import RawCase, RawDataset, SetAside
 from nnssl.environment import variables
 from nnssl.errors import ArgumentError, UserError
-from nnssl.methods import find_stage
+from nnssl.networks.backbone import build_network
+from nnssl.networks.primus import architecture_of_patch
 from nnssl.paths import resolve_folders
-from nnssl.plan import TokenGrid, TransformerSize, read_plan
+from nnssl.plan import read_plan
 from nnssl.views.overlap import common_share
 from nnssl.views.spatial import AffineRange, draw_affine
 from planners.case_record import CaseRecord, IntensityStatistics
@@ -24,7 +25,6 @@ from planners.fingerprint import Fingerprint
 from planners.presets import PRESETS, find_preset, preset_for_gpu
 from planners.pretrain_planner import plan_pretraining
 from planners.reasons import format_decisions
-from planners.schedule_rules import decide_schedule
 from planners.view_rules import mean_overlap
 
 STATISTICS = IntensityStatistics(1.0, 1.0, 1.0, 0.0, 2.0, 0.1, 1.9)
@@ -94,15 +94,19 @@ def test_stock_nnunet_builds_every_configuration(kind, cpu_plans):
         network.train()
         outputs = network(torch.zeros(1, channels, *pretext.patch_size))
         assert outputs[0].shape == (1, 3, *pretext.patch_size)
-        if pretext.tokens is None:
-            continue
-        if pretext.tokens.stage is None:
-            tokens = network.encode(torch.zeros(1, channels, *pretext.patch_size))
-            assert tokens.shape[1] == np.prod(pretext.tokens.grid)
-        else:
-            feature = network.encoder(torch.zeros(1, channels, *pretext.patch_size))[pretext.tokens.stage]
-            assert tuple(feature.shape[2:]) == pretext.tokens.grid
-    assert manager.plans["experiment_planner_used"] == "ExperimentPlanner"
+        assert pretext.stages
+        for stage in pretext.stages.values():
+            patch, tokens = stage.schedule.patch_size, stage.tokens
+            own = architecture_of_patch(configuration.configuration["architecture"], patch)
+            with torch.device("meta"), torch.no_grad():
+                network = build_network(own, channels, 3, seed=0).train()
+                if tokens is None or tokens.stage is not None:
+                    features = network.encoder(torch.zeros(2, channels, *patch))
+                    assert network.decoder(features)[0].shape == (2, 3, *patch)
+            if tokens is not None and tokens.stage is None:
+                assert network.grid == tokens.grid
+            elif tokens is not None:
+                assert tuple(features[tokens.stage].shape[2:]) == tokens.grid
     folders = [manager.get_configuration(name).data_identifier for name in ("2d", "3d_fullres")]
     assert all(folder.startswith("nnsslPlans_") for folder in folders)
 
@@ -142,7 +146,7 @@ def test_thick_slices_are_treated_apart(cpu_plans):
     assert said["data set", "slice axis"].value == "treated separately"
     assert "10 mm and 1.5 mm differ" in said["data set", "slice axis"].reason
     assert "1x2x2" in said["3d_fullres", "strides"].value
-    block = plan.configuration("3d_fullres_hybrid").tokens
+    block = plan.configuration("3d_fullres_hybrid").for_stage("reprec.generative").tokens
     assert block.size_vox[0] < block.size_vox[1]
     # all slices are 10 mm thick, so both configurations have the same voxels and share them
     assert plan.configuration("2d").case_folder == three.case_folder
@@ -171,14 +175,15 @@ def test_modality_decides_normalisation_and_views(cpu_plans):
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_tokens_are_within_bounds_and_blocks_within_the_grid(kind, cpu_plans):
     for name, configuration in cpu_plans[kind].pretext.configurations.items():
-        tokens = configuration.tokens
-        if name == "2d":  # no method reads the tokens of its U-Net
-            assert tokens is None
-            continue
-        assert 64 <= np.prod(tokens.grid) <= (8000 if name.endswith("primus") else 2000)
-        assert all(1 <= block <= max(1, n // 2) for block, n in zip(tokens.mask_block, tokens.grid, strict=True))
-        expected = [n * mm for n, mm in zip(tokens.size_vox, configuration.spacing_mm, strict=True)]
-        assert tokens.size_mm == pytest.approx(expected)
+        for stage, plan in configuration.stages.items():
+            tokens = plan.tokens
+            if stage not in ("reprec.generative", "alice.alignment"):
+                assert tokens is None or name.endswith("primus")
+                continue
+            assert 64 <= np.prod(tokens.grid) <= (8000 if name.endswith("primus") else 2000)
+            assert all(1 <= block <= max(1, n // 2) for block, n in zip(tokens.mask_block, tokens.grid, strict=True))
+            expected = [n * mm for n, mm in zip(tokens.size_vox, configuration.spacing_mm, strict=True)]
+            assert tokens.size_mm == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
@@ -213,7 +218,7 @@ def test_patches_are_counted_in_scans_at_the_plans_spacing(kind, cpu_plans):
                 shapes[case % 2][-axes:],
                 spacings[case % 2][-axes:],
                 configuration.spacing_mm,
-                configuration.patch_size,
+                configuration.for_stage("pix2rep.dense").patch_size,
                 strict=True,
             ):
                 in_case *= max(1, math.ceil(length * mm / planned_mm / side - 1e-6))
@@ -223,25 +228,24 @@ def test_patches_are_counted_in_scans_at_the_plans_spacing(kind, cpu_plans):
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_schedules_and_teachers_follow_from_their_stages(kind, cpu_plans):
-    """A masked encoder has no teacher; the shortest run with a teacher determines the momentum."""
+    """The length of a stage determines the momentum of its teacher."""
     plan = cpu_plans[kind]
-    taught = {"reprec.contrastive", "pcrl.contexts", "pixelglobal.distillation"}
     said = {(d.configuration, d.what) for d in plan.pretext.decisions}
     for name, configuration in plan.pretext.configurations.items():
-        steps = [s.epochs * s.iterations_per_epoch for stage, s in configuration.schedules.items() if stage in taught]
-        assert bool(steps) == (not name.endswith("primus"))
-        assert configuration.teacher_momentum == pytest.approx(min(0.999, 1 - 20 / min(steps)) if steps else 0.999)
-        assert ((name, "queue") in said) == bool(steps)
-    assert set(plan.configuration("3d_fullres_primus").schedules) == {"alice.alignment"}
-    assert set(plan.configuration("3d_fullres_hybrid").schedules) == {"reprec.contrastive", "reprec.generative"}
-    assert "sam.embedding" in plan.configuration("3d_fullres").schedules
-    assert not {"alice.alignment", "sam.embedding"} & set(plan.configuration("2d").schedules)
+        for stage, planned in configuration.stages.items():
+            steps = planned.schedule.epochs * planned.schedule.iterations_per_epoch
+            assert planned.teacher_momentum == pytest.approx(min(0.999, 1 - 20 / steps))
+            assert ((name, f"queue ({stage})") in said) == (stage in ("reprec.contrastive", "pcrl.contexts"))
+    assert set(plan.configuration("3d_fullres_primus").stages) == {"alice.alignment"}
+    assert set(plan.configuration("3d_fullres_hybrid").stages) == {"reprec.contrastive", "reprec.generative"}
+    assert "sam.embedding" in plan.configuration("3d_fullres").stages
+    assert not {"alice.alignment", "sam.embedding"} & set(plan.configuration("2d").stages)
 
 
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_embeddings_pair_scans_that_are_longer_than_a_patch_in_mm(kind, cpu_plans):
     shapes, spacings, _ = KINDS[kind]
-    configuration = cpu_plans[kind].configuration("3d_fullres")
+    configuration = cpu_plans[kind].configuration("3d_fullres").for_stage("alice.alignment")
     scan_mm = np.median([np.multiply(shapes[i], spacings[i]) for i in (0, 1)], axis=0)
     patch_mm = np.multiply(configuration.patch_size, configuration.spacing_mm)
     assert configuration.anatomy.partners == ("sam" if (scan_mm / patch_mm).max() >= 1.5 else "body_box")
@@ -262,16 +266,6 @@ def test_memory_target_decides_encoder_width_and_batch(nnunet_folders):
     assert patches[0] < patches[1] < patches[2]
     assert large.configuration("3d_fullres_hybrid").transformer.width == 768
     assert small.configuration("3d_fullres_hybrid").transformer.width == 384
-
-
-def test_weak_contrast_is_said(cpu_plans):
-    plan = cpu_plans["ct"]
-    batch = plan.configuration("3d_fullres_hybrid").schedules["reprec.contrastive"].batch_size
-    said = [
-        d for d in plan.pretext.decisions if d.what == "batch size (reprec.contrastive)" and "3d" in d.configuration
-    ]
-    assert batch < 8
-    assert "WARNING: this stage learns little from fewer than 8 patches per step" in said[0].reason
 
 
 def test_every_decision_has_a_reason_and_the_table_shows_it(cpu_plans):
@@ -367,26 +361,3 @@ def test_command_and_planner_know_the_same_presets():
 def test_plan_file_is_read_back(nnunet_folders):
     plan = make_plan("two_channels")
     assert read_plan(nnunet_folders / "preprocessed" / "Dataset501_Toy" / "nnsslPlans.json") == plan
-
-
-@pytest.mark.parametrize(
-    ("stage", "transformer", "values_of_a_patch"),
-    [
-        # the teacher without a graph, a quarter of the encoder's blocks, the decoder's blocks on all tokens, values per token
-        ("alice.alignment", True, 0.15 * 1e6 + 100 * 9 * 40 * (8 / 4 + 2) + 100 * 20_000),
-        ("alice.alignment", False, 1.15 * 1e6 + 100 * 20_000),
-        ("reprec.generative", True, 0.15 * 1e6 + 100 * 9 * 40 * (8 / 4 + 2)),
-        ("sam.embedding", False, 2 * 1e6 + 3e5),
-    ],
-)
-def test_the_batch_is_what_fits(stage, transformer, values_of_a_patch):
-    size = TransformerSize(width=40, depth=8, heads=2, decoder_depth=2) if transformer else None
-    tokens = TokenGrid(stage=2, grid=(4, 5, 5), size_vox=(8, 8, 8), size_mm=(8.0,) * 3, width=40, mask_block=(1, 1, 1))
-    entry = find_stage(stage)[1]
-    for fits in (1, 9, 10):
-        budget = (fits + 0.5) * values_of_a_patch
-        schedule, reasons = decide_schedule(entry, (1e6, 3e5), budget, tokens, size, 10**6, PRESETS["24gb"])
-        assert schedule.batch_size == max(2, fits // entry.batch_multiple * entry.batch_multiple)
-        reason = reasons[0][2]
-        assert reason.startswith(f"memory allows {fits}, ")
-        assert ("exceeds the memory target" in reason) == (fits == 1)

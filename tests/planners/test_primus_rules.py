@@ -38,7 +38,13 @@ def test_tokens_are_alike_in_mm_and_neither_few_nor_many(patch, spacing, token, 
     assert 64 <= math.prod(chosen.tokens.grid) <= 8000
     assert chosen.tokens.size_mm == tuple(n * mm for n, mm in zip(token, spacing, strict=True))
     assert chosen.tokens.stage is None
-    assert {what for what, _, _ in decisions} >= {"patch", "tokens", "token size", "transformer", "backbone"}
+    assert {what for what, _, _ in decisions} >= {
+        "patch (fine-tuning)",
+        "tokens",
+        "token size",
+        "transformer",
+        "backbone",
+    }
     arch = chosen.architecture["arch_kwargs"]
     check_size(arch["embed_dim"], arch["eva_numheads"], arch["patch_embed_size"], arch["input_shape"])
 

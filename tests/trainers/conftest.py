@@ -62,8 +62,8 @@ def plan_toy(folders: Folders, channels: int = 1, cases: int = 6) -> Plan:
     path = folders.preprocessed / NAME / "nnsslPlans.json"
     content = json.loads(path.read_text())
     for name, configuration in content["pretext"]["configurations"].items():
-        for schedule in configuration["schedules"].values():
-            schedule.update(SCHEDULE)
+        for stage in configuration["stages"].values():
+            stage["schedule"].update(SCHEDULE)
         narrow_transformer(configuration, content["configurations"][name])
         folder = folders.preprocessed / NAME / configuration["case_folder"]
         if not folder.exists():

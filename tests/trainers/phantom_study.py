@@ -30,8 +30,8 @@ def phantoms(tmp_path_factory) -> Path:
     path = folder / "preprocessed" / SOURCE / "nnsslPlans.json"
     content = json.loads(path.read_text())
     for configuration in content["pretext"]["configurations"].values():
-        for schedule in configuration["schedules"].values():
-            schedule.update(SCHEDULE)
+        for stage in configuration["stages"].values():
+            stage["schedule"].update(SCHEDULE)
     path.write_text(json.dumps(content))
     return folder
 

@@ -8,6 +8,8 @@ from torch import nn
 from nnssl.checkpoint import FINAL, read_checkpoint
 from nnssl.errors import ArgumentError
 from nnssl.methods import Method, find_stage
+from nnssl.networks.backbone import planned_configuration
+from nnssl.networks.primus import architecture_of_patch
 from trainers.finetuning.adapted_weights import start_network
 from trainers.pretraining.stage_run import RunOptions, StageRun, stage_folder
 
@@ -46,7 +48,7 @@ def load_initial_weights(
         _take_over(network, source, run)
     else:
         # Weights that the user names are always fitted: positions and channels may differ although all shapes agree.
-        start_network(source, network, run.plan.nnunet, run.configuration, dataset_json)
+        start_network(source, network, _plans_of_patch(run), run.configuration, dataset_json)
     return str(source)
 
 
@@ -56,6 +58,16 @@ def _previous_stage(method: Method, run: StageRun, results: Path) -> Path | None
     if index == 0 or run.stage.fresh:
         return None
     return stage_folder(results, run.plan, method.stages[index - 1], run.configuration) / FINAL
+
+
+def _plans_of_patch(run: StageRun) -> dict[str, Any]:
+    """Return nnU-Net's part of the plan with the stage's patch, to which the positions of Primus belong."""
+    plans, patch = run.plan.nnunet, run.own.patch_size
+    planned = planned_configuration(plans, run.configuration)
+    changed = {"patch_size": list(patch), "architecture": architecture_of_patch(planned["architecture"], patch)}
+    configurations = plans["configurations"]
+    own = {**configurations[run.configuration], **changed}
+    return {**plans, "configurations": {**configurations, run.configuration: own}}
 
 
 def _take_over(network: nn.Module, source: Path, run: StageRun) -> None:

@@ -33,7 +33,7 @@ def patches_of_run(
     return iter(
         make_loader(
             store,
-            run.plan.configuration(run.configuration).patch_size,
+            run.own.patch_size,
             training.batch_size,
             seed=run.seed,
             stage=run.stage.name,

@@ -32,7 +32,8 @@ from nnssl.methods import find_stage
 from nnssl.methods.protocol import PretextMethod, StepOutput
 from nnssl.momentum import update_teacher
 from nnssl.networks.backbone import build_network, parts_to_compile, seeded
-from nnssl.plan import plan_from_dict
+from nnssl.networks.primus import architecture_of_patch
+from nnssl.plan import StageConfiguration, plan_from_dict
 from trainers.precision import choose_precision
 from trainers.pretraining.epoch import Epoch, mean_of_steps
 from trainers.pretraining.initial_weights import load_initial_weights
@@ -91,7 +92,8 @@ class PretrainTrainer(nnUNetTrainer):
             known, needed = " or ".join(self.method_entry.configurations), self.method_entry.backbone
             message = f"{self.method_entry.name} needs {needed}; configuration must be {known}, got {configuration}"
             raise ArgumentError(message, "configuration")
-        self.configuration = self.plan.configuration(configuration)
+        self.planned = self.plan.configuration(configuration)
+        self.configuration: StageConfiguration
         self.was_initialized: bool = False
         self.method: PretextMethod
         self.dataloader_train: Iterator[PatchBatch] | None = None
@@ -121,10 +123,12 @@ class PretrainTrainer(nnUNetTrainer):
         seed = self.options.seed
         self.run = resolve_run(self.plan, self.stage_entry, self.configuration_name, self.options.overrides, seed)
         self.training = self.run.settings.training
+        self.configuration = self.run.own
         self.num_epochs = self.training.epochs
         self.num_iterations_per_epoch = self.training.iterations_per_epoch
         self.num_input_channels = len(self.configuration_manager.normalization_schemes)
-        architecture = self.configuration_manager.configuration["architecture"]
+        planned = self.configuration_manager.configuration["architecture"]
+        architecture = architecture_of_patch(planned, self.configuration.patch_size)
         heads = self.label_manager.num_segmentation_heads
         self.network = build_network(architecture, self.num_input_channels, heads, seed)
         with self.run_log.including_others():
@@ -169,7 +173,7 @@ class PretrainTrainer(nnUNetTrainer):
         return patches_of_run(store, self.run, pairs, self.current_step, workers, self.device), None
 
     def _store(self) -> CaseStore:
-        return CaseStore(Path(self.preprocessed_dataset_folder_base) / self.configuration.case_folder)
+        return CaseStore(Path(self.preprocessed_dataset_folder_base) / self.planned.case_folder)
 
     # ---------------------------------------------------------------- the loop
 
@@ -360,7 +364,12 @@ class PretrainTrainer(nnUNetTrainer):
             self.run, self.dataset_json, self.init, self.current_step, exported.pretrained, self.cases
         )
         content = nnunet_state(
-            network_weights(self.network, exported if provenance.finished or leaves else None),
+            network_weights(
+                self.network,
+                exported if provenance.finished or leaves else None,
+                self.configuration.patch_size,
+                self.planned.patch_size,
+            ),
             self.optimizer,
             self.grad_scaler,
             self.logger,

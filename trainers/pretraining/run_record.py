@@ -12,6 +12,7 @@ from nnssl.distributed import world_size
 from nnssl.files import write_json
 from nnssl.methods import find_stage
 from nnssl.methods.settings import describe_settings
+from nnssl.sizes import in_voxels
 from nnssl.version import __version__
 from trainers.precision import Precision
 from trainers.pretraining.stage_run import StageRun, plain_settings
@@ -75,7 +76,8 @@ def opening_lines(
     trained = sum(p.numel() for p in method.parameters() if p.requires_grad)
     lines = [
         f"Pretext stage {run.stage.name} on {run.plan.dataset_name}, {run.configuration}",
-        f"{training.epochs} epochs of {training.iterations_per_epoch} steps, batch {training.batch_size}, "
+        f"{training.epochs} epochs of {training.iterations_per_epoch} steps, batch {training.batch_size} of "
+        f"{in_voxels(training.patch_size)} voxels, "
         f"{trained / 1e6:.2f} M trained parameters, {precision.name} on {device}",
     ]
     if step:

@@ -1,5 +1,6 @@
 """The state of a run that a pretraining checkpoint stores besides nnU-Net's keys."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,26 @@ from torch import Tensor, nn
 
 from nnssl.methods.protocol import Exported, PretextMethod
 from nnssl.methods.state import load_method_state, method_state
+from nnssl.networks.primus import fit_positions
 from trainers.pretraining.epoch import Epoch
 
 
-def network_weights(network: nn.Module, exported: Exported | None) -> dict[str, Tensor]:
-    """Return the state of the plan's network, with the values that a finished stage fixes if ``exported`` is given."""
-    weights = network.state_dict()
+def network_weights(
+    network: nn.Module, exported: Exported | None, patch: Sequence[int], planned_patch: Sequence[int]
+) -> dict[str, Tensor]:
+    """Return the state of a stage's network.
+
+    Args:
+        network: Network of the stage.
+        exported: Weights that a finished stage hands on, with the values that it fixes and for the plan's patch; None for the
+            state as it is.
+        patch: Number of voxels of the stage's patch.
+        planned_patch: Number of voxels of the plan's patch.
+    """
+    weights: dict[str, Tensor] = network.state_dict()
     if exported is None:
         return weights
+    fit_positions(weights, patch, planned_patch, network)
     return {
         name: torch.full_like(value, exported.fixed[name]) if name in exported.fixed else value
         for name, value in weights.items()

@@ -1,16 +1,19 @@
 """One run of a pretext stage: everything that determines it, its results folder, and the check of its checkpoints."""
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nnssl.checkpoint import Provenance, to_plain
-from nnssl.errors import ArgumentError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.methods import Stage
 from nnssl.methods.settings import resolve_stage, values_by_key
-from nnssl.plan import Plan, plan_from_dict
+from nnssl.networks.backbone import encoder_strides, planned_configuration
+from nnssl.plan import Plan, StageConfiguration, plan_from_dict
+from nnssl.sizes import in_voxels
 from trainers.pretraining.probe_run import ProbeOptions
 
 
@@ -57,6 +60,11 @@ class StageRun:
     settings: Any
     origins: dict[str, str]
 
+    @property
+    def own(self) -> StageConfiguration:
+        """Settings that the stage reads from the plan, for its patch."""
+        return self.plan.configuration(self.configuration).for_stage(self.stage.name, self.settings.training.patch_size)
+
     def folder(self, results: Path) -> Path:
         """Return the results folder of the run, below nnU-Net's results folder."""
         return stage_folder(results, self.plan, self.stage, self.configuration)
@@ -70,7 +78,26 @@ def resolve_run(plan: Plan, stage: Stage, configuration: str, overrides: Sequenc
     """
     own = stage.runs_in(configuration)
     settings, origins = resolve_stage(stage.load(), plan.configuration(own), stage.name, overrides)
+    check_patch(settings.training.patch_size, plan.nnunet, own)
     return StageRun(plan, stage, own, tuple(overrides), seed, settings, origins)
+
+
+def check_patch(patch: Sequence[int], plans: dict[str, Any], configuration: str) -> None:
+    """Check that a network accepts a patch.
+
+    Raises:
+        UserError: If it does not.
+    """
+    arguments = planned_configuration(plans, configuration)["architecture"]["arch_kwargs"]
+    if "patch_embed_size" in arguments:
+        multiple = list(arguments["patch_embed_size"])
+    else:
+        multiple = [math.prod(axis) for axis in zip(*encoder_strides({"arch_kwargs": arguments}), strict=True)]
+    if len(patch) != len(multiple) or any(n % m for n, m in zip(patch, multiple, strict=True)):
+        raise UserError(
+            f"patch_size must be a multiple of {in_voxels(multiple)} voxels, as the network of {configuration} requires, got "
+            f"{in_voxels(patch)}"
+        )
 
 
 def stage_folder(results: Path, plan: Plan, stage: Stage, configuration: str) -> Path:
@@ -126,12 +153,16 @@ def check_same_run(path: Path, found: Provenance, run: StageRun) -> None:
             "restart",
         )
     earlier = plan_from_dict(found.plans, f"{path}: plan")
-    if _decisive(earlier, run.configuration) != _decisive(run.plan, run.configuration):
+    if _decisive(earlier, run) != _decisive(run.plan, run):
         raise ArgumentError(
             f"{path}: made with an earlier plan {run.plan.name}; use restart to start over with the new one", "restart"
         )
 
 
-def _decisive(plan: Plan, configuration: str) -> tuple[Any, Any]:
-    """Return the parts of a plan that determine a run in one of its configurations."""
-    return plan.pretext.configurations.get(configuration), plan.nnunet["configurations"]
+def _decisive(plan: Plan, run: StageRun) -> tuple[Any, Any]:
+    """Return the parts of a plan that determine a run."""
+    configuration = plan.pretext.configurations.get(run.configuration)
+    planned = configuration is not None and run.stage.name in configuration.stages
+    patch = run.settings.training.patch_size
+    own = configuration.for_stage(run.stage.name, patch) if configuration is not None and planned else None
+    return own, plan.nnunet["configurations"]

@@ -19,6 +19,7 @@ from nnssl.methods import METHODS
 from nnssl.methods.settings import resolve_stage
 from nnssl.methods.state import method_state
 from nnssl.networks.backbone import build_network, planned_configuration, seeded
+from nnssl.networks.primus import architecture_of_patch
 from nnssl.paths import Folders, resolve_folders
 from nnssl.pictures import figures as pictures
 from nnssl.pictures.dense_network import dense_network_of, open_cases
@@ -51,10 +52,10 @@ def write_weights(path: Path, plan: Plan, configuration: str, pretrained=DECODER
 def write_method(path: Path, plan: Plan, configuration: str, name: str, *overrides: str) -> Path:
     """Write a checkpoint of a method with a teacher that is not its student."""
     planned = planned_configuration(plan.nnunet, configuration)
-    network = build_network(planned["architecture"], 1, 2, 0)
-    pretext = plan.configuration(configuration)
     stage = METHODS[name].stages[-1]
-    settings, origins = resolve_stage(stage.load(), pretext, stage.name, overrides)
+    settings, _ = resolve_stage(stage.load(), plan.configuration(configuration), stage.name, overrides)
+    pretext = plan.configuration(configuration).for_stage(stage.name)
+    network = build_network(architecture_of_patch(planned["architecture"], pretext.patch_size), 1, 2, 0)
     method = seeded(lambda: stage.load()(network, settings, pretext), 0, stage.name)
     with torch.no_grad():
         for _, teacher in method.momentum_pairs():

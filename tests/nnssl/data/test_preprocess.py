@@ -17,7 +17,7 @@ from nnssl.data.recipe import Recipe, digest_case, find_sources, plan_targets
 from nnssl.errors import UserError
 from nnssl.log import lines_to
 from nnssl.paths import resolve_folders
-from nnssl.plan import AnatomyChoices, ContextChoices, DenseSampling, Plan, Pretext, PretextConfiguration
+from nnssl.plan import Plan, Pretext, PretextConfiguration
 from planners.fingerprint import extract_fingerprint
 from tests.waiting import has_ended, wait_until
 
@@ -44,19 +44,12 @@ def section(case_folder, patch_size, spacing_mm) -> PretextConfiguration:
         patch_size=patch_size,
         spacing_mm=spacing_mm,
         thick_axis=None,
-        crop_fraction=(0.2, 1.0),
-        crop_overlap=0.5,
         rotation_deg=(180.0,),
         flip_axes=(),
         intensity_views=(),
-        tokens=None,
         transformer=None,
-        dense=DenseSampling("single", 8, 10, 10),
-        context=ContextChoices((0, 1), True, 8),
-        anatomy=AnatomyChoices(1, 2, "sam"),
-        queue_length=8,
-        teacher_momentum=0.99,
-        schedules={},
+        has_feature_maps=True,
+        stages={},
     )
 
 

@@ -25,7 +25,7 @@ from nnssl.methods.sam import SAM
 from nnssl.methods.settings import resolve_stage
 from nnssl.networks.anatomical_embedding import Embeddings
 from nnssl.networks.backbone import build_network
-from tests.nnssl.methods.tiny_configuration import make_configuration
+from tests.nnssl.methods.tiny_configuration import make_configuration, planned
 from tests.nnssl.networks.test_hybrid import architecture
 
 SPACING = (6.0, 1.0, 1.5)
@@ -65,7 +65,7 @@ def few_pairs(monkeypatch) -> None:
 def method() -> SAM:
     configuration = make_configuration(3)
     overrides = ("dimensions=8", "fine_queries=30", "coarse_queries=5", "intensity_views=")
-    settings, _ = resolve_stage(SAM, configuration, "sam.embedding", overrides)
+    settings, _ = resolve_stage(SAM, planned(configuration), "sam.embedding", overrides)
     return SAM(build_network(architecture(3, False, False), 4, 3, seed=0), settings, configuration).eval()
 
 

@@ -16,7 +16,7 @@ from nnssl.networks.backbone import build_network
 from nnssl.networks.token_alignment import ConditionalAlignment
 from nnssl.networks.token_encoders import UNetTokens
 from nnssl.networks.tokens import cut_into_tokens
-from tests.nnssl.methods.tiny_configuration import make_configuration
+from tests.nnssl.methods.tiny_configuration import make_configuration, planned
 from tests.nnssl.networks.test_hybrid import PATCHES, architecture
 
 CHANNELS = 2
@@ -50,7 +50,7 @@ def make_stage(name: str, *overrides: str) -> Alice:
     configuration = make_configuration(dim)
     if name == "primus":
         configuration = replace(configuration, tokens=replace(configuration.tokens, stage=None))
-    settings, _ = resolve_stage(Alice, configuration, "alice.alignment", (*SMALL, "batch_size=4", *overrides))
+    settings, _ = resolve_stage(Alice, planned(configuration), "alice.alignment", (*SMALL, "batch_size=4", *overrides))
     built = build_network(network, CHANNELS, 3, seed=0)
     torch.manual_seed(0)
     method = Alice(built, settings, configuration)
@@ -347,7 +347,7 @@ def test_what_leaves_is_what_was_trained_of_the_network(name):
     configuration = make_configuration(dim)
     if name == "primus":
         configuration = replace(configuration, tokens=replace(configuration.tokens, stage=None))
-    settings, _ = resolve_stage(Alice, configuration, "alice.alignment", (*SMALL, "batch_size=4"))
+    settings, _ = resolve_stage(Alice, planned(configuration), "alice.alignment", (*SMALL, "batch_size=4"))
     built = build_network(network, CHANNELS, 3, seed=0)
     method = Alice(built, settings, configuration)
     parts = method.losses(views_of(method, name), 0.0).losses
@@ -420,6 +420,6 @@ def test_it_does_not_collapse():
     ],
 )
 def test_settings_that_do_not_fit(overrides, processes, message):
-    settings, _ = resolve_stage(Alice, make_configuration(3), "alice.alignment", (*SMALL, *overrides))
+    settings, _ = resolve_stage(Alice, planned(make_configuration(3)), "alice.alignment", (*SMALL, *overrides))
     with pytest.raises(UserError, match=message):
         check_settings(settings, processes)

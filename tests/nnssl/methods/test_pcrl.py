@@ -21,7 +21,7 @@ from nnssl.views.corruption import painted_mask
 from nnssl.views.overlap import crop_boxes
 from nnssl.views.spatial import map_points
 from nnssl.views.turns import TurnParams, apply_turns, no_turns, turn_code, undo_turns
-from tests.nnssl.methods.tiny_configuration import make_configuration
+from tests.nnssl.methods.tiny_configuration import make_configuration, planned
 from tests.nnssl.networks.test_hybrid import PATCHES, architecture
 
 CHANNELS = 2
@@ -38,7 +38,7 @@ def make_stage(dim: int, *overrides: str, residual: bool = False, square: bool =
         context = replace(configuration.context, quarter_turns=True)
         spacing = (6.0, 1.0, 1.0)[-dim:]
         configuration = replace(configuration, patch_size=SQUARE[dim], spacing_mm=spacing, context=context)
-    settings, _ = resolve_stage(PCRL, configuration, "pcrl.contexts", overrides)
+    settings, _ = resolve_stage(PCRL, planned(configuration), "pcrl.contexts", overrides)
     network = build_network(architecture(dim, residual, False), CHANNELS, 3, seed=0)
     torch.manual_seed(0)
     method = PCRL(network, settings, configuration)
@@ -364,7 +364,7 @@ def test_the_convolution_of_the_attention_respects_thick_slices():
     network = architecture(3, False, False)
     network["arch_kwargs"]["kernel_sizes"] = [[1, 3, 3]] * 3
     configuration = make_configuration(3)
-    settings, _ = resolve_stage(PCRL, configuration, "pcrl.contexts", ())
+    settings, _ = resolve_stage(PCRL, planned(configuration), "pcrl.contexts", ())
     method = PCRL(build_network(network, CHANNELS, 3, seed=0), settings, configuration)
     assert method.attention.mix.kernel_size == (1, 3, 3)
 
@@ -550,14 +550,14 @@ def test_settings_that_do_not_fit(overrides, message):
 def test_a_quarter_turn_would_distort_what_has_other_spacing():
     """As many voxels along both sides, of another size."""
     configuration = replace(make_configuration(2), patch_size=(12, 12), spacing_mm=(1.0, 1.5))
-    settings, _ = resolve_stage(PCRL, configuration, "pcrl.contexts", ("asked_turns=quarter",))
+    settings, _ = resolve_stage(PCRL, planned(configuration), "pcrl.contexts", ("asked_turns=quarter",))
     with pytest.raises(UserError, match="12 voxels of 1 mm and 12 voxels of 1.5 mm"):
         PCRL(build_network(architecture(2, False, False), CHANNELS, 3, seed=0), settings, configuration)
 
 
 def test_what_the_plan_decides():
     configuration = make_configuration(3)
-    settings, origins = resolve_stage(PCRL, configuration, "pcrl.contexts", ())
+    settings, origins = resolve_stage(PCRL, planned(configuration), "pcrl.contexts", ())
     assert settings.rotation_deg == (10.0, 0.0, 0.0)
     assert (settings.turn_plane, settings.asked_turns, settings.attention_rank) == ((1, 2), "half", 8)
     assert (settings.flip_axes, settings.asked_flips) == ((1, 2), (0, 1, 2))

@@ -31,7 +31,7 @@ from nnssl.views.intensity import IntensityRange
 from nnssl.views.spatial import AffineRange, draw_affine, map_points
 from tests.nnssl.losses.test_barlow_twins import by_loops as barlow_by_loops
 from tests.nnssl.losses.test_nt_xent import by_loops as nt_xent_by_loops
-from tests.nnssl.methods.tiny_configuration import make_configuration
+from tests.nnssl.methods.tiny_configuration import make_configuration, planned
 from tests.nnssl.networks.test_hybrid import PATCHES, architecture
 
 CHANNELS = 2
@@ -48,7 +48,7 @@ residuals = pytest.mark.parametrize("residual", [False, True], ids=["plain", "re
 
 def make_stage(version: str, dim: int, *overrides: str, residual: bool = False):
     configuration = make_configuration(dim)
-    settings, _ = resolve_stage(VERSIONS[version], configuration, f"{version}.dense", overrides)
+    settings, _ = resolve_stage(VERSIONS[version], planned(configuration), f"{version}.dense", overrides)
     network = build_network(architecture(dim, residual, False), CHANNELS, 3, seed=0)
     torch.manual_seed(0)
     return network, VERSIONS[version](network, settings, configuration)

@@ -26,7 +26,7 @@ from nnssl.networks.dense import decoder_maps
 from nnssl.networks.heads import PointAssignment, PooledAssignment
 from nnssl.views.overlap import common_share
 from nnssl.views.points import corner_points, interpolate_at
-from tests.nnssl.methods.tiny_configuration import make_configuration
+from tests.nnssl.methods.tiny_configuration import make_configuration, planned
 from tests.nnssl.networks.test_hybrid import PATCHES, architecture
 
 CHANNELS = 2
@@ -37,7 +37,7 @@ STABILIZERS = ("none", "literal", "signed_detached", "added")
 def make_stage(dim: int, *overrides: str, residual: bool = False) -> PixelGlobal:
     configuration = make_configuration(dim)
     given = ("points=200", "stabilizer=none", *overrides)
-    settings, _ = resolve_stage(PixelGlobal, configuration, "pixelglobal.distillation", given)
+    settings, _ = resolve_stage(PixelGlobal, planned(configuration), "pixelglobal.distillation", given)
     network = build_network(architecture(dim, residual, False), CHANNELS, 3, seed=0)
     torch.manual_seed(0)
     return PixelGlobal(network, settings, configuration)

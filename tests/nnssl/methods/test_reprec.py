@@ -13,7 +13,7 @@ from nnssl.methods.settings import resolve_stage
 from nnssl.momentum import update_teacher
 from nnssl.networks.backbone import build_network
 from nnssl.networks.tokens import map_to_tokens
-from tests.nnssl.methods.tiny_configuration import make_configuration
+from tests.nnssl.methods.tiny_configuration import make_configuration, planned
 from tests.nnssl.networks.test_hybrid import PATCHES, architecture
 
 CHANNELS = 2
@@ -22,7 +22,7 @@ CHANNELS = 2
 def make_stage(stage: str, dim: int, *overrides: str):
     implementation = {"contrastive": RepRecContrastive, "generative": RepRecGenerative}[stage]
     configuration = make_configuration(dim)
-    settings, _ = resolve_stage(implementation, configuration, f"reprec.{stage}", overrides)
+    settings, _ = resolve_stage(implementation, planned(configuration), f"reprec.{stage}", overrides)
     network = build_network(architecture(dim, False, True), CHANNELS, 3, seed=0)
     torch.manual_seed(0)
     return network, implementation(network, settings, configuration)

@@ -22,7 +22,7 @@ from nnssl.networks.backbone import build_network
 from nnssl.views.cells import far_enough, place_cells
 from nnssl.views.points import cell_centres_vox
 from nnssl.views.spatial import map_points, pick
-from tests.nnssl.methods.tiny_configuration import make_configuration
+from tests.nnssl.methods.tiny_configuration import make_configuration, planned
 from tests.nnssl.networks.test_hybrid import PATCHES, architecture
 
 CHANNELS = 2
@@ -33,7 +33,9 @@ encoders = pytest.mark.parametrize("residual", [False, True], ids=["plain", "res
 
 def make_stage(*overrides: str, residual: bool = False, batch: int = 3) -> SAM:
     configuration = make_configuration(3)
-    settings, _ = resolve_stage(SAM, configuration, "sam.embedding", (*SMALL, f"batch_size={batch}", *overrides))
+    settings, _ = resolve_stage(
+        SAM, planned(configuration), "sam.embedding", (*SMALL, f"batch_size={batch}", *overrides)
+    )
     network = build_network(architecture(3, residual, False), CHANNELS, 3, seed=0)
     torch.manual_seed(0)
     return SAM(network, settings, configuration)
@@ -294,7 +296,7 @@ def test_a_known_displacement_is_found(tmp_path):
     )
     overrides = ("dimensions=32", "fine_queries=40", "fine_pool=200", "fine_negatives=100", "coarse_queries=12",
                  "coarse_pool=60", "coarse_negatives=40", "other_negatives=30", "temperature=0.2")  # fmt: skip
-    settings, _ = resolve_stage(SAM, configuration, "sam.embedding", (*overrides, "batch_size=2"))
+    settings, _ = resolve_stage(SAM, planned(configuration), "sam.embedding", (*overrides, "batch_size=2"))
     method = SAM(build_network(architecture(3, False, False), 1, 3, seed=0), settings, configuration)
     optimizer = torch.optim.AdamW([p for g in method.parameter_groups() for p in g.parameters], lr=3e-3)
     rng = np.random.default_rng(0)

@@ -6,7 +6,7 @@ import pytest
 from nnssl.errors import UserError
 from nnssl.methods.settings import TrainingSettings, describe_settings, resolve_settings, resolve_stage, split_overrides
 from nnssl.plan import StageSchedule
-from tests.nnssl.methods.tiny_configuration import make_configuration
+from tests.nnssl.methods.tiny_configuration import make_configuration, planned
 
 TRAINING = TrainingSettings(
     epochs=200,
@@ -41,10 +41,17 @@ class Implementation:
         return {"queue_length": 64}
 
 
-CONFIGURATION = replace(
-    make_configuration(3),
-    schedules={"toy.first": StageSchedule(batch_size=8, epochs=100, iterations_per_epoch=25, warmup_epochs=20)},
+SCHEDULE = StageSchedule(
+    patch_size=(8, 12, 10),
+    batch_size=8,
+    pieces=1,
+    checkpointing=False,
+    epochs=100,
+    iterations_per_epoch=25,
+    warmup_epochs=20,
 )
+PLANNED = planned(make_configuration(3), ("toy.first",))
+CONFIGURATION = replace(PLANNED, stages={"toy.first": replace(PLANNED.stages["toy.first"], schedule=SCHEDULE)})
 
 
 def test_command_line_wins_over_plan_over_paper():

@@ -9,7 +9,7 @@ from nnssl.draws import sample_generators
 from nnssl.methods.settings import resolve_stage
 from nnssl.methods.simclr import SimCLR
 from nnssl.networks.backbone import build_network
-from tests.nnssl.methods.tiny_configuration import make_configuration
+from tests.nnssl.methods.tiny_configuration import make_configuration, planned
 from tests.nnssl.networks.test_hybrid import PATCHES, architecture
 
 CHANNELS = 2
@@ -19,7 +19,7 @@ dims = pytest.mark.parametrize("dim", [2, 3])
 
 def make_stage(dim: int, *overrides: str, residual: bool = False):
     configuration = make_configuration(dim)
-    settings, _ = resolve_stage(SimCLR, configuration, "simclr.contrast", overrides)
+    settings, _ = resolve_stage(SimCLR, planned(configuration), "simclr.contrast", overrides)
     network = build_network(architecture(dim, residual, False), CHANNELS, 3, seed=0)
     torch.manual_seed(0)
     return network, SimCLR(network, settings, configuration)

@@ -1,11 +1,18 @@
 """What a plan says of the tiny networks of ``tests.nnssl.networks.test_hybrid``: thick slices, sides that all differ."""
 
+from dataclasses import fields
+
 from nnssl.methods import METHODS
 from nnssl.plan import (
     AnatomyChoices,
     ContextChoices,
+    DataChoices,
     DenseSampling,
+    PatchChoices,
     PretextConfiguration,
+    StageConfiguration,
+    StageCost,
+    StagePlan,
     StageSchedule,
     TokenGrid,
     TransformerSize,
@@ -13,12 +20,13 @@ from nnssl.plan import (
 from tests.nnssl.networks.test_hybrid import PATCHES
 
 
-def make_configuration(dim: int) -> PretextConfiguration:
+def make_configuration(dim: int) -> StageConfiguration:
+    """Return the settings that every stage reads."""
     patch = PATCHES[dim]
     spacing = (6.0, 1.0, 1.5)[-dim:]
     stride = {2: (2, 2), 3: (1, 2, 2)}[dim]
     grid = tuple(n // s for n, s in zip(patch, stride, strict=True))
-    return PretextConfiguration(
+    return StageConfiguration(
         case_folder="cases",
         patch_size=patch,
         spacing_mm=spacing,
@@ -42,8 +50,29 @@ def make_configuration(dim: int) -> PretextConfiguration:
         anatomy=AnatomyChoices(fine_stage=1, coarse_stage=2, partners="sam"),
         queue_length=10,
         teacher_momentum=0.9,
-        schedules={
-            name: StageSchedule(batch_size=4, epochs=50, iterations_per_epoch=10, warmup_epochs=2)
-            for name in (stage.name for method in METHODS.values() for stage in method.stages)
-        },
+    )
+
+
+STAGES = tuple(dict.fromkeys(stage.name for method in METHODS.values() for stage in method.stages))
+
+
+def planned(configuration: StageConfiguration, stages: tuple[str, ...] = STAGES) -> PretextConfiguration:
+    """Return a plan whose stages read these settings."""
+    schedule = StageSchedule(
+        patch_size=configuration.patch_size,
+        batch_size=4,
+        pieces=1,
+        checkpointing=False,
+        epochs=50,
+        iterations_per_epoch=10,
+        warmup_epochs=2,
+    )
+    shared = {field.name: getattr(configuration, field.name) for field in fields(DataChoices)}
+    own = {field.name: getattr(configuration, field.name) for field in fields(PatchChoices)}
+    stage = StagePlan(**own, schedule=schedule, distinct_patches=20, cost=StageCost(0.1, 1e9))
+    return PretextConfiguration(
+        **shared,
+        patch_size=configuration.patch_size,
+        has_feature_maps=configuration.tokens is None or configuration.tokens.stage is not None,
+        stages=dict.fromkeys(stages, stage),
     )

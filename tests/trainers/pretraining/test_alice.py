@@ -42,7 +42,10 @@ def test_stock_nnunet_takes_the_encoder(toy, configuration):
     if configuration == "3d_fullres_primus":
         assert provenance.pretrained == ("down_projection.", "eva.")
     else:
-        stages = [f"encoder.stages.{index}." for index in range(plan.configuration(configuration).tokens.stage + 1)]
+        stages = [
+            f"encoder.stages.{index}."
+            for index in range(plan.configuration(configuration).for_stage("alice.alignment").tokens.stage + 1)
+        ]
         assert set(stages) <= set(provenance.pretrained)
     planned = manager.get_configuration(configuration)
     for deep_supervision in (True, False):

@@ -84,7 +84,7 @@ def test_other_settings_are_named(settings, message):
 def test_a_plan_that_was_made_again_is_refused_where_it_differs():
     changes = (
         lambda content: content["configurations"][CONFIGURATION].update(patch_size=[16, 24, 24]),
-        lambda content: content["pretext"]["configurations"][CONFIGURATION].update(crop_overlap=0.5),
+        lambda content: content["pretext"]["configurations"][CONFIGURATION].update(flip_axes=[1]),
         lambda content: content["configurations"].update(parent={}),  # Inherited values count.
     )
     for change in changes:

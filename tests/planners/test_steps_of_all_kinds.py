@@ -1,0 +1,62 @@
+"""Patch and batch of every stage for many kinds of data and all presets, without weights and without images."""
+
+import math
+from functools import lru_cache
+
+import pytest
+
+from nnssl.methods import find_stage
+from nnssl.plan import Plan
+from planners.presets import PRESETS
+from tools.synthetic_fingerprints import KINDS
+from tools.table_of_steps import plan_of
+
+FAST = ("BTCV", "x-ray")
+kinds = pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in FAST else pytest.mark.nightly) for kind in KINDS]
+)
+
+
+@lru_cache
+def plans(kind: str) -> dict[str, Plan]:
+    """Return the plans of a kind by preset; made once."""
+    return {preset: plan_of(kind, preset) for preset in PRESETS}
+
+
+@kinds
+def test_every_stage_has_its_useful_batch_within_the_memory_target(kind):
+    for preset, plan in plans(kind).items():
+        target = PRESETS[preset].pretext_memory_gb
+        for configuration in plan.pretext.configurations.values():
+            assert configuration.stages
+            for name, stage in configuration.stages.items():
+                assert stage.cost.memory_gb <= target
+                assert stage.schedule.batch_size >= find_stage(name)[1].needs.useful_batch
+                assert stage.schedule.batch_size % stage.schedule.pieces == 0
+        assert "WARNING" not in str(plan.pretext.decisions)
+
+
+@kinds
+def test_no_stage_is_left_out_from_24gb_on(kind):
+    """A stage of a configuration that smaller presets have is also in the larger ones."""
+    for preset in ("24gb", "40gb", "80gb"):
+        plan = plans(kind)[preset]
+        left_out = [d for d in plan.pretext.decisions if d.value == "left out"]
+        # Primus has no token of a suitable size for every patch
+        assert not left_out, left_out
+
+
+@kinds
+def test_more_memory_never_means_a_smaller_batch_or_fewer_voxels(kind):
+    presets = list(PRESETS)
+    for smaller, larger in zip(presets, presets[1:], strict=False):
+        for name, configuration in plans(kind)[smaller].pretext.configurations.items():
+            if name not in plans(kind)[larger].pretext.configurations:
+                continue
+            other = plans(kind)[larger].configuration(name).stages
+            for stage, planned in configuration.stages.items():
+                few, many = planned.schedule, other[stage].schedule
+                assert few.batch_size <= many.batch_size, (smaller, larger, name, stage)
+                voxels = [step.batch_size * math.prod(step.patch_size) for step in (few, many)]
+                if smaller != "cpu":  # its spacing may be another
+                    assert voxels[0] <= voxels[1], (smaller, larger, name, stage)
