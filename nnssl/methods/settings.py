@@ -51,6 +51,10 @@ class TrainingSettings:
     warmup_epochs: Annotated[int, Field(ge=0)]
     gradient_clip: Annotated[float, Field(gt=0)]
     """Norm to which the gradient of all parameters together is clipped."""
+    pieces: Annotated[int, Field(ge=1)] = 1
+    """Number of pieces in which the batch of a process passes the network. The gradient is that of the whole batch."""
+    checkpointing: bool = False
+    """Whether the stages of encoder and decoder keep only their inputs and are recomputed in the backward pass."""
 
     @property
     def total_steps(self) -> int:
