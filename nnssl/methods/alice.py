@@ -68,7 +68,7 @@ from nnssl.plan import PretextConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
 from nnssl.views.masking import check_mask, draw_block_mask, visible_tokens
-from nnssl.views.partners import check_pairs, partners_in_batch
+from nnssl.views.partners import check_pairs, of_other_pairs, partners_in_batch
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine
 
 HIDDEN_SHARE = 4
@@ -317,17 +317,10 @@ class Alice(PretextMethod):
             return cosine_distance(said, taught[partner] - self.centre).mean()
         queries, keys = F.normalize(said, dim=1), F.normalize(all_taught, dim=1)
         # The teacher's vector of the patch itself shows the same place and is therefore not a negative.
-        negatives, present = keys.expand(len(queries), -1, -1), self._others(partner, len(keys))
+        negatives, present = keys.expand(len(queries), -1, -1), of_other_pairs(partner, len(keys), rank())
         return info_nce_with_negatives(
             queries, F.normalize(taught[partner], dim=1), negatives, present, self.settings.temperature
         ).mean()
-
-    def _others(self, partner: Tensor, keys: int) -> Tensor:
-        """Return which keys of all processes belong to other pairs, (batch, key)."""
-        first = rank() * len(partner)
-        places = torch.arange(keys, device=partner.device)
-        own = first + torch.arange(len(partner), device=partner.device)[:, None]
-        return (places != own) & (places != first + partner[:, None])
 
     @torch.no_grad()
     def _partner_first(self, said: Tensor, all_taught: Tensor, partner: Tensor) -> Tensor:
@@ -336,7 +329,7 @@ class Alice(PretextMethod):
         similarity = F.normalize(said, dim=1) @ centred.T
         first = rank() * len(partner)
         own = similarity.gather(1, first + partner[:, None])[:, 0]
-        others = similarity.masked_fill(~self._others(partner, len(centred)), -torch.inf)
+        others = similarity.masked_fill(~of_other_pairs(partner, len(centred), rank()), -torch.inf)
         return (own > others.amax(dim=1)).float().mean()
 
     def _within(self, answers: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,11 @@
 """A batch that passes the network in pieces, and stages that are recomputed: less memory for the same gradient.
 
-Source: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup (GradCache), RepL4NLP 2021, section 3,
-for ``in_pieces``; Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016, for ``recompute_stages``.
+Source: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup (GradCache), RepL4NLP 2021, for
+``in_pieces``; Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016, for ``recompute_stages``.
 
-Deviations: GradCache computes the embeddings without a graph, takes the gradient of the loss with respect to them, and runs the
-network again. Here autograd does the same: of each piece, only the input is kept, and the backward pass recomputes one piece after
-the other, last piece first. Every parameter gets its gradient once, so ``DistributedDataParallel`` needs nothing further.
+Deviations: GradCache computes the embeddings without a graph, takes the gradient of the loss with respect to them, and runs
+the network again. Here autograd does the same: only the input of each piece is kept, and the backward pass recomputes one piece
+after the other, the last one first. Every parameter still gets its gradient once, as ``DistributedDataParallel`` requires.
 """
 
 from collections.abc import Callable, Sequence
