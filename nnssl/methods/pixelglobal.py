@@ -238,13 +238,11 @@ class PixelGlobal(PretextMethod):
         corners, _ = corner_points(views.points_teacher, views.teacher.shape[2:])
         seen = in_pieces(student, [views.student, views.points_student], pieces)
         with torch.no_grad():
-            places = torch.cat([views.points_teacher, corners.flatten(1, 2)], dim=1)
-            taught = in_pieces(teacher, [views.teacher, places], pieces)
-            at_points, at_corners = taught["points"].tensor_split([views.points_teacher.shape[1]], dim=1)
+            taught = in_pieces(teacher, [views.teacher, views.points_teacher, corners.flatten(1, 2)], pieces)
             logits = self.teacher_global_head.assign(taught["pooled"])
             global_target = (logits / own.teacher_temperature).softmax(dim=1)
-            local_target = self.local_target(at_corners, views)
-            uncertainty = self.uncertainty(at_points, views)
+            local_target = self.local_target(taught["corners"], views)
+            uncertainty = self.uncertainty(taught["points"], views)
         whole, features = self.global_head.assign(seen["pooled"]), seen["points"]
         local = self.local_head(features, views.seeds)
 
@@ -365,10 +363,11 @@ def points_of_image(settings: PixelGlobalSettings, shape: Sequence[int]) -> int:
     return max(1, min(settings.points // settings.training.batch_size, math.prod(shape)))
 
 
-def pooled_and_points(network: Any, head: PooledAssignment, volumes: Tensor, points: Tensor) -> dict[str, Tensor]:
-    """Return pooled features of images, and the decoder's features at points of theirs."""
+def pooled_and_points(network: Any, head: PooledAssignment, volumes: Tensor, *places: Tensor) -> dict[str, Tensor]:
+    """Return pooled features of images, and the decoder's features at their points and, if given, at the points' corners."""
     maps = decoder_maps(network, volumes)
-    return {"pooled": head.pool(maps[0]), "points": interpolate_at(maps[-1], points, volumes.shape[2:])}
+    read = [interpolate_at(maps[-1], each, volumes.shape[2:]) for each in places]
+    return {"pooled": head.pool(maps[0]), **dict(zip(("points", "corners"), read, strict=False))}
 
 
 def point_uncertainty(

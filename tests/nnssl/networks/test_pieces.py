@@ -108,8 +108,8 @@ def test_a_copy_of_recomputed_stages_has_its_own_weights(dim, residual):
     assert set(network.state_dict()) == set(build_network(architecture(dim, residual, True), 2, 3, seed=1).state_dict())
 
 
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.nightly
+@pytest.mark.parametrize(("residual", "recompute"), [(False, False), (True, True)])
 def test_compiled_parts_in_pieces(residual, recompute):
     """Traced, but not translated to machine code, which needs a compiler."""
 
