@@ -50,9 +50,12 @@ def in_pieces(function: Callable[..., R], tensors: Sequence[Tensor], pieces: int
     parts = list(zip(*(each.tensor_split(pieces) for each in tensors), strict=True))
     results: list[Any] = [recomputed(function, *part) for part in parts]
     shares = [len(part[0]) / samples for part in parts]
+    joined: Any
     if isinstance(results[0], Tensor):
-        return _join(results, shares)
-    return {name: _join([each[name] for each in results], shares) for name in results[0]}
+        joined = _join(results, shares)
+    else:
+        joined = {name: _join([each[name] for each in results], shares) for name in results[0]}
+    return joined
 
 
 def check_pieces(pieces: int, samples: int) -> None:
