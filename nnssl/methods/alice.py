@@ -60,6 +60,7 @@ from nnssl.methods.settings import (
 from nnssl.momentum import cosine_momentum, make_teacher, momentum_for_run
 from nnssl.networks.backbone import input_channels
 from nnssl.networks.heads import TokenDecoder
+from nnssl.networks.pieces import in_pieces, recompute_stages
 from nnssl.networks.token_alignment import ConditionalAlignment, Predictor, TokenProjection
 from nnssl.networks.token_encoders import token_encoder, trained_up_to_tokens
 from nnssl.networks.tokens import cut_into_tokens, join_tokens, sine_cosine_positions
@@ -67,7 +68,7 @@ from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
 from nnssl.views.masking import check_mask, draw_block_mask, visible_tokens
-from nnssl.views.partners import check_pairs, partners_in_batch
+from nnssl.views.partners import check_pairs, of_other_pairs, partners_in_batch
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine
 
 HIDDEN_SHARE = 4
@@ -186,6 +187,8 @@ class Alice(PretextMethod):
         heads = next(n for n in (8, 6, 4, 3, 2, 1) if width % n == 0)
         self.decoder = TokenDecoder(width, settings.decoder_depth, heads, values)
         self.decoder.predict.requires_grad_(bool(settings.reconstruction_weight))
+        if settings.training.checkpointing:
+            recompute_stages(self)
         self.compares = bool(settings.inter_weight or settings.intra_weight)
         if not self.compares:
             return
@@ -244,39 +247,46 @@ class Alice(PretextMethod):
 
     def losses(self, views: PairedViews, progress: float) -> StepOutput:
         """Return the error of recovered voxels, and the distances of student and teacher between scans and within a scan."""
-        own = self.settings
-        seen = self.student(views.patches, views.visible)
-        tokens = self.decoder.decode(seen, views.visible, self.positions)
-        losses, monitors, embeddings, centre = (
-            {},
-            {},
-            None,
-            None,
-        )  # no embeddings: masked modelling alone cannot collapse
+        own, losses, monitors, centre = self.settings, {}, {}, None
+        tensors = [views.patches, views.strong, views.visible, views.mask]
+        found = in_pieces(self._of_piece, tensors, own.training.pieces)
         if own.reconstruction_weight:
-            target = standardise_tokens(cut_into_tokens(views.patches, self.student.token_vox))
-            error = masked_token_mse(self.decoder.predict(tokens), target, views.mask)
-            losses["reconstruction"] = own.reconstruction_weight * error
-            monitors["reconstruction_of_visible_mean"] = own.reconstruction_weight * visible_mean_baseline(
-                target, views.mask
-            )
+            losses["reconstruction"] = own.reconstruction_weight * found["error"]
+            monitors["reconstruction_of_visible_mean"] = own.reconstruction_weight * found["error_of_mean"]
+        if own.inter_weight:
+            said, all_taught = self.inter_predictor(found["whole"]), gather(found["taught_whole"])
+            between = self._between(said, found["taught_whole"], all_taught, views.partner)
+            losses["inter"] = own.inter_weight * between
+            monitors["partner_top1"] = self._partner_first(said, all_taught, views.partner)
+            centre = all_taught.mean(dim=0)
+        if own.intra_weight:
+            loss, spread = self._within(found["answers"], found["wanted"])
+            losses["intra"] = own.intra_weight * loss
+            monitors["teacher_answer_std"] = spread
+        # Masked modelling alone cannot collapse and has no embeddings.
+        embeddings = found["whole"].detach() if self.compares else None
+        return StepOutput(losses, embeddings, monitors, carry=centre)
+
+    def _of_piece(self, patches: Tensor, strong: Tensor, visible: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return the errors of recovered voxels, and the vectors and answers (S, T) of student and teacher."""
+        seen = self.student(patches, visible)
+        tokens = self.decoder.decode(seen, visible, self.positions)
+        found = {}
+        if self.settings.reconstruction_weight:
+            target = standardise_tokens(cut_into_tokens(patches, self.student.token_vox))
+            found["error"] = masked_token_mse(self.decoder.predict(tokens), target, mask)
+            found["error_of_mean"] = visible_mean_baseline(target, mask)
         if self.compares:
             projected = self.projection(tokens)  # H
-            with torch.no_grad():
-                taught = self.teacher_projection(self.teacher(views.strong))  # Y
-            whole, taught_whole = projected.mean(dim=1), taught.mean(dim=1)
-            embeddings = whole.detach()
-            if own.inter_weight:
-                said = self.inter_predictor(whole)
-                all_taught = gather(taught_whole)
-                losses["inter"] = own.inter_weight * self._between(said, taught_whole, all_taught, views.partner)
-                monitors["partner_top1"] = self._partner_first(said, all_taught, views.partner)
-                centre = all_taught.mean(dim=0)
-            if own.intra_weight:
-                loss, spread = self._within(seen, projected, taught)
-                losses["intra"] = own.intra_weight * loss
-                monitors["teacher_answer_std"] = spread
-        return StepOutput(losses, embeddings, monitors, carry=centre)
+            found["whole"] = projected.mean(dim=1)
+            if self.settings.intra_weight:
+                found["answers"] = self.alignment(seen, projected)  # S
+            with torch.no_grad():  # comes last, so that the backward pass of a piece does not repeat it
+                taught = self.teacher_projection(self.teacher(strong))  # Y
+                found["taught_whole"] = taught.mean(dim=1)
+                if self.settings.intra_weight:
+                    found["wanted"] = self.teacher_alignment(seen, taught)  # T
+        return found
 
     def recover(self, views: PairedViews) -> Recovered:
         """Return what the student sees and its recovered tokens, with the mean and contrast of the true ones."""
@@ -307,17 +317,10 @@ class Alice(PretextMethod):
             return cosine_distance(said, taught[partner] - self.centre).mean()
         queries, keys = F.normalize(said, dim=1), F.normalize(all_taught, dim=1)
         # The teacher's vector of the patch itself shows the same place and is therefore not a negative.
-        negatives, present = keys.expand(len(queries), -1, -1), self._others(partner, len(keys))
+        negatives, present = keys.expand(len(queries), -1, -1), of_other_pairs(partner, len(keys), rank())
         return info_nce_with_negatives(
             queries, F.normalize(taught[partner], dim=1), negatives, present, self.settings.temperature
         ).mean()
-
-    def _others(self, partner: Tensor, keys: int) -> Tensor:
-        """Return which keys of all processes belong to other pairs, (batch, key)."""
-        first = rank() * len(partner)
-        places = torch.arange(keys, device=partner.device)
-        own = first + torch.arange(len(partner), device=partner.device)[:, None]
-        return (places != own) & (places != first + partner[:, None])
 
     @torch.no_grad()
     def _partner_first(self, said: Tensor, all_taught: Tensor, partner: Tensor) -> Tensor:
@@ -326,16 +329,13 @@ class Alice(PretextMethod):
         similarity = F.normalize(said, dim=1) @ centred.T
         first = rank() * len(partner)
         own = similarity.gather(1, first + partner[:, None])[:, 0]
-        others = similarity.masked_fill(~self._others(partner, len(centred)), -torch.inf)
+        others = similarity.masked_fill(~of_other_pairs(partner, len(centred), rank()), -torch.inf)
         return (own > others.amax(dim=1)).float().mean()
 
-    def _within(self, seen: Tensor, projected: Tensor, taught: Tensor) -> tuple[Tensor, Tensor]:
+    def _within(self, answers: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Return the distance of the student's and teacher's answers to the visible tokens, and the spread of the teacher's."""
-        answers = self.alignment(seen, projected)  # S
-        with torch.no_grad():
-            wanted = self.teacher_alignment(seen, taught)  # T
-            rows = F.normalize(wanted.flatten(0, 1), dim=1)
-            spread = rows.std(dim=0).mean() * math.sqrt(rows.shape[1])
+        rows = F.normalize(wanted.flatten(0, 1), dim=1)
+        spread = rows.std(dim=0).mean() * math.sqrt(rows.shape[1])
         first, second = (
             standardise_over_ranks(each.flatten(0, 1), epsilon=1e-10).unflatten(0, each.shape[:2])
             for each in (answers, wanted)

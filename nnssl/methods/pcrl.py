@@ -30,6 +30,7 @@ Deviations:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -59,6 +60,7 @@ from nnssl.networks.attention import AttentionKind, TransformationAttention
 from nnssl.networks.backbone import input_channels, widest_kernel
 from nnssl.networks.dense import ENCODER, ENCODER_AND_DECODER, decode, trained_encoder, trained_up_to_segmentation
 from nnssl.networks.heads import PooledProjection
+from nnssl.networks.pieces import in_pieces, recompute_stages
 from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.corruption import CorruptionRange, apply_corruption, draw_corruption
@@ -207,6 +209,8 @@ class PCRL(PretextMethod):
                 settings.queue_length, settings.training.batch_size, settings.embedding_dimensions
             )
         self._momentum = momentum_for_run(settings.teacher_momentum, settings.training.total_steps)
+        if settings.training.checkpointing:
+            recompute_stages(self)
 
     @classmethod
     def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
@@ -247,12 +251,12 @@ class PCRL(PretextMethod):
     def losses(self, views: ContextViews, progress: float) -> StepOutput:
         """Return InfoNCE of the queries (equation 7) and the mean squared errors of the reconstructions (equation 8)."""
         own = self.settings
-        features = self.network.encoder(views.seen_o)
-        queries = self.head(features[-1])
-        with torch.no_grad():
-            taught = self.teacher(views.seen_m)
-            keys = self.teacher_head(taught[-1])
-            all_keys = gather(keys)
+        targets = reconstruction_targets(views, own.hybrid_target) if own.reconstruction_weight else {}
+        codes = [views.codes[model] for model in targets]
+        tensors = [views.seen_o, views.seen_m, views.mixing, *codes, *targets.values()]
+        found = in_pieces(partial(self._of_piece, list(targets)), tensors, own.training.pieces)
+        queries, keys = found["queries"], found["keys"]
+        all_keys = gather(keys)
         queue = None if own.negatives == "batch" else self.queue.keys
         contrast = momentum_contrast(queries, keys, all_keys, queue, own.negatives, own.temperature)
         losses = {"contrast": own.contrast_weight * contrast}
@@ -263,31 +267,46 @@ class PCRL(PretextMethod):
         if own.reconstruction_weight:
             for model, errors in errors_untold(views, own).items():
                 monitors[f"untold_{model}"] = own.reconstruction_weight * errors.mean()
-            outputs = self.reconstruct(features, taught, views)
-            targets = reconstruction_targets(views, own.hybrid_target)
-            for model, output in outputs.items():
-                error = F.mse_loss(output.float(), targets[model].float())
-                losses[f"reconstruction_{model}"] = own.reconstruction_weight * error
+            for model in targets:
+                losses[f"reconstruction_{model}"] = own.reconstruction_weight * found[model]
         return StepOutput(losses, queries.detach(), monitors, carry=all_keys)
 
+    def _of_piece(
+        self, models: Sequence[str], seen_o: Tensor, seen_m: Tensor, mixing: Tensor, *asked: Tensor
+    ) -> dict[str, Tensor]:
+        """Return queries, keys and the mean error of each model's reconstruction; ``asked`` are codes, then targets."""
+        features = self.network.encoder(seen_o)
+        queries = self.head(features[-1])
+        with torch.no_grad():
+            taught = self.teacher(seen_m)
+            keys = self.teacher_head(taught[-1])
+        found = {"queries": queries, "keys": keys}
+        if models:
+            codes = dict(zip(models, asked[: len(models)], strict=True))
+            outputs = self.reconstruct(features, taught, codes, mixing)
+            for (model, output), target in zip(outputs.items(), asked[len(models) :], strict=True):
+                found[model] = F.mse_loss(output.float(), target.float())
+        return found
+
     def reconstruct(
-        self, features: Sequence[Tensor], taught: Sequence[Tensor], views: ContextViews
+        self, features: Sequence[Tensor], taught: Sequence[Tensor], codes: dict[str, Tensor], mixing: Tensor
     ) -> dict[str, Tensor]:
         """Return the decoder's output for each model (batch, channel, *shape), computed in one pass.
 
         Args:
             features: Maps of the encoder, full resolution first.
             taught: Maps of its moving average, without gradient.
-            views: Views of the step.
+            codes: Code of the requested transformation (batch, bits), by model.
+            mixing: Share of ``o`` in the hybrid (batch,).
         """
         maps = {"o": list(features), "m": list(taught)}
-        gated = {model: self._attend(maps[model][-1], views.codes[model]) for model in ("o", "m")}
-        if "h" in views.turns:
-            maps["h"] = [mix(first, second, views.mixing) for first, second in zip(features, taught, strict=True)]
+        gated = {model: self._attend(maps[model][-1], codes[model]) for model in ("o", "m")}
+        if "h" in codes:
+            maps["h"] = [mix(first, second, mixing) for first, second in zip(features, taught, strict=True)]
             if self.settings.hybrid_target == "mixed_then_turned":
-                gated["h"] = self._attend(maps["h"][-1], views.codes["h"])
+                gated["h"] = self._attend(maps["h"][-1], codes["h"])
             else:
-                gated["h"] = mix(gated["o"], gated["m"], views.mixing)
+                gated["h"] = mix(gated["o"], gated["m"], mixing)
         models = list(maps)
         skips = [torch.cat([maps[model][level] for model in models]) for level in range(len(features) - 1)]
         if not self.settings.skips:

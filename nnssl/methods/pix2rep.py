@@ -59,6 +59,7 @@ from nnssl.methods.settings import (
 )
 from nnssl.networks.dense import ENCODER_AND_DECODER, DenseKind, dense_channels, dense_maps, trained_up_to_segmentation
 from nnssl.networks.heads import PointProjection
+from nnssl.networks.pieces import in_pieces, recompute_stages
 from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import (
@@ -180,6 +181,8 @@ class DensePoints(PretextMethod):
         self.network = trained_up_to_segmentation(network)
         channels = dense_channels(network.encoder.output_channels, settings.features)
         self.head = PointProjection(channels, settings.hidden_dimensions, settings.embedding_dimensions)
+        if settings.training.checkpointing:
+            recompute_stages(self)
 
     @classmethod
     def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
@@ -208,7 +211,8 @@ class DensePoints(PretextMethod):
 
     def losses(self, views: EquivariantViews, progress: float) -> StepOutput:
         """Return the loss of the pairs, embeddings for the collapse monitors, and similarity and retrieval of partners."""
-        before, warped = embed_points(self.network, self.head, views, self.settings.features)
+        own = self.settings
+        before, warped = embed_points(self.network, self.head, views, own.features, own.training.pieces)
         chosen = torch.linspace(0, len(before) - 1, min(MONITORED_POINTS, len(before)), device=before.device).long()
         first, second = before.detach()[chosen].float(), warped.detach()[chosen].float()
         monitors = {
@@ -299,14 +303,26 @@ def points_of_image(settings: DenseSettings, shape: Sequence[int]) -> int:
 
 
 def embed_points(
-    network: Any, head: nn.Module, views: EquivariantViews, kind: DenseKind
+    network: Any, head: nn.Module, views: EquivariantViews, kind: DenseKind, pieces: int = 1
 ) -> tuple[Float[Tensor, "pairs d"], Float[Tensor, "pairs d"]]:
-    """Return ``z_a`` and ``z_b`` at the points of all images, one image after the other."""
-    shape = views.before.shape[2:]
-    # One pass for both branches gives the same result, because nnU-Net's networks normalise every sample separately.
-    maps = dense_maps(network, torch.cat([views.before, views.warped]), kind)
-    sides = []
-    for half, points in enumerate((views.points_before, views.points_warped)):
-        features = [interpolate_at(each.chunk(2)[half], points, shape) for each in maps]
-        sides.append(head(torch.cat(features, dim=2).flatten(0, 1)))
-    return sides[0], sides[1]
+    """Return ``z_a`` and ``z_b`` at the points of all images, one image after the other.
+
+    Args:
+        network: The whole U-Net ``f``.
+        head: The projection ``g``, which normalises over the points of the whole batch.
+        views: Both views and their points.
+        kind: Maps that describe a point.
+        pieces: Number of pieces in which the batch passes the network.
+    """
+
+    def read(before: Tensor, warped: Tensor, points_before: Tensor, points_warped: Tensor) -> dict[str, Tensor]:
+        # One pass for both branches gives the same result, because nnU-Net's networks normalise every sample separately.
+        maps = dense_maps(network, torch.cat([before, warped]), kind)
+        sides = {}
+        for half, (side, points) in enumerate((("before", points_before), ("warped", points_warped))):
+            features = [interpolate_at(each.chunk(2)[half], points, before.shape[2:]) for each in maps]
+            sides[side] = torch.cat(features, dim=2)
+        return sides
+
+    features = in_pieces(read, [views.before, views.warped, views.points_before, views.points_warped], pieces)
+    return head(features["before"].flatten(0, 1)), head(features["warped"].flatten(0, 1))

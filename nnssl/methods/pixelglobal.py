@@ -35,6 +35,7 @@ Deviations:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -70,6 +71,7 @@ from nnssl.methods.settings import (
 from nnssl.momentum import cosine_momentum, make_teacher, momentum_for_run
 from nnssl.networks.dense import ENCODER_AND_DECODER, decoder_maps, trained_up_to_segmentation
 from nnssl.networks.heads import PointAssignment, PooledAssignment
+from nnssl.networks.pieces import in_pieces, recompute_stages
 from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
@@ -190,6 +192,8 @@ class PixelGlobal(PretextMethod):
         self.teacher_global_head = make_teacher(self.global_head)
         self.teacher_local_head = make_teacher(self.local_head)
         self._momentum = momentum_for_run(settings.teacher_momentum, settings.training.total_steps)
+        if settings.training.checkpointing:
+            recompute_stages(self)
 
     @classmethod
     def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
@@ -228,15 +232,18 @@ class PixelGlobal(PretextMethod):
 
     def losses(self, views: CorrespondingViews, progress: float) -> StepOutput:
         """Return both losses, with the cross-entropy per voxel, uncertainty and retrieval as monitors."""
-        own = self.settings
-        student_maps = decoder_maps(self.network, views.student)
+        own, pieces = self.settings, self.settings.training.pieces
+        student = partial(pooled_and_points, self.network, self.global_head)
+        teacher = partial(pooled_and_points, self.teacher, self.teacher_global_head)
+        corners, _ = corner_points(views.points_teacher, views.teacher.shape[2:])
+        seen = in_pieces(student, [views.student, views.points_student], pieces)
         with torch.no_grad():
-            teacher_maps = decoder_maps(self.teacher, views.teacher)
-            global_target = (self.teacher_global_head(teacher_maps[0]) / own.teacher_temperature).softmax(dim=1)
-            local_target = self.local_target(teacher_maps[-1], views)
-            uncertainty = self.uncertainty(teacher_maps[-1], views)
-        whole = self.global_head(student_maps[0])
-        features = interpolate_at(student_maps[-1], views.points_student, views.student.shape[2:])
+            taught = in_pieces(teacher, [views.teacher, views.points_teacher, corners.flatten(1, 2)], pieces)
+            logits = self.teacher_global_head.assign(taught["pooled"])
+            global_target = (logits / own.teacher_temperature).softmax(dim=1)
+            local_target = self.local_target(taught["corners"], views)
+            uncertainty = self.uncertainty(taught["points"], views)
+        whole, features = self.global_head.assign(seen["pooled"]), seen["points"]
         local = self.local_head(features, views.seeds)
 
         per_image = distillation_cross_entropy(global_target, whole / own.student_temperature)
@@ -255,24 +262,21 @@ class PixelGlobal(PretextMethod):
         return StepOutput(losses, answers.flatten(0, 1)[:: self._every(answers)], monitors)
 
     def local_target(
-        self, teacher_map: Float[Tensor, "batch channel *shape"], views: CorrespondingViews
+        self, features: Float[Tensor, "batch corners channel"], views: CorrespondingViews
     ) -> Float[Tensor, "batch points d"]:
         """Return the teacher's probabilities at the points: those of the voxels around each point, linearly weighted."""
-        shape = views.teacher.shape[2:]
-        corners, weights = corner_points(views.points_teacher, shape)
-        features = interpolate_at(teacher_map, corners.flatten(1, 2), shape)
+        corners, weights = corner_points(views.points_teacher, views.teacher.shape[2:])
         logits = self.teacher_local_head(features) / self.settings.teacher_temperature
         probabilities = logits.softmax(dim=2).unflatten(1, corners.shape[1:3])
         return (probabilities * weights[..., None]).sum(dim=2)
 
     def uncertainty(
-        self, teacher_map: Float[Tensor, "batch channel *shape"], views: CorrespondingViews
+        self, features: Float[Tensor, "batch points channel"], views: CorrespondingViews
     ) -> Float[Tensor, "batch points"]:
         """Return the normalised entropy of the mean over passes with dropout, 0 to 1; 0 if there are no passes."""
         passes = self.settings.uncertainty_passes
         if not passes:
             return torch.zeros_like(views.valid)
-        features = interpolate_at(teacher_map, views.points_teacher, views.teacher.shape[2:])
         return point_uncertainty(
             self.teacher_local_head, features, views.seeds, passes, self.settings.teacher_temperature
         )
@@ -357,6 +361,13 @@ def intensity_range(settings: PixelGlobalSettings) -> IntensityRange:
 def points_of_image(settings: PixelGlobalSettings, shape: Sequence[int]) -> int:
     """Return the number of points to draw from each image: as the settings say, but at most the number of its voxels."""
     return max(1, min(settings.points // settings.training.batch_size, math.prod(shape)))
+
+
+def pooled_and_points(network: Any, head: PooledAssignment, volumes: Tensor, *places: Tensor) -> dict[str, Tensor]:
+    """Return pooled features of images, and the decoder's features at their points and, if given, at the points' corners."""
+    maps = decoder_maps(network, volumes)
+    read = [interpolate_at(maps[-1], each, volumes.shape[2:]) for each in places]
+    return {"pooled": head.pool(maps[0]), **dict(zip(("points", "corners"), read, strict=False))}
 
 
 def point_uncertainty(

@@ -60,6 +60,7 @@ from nnssl.methods.settings import (
 from nnssl.momentum import make_teacher, momentum_for_run, queue_for_run
 from nnssl.networks.dense import ENCODER, trained_encoder
 from nnssl.networks.heads import PooledProjection, TokenDecoder
+from nnssl.networks.pieces import in_pieces, recompute_stages
 from nnssl.networks.tokens import map_to_tokens, sine_cosine_positions, take_tokens
 from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
@@ -148,6 +149,8 @@ class RepRecContrastive(PretextMethod):
                 settings.queue_length, settings.training.batch_size, settings.embedding_dimensions
             )
         self._momentum = momentum_for_run(settings.teacher_momentum, settings.training.total_steps)
+        if settings.training.checkpointing:
+            recompute_stages(self)
 
     @classmethod
     def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
@@ -175,9 +178,11 @@ class RepRecContrastive(PretextMethod):
         """Return InfoNCE of the queries against their keys and the negatives (section 4.1; MoCo equation 1)."""
         own = self.settings
         query_volumes, key_volumes = views
-        queries = self.head(self.encoder(query_volumes)[-1])
+        queries = in_pieces(lambda crops: self.head(self.encoder(crops)[-1]), [query_volumes], own.training.pieces)
         with torch.no_grad():
-            keys = self.key_head(self.key_encoder(key_volumes)[-1])
+            keys = in_pieces(
+                lambda crops: self.key_head(self.key_encoder(crops)[-1]), [key_volumes], own.training.pieces
+            )
             all_keys = gather(keys)
         queue = None if own.negatives == "batch" else self.queue.keys
         losses = {"contrast": momentum_contrast(queries, keys, all_keys, queue, own.negatives, own.temperature)}
@@ -262,6 +267,8 @@ class RepRecGenerative(PretextMethod):
         self.token_stage = network.token_stage
         size, channels = configuration.transformer_size, network.encoder.output_channels[network.token_stage]
         self.decoder = TokenDecoder(size.width, settings.decoder_depth, size.heads, channels)
+        if settings.training.checkpointing:
+            recompute_stages(self)
 
     @classmethod
     def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
@@ -285,15 +292,26 @@ class RepRecGenerative(PretextMethod):
 
     def losses(self, views: MaskedViews, progress: float) -> StepOutput:
         """Return the mean squared error of the recovered features over the masked tokens (section 4.2)."""
+        pieces = self.settings.training.pieces
         with torch.no_grad():
-            features = map_to_tokens(self.encoder(views.volumes)[self.token_stage])
-            target = standardise_tokens(features)
+            features = in_pieces(
+                lambda volumes: map_to_tokens(self.encoder(volumes)[self.token_stage]), [views.volumes], pieces
+            )
+        found = in_pieces(self._recover, [features, views.visible, views.mask], pieces)
+        losses, monitors = {"recovery": found["error"]}, {"recovery_of_visible_mean": found["error_of_mean"]}
+        return StepOutput(losses, found["encoded"].detach(), monitors)
+
+    def _recover(self, features: Tensor, visible: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Return the error of the recovered features, that of the mean of the visible ones, and the mean encoded token."""
+        target = standardise_tokens(features)
         positions = sine_cosine_positions(self.configuration.token_grid.grid, self.transformer.width, features.device)
-        encoded = self.transformer.encode(take_tokens(features, views.visible), positions[views.visible])
-        recovered = self.decoder(encoded, views.visible, positions)
-        losses = {"recovery": masked_token_mse(recovered, target, views.mask)}
-        monitors = {"recovery_of_visible_mean": visible_mean_baseline(target, views.mask)}
-        return StepOutput(losses, encoded.detach().float().mean(dim=1), monitors)
+        encoded = self.transformer.encode(take_tokens(features, visible), positions[visible])
+        recovered = self.decoder(encoded, visible, positions)
+        return {
+            "error": masked_token_mse(recovered, target, mask),
+            "error_of_mean": visible_mean_baseline(target, mask),
+            "encoded": encoded.float().mean(dim=1),
+        }
 
     def train(self, mode: bool = True) -> "RepRecGenerative":
         """Switch the mode, but keep the frozen encoder in evaluation mode."""

@@ -23,6 +23,7 @@ Deviations:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -50,6 +51,7 @@ from nnssl.methods.settings import (
 )
 from nnssl.networks.anatomical_embedding import AnatomicalEmbedding, EmbeddingKind, Embeddings
 from nnssl.networks.dense import ENCODER, decoder_parts, trained_up_to_level
+from nnssl.networks.pieces import in_pieces, recompute_stages
 from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.cells import PlacedCells, Queries, draw_queries, far_enough, place_cells
@@ -116,7 +118,7 @@ class Pair(NamedTuple):
     """Both crops of one sample.
 
     Attributes:
-        maps: Embeddings of each crop (1, dimension, *grid).
+        maps: Embeddings of each crop (1, dimension, *grid), by kind of embedding.
         params: Position of each crop in the patch, one record each.
         queries: Queries of each crop, by kind of embedding.
         cells: Cells of both crops, by kind of embedding.
@@ -124,7 +126,7 @@ class Pair(NamedTuple):
         seed: Random seed for the choice of negatives.
     """
 
-    maps: tuple[Embeddings, Embeddings]
+    maps: dict[EmbeddingKind, tuple[Tensor, Tensor]]
     params: tuple[AffineParams, AffineParams]
     queries: dict[EmbeddingKind, tuple[Queries, Queries]]
     cells: dict[EmbeddingKind, PlacedCells]
@@ -183,6 +185,8 @@ class SAM(PretextMethod):
         self.configuration = configuration
         self.network = trained_up_to_level(network, settings.fine_stage)
         self.embedding = AnatomicalEmbedding(network, settings.fine_stage, settings.coarse_stage, settings.dimensions)
+        if settings.training.checkpointing:
+            recompute_stages(self)
 
     @classmethod
     def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
@@ -220,37 +224,74 @@ class SAM(PretextMethod):
 
     def losses(self, views: PlacedViews, progress: float) -> StepOutput:
         """Return InfoNCE of the fine and of the coarse embeddings, each averaged over the queries."""
-        count = len(views.first)
-        maps = self.embedding(torch.cat([views.first, views.second]))
-        first, second = (Embeddings(*each) for each in zip(*(each.split(count) for each in maps), strict=True))
-        coarse_cells = torch.cat([each.coarse.flatten(2) for each in (first, second)], dim=2).transpose(1, 2)
-        all_cells = gather_with_gradient(coarse_cells)  # (patch of all processes, cell, dimension)
-        compared: dict[EmbeddingKind, list[Compared]] = {kind: [] for kind in KINDS}
-        for sample in range(count):
-            pair = self._pair(sample, (first, second), views)
-            for kind in KINDS:
-                cells = torch.cat([getattr(each, kind)[0].flatten(1) for each in pair.maps], dim=1).T
-                compared[kind] += [self._compare(kind, view, pair, cells, all_cells) for view in (0, 1)]
-        losses = {str(kind): torch.cat([each.losses for each in found]).mean() for kind, found in compared.items()}
-        monitors = {
-            f"{kind}_top1": torch.cat([each.hits for each in found]).float().mean() for kind, found in compared.items()
-        }
-        queries = torch.cat([each.queries for each in compared["fine"][::2]])  # of the first view
-        return StepOutput(losses, queries.detach(), monitors)
+        samples = torch.arange(len(views.first))
+        fine = in_pieces(
+            partial(self._compare_fine, views), [views.first, views.second, samples], self.settings.training.pieces
+        )
+        maps = fine["coarse_first"], fine["coarse_second"]
+        all_cells = gather_with_gradient(torch.cat([each.flatten(2) for each in maps], dim=2).transpose(1, 2))
+        compared = self._compare_all("coarse", {"coarse": maps}, samples, views, all_cells)
+        losses = {"fine": fine["losses"].mean(), "coarse": torch.cat([each.losses for each in compared]).mean()}
+        hits = {"fine": fine["hits"], "coarse": torch.cat([each.hits for each in compared])}
+        monitors = {f"{kind}_top1": each.float().mean() for kind, each in hits.items()}
+        return StepOutput(losses, fine["queries"].detach(), monitors)
 
-    def _pair(self, sample: int, maps: tuple[Embeddings, Embeddings], views: PlacedViews) -> Pair:
-        """Return both crops of one sample."""
+    def _compare_fine(self, views: PlacedViews, first: Tensor, second: Tensor, samples: Tensor) -> dict[str, Tensor]:
+        """Return what comparing the fine embeddings of some samples gives, and their coarse embeddings.
+
+        Fine embeddings are compared within a scan only, so those of the whole batch never exist at once.
+
+        Args:
+            views: Views of the step.
+            first: First crops of the samples.
+            second: Second crops.
+            samples: Indices of the samples in the batch.
+        """
+        embedded = self.embedding(torch.cat([first, second]))
+        one, other = (Embeddings(*each) for each in zip(*(each.split(len(first)) for each in embedded), strict=True))
+        maps: dict[EmbeddingKind, tuple[Tensor, Tensor]] = {
+            "fine": (one.fine, other.fine),
+            "coarse": (one.coarse, other.coarse),
+        }
+        compared = self._compare_all("fine", maps, samples, views)
+        return {
+            "losses": torch.cat([each.losses for each in compared]),
+            "hits": torch.cat([each.hits for each in compared]),
+            "queries": torch.cat([each.queries for each in compared[::2]]),  # of the first view
+            "coarse_first": one.coarse,
+            "coarse_second": other.coarse,
+        }
+
+    def _compare_all(
+        self,
+        kind: EmbeddingKind,
+        maps: dict[EmbeddingKind, tuple[Tensor, Tensor]],
+        samples: Tensor,
+        views: PlacedViews,
+        all_cells: Tensor | None = None,
+    ) -> list[Compared]:
+        """Compare the queries of samples, first view first; see ``Pair`` and ``_compare`` for the arguments."""
+        compared = []
+        for place, sample in enumerate(samples.tolist()):
+            own = {each: (one[place : place + 1], other[place : place + 1]) for each, (one, other) in maps.items()}
+            pair = self._pair(sample, own, views)
+            cells = torch.cat([each[0].flatten(1) for each in pair.maps[kind]], dim=1).T
+            compared += [self._compare(kind, view, pair, cells, all_cells) for view in (0, 1)]
+        return compared
+
+    def _pair(self, sample: int, maps: dict[EmbeddingKind, tuple[Tensor, Tensor]], views: PlacedViews) -> Pair:
+        """Return both crops of one sample, with the embeddings that are given."""
         shape, device = views.first.shape[2:], views.first.device
         chosen = slice(sample, sample + 1)
-        one, other = (Embeddings(*(each[chosen] for each in embeddings)) for embeddings in maps)
         params = (pick(views.params[0], torch.tensor([sample])), pick(views.params[1], torch.tensor([sample])))
         queries: dict[EmbeddingKind, tuple[Queries, Queries]] = {}
-        for kind in KINDS:
+        for kind in maps:
             mine, theirs = (Queries(*(each[chosen] for each in drawn)) for drawn in getattr(views, kind))
             queries[kind] = (mine, theirs)
-        cells = {kind: place_cells(params, grid, shape, device) for kind, grid in self.embedding.grids(shape).items()}
+        grids = self.embedding.grids(shape)
+        cells = {kind: place_cells(params, grids[kind], shape, device) for kind in maps}
         place = rank() * len(views.first) + sample
-        return Pair((one, other), params, queries, cells, place, views.seeds[sample])
+        return Pair(maps, params, queries, cells, place, views.seeds[sample])
 
     def _compare(
         self,
@@ -258,7 +299,7 @@ class SAM(PretextMethod):
         view: int,
         pair: Pair,
         cells: Float[Tensor, "cell dimension"],
-        all_cells: Float[Tensor, "patch coarse_cell dimension"],
+        all_cells: Float[Tensor, "patch coarse_cell dimension"] | None,
     ) -> Compared:
         """Compare the queries of one view with their positives and negatives.
 
@@ -267,12 +308,12 @@ class SAM(PretextMethod):
             view: Index of the view, 0 or 1.
             pair: Both crops of a sample.
             cells: Embeddings of the cells of both crops.
-            all_cells: Coarse embeddings of the cells of all patches of all processes.
+            all_cells: Coarse embeddings of the cells of all patches of all processes; not used by the fine kind.
         """
         own, shape = self.settings, pair.params[0].shape
         here, there, valid = pair.queries[kind][view]
-        query = read_unit_vectors(getattr(pair.maps[view], kind), here, shape)
-        positive = read_unit_vectors(getattr(pair.maps[1 - view], kind), there, shape)
+        query = read_unit_vectors(pair.maps[kind][view], here, shape)
+        positive = read_unit_vectors(pair.maps[kind][1 - view], there, shape)
         generator = torch.Generator(cells.device).manual_seed(pair.seed + 2 * view + (kind == "coarse"))
         allowed = far_enough(here[0], pair.params[view], pair.cells[kind])
         with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
@@ -282,6 +323,7 @@ class SAM(PretextMethod):
             chosen, present = draw_hard_negatives(ranking, allowed, own.fine_pool, own.fine_negatives, generator)
             negatives = cells[chosen]
         else:
+            assert all_cells is not None
             chosen, present = draw_hard_negatives(ranking, allowed, own.coarse_pool, own.coarse_negatives, generator)
             foreign = torch.cat([all_cells[: pair.place], all_cells[pair.place + 1 :]]).flatten(0, 1)
             drawn = torch.rand(len(foreign), generator=generator, device=cells.device).argsort()[: own.other_negatives]
@@ -348,10 +390,10 @@ def read_unit_vectors(
 def coarse_ranking(here: Float[Tensor, "1 query d"], view: int, pair: Pair) -> Float[Tensor, "query cell"]:
     """Return the coarse similarity of a view's queries to the fine cells of both views."""
     shape = pair.params[0].shape
-    query = read_unit_vectors(pair.maps[view].coarse, here, shape)
+    query = read_unit_vectors(pair.maps["coarse"][view], here, shape)
     mode = "trilinear" if len(shape) == 3 else "bilinear"
     found = []
-    for each in pair.maps:
-        similarity = torch.einsum("qd,d...->q...", query, each.coarse[0])[None]
-        found.append(F.interpolate(similarity, each.fine.shape[2:], mode=mode, align_corners=False)[0].flatten(1))
+    for coarse, fine in zip(pair.maps["coarse"], pair.maps["fine"], strict=True):
+        similarity = torch.einsum("qd,d...->q...", query, coarse[0])[None]
+        found.append(F.interpolate(similarity, fine.shape[2:], mode=mode, align_corners=False)[0].flatten(1))
     return torch.cat(found, dim=1)

@@ -54,9 +54,9 @@ class TrainingSettings:
     patch_size: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Number of voxels of a patch per axis; the plan gives it."""
     pieces: Annotated[int, Field(ge=1)] = 1
-    """Number of pieces in which the batch of a process passes the network."""
+    """Number of pieces in which the batch of a process passes the network. The gradient is that of the whole batch."""
     checkpointing: bool = False
-    """Whether the network's stages are computed again in the backward pass to save memory."""
+    """Whether the stages of encoder and decoder keep only their inputs and are recomputed in the backward pass."""
 
     @property
     def total_steps(self) -> int:

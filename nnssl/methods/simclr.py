@@ -29,6 +29,7 @@ from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, Step
 from nnssl.methods.settings import CropFraction, Positive, Share, TrainingSettings, TwoOrMore, changes_in_common
 from nnssl.networks.dense import ENCODER, trained_encoder
 from nnssl.networks.heads import PooledProjection
+from nnssl.networks.pieces import in_pieces, recompute_stages
 from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, check_intensity, restrict_to
@@ -88,6 +89,8 @@ class SimCLR(PretextMethod):
         self.encoder = trained_encoder(network)
         channels = network.encoder.output_channels[-1]
         self.head = PooledProjection(channels, channels, settings.embedding_dimensions)
+        if settings.training.checkpointing:
+            recompute_stages(self)
 
     @classmethod
     def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
@@ -107,7 +110,11 @@ class SimCLR(PretextMethod):
 
     def losses(self, views: tuple[Tensor, Tensor], progress: float) -> StepOutput:
         """Return NT-Xent of the projections of both views (equation 1), and the retrieval of the other view as monitor."""
-        first, second = (self.head(self.encoder(volumes)[-1]) for volumes in views)
+
+        def embed(volumes: Tensor) -> Tensor:
+            return self.head(self.encoder(volumes)[-1])
+
+        first, second = (in_pieces(embed, [volumes], self.settings.training.pieces) for volumes in views)
         monitors = {
             "positive_similarity": (first * second).sum(dim=1).mean().detach(),
             "retrieval_top1": retrieval_top1(first, second),

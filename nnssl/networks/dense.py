@@ -4,11 +4,14 @@ nnU-Net's own forward pass returns only the segmentations.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from nnssl.networks.pieces import recomputed, recomputes
 
 DenseKind = Literal["single", "pyramid"]
 ENCODER_AND_DECODER = ("encoder.", "decoder.encoder.", "decoder.transpconvs.", "decoder.stages.")
@@ -65,10 +68,16 @@ def decode(decoder: Any, skips: Sequence[Tensor], last_level: int = 0) -> list[T
         skips: Maps of the encoder's stages (batch, channel, *grid), full resolution first.
         last_level: Encoder stage with the resolution of the last decoder stage to run.
     """
+
+    def run(upsample: Any, stage: Any, below: Tensor, skip: Tensor) -> Tensor:
+        return stage(torch.cat((upsample(below), skip), dim=1))
+
     maps = [skips[-1]]
     stages = list(zip(decoder.transpconvs, decoder.stages, strict=True))
     for level, (upsample, stage) in enumerate(stages[: len(stages) - last_level]):
-        maps.append(stage(torch.cat((upsample(maps[-1]), skips[-(level + 2)]), dim=1)))
+        inputs = maps[-1], skips[-(level + 2)]
+        step = partial(run, upsample, stage)
+        maps.append(recomputed(step, *inputs) if recomputes(decoder) else step(*inputs))
     return maps
 
 

@@ -65,8 +65,17 @@ class PooledAssignment(nn.Module):
 
     def forward(self, feature_map: Float[Tensor, "batch channel *grid"]) -> Float[Tensor, "batch dimension"]:
         """Return one row of logits per sample, in float32 throughout."""
+        return self.assign(self.pool(feature_map))
+
+    def pool(self, feature_map: Float[Tensor, "batch channel *grid"]) -> Float[Tensor, "batch hidden"]:
+        """Return the mean over positions after the perceptron; a sample does not depend on the others."""
         with torch.autocast(feature_map.device.type, enabled=False):
-            return standardised_rows(self.project(pooled_positions(self.hidden, feature_map.float())))
+            return pooled_positions(self.hidden, feature_map.float())
+
+    def assign(self, pooled: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch dimension"]:
+        """Return the rows of logits, standardised over the whole batch."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            return standardised_rows(self.project(pooled))
 
 
 class PointAssignment(nn.Module):

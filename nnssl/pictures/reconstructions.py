@@ -94,7 +94,8 @@ def _of_tokens(method: Alice, views: PairedViews) -> list[Reconstruction]:
 
 
 def _of_contexts(method: Any, views: Any) -> list[Reconstruction]:
-    outputs = method.reconstruct(method.network.encoder(views.seen_o), method.teacher(views.seen_m), views)
+    features, taught = method.network.encoder(views.seen_o), method.teacher(views.seen_m)
+    outputs = method.reconstruct(features, taught, views.codes, views.mixing)
     targets = reconstruction_targets(views, method.settings.hybrid_target)
     untold = errors_untold(views, method.settings)
     seen = {"o": views.seen_o, "m": views.seen_m, "h": mix(views.seen_o, views.seen_m, views.mixing)}

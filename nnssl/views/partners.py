@@ -1,7 +1,7 @@
 """Pairs of patches of a batch: each patch is compared with its neighbour."""
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from nnssl.errors import UserError
@@ -45,3 +45,17 @@ def check_pairs(batch_size: int, processes: int) -> None:
             f"batch_size must be a multiple of {2 * processes}, got {batch_size}: patches come in pairs, on {processes} "
             f"process(es); set batch_size={wanted}"
         )
+
+
+def of_other_pairs(partner: Int[Tensor, " batch"], keys: int, rank: int) -> Bool[Tensor, "batch key"]:
+    """Return which patches of all processes belong to other pairs than each patch of this process.
+
+    Args:
+        partner: Index of each patch's partner in the batch of this process.
+        keys: Number of patches of all processes, in the order of ranks.
+        rank: Rank of this process.
+    """
+    first = rank * len(partner)
+    places = torch.arange(keys, device=partner.device)
+    own = first + torch.arange(len(partner), device=partner.device)[:, None]
+    return (places != own) & (places != first + partner[:, None])

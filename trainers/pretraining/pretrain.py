@@ -13,6 +13,7 @@ from nnssl.files import read_json
 from nnssl.log import logger
 from nnssl.methods import Method, find_method
 from nnssl.methods.settings import split_overrides
+from nnssl.networks.pieces import check_pieces
 from nnssl.paths import Folders, use_folders
 from nnssl.plan import Plan, existing_plan, read_plan
 from nnssl.weights.opened_checkpoint import open_checkpoint
@@ -205,7 +206,7 @@ def is_finished(results: Path, run: StageRun) -> bool:
 
 
 def check_batch(run: StageRun, processes: int) -> None:
-    """Check that the global batch can be divided evenly among processes.
+    """Check that the global batch can be divided evenly among processes, and the part of a process into pieces.
 
     Raises:
         UserError: If it cannot.
@@ -219,3 +220,4 @@ def check_batch(run: StageRun, processes: int) -> None:
             f"batch_size of {run.stage.name} must be a multiple of {unit} for {processes} processes{each}, got {batch}; set "
             f"batch_size={nearest}"
         )
+    check_pieces(run.settings.training.pieces, batch // processes)

@@ -259,7 +259,7 @@ def test_a_hybrid_of_one_is_that_one(dim, share, model):
     features, taught = features_of(method, views)
     for first, second in zip(features, taught, strict=True):
         assert torch.equal(mix(first, second, views.mixing), {"o": first, "m": second}[model])
-    outputs = method.reconstruct(features, taught, views)
+    outputs = method.reconstruct(features, taught, views.codes, views.mixing)
     torch.testing.assert_close(outputs["h"], outputs[model], atol=1e-5, rtol=1e-4)
 
 
@@ -275,7 +275,8 @@ def test_hybrid_features_are_mixed_on_every_level(dim):
     ]
     gated = method.attention(mixed[-1], turn_code(views.turns["h"]))
     expected = method.output(decode(method.network.decoder, [*mixed[:-1], gated])[-1])
-    torch.testing.assert_close(method.reconstruct(features, taught, views)["h"], expected, atol=1e-4, rtol=1e-4)
+    found = method.reconstruct(features, taught, views.codes, views.mixing)["h"]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @dims
@@ -286,7 +287,8 @@ def test_the_code_s_hybrid_mixes_what_was_gated_apart(dim):
     gated = [method.attention(maps[-1], views.codes[model]) for model, maps in (("o", features), ("m", taught))]
     mixed = [mix(first, second, views.mixing) for first, second in zip(features[:-1], taught[:-1], strict=True)]
     expected = method.output(decode(method.network.decoder, [*mixed, mix(*gated, views.mixing)])[-1])
-    torch.testing.assert_close(method.reconstruct(features, taught, views)["h"], expected, atol=1e-4, rtol=1e-4)
+    found = method.reconstruct(features, taught, views.codes, views.mixing)["h"]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @dims
@@ -296,8 +298,8 @@ def test_without_skips_the_bottleneck_alone_decides(dim):
         views = method.make_views(make_batch(dim), generators())
         features, taught = features_of(method, views)
         other = [torch.randn_like(each) for each in features[:-1]]
-        first = method.reconstruct(features, taught, views)["o"]
-        second = method.reconstruct([*other, features[-1]], taught, views)["o"]
+        first = method.reconstruct(features, taught, views.codes, views.mixing)["o"]
+        second = method.reconstruct([*other, features[-1]], taught, views.codes, views.mixing)["o"]
         assert torch.allclose(first, second, atol=1e-5) is equal
 
 
@@ -308,7 +310,7 @@ def test_the_code_changes_the_reconstruction_and_not_the_embedding(dim):
     other = asked_for(views, {**views.turns, "o": no_turns(4, dim, views.turns["o"].plane)})
     assert not torch.equal(turn_code(other.turns["o"]), turn_code(views.turns["o"]))
     features, taught = features_of(method, views)
-    before, after = (method.reconstruct(features, taught, each) for each in (views, other))
+    before, after = (method.reconstruct(features, taught, each.codes, each.mixing) for each in (views, other))
     changed = (turn_code(other.turns["o"]) != turn_code(views.turns["o"])).any(dim=1)
     assert (before["o"] - after["o"]).abs().flatten(1).amax(dim=1)[changed].min() > 1e-6
     assert torch.equal(before["m"], after["m"])
@@ -381,7 +383,7 @@ def test_losses_against_loops(dim, negatives):
     features, taught = features_of(method, views)
     with torch.no_grad():
         queries, keys = method.head(features[-1]), method.teacher_head(taught[-1])
-        reconstructed = method.reconstruct(features, taught, views)
+        reconstructed = method.reconstruct(features, taught, views.codes, views.mixing)
     assert negatives == "batch" or len(method.queue.keys) == 7
     total = 0.0
     for index, query in enumerate(queries):
@@ -519,7 +521,7 @@ def test_the_right_code_is_heard():
     with torch.no_grad():
         features, taught = features_of(method, views)
         right, wrong = (
-            float((method.reconstruct(features, taught, each)["o"] - target).square().mean())
+            float((method.reconstruct(features, taught, each.codes, each.mixing)["o"] - target).square().mean())
             for each in (views, asked_for(views, {**views.turns, "o": flipped}))
         )
     untold = float(errors_untold(views, method.settings)["o"].mean())

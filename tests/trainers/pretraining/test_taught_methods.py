@@ -7,6 +7,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.checkpoint import read_checkpoint
+from nnssl.errors import UserError
 from nnssl.plan import read_plan
 from tests.trainers.conftest import NAME
 from tests.trainers.pretraining.stopping import stopped_at
@@ -63,6 +64,22 @@ def test_two_processes_equal_one(toy, method, options):
     largest = max(float(gradient.abs().max()) for gradient in gradients)
     assert largest > 1e-3
     assert_same(together, alone, rtol=1e-3, atol=2e-5 * max(1.0, largest))
+
+
+def test_two_processes_in_pieces_equal_one_at_once(toy):
+    """A process passes its own part of the batch in pieces, under ``DistributedDataParallel``."""
+    options = (*ONE_STEP, *SMALL["pcrl"], "batch_size=4")
+    alone = tensors_of(run(toy, "pcrl", *options))
+    final = run(toy, "pcrl", *options, "pieces=2", "checkpointing=true", restart=True, num_gpus=2)
+    settings = read_checkpoint(final)[1].settings
+    assert (settings["pieces"], settings["checkpointing"]) == (2, True)
+    largest = max(float(value.abs().max()) for key, value in alone.items() if key.endswith("momentum_buffer"))
+    assert_same(tensors_of(final), alone, rtol=1e-3, atol=2e-5 * max(1.0, largest))
+
+
+def test_more_pieces_than_patches_of_a_process_are_refused(toy):
+    with pytest.raises(UserError, match=r"^pieces must be at most the 2 patches of a process, got 3$"):
+        run(toy, "pcrl", "batch_size=4", "pieces=3", num_gpus=2)
 
 
 def test_two_processes_have_the_moving_average_and_the_queue_of_one(toy):
