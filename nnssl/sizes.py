@@ -42,6 +42,14 @@ def in_bytes(size: float) -> str:
     return f"{rounded:.0f} bytes"
 
 
+def in_time(seconds: float) -> str:
+    """Return a duration in its largest unit, as ``40 s``, ``12 min``, ``3.5 h`` or ``70 days``."""
+    for unit, size in (("days", 86_400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 1.5 * size:
+            return f"{_without_exponent(float(f'{seconds / size:.2g}'))} {unit}"
+    return f"{seconds:.2g} s"
+
+
 def _two_digits(value: float) -> float:
     # rounding comes first, so that 999.9 million is written as 1 billion
     return float(f"{value:.1e}")

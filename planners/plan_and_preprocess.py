@@ -7,14 +7,16 @@ from nnssl.data.jobs import default_processes
 from nnssl.data.preprocess import PreprocessReport, preprocess_dataset
 from nnssl.data.raw import find_dataset, leave_out, read_dataset
 from nnssl.errors import ArgumentError, UserError
+from nnssl.files import write_atomically
 from nnssl.log import logger
 from nnssl.methods import METHODS
 from nnssl.paths import Folders, use_folders
 from nnssl.plan import Plan, plan_path
 from planners.fingerprint import Fingerprint, read_or_extract
+from planners.machine_speed import measure_speed
 from planners.presets import choose_preset
 from planners.pretrain_planner import plan_pretraining
-from planners.reasons import format_decisions
+from planners.reasons import format_decisions, reasons_page, summarise
 from planners.settings import PlanSettings
 
 
@@ -93,7 +95,13 @@ def _plan_and_preprocess(dataset: str | int, settings: PlanSettings, folders: Fo
         settings.dense_width,
         settings.length,
     )
-    for line in format_decisions(plan):
+    page = plan_path(folders, plan.dataset_name, plan.name).with_name(f"{plan.name}_reasons.md")
+    write_atomically(page, lambda file: file.write(reasons_page(plan).encode()))
+    axes = {len(each.patch_size) for each in plan.pretext.configurations.values()}
+    speeds = {each: measure_speed(each) for each in axes}
+    for line in summarise(plan, settings.configurations, settings.methods, speeds):
+        logger.info(line)
+    for line in format_decisions(plan) if settings.verbose else [f"reasons: {page} (or --verbose)"]:
         logger.info(line)
     report = None
     if settings.preprocess:

@@ -135,8 +135,8 @@ def plan_pretraining(
     request = _Request(
         dataset, dataset_json, fingerprint, preset, plans_name, like, dense_width, length or preset.length
     )
-    given = {} if spacing_mm is None else dict.fromkeys(CONVOLUTIONAL, spacing_mm)
-    rules = request.apply(given, dict.fromkeys(given, "set by the user"))
+    chosen = {} if spacing_mm is None else dict.fromkeys(CONVOLUTIONAL, spacing_mm)
+    rules = request.apply(chosen, dict.fromkeys(chosen, "set by the user"))
     if spacing_mm is None and like is None:
         rules = request.coarsen(rules)
     nnunet = rules.nnunet
@@ -183,8 +183,9 @@ class _Request:
             spacings_mm: Spacing (z, y, x) as stored, by configuration; nnU-Net chooses the others from the data.
             reasons: Reason for each of these spacings.
         """
+        budgets: dict[str, float] = {}
         if self.like is not None:
-            nnunet, budgets = _plan_like(self.like, self.dataset, self.fingerprint, self.plans_name), {}
+            nnunet = _plan_like(self.like, self.dataset, self.fingerprint, self.plans_name)
         else:
             nnunet, budgets = self._plan(None)
             for name, spacing in spacings_mm.items():

@@ -28,8 +28,10 @@ class PlanSettings:
         exclude: File that lists cases to leave out, one name per line.
         processes: Worker processes for reading and preprocessing; None for one per core, at most 8.
         dask_address: Address of a Dask scheduler that preprocesses in place of local processes.
+        methods: Methods whose stages are printed; None for all.
         preprocess: Whether to preprocess after planning.
         restart: Whether to repeat preprocessing that is already complete.
+        verbose: Whether to print every decision with its reason.
     """
 
     configurations: Sequence[str] | None = None
@@ -44,5 +46,7 @@ class PlanSettings:
     exclude: Path | None = None
     processes: int | None = None
     dask_address: str | None = None
+    methods: Sequence[str] | None = None
     preprocess: bool = True
     restart: bool = False
+    verbose: bool = False

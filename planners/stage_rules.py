@@ -26,7 +26,7 @@ from planners.patch_rules import (
 from planners.presets import Preset
 from planners.schedule_rules import decide_length, decide_teacher
 from planners.step_rules import NetworkCost, cost_of_step
-from planners.token_rules import TOKENS_MIN, decide_tokens
+from planners.token_rules import FINE_TUNING_MAX, TOKENS_MIN, decide_tokens
 from planners.view_rules import decide_crop
 
 POINTS = {"pix2rep.dense": "contrast", "pix2rep_v2.dense": "correlation"}
@@ -69,9 +69,7 @@ class Frame:
         return tuple(int(n) for n in np.prod(np.array(encoder_strides(self.unet)), axis=0))
 
     def most(self, scan_mm: Sequence[float]) -> tuple[int, ...]:
-        """Return the largest patch of a stage: as much of the median scan as the strides allow, and Primus's own patch."""
-        if self.is_primus:
-            return self.largest
+        """Return the largest patch of a stage: as much of the median scan as strides or tokens allow."""
         voxels = [round(mm / spacing) for mm, spacing in zip(scan_mm, self.spacing_mm, strict=True)]
         fitting = [n // unit * unit for n, unit in zip(voxels, self.multiple, strict=True)]
         return tuple(max(n, own) for n, own in zip(fitting, self.largest, strict=True))
@@ -226,7 +224,7 @@ class StageRules:
         planned = self.frame.tokens
         if planned is not None and self.frame.is_primus:
             grid = planned.of_patch(patch)
-            return (grid if np.prod(grid.grid) >= TOKENS_MIN else None), []
+            return (grid if TOKENS_MIN <= np.prod(grid.grid) <= FINE_TUNING_MAX else None), []
         if not stage.reads_tokens:
             return None, []
         key = (stage.name, patch)

@@ -181,9 +181,9 @@ def add_restart_argument(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--restart", action="store_true", help=text)
 
 
-def add_verbose_argument(parser: argparse.ArgumentParser) -> None:
-    """Add ``--verbose``, which ``run_command`` reads."""
-    parser.add_argument("--verbose", action="store_true", help="Print the traceback of errors.")
+def add_verbose_argument(parser: argparse.ArgumentParser, text: str = "Print the traceback of errors.") -> None:
+    """Add ``--verbose``, which ``run_command`` reads; ``text`` is its help."""
+    parser.add_argument("--verbose", action="store_true", help=text)
 
 
 def positive_int(text: str) -> int:

@@ -20,6 +20,7 @@ from nnssl.cli.command import (
 )
 
 NAME = "nnssl_plan_and_preprocess"
+LENGTH_NAMES = ("short", "medium", "full")
 PRESET_NAMES = ("cpu", "8gb", "24gb", "40gb", "80gb")
 
 
@@ -37,7 +38,15 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="CONFIG",
         help="Configurations to preprocess (default: all).",
     )
+    parser.add_argument(
+        "-m", "--methods", nargs="+", metavar="METHOD", help="Methods whose stages to print (default: all)."
+    )
     add_plans_argument(parser)
+    parser.add_argument(
+        "--length",
+        choices=LENGTH_NAMES,
+        help="Length of pretraining relative to the papers': a tenth, a third or all (default: short for cpu, else full).",
+    )
     parser.add_argument(
         "--preset", choices=PRESET_NAMES, help="Memory target (default: that of the detected GPU, else 8gb)."
     )
@@ -76,7 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dask", metavar="ADDRESS", help="Scheduler address of a Dask cluster to preprocess on.")
     parser.add_argument("--no-preprocessing", action="store_true", help="Plan only; do not preprocess.")
     add_restart_argument(parser, "Repeat preprocessing that is already complete.")
-    add_verbose_argument(parser)
+    add_verbose_argument(parser, "Print every decision with its reason, and the traceback of errors.")
     return parser
 
 
@@ -99,6 +108,9 @@ def _run(args: argparse.Namespace) -> None:
             like_plans=args.like_plans,
             spacing_mm=args.spacing,
             dense_width=args.dense_width,
+            length=args.length,
+            methods=args.methods,
+            verbose=args.verbose,
             channel_names=args.channel_names,
             exclude=args.exclude,
             processes=args.processes,

@@ -74,6 +74,9 @@ def test_spacing_is_what_is_given(kind, nnunet_folders):
     plan = make_plan(kind, spacing_mm=(10.0, 3.0, 3.0))
     assert plan.configuration("3d_fullres").spacing_mm == (10.0, 3.0, 3.0)
     assert plan.configuration("2d").spacing_mm == (3.0, 3.0)
+    # slices of the same distance give both configurations the same voxels, which they share
+    shared = plan.configuration("2d").case_folder == plan.configuration("3d_fullres").case_folder
+    assert shared == (kind == "thick")
     told = {d.what: d.reason for d in plan.pretext.decisions if d.configuration == "data set"}
     assert told["spacing"].startswith("set by the user; in the data: ")
     usual = make_plan(kind)
