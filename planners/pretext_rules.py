@@ -143,6 +143,7 @@ class PretextRules:
             decoder_values=0.0,
             encoder_multiply_adds=chosen.multiply_adds / voxels,
             decoder_multiply_adds=0.0,
+            widest=0,
             parameters=chosen.parameters,
             channels=self.channels,
         )

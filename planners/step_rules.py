@@ -18,6 +18,9 @@ TENSORS_PER_VALUE = 2
 BYTES = {"float32": 4, "mixed": 2}
 """Bytes of a feature value by precision."""
 BYTES_OF_WEIGHT = 4
+TRANSIENT_MAPS = 6
+"""Maps of the largest size that exist in addition at the start of the backward pass: gradients of a layer's inputs and outputs,
+and copies in the layout of the convolutions. Fitted to the measurements of ``tools/step_memory.py`` on the CPU."""
 VIEW_COPIES = 8
 """Copies of a raw patch in float32 that exist at a time while its views are made and compared."""
 BACKWARD_FACTOR = 3
@@ -37,6 +40,7 @@ class NetworkCost:
         decoder_values: The same for the decoder.
         encoder_multiply_adds: Multiply-adds of the encoder.
         decoder_multiply_adds: Multiply-adds of the decoder.
+        widest: Number of channels of the largest feature map; 0 for a transformer, which has no map at full resolution.
         parameters: Number of parameters.
         channels: Number of input channels.
     """
@@ -45,6 +49,7 @@ class NetworkCost:
     decoder_values: float
     encoder_multiply_adds: float
     decoder_multiply_adds: float
+    widest: int
     parameters: int
     channels: int
 
@@ -69,6 +74,7 @@ def measure_network(architecture: dict[str, Any], patch: tuple[int, ...], channe
         decoder_values=float(network.decoder.compute_conv_feature_map_size(patch)) / voxels,
         encoder_multiply_adds=encoder.get_total_flops() / 2 / voxels,
         decoder_multiply_adds=decoder.get_total_flops() / 2 / voxels,
+        widest=int(architecture["arch_kwargs"]["features_per_stage"][0]),
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         channels=channels,
     )
@@ -109,13 +115,25 @@ def cost_of_step(
     if checkpointing:
         values *= CHECKPOINT_SHARE
     at_once = math.ceil(batch / pieces)
-    graph = values * at_once * TENSORS_PER_VALUE * BYTES["mixed" if on_gpu else "float32"]
+    bytes_per_value = BYTES["mixed" if on_gpu else "float32"]
+    graph = values * at_once * TENSORS_PER_VALUE * bytes_per_value
+    maps = (
+        TRANSIENT_MAPS * network.widest * voxels * max(1, stage.decoder_graphs)
+        if has_graph_of_maps(stage, transformer)
+        else 0
+    )
+    graph += maps * at_once * bytes_per_value
     views = VIEW_COPIES * batch * network.channels * voxels * BYTES["float32"]
     passes = BACKWARD_FACTOR + (1 if pieces > 1 or checkpointing else 0)
     work = batch * multiply_adds_of_patch(stage, network, voxels, tokens, transformer, passes)
     return StageCost(
         memory_gb=round((weights + graph + views + points_bytes) / 1e9, 3), multiply_adds=float(f"{work:.3g}")
     )
+
+
+def has_graph_of_maps(stage: Stage, transformer: TransformerSize | None) -> bool:
+    """Return whether a stage differentiates through feature maps, not only through tokens of a transformer."""
+    return not (stage.reads_tokens and transformer is not None)
 
 
 def values_of_patch(
