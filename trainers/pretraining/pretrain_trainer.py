@@ -37,7 +37,13 @@ from trainers.precision import choose_precision
 from trainers.pretraining.epoch import Epoch, mean_of_steps
 from trainers.pretraining.initial_weights import load_initial_weights
 from trainers.pretraining.nnunet_state import nnunet_state, restore_nnunet_state
-from trainers.pretraining.optimisation import learning_rate_factor, make_optimizer, set_learning_rate, step_optimizer
+from trainers.pretraining.optimisation import (
+    learning_rate_factor,
+    make_optimizer,
+    set_learning_rate,
+    step_optimizer,
+    steps_at_full_rate,
+)
 from trainers.pretraining.pairing import EXAMINATION, pairs_of_run
 from trainers.pretraining.patches import patches_of_run
 from trainers.pretraining.probe_run import BEST, KEY, ProbeRun
@@ -295,7 +301,7 @@ class PretrainTrainer(nnUNetTrainer):
             raise RuntimeError(
                 f"the loss of epoch {self.current_epoch} is {values['loss']}; the last checkpoint is intact"
             )
-        monitors, self._warning = self.epoch.collapse()
+        monitors, self._warning = self.epoch.collapse(steps_at_full_rate(self.training, self.current_step))
         if self.options.probe is not None or KEY in self.logger.get_checkpoint():
             values = {KEY: self._run_probe(self.current_epoch + 1), **values}
         log_epoch(self.logger, self.current_epoch, values | monitors, self.optimizer.param_groups[0]["lr"])
