@@ -61,6 +61,7 @@ ALLOWED: dict[str, set[str]] = {
     "planners": {"nnssl.data", "nnssl.methods", "nnssl.momentum", "nnssl.networks", "nnssl.views"},
     "trainers": set(),
     "trainers.precision": set(),
+    "trainers.pace": set(),
     "trainers.finetuning": {
         "nnssl.checkpoint",
         "nnssl.data",
@@ -69,6 +70,7 @@ ALLOWED: dict[str, set[str]] = {
         "nnssl.study",
         "nnssl.weights",
         "planners",
+        "trainers.pace",
         "trainers.precision",
     },
     "trainers.pretraining": {
@@ -84,6 +86,7 @@ ALLOWED: dict[str, set[str]] = {
         "nnssl.weights",
         "planners",
         "trainers.finetuning",
+        "trainers.pace",
         "trainers.precision",
     },
     "trainers.benchmark": {
@@ -96,6 +99,7 @@ ALLOWED: dict[str, set[str]] = {
         "nnssl.weights",
         "planners",
         "trainers.finetuning",
+        "trainers.pace",
         "trainers.precision",
         "trainers.pretraining",
     },

@@ -181,6 +181,11 @@ def add_restart_argument(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("--restart", action="store_true", help=text)
 
 
+def print_loading() -> None:
+    """Print that the packages are imported, which takes seconds that would otherwise be silent."""
+    print_line("Loading PyTorch and nnU-Net ...")
+
+
 def add_verbose_argument(parser: argparse.ArgumentParser) -> None:
     """Add ``--verbose``, which ``run_command`` reads."""
     parser.add_argument("--verbose", action="store_true", help="Print the traceback of errors.")

@@ -19,6 +19,7 @@ from nnssl.cli.command import (
     add_weights_argument,
     natural_int,
     positive_int,
+    print_loading,
     print_next,
     run_command,
 )
@@ -96,6 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    print_loading()
     from trainers.finetuning.finetune import finetune
     from trainers.finetuning.settings import FinetuneSettings
 

@@ -16,6 +16,7 @@ from nnssl.cli.command import (
     add_verbose_argument,
     natural_int,
     positive_int,
+    print_loading,
     print_next,
     run_command,
 )
@@ -109,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    print_loading()
     from trainers.pretraining.pretrain import pretrain
     from trainers.pretraining.settings import PretrainSettings
 

@@ -13,6 +13,7 @@ from trainers.benchmark.arms import Pretraining, runs_of
 from trainers.benchmark.cells import StudyCells
 from trainers.benchmark.study import CellKey, Study
 from trainers.finetuning.result import FILE_NAME
+from trainers.pace import format_duration
 from trainers.precision import choose_precision
 from trainers.pretraining.progress import METRICS_CSV, read_metrics
 
@@ -134,14 +135,6 @@ def describe_estimate(cells: StudyCells) -> list[str]:
         seconds = time_bare_step(study, study.settings.batch_size) * sum(map(study.steps, left))
         source = "timed steps of the bare network, without prediction"
     return [*lines, f"{len(left)} cells: about {format_duration(seconds)} in one process, from {source}"]
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration in a readable unit: ``50 s``, ``12 min``, ``3.5 h``, ``2.1 days``."""
-    for limit, unit, text in ((90, 1, "{:.0f} s"), (5400, 60, "{:.0f} min"), (172800, 3600, "{:.1f} h")):
-        if seconds < limit:
-            return text.format(seconds / unit)
-    return f"{seconds / 86400:.1f} days"
 
 
 def _wait(device: torch.device) -> None:

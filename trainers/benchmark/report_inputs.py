@@ -29,8 +29,9 @@ from nnssl.study.table import SCRATCH, StudyTable
 from nnssl.study.words import points
 from nnssl.weights.opened_checkpoint import open_checkpoint
 from trainers.benchmark.cells import StudyCells
-from trainers.benchmark.estimate import cell_seconds, format_duration
+from trainers.benchmark.estimate import cell_seconds
 from trainers.benchmark.study import CellKey, Study
+from trainers.pace import format_duration
 from trainers.pretraining.progress import METRICS_CSV, read_metrics
 
 PACKAGES = ("nnssl", "torch", "nnunetv2", "dynamic-network-architectures", "batchgenerators", "numpy", "scipy", "monai")

@@ -26,12 +26,13 @@ from nnssl.version import __version__
 from planners.finetune_planner import adopt_plan
 from trainers.benchmark.arms import make_weights
 from trainers.benchmark.cells import StudyCells
-from trainers.benchmark.estimate import estimate_seconds, format_duration
+from trainers.benchmark.estimate import estimate_seconds
 from trainers.benchmark.patients import check_disjoint
 from trainers.benchmark.study import CellKey, Study
 from trainers.finetuning.arm import run_arm
 from trainers.finetuning.labelled_data import prepare_data
 from trainers.finetuning.result import FILE_NAME, read_result
+from trainers.pace import format_duration
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,7 @@ def _train(trainer: FinetuneTrainer, weights: OpenedCheckpoint | None, fold: Pat
         logger.info(f"Arm {arm}: trained already, but not evaluated yet")
         trainer.load_checkpoint(str(fold / FINAL))
         return
+    logger.info(f"Arm {arm}: building the network ...")
     if (fold / LATEST).exists():
         trainer.load_checkpoint(str(fold / LATEST))
         logger.info(f"Arm {arm}: resuming at epoch {trainer.current_epoch} of {trainer.num_epochs}")

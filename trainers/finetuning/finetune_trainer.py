@@ -35,6 +35,7 @@ from nnssl.files import write_atomically
 from nnssl.log import logger
 from trainers.finetuning.keyed_batches import KeyedBatches, fix_transforms, global_seed
 from trainers.finetuning.schedule import FinetuneSchedule
+from trainers.pace import RunProgress
 from trainers.precision import FullPrecisionLoss, choose_precision, clip_and_step
 
 STOCK_TRAINER = "nnUNetTrainer"
@@ -116,6 +117,7 @@ class FinetuneTrainer(nnUNetTrainer):
         self.precision = choose_precision(self.device)
         if not self.precision.scaler:
             self.grad_scaler = None
+        self.progress = RunProgress(logger.info, self.device)
 
     @property
     def output_folder_base(self) -> str:
@@ -195,6 +197,12 @@ class FinetuneTrainer(nnUNetTrainer):
         first, last = self.current_epoch * iterations, self.num_epochs * iterations
         return batches.iterate(first, last, processes, pin_memory=self.device.type == "cuda")
 
+    def run_training(self) -> None:
+        """Train from the current epoch to the last one, and show how long this still takes."""
+        steps = self.num_iterations_per_epoch
+        with self.progress.following("Fine-tuning", self.current_epoch * steps, self.num_epochs * steps):
+            super().run_training()
+
     def on_train_epoch_start(self) -> None:
         """Set the learning rate and seed the random draws of the network (dropout)."""
         torch.manual_seed(draw_seed(self.settings.seed, "finetune/epoch", self.current_epoch))
@@ -210,6 +218,7 @@ class FinetuneTrainer(nnUNetTrainer):
             (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
             total += loss.detach()
         clip_and_step(self.network.parameters(), self.optimizer, self.grad_scaler, largest)
+        self.progress.step(total)
         return {"loss": total.cpu().numpy()}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
@@ -266,7 +275,7 @@ class FinetuneTrainer(nnUNetTrainer):
             seconds = time() - self.logger.get_value("epoch_start_timestamps", step=-1)
             logger.info(
                 f"  epoch {epoch}/{self.num_epochs}: loss {loss:.3f}, "
-                f"Dice on held-out patches {dice:.3f}, {seconds:.1f} s"
+                f"Dice on held-out patches {dice:.3f}, {seconds:.1f} s{self.progress.left()}"
             )
 
     def save_checkpoint(self, filename: str) -> None:

@@ -31,8 +31,9 @@ from nnssl.files import write_json
 from nnssl.methods import find_stage
 from nnssl.methods.protocol import PretextMethod, StepOutput
 from nnssl.momentum import update_teacher
-from nnssl.networks.backbone import build_network, parts_to_compile, seeded
+from nnssl.networks.backbone import build_network, compile_parts, seeded
 from nnssl.plan import plan_from_dict
+from trainers.pace import RunProgress
 from trainers.precision import choose_precision
 from trainers.pretraining.epoch import Epoch, mean_of_steps
 from trainers.pretraining.initial_weights import load_initial_weights
@@ -45,7 +46,7 @@ from trainers.pretraining.optimisation import (
     steps_at_full_rate,
 )
 from trainers.pretraining.pairing import EXAMINATION, pairs_of_run
-from trainers.pretraining.patches import patches_of_run
+from trainers.pretraining.patches import patches_of_run, reading
 from trainers.pretraining.probe_run import BEST, KEY, ProbeRun
 from trainers.pretraining.progress import (
     METRICS_CSV,
@@ -59,7 +60,7 @@ from trainers.pretraining.run_log import RunLog
 from trainers.pretraining.run_record import describe_run, opening_lines, provenance_of, write_model_folder
 from trainers.pretraining.run_state import network_weights, read_state, run_state
 from trainers.pretraining.saving import SavingCadence
-from trainers.pretraining.stage_run import RunOptions, check_same_run, resolve_run
+from trainers.pretraining.stage_run import RunOptions, check_configuration, check_same_run, resolve_run
 from trainers.pretraining.stopping import TERMINATED, StopRequest
 
 
@@ -91,12 +92,10 @@ class PretrainTrainer(nnUNetTrainer):
         if device.type != "cuda":
             self.grad_scaler = None
         self.options = RunOptions()
+        self.progress = RunProgress(self.run_log.tell, self.device, self.run_log.is_first)
         self.plan = plan_from_dict(self.plans_manager.plans, f"plan {self.plans_manager.plans_name}")
         self.method_entry, self.stage_entry = find_stage(self.stage)
-        if configuration not in self.method_entry.configurations:
-            known, needed = " or ".join(self.method_entry.configurations), self.method_entry.backbone
-            message = f"{self.method_entry.name} needs {needed}; configuration must be {known}, got {configuration}"
-            raise ArgumentError(message, "configuration")
+        check_configuration(self.method_entry, configuration)
         self.configuration = self.plan.configuration(configuration)
         self.was_initialized: bool = False
         self.method: PretextMethod
@@ -130,6 +129,7 @@ class PretrainTrainer(nnUNetTrainer):
         self.num_epochs = self.training.epochs
         self.num_iterations_per_epoch = self.training.iterations_per_epoch
         self.num_input_channels = len(self.configuration_manager.normalization_schemes)
+        self.run_log.tell(f"Building the network of {self.configuration_name} ...")
         architecture = self.configuration_manager.configuration["architecture"]
         heads = self.label_manager.num_segmentation_heads
         self.network = build_network(architecture, self.num_input_channels, heads, seed)
@@ -147,10 +147,7 @@ class PretrainTrainer(nnUNetTrainer):
         if not self.precision.scaler:
             self.grad_scaler = None
         if self._do_i_compile():
-            # A graph that cannot be compiled runs uncompiled; torch warns once.
-            torch._dynamo.config.suppress_errors = True
-            for part in parts_to_compile(self.network):
-                part.compile()
+            compile_parts(self.network)
         self.parallel = average_gradients(self.method, self.device)
         self.was_initialized = True
 
@@ -171,8 +168,8 @@ class PretrainTrainer(nnUNetTrainer):
                 device=self.device,
                 autocast=self._autocast,
             )
-        workers = self.options.workers
-        return patches_of_run(store, self.run, pairs, self.current_step, workers, self.device), None
+            workers = self.options.workers
+            return patches_of_run(store, self.run, pairs, self.current_step, workers, self.device), None
 
     def _store(self) -> CaseStore:
         return CaseStore(Path(self.preprocessed_dataset_folder_base) / self.configuration.case_folder)
@@ -186,27 +183,27 @@ class PretrainTrainer(nnUNetTrainer):
             SystemExit: After SIGTERM, once a checkpoint is written.
         """
         self.on_train_start()
-        try:
+        self.run_log.tell("Running the first steps ...")
+        with self.progress.following(self.stage, self.current_step, self.training.total_steps):
             self._run_steps()
-        finally:
-            self._end_readers()
         self.on_train_end()
 
     def _run_steps(self) -> None:
         assert self.dataloader_train is not None
         steps = self.num_iterations_per_epoch
-        with StopRequest() as stop:
+        with StopRequest() as stop, reading(self.dataloader_train) as batches:
             while self.current_step < self.training.total_steps:
                 self.current_epoch = self.current_step // steps
                 if self.current_step % steps == 0:
                     self.on_epoch_start()
                 started = perf_counter()
-                batch = next(self.dataloader_train)
+                batch = next(batches)
                 waited = perf_counter() - started
                 record = self.train_step(batch)
                 seconds = perf_counter() - started
                 self.epoch.records.append({**record, "seconds_waiting": waited, "seconds": seconds})
                 self.current_step += 1
+                self.progress.step(record["loss"])
                 if self.current_step % steps == 0:
                     self.on_train_epoch_end(self.epoch.records)
                     self.on_epoch_end()
@@ -245,13 +242,6 @@ class PretrainTrainer(nnUNetTrainer):
         self.run_log.tell(f"Received SIGTERM: saved at step {self.current_step}; run the same command again to resume")
         raise SystemExit(TERMINATED)
 
-    def _end_readers(self) -> None:
-        # After an error the traceback keeps the iterator alive, and the interpreter would wait for its readers.
-        shut_down = getattr(self.dataloader_train, "_shutdown_workers", None)
-        if shut_down is not None:
-            shut_down()
-        self.dataloader_train = None
-
     # ---------------------------------------------------------------- before, between and after the epochs
 
     def on_train_start(self) -> None:
@@ -265,11 +255,7 @@ class PretrainTrainer(nnUNetTrainer):
         preprocessed = Path(self.preprocessed_dataset_folder_base)
         write_model_folder(self.folder.parent, self.plans_manager.plans, self.dataset_json, preprocessed)
         write_json(self.folder / "run.json", describe_run(self.run, self.init, self.device, self.precision))
-        lines, settings = opening_lines(self.run, self.method, self.current_step, self.device, self.precision)
-        for line in lines:
-            self.run_log.tell(line)
-        for line in settings:
-            self.print_to_log_file(line)
+        self.run_log.tell_all(*opening_lines(self.run, self.method, self.current_step, self.device, self.precision))
         self._start_probe()
 
     def _start_probe(self) -> None:
@@ -311,7 +297,7 @@ class PretrainTrainer(nnUNetTrainer):
         self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
         self.epoch = Epoch()
         metrics = self.metrics()
-        self.run_log.tell(f"Epoch {self.current_epoch}: {last_values(metrics)}")
+        self.run_log.tell(f"Epoch {self.current_epoch}: {last_values(metrics)}{self.progress.left()}")
         if self._warning:
             self.run_log.tell(self._warning, logging.WARNING)
         if self.local_rank == 0:

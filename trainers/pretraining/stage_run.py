@@ -8,7 +8,7 @@ from typing import Any
 
 from nnssl.checkpoint import Provenance, to_plain
 from nnssl.errors import ArgumentError
-from nnssl.methods import Stage
+from nnssl.methods import Method, Stage
 from nnssl.methods.settings import resolve_stage, values_by_key
 from nnssl.plan import Plan, plan_from_dict
 from trainers.pretraining.probe_run import ProbeOptions
@@ -71,6 +71,18 @@ def resolve_run(plan: Plan, stage: Stage, configuration: str, overrides: Sequenc
     own = stage.runs_in(configuration)
     settings, origins = resolve_stage(stage.load(), plan.configuration(own), stage.name, overrides)
     return StageRun(plan, stage, own, tuple(overrides), seed, settings, origins)
+
+
+def check_configuration(method: Method, configuration: str) -> None:
+    """Check that a method can be run in a configuration.
+
+    Raises:
+        ArgumentError: If the configuration has another backbone.
+    """
+    if configuration not in method.configurations:
+        known, needed = " or ".join(method.configurations), method.backbone
+        message = f"{method.name} needs {needed}; configuration must be {known}, got {configuration}"
+        raise ArgumentError(message, "configuration")
 
 
 def stage_folder(results: Path, plan: Plan, stage: Stage, configuration: str) -> Path:
