@@ -62,6 +62,7 @@ ALLOWED: dict[str, set[str]] = {
     "trainers": set(),
     "trainers.precision": set(),
     "trainers.pace": set(),
+    "trainers.tracking": set(),
     "trainers.finetuning": {
         "nnssl.checkpoint",
         "nnssl.data",
@@ -72,6 +73,7 @@ ALLOWED: dict[str, set[str]] = {
         "planners",
         "trainers.pace",
         "trainers.precision",
+        "trainers.tracking",
     },
     "trainers.pretraining": {
         "nnssl.checkpoint",
@@ -88,6 +90,7 @@ ALLOWED: dict[str, set[str]] = {
         "trainers.finetuning",
         "trainers.pace",
         "trainers.precision",
+        "trainers.tracking",
     },
     "trainers.benchmark": {
         "nnssl.checkpoint",

@@ -13,6 +13,7 @@ from nnssl.cli.command import (
     add_plans_argument,
     add_restart_argument,
     add_seed_argument,
+    add_track_argument,
     add_verbose_argument,
     natural_int,
     positive_int,
@@ -48,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--workers", type=natural_int, metavar="N", help="Processes that read patches (default: chosen automatically)."
     )
     add_restart_argument(parser, "Delete earlier results of this method first.")
+    add_track_argument(parser)
     add_verbose_argument(parser)
     return parser
 
@@ -132,6 +134,7 @@ def _run(args: argparse.Namespace) -> None:
             probe=args.probe,
             probe_cases=args.probe_cases,
             probe_every=args.probe_every,
+            track=args.track,
         ),
     )
     print_line(f"weights: {final}")

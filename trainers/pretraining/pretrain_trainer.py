@@ -11,7 +11,7 @@ resuming; the pretext stage declares everything else (``nnssl.methods.protocol``
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, redirect_stdout
+from contextlib import AbstractContextManager, closing, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from time import perf_counter, time
@@ -60,8 +60,9 @@ from trainers.pretraining.run_log import RunLog
 from trainers.pretraining.run_record import describe_run, opening_lines, provenance_of, write_model_folder
 from trainers.pretraining.run_state import network_weights, read_state, run_state
 from trainers.pretraining.saving import SavingCadence
-from trainers.pretraining.stage_run import RunOptions, check_configuration, check_same_run, resolve_run
+from trainers.pretraining.stage_run import RunOptions, check_configuration, check_same_run, plain_settings, resolve_run
 from trainers.pretraining.stopping import TERMINATED, StopRequest
+from trainers.tracking import Tracking
 
 
 class PretrainTrainer(nnUNetTrainer):
@@ -93,6 +94,7 @@ class PretrainTrainer(nnUNetTrainer):
             self.grad_scaler = None
         self.options = RunOptions()
         self.progress = RunProgress(self.run_log.tell, self.device, self.run_log.is_first)
+        self.tracking = Tracking((), self.folder)
         self.plan = plan_from_dict(self.plans_manager.plans, f"plan {self.plans_manager.plans_name}")
         self.method_entry, self.stage_entry = find_stage(self.stage)
         check_configuration(self.method_entry, configuration)
@@ -182,11 +184,13 @@ class PretrainTrainer(nnUNetTrainer):
         Raises:
             SystemExit: After SIGTERM, once a checkpoint is written.
         """
-        self.on_train_start()
-        self.run_log.tell("Running the first steps ...")
-        with self.progress.following(self.stage, self.current_step, self.training.total_steps):
-            self._run_steps()
-        self.on_train_end()
+        self.tracking = Tracking(self.options.track if self.local_rank == 0 else (), self.folder)
+        with closing(self.tracking):
+            self.on_train_start()
+            self.run_log.tell("Running the first steps ...")
+            with self.progress.following(self.stage, self.current_step, self.training.total_steps):
+                self._run_steps()
+            self.on_train_end()
 
     def _run_steps(self) -> None:
         assert self.dataloader_train is not None
@@ -256,6 +260,7 @@ class PretrainTrainer(nnUNetTrainer):
         write_model_folder(self.folder.parent, self.plans_manager.plans, self.dataset_json, preprocessed)
         write_json(self.folder / "run.json", describe_run(self.run, self.init, self.device, self.precision))
         self.run_log.tell_all(*opening_lines(self.run, self.method, self.current_step, self.device, self.precision))
+        self.tracking.start(plain_settings(self.run.settings), self.metrics())
         self._start_probe()
 
     def _start_probe(self) -> None:
@@ -302,6 +307,7 @@ class PretrainTrainer(nnUNetTrainer):
             self.run_log.tell(self._warning, logging.WARNING)
         if self.local_rank == 0:
             write_metrics(self.folder / METRICS_CSV, metrics)
+            self.tracking.write(metrics)
         if self._cadence.is_due() and self.current_step < self.training.total_steps:
             self._draw_progress()
             self.save_checkpoint(str(self.folder / LATEST))
@@ -314,6 +320,7 @@ class PretrainTrainer(nnUNetTrainer):
         if self.local_rank == 0:
             title = f"{self.stage}, {self.plan.dataset_name}, {self.configuration_name}"
             plot_progress(self.folder / "progress.png", title, self.metrics())
+            self.tracking.write_picture(self.folder / "progress.png")
 
     def on_train_end(self) -> None:
         """Examine the finished stage, if it has an examination, and write the final checkpoint."""

@@ -25,6 +25,7 @@ class RunOptions:
         workers: Processes that read patches; None to choose automatically.
         alone: Whether a later stage starts from random weights instead of those of the previous stage.
         probe: Labelled cases of the online probe; None for no probe. The training does not depend on it.
+        track: Trackers that curves and pictures are written to; the training does not depend on them.
     """
 
     overrides: tuple[str, ...] = ()
@@ -33,6 +34,7 @@ class RunOptions:
     workers: int | None = None
     alone: bool = False
     probe: ProbeOptions | None = None
+    track: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
