@@ -144,7 +144,7 @@ def _settings(task: Task, folder: Path) -> ArmSettings:
         unlabelled_folder=task.unlabelled_folder,
         model_folder=folder,
         processes=task.processes,
-        augmentation_processes=_augmentation_processes(task.device),
+        augmentation_processes=augmentation_processes(task.device),
         track=task.track,
     )
 
@@ -199,8 +199,11 @@ def _train(trainer: FinetuneTrainer, weights: OpenedCheckpoint | None, fold: Pat
     trainer.run_training()
 
 
-def _augmentation_processes(device: torch.device) -> int:
-    """Return 0 on the CPU, where such processes compete with training, unless nnU-Net's variable is set."""
+def augmentation_processes(device: torch.device) -> int:
+    """Return the number of processes that make batches.
+
+    It is 0 on the CPU, where such processes compete with training, unless nnU-Net's variable is set.
+    """
     if device.type == "cpu" and "nnUNet_n_proc_DA" not in os.environ:
         return 0
     return get_allowed_n_proc_DA()
