@@ -15,6 +15,25 @@ COLLAPSED_RANK = 1.5
 COLLAPSED_SPREAD = 0.05
 """Value of ``feature_std`` below which a representation counts as collapsed, as a share of its value for directions that
 spread over the sphere."""
+FEWEST_EMBEDDINGS = 32
+"""Number of embeddings from which on a collapse is judged. The effective rank of n embeddings is at most n - 1, so two healthy
+embeddings look collapsed, while 32 that spread have a rank far above ``COLLAPSED_RANK``, even if half of them are second views
+of the same images."""
+FEWEST_STEPS = 100
+"""Number of optimizer steps at the full learning rate from which on a collapse is judged. A random network gives almost the same
+direction to all images. AdamW moves a weight by about the learning rate per step, so 100 steps at 1e-3 can move it by 0.1, which
+is more than the standard deviation of the initial weights (0.05 for a 3 x 3 x 3 convolution with 32 inputs)."""
+
+
+def is_judged(embeddings: int, steps: float) -> bool:
+    """Return whether the embeddings of a run are enough, and late enough, to tell a collapse from the start of a run.
+
+    Args:
+        embeddings: Number of embeddings that are measured.
+        steps: Optimizer steps since the beginning of the stage, where a step at half the largest learning rate counts as half a
+            step.
+    """
+    return embeddings >= FEWEST_EMBEDDINGS and steps >= FEWEST_STEPS
 
 
 def collapse_warning(std: float, rank: float, dimensions: int) -> str | None:

@@ -48,6 +48,25 @@ def lines_to(receive: Callable[[str], None]) -> Iterator[None]:
 
 
 @contextmanager
+def lines_above(hide: Callable[[], None], draw: Callable[[], None]) -> Iterator[None]:
+    """Print messages above a progress bar inside a ``with`` block.
+
+    Args:
+        hide: Function that clears the bar before a message.
+        draw: Function that draws the bar again after it.
+    """
+    receive = _handler.receive
+
+    def receive_above(line: str) -> None:
+        hide()
+        receive(line)
+        draw()
+
+    with lines_to(receive_above):
+        yield
+
+
+@contextmanager
 def silence() -> Iterator[None]:
     """Drop messages inside a ``with`` block."""
     with lines_to(lambda line: None):

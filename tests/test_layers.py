@@ -61,6 +61,8 @@ ALLOWED: dict[str, set[str]] = {
     "planners": {"nnssl.data", "nnssl.methods", "nnssl.momentum", "nnssl.networks", "nnssl.views"},
     "trainers": set(),
     "trainers.precision": set(),
+    "trainers.pace": set(),
+    "trainers.tracking": set(),
     "trainers.finetuning": {
         "nnssl.checkpoint",
         "nnssl.data",
@@ -69,7 +71,9 @@ ALLOWED: dict[str, set[str]] = {
         "nnssl.study",
         "nnssl.weights",
         "planners",
+        "trainers.pace",
         "trainers.precision",
+        "trainers.tracking",
     },
     "trainers.pretraining": {
         "nnssl.checkpoint",
@@ -84,7 +88,9 @@ ALLOWED: dict[str, set[str]] = {
         "nnssl.weights",
         "planners",
         "trainers.finetuning",
+        "trainers.pace",
         "trainers.precision",
+        "trainers.tracking",
     },
     "trainers.benchmark": {
         "nnssl.checkpoint",
@@ -96,6 +102,7 @@ ALLOWED: dict[str, set[str]] = {
         "nnssl.weights",
         "planners",
         "trainers.finetuning",
+        "trainers.pace",
         "trainers.precision",
         "trainers.pretraining",
     },

@@ -19,6 +19,7 @@ from planners import fingerprint
 from tests.nnssl.matching.test_anatomical_sanity import GOOD
 from tests.nnssl.test_checkpoint import make_provenance
 from tests.nnssl.test_plan import NNUNET, make_pretext
+from trainers.benchmark import cell_times
 from trainers.finetuning import result
 from trainers.finetuning.schedule import FinetuneSchedule
 
@@ -61,6 +62,7 @@ RESULT = result.ArmResult(
     model_folder="/model",
     predict_command="nnUNetv2_predict",
 )
+TIMES = cell_times.CellTimes(cell_times.SCHEMA_VERSION, 0.5, 30.0)
 
 
 def write_plan(path: Path, version: int) -> None:
@@ -83,6 +85,7 @@ FILES = {
     "Sanity": (writer(SANITY), lambda path: schema.read(anatomical_sanity.Sanity, path, "examination"), 2),
     "Fingerprint": (writer(FINGERPRINT), lambda path: schema.read(fingerprint.Fingerprint, path, "fingerprint"), 1),
     "ArmResult": (writer(RESULT), result.read_result, 2),
+    "CellTimes": (writer(TIMES), lambda path: schema.read(cell_times.CellTimes, path, "duration"), 1),
     "Pretext": (write_plan, plan.read_plan, 5),
     "checkpoint": (write_checkpoint, checkpoint.read_checkpoint, 2),
 }

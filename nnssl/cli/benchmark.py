@@ -19,6 +19,7 @@ from nnssl.cli.command import (
     add_verbose_argument,
     positive_int,
     positive_number,
+    print_loading,
     print_next,
     run_command,
 )
@@ -165,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, args: argparse.Namespace) -> None:
+    print_loading()
     from trainers.benchmark.benchmark import benchmark, preview
     from trainers.benchmark.settings import StudySettings
 

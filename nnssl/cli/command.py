@@ -20,6 +20,7 @@ DEVICES = ("cpu", "cuda", "mps")
 PLANS_NAME = "nnsslPlans"
 MODES = ("finetune", "linear", "mean_teacher")
 OPTIMIZERS = ("sgd", "adam", "adamw")
+TRACKERS = ("tensorboard", "wandb")
 
 
 def print_next(command: str, *others: str) -> None:
@@ -179,6 +180,25 @@ def add_processes_argument(parser: argparse.ArgumentParser, text: str) -> None:
 def add_restart_argument(parser: argparse.ArgumentParser, text: str) -> None:
     """Add ``--restart`` with its help text."""
     parser.add_argument("--restart", action="store_true", help=text)
+
+
+def add_track_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--track NAME ...``, which may be repeated."""
+    parser.add_argument(
+        "--track",
+        nargs="+",
+        action="extend",
+        choices=TRACKERS,
+        default=[],
+        metavar="NAME",
+        help="Write curves and pictures to the run's folder for tensorboard, for wandb (Weights & Biases, offline), or for both "
+        "(default: neither). Install them with pip install 'nnssl[tensorboard,wandb]'.",
+    )
+
+
+def print_loading() -> None:
+    """Print that the packages are imported, which takes seconds that would otherwise be silent."""
+    print_line("Loading PyTorch and nnU-Net ...")
 
 
 def add_verbose_argument(parser: argparse.ArgumentParser, text: str = "Print the traceback of errors.") -> None:

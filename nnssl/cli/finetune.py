@@ -15,10 +15,12 @@ from nnssl.cli.command import (
     add_processes_argument,
     add_restart_argument,
     add_seed_argument,
+    add_track_argument,
     add_verbose_argument,
     add_weights_argument,
     natural_int,
     positive_int,
+    print_loading,
     print_next,
     run_command,
 )
@@ -64,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_device_argument(parser)
     add_processes_argument(parser, "Worker processes for preprocessing and evaluation")
     add_restart_argument(parser, "Delete these runs and train again.")
+    add_track_argument(parser)
     add_verbose_argument(parser)
     return parser
 
@@ -96,6 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    print_loading()
     from trainers.finetuning.finetune import finetune
     from trainers.finetuning.settings import FinetuneSettings
 
@@ -120,6 +124,7 @@ def _run(args: argparse.Namespace) -> None:
             plans_name=args.plans_name,
             mode=args.mode,
             unlabelled=args.unlabelled,
+            track=args.track,
             restart=args.restart,
         ),
     )

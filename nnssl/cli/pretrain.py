@@ -13,9 +13,11 @@ from nnssl.cli.command import (
     add_plans_argument,
     add_restart_argument,
     add_seed_argument,
+    add_track_argument,
     add_verbose_argument,
     natural_int,
     positive_int,
+    print_loading,
     print_next,
     run_command,
 )
@@ -47,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--workers", type=natural_int, metavar="N", help="Processes that read patches (default: chosen automatically)."
     )
     add_restart_argument(parser, "Delete earlier results of this method first.")
+    add_track_argument(parser)
     add_verbose_argument(parser)
     return parser
 
@@ -109,6 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    print_loading()
     from trainers.pretraining.pretrain import pretrain
     from trainers.pretraining.settings import PretrainSettings
 
@@ -130,6 +134,7 @@ def _run(args: argparse.Namespace) -> None:
             probe=args.probe,
             probe_cases=args.probe_cases,
             probe_every=args.probe_every,
+            track=args.track,
         ),
     )
     print_line(f"weights: {final}")

@@ -93,6 +93,13 @@ def parts_to_compile(network: nn.Module) -> list[nn.Module]:
     return [network.get_submodule("encoder"), *stages]
 
 
+def compile_parts(network: nn.Module) -> None:
+    """Compile the parts of a plan's network that methods call, in place; a graph that cannot be compiled runs uncompiled."""
+    torch._dynamo.config.suppress_errors = True  # torch warns once
+    for part in parts_to_compile(network):
+        part.compile()
+
+
 def input_channels(encoder: nn.Module) -> int:
     """Return the number of input channels of an encoder."""
     first = next(each for each in encoder.modules() if isinstance(each, (nn.Conv2d, nn.Conv3d)))

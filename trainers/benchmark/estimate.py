@@ -1,101 +1,88 @@
-"""Estimates how long the rest of a study takes, from the steps that were measured so far."""
+"""Estimates how long the rest of a study takes: from finished cells, or else from trials of their parts."""
 
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from statistics import median
-from time import perf_counter
-from typing import Any
 
-import torch
-
-from nnssl.checkpoint import FINAL, load_tensors
 from trainers.benchmark.arms import Pretraining, runs_of
+from trainers.benchmark.cell_times import CellTimes, median_times, times_of
 from trainers.benchmark.cells import StudyCells
 from trainers.benchmark.study import CellKey, Study
-from trainers.finetuning.result import FILE_NAME
-from trainers.precision import choose_precision
+from trainers.benchmark.trial import PASSES, Trial, time_bare_step, try_cell
+from trainers.pace import format_duration
 from trainers.pretraining.progress import METRICS_CSV, read_metrics
 
-TRIAL_STEPS = 3
-"""Number of steps of the bare network that are timed if nothing was measured yet, after one step to warm up."""
+MOST_CELLS = 12
+"""Number of last finished cells that an estimate is based on."""
 
 
-def cell_seconds(folder: Path, steps: int) -> tuple[float, float] | None:
-    """Return the seconds per step and the seconds of prediction and evaluation of a finished cell.
+@dataclass(frozen=True)
+class Estimate:
+    """Estimated seconds of some cells, and what the estimate is made of."""
 
-    Args:
-        folder: Model folder of the cell.
-        steps: Number of its optimizer steps.
+    cells: int
+    training: float
+    others: float
+    """Set-up (if it was measured), prediction and evaluation."""
+    steps: int
+    what: str
+    """Name of what ``others`` covers."""
+    source: str
 
-    Returns:
-        Both numbers; None if the log does not contain them.
-    """
-    final = folder / "fold_0" / FINAL
-    if not (folder / FILE_NAME).exists() or not final.exists():
-        return None
-    log: Any = load_tensors(final)["logging"]
-    log = log.get("local_logger", log)
-    starts, ends = log.get("epoch_start_timestamps"), log.get("epoch_end_timestamps")
-    if not starts or not ends:
-        return None
-    epochs = [end - start for start, end in zip(starts, ends, strict=False)]
-    evaluation = max(0.0, (folder / FILE_NAME).stat().st_mtime - final.stat().st_mtime)
-    return median(epochs) * len(epochs) / steps, evaluation
+    @property
+    def seconds(self) -> float:
+        """Seconds of all cells in one process."""
+        return self.training + self.others
+
+    def describe(self) -> str:
+        """Return the estimate in one line."""
+        return (
+            f"about {format_duration(self.seconds)} in one process: training {format_duration(self.training)} "
+            f"({self.training / self.steps:.3g} s per step), {self.what} {format_duration(self.others)} "
+            f"({self.others / self.cells:.3g} s per cell), from {self.source}"
+        )
 
 
 def estimate_seconds(cells: StudyCells, left: Sequence[CellKey]) -> float | None:
-    """Return the seconds that cells will take, from finished cells of the same mode; None if there are none.
+    """Return the seconds that cells will take, from finished cells; None if there are none.
 
     Args:
         cells: Cells of the study.
         left: Cells that are not trained.
     """
-    total = 0.0
-    for mode in {cell.mode for cell in left}:
-        measured = _measured(cells, mode)
-        if measured is None:
-            return None
-        per_step, evaluation = measured
-        total += sum(cells.study.steps(cell) * per_step + evaluation for cell in left if cell.mode == mode)
-    return total
-
-
-def _measured(cells: StudyCells, mode: str, most: int = 12) -> tuple[float, float] | None:
-    """Return the medians of ``cell_seconds`` over the last finished cells of a mode."""
-    finished = [cell for cell in cells.study.cells if cell.mode == mode and cells.is_trained(cell)][-most:]
-    found = [cell_seconds(cells.folder(cell), cells.study.steps(cell)) for cell in finished]
-    values = [value for value in found if value is not None]
-    if not values:
+    if not left:
+        return 0.0
+    estimates = [_from_finished(cells, mode, _of_mode(left, mode)) for mode in _modes(left)]
+    if any(each is None for each in estimates):
         return None
-    return median(value[0] for value in values), median(value[1] for value in values)
+    return sum(each.seconds for each in estimates if each is not None)
 
 
-def time_bare_step(study: Study, batch_size: int | None) -> float:
-    """Return the seconds of a forward and a backward pass of the network on a batch, without data loading.
-
-    Args:
-        study: Study that fine-tunes the network.
-        batch_size: Patches per step; None for the plan's.
-    """
-    configuration = study.nnunet_configuration
-    channels = len(configuration["normalization_schemes"])
-    network = study.build_network().to(study.device)
-    precision = choose_precision(study.device)
-    precision.lay_out(network, len(configuration["patch_size"]))
-    batch_size = batch_size or configuration["batch_size"]
-    volumes: Any = torch.zeros(batch_size, channels, *configuration["patch_size"], device=study.device)
-    volumes = precision.lay_out(volumes, len(configuration["patch_size"]))
-    started = 0.0
-    for step in range(TRIAL_STEPS + 1):
-        with precision.autocast(study.device):
-            outputs = network(volumes)
-        first = outputs[0] if isinstance(outputs, (list, tuple)) else outputs
-        first.float().mean().backward()
-        if step == 0:
-            _wait(study.device)
-            started = perf_counter()
-    _wait(study.device)
-    return (perf_counter() - started) / TRIAL_STEPS
+def describe_estimate(cells: StudyCells) -> list[str]:
+    """Return lines with the estimated duration of the rest of a study, and what it is made of."""
+    study = cells.study
+    lines = []
+    for arm, pretraining in study.pretrainings.items():
+        if not pretraining.finished:
+            seconds, source = estimate_pretraining(study, pretraining)
+            lines.append(f"pretraining {arm}: about {format_duration(seconds)}, from {source}")
+    left = [cell for cell in study.cells if not cells.is_trained(cell)]
+    if not left:
+        return [*lines, "all cells are trained"]
+    trial: Trial | None = None
+    total = 0.0
+    for mode in _modes(left):
+        own = _of_mode(left, mode)
+        estimate = _from_finished(cells, mode, own)
+        if estimate is None:
+            trial = trial or try_cell(study)
+            estimate = _from_trial(study, mode, own, trial)
+        total += estimate.seconds
+        beginning = f"{len(own)} cells" if len(_modes(left)) == 1 else f"{len(own)} cells of mode {mode}"
+        lines.append(f"{beginning}: {estimate.describe()}")
+    if len(_modes(left)) > 1:
+        lines.append(f"{len(left)} cells: about {format_duration(total)} in one process")
+    return lines
 
 
 def estimate_pretraining(study: Study, pretraining: Pretraining) -> tuple[float, str]:
@@ -117,33 +104,40 @@ def estimate_pretraining(study: Study, pretraining: Pretraining) -> tuple[float,
     return seconds, source
 
 
-def describe_estimate(cells: StudyCells) -> list[str]:
-    """Return lines with the estimated duration of the rest of a study."""
-    study = cells.study
-    lines = []
-    for arm, pretraining in study.pretrainings.items():
-        if not pretraining.finished:
-            seconds, source = estimate_pretraining(study, pretraining)
-            lines.append(f"pretraining {arm}: about {format_duration(seconds)}, from {source}")
-    left = [cell for cell in study.cells if not cells.is_trained(cell)]
-    if not left:
-        return [*lines, "all cells are trained"]
-    seconds = estimate_seconds(cells, left) or 0.0
-    source = "finished cells"
-    if not seconds:
-        seconds = time_bare_step(study, study.settings.batch_size) * sum(map(study.steps, left))
-        source = "timed steps of the bare network, without prediction"
-    return [*lines, f"{len(left)} cells: about {format_duration(seconds)} in one process, from {source}"]
+def _from_finished(cells: StudyCells, mode: str, left: Sequence[CellKey]) -> Estimate | None:
+    """Return the estimate for cells of a mode from finished cells of that mode, or else of another; None without any."""
+    others = [other for other in cells.study.settings.modes if other != mode]
+    for known in (mode, *others):
+        times = _measured(cells, known)
+        if times:
+            usual = median_times(times)
+            steps = sum(map(cells.study.steps, left))
+            per_step = usual.seconds_per_step * PASSES[mode] / PASSES[known]
+            source = f"{len(times)} finished {'cell' if len(times) == 1 else 'cells'}"
+            source += "" if known == mode else f" of mode {known}"
+            what = "set-up, prediction and evaluation"
+            return Estimate(len(left), steps * per_step, len(left) * usual.other_seconds, steps, what, source)
+    return None
 
 
-def format_duration(seconds: float) -> str:
-    """Return a duration in a readable unit: ``50 s``, ``12 min``, ``3.5 h``, ``2.1 days``."""
-    for limit, unit, text in ((90, 1, "{:.0f} s"), (5400, 60, "{:.0f} min"), (172800, 3600, "{:.1f} h")):
-        if seconds < limit:
-            return text.format(seconds / unit)
-    return f"{seconds / 86400:.1f} days"
+def _from_trial(study: Study, mode: str, left: Sequence[CellKey], trial: Trial) -> Estimate:
+    training = sum(trial.training(mode, cell.epochs, study.steps(cell)) for cell in left)
+    source = "timed steps of the bare network, nnU-Net's augmentation and tiles, and one evaluated case"
+    afterwards = len(left) * trial.afterwards
+    steps = sum(map(study.steps, left))
+    return Estimate(len(left), training, afterwards, steps, "prediction and evaluation", source)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def _measured(cells: StudyCells, mode: str) -> list[CellTimes]:
+    """Return how long the last finished cells of a mode took."""
+    finished = [cell for cell in cells.study.cells if cell.mode == mode and cells.is_trained(cell)][-MOST_CELLS:]
+    found = [times_of(cells.folder(cell), cells.study.steps(cell)) for cell in finished]
+    return [times for times in found if times is not None]
+
+
+def _modes(cells: Sequence[CellKey]) -> list[str]:
+    return list(dict.fromkeys(cell.mode for cell in cells))
+
+
+def _of_mode(cells: Sequence[CellKey], mode: str) -> list[CellKey]:
+    return [cell for cell in cells if cell.mode == mode]

@@ -28,9 +28,10 @@ from nnssl.study.statistics import case_scores
 from nnssl.study.table import SCRATCH, StudyTable
 from nnssl.study.words import points
 from nnssl.weights.opened_checkpoint import open_checkpoint
+from trainers.benchmark.cell_times import times_of
 from trainers.benchmark.cells import StudyCells
-from trainers.benchmark.estimate import cell_seconds, format_duration
 from trainers.benchmark.study import CellKey, Study
+from trainers.pace import format_duration
 from trainers.pretraining.progress import METRICS_CSV, read_metrics
 
 PACKAGES = ("nnssl", "torch", "nnunetv2", "dynamic-network-architectures", "batchgenerators", "numpy", "scipy", "monai")
@@ -248,9 +249,9 @@ def _times(cells: StudyCells) -> dict[str, str]:
                 seconds += float(np.nansum(read_metrics(folder / METRICS_CSV)["epoch_seconds"]))
         provenance = open_checkpoint(pretraining.final).own_provenance
         times[f"pretraining {arm}"] = f"{format_duration(seconds)}, {provenance.total_steps} steps in its last stage"
-    measured = [cell_seconds(cells.folder(cell), study.steps(cell)) for cell in study.cells]
+    measured = [times_of(cells.folder(cell), study.steps(cell)) for cell in study.cells]
     total = sum(
-        each[0] * study.steps(cell) + each[1]
+        each.seconds_per_step * study.steps(cell) + each.other_seconds
         for each, cell in zip(measured, study.cells, strict=True)
         if each is not None
     )

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any, TextIO
 
 from filelock import FileLock
@@ -25,13 +25,15 @@ from nnssl.tables import align
 from nnssl.version import __version__
 from planners.finetune_planner import adopt_plan
 from trainers.benchmark.arms import make_weights
+from trainers.benchmark.cell_times import record_times
 from trainers.benchmark.cells import StudyCells
-from trainers.benchmark.estimate import estimate_seconds, format_duration
+from trainers.benchmark.estimate import estimate_seconds
 from trainers.benchmark.patients import check_disjoint
 from trainers.benchmark.study import CellKey, Study
 from trainers.finetuning.arm import run_arm
 from trainers.finetuning.labelled_data import prepare_data
 from trainers.finetuning.result import FILE_NAME, read_result
+from trainers.pace import format_duration
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ def run_cell(cells: StudyCells, cell: CellKey, log: Path) -> None:
     study, task = cells.study, cells.study.task(cell)
     check_disjoint(task.split.train, task.split.test, study.patients)
     weights = cells.weights(cell.arm)
+    is_new, began, started = not cells.is_trained(cell), time(), perf_counter()
     with open(log, "a", buffering=1) as file, lines_to(lambda line: _write_line(file, line)):
         result = run_arm(task, weights, study.folders, False)
     if set(result.dice) != set(cells.classes):
@@ -173,6 +176,8 @@ def run_cell(cells: StudyCells, cell: CellKey, log: Path) -> None:
             study.test,
         )
     write_metrics_csv(cells.metrics_path(cell), metrics)
+    if is_new:  # otherwise only the evaluation was missing
+        record_times(cells.folder(cell), study.steps(cell), began, perf_counter() - started)
 
 
 def _write_line(file: TextIO, line: str) -> None:

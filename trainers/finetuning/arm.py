@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from nnssl.study.table import SCRATCH
 from nnssl.version import __version__
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from planners.finetune_planner import AdoptedPlan
+from trainers.finetuning.curves import final_dice
 from trainers.finetuning.finetune_trainer import ArmSettings, FinetuneTrainer, make_trainer
 from trainers.finetuning.labelled_cases import Split
 from trainers.finetuning.linear_probe import LinearProbeTrainer
@@ -58,6 +60,8 @@ class Task:
     unlabelled: tuple[str, ...]
     unlabelled_folder: Path | None = None
     """Folder of the preprocessed unlabelled cases; None for that of the labelled cases."""
+    track: tuple[str, ...] = ()
+    """Trackers that curves and pictures are written to; they are no part of what an arm is."""
 
 
 def arm_folder(task: Task, weights: OpenedCheckpoint | None, folders: Folders) -> Path:
@@ -118,10 +122,14 @@ def run_arm(task: Task, weights: OpenedCheckpoint | None, folders: Folders, rest
             resume,
             TRAINERS[task.mode],
         )
-        _train(trainer, weights, fold, arm)
-        logger.info(f"Arm {arm}: predicting {len(task.split.test)} held-out cases ...")
-        trainer.perform_actual_validation()
-    result = _result(task, weights, folder, sum(parameter.numel() for parameter in trainer.network.parameters()))
+        with closing(trainer.tracking):
+            _train(trainer, weights, fold, arm)
+            logger.info(f"Arm {arm}: predicting {len(task.split.test)} held-out cases ...")
+            trainer.perform_actual_validation()
+            parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
+            result = _result(task, weights, folder, parameters)
+            trainer.start_tracking()
+            trainer.tracking.write_results(final_dice(result))
     schema.write(folder / FILE_NAME, result)
     return result
 
@@ -136,7 +144,8 @@ def _settings(task: Task, folder: Path) -> ArmSettings:
         unlabelled_folder=task.unlabelled_folder,
         model_folder=folder,
         processes=task.processes,
-        augmentation_processes=_augmentation_processes(task.device),
+        augmentation_processes=augmentation_processes(task.device),
+        track=task.track,
     )
 
 
@@ -178,6 +187,7 @@ def _train(trainer: FinetuneTrainer, weights: OpenedCheckpoint | None, fold: Pat
         logger.info(f"Arm {arm}: trained already, but not evaluated yet")
         trainer.load_checkpoint(str(fold / FINAL))
         return
+    logger.info(f"Arm {arm}: building the network ...")
     if (fold / LATEST).exists():
         trainer.load_checkpoint(str(fold / LATEST))
         logger.info(f"Arm {arm}: resuming at epoch {trainer.current_epoch} of {trainer.num_epochs}")
@@ -189,8 +199,11 @@ def _train(trainer: FinetuneTrainer, weights: OpenedCheckpoint | None, fold: Pat
     trainer.run_training()
 
 
-def _augmentation_processes(device: torch.device) -> int:
-    """Return 0 on the CPU, where such processes compete with training, unless nnU-Net's variable is set."""
+def augmentation_processes(device: torch.device) -> int:
+    """Return the number of processes that make batches.
+
+    It is 0 on the CPU, where such processes compete with training, unless nnU-Net's variable is set.
+    """
     if device.type == "cpu" and "nnUNet_n_proc_DA" not in os.environ:
         return 0
     return get_allowed_n_proc_DA()

@@ -26,6 +26,7 @@ from trainers.finetuning.labelled_data import prepare_data, prepare_unlabelled
 from trainers.finetuning.pretrained_weights import NEWEST, find_weights, log_weights
 from trainers.finetuning.result import ArmResult, comparison
 from trainers.finetuning.settings import FinetuneSettings, schedule_from
+from trainers.tracking import check_trackers
 
 
 def finetune(
@@ -57,6 +58,7 @@ def finetune(
     """
     settings = settings or FinetuneSettings()
     schedule_from(settings, transformer=False)  # reports a wrong number before any file is read
+    check_trackers(settings.track)
     if settings.unlabelled is not None and settings.mode != "mean_teacher":
         raise ArgumentError(
             f"unlabelled can only be given with mode mean_teacher; mode {settings.mode} learns from labels only",
@@ -125,6 +127,7 @@ def _make_task(
         mode=settings.mode,
         unlabelled=others,
         unlabelled_folder=others_folder,
+        track=tuple(settings.track),
     )
 
 

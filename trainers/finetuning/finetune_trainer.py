@@ -13,7 +13,7 @@ Loss, augmentation, network, SGD, prediction and evaluation are nnU-Net's. The d
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import time
 from typing import Any
@@ -33,9 +33,12 @@ from nnssl.environment import variables
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import write_atomically
 from nnssl.log import logger
+from trainers.finetuning.curves import class_names, curves_of
 from trainers.finetuning.keyed_batches import KeyedBatches, fix_transforms, global_seed
 from trainers.finetuning.schedule import FinetuneSchedule
+from trainers.pace import RunProgress
 from trainers.precision import FullPrecisionLoss, choose_precision, clip_and_step
+from trainers.tracking import Tracking
 
 STOCK_TRAINER = "nnUNetTrainer"
 SETTINGS_KEY = "nnssl_finetune"
@@ -63,6 +66,8 @@ class ArmSettings:
     """Number of processes that make batches; 0 for the main process. It does not affect the batches."""
     validation_iterations: int = 5
     """Number of held-out batches per epoch for the curve in ``progress.png``."""
+    track: tuple[str, ...] = ()
+    """Trackers that curves and pictures are written to; the training does not depend on them."""
 
 
 def learning_rate(epoch: int, highest: float, epochs: int, warmup_epochs: int) -> float:
@@ -116,6 +121,8 @@ class FinetuneTrainer(nnUNetTrainer):
         self.precision = choose_precision(self.device)
         if not self.precision.scaler:
             self.grad_scaler = None
+        self.progress = RunProgress(logger.info, self.device)
+        self.tracking = Tracking(self.settings.track, Path(self.output_folder))
 
     @property
     def output_folder_base(self) -> str:
@@ -195,6 +202,28 @@ class FinetuneTrainer(nnUNetTrainer):
         first, last = self.current_epoch * iterations, self.num_epochs * iterations
         return batches.iterate(first, last, processes, pin_memory=self.device.type == "cuda")
 
+    def run_training(self) -> None:
+        """Train from the current epoch to the last one, and show how long this still takes."""
+        steps = self.num_iterations_per_epoch
+        with self.progress.following("Fine-tuning", self.current_epoch * steps, self.num_epochs * steps):
+            super().run_training()
+
+    def on_train_start(self) -> None:
+        """Start as nnU-Net does, and open the trackers."""
+        super().on_train_start()
+        self.start_tracking()
+
+    def start_tracking(self) -> None:
+        """Open the trackers, unless they are open."""
+        schedule, settings = self.settings.schedule, self.settings
+        described = {"configuration": self.configuration_name, "seed": settings.seed, **asdict(schedule)}
+        cases = {"train_cases": ", ".join(settings.train_cases), "test_cases": ", ".join(settings.test_cases)}
+        self.tracking.start({**described, **cases}, self.curves())
+
+    def curves(self) -> dict[str, list[float]]:
+        """Return one value per finished epoch for every curve of the training."""
+        return curves_of(self.logger.get_checkpoint(), class_names(self.dataset_json["labels"], self.label_manager))
+
     def on_train_epoch_start(self) -> None:
         """Set the learning rate and seed the random draws of the network (dropout)."""
         torch.manual_seed(draw_seed(self.settings.seed, "finetune/epoch", self.current_epoch))
@@ -210,6 +239,7 @@ class FinetuneTrainer(nnUNetTrainer):
             (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
             total += loss.detach()
         clip_and_step(self.network.parameters(), self.optimizer, self.grad_scaler, largest)
+        self.progress.step(total)
         return {"loss": total.cpu().numpy()}
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
@@ -261,13 +291,15 @@ class FinetuneTrainer(nnUNetTrainer):
         """Log the epoch, draw the curve and save; log one line for the user whenever a checkpoint is due."""
         epoch = self.current_epoch + 1
         super().on_epoch_end()
+        self.tracking.write(self.curves())
         if epoch % self.save_every == 0 or epoch == self.num_epochs:
             loss, dice = (self.logger.get_value(key, step=-1) for key in ("train_losses", "mean_fg_dice"))
             seconds = time() - self.logger.get_value("epoch_start_timestamps", step=-1)
             logger.info(
                 f"  epoch {epoch}/{self.num_epochs}: loss {loss:.3f}, "
-                f"Dice on held-out patches {dice:.3f}, {seconds:.1f} s"
+                f"Dice on held-out patches {dice:.3f}, {seconds:.1f} s{self.progress.left()}"
             )
+            self.tracking.write_picture(Path(self.output_folder) / "progress.png")
 
     def save_checkpoint(self, filename: str) -> None:
         """Write nnU-Net's checkpoint atomically, with plain values only and the name of the stock trainer."""

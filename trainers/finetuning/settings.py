@@ -1,5 +1,6 @@
 """Settings of a fine-tuning."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,8 @@ class FinetuneSettings:
         unlabelled: Unlabelled images for ``"mean_teacher"``: a file with case names, one per line, or a data set (number or
             name), all of whose images are used. None for all labelled cases that are neither trained on nor held out.
         restart: Whether to delete existing results of these arms and train them again.
+        track: Where curves and pictures are written besides ``progress.png``: ``"tensorboard"``, ``"wandb"`` (offline) or
+            both. Each needs the extra of the same name. The training does not depend on it.
     """
 
     configuration: str | None = None
@@ -55,6 +58,7 @@ class FinetuneSettings:
     mode: str = "finetune"
     unlabelled: str | int | None = None
     restart: bool = False
+    track: Sequence[str] = ()
 
 
 def schedule_from(settings: FinetuneSettings, transformer: bool) -> FinetuneSchedule:

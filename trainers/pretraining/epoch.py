@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnssl.collapse import collapse_warning, effective_rank, feature_std
+from nnssl.collapse import collapse_warning, effective_rank, feature_std, is_judged
 from nnssl.distributed import mean_over_ranks
 
 EMBEDDINGS_KEPT = 1024
@@ -31,13 +31,19 @@ class Epoch:
         while sum(map(len, self.embeddings[1:])) >= EMBEDDINGS_KEPT:
             self.embeddings.pop(0)
 
-    def collapse(self) -> tuple[dict[str, float], str | None]:
-        """Return the collapse monitors by name, and a warning if they indicate a collapse; neither without embeddings."""
+    def collapse(self, steps: float) -> tuple[dict[str, float], str | None]:
+        """Return the collapse monitors by name, and a warning if they indicate a collapse; neither without embeddings.
+
+        Args:
+            steps: Optimizer steps so far, counted as in ``nnssl.collapse.is_judged``; there is no warning after too few.
+        """
         if not self.embeddings:
             return {}, None
         embeddings = torch.cat(self.embeddings)
         spread, rank = float(feature_std(embeddings)), float(effective_rank(embeddings))
-        return {"feature_std": spread, "effective_rank": rank}, collapse_warning(spread, rank, embeddings.shape[1])
+        judged = is_judged(len(embeddings), steps)
+        warning = collapse_warning(spread, rank, embeddings.shape[1]) if judged else None
+        return {"feature_std": spread, "effective_rank": rank}, warning
 
 
 def mean_of_steps(records: Sequence[dict[str, Any]], batch_size: int, device: torch.device) -> dict[str, float]:

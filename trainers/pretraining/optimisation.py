@@ -53,6 +53,16 @@ def learning_rate_factor(training: TrainingSettings, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * share))
 
 
+def steps_at_full_rate(training: TrainingSettings, steps: int) -> float:
+    """Return the sum of ``learning_rate_factor`` over the first steps: the steps at the largest rate that they amount to.
+
+    Args:
+        training: Settings of the training.
+        steps: Number of optimizer steps so far.
+    """
+    return sum(learning_rate_factor(training, step) for step in range(steps))
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     """Set the learning rate of every group to ``learning_rate`` times the group's factor."""
     for group in optimizer.param_groups:

@@ -55,6 +55,7 @@ def pairs_of_run(
         return None
     path = folder / PAIRS
     if rank() == 0 and (recompute or not path.exists()):
+        logger.info(f"Pairing places of {len(store.names)} scans ...")
         matcher = None
         if partners == "sam":
             embeddings = stage_folder(folder.parents[2], run.plan, find_stage(SAM)[1], run.configuration) / FINAL

@@ -1,6 +1,7 @@
 """The patches that a run of a stage is shown, from its current step to its end."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -8,6 +9,7 @@ from nnssl.data.case_store import CaseStore
 from nnssl.data.loader import PatchBatch, default_workers, make_loader
 from nnssl.data.patch_pairs import PairTable
 from nnssl.distributed import rank, world_size
+from nnssl.log import logger
 from trainers.pretraining.stage_run import StageRun
 
 
@@ -30,6 +32,10 @@ def patches_of_run(
         device: Device that the patches will be moved to.
     """
     training = run.settings.training
+    readers = default_workers(device) if workers is None else workers
+    if readers:
+        processes = "1 process that reads" if readers == 1 else f"{readers} processes that read"
+        logger.info(f"Starting {processes} patches of {len(store.names)} cases ...")
     return iter(
         make_loader(
             store,
@@ -41,8 +47,22 @@ def patches_of_run(
             last_step=training.total_steps,
             rank=rank(),
             world_size=world_size(),
-            num_workers=default_workers(device) if workers is None else workers,
+            num_workers=readers,
             pin_memory=device.type == "cuda",
             pairs=pairs,
         )
     )
+
+
+@contextmanager
+def reading(batches: Iterator[PatchBatch]) -> Iterator[Iterator[PatchBatch]]:
+    """Yield batches for a ``with`` block, at whose end the processes that read them end, if there are any.
+
+    After an error the traceback keeps the iterator alive, and the interpreter would wait for its readers.
+    """
+    try:
+        yield batches
+    finally:
+        shut_down = getattr(batches, "_shutdown_workers", None)
+        if shut_down is not None:
+            shut_down()

@@ -21,6 +21,7 @@ from trainers.pretraining.launch import StageJob, is_first_process, launch, numb
 from trainers.pretraining.probe_run import ProbeOptions, prepare_probe
 from trainers.pretraining.settings import PretrainSettings
 from trainers.pretraining.stage_run import RunOptions, StageRun, check_same_run, resolve_run
+from trainers.tracking import check_trackers
 
 
 def pretrain(
@@ -63,6 +64,7 @@ def pretrain(
 def _pretrain(method_name: str, dataset: str | int | None, settings: PretrainSettings, folders: Folders) -> Path:
     method = find_method(method_name)
     overrides = settings.all_overrides(method)
+    check_trackers(settings.track)
     path = find_plan(folders, dataset, settings.plans_name)
     plan = read_plan(path)
     configuration = choose_configuration(method, plan, settings.configuration)
@@ -92,6 +94,7 @@ def _pretrain(method_name: str, dataset: str | int | None, settings: PretrainSet
             settings.workers,
             alone=run is runs[0] and run.stage != method.stages[0],
             probe=probed if run.configuration == configuration else None,
+            track=tuple(settings.track),
         )
         count = number_of_processes(settings.num_gpus)
         if count > 1:

@@ -11,7 +11,7 @@ resuming; the pretext stage declares everything else (``nnssl.methods.protocol``
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, redirect_stdout
+from contextlib import AbstractContextManager, closing, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from time import perf_counter, time
@@ -31,16 +31,23 @@ from nnssl.files import write_json
 from nnssl.methods import find_stage
 from nnssl.methods.protocol import PretextMethod, StepOutput
 from nnssl.momentum import update_teacher
-from nnssl.networks.backbone import build_network, parts_to_compile, seeded
+from nnssl.networks.backbone import build_network, compile_parts, seeded
 from nnssl.networks.primus import architecture_of_patch
 from nnssl.plan import StageConfiguration, plan_from_dict
+from trainers.pace import RunProgress
 from trainers.precision import choose_precision
 from trainers.pretraining.epoch import Epoch, mean_of_steps
 from trainers.pretraining.initial_weights import load_initial_weights
 from trainers.pretraining.nnunet_state import nnunet_state, restore_nnunet_state
-from trainers.pretraining.optimisation import learning_rate_factor, make_optimizer, set_learning_rate, step_optimizer
+from trainers.pretraining.optimisation import (
+    learning_rate_factor,
+    make_optimizer,
+    set_learning_rate,
+    step_optimizer,
+    steps_at_full_rate,
+)
 from trainers.pretraining.pairing import EXAMINATION, pairs_of_run
-from trainers.pretraining.patches import patches_of_run
+from trainers.pretraining.patches import patches_of_run, reading
 from trainers.pretraining.probe_run import BEST, KEY, ProbeRun
 from trainers.pretraining.progress import (
     METRICS_CSV,
@@ -54,8 +61,9 @@ from trainers.pretraining.run_log import RunLog
 from trainers.pretraining.run_record import describe_run, opening_lines, provenance_of, write_model_folder
 from trainers.pretraining.run_state import network_weights, read_state, run_state
 from trainers.pretraining.saving import SavingCadence
-from trainers.pretraining.stage_run import RunOptions, check_same_run, resolve_run
+from trainers.pretraining.stage_run import RunOptions, check_configuration, check_same_run, plain_settings, resolve_run
 from trainers.pretraining.stopping import TERMINATED, StopRequest
+from trainers.tracking import Tracking
 
 
 class PretrainTrainer(nnUNetTrainer):
@@ -86,12 +94,11 @@ class PretrainTrainer(nnUNetTrainer):
         if device.type != "cuda":
             self.grad_scaler = None
         self.options = RunOptions()
+        self.progress = RunProgress(self.run_log.tell, self.device, self.run_log.is_first)
+        self.tracking = Tracking((), self.folder)
         self.plan = plan_from_dict(self.plans_manager.plans, f"plan {self.plans_manager.plans_name}")
         self.method_entry, self.stage_entry = find_stage(self.stage)
-        if configuration not in self.method_entry.configurations:
-            known, needed = " or ".join(self.method_entry.configurations), self.method_entry.backbone
-            message = f"{self.method_entry.name} needs {needed}; configuration must be {known}, got {configuration}"
-            raise ArgumentError(message, "configuration")
+        check_configuration(self.method_entry, configuration)
         self.planned = self.plan.configuration(configuration)
         self.configuration: StageConfiguration
         self.was_initialized: bool = False
@@ -127,6 +134,7 @@ class PretrainTrainer(nnUNetTrainer):
         self.num_epochs = self.training.epochs
         self.num_iterations_per_epoch = self.training.iterations_per_epoch
         self.num_input_channels = len(self.configuration_manager.normalization_schemes)
+        self.run_log.tell(f"Building the network of {self.configuration_name} ...")
         planned = self.configuration_manager.configuration["architecture"]
         architecture = architecture_of_patch(planned, self.configuration.patch_size)
         heads = self.label_manager.num_segmentation_heads
@@ -145,10 +153,7 @@ class PretrainTrainer(nnUNetTrainer):
         if not self.precision.scaler:
             self.grad_scaler = None
         if self._do_i_compile():
-            # A graph that cannot be compiled runs uncompiled; torch warns once.
-            torch._dynamo.config.suppress_errors = True
-            for part in parts_to_compile(self.network):
-                part.compile()
+            compile_parts(self.network)
         self.parallel = average_gradients(self.method, self.device)
         self.was_initialized = True
 
@@ -169,8 +174,8 @@ class PretrainTrainer(nnUNetTrainer):
                 device=self.device,
                 autocast=self._autocast,
             )
-        workers = self.options.workers
-        return patches_of_run(store, self.run, pairs, self.current_step, workers, self.device), None
+            workers = self.options.workers
+            return patches_of_run(store, self.run, pairs, self.current_step, workers, self.device), None
 
     def _store(self) -> CaseStore:
         return CaseStore(Path(self.preprocessed_dataset_folder_base) / self.planned.case_folder)
@@ -183,28 +188,30 @@ class PretrainTrainer(nnUNetTrainer):
         Raises:
             SystemExit: After SIGTERM, once a checkpoint is written.
         """
-        self.on_train_start()
-        try:
-            self._run_steps()
-        finally:
-            self._end_readers()
-        self.on_train_end()
+        self.tracking = Tracking(self.options.track if self.local_rank == 0 else (), self.folder)
+        with closing(self.tracking):
+            self.on_train_start()
+            self.run_log.tell("Running the first steps ...")
+            with self.progress.following(self.stage, self.current_step, self.training.total_steps):
+                self._run_steps()
+            self.on_train_end()
 
     def _run_steps(self) -> None:
         assert self.dataloader_train is not None
         steps = self.num_iterations_per_epoch
-        with StopRequest() as stop:
+        with StopRequest() as stop, reading(self.dataloader_train) as batches:
             while self.current_step < self.training.total_steps:
                 self.current_epoch = self.current_step // steps
                 if self.current_step % steps == 0:
                     self.on_epoch_start()
                 started = perf_counter()
-                batch = next(self.dataloader_train)
+                batch = next(batches)
                 waited = perf_counter() - started
                 record = self.train_step(batch)
                 seconds = perf_counter() - started
                 self.epoch.records.append({**record, "seconds_waiting": waited, "seconds": seconds})
                 self.current_step += 1
+                self.progress.step(record["loss"])
                 if self.current_step % steps == 0:
                     self.on_train_epoch_end(self.epoch.records)
                     self.on_epoch_end()
@@ -243,13 +250,6 @@ class PretrainTrainer(nnUNetTrainer):
         self.run_log.tell(f"Received SIGTERM: saved at step {self.current_step}; run the same command again to resume")
         raise SystemExit(TERMINATED)
 
-    def _end_readers(self) -> None:
-        # After an error the traceback keeps the iterator alive, and the interpreter would wait for its readers.
-        shut_down = getattr(self.dataloader_train, "_shutdown_workers", None)
-        if shut_down is not None:
-            shut_down()
-        self.dataloader_train = None
-
     # ---------------------------------------------------------------- before, between and after the epochs
 
     def on_train_start(self) -> None:
@@ -263,11 +263,8 @@ class PretrainTrainer(nnUNetTrainer):
         preprocessed = Path(self.preprocessed_dataset_folder_base)
         write_model_folder(self.folder.parent, self.plans_manager.plans, self.dataset_json, preprocessed)
         write_json(self.folder / "run.json", describe_run(self.run, self.init, self.device, self.precision))
-        lines, settings = opening_lines(self.run, self.method, self.current_step, self.device, self.precision)
-        for line in lines:
-            self.run_log.tell(line)
-        for line in settings:
-            self.print_to_log_file(line)
+        self.run_log.tell_all(*opening_lines(self.run, self.method, self.current_step, self.device, self.precision))
+        self.tracking.start(plain_settings(self.run.settings), self.metrics())
         self._start_probe()
 
     def _start_probe(self) -> None:
@@ -299,7 +296,7 @@ class PretrainTrainer(nnUNetTrainer):
             raise RuntimeError(
                 f"the loss of epoch {self.current_epoch} is {values['loss']}; the last checkpoint is intact"
             )
-        monitors, self._warning = self.epoch.collapse()
+        monitors, self._warning = self.epoch.collapse(steps_at_full_rate(self.training, self.current_step))
         if self.options.probe is not None or KEY in self.logger.get_checkpoint():
             values = {KEY: self._run_probe(self.current_epoch + 1), **values}
         log_epoch(self.logger, self.current_epoch, values | monitors, self.optimizer.param_groups[0]["lr"])
@@ -309,11 +306,12 @@ class PretrainTrainer(nnUNetTrainer):
         self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
         self.epoch = Epoch()
         metrics = self.metrics()
-        self.run_log.tell(f"Epoch {self.current_epoch}: {last_values(metrics)}")
+        self.run_log.tell(f"Epoch {self.current_epoch}: {last_values(metrics)}{self.progress.left()}")
         if self._warning:
             self.run_log.tell(self._warning, logging.WARNING)
         if self.local_rank == 0:
             write_metrics(self.folder / METRICS_CSV, metrics)
+            self.tracking.write(metrics)
         if self._cadence.is_due() and self.current_step < self.training.total_steps:
             self._draw_progress()
             self.save_checkpoint(str(self.folder / LATEST))
@@ -326,6 +324,7 @@ class PretrainTrainer(nnUNetTrainer):
         if self.local_rank == 0:
             title = f"{self.stage}, {self.plan.dataset_name}, {self.configuration_name}"
             plot_progress(self.folder / "progress.png", title, self.metrics())
+            self.tracking.write_picture(self.folder / "progress.png")
 
     def on_train_end(self) -> None:
         """Examine the finished stage, if it has an examination, and write the final checkpoint."""

@@ -132,6 +132,7 @@ class ProbeRun:
         self.every = options.every or max(1, epochs // PROBES)
         self.epochs = epochs
         self.history: list[dict[str, Any]] = []
+        logger.info(f"Reading tiles of {len(options.train) + len(options.test)} labelled cases for the probe ...")
         self.train, self.test = (read_tiles(options, cases, patch_size) for cases in (options.train, options.test))
 
     def is_due(self, finished_epochs: int) -> bool:

@@ -1,7 +1,7 @@
 """The messages of a run: they reach the user through ``nnssl.log`` and are written to the training log file as well."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from nnssl.log import LineHandler, logger, silence
@@ -24,6 +24,14 @@ class RunLog:
         if self.is_first:
             self.write(line)
             logger.log(level, line)
+
+    def tell_all(self, lines: Sequence[str], details: Sequence[str]) -> None:
+        """Pass on some lines to the user and the log file, and others to the log file only."""
+        for line in lines:
+            self.tell(line)
+        if self.is_first:
+            for line in details:
+                self.write(line)
 
     @contextmanager
     def including_others(self) -> Iterator[None]:

@@ -32,6 +32,8 @@ class PretrainSettings:
         probe: Labelled data set (number or name) for a linear probe during training; None for no probe.
         probe_cases: Number of labelled cases that the probe learns from; it is scored on as many others.
         probe_every: Epochs between two probes; None for about twenty probes per stage.
+        track: Where curves and pictures are written besides ``metrics.csv`` and ``progress.png``: ``"tensorboard"``,
+            ``"wandb"`` (offline) or both. Each needs the extra of the same name. The training does not depend on it.
     """
 
     configuration: str | None = None
@@ -49,6 +51,7 @@ class PretrainSettings:
     probe: str | int | None = None
     probe_cases: int = CASES
     probe_every: int | None = None
+    track: Sequence[str] = ()
 
     def all_overrides(self, method: Method) -> tuple[str, ...]:
         """Return ``overrides`` with the lengths of the stages added as ``key=value``.

@@ -9,7 +9,7 @@ from typing import Any
 
 from nnssl.checkpoint import Provenance, to_plain
 from nnssl.errors import ArgumentError, UserError
-from nnssl.methods import Stage
+from nnssl.methods import Method, Stage
 from nnssl.methods.settings import resolve_stage, values_by_key
 from nnssl.networks.backbone import encoder_strides, planned_configuration
 from nnssl.plan import Plan, StageConfiguration, plan_from_dict
@@ -28,6 +28,7 @@ class RunOptions:
         workers: Processes that read patches; None to choose automatically.
         alone: Whether a later stage starts from random weights instead of those of the previous stage.
         probe: Labelled cases of the online probe; None for no probe. The training does not depend on it.
+        track: Trackers that curves and pictures are written to; the training does not depend on them.
     """
 
     overrides: tuple[str, ...] = ()
@@ -36,6 +37,7 @@ class RunOptions:
     workers: int | None = None
     alone: bool = False
     probe: ProbeOptions | None = None
+    track: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,18 @@ def check_patch(patch: Sequence[int], plans: dict[str, Any], configuration: str)
             f"patch_size must be a multiple of {in_voxels(multiple)} voxels, as the network of {configuration} requires, got "
             f"{in_voxels(patch)}"
         )
+
+
+def check_configuration(method: Method, configuration: str) -> None:
+    """Check that a method can be run in a configuration.
+
+    Raises:
+        ArgumentError: If the configuration has another backbone.
+    """
+    if configuration not in method.configurations:
+        known, needed = " or ".join(method.configurations), method.backbone
+        message = f"{method.name} needs {needed}; configuration must be {known}, got {configuration}"
+        raise ArgumentError(message, "configuration")
 
 
 def stage_folder(results: Path, plan: Plan, stage: Stage, configuration: str) -> Path:

@@ -21,7 +21,6 @@ from tests.trainers.phantom_study import LABELLED
 from trainers.benchmark import run as run_module
 from trainers.benchmark.arms import make_weights
 from trainers.benchmark.cells import StudyCells
-from trainers.benchmark.estimate import format_duration
 from trainers.benchmark.run import Part, describe_matrix, parse_part, run_cells, run_study
 from trainers.finetuning.arm import arm_folder
 from trainers.finetuning.result import FILE_NAME
@@ -259,9 +258,8 @@ def test_a_plan_that_has_changed_in_the_meantime_is_refused(folders, pretend, tm
     assert not pretend.trained
 
 
-def test_parts_and_durations():
+def test_parts():
     assert parse_part("3/8") == Part(3, 8)
     for text in ("0/2", "3/2", "1", "a/b", "1/0"):
         with pytest.raises(UserError, match="part must be i/n"):
             parse_part(text)
-    assert [format_duration(s) for s in (50, 600, 12600, 180000)] == ["50 s", "10 min", "3.5 h", "2.1 days"]
