@@ -41,12 +41,14 @@ class Preset:
 
     @property
     def pretext_memory_gb(self) -> float:
-        """Memory in GB that a pretext step may take: all of it, less a reserve on a GPU for its context and fragments."""
-        return self.memory_gb * (1 - GPU_RESERVE) if self.on_gpu else self.memory_gb
+        """Memory in GB that a pretext step may take: that of the GPU less a reserve; on a CPU, time is what limits a step."""
+        return self.memory_gb * (1 - GPU_RESERVE) if self.on_gpu else max(self.memory_gb, CPU_MEMORY_GB)
 
 
 GPU_RESERVE = 0.1
 """Share of a GPU's memory for its context and for fragments."""
+CPU_MEMORY_GB = 2.0
+"""Memory of a pretext step on a CPU; any machine that can train has it."""
 LENGTHS = {"short": 0.1, "medium": 1 / 3, "full": 1.0}
 """Share of a method's published epochs, by the name of the length."""
 

@@ -37,7 +37,7 @@ from trainers.pretraining.optimisation import make_optimizer, step_optimizer
 
 STEPS = 3
 SMALL = {
-    encoder: Preset(1.5, kind, 16, (128, 128), VIT_SIZES[0], PRIMUS_SIZES[0], 4e11, "short")
+    encoder: Preset(2.0, kind, 16, (128, 128), VIT_SIZES[0], PRIMUS_SIZES[0], 4e11, "short")
     for encoder, kind in (("plain", "plain"), ("residual", "residual L"))
 }
 """Plans for the CPU, by encoder: large enough that a step takes much more than the fluctuation of a process."""

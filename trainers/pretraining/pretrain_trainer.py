@@ -97,8 +97,8 @@ class PretrainTrainer(nnUNetTrainer):
         self.progress = RunProgress(self.run_log.tell, self.device, self.run_log.is_first)
         self.tracking = Tracking((), self.folder)
         self.plan = plan_from_dict(self.plans_manager.plans, f"plan {self.plans_manager.plans_name}")
-        self.method_entry, self.stage_entry = find_stage(self.stage)
-        check_configuration(self.method_entry, configuration)
+        method, self.stage_entry = find_stage(self.stage)
+        check_configuration(method, configuration)
         self.planned = self.plan.configuration(configuration)
         self.configuration: StageConfiguration
         self.was_initialized: bool = False
@@ -131,14 +131,13 @@ class PretrainTrainer(nnUNetTrainer):
         self.run = resolve_run(self.plan, self.stage_entry, self.configuration_name, self.options.overrides, seed)
         self.training = self.run.settings.training
         self.configuration = self.run.own
-        self.num_epochs = self.training.epochs
+        manager, self.num_epochs = self.configuration_manager, self.training.epochs
         self.num_iterations_per_epoch = self.training.iterations_per_epoch
-        self.num_input_channels = len(self.configuration_manager.normalization_schemes)
+        self.num_input_channels = len(manager.normalization_schemes)
         self.run_log.tell(f"Building the network of {self.configuration_name} ...")
-        planned = self.configuration_manager.configuration["architecture"]
-        architecture = architecture_of_patch(planned, self.configuration.patch_size)
-        heads = self.label_manager.num_segmentation_heads
-        self.network = build_network(architecture, self.num_input_channels, heads, seed)
+        architecture = architecture_of_patch(manager.configuration["architecture"], self.configuration.patch_size)
+        classes = self.label_manager.num_segmentation_heads
+        self.network = build_network(architecture, self.num_input_channels, classes, seed)
         with self.run_log.including_others():
             self.init = load_initial_weights(
                 self.network, self.run, self.options, self.folder.parents[2], self.dataset_json
@@ -146,8 +145,7 @@ class PretrainTrainer(nnUNetTrainer):
         make = self.stage_entry.load()
         self.method = seeded(lambda: make(self.network, self.run.settings, self.configuration), seed, self.stage)
         self.precision = choose_precision(self.device)
-        self.method.to(self.device)
-        self.network.to(self.device)
+        self.method, self.network = self.method.to(self.device), self.network.to(self.device)
         self.precision.lay_out(self.method, len(self.configuration.patch_size))
         self.optimizer = make_optimizer(self.method.parameter_groups(), self.training)
         if not self.precision.scaler:
@@ -358,17 +356,12 @@ class PretrainTrainer(nnUNetTrainer):
         if self.local_rank != 0 or self.disable_checkpointing:
             return
         started = time()
-        exported = self.method.exported()
+        exported, patches = self.method.exported(), (self.configuration.patch_size, self.planned.patch_size)
         provenance = provenance_of(
             self.run, self.dataset_json, self.init, self.current_step, exported.pretrained, self.cases
         )
         content = nnunet_state(
-            network_weights(
-                self.network,
-                exported if provenance.finished or leaves else None,
-                self.configuration.patch_size,
-                self.planned.patch_size,
-            ),
+            network_weights(self.network, exported if provenance.finished or leaves else None, patches),
             self.optimizer,
             self.grad_scaler,
             self.logger,

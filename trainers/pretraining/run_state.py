@@ -14,7 +14,7 @@ from trainers.pretraining.epoch import Epoch
 
 
 def network_weights(
-    network: nn.Module, exported: Exported | None, patch: Sequence[int], planned_patch: Sequence[int]
+    network: nn.Module, exported: Exported | None, patches: tuple[Sequence[int], Sequence[int]]
 ) -> dict[str, Tensor]:
     """Return the state of a stage's network.
 
@@ -22,13 +22,12 @@ def network_weights(
         network: Network of the stage.
         exported: Weights that a finished stage hands on, with the values that it fixes and for the plan's patch; None for the
             state as it is.
-        patch: Number of voxels of the stage's patch.
-        planned_patch: Number of voxels of the plan's patch.
+        patches: Number of voxels of the stage's patch and of the plan's.
     """
     weights: dict[str, Tensor] = network.state_dict()
     if exported is None:
         return weights
-    fit_positions(weights, patch, planned_patch, network)
+    fit_positions(weights, *patches, network)
     return {
         name: torch.full_like(value, exported.fixed[name]) if name in exported.fixed else value
         for name, value in weights.items()
