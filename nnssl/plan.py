@@ -81,7 +81,7 @@ class StageSchedule:
     __pydantic_config__: ClassVar = STRICT
 
     patch_size: tuple[int, ...]
-    """Number of voxels of a patch per axis, at most those of the plan's patch."""
+    """Number of voxels of a patch per axis."""
     batch_size: int
     """Patches per step over all processes; the method makes its views from each patch."""
     pieces: int

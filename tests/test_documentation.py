@@ -402,12 +402,14 @@ def test_every_key_of_the_plan_is_documented():
     classes = (
         "Pretext",
         "PretextConfiguration",
+        "StagePlan",
         "TokenGrid",
         "DenseSampling",
         "ContextChoices",
         "AnatomyChoices",
         "TransformerSize",
         "StageSchedule",
+        "StageCost",
         "Decision",
     )
     keys = {field.name for name in classes for field in fields(getattr(plan_module, name))}

@@ -42,6 +42,15 @@ def make_parser() -> argparse.ArgumentParser:
         "-m", "--methods", nargs="+", metavar="METHOD", help="Methods whose stages to print (default: all)."
     )
     add_plans_argument(parser)
+    _add_planning_arguments(parser)
+    _add_data_arguments(parser)
+    add_restart_argument(parser, "Repeat preprocessing that is already complete.")
+    add_verbose_argument(parser, "Print every decision with its reason, and the traceback of errors.")
+    return parser
+
+
+def _add_planning_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that change the plan."""
     parser.add_argument(
         "--length",
         choices=LENGTH_NAMES,
@@ -69,6 +78,10 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="Network channels at full resolution, whose features dense methods use (default: the preset's).",
     )
+
+
+def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that determine what is read and how it is preprocessed."""
     parser.add_argument(
         "--channel-names",
         nargs="+",
@@ -84,9 +97,6 @@ def make_parser() -> argparse.ArgumentParser:
     add_processes_argument(parser, "Worker processes for reading and preprocessing")
     parser.add_argument("--dask", metavar="ADDRESS", help="Scheduler address of a Dask cluster to preprocess on.")
     parser.add_argument("--no-preprocessing", action="store_true", help="Plan only; do not preprocess.")
-    add_restart_argument(parser, "Repeat preprocessing that is already complete.")
-    add_verbose_argument(parser, "Print every decision with its reason, and the traceback of errors.")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:

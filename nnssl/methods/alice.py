@@ -16,8 +16,8 @@ Deviations:
       student's projection of decoder tokens.
     * Masked tokens are drawn at random (MAE); the code masks 16 x 16 columns through all slices.
     * Teacher views are rotated by up to 15 degrees, zoomed and changed in intensity, but not flipped: left and right differ.
-    * Pairs lie around matched places and have the plan's patch size. Without a reliable match, they lie around the same place of
-      the body's box. The code uses any match with a similarity above 0.7.
+    * Pairs lie around matched places and have the size of the stage's patch. Without a reliable match, they lie around the same
+      place of the body's box. The code uses any match with a similarity above 0.7.
     * With a U-Net, positions of one encoder stage are the tokens (``networks.token_encoders``); a token decoder recovers voxels.
     * The norm of all gradients together is clipped to 3; the code clips the gradient of each parameter to 3.
 """

@@ -22,7 +22,7 @@ Deviations:
     * Negatives are the other keys of the batch. With a queue, as in paper and code, all images collapsed to one point: after
       500 steps on slices of ACDC, the loss was at chance (2.77 against 2.78, both half of InfoNCE).
     * For the attention's factor of the map and the normalisation of both factors, see ``networks.attention``.
-    * Crops lie in the plan's patch and cover the plan's share of it; in the code they are between half and 1.75 times the
+    * Crops lie in the stage's patch and cover the plan's share of it; in the code they are between half and 1.75 times the
       input's size. Both overlap by the code's intersection over union, but are drawn in every step, not 16 pairs in advance.
     * There is no sigmoid at the end, because the data are standardised and not scaled to [0, 1].
     * Optimizer: SGD with a learning rate of 1e-3 in the paper; here AdamW, as in RepRec, whose contrast learned faster with it.

@@ -16,7 +16,7 @@ Deviations:
       similarity to 0, which may outrank true negatives.
     * To rank fine cells, coarse similarities are interpolated instead of coarse embeddings. This is for ranking only.
     * Crops always overlap. In the code, a fifth of the pairs do not, and each voxel is then its own positive.
-    * Crops lie in the plan's patch at the plan's spacing and cover a third of it or more. They are rotated by up to 10 degrees
+    * Crops lie in the stage's patch at the plan's spacing and cover a third of it or more. They are rotated by up to 10 degrees
       (none in the code) and never flipped, because left and right are different places.
     * Optimizer: SGD with a learning rate of 0.02 in the code; here AdamW.
 """

@@ -5,7 +5,7 @@ cosine similarity between the embedding of a query pixel and all pixels of other
 
 Deviations:
     * Features are standardised before the comparison, for the reasons given in ``nnssl.pictures.features``.
-    * A case is processed in tiles of the plan's patch size, as in pretraining. Cosines of overlapping tiles are averaged
+    * A case is processed in tiles of the pretraining's patch size. Cosines of overlapping tiles are averaged
       with weights that decrease towards the border of a tile, where the network lacks context. The cosine at the query can
       therefore be slightly below 1. Embeddings of a whole volume are never held in memory.
 """
