@@ -251,7 +251,7 @@ class PretextConfiguration(DataChoices):
             raise UserError(
                 f"The plan has no schedule for {name} with this configuration. If the plan is older than the method, plan "
                 "again with the same nnssl_plan_and_preprocess command, which keeps existing weights. Otherwise the planner "
-                "left the stage out; nnssl_info shows its reasons"
+                "left the stage out; the plan's decisions name the reason"
             )
         return self.stages[name]
 
