@@ -6,11 +6,12 @@ the resident memory over that before the network was built is measured; on a GPU
     python -m tools.step_memory --kinds BTCV --encoders plain residual            # CPU: plans for 1.5 GB
     python -m tools.step_memory --kinds BTCV ACDC --presets 24gb --device cuda    # GPU: the presets' own plans
 
-The last column is the time of a step relative to the bare network: the same passes through encoder and decoder, forward and
-backward, without views, heads, losses and optimizer.
+The last column is the time of a step relative to the bare U-Net: as many passes with a graph through encoder and decoder, forward
+and backward, without views, teacher, heads, losses and optimizer. Stages that differentiate a transformer have none.
 """
 
 import argparse
+import math
 import multiprocessing
 import re
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ import torch
 
 from nnssl.draws import sample_generators
 from nnssl.log import print_line, silence
-from nnssl.methods import find_stage
+from nnssl.methods import Stage, find_stage
 from nnssl.methods.settings import resolve_stage
 from nnssl.momentum import update_teacher
 from nnssl.networks.backbone import build_network, planned_configuration, seeded
@@ -32,7 +33,7 @@ from planners import presets
 from planners.presets import PRESETS, PRIMUS_SIZES, VIT_SIZES, Preset
 from tools.synthetic_fingerprints import KINDS
 from tools.table_of_steps import plan_of
-from trainers.precision import choose_precision
+from trainers.precision import Precision, choose_precision
 from trainers.pretraining.optimisation import make_optimizer, step_optimizer
 
 STEPS = 3
@@ -81,7 +82,39 @@ def measure(plan: Plan, name: str, stage_name: str, device_name: str) -> dict[st
         del views, output, volumes
         _wait_for(device)
         seconds = perf_counter() - started
-    return {"peak_gb": _peak(device, base), "seconds": seconds}
+    peak = _peak(device, base)
+    ratio = seconds / _bare_seconds(stage, method, network, own.patch_size, batch, device, precision)
+    return {"peak_gb": peak, "seconds": seconds, "ratio": ratio}
+
+
+def _bare_seconds(
+    stage: Stage,
+    method: torch.nn.Module,
+    network: Any,
+    patch: tuple[int, ...],
+    batch: int,
+    device: torch.device,
+    precision: Precision,
+) -> float:
+    """Return the seconds of a stage's passes with a graph through encoder and decoder alone; NaN for a transformer."""
+    if not stage.encoder_graphs or not hasattr(network, "encoder"):
+        return math.nan
+    network.requires_grad_(True)
+    channels = next(network.encoder.parameters()).shape[1]
+    volumes = precision.lay_out(torch.randn(batch, channels, *patch).to(device), len(patch))
+    del method
+    seconds = math.nan
+    for _ in range(2):
+        started = perf_counter()
+        for index in range(max(stage.encoder_graphs, stage.decoder_graphs)):
+            with precision.autocast(device):
+                features = network.encoder(volumes)
+                if index < stage.decoder_graphs:
+                    features = [network.decoder(features)[0]]
+            features[-1].float().square().mean().backward()
+        _wait_for(device)
+        seconds = perf_counter() - started
+    return seconds
 
 
 def _start_peak(device: torch.device) -> float:
@@ -133,9 +166,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     presets.PRESETS.update(SMALL)  # so that plans are made for them
     print_line(
-        "| data | preset | configuration | stage | patch, batch | estimate, GB | measured, GB | ratio | s per step |"
+        "| data | preset | configuration | stage | patch, batch | estimate, GB | measured, GB | ratio | s | over bare network |"
     )
-    print_line("|---|---|---|---|---|---|---|---|---|")
+    print_line("|---|---|---|---|---|---|---|---|---|---|")
     context = multiprocessing.get_context("spawn")
     for kind in args.kinds:
         for preset in args.presets or args.encoders:
@@ -150,10 +183,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                     what = f"{step.batch_size} of {'x'.join(map(str, step.patch_size))}, {step.pieces} piece(s)"
                     row = [kind, preset, name, stage, what, f"{estimate:.2f}"]
                     if isinstance(found, str):
-                        row += [found, "-", "-"]
+                        row += [found, "-", "-", "-"]
                     else:
                         peak = found["peak_gb"]
-                        row += [f"{peak:.2f}", f"{peak / estimate:.2f}", f"{found['seconds']:.2f}"]
+                        row += [
+                            f"{peak:.2f}",
+                            f"{peak / estimate:.2f}",
+                            f"{found['seconds']:.2f}",
+                            f"{found['ratio']:.2f}",
+                        ]
                     print_line(f"| {' | '.join(row)} |")
 
 
