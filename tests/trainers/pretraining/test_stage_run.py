@@ -11,9 +11,10 @@ from nnssl.errors import UserError
 from nnssl.methods import find_stage
 from nnssl.methods.settings import TrainingSettings
 from nnssl.plan import plan_from_dict
+from tests.nnssl.networks.test_hybrid import architecture
 from tests.nnssl.test_checkpoint import make_provenance
 from tests.nnssl.test_plan import NNUNET, make_pretext
-from trainers.pretraining.stage_run import StageRun, check_same_run, plain_settings
+from trainers.pretraining.stage_run import StageRun, check_patch, check_same_run, plain_settings
 
 CONFIGURATION = "3d_fullres_hybrid"
 STAGE = "reprec.contrastive"
@@ -92,3 +93,34 @@ def test_a_plan_that_was_made_again_is_refused_where_it_differs():
         change(content)
         with pytest.raises(UserError, match="made with an earlier plan nnsslPlans"):
             check(FOUND, content)
+
+
+def test_a_patch_is_a_multiple_of_what_the_network_halves():
+    """The encoder of the small network halves the last two axes twice and the first one once."""
+    plans = {
+        **NNUNET,
+        "configurations": {"3d_fullres": {"architecture": architecture(3, residual=False, hybrid=False)}},
+    }
+    check_patch((2, 8, 12), plans, "3d_fullres")
+    for patch in ((3, 8, 12), (2, 6, 12), (8, 12)):
+        with pytest.raises(
+            UserError, match="patch_size must be a multiple of 2x4x4 voxels, as the network of 3d_fullres"
+        ):
+            check_patch(patch, plans, "3d_fullres")
+    primus = {"arch_kwargs": {"patch_embed_size": [4, 8, 8]}}
+    plans = {**NNUNET, "configurations": {"3d_fullres_primus": {"architecture": primus}}}
+    check_patch((4, 16, 8), plans, "3d_fullres_primus")
+    with pytest.raises(
+        UserError, match="must be a multiple of 4x8x8 voxels, as the network of 3d_fullres_primus requires"
+    ):
+        check_patch((4, 12, 8), plans, "3d_fullres_primus")
+
+
+def test_another_plan_of_another_stage_changes_nothing():
+    content = make_content()
+    stages = content["pretext"]["configurations"][CONFIGURATION]["stages"]
+    stages["reprec.generative"] = {**stages[STAGE], "queue_length": 7}
+    check(FOUND, content)
+    stages[STAGE]["queue_length"] = 7
+    with pytest.raises(UserError, match="made with an earlier plan nnsslPlans"):
+        check(FOUND, content)
