@@ -24,7 +24,13 @@ SLICE_MM = 10.0
 """Thickness in mm within which slices of a scan look alike."""
 MEMORY, TIME = "the memory target", "the time of a step"
 """What may limit a step."""
-USEFUL = "the useful batch"
+USEFUL, TO_CROP, TO_BATCH, TO_SCAN = SPENT = (
+    "the useful batch of the least patch",
+    "larger patches up to the paper's crop",
+    "larger batches up to the paper's",
+    "larger patches up to the median scan",
+)
+"""What memory is spent on, in this order."""
 LEAST_POSITIONS = 4
 """Positions of the network's deepest stage in the least patch, over which its norms standardise."""
 EXTENT_STEP = 2 ** (1 / 8)
@@ -50,6 +56,7 @@ class ChosenStep:
         pieces: Number of pieces of the batch.
         checkpointing: Whether activations are computed again.
         limit: What the next larger step exceeds.
+        largest_batch: Largest batch of the chain.
     """
 
     step: Step
@@ -57,6 +64,7 @@ class ChosenStep:
     pieces: int
     checkpointing: bool
     limit: str
+    largest_batch: int
 
 
 def patches_of_scan(
@@ -114,13 +122,13 @@ def chain_of_steps(
     crop = max(least, _first_of(patches, spacing_mm, crop_mm))
     useful = _rounded_up(needs.useful_batch, stage.batch_multiple)
     steps = [Step(patches[least], useful, USEFUL)]
-    steps += [Step(patch, useful, "larger patches up to the paper's crop") for patch in patches[least + 1 : crop + 1]]
+    steps += [Step(patch, useful, TO_CROP) for patch in patches[least + 1 : crop + 1]]
     same = share_of_same_places(patches[crop], spacing_mm, scan_mm) if needs.contrasts_patches else 0.0
     batch, unit = useful, _rounded_up(max(2, useful // 4), stage.batch_multiple)
     while batch + unit <= needs.paper_batch and false_negatives(batch + unit, cases, same) <= FALSE_NEGATIVES:
         batch += unit
-        steps.append(Step(patches[crop], batch, "larger batches up to the paper's"))
-    return steps + [Step(patch, batch, "larger patches up to the median scan") for patch in patches[crop + 1 :]]
+        steps.append(Step(patches[crop], batch, TO_BATCH))
+    return steps + [Step(patch, batch, TO_SCAN) for patch in patches[crop + 1 :]]
 
 
 def choose_step(
@@ -142,8 +150,8 @@ def choose_step(
         found = cost(step, 1, False)
         limit = _exceeded(found, memory_gb, multiply_adds)
         if limit:
-            return replace(chosen, limit=limit) if chosen else _in_pieces(step, cost, memory_gb, limit)
-        chosen = ChosenStep(step, found, 1, False, "nothing, as it is the largest useful step")
+            return replace(chosen, limit=limit) if chosen else _in_pieces(step, cost, memory_gb, limit, steps[-1].batch)
+        chosen = ChosenStep(step, found, 1, False, "nothing, as it is the largest useful step", steps[-1].batch)
     return chosen
 
 
@@ -155,14 +163,14 @@ def _exceeded(cost: StageCost, memory_gb: float, multiply_adds: float | None) ->
 
 
 def _in_pieces(
-    step: Step, cost: Callable[[Step, int, bool], StageCost], memory_gb: float, limit: str
+    step: Step, cost: Callable[[Step, int, bool], StageCost], memory_gb: float, limit: str, largest_batch: int
 ) -> ChosenStep | None:
     """Return a step with the fewest pieces that fit into memory, with checkpointing only if necessary; None if none fit."""
     for checkpointing in (False, True):
         for pieces in [n for n in range(1, step.batch + 1) if step.batch % n == 0]:
             found = cost(step, pieces, checkpointing)
             if found.memory_gb <= memory_gb:
-                return ChosenStep(step, found, pieces, checkpointing, limit)
+                return ChosenStep(step, found, pieces, checkpointing, limit, largest_batch)
     return None
 
 
@@ -173,20 +181,20 @@ def explain_step(
     step = chosen.step
     sides = [n * mm for n, mm in zip(step.patch, spacing_mm, strict=True)]
     used = f"a step takes {chosen.cost.memory_gb:.2g} GB of {memory_gb:g} GB"
-    how = f"memory went first into {step.spent_on}, limited by {chosen.limit}; {used}"
-    if step.spent_on == USEFUL:
-        how = f"the least step with which the stage learns; a larger one is limited by {chosen.limit}; {used}"
+    spent = SPENT[: SPENT.index(step.spent_on) + 1]
+    how = f"memory is spent on {', then '.join(spent)}, limited by {chosen.limit}; {used}"
     if chosen.pieces > 1:
         how += f"; the batch passes the network in {chosen.pieces} pieces"
     if chosen.checkpointing:
         how += "; activations are computed again in the backward pass"
+    why = f"useful from {stage.needs.useful_batch}, the paper's is {stage.needs.paper_batch:,}: {stage.needs.source}"
+    if stage.needs.contrasts_patches and step.batch == chosen.largest_batch < stage.needs.paper_batch:
+        why += (
+            f"; in a larger batch, more than {FALSE_NEGATIVES:.0%} of the negatives would show the same place of a scan"
+        )
     return [
         (f"patch ({stage.name})", f"{in_voxels(step.patch)} ({in_mm(sides)} mm)", how),
-        (
-            f"batch size ({stage.name})",
-            str(step.batch),
-            f"useful from {stage.needs.useful_batch}, the paper's is {stage.needs.paper_batch:,}: {stage.needs.source}",
-        ),
+        (f"batch size ({stage.name})", str(step.batch), why),
     ]
 
 
