@@ -123,7 +123,7 @@ def cost_of_step(
         else 0
     )
     graph += maps * at_once * bytes_per_value
-    heads = batch * stage.patch_values * BYTES["float32"]
+    heads = (batch * stage.batch_values + at_once * stage.piece_values) * BYTES["float32"]
     views = VIEW_COPIES * batch * network.channels * voxels * BYTES["float32"]
     passes = BACKWARD_FACTOR + (1 if pieces > 1 or checkpointing else 0)
     work = batch * multiply_adds_of_patch(stage, network, voxels, tokens, transformer, passes)

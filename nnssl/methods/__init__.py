@@ -49,7 +49,8 @@ class Stage:
         reads_tokens: Whether the stage needs the plan's token grid; a transformer encoder receives only the visible tokens.
         token_values: Number of feature values that each token of a patch keeps in memory, in addition to the encoder and the
             token decoder.
-        patch_values: Number of float32 values that the loss keeps for each patch, whatever its size.
+        piece_values: Number of float32 values that the loss keeps for each patch of a piece, whatever its size.
+        batch_values: Number of float32 values that the loss keeps for each patch of the whole batch.
         configuration: Configuration in which the stage always runs; None for the configuration of the method's other stages.
         fresh: Whether the stage starts from random weights instead of the weights of the stage before it.
         examination: Function that measures what a finished stage is good for, as ``module:function``; None if there is none.
@@ -65,7 +66,8 @@ class Stage:
     batch_multiple: int = 1
     reads_tokens: bool = False
     token_values: int = 0
-    patch_values: int = 0
+    piece_values: int = 0
+    batch_values: int = 0
     configuration: str | None = None
     fresh: bool = False
     examination: str | None = None
@@ -127,7 +129,8 @@ SAM_STAGE = Stage(
         contrasts_patches=False,
         source="3 to 6 pairs of crops of 96 x 96 x 32 voxels at 2 mm (authors' code), the volume of a cube of 133 mm",
     ),
-    patch_values=80_000_000,  # four copies of the negatives of all queries, 2 x (100 + 50) x 500 x 128
+    piece_values=52_000_000,  # four copies of the negatives of the fine queries, 2 x 100 x 500 x 128
+    batch_values=26_000_000,  # the same for the coarse queries, 2 x 50 x 500 x 128
     configuration="3d_fullres",
     examination="nnssl.matching.anatomical_sanity:examine",
 )
@@ -282,7 +285,7 @@ METHODS = {
                 encoder_passes=1,
                 decoder_graphs=0,
                 needs=Needs(
-                    useful_batch=4,
+                    useful_batch=8,
                     paper_batch=8,
                     least_mm=(64.0, 64.0),
                     crop_mm=(160.0, 128.0),

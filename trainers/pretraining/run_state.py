@@ -14,7 +14,7 @@ from trainers.pretraining.epoch import Epoch
 
 
 def network_weights(
-    network: nn.Module, exported: Exported | None, patches: tuple[Sequence[int], Sequence[int]]
+    network: nn.Module, exported: Exported | None, patches: tuple[Sequence[int], Sequence[int]] | None = None
 ) -> dict[str, Tensor]:
     """Return the state of a stage's network.
 
@@ -22,12 +22,13 @@ def network_weights(
         network: Network of the stage.
         exported: Weights that a finished stage hands on, with the values that it fixes and for the plan's patch; None for the
             state as it is.
-        patches: Number of voxels of the stage's patch and of the plan's.
+        patches: Number of voxels of the stage's patch and of the plan's; None if they are the same.
     """
     weights: dict[str, Tensor] = network.state_dict()
     if exported is None:
         return weights
-    fit_positions(weights, *patches, network)
+    if patches is not None:
+        fit_positions(weights, *patches, network)
     return {
         name: torch.full_like(value, exported.fixed[name]) if name in exported.fixed else value
         for name, value in weights.items()

@@ -7,6 +7,10 @@ from torch import nn
 from nnssl.checkpoint import load_tensors, write_checkpoint
 from nnssl.errors import UserError
 from nnssl.methods.protocol import Exported
+from nnssl.networks.backbone import build_network
+from nnssl.networks.primus import POSITIONS, architecture_of_patch, fit_positions
+from planners.presets import PRIMUS_SIZES
+from planners.primus_rules import primus_architecture
 from tests.nnssl.test_checkpoint import make_provenance
 from trainers.pretraining.epoch import Epoch
 from trainers.pretraining.run_state import network_weights, read_state, run_state
@@ -54,7 +58,7 @@ def test_heads_of_another_size_or_number_are_refused(tmp_path):
     more = Method(network)
     more.predictor = nn.Linear(2, 2)
     for wrong in (Method(network, width=5), more):
-        with pytest.raises(UserError, match=r"latest.pth: the heads differ .*; pretrain again with --restart"):
+        with pytest.raises(UserError, match=r"latest.pth: the heads differ .*; delete the results of this stage and pretrain again"):
             read_state(path, load_tensors(path), network, wrong, torch.device("cpu"))
 
 
@@ -66,3 +70,22 @@ def test_what_leaves_has_the_values_that_the_method_fixes():
     for name, value in before.items():
         assert name == "gate.weight" or torch.equal(weights[name], value)
         assert torch.equal(network.state_dict()[name], value)  # The run continues with its own values.
+
+
+def test_positions_leave_for_the_patch_of_the_plan_and_come_back():
+    """Resampling to twice the tokens keeps the mean of the positions."""
+    small, large = (8, 16, 16), (16, 32, 16)
+    architecture = primus_architecture(PRIMUS_SIZES[0], (4, 8, 8), large)
+    network = build_network(architecture_of_patch(architecture, small), 1, 2, 0)
+    inner = network.state_dict()[POSITIONS].shape[1]
+    assert inner == 2 * 2 * 2
+    left = network_weights(network, Exported(("eva.",)), (small, large))
+    assert left[POSITIONS].shape[1] == 4 * 4 * 2
+    stock = build_network(architecture, 1, 2, 1)
+    stock.load_state_dict(left)  # every weight has the shape of the plan's network
+    assert network_weights(network, None, (small, large))[POSITIONS].shape[1] == inner  # for a run that is resumed
+    back = dict(left)
+    fit_positions(back, large, small, network)
+    assert back[POSITIONS].shape[1] == inner
+    middle = left[POSITIONS].unflatten(1, (4, 4, 2)).mean(dim=(1, 2, 3))
+    assert torch.allclose(middle, network.state_dict()[POSITIONS].mean(dim=1), atol=1e-5)
