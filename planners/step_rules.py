@@ -11,16 +11,16 @@ from nnssl.methods import Stage
 from nnssl.networks.backbone import measurable_network
 from nnssl.plan import StageCost, TokenGrid, TransformerSize
 
-NO_GRAD_SHARE = 0.15
-"""Memory of a pass without a graph relative to a pass with one: only two feature maps of one stage exist at a time."""
+NO_GRAD_MAPS = 3
+"""Maps of the largest size that exist at a time in a pass without a graph, fitted as ``TRANSIENT_MAPS``."""
 TENSORS_PER_VALUE = 2
 """Tensors that the backward pass keeps of each convolution's output: the inputs of the norm and of the next convolution."""
 BYTES = {"float32": 4, "mixed": 2}
 """Bytes of a feature value by precision."""
 BYTES_OF_WEIGHT = 4
-TRANSIENT_MAPS = 6
-"""Maps of the largest size that exist in addition at the start of the backward pass: gradients of a layer's inputs and outputs,
-and copies in the layout of the convolutions. Fitted to the measurements of ``tools/step_memory.py`` on the CPU."""
+TRANSIENT_MAPS = 3
+"""Maps of the largest size that exist in addition in the backward pass, twice as many in a decoder: gradients of a layer's inputs
+and outputs, and copies in the layout of the convolutions. Fitted to the measurements of ``tools/step_memory.py`` on the CPU."""
 VIEW_COPIES = 8
 """Copies of a raw patch in float32 that exist at a time while its views are made and compared."""
 BACKWARD_FACTOR = 3
@@ -117,12 +117,9 @@ def cost_of_step(
     at_once = math.ceil(batch / pieces)
     bytes_per_value = BYTES["mixed" if on_gpu else "float32"]
     graph = values * at_once * TENSORS_PER_VALUE * bytes_per_value
-    maps = (
-        TRANSIENT_MAPS * network.widest * voxels * max(1, stage.decoder_graphs)
-        if has_graph_of_maps(stage, transformer)
-        else 0
-    )
-    graph += maps * at_once * bytes_per_value
+    backward = TRANSIENT_MAPS * (2 * stage.decoder_graphs or 1) if has_graph_of_maps(stage, transformer) else 0
+    without_graph = NO_GRAD_MAPS if stage.encoder_passes else 0
+    graph += max(backward, without_graph) * network.widest * voxels * at_once * bytes_per_value
     heads = (batch * stage.batch_values + at_once * stage.piece_values) * BYTES["float32"]
     views = VIEW_COPIES * batch * network.channels * voxels * BYTES["float32"]
     passes = BACKWARD_FACTOR + (1 if pieces > 1 or checkpointing else 0)
@@ -144,7 +141,7 @@ def values_of_patch(
     encoder, decoder = network.encoder_values * voxels, network.decoder_values * voxels
     masked = stage.reads_tokens and transformer is not None
     graphs = 0 if masked else stage.encoder_graphs
-    values = (NO_GRAD_SHARE * stage.encoder_passes + graphs) * encoder + stage.decoder_graphs * decoder
+    values = graphs * encoder + stage.decoder_graphs * decoder
     if tokens is None:
         return values
     count = math.prod(tokens.grid)

@@ -294,7 +294,7 @@ METHODS = {
                 ),
                 batch_multiple=2,
                 reads_tokens=True,
-                token_values=20_000,  # projection and CASA of student and teacher, in float32
+                token_values=8_000,  # projection and CASA of student and teacher, in float32
                 fresh=True,
             ),
         ),

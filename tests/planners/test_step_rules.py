@@ -9,7 +9,7 @@ import torch
 from nnssl.methods import METHODS, find_stage
 from nnssl.networks.backbone import build_network
 from nnssl.plan import TokenGrid, TransformerSize
-from planners.step_rules import BACKWARD_FACTOR, NO_GRAD_SHARE, cost_of_step, measure_network, values_of_patch
+from planners.step_rules import BACKWARD_FACTOR, cost_of_step, measure_network, values_of_patch
 from tests.nnssl.networks.test_hybrid import PATCHES, architecture
 
 STAGES = list(dict.fromkeys(stage for method in METHODS.values() for stage in method.stages))
@@ -95,10 +95,10 @@ COST = replace(
 @pytest.mark.parametrize(
     ("stage", "tokens", "transformer", "values"),
     [
-        # the teacher without a graph, a quarter of the encoder's blocks, the decoder's blocks on all tokens, values per token
-        ("alice.alignment", TOKENS, SIZE, NO_GRAD_SHARE * 1e4 + 100 * 9 * 40 * (8 / 4 + 2) + 100 * 20_000),
-        ("alice.alignment", TOKENS, None, (1 + NO_GRAD_SHARE) * 1e4 + 100 * 20_000),
-        ("reprec.generative", TOKENS, SIZE, NO_GRAD_SHARE * 1e4 + 100 * 9 * 40 * (8 / 4 + 2)),
+        # a quarter of the encoder's blocks, the decoder's blocks on all tokens, values per token
+        ("alice.alignment", TOKENS, SIZE, 100 * 9 * 40 * (8 / 4 + 2) + 100 * 8_000),
+        ("alice.alignment", TOKENS, None, 1e4 + 100 * 8_000),
+        ("reprec.generative", TOKENS, SIZE, 100 * 9 * 40 * (8 / 4 + 2)),
         ("sam.embedding", None, None, 2 * 1e4 + 3e3),
         ("pix2rep.dense", None, None, 2 * 1e4 + 2 * 3e3),
     ],
@@ -116,7 +116,8 @@ def test_cost_grows_with_the_batch_and_shrinks_with_pieces(stage):
         return cost_of_step(stage, COST, 10**6, batch, tokens, size, 0.0, on_gpu, pieces, checkpointing)
 
     assert cost(8).memory_gb > cost(4).memory_gb > cost(4, pieces=2).memory_gb > cost(4, pieces=4).memory_gb
-    assert cost(4, pieces=2, checkpointing=True).memory_gb < cost(4, pieces=2).memory_gb
+    # where the encoder has no graph, its maps take most of the memory, which checkpointing leaves as it is
+    assert cost(4, pieces=2, checkpointing=True).memory_gb <= cost(4, pieces=2).memory_gb
     assert cost(4, on_gpu=True).memory_gb < cost(4).memory_gb
     assert cost(8).multiply_adds == pytest.approx(2 * cost(4).multiply_adds, rel=0.01)
     # what is computed again costs one more pass

@@ -136,7 +136,7 @@ def take_tokens_of_an_earlier_stage(toy) -> None:
     """Change the plan so that the U-Net has stages beyond that of its tokens, which are not trained."""
     path = toy.preprocessed / NAME / "nnsslPlans.json"
     plan = read_json(path, "plan")
-    tokens = plan["pretext"]["configurations"]["3d_fullres"]["tokens"]
+    tokens = plan["pretext"]["configurations"]["3d_fullres"]["stages"]["alice.alignment"]["tokens"]
     network = plan["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     assert tokens["stage"] == 2
     grid = [n * step for n, step in zip(tokens["grid"], network["strides"][2], strict=True)]

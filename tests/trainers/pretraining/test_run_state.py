@@ -58,7 +58,7 @@ def test_heads_of_another_size_or_number_are_refused(tmp_path):
     more = Method(network)
     more.predictor = nn.Linear(2, 2)
     for wrong in (Method(network, width=5), more):
-        with pytest.raises(UserError, match=r"latest.pth: the heads differ .*; delete the results of this stage and pretrain again"):
+        with pytest.raises(UserError, match=r"latest.pth: the heads differ .*; delete the results of this stage"):
             read_state(path, load_tensors(path), network, wrong, torch.device("cpu"))
 
 
