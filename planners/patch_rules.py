@@ -31,6 +31,8 @@ USEFUL, TO_CROP, TO_BATCH, TO_SCAN = SPENT = (
     "larger patches up to the median scan",
 )
 """What memory is spent on, in this order."""
+CROP_TOLERANCE = 1.1
+"""Edge of the largest patch that counts as the paper's crop, relative to it; sides are multiples of the network's stride."""
 LEAST_POSITIONS = 4
 """Positions of the network's deepest stage in the least patch, over which its norms standardise."""
 EXTENT_STEP = 2 ** (1 / 8)
@@ -119,7 +121,9 @@ def chain_of_steps(
     least_mm = min(needs.least_mm[0 if flat else 1], of_scan)
     crop_mm = needs.crop_mm[0 if flat else 1]
     least = _first_of(patches, spacing_mm, least_mm)
-    crop = max(least, _first_of(patches, spacing_mm, crop_mm))
+    crop = max(
+        [least, *(i for i, patch in enumerate(patches) if edge_mm(patch, spacing_mm) <= CROP_TOLERANCE * crop_mm)]
+    )
     useful = _rounded_up(needs.useful_batch, stage.batch_multiple)
     steps = [Step(patches[least], useful, USEFUL)]
     steps += [Step(patch, useful, TO_CROP) for patch in patches[least + 1 : crop + 1]]

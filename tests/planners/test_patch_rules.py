@@ -9,6 +9,7 @@ import pytest
 from nnssl.methods import METHODS, Stage, find_stage
 from nnssl.plan import StageCost
 from planners.patch_rules import (
+    CROP_TOLERANCE,
     FALSE_NEGATIVES,
     LEAST_POSITIONS,
     chain_of_steps,
@@ -69,7 +70,10 @@ def test_the_chain_grows_from_the_useful_batch_to_the_largest_patch(stage, scan,
         # the batch grows only at the paper's crop
         if one.batch < other.batch:
             assert one.patch == other.patch
-            assert edge_mm(one.patch, spacing) >= stage.needs.crop_mm[axis] or one.patch == largest
+            at_crop = edge_mm(one.patch, spacing) <= CROP_TOLERANCE * stage.needs.crop_mm[axis]
+            assert at_crop or one.patch == steps[0].patch
+            following = next((patch for patch in patches if math.prod(patch) > math.prod(one.patch)), None)
+            assert following is None or edge_mm(following, spacing) > CROP_TOLERANCE * stage.needs.crop_mm[axis]
 
 
 def test_the_last_step_that_fits_is_taken():
