@@ -72,7 +72,7 @@ class ChosenStep:
 def patches_of_scan(
     scan_mm: Sequence[float], spacing_mm: Sequence[float], multiple: Sequence[int], largest: Sequence[int]
 ) -> list[tuple[int, ...]]:
-    """Return the patches with the aspect of a scan, in ascending size up to the largest.
+    """Return the patches with the aspect of a scan, within a multiple along every axis, in ascending size up to the largest.
 
     Args:
         scan_mm: Size of the median scan in mm.
@@ -92,10 +92,19 @@ def patches_of_scan(
     while not found or found[-1] != tuple(largest):
         sides = np.maximum(np.round(edge * aspect / np.array(spacing_mm) / unit) * unit, least)
         patch = tuple(int(n) for n in np.minimum(sides, most))
-        if not found or patch != found[-1]:
-            found.append(patch)
+        found += _between(found[-1], patch, spacing_mm) if found else [patch]
         edge *= EXTENT_STEP
     return found
+
+
+def _between(patch: tuple[int, ...], larger: tuple[int, ...], spacing_mm: Sequence[float]) -> list[tuple[int, ...]]:
+    """Return the patches that lead from one to a larger one, along one axis at a time, the shortest in mm first."""
+    steps, sides = [], list(patch)
+    growing = [axis for axis, (old, new) in enumerate(zip(patch, larger, strict=True)) if old != new]
+    for axis in sorted(growing, key=lambda each: patch[each] * spacing_mm[each]):
+        sides[axis] = larger[axis]
+        steps.append(tuple(sides))
+    return steps
 
 
 def edge_mm(patch: Sequence[int], spacing_mm: Sequence[float]) -> float:

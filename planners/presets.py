@@ -42,11 +42,15 @@ class Preset:
     @property
     def pretext_memory_gb(self) -> float:
         """Memory in GB that a pretext step may take: that of the GPU less a reserve; on a CPU, time is what limits a step."""
-        return self.memory_gb * (1 - GPU_RESERVE) if self.on_gpu else max(self.memory_gb, CPU_MEMORY_GB)
+        return (
+            round(self.memory_gb * (1 - FRAGMENTS) - CONTEXT_GB, 3)
+            if self.on_gpu
+            else max(self.memory_gb, CPU_MEMORY_GB)
+        )
 
 
-GPU_RESERVE = 0.1
-"""Share of a GPU's memory for its context and for fragments."""
+CONTEXT_GB, FRAGMENTS = 0.5, 0.05
+"""Memory in GB of a GPU's context, and share of its memory for fragments."""
 CPU_MEMORY_GB = 2.0
 """Memory of a pretext step on a CPU; any machine that can train has it."""
 LENGTHS = {"short": 0.1, "medium": 1 / 3, "full": 1.0}

@@ -42,10 +42,10 @@ def test_patches_have_the_aspect_of_the_scan_and_grow_up_to_the_largest(scan, sp
         positions = [n / m for n, m in zip(patch, multiple, strict=True)]
         assert all(n == int(n) for n in positions[:1]) or patch == largest
         assert math.prod(positions) >= LEAST_POSITIONS
-        # one edge explains all sides, each rounded to its multiple; sides at a limit may be cut or lengthened
+        # one edge explains all sides, each within a multiple of it; sides at a limit may be cut or lengthened
         aspect = np.divide(scan, edge_mm(scan, [1.0] * len(scan)))
-        low = [(n - m / 2) * mm / a for n, m, mm, a in zip(patch, multiple, spacing, aspect, strict=True)]
-        high = [(n + m / 2) * mm / a for n, m, mm, a in zip(patch, multiple, spacing, aspect, strict=True)]
+        low = [(n - m) * mm / a for n, m, mm, a in zip(patch, multiple, spacing, aspect, strict=True)]
+        high = [(n + m) * mm / a for n, m, mm, a in zip(patch, multiple, spacing, aspect, strict=True)]
         at_least = [n == first for n, first in zip(patch, patches[0], strict=True)]
         at_most = [n == last for n, last in zip(patch, largest, strict=True)]
         lowest = max((mm for mm, limited in zip(low, at_least, strict=True) if not limited), default=0.0)
