@@ -29,9 +29,6 @@ from planners.step_rules import NetworkCost, cost_of_step
 from planners.token_rules import FINE_TUNING_MAX, TOKENS_MIN, decide_tokens
 from planners.view_rules import decide_crop
 
-POINTS = {"pix2rep.dense": "contrast", "pix2rep_v2.dense": "correlation"}
-"""Stages that compare points, and whether every point is compared with every other or dimensions are correlated."""
-
 
 @dataclass(frozen=True)
 class Frame:
@@ -147,7 +144,7 @@ class StageRules:
         dense, of_dense = decide_dense(
             self.frame.features, step.patch, memory, memory - chosen.cost.memory_gb + least_points
         )
-        points = bytes_of_points(POINTS.get(stage.name), dense) / 1e9
+        points = bytes_of_points(stage.points, dense) / 1e9
         cost = replace(chosen.cost, memory_gb=round(chosen.cost.memory_gb - least_points + points, 3))
         spacing, thick = self.frame.spacing_mm, self.shared["thick_axis"]
         context, of_context = decide_context(self.frame.unet, step.patch, spacing, thick)
@@ -235,7 +232,7 @@ class StageRules:
 
     def _least_points_gb(self, stage: Stage) -> float:
         least, _ = decide_dense(self.frame.features, self.frame.largest, 0.0, 0.0)
-        return bytes_of_points(POINTS.get(stage.name), least) / 1e9
+        return bytes_of_points(stage.points, least) / 1e9
 
     def _settings_read(self, stage: Stage, plan: StagePlan) -> set[str]:
         own = {each.name: getattr(plan, each.name) for each in fields(PatchChoices)}

@@ -3,7 +3,7 @@
 Each stage runs in a process of its own, on random volumes, with the patch, batch and pieces of the plan. On the CPU, the peak of
 the resident memory over that before the network was built is measured; on a GPU, the peak of torch's allocator::
 
-    python -m tools.step_memory --kinds BTCV --encoders plain residual            # CPU: plans for 1.5 GB
+    python -m tools.step_memory --kinds BTCV --encoders plain residual            # CPU: plans for 2 GB
     python -m tools.step_memory --kinds BTCV ACDC --presets 24gb --device cuda    # GPU: the presets' own plans
 
 The last column is the time of a step relative to the bare U-Net: as many passes with a graph through encoder and decoder, forward

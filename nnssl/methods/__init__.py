@@ -5,7 +5,7 @@ This module must not import heavy packages, because the commands list the method
 
 import importlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from nnssl.errors import UserError
 
@@ -51,6 +51,8 @@ class Stage:
             token decoder.
         piece_values: Number of float32 values that the loss keeps for each patch of a piece, whatever its size.
         batch_values: Number of float32 values that the loss keeps for each patch of the whole batch.
+        points: ``contrast`` if every point is compared with every other, ``correlation`` if only dimensions are correlated;
+            None if the stage compares no points.
         configuration: Configuration in which the stage always runs; None for the configuration of the method's other stages.
         fresh: Whether the stage starts from random weights instead of the weights of the stage before it.
         examination: Function that measures what a finished stage is good for, as ``module:function``; None if there is none.
@@ -68,6 +70,7 @@ class Stage:
     token_values: int = 0
     piece_values: int = 0
     batch_values: int = 0
+    points: Literal["contrast", "correlation"] | None = None
     configuration: str | None = None
     fresh: bool = False
     examination: str | None = None
@@ -135,6 +138,16 @@ SAM_STAGE = Stage(
     examination="nnssl.matching.anatomical_sanity:examine",
 )
 
+PIX2REP_NEEDS = Needs(
+    useful_batch=4,
+    paper_batch=8,
+    least_mm=(64.0, 48.0),
+    crop_mm=(192.0, 96.0),
+    contrasts_patches=False,
+    source="8 cardiac slices of 128 pixels of about 1.5 mm (section 3); volumes: the body part in view, 96 mm",
+)
+"""Needs of both versions of Pix2Rep, which share their views."""
+
 METHODS = {
     "reprec": Method(
         name="reprec",
@@ -192,14 +205,8 @@ METHODS = {
                 encoder_graphs=2,
                 encoder_passes=0,
                 decoder_graphs=2,
-                needs=Needs(
-                    useful_batch=4,
-                    paper_batch=8,
-                    least_mm=(64.0, 48.0),
-                    crop_mm=(192.0, 96.0),
-                    contrasts_patches=False,
-                    source="8 cardiac slices of 128 pixels of about 1.5 mm (section 3); volumes: the body part in view, 96 mm",
-                ),
+                needs=PIX2REP_NEEDS,
+                points="contrast",
             ),
         ),
     ),
@@ -217,14 +224,8 @@ METHODS = {
                 encoder_graphs=2,
                 encoder_passes=0,
                 decoder_graphs=2,
-                needs=Needs(
-                    useful_batch=4,
-                    paper_batch=8,
-                    least_mm=(64.0, 48.0),
-                    crop_mm=(192.0, 96.0),
-                    contrasts_patches=False,
-                    source="8 cardiac slices of 128 pixels of about 1.5 mm (section 3); volumes: the body part in view, 96 mm",
-                ),
+                needs=PIX2REP_NEEDS,
+                points="correlation",
             ),
         ),
     ),

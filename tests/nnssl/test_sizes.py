@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from nnssl.sizes import in_bytes, in_mm, in_voxels, in_words
+from nnssl.sizes import in_bytes, in_mm, in_time, in_voxels, in_words
 
 MAGNITUDES = {"trillion": 10**12, "billion": 10**9, "million": 10**6, "": 1}
 UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}
@@ -63,3 +63,19 @@ def test_no_magnitude_is_written_with_an_exponent(write, units):
 def test_sizes_along_axes():
     assert in_voxels((4.0, 8, 8)) == "4x8x8"
     assert in_mm((2.5, 1, 1.30225)) == "2.5 x 1 x 1.302"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.04, "0.04 s"),
+        (36, "36 s"),
+        (89, "89 s"),
+        (90, "1.5 min"),
+        (5000, "83 min"),
+        (5400, "1.5 h"),
+        (6e6, "69 days"),
+    ],
+)
+def test_a_duration_has_its_largest_unit(seconds, text):
+    assert in_time(seconds) == text
