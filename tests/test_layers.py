@@ -47,10 +47,11 @@ ALLOWED: dict[str, set[str]] = {
     "nnssl.imports": {"nnssl.data"},
     "nnssl.weights": {"nnssl.checkpoint", "nnssl.data", "nnssl.methods", "nnssl.networks"},
     "nnssl.matching": {"nnssl.data", "nnssl.networks", "nnssl.views"},
-    "nnssl.evaluation": {"nnssl.data", "nnssl.networks", "nnssl.views"},
+    "nnssl.evaluation": {"nnssl.collapse", "nnssl.data", "nnssl.networks", "nnssl.views"},
     "nnssl.pictures": {
         "nnssl.checkpoint",
         "nnssl.data",
+        "nnssl.evaluation",
         "nnssl.matching",
         "nnssl.methods",
         "nnssl.networks",

@@ -25,7 +25,7 @@ from nnssl.paths import resolve_folders
 from nnssl.views.points import interpolate_at
 from nnssl.weights.restored_method import restore_method
 
-NAMES = ("voxel_cross_entropy", "target_entropy", "retrieval_top1", "decoder_retrieval")
+NAMES = ("voxel_cross_entropy", "target_entropy", "head_retrieval", "decoder_retrieval")
 NEW_SEED = 20_261
 
 

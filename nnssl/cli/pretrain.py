@@ -104,6 +104,13 @@ def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="Epochs between two probes (default: about 20 probes per stage).",
     )
+    parser.add_argument(
+        "--retrieval-every",
+        type=natural_int,
+        metavar="N",
+        help="Epochs between two measurements of how well the exported network finds the other view of a patch (default: about "
+        "10 measurements per stage; 0: none).",
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,6 +141,7 @@ def _run(args: argparse.Namespace) -> None:
             probe=args.probe,
             probe_cases=args.probe_cases,
             probe_every=args.probe_every,
+            retrieval_every=args.retrieval_every,
             track=args.track,
         ),
     )

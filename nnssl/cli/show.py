@@ -20,6 +20,7 @@ from nnssl.cli.command import (
 )
 from nnssl.devices import find_device
 from nnssl.log import print_line
+from nnssl.tables import align
 
 if TYPE_CHECKING:
     from nnssl.data.case_store import CaseStore
@@ -74,6 +75,13 @@ def make_parser() -> argparse.ArgumentParser:
         pictures, "reconstruction", _reconstruction, "Draw how the decoder of pcrl or alice reconstructs a patch."
     )
     _add_matches(pictures)
+    _add_picture(
+        pictures,
+        "retrieval",
+        _retrieval,
+        "Draw how often each stage of the exported network finds the other view of a patch and of a point.",
+        with_case=False,
+    )
     for each in (embedding, uncertainty, reconstruction):
         each.add_argument(
             "--slice",
@@ -103,12 +111,13 @@ def _add_matches(pictures: Any) -> None:
     add_seed_argument(matches, "Random seed for the points")
 
 
-def _add_picture(pictures: Any, name: str, function: Draw, text: str) -> Any:
-    """Add a subparser with its description and the arguments that all pictures share."""
+def _add_picture(pictures: Any, name: str, function: Draw, text: str, with_case: bool = True) -> Any:
+    """Add a subparser with its description and the arguments that pictures share."""
     parser = pictures.add_parser(name, help=text, description=text)
     add_weights_argument(parser)
     add_dataset_argument(parser, "Data set, number or name (default: the one that the weights were pretrained on).")
-    parser.add_argument("--case", metavar="CASE", help="Preprocessed case (default: the first).")
+    if with_case:
+        parser.add_argument("--case", metavar="CASE", help="Preprocessed case (default: the first).")
     parser.add_argument(
         "-o", "--output", type=Path, default=Path(f"nnssl_{name}.png"), metavar="FILE.png",
         help=f"File to write (default: ./nnssl_{name}.png).",
@@ -231,6 +240,18 @@ def _matches(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "Case
         print_line(
             f"{place}: {by_embedding}, similarity {each.score:.3f}, cycle error {each.cycle_mm:.1f} mm; body's box {by_box}"
         )
+
+
+def _retrieval(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "CaseStore") -> None:
+    from nnssl.pictures.figures import write_picture
+    from nnssl.pictures.retrieval import measure_weights, retrieval_figure, retrieval_rows
+
+    measured = measure_weights(weights, store, find_device(args.device))
+    origin = "not trained on" if measured.set_aside else "of the data set"
+    described = _describe(weights, f"{len(measured.cases)} cases {origin}", store)
+    write_picture(args.output, retrieval_figure(measured, described))
+    for line in align(retrieval_rows(measured)):
+        print_line(line)
 
 
 def _following(store: "CaseStore", case: str, count: int) -> list[str]:

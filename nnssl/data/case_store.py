@@ -292,6 +292,12 @@ class CaseStore:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
 
+    def restricted_to(self, names: Sequence[str]) -> "CaseStore":
+        """Return a store of the same folder with only these cases, in sorted order."""
+        other = CaseStore(self.folder, self._max_open)
+        other.names = sorted(names)
+        return other
+
     def case(self, name: str) -> StoredCase:
         """Return a case by name.
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from nnssl.draws import draw_seed
 from nnssl.errors import UserError
 from nnssl.log import logger
 
@@ -16,6 +17,12 @@ OCCASION = re.compile(
     re.IGNORECASE,
 )
 """Endings of case names that distinguish scans of one patient."""
+
+FEWEST_PATIENTS = 40
+"""Number of patients from which on some are set aside; fewer are too valuable for training."""
+SHARE_ASIDE = 0.05
+MOST_ASIDE = 16
+"""Largest number of patients that are set aside; more would not make the measurement more precise."""
 
 
 def patient_in_name(case: str) -> str:
@@ -31,6 +38,21 @@ def patient_in_name(case: str) -> str:
     while (shorter := OCCASION.sub("", patient)) not in ("", patient):
         patient = shorter
     return patient
+
+
+def set_aside(cases: Sequence[str]) -> tuple[str, ...]:
+    """Return the cases of a data set that pretraining leaves out, to measure features on them; none of a small data set.
+
+    The choice depends only on the names of the cases, so that all methods leave out the same ones.
+
+    Args:
+        cases: Names of all cases.
+    """
+    patients = sorted({patient_in_name(case) for case in cases}, key=lambda each: draw_seed("set aside", each))
+    if len(patients) < FEWEST_PATIENTS:
+        return ()
+    chosen = set(patients[: min(MOST_ASIDE, round(SHARE_ASIDE * len(patients)))])
+    return tuple(sorted(case for case in cases if patient_in_name(case) in chosen))
 
 
 def read_patients(path: Path) -> dict[str, str]:

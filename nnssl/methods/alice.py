@@ -257,7 +257,7 @@ class Alice(PretextMethod):
             said, all_taught = self.inter_predictor(found["whole"]), gather(found["taught_whole"])
             between = self._between(said, found["taught_whole"], all_taught, views.partner)
             losses["inter"] = own.inter_weight * between
-            monitors["partner_top1"] = self._partner_first(said, all_taught, views.partner)
+            monitors["head_partner_first"] = self._partner_first(said, all_taught, views.partner)
             centre = all_taught.mean(dim=0)
         if own.intra_weight:
             loss, spread = self._within(found["answers"], found["wanted"])

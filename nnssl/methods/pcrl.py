@@ -261,8 +261,8 @@ class PCRL(PretextMethod):
         contrast = momentum_contrast(queries, keys, all_keys, queue, own.negatives, own.temperature)
         losses = {"contrast": own.contrast_weight * contrast}
         monitors = {
-            "positive_similarity": (queries * keys).sum(dim=1).mean().detach(),
-            "retrieval_top1": retrieval_top1(queries, keys),
+            "head_similarity": (queries * keys).sum(dim=1).mean().detach(),
+            "head_retrieval": retrieval_top1(queries, keys),
         }
         if own.reconstruction_weight:
             for model, errors in errors_untold(views, own).items():

@@ -216,8 +216,8 @@ class DensePoints(PretextMethod):
         chosen = torch.linspace(0, len(before) - 1, min(MONITORED_POINTS, len(before)), device=before.device).long()
         first, second = before.detach()[chosen].float(), warped.detach()[chosen].float()
         monitors = {
-            "positive_similarity": nn.functional.cosine_similarity(first, second, dim=1).mean(),
-            "retrieval_top1": retrieval_top1(first, second),
+            "head_similarity": nn.functional.cosine_similarity(first, second, dim=1).mean(),
+            "head_retrieval": retrieval_top1(first, second),
         }
         return StepOutput(self.pair_losses(before, warped), first, monitors)
 

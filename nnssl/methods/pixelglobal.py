@@ -258,7 +258,7 @@ class PixelGlobal(PretextMethod):
             # These answers are computed without dropout, because different masks alone would look like variety.
             answers = (self.local_head(features, None) / own.student_temperature).softmax(dim=2)
             monitors = self._monitors(per_point, uncertainty, answers, local_target, views)
-            monitors["global_retrieval_top1"] = retrieval_top1(whole, (global_target + 1e-6).log())
+            monitors["head_global_retrieval"] = retrieval_top1(whole, (global_target + 1e-6).log())
         return StepOutput(losses, answers.flatten(0, 1)[:: self._every(answers)], monitors)
 
     def local_target(
@@ -297,7 +297,7 @@ class PixelGlobal(PretextMethod):
             "target_entropy": weighted_mean(normalised_entropy(target), views.valid) * math.log(target.shape[-1]),
             "uncertainty": weighted_mean(uncertainty, views.valid),
             "valid_share": views.valid.mean(),
-            "retrieval_top1": retrieval_top1(first, second),
+            "head_retrieval": retrieval_top1(first, second),
         }
 
     def parameter_groups(self) -> list[ParameterGroup]:

@@ -186,7 +186,7 @@ class RepRecContrastive(PretextMethod):
             all_keys = gather(keys)
         queue = None if own.negatives == "batch" else self.queue.keys
         losses = {"contrast": momentum_contrast(queries, keys, all_keys, queue, own.negatives, own.temperature)}
-        monitors = {"positive_similarity": (queries * keys).sum(dim=1).mean().detach()}
+        monitors = {"head_similarity": (queries * keys).sum(dim=1).mean().detach()}
         return StepOutput(losses, queries.detach(), monitors, carry=all_keys)
 
     def parameter_groups(self) -> list[ParameterGroup]:

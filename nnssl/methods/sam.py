@@ -233,7 +233,7 @@ class SAM(PretextMethod):
         compared = self._compare_all("coarse", {"coarse": maps}, samples, views, all_cells)
         losses = {"fine": fine["losses"].mean(), "coarse": torch.cat([each.losses for each in compared]).mean()}
         hits = {"fine": fine["hits"], "coarse": torch.cat([each.hits for each in compared])}
-        monitors = {f"{kind}_top1": each.float().mean() for kind, each in hits.items()}
+        monitors = {f"head_{kind}_top1": each.float().mean() for kind, each in hits.items()}
         return StepOutput(losses, fine["queries"].detach(), monitors)
 
     def _compare_fine(self, views: PlacedViews, first: Tensor, second: Tensor, samples: Tensor) -> dict[str, Tensor]:

@@ -116,8 +116,8 @@ class SimCLR(PretextMethod):
 
         first, second = (in_pieces(embed, [volumes], self.settings.training.pieces) for volumes in views)
         monitors = {
-            "positive_similarity": (first * second).sum(dim=1).mean().detach(),
-            "retrieval_top1": retrieval_top1(first, second),
+            "head_similarity": (first * second).sum(dim=1).mean().detach(),
+            "head_retrieval": retrieval_top1(first, second),
         }
         losses = {"contrast": nt_xent(first, second, self.settings.temperature)}
         return StepOutput(losses, first.detach(), monitors)

@@ -34,6 +34,10 @@ DODGE = 4.5
 """Typographic points between arms at the same number of labels, so that intervals do not overlap."""
 LEFT_OUT = frozenset({"learning_rate", "epoch_seconds", "data_wait_share", "patches_per_second", "gradient_norm"})
 """Metrics that describe the run rather than what was learned; they remain in ``metrics.csv``."""
+RETRIEVAL = "retrieval_"
+"""Start of the metrics that measure the retrieval of views."""
+RETRIEVAL_SHOWN = tuple(f"{RETRIEVAL}{kind}{what}" for kind in ("pooled", "points") for what in ("", "_random"))
+"""Metrics of retrieval in the figures: the best stage, and the best stage of random weights."""
 PROBE = "probe_dice"
 """Metric of the linear probe: a Dice from 0 to 1, which figures show in points."""
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
@@ -172,7 +176,11 @@ def pretraining_panels(metrics: Mapping[str, Sequence[float]], prefix: str, what
         prefix: Prefix of the ids inside the figures.
         what: Arm and stage for the text alternatives.
     """
-    measured = {name: np.asarray(values, float) for name, values in metrics.items() if name not in LEFT_OUT}
+    measured = {
+        name: np.asarray(values, float)
+        for name, values in metrics.items()
+        if name not in LEFT_OUT and (name in RETRIEVAL_SHOWN or not name.startswith(RETRIEVAL))
+    }
     measured = {name: values for name, values in measured.items() if np.isfinite(values).any()}
     if PROBE in measured:
         measured[PROBE] = 100 * measured[PROBE]
@@ -180,9 +188,13 @@ def pretraining_panels(metrics: Mapping[str, Sequence[float]], prefix: str, what
     if len(losses) == 2:  # a sum of one part equals that part
         losses.remove("loss")
     groups = {"loss": losses} if losses else {}
+    retrieval = [name for name in measured if name.startswith(RETRIEVAL)]
+    if retrieval:
+        groups["retrieval by the exported network"] = retrieval
     # The probe comes first because it tells when to stop.
     others = sorted(
-        (name for name in measured if name not in losses and name != "loss"), key=lambda name: name != PROBE
+        (name for name in measured if name not in losses and name not in retrieval and name != "loss"),
+        key=lambda name: name != PROBE,
     )
     groups |= {_metric_name(name): [name] for name in others}
     panels = []

@@ -14,6 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+FEW_CELLS = 512
+"""Largest number of cells of a map that is interpolated by a product of matrices."""
+
 
 def brighter_part(volumes: Float[Tensor, "batch channel *shape"]) -> Bool[Tensor, " batch *shape"]:
     """Return which voxels are brighter than the mean of their patch, averaged over channels.
@@ -115,8 +118,24 @@ def interpolate_at(
     Returns:
         Features in float32, also for a map in half precision. At the centre of a cell, they equal the cell's bit for bit.
     """
-    grid = feature_map.shape[2:]
-    corners, weights = [], []
+    index, weight = _surrounding_cells(points_vox, feature_map.shape[2:], shape)
+    cells = math.prod(feature_map.shape[2:])
+    if cells <= FEW_CELLS:
+        # A product of matrices: a gather of all corners would copy every cell many times.
+        parts = torch.zeros(*points_vox.shape[:2], cells, device=points_vox.device)
+        parts = parts.scatter_add(2, index.transpose(1, 2), weight.transpose(1, 2))
+        with torch.autocast(feature_map.device.type, enabled=False):
+            return parts @ feature_map.flatten(2).float().transpose(1, 2)
+    # The backward pass of one gather for all corners makes one gradient of the map's size instead of one for each corner.
+    chosen = index.flatten(1)[:, None].expand(-1, feature_map.shape[1], -1)
+    values = feature_map.flatten(2).gather(2, chosen).float().unflatten(2, index.shape[1:])
+    return (values * weight[:, None]).sum(dim=2).transpose(1, 2)
+
+
+def _surrounding_cells(
+    points_vox: Float[Tensor, "batch points d"], grid: Sequence[int], shape: Sequence[int]
+) -> tuple[Int[Tensor, "batch corners points"], Float[Tensor, "batch corners points"]]:
+    """Return the flat indices of the cells around each point, and their weights in linear interpolation, in float32."""
     lower, share = [], []
     for axis, (cells, voxels) in enumerate(zip(grid, shape, strict=True)):
         place = points_vox[..., axis] if cells == voxels else (points_vox[..., axis] + 0.5) * (cells / voxels) - 0.5
@@ -124,18 +143,16 @@ def interpolate_at(
         below = place.floor().clamp(max=max(cells - 2, 0))
         lower.append(below.long())
         share.append(place - below)
+    indices, weights = [], []
     for corner in itertools.product((0, 1), repeat=len(grid)):
         index = torch.zeros_like(lower[0])
         weight = torch.ones_like(share[0])
         for axis, upper in enumerate(corner):
             index = index * grid[axis] + (lower[axis] + upper).clamp(max=grid[axis] - 1)
             weight = weight * (share[axis] if upper else 1 - share[axis])
-        corners.append(index)
+        indices.append(index)
         weights.append(weight)
-    # The backward pass of one gather for all corners makes one gradient of the map's size instead of one for each corner.
-    index = torch.cat(corners, dim=1)[:, None].expand(-1, feature_map.shape[1], -1)
-    values = feature_map.flatten(2).gather(2, index).float().unflatten(2, (len(corners), -1))
-    return (values * torch.stack(weights, dim=1)[:, None].float()).sum(dim=2).transpose(1, 2)
+    return torch.stack(indices, dim=1), torch.stack(weights, dim=1).float()
 
 
 def corner_points(

@@ -19,6 +19,14 @@ from planners.fingerprint import Fingerprint
 from planners.pretrain_planner import plan_pretraining
 from tests.trainers import phantom_study
 from tests.trainers.finetuning.runs import Run, folders_set, make_run
+from trainers.pretraining import retrieval_run
+
+
+@pytest.fixture(autouse=True)
+def few_patches_are_retrieved(monkeypatch) -> None:
+    """Measure the retrieval of views on few patches, which would otherwise take most of a short run."""
+    monkeypatch.setattr(retrieval_run, "PATCHES", 6)
+
 
 phantoms, folders = phantom_study.phantoms, phantom_study.folders
 SHAPE, SPACING_MM = (16, 24, 20), (2.0, 1.0, 1.25)

@@ -43,7 +43,7 @@ class Epoch:
         spread, rank = float(feature_std(embeddings)), float(effective_rank(embeddings))
         judged = is_judged(len(embeddings), steps)
         warning = collapse_warning(spread, rank, embeddings.shape[1]) if judged else None
-        return {"feature_std": spread, "effective_rank": rank}, warning
+        return {"head_std": spread, "head_rank": rank}, warning
 
 
 def mean_of_steps(records: Sequence[dict[str, Any]], batch_size: int, device: torch.device) -> dict[str, float]:

@@ -94,6 +94,7 @@ def _pretrain(method_name: str, dataset: str | int | None, settings: PretrainSet
             settings.workers,
             alone=run is runs[0] and run.stage != method.stages[0],
             probe=probed if run.configuration == configuration else None,
+            retrieval_every=settings.retrieval_every,
             track=tuple(settings.track),
         )
         count = number_of_processes(settings.num_gpus)

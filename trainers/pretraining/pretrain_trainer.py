@@ -38,6 +38,7 @@ from trainers.pace import RunProgress
 from trainers.precision import choose_precision
 from trainers.pretraining.epoch import Epoch, mean_of_steps
 from trainers.pretraining.initial_weights import load_initial_weights
+from trainers.pretraining.measurements import Measurements
 from trainers.pretraining.nnunet_state import nnunet_state, restore_nnunet_state
 from trainers.pretraining.optimisation import (
     learning_rate_factor,
@@ -48,7 +49,7 @@ from trainers.pretraining.optimisation import (
 )
 from trainers.pretraining.pairing import EXAMINATION, pairs_of_run
 from trainers.pretraining.patches import patches_of_run, reading
-from trainers.pretraining.probe_run import BEST, KEY, ProbeRun
+from trainers.pretraining.probe_run import BEST, KEY
 from trainers.pretraining.progress import (
     METRICS_CSV,
     collect_metrics,
@@ -57,6 +58,7 @@ from trainers.pretraining.progress import (
     plot_progress,
     write_metrics,
 )
+from trainers.pretraining.retrieval_run import training_cases
 from trainers.pretraining.run_log import RunLog
 from trainers.pretraining.run_record import describe_run, opening_lines, provenance_of, write_model_folder
 from trainers.pretraining.run_state import network_weights, read_state, run_state
@@ -107,8 +109,7 @@ class PretrainTrainer(nnUNetTrainer):
         self.current_step = 0
         self.epoch = Epoch()
         self.cases: tuple[str, ...] = ()
-        self.probe: ProbeRun | None = None
-        self._probe_state: dict[str, Any] | None = None
+        self.measurements = Measurements()
         self._warning: str | None = None
         self._cadence = SavingCadence()
 
@@ -176,7 +177,11 @@ class PretrainTrainer(nnUNetTrainer):
             return patches_of_run(store, self.run, pairs, self.current_step, workers, self.device), None
 
     def _store(self) -> CaseStore:
-        return CaseStore(Path(self.preprocessed_dataset_folder_base) / self.planned.case_folder)
+        """Return the cases to train on, without those that features are measured on."""
+        return training_cases(self._cases_folder())
+
+    def _cases_folder(self) -> Path:
+        return Path(self.preprocessed_dataset_folder_base) / self.planned.case_folder
 
     # ---------------------------------------------------------------- the loop
 
@@ -263,29 +268,20 @@ class PretrainTrainer(nnUNetTrainer):
         write_json(self.folder / "run.json", describe_run(self.run, self.init, self.device, self.precision))
         self.run_log.tell_all(*opening_lines(self.run, self.method, self.current_step, self.device, self.precision))
         self.tracking.start(plain_settings(self.run.settings), self.metrics())
-        self._start_probe()
-
-    def _start_probe(self) -> None:
-        if self.options.probe is None:
-            return
-        with_decoder = any("decoder.stages.".startswith(prefix) for prefix in self.method.exported().pretrained)
-        patch, epochs = self.configuration.patch_size, self.training.epochs
-        self.probe = ProbeRun(self.options.probe, patch, epochs, with_decoder, self.device)
-        self.probe.restore(self._probe_state)
+        architecture = self.configuration_manager.configuration["architecture"]
+        exported, folder = self.method.exported(), self._cases_folder()
+        self.measurements.start(
+            self.options, self.run, architecture, folder, exported, self.device, starts_random=self.init is None
+        )
         if self.current_step == 0:
-            self._run_probe(0)
+            self._measure(0)
 
-    def _run_probe(self, finished_epochs: int) -> float:
-        """Run the probe if it is due and save the weights if they are the best so far; NaN if it is not due."""
-        if self.probe is None or not self.probe.is_due(finished_epochs):
-            return math.nan
-        with self._autocast():
-            dice = self.probe.measure(self.network, finished_epochs)
-        self.run_log.tell(self.probe.describe())
-        write_json(self.folder / "probe.json", self.probe.state())
-        if finished_epochs and self.probe.best["epochs"] == finished_epochs:
+    def _measure(self, finished_epochs: int) -> dict[str, float]:
+        """Measure what is due, and save the weights if the probe finds them the best so far."""
+        values = self.measurements.run(self.network, finished_epochs, self.folder, self.run_log.tell, self._autocast)
+        if KEY in values and self.measurements.are_best(finished_epochs):
             self.save_checkpoint(str(self.folder / BEST), leaves=True)
-        return dice
+        return values
 
     def on_train_epoch_end(self, train_outputs: list[dict[str, Any]]) -> None:
         """Log the means of the epoch over steps and processes, and the collapse monitors."""
@@ -295,8 +291,7 @@ class PretrainTrainer(nnUNetTrainer):
                 f"the loss of epoch {self.current_epoch} is {values['loss']}; the last checkpoint is intact"
             )
         monitors, self._warning = self.epoch.collapse(steps_at_full_rate(self.training, self.current_step))
-        if self.options.probe is not None or KEY in self.logger.get_checkpoint():
-            values = {KEY: self._run_probe(self.current_epoch + 1), **values}
+        values = {**self._measure(self.current_epoch + 1), **values}
         log_epoch(self.logger, self.current_epoch, values | monitors, self.optimizer.param_groups[0]["lr"])
 
     def on_epoch_end(self) -> None:
@@ -368,8 +363,10 @@ class PretrainTrainer(nnUNetTrainer):
             self.current_step // self.num_iterations_per_epoch,
             self.configuration_name,
         )
-        probed = self.probe.state(chose_weights=leaves) if self.probe else self._probe_state
-        write_checkpoint(Path(filename), content, provenance, run_state(self.network, self.method, self.epoch, probed))
+        measured = self.measurements.state(leaves)
+        write_checkpoint(
+            Path(filename), content, provenance, run_state(self.network, self.method, self.epoch, measured)
+        )
         if not leaves:
             self._cadence.saved(started)
 
@@ -384,7 +381,8 @@ class PretrainTrainer(nnUNetTrainer):
         path = Path(str(filename_or_checkpoint))
         content, provenance = read_checkpoint(path)
         check_same_run(path, provenance, self.run)
-        self.epoch, self._probe_state = read_state(path, content, self.network, self.method, self.device)
+        self.epoch, measured = read_state(path, content, self.network, self.method, self.device)
+        self.measurements = Measurements(measured)
         restore_nnunet_state(content, self.optimizer, self.grad_scaler, self.logger)
         self.current_step = provenance.step
         self.current_epoch = content["current_epoch"]

@@ -11,6 +11,7 @@ from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
 from nnssl.errors import UserError
 from nnssl.files import write_atomically, write_csv
+from trainers.pretraining.retrieval_run import PREFIX
 
 METRICS_CSV = "metrics.csv"
 
@@ -52,11 +53,18 @@ _NNUNET_KEYS = frozenset(
     }
 )
 
+
+def _with_references(kind: str) -> tuple[str, ...]:
+    return tuple(f"{PREFIX}{kind}{what}" for what in ("", "_random", "_chance"))
+
+
 PANELS = {
     "loss": lambda name: name == "loss" or name.startswith(("loss_", "recovery")),
+    "exported network: retrieval of patches": lambda name: name in _with_references("pooled"),
+    "exported network: retrieval of points": lambda name: name in _with_references("points"),
     "probe: Dice of a linear layer on labelled tiles": lambda name: name == "probe_dice",
-    "collapse: spread of the features": lambda name: name == "feature_std",
-    "collapse: effective rank": lambda name: name == "effective_rank",
+    "collapse: spread of the head's embeddings": lambda name: name == "head_std",
+    "collapse: effective rank of the head's embeddings": lambda name: name == "head_rank",
     "learning rate": lambda name: name == "learning_rate",
     "share of time waiting for data": lambda name: name == "data_wait_share",
 }
@@ -68,20 +76,21 @@ def log_epoch(logger: MetaLogger, epoch: int, values: Mapping[str, float], learn
     Args:
         logger: nnU-Net's logger.
         epoch: Number of the epoch, from 0.
-        values: Values by name, among them ``loss``; a name that first appears during a run is NaN in earlier epochs.
+        values: Values by name, among them ``loss``; a name that is missing in an epoch is NaN there.
         learning_rate: Learning rate of the last step.
     """
     logged = logger.local_logger.my_fantastic_logging
     logger.log("train_losses", values["loss"], epoch)
     logger.log("lrs", float(learning_rate), epoch)
-    for key, value in values.items():
+    missing = {key: math.nan for key in logged if key not in _NNUNET_KEYS and key not in values}
+    for key, value in {**values, **missing}.items():
         logged.setdefault(key, [math.nan] * epoch)
         logger.log(key, value, epoch)
 
 
 def last_values(metrics: Mapping[str, Sequence[float]]) -> str:
-    """Return the last epoch's values in one line, starting with the loss."""
-    last = {key: values[-1] for key, values in metrics.items()}
+    """Return the last epoch's values in one line, starting with the loss, without the retrieval, which has a line of its own."""
+    last = {key: values[-1] for key, values in metrics.items() if not key.startswith(PREFIX)}
     shown = ", ".join(f"{key} {last[key]:.4g}" for key in last if key != "loss")
     return f"loss {last['loss']:.4f} ({shown})"
 

@@ -35,20 +35,20 @@ def network_weights(
     }
 
 
-def run_state(network: nn.Module, method: PretextMethod, epoch: Epoch, probe: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what a run needs to resume within an epoch: state of the method, records of the epoch, results of the probe."""
+def run_state(network: nn.Module, method: PretextMethod, epoch: Epoch, measured: dict[str, Any]) -> dict[str, Any]:
+    """Return what a run needs to resume within an epoch: state of the method, records of the epoch, measurements so far."""
     return {
         "method": method_state(network, method),
         "epoch_records": [{key: float(value) for key, value in record.items()} for record in epoch.records],
         "epoch_embeddings": epoch.embeddings,
-        "probe": probe,
+        **measured,
     }
 
 
 def read_state(
     path: Path, content: dict[str, Any], network: nn.Module, method: PretextMethod, device: torch.device
-) -> tuple[Epoch, dict[str, Any] | None]:
-    """Load the state of a checkpoint into network and method; return its current epoch and its probe's results.
+) -> tuple[Epoch, dict[str, Any]]:
+    """Load the state of a checkpoint into network and method; return its current epoch and its measurements.
 
     Raises:
         UserError: If the method of the checkpoint has other parts than this one.
@@ -56,4 +56,4 @@ def read_state(
     load_method_state(path, content, network, method)
     state = content["nnssl"]["state"]
     epoch = Epoch(state["epoch_records"], [value.to(device) for value in state["epoch_embeddings"]])
-    return epoch, state["probe"]
+    return epoch, {key: state[key] for key in ("probe", "retrieval")}

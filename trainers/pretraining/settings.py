@@ -32,6 +32,8 @@ class PretrainSettings:
         probe: Labelled data set (number or name) for a linear probe during training; None for no probe.
         probe_cases: Number of labelled cases that the probe learns from; it is scored on as many others.
         probe_every: Epochs between two probes; None for about twenty probes per stage.
+        retrieval_every: Epochs between two measurements of how well the exported network finds the other view of a patch; None
+            for about ten per stage, 0 for none.
         track: Where curves and pictures are written besides ``metrics.csv`` and ``progress.png``: ``"tensorboard"``,
             ``"wandb"`` (offline) or both. Each needs the extra of the same name. The training does not depend on it.
     """
@@ -51,6 +53,7 @@ class PretrainSettings:
     probe: str | int | None = None
     probe_cases: int = CASES
     probe_every: int | None = None
+    retrieval_every: int | None = None
     track: Sequence[str] = ()
 
     def all_overrides(self, method: Method) -> tuple[str, ...]:

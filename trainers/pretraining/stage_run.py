@@ -28,6 +28,7 @@ class RunOptions:
         workers: Processes that read patches; None to choose automatically.
         alone: Whether a later stage starts from random weights instead of those of the previous stage.
         probe: Labelled cases of the online probe; None for no probe. The training does not depend on it.
+        retrieval_every: Epochs between two measurements of the retrieval of views; None for about ten per stage, 0 for none.
         track: Trackers that curves and pictures are written to; the training does not depend on them.
     """
 
@@ -37,6 +38,7 @@ class RunOptions:
     workers: int | None = None
     alone: bool = False
     probe: ProbeOptions | None = None
+    retrieval_every: int | None = None
     track: tuple[str, ...] = ()
 
 

@@ -195,7 +195,7 @@ def test_partners_are_found_among_the_teacher_s_vectors(name):
     for seed in range(6):
         batch = torch.randn(8, CHANNELS, *PATCHES[NETWORKS[name][0]], generator=torch.Generator().manual_seed(seed))
         views = method.make_views(batch, generators(seed, 8))
-        found.append(float(method.losses(views, 0.0).monitors["partner_top1"]))
+        found.append(float(method.losses(views, 0.0).monitors["head_partner_first"]))
         with torch.no_grad():
             seen = method.student(views.patches, views.visible)
             whole = method.projection(method.decoder.decode(seen, views.visible, method.positions)).mean(dim=1)

@@ -493,7 +493,7 @@ def test_a_batch_is_learned(residual):
     assert output.losses["contrast"] < 0.25 * chance
     for model in MODELS:
         assert output.losses[f"reconstruction_{model}"] < 0.5 * output.monitors[f"untold_{model}"], model
-    assert output.monitors["retrieval_top1"] == 1
+    assert output.monitors["head_retrieval"] == 1
 
 
 def test_the_right_code_is_heard():

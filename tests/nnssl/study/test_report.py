@@ -342,7 +342,7 @@ def test_pretraining_panels():
         "loss": [3.0, 2.0, 1.0],
         "loss_a": [2.0, 1.0, 0.5],
         "loss_b": [1.0, 1.0, 0.5],
-        "effective_rank": [4.0, 5.0, 6.0],
+        "head_rank": [4.0, 5.0, 6.0],
         "nothing": [nan, nan, nan],
         "learning_rate": [1e-3, 1e-3, 1e-3],
         "probe_dice": [nan, 0.5, 0.25],

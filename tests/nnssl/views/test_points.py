@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nnssl.views import points as points_module
 from nnssl.views.points import (
     are_inside,
     brighter_part,
@@ -96,8 +97,15 @@ def strides(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor([math.prod(shape[axis + 1 :]) for axis in range(len(shape))])
 
 
+@pytest.fixture(params=["by products", "by gathers"])
+def both_ways(request, monkeypatch):
+    """Maps of few and of many cells are interpolated differently."""
+    if request.param == "by gathers":
+        monkeypatch.setattr(points_module, "FEW_CELLS", 0)
+
+
 @dims
-def test_interpolation_equals_the_formula(dim):
+def test_interpolation_equals_the_formula(dim, both_ways):
     """Sum over the cells of the tent function of their distance, written in loops; points beyond the border too."""
     generator = torch.Generator().manual_seed(0)
     grid, shape = {2: (3, 5), 3: (2, 3, 5)}[dim], SHAPES[dim]
@@ -119,7 +127,7 @@ def test_interpolation_equals_the_formula(dim):
 
 @dims
 @pytest.mark.parametrize("factor", [1, 2])
-def test_interpolation_equals_grid_sample(dim, factor):
+def test_interpolation_equals_grid_sample(dim, factor, both_ways):
     """torch's sampling with ``align_corners=False`` and border padding is the reference for maps of any resolution."""
     shape = SHAPES[dim]
     grid = tuple(n // factor for n in shape)
@@ -135,7 +143,7 @@ def test_interpolation_equals_grid_sample(dim, factor):
 
 
 @dims
-def test_voxel_centres_are_exact_also_in_half_precision(dim):
+def test_voxel_centres_are_exact_also_in_half_precision(dim, both_ways):
     shape = SHAPES[dim]
     maps = torch.randn(1, 2, *shape, generator=torch.Generator().manual_seed(0)).bfloat16()
     points = torch.stack(torch.meshgrid(*(torch.arange(n) for n in shape), indexing="ij"), -1).flatten(0, -2)

@@ -26,10 +26,10 @@ def test_equal_embeddings_are_warned_of_and_others_are_not():
     generator = torch.Generator().manual_seed(0)
     spread = Epoch(embeddings=[torch.randn(40, 7, generator=generator) for _ in range(2)])
     monitors, warning = spread.collapse(FEWEST_STEPS)
-    assert monitors["effective_rank"] > 4
+    assert monitors["head_rank"] > 4
     assert warning is None
     monitors, warning = Epoch(embeddings=[torch.ones(5, 7)] * 7).collapse(FEWEST_STEPS)
-    assert monitors == {"feature_std": 0.0, "effective_rank": 0.0}
+    assert monitors == {"head_std": 0.0, "head_rank": 0.0}
     assert warning is not None
     assert "collapsed" in warning
     assert Epoch().collapse(FEWEST_STEPS) == ({}, None)
@@ -46,7 +46,7 @@ def test_equal_embeddings_are_warned_of_and_others_are_not():
 )
 def test_a_collapse_is_judged_on_enough_embeddings_after_enough_steps(embeddings, steps, warned):
     monitors, warning = Epoch(embeddings=[torch.ones(embeddings, 7)]).collapse(steps)
-    assert monitors == {"feature_std": 0.0, "effective_rank": 0.0}  # measured and written in any case
+    assert monitors == {"head_std": 0.0, "head_rank": 0.0}  # measured and written in any case
     assert (warning is not None) == warned
 
 
@@ -54,7 +54,7 @@ def test_two_healthy_embeddings_are_not_called_collapsed():
     """Their rank is 1 whatever they are, which the fewest embeddings keep from being judged."""
     two = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     monitors, warning = Epoch(embeddings=[two]).collapse(10 * FEWEST_STEPS)
-    assert monitors["effective_rank"] < COLLAPSED_RANK
+    assert monitors["head_rank"] < COLLAPSED_RANK
     assert warning is None
 
 

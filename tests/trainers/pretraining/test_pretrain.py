@@ -86,7 +86,7 @@ def test_both_stages_and_what_they_leave(toy):
         rows = list(csv.DictReader((path.parent / "metrics.csv").open()))
         assert [row["epoch"] for row in rows] == ["0", "1"]
         assert all(math.isfinite(float(value)) for row in rows for value in row.values())
-        assert {"loss", "feature_std", "effective_rank", "learning_rate", "data_wait_share"} <= set(rows[0])
+        assert {"loss", "head_std", "head_rank", "learning_rate", "data_wait_share"} <= set(rows[0])
         described = json.loads((path.parent / "run.json").read_text())
         assert described["settings"]["epochs"] == {"value": 2, "origin": "plan"}
         assert described["settings"]["weight_decay"]["origin"] == "method default"

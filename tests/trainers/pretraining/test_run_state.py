@@ -36,25 +36,29 @@ def test_network_method_and_epoch_come_back(tmp_path):
     network, method = make(0)
     records = [{"loss": torch.tensor(1.5), "grad_norm": 2}, {"loss": torch.tensor(0.25), "grad_norm": 3}]
     embeddings = [torch.rand(2, 3), torch.rand(1, 3)]
-    state = run_state(network, method, Epoch(records, embeddings), {"dataset_name": "Dataset004_Labelled"})
+    state = run_state(
+        network, method, Epoch(records, embeddings), {"probe": {"dataset_name": "Labelled"}, "retrieval": None}
+    )
     assert set(state["method"]) == {"head.weight", "head.bias", "queue"}  # The network is stored elsewhere.
     path = tmp_path / "checkpoint_latest.pth"
     write_checkpoint(path, {"network_weights": network_weights(network, None)}, make_provenance(), state)
     other_network, other = make(1)
     assert not torch.equal(other.queue, method.queue)
-    epoch, probe = read_state(path, load_tensors(path), other_network, other, torch.device("cpu"))
+    epoch, measured = read_state(path, load_tensors(path), other_network, other, torch.device("cpu"))
     for (name, value), again in zip(method.state_dict().items(), other.state_dict().values(), strict=True):
         assert torch.equal(value, again), name
     assert epoch.records == [{"loss": 1.5, "grad_norm": 2.0}, {"loss": 0.25, "grad_norm": 3.0}]
     assert all(torch.equal(a, b) for a, b in zip(epoch.embeddings, embeddings, strict=True))
-    assert probe == {"dataset_name": "Dataset004_Labelled"}
+    assert measured == {"probe": {"dataset_name": "Labelled"}, "retrieval": None}
 
 
 def test_heads_of_another_size_or_number_are_refused(tmp_path):
     network, method = make(0)
     path = tmp_path / "checkpoint_latest.pth"
     content = {"network_weights": network_weights(network, None)}
-    write_checkpoint(path, content, make_provenance(), run_state(network, method, Epoch(), None))
+    write_checkpoint(
+        path, content, make_provenance(), run_state(network, method, Epoch(), {"probe": None, "retrieval": None})
+    )
     more = Method(network)
     more.predictor = nn.Linear(2, 2)
     for wrong in (Method(network, width=5), more):
