@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nnssl import schema
+from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json
 from nnssl.schema import STRICT
 from nnssl.tables import align, number
@@ -56,9 +57,12 @@ def read_result(path: Path) -> ArmResult:
     """Read a ``finetune.json``.
 
     Raises:
-        UserError: If the file is missing, has another schema version or a wrong key.
+        ArgumentError: If the file is missing, has another schema version or a wrong key.
     """
-    return schema.read(ArmResult, path, "fine-tuning result", "run nnssl_finetune again with --restart")
+    try:
+        return schema.read(ArmResult, path, "fine-tuning result", "fine-tune again with restart")
+    except UserError as error:
+        raise ArgumentError(str(error), "restart") from error
 
 
 def read_dice(summary: Path, labels: Mapping[str, int | Sequence[int]]) -> tuple[dict[str, float | None], float | None]:

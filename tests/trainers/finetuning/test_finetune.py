@@ -12,7 +12,7 @@ import torch
 
 from nnssl.cli.finetune import main
 from nnssl.data.phantoms import LABELS, write_phantom_dataset
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json, write_json
 from nnssl.log import lines_to
 from nnssl.networks.backbone import planned_configuration
@@ -448,9 +448,10 @@ def test_a_damaged_result_is_rejected(run, tmp_path):
     for wrong in ({**content, "schema_version": 1}, {**content, "schema_version": 3}, {**content, "schedule": 1}):
         write_json(tmp_path / "finetune.json", wrong)
         with pytest.raises(
-            UserError, match="finetune.json: schedule|finetune.json: schema_version must be 2, got [13]"
-        ):
+            ArgumentError, match="finetune.json: schedule|finetune.json: schema_version must be 2, got [13]"
+        ) as raised:
             read_result(tmp_path / "finetune.json")
+        assert raised.value.with_flags({"restart": "--restart"}).endswith("; fine-tune again with --restart")
 
 
 def test_nothing_else_is_left_in_the_results_folder(run):
