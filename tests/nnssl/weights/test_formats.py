@@ -200,7 +200,7 @@ def test_folder_for_a_hub(tmp_path, folders):
     card = (path / "README.md").read_text()
     assert card.startswith("---\nlicense: CC-BY-4.0\n")
     for line in (
-        "| Dataset004_Labelled | pix2rep | 5 | 300 | 0.812 |",
+        "| Dataset004_Labelled | pix2rep | 5 | 300 | 81.2 |",
         "| `temperature` | `0.1` |",
         "## Limits",
         "Pix2Rep",

@@ -165,9 +165,9 @@ def test_both_stages_of_a_hybrid_in_2d(folders):
     ("values", "said"),
     [
         ([0.1, 0.2], "too early for a trend"),
-        ([0.9, 0.1, 0.2, 0.3, 0.4, 0.5], "still rising, +0.400 over the last 5 probes"),
-        ([0.5, 0.501, 0.5, 0.499], "flat, -0.001 over the last 4 probes"),
-        ([0.5, 0.4, 0.3], "falling, -0.200 over the last 3 probes"),
+        ([0.9, 0.1, 0.2, 0.3, 0.4, 0.5], "still rising, +40.0 points over the last 5 probes"),
+        ([0.5, 0.501, 0.5, 0.499], "flat, -0.1 points over the last 4 probes"),
+        ([0.5, 0.4, 0.3], "falling, -20.0 points over the last 3 probes"),
     ],
 )
 def test_trend_in_words(values, said):
