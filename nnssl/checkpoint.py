@@ -98,7 +98,8 @@ def write_checkpoint(path: Path, content: dict[str, Any], provenance: Provenance
         path: File to write.
         content: nnU-Net's keys (``network_weights``, ``optimizer_state``, ...).
         provenance: Where the weights come from.
-        state: State beside nnU-Net's keys that a pretraining run needs to resume; empty for exported weights.
+        state: State beside nnU-Net's keys that a pretraining run needs to resume. For exported weights only the online
+            probe that chose them, if any.
 
     Raises:
         UserError: If the file cannot be written.

@@ -1,4 +1,4 @@
-"""Tables as lines of text, for a terminal or a log."""
+"""Tables as lines of text, and the numbers in them, for a terminal or a log."""
 
 from collections.abc import Collection, Sequence
 
@@ -20,3 +20,14 @@ def align(rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> list[s
 def number(value: float | None, digits: int) -> str:
     """Return a number with the given number of decimals; ``-`` for None."""
     return "-" if value is None else f"{value:.{digits}f}"
+
+
+def points(value: float | None) -> str:
+    """Return a value from 0 to 1 in points from 0 to 100 (``72.3`` for ``0.7234``); ``-`` for None."""
+    return "-" if value is None else f"{100 * value + 0.0:.1f}".replace("-0.0", "0.0")
+
+
+def signed_points(value: float | None) -> str:
+    """Return a difference in points with its sign (``+9.3``, ``-0.5``, ``0.0``); ``-`` for None."""
+    text = points(value)
+    return f"+{text}" if value is not None and float(text) > 0 else text

@@ -101,7 +101,7 @@ def _plan_and_preprocess(dataset: str | int, settings: PlanSettings, folders: Fo
     speeds = {each: measure_speed(each) for each in axes}
     for line in summarise(plan, settings.configurations, settings.methods, speeds):
         logger.info(line)
-    for line in format_decisions(plan) if settings.verbose else [f"reasons: {page} (or --verbose)"]:
+    for line in format_decisions(plan) if settings.verbose else [f"reasons: {page} (set verbose to print them)"]:
         logger.info(line)
     report = None
     if settings.preprocess:

@@ -50,8 +50,9 @@ def summarise(
     if total > LONG_SECONDS:
         lines.insert(
             0,
-            f"WARNING: on this machine, the longest stage would take about {in_time(total)}; plan with --preset cpu --length "
-            "short, and pretrain with --epochs 5 --iterations-per-epoch 50 to try a stage within the hour",
+            f"WARNING: on this machine, the longest stage would take about {in_time(total)}; run "
+            "nnssl_plan_and_preprocess with --preset cpu --length short, and nnssl_pretrain with --epochs 5 "
+            "--iterations-per-epoch 50, to try a stage within the hour",
         )
     lines += ["", *align(rows, left=(0, 1, 2))]
     left_out = [each for each in pretext.decisions if each.value == "left out" or each.what == "left out"]

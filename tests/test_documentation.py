@@ -252,8 +252,14 @@ def test_shown_measurement_parses(page, line):
     module, *arguments = shlex.split(line.replace("(", "").replace(")", ""))[2:]
     program = ROOT / (module.replace(".", "/") + ".py")
     assert program.exists(), f"{page}: {line}"
-    if "ArgumentParser" in program.read_text():
-        parse_as(importlib.import_module(module).main, arguments)
+    parse_as(importlib.import_module(module).main, arguments)
+
+
+@pytest.mark.parametrize("program", sorted((ROOT / "tools").glob("*.py")), ids=lambda program: program.stem)
+def test_programs_for_developers_know_their_arguments(program):
+    """So that ``--help`` prints help, instead of starting the work."""
+    if "__main__" in program.read_text():
+        assert "argparse.ArgumentParser(description=__doc__" in program.read_text()
 
 
 def test_pages_say_where_measurements_run():

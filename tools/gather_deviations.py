@@ -3,7 +3,9 @@
 Run ``python -m tools.gather_deviations`` to update ``documentation/deviations.md``; a test checks that the page is up to date.
 """
 
+import argparse
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from nnssl.methods import METHODS
@@ -50,5 +52,12 @@ def gather(documentation: Path = DOCUMENTATION) -> str:
     return "\n".join(parts)
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the tool."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
     PAGE.write_text(gather())
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,8 @@
 Run ``python -m tools.picture_of_stages`` to write ``documentation/stages.png``.
 """
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -90,5 +92,12 @@ def draw() -> Figure:
     return figure
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the tool."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
     draw().savefig(PAGE, dpi=110, transparent=True, metadata={"Software": None})
+
+
+if __name__ == "__main__":
+    main()

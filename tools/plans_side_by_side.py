@@ -3,7 +3,8 @@
 Run ``python -m tools.plans_side_by_side PLAN.json PLAN.json``.
 """
 
-import sys
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from nnssl.plan import Plan, read_plan
@@ -26,5 +27,13 @@ def table(plans: list[Plan]) -> list[str]:
     return lines
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the tool."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plans", nargs="+", type=Path, help="plans of pretraining, nnsslPlans.json")
+    args = parser.parse_args(argv)
+    print("\n".join(table([read_plan(path) for path in args.plans])))
+
+
 if __name__ == "__main__":
-    print("\n".join(table([read_plan(Path(path)) for path in sys.argv[1:]])))
+    main()

@@ -23,11 +23,19 @@ OPTIMIZERS = ("sgd", "adam", "adamw")
 TRACKERS = ("tensorboard", "wandb")
 
 
-def print_next(command: str, *others: str) -> None:
-    """Print the command to run next, which every command does at its end, and alternatives to it."""
-    print_line(f"next: {command}")
-    for other in others:
-        print_line(f"  or: {other}")
+def print_next(command: str, *others: str, to_stderr: bool = False) -> None:
+    """Print the command to run next, which every command does at its end, and alternatives to it.
+
+    Args:
+        command: The command, with placeholders in capitals.
+        others: Alternatives to it.
+        to_stderr: Whether to print to standard error, because a shell evaluates the standard output.
+    """
+    for line in (f"next: {command}", *(f"  or: {other}" for other in others)):
+        if to_stderr:
+            print(line, file=sys.stderr, flush=True)
+        else:
+            print_line(line)
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnssl.cli.command import CommandParser, add_verbose_argument, print_next, run_command
+from nnssl.cli.command import PLANS_NAME, CommandParser, add_verbose_argument, print_next, run_command
 from nnssl.log import print_line
 from nnssl.sizes import in_mm, in_voxels
 
@@ -44,10 +44,18 @@ def _run(args: argparse.Namespace) -> None:
     if args.ext_trainer:
         import importlib.util
 
+        from nnssl.methods import METHODS
+
         spec = importlib.util.find_spec("trainers")
         assert spec is not None
         assert spec.origin is not None
         print_line(f"export nnUNet_extTrainer={Path(spec.origin).parent / 'nnunet_ext'}")
+        first = next(iter(METHODS.values()))
+        print_next(
+            f"nnUNetv2_train ID {first.configurations[0]} all -p {PLANS_NAME} -tr {first.stages[0].trainer} (or the trainer "
+            "of another stage)",
+            to_stderr=True,
+        )
     elif args.checkpoint is not None:
         for line in explain_checkpoint(args.checkpoint):
             print_line(line)

@@ -102,6 +102,6 @@ def find_patients(cases: Sequence[str], path: Path | None) -> dict[str, str]:
         first = next(case for case in cases if patients[case] != case)
         logger.info(
             f"{len(cases)} cases belong to {number} patients according to their names ({first} to {patients[first]}); "
-            "if this is wrong, run nnssl_benchmark with --patients FILE"
+            "if this is wrong, list the patient of every case in a table and pass it as patients"
         )
     return patients

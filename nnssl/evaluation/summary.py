@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnssl.evaluation.metrics import CaseMetrics
-from nnssl.tables import align, number
+from nnssl.tables import align, number, points
 
 
 def summarise(metrics: Sequence[CaseMetrics], labels: Sequence[str], tolerance_mm: float) -> dict[str, Any]:
@@ -31,17 +31,18 @@ def summarise(metrics: Sequence[CaseMetrics], labels: Sequence[str], tolerance_m
 
 
 def format_summary(summary: Mapping[str, Any]) -> list[str]:
-    """Return the lines of a table with one line per class and one for the means."""
-    head = ["class", "cases", "Dice", f"NSD at {summary['tolerance_mm']:g} mm", "HD95 mm", "volume ml", "reference ml"]
-    columns = ("dice", "nsd", "hd95_mm", "volume_ml", "reference_volume_ml")
-    digits = (4, 4, 2, 2, 2)
-    rows = [head]
+    """Return the lines of a table with one line per class and one for the means; Dice and surface distance in points."""
+    nsd = f"NSD (points) at {summary['tolerance_mm']:g} mm"
+    rows = [["class", "cases", "Dice (points)", nsd, "HD95 mm", "volume ml", "reference ml"]]
     for label, entry in summary["classes"].items():
-        values = [number(entry[name], digit) for name, digit in zip(columns, digits, strict=True)]
-        rows.append([label, str(entry["cases"]), *values])
-    means = [number(summary["mean"][name], digit) for name, digit in zip(columns[:3], digits[:3], strict=True)]
-    rows.append(["mean", str(summary["cases"]), *means, "", ""])
+        volumes = [number(entry[name], 2) for name in ("volume_ml", "reference_volume_ml")]
+        rows.append([label, str(entry["cases"]), *_distances(entry), *volumes])
+    rows.append(["mean", str(summary["cases"]), *_distances(summary["mean"]), "", ""])
     return align(rows)
+
+
+def _distances(entry: Mapping[str, Any]) -> list[str]:
+    return [points(entry["dice"]), points(entry["nsd"]), number(entry["hd95_mm"], 2)]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -20,7 +20,8 @@ from matplotlib.transforms import ScaledTranslation
 
 from nnssl.palette import ON_WHITE as COLOURS
 from nnssl.study.table import SCRATCH, Interval, Row, StudyTable
-from nnssl.study.words import count, interval_points, mode_name, points
+from nnssl.study.words import count, interval_points, mode_name
+from nnssl.tables import points
 
 INK = "#010203"
 """Placeholder, which ``inline_svg`` replaces by the page's text colour."""

@@ -29,7 +29,8 @@ from nnssl.study.figures import (
     pretraining_panels,
 )
 from nnssl.study.table import FEWEST_CASES, SCRATCH, Cell, Rise, Row, StudyTable
-from nnssl.study.words import count, interval_points, mode_name, points, signed_points, summarise
+from nnssl.study.words import count, interval_points, mode_name, summarise
+from nnssl.tables import points, signed_points
 
 TEMPLATE = "report_template.html"
 WIDE_PIXELS = 800
@@ -204,7 +205,7 @@ def _environment() -> Environment:
     """Return a Jinja environment that escapes all text and rejects missing names."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
-        "points": points,
+        "points": lambda value: "–" if value is None else points(value),
         "signed": lambda value: _typeset(signed_points(value)),
         "interval": lambda value: interval_points(value),
         "signed_interval": lambda value: _typeset(interval_points(value, signed=True)),

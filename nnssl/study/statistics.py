@@ -17,7 +17,8 @@ from jaxtyping import Float
 from scipy import stats
 
 from nnssl.study.table import FEWEST_CASES, SCRATCH, Cell, Gain, Interval, Rise, Row, StudyTable
-from nnssl.study.words import GAIN, LOSS, NO_CLAIM, NO_DIFFERENCE, signed_points
+from nnssl.study.words import GAIN, LOSS, NO_CLAIM, NO_DIFFERENCE
+from nnssl.tables import signed_points
 
 CONVERGED_RISE = 0.02
 """Rise in Dice from the second longest to the longest length below which scratch counts as having stopped improving."""

@@ -8,26 +8,15 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from nnssl.study.table import FEWEST_CASES, SCRATCH, Gain, Interval, Row, StudyTable
+from nnssl.tables import points, signed_points
 
 GAIN, LOSS, NO_DIFFERENCE = "gain", "loss", "no difference seen"
 """Verdicts that state a result; every other verdict gives the reason why none can be stated."""
 NO_CLAIM = ": no claim"
 MODES = {"finetune": "fine-tuning", "linear": "linear probe", "mean_teacher": "mean teacher"}
 NOTHING_YET = "No network of this study has been evaluated yet, so there is nothing to conclude."
-NOTHING = "–"
 FEW = 3
 """Largest number of arms, or of arms and modes, that a sentence lists by name."""
-
-
-def points(value: float | None) -> str:
-    """Return a value from 0 to 1 in points (``72.3`` for ``0.7234``), or a dash for None."""
-    return NOTHING if value is None else f"{100 * value + 0.0:.1f}".replace("-0.0", "0.0")
-
-
-def signed_points(value: float) -> str:
-    """Return a difference in points with its sign: ``+9.3``, ``-0.5``, ``0.0``."""
-    text = points(value)
-    return f"+{text}" if float(text) > 0 else text
 
 
 def interval_points(interval: Interval, signed: bool = False) -> str:

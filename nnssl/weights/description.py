@@ -16,7 +16,7 @@ NNSSL_CITATION = "Self-configuring self-supervised pretraining for nnU-Net."
 
 def describe(source: OpenedCheckpoint, target: TargetNetwork, licence: str) -> dict[str, Any]:
     """Return a description of the weights for their users, as JSON-compatible values."""
-    made = source.provenance
+    made, probe = source.provenance, source.choosing_probe
     return {
         "library": f"nnssl {__version__}",
         "method": made.method if made else ELSEWHERE,
@@ -25,6 +25,8 @@ def describe(source: OpenedCheckpoint, target: TargetNetwork, licence: str) -> d
         "settings": made.settings if made else {},
         "pretraining_data": made.dataset_name if made else ELSEWHERE,
         "pretraining_cases": len(made.cases) if made and made.cases is not None else None,
+        "probe_data": probe["dataset_name"] if probe else None,
+        "probe_cases": len(probe["train"]) + len(probe["test"]) if probe else None,
         "pretraining": source.pretraining,
         "plans": target.plans["plans_name"],
         "configuration": target.configuration,

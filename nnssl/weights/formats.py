@@ -70,7 +70,9 @@ def write_for_nnunet(path: Path, source: OpenedCheckpoint, target: TargetNetwork
     untested = path.with_name(f".{path.name}.{os.getpid()}.untested")
     try:
         if target.trainer is None:
-            write_checkpoint(untested, content, _provenance(source, target, report), {})
+            probe = source.choosing_probe
+            state = {} if probe is None else {"probe": probe}
+            write_checkpoint(untested, content, _provenance(source, target, report), state)
         else:
             plain = to_plain(content)
             write_atomically(untested, lambda file: torch.save(plain, file))

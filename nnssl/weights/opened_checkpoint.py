@@ -76,6 +76,13 @@ class OpenedCheckpoint:
         """
         return self.provenance or parse_provenance(self.path, self.content)
 
+    @property
+    def choosing_probe(self) -> dict[str, Any] | None:
+        """Online probe by whose Dice these weights were chosen, with the names of its cases; None if there is none."""
+        state = self.content["nnssl"]["state"] if self.provenance is not None else {}
+        probe: dict[str, Any] | None = state.get("probe")
+        return probe if probe is not None and probe["chose_weights"] else None
+
     @cached_property
     def plan(self) -> Plan:
         """Plan that the weights were pretrained with.

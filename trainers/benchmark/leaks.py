@@ -69,8 +69,8 @@ def seen_in_pretraining(dataset_name: str, folders: Folders, patients: Path | No
 def seen_by_checkpoint(path: Path, folders: Folders, patients: Path | None) -> list[Seen]:
     """Return the cases that the weights of a checkpoint, and the weights that they started from, have seen.
 
-    Labelled cases of an online probe count if the weights were chosen by their Dice. For weights that were made elsewhere
-    the cases are unknown, and a message is logged.
+    Labelled cases of an online probe count if the weights were chosen by their Dice, which an export records too. For
+    weights that were made elsewhere the cases are unknown, and a message is logged.
 
     Raises:
         UserError: If a checkpoint or a fingerprint does not exist.
@@ -83,9 +83,8 @@ def seen_by_checkpoint(path: Path, folders: Folders, patients: Path | None) -> l
         if provenance is None or provenance.dataset_name == ELSEWHERE:
             logger.info(f"{source}: made elsewhere, so it cannot be checked whether it has seen held-out cases")
             break
-        state = checkpoint.content["nnssl"]["state"]
-        probe = state["probe"] if state else None  # exported weights have no state
-        if probe is not None and probe["chose_weights"]:
+        probe = checkpoint.choosing_probe
+        if probe is not None:
             table = read_patients(patients) if patients else {}
             cases = (*probe["train"], *probe["test"])
             found.append(Seen(probe["dataset_name"], {}, {table.get(c, patient_in_name(c)): c for c in cases}))

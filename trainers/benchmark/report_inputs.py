@@ -26,7 +26,7 @@ from nnssl.study.report import (
 from nnssl.study.segmentation_pictures import SegmentedCase, choose_cases, segmentation_figure
 from nnssl.study.statistics import case_scores
 from nnssl.study.table import SCRATCH, StudyTable
-from nnssl.study.words import points
+from nnssl.tables import points
 from nnssl.weights.opened_checkpoint import open_checkpoint
 from trainers.benchmark.cell_times import times_of
 from trainers.benchmark.cells import StudyCells

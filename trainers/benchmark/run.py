@@ -20,8 +20,8 @@ from nnssl.files import write_json
 from nnssl.log import lines_to, logger, silence
 from nnssl.paths import make_writable
 from nnssl.study.table import SCRATCH, StudyTable
-from nnssl.study.words import count, points
-from nnssl.tables import align
+from nnssl.study.words import count
+from nnssl.tables import align, points
 from nnssl.version import __version__
 from planners.finetune_planner import adopt_plan
 from trainers.benchmark.arms import make_weights

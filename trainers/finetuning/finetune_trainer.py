@@ -33,6 +33,7 @@ from nnssl.environment import variables
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import write_atomically
 from nnssl.log import logger
+from nnssl.tables import points
 from trainers.finetuning.curves import class_names, curves_of
 from trainers.finetuning.keyed_batches import KeyedBatches, fix_transforms, global_seed
 from trainers.finetuning.schedule import FinetuneSchedule
@@ -297,7 +298,7 @@ class FinetuneTrainer(nnUNetTrainer):
             seconds = time() - self.logger.get_value("epoch_start_timestamps", step=-1)
             logger.info(
                 f"  epoch {epoch}/{self.num_epochs}: loss {loss:.3f}, "
-                f"Dice on held-out patches {dice:.3f}, {seconds:.1f} s{self.progress.left()}"
+                f"Dice on held-out patches {points(dice)} points, {seconds:.1f} s{self.progress.left()}"
             )
             self.tracking.write_picture(Path(self.output_folder) / "progress.png")
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from nnssl import schema
+from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json
 from nnssl.schema import STRICT
-from nnssl.tables import align, number
+from nnssl.tables import align, points, signed_points
 from trainers.finetuning.schedule import FinetuneSchedule
 
 SCHEMA_VERSION = 2
@@ -56,9 +57,12 @@ def read_result(path: Path) -> ArmResult:
     """Read a ``finetune.json``.
 
     Raises:
-        UserError: If the file is missing, has another schema version or a wrong key.
+        ArgumentError: If the file is missing, has another schema version or a wrong key.
     """
-    return schema.read(ArmResult, path, "fine-tuning result", "run nnssl_finetune again with --restart")
+    try:
+        return schema.read(ArmResult, path, "fine-tuning result", "fine-tune again with restart")
+    except UserError as error:
+        raise ArgumentError(str(error), "restart") from error
 
 
 def read_dice(summary: Path, labels: Mapping[str, int | Sequence[int]]) -> tuple[dict[str, float | None], float | None]:
@@ -81,17 +85,17 @@ def read_dice(summary: Path, labels: Mapping[str, int | Sequence[int]]) -> tuple
 
 
 def comparison(results: Sequence[ArmResult]) -> list[str]:
-    """Return the lines of a table with the Dice of all arms, and the gain over scratch if it was trained."""
+    """Return the lines of a table with the Dice of all arms in points, and the gain over scratch if it was trained."""
     first = results[0]
     scratch = next((result for result in results[1:] if result.weights is None), None)
-    header = [f"Dice on {len(first.test_cases)} held-out cases", *(result.arm for result in results)]
+    header = [f"Dice (points) on {len(first.test_cases)} held-out cases", *(result.arm for result in results)]
     rows = [header if scratch is None else [*header, "gain"]]
     for name in [*first.dice, None]:
         values = [result.mean_dice if name is None else result.dice[name] for result in results]
-        row = ["mean" if name is None else name, *(number(value, 4) for value in values)]
+        row = ["mean" if name is None else name, *map(points, values)]
         if scratch is not None:
             against = scratch.mean_dice if name is None else scratch.dice[name]
-            row.append("-" if values[0] is None or against is None else f"{values[0] - against:+.4f}")
+            row.append(signed_points(None if values[0] is None or against is None else values[0] - against))
         rows.append(row)
     return align(rows)
 

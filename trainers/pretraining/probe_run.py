@@ -23,6 +23,7 @@ from nnssl.files import read_json
 from nnssl.log import logger
 from nnssl.paths import Folders, make_writable
 from nnssl.plan import Plan
+from nnssl.tables import points, signed_points
 from planners.finetune_planner import adopt_plan
 from trainers.finetuning.labelled_cases import find_labelled_cases, label_order
 from trainers.finetuning.labelled_data import prepare_data
@@ -162,9 +163,9 @@ class ProbeRun:
         """Return the last result, the best so far and the trend in one line."""
         last, best = self.history[-1], self.best
         if last["epochs"] == 0:
-            return f"Probe before training: Dice {last['mean']:.3f}"
+            return f"Probe before training: Dice {points(last['mean'])} points"
         return (
-            f"Probe: Dice {last['mean']:.3f} (best {best['mean']:.3f} after {best['epochs']} epochs; "
+            f"Probe: Dice {points(last['mean'])} points (best {points(best['mean'])} after {best['epochs']} epochs; "
             f"{trend([entry['mean'] for entry in self.history])})"
         )
 
@@ -196,7 +197,7 @@ def trend(values: Sequence[float]) -> str:
         return "too early for a trend"
     change = float(np.polyfit(np.arange(len(last)), last, 1)[0] * (len(last) - 1))
     direction = "flat" if abs(change) < FLAT else "still rising" if change > 0 else "falling"
-    return f"{direction}, {change:+.3f} over the last {len(last)} probes"
+    return f"{direction}, {signed_points(change)} points over the last {len(last)} probes"
 
 
 def read_tiles(options: ProbeOptions, cases: Sequence[str], patch_size: Sequence[int]) -> list[LabelledTile]:

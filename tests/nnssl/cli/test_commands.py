@@ -206,3 +206,13 @@ def test_the_installation_leads_to_a_plan(capsys):
     shown = last_lines(capsys)
     named = {re.split(r"[ ]", line.partition(": ")[2])[0] for line in shown}
     assert named == {"nnssl_plan_and_preprocess", "nnssl_import", "nnssl_demo"}
+
+
+def test_the_line_for_nnunet_leads_to_its_command_outside_of_what_the_shell_evaluates(capsys):
+    assert info.main(["--ext-trainer"]) == 0
+    shown = capsys.readouterr()
+    (line,) = shown.out.splitlines()
+    assert line.startswith("export nnUNet_extTrainer=")
+    assert shown.err.startswith(
+        "next: nnUNetv2_train ID 3d_fullres_hybrid all -p nnsslPlans -tr RepRecContrastiveTrainer (or "
+    )

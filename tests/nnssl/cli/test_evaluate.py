@@ -58,7 +58,9 @@ def test_table_and_files(folders, capsys):
     summary = json.loads((folder / "summary_nnssl.json").read_text())
     assert summary["classes"]["liver"]["dice"] == pytest.approx((5 / 6 + 1) / 2)
     assert summary["mean"]["dice"] == pytest.approx(((5 / 6 + 1) / 2 + 3 / 4) / 2)
-    assert re.search(r"liver +2 +0\.9167", said)
+    assert re.search(r"class +cases +Dice \(points\) +NSD \(points\) at 2 mm +HD95 mm", said)
+    assert re.search(r"liver +2 +91\.7 +100\.0 ", said)
+    assert re.search(r"mean +2 +83\.3 ", said)
 
 
 def test_without_names_the_values_are_the_classes(folders, capsys):

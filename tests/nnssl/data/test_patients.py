@@ -37,7 +37,7 @@ def test_names_are_read_aloud():
         assert find_patients(cases, None) == {"p1_frame1": "p1", "p1_frame2": "p1", "p2_frame1": "p2"}
     assert said == [
         "3 cases belong to 2 patients according to their names (p1_frame1 to p1); "
-        "if this is wrong, run nnssl_benchmark with --patients FILE"
+        "if this is wrong, list the patient of every case in a table and pass it as patients"
     ]
     said.clear()
     with lines_to(said.append):

@@ -24,7 +24,7 @@ from nnssl.study.report import (
     write_report,
 )
 from nnssl.study.table import SCRATCH, Cell, Gain, Interval, Rise, Row, StudyTable
-from nnssl.study.words import signed_points, summarise
+from nnssl.study.words import summarise
 
 VOID = {"meta", "link", "br", "img", "wbr", "hr"}
 HOSTILE = '<script>alert("x")</script>&\''
@@ -550,8 +550,3 @@ def test_markdown_table():
 def test_markdown_table_of_one_mode_does_not_name_it():
     assert markdown_table(make_table(make_row("a|b"))).splitlines()[2] == "| `a\\|b` | 450 | 50.0 [44.9, 54.2] |"
     assert markdown_table(make_table()) == "| arm | steps |\n|---|---|\n"
-
-
-@pytest.mark.parametrize(("value", "text"), [(0.0927, "+9.3"), (-0.0049, "-0.5"), (0.0004, "0.0"), (-0.0004, "0.0")])
-def test_signs(value, text):
-    assert signed_points(value) == text

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nnssl.checkpoint import read_checkpoint, write_checkpoint
 from nnssl.cli.export import main
 from nnssl.cli.info import explain_checkpoint
 from nnssl.errors import UserError
@@ -200,7 +201,7 @@ def test_folder_for_a_hub(tmp_path, folders):
     card = (path / "README.md").read_text()
     assert card.startswith("---\nlicense: CC-BY-4.0\n")
     for line in (
-        "| Dataset004_Labelled | pix2rep | 5 | 300 | 0.812 |",
+        "| Dataset004_Labelled | pix2rep | 5 | 300 | 81.2 |",
         "| `temperature` | `0.1` |",
         "## Limits",
         "Pix2Rep",
@@ -243,6 +244,34 @@ def test_encoder_alone_in_plain_pytorch(tmp_path, folders, kind, dim):
     expected = torch.load(exported(tmp_path, folders, kind, dim, out=tmp_path / "o.pth"), weights_only=True)
     for name in tensors:
         assert torch.equal(loaded[name], expected["network_weights"][name]), name
+
+
+@pytest.mark.parametrize("chose_weights", [True, False])
+def test_an_export_keeps_the_probe_only_if_it_chose_the_weights(tmp_path, folders, chose_weights):
+    source = tmp_path / "source.pth"
+    write_source(source, architecture("plain", 3), 3, ["CT"])
+    content, provenance = read_checkpoint(source)
+    probe = {
+        "dataset_name": "Dataset004_Labelled",
+        "train": ["a"],
+        "test": ["b", "c"],
+        "chose_weights": chose_weights,
+        "history": [{"epochs": 1, "dice": {"liver": 0.5}, "mean": 0.5}],
+    }
+    write_checkpoint(
+        source, {"network_weights": content["network_weights"]}, provenance, {"method": {}, "probe": probe}
+    )
+    hub = export(source, ExportSettings(form="hub", out=tmp_path / "hub"), folders).path
+    again = export(hub / "checkpoint_final.pth", ExportSettings(out=tmp_path / "again.pth"), folders).path
+    kept = {"probe": probe} if chose_weights else {}
+    for path in (hub / "checkpoint_final.pth", again):
+        assert torch.load(path, weights_only=True)["nnssl"]["state"] == kept
+    line = "| chosen by a linear probe on | 3 labelled cases of Dataset004_Labelled, which must not be test cases |"
+    assert (line in (hub / "README.md").read_text()) == chose_weights
+    config = json.loads((hub / "config.json").read_text())
+    assert (config["probe_data"], config["probe_cases"]) == (
+        ("Dataset004_Labelled", 3) if chose_weights else (None, None)
+    )
 
 
 def test_nothing_of_the_users_is_replaced(tmp_path, folders):

@@ -12,7 +12,7 @@ import torch
 
 from nnssl.cli.finetune import main
 from nnssl.data.phantoms import LABELS, write_phantom_dataset
-from nnssl.errors import UserError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json, write_json
 from nnssl.log import lines_to
 from nnssl.networks.backbone import planned_configuration
@@ -415,7 +415,8 @@ def test_reported_dice_is_that_of_the_predicted_files(run):
             per_class.append(np.mean(values))
         assert result.mean_dice == pytest.approx(np.mean(per_class))
     assert any(
-        line.startswith("Dice on 2 held-out cases") and "rep-rec" in line and "gain" in line for line in run.said
+        line.startswith("Dice (points) on 2 held-out cases") and "rep-rec" in line and "gain" in line
+        for line in run.said
     )
     assert any(line.split()[:2] == ["mean", f"{run.results[0].mean_dice:.4f}"] for line in run.said)
 
@@ -448,9 +449,10 @@ def test_a_damaged_result_is_rejected(run, tmp_path):
     for wrong in ({**content, "schema_version": 1}, {**content, "schema_version": 3}, {**content, "schedule": 1}):
         write_json(tmp_path / "finetune.json", wrong)
         with pytest.raises(
-            UserError, match="finetune.json: schedule|finetune.json: schema_version must be 2, got [13]"
-        ):
+            ArgumentError, match="finetune.json: schedule|finetune.json: schema_version must be 2, got [13]"
+        ) as raised:
             read_result(tmp_path / "finetune.json")
+        assert raised.value.with_flags({"restart": "--restart"}).endswith("; fine-tune again with --restart")
 
 
 def test_nothing_else_is_left_in_the_results_folder(run):
@@ -477,11 +479,11 @@ def test_gain_is_against_scratch_and_absent_values_stay_open(run):
     second = replace(run.results[1], dice={"a": 0.5, "b": 0.25}, mean_dice=0.375)
     rows = [line.split() for line in comparison([first, second])][1:]
     assert rows == [
-        ["a", "0.7500", "0.5000", "+0.2500"],
-        ["b", "-", "0.2500", "-"],
-        ["mean", "0.7500", "0.3750", "+0.3750"],
+        ["a", "75.0", "50.0", "+25.0"],
+        ["b", "-", "25.0", "-"],
+        ["mean", "75.0", "37.5", "+37.5"],
     ]
-    assert [line.split() for line in comparison([first])][1] == ["a", "0.7500"]
+    assert [line.split() for line in comparison([first])][1] == ["a", "75.0"]
 
 
 def test_a_preprocessed_case_that_is_not_complete_is_seen(run, tmp_path):

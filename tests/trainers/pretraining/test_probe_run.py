@@ -14,6 +14,8 @@ from nnssl.errors import UserError
 from nnssl.log import lines_to
 from nnssl.networks.backbone import build_network
 from nnssl.plan import read_plan
+from nnssl.weights.export import export
+from nnssl.weights.export_settings import ExportSettings
 from tests.trainers.phantom_study import LABELLED, SOURCE
 from trainers.benchmark.leaks import seen_by_checkpoint
 from trainers.pretraining.launch import StageJob, run_stage
@@ -81,6 +83,9 @@ def test_a_probed_run_ends_in_the_same_weights_and_leaves_its_best(folders, tmp_
     best_saw, final_saw = (seen_by_checkpoint(final.parent / name, folders, None) for name in (BEST, final.name))
     assert set(best_saw[0].patients) == {*state["train"], *state["test"]}
     assert len(final_saw) == 1
+    settings = ExportSettings(out=tmp_path / "exported.pth")
+    for source, saw in ((final.parent / BEST, best_saw), (final, final_saw)):
+        assert seen_by_checkpoint(export(source, settings, folders).path, folders, None) == saw
     loaded = network.state_dict()
     for name, value in content["network_weights"].items():
         assert torch.equal(loaded[name], value) or ".seg_layers." in name
@@ -165,9 +170,9 @@ def test_both_stages_of_a_hybrid_in_2d(folders):
     ("values", "said"),
     [
         ([0.1, 0.2], "too early for a trend"),
-        ([0.9, 0.1, 0.2, 0.3, 0.4, 0.5], "still rising, +0.400 over the last 5 probes"),
-        ([0.5, 0.501, 0.5, 0.499], "flat, -0.001 over the last 4 probes"),
-        ([0.5, 0.4, 0.3], "falling, -0.200 over the last 3 probes"),
+        ([0.9, 0.1, 0.2, 0.3, 0.4, 0.5], "still rising, +40.0 points over the last 5 probes"),
+        ([0.5, 0.501, 0.5, 0.499], "flat, -0.1 points over the last 4 probes"),
+        ([0.5, 0.4, 0.3], "falling, -20.0 points over the last 3 probes"),
     ],
 )
 def test_trend_in_words(values, said):
