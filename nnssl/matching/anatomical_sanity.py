@@ -22,7 +22,7 @@ from nnssl.data.loader import draw_box
 from nnssl.draws import make_generator
 from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import EmbeddingMatcher
-from nnssl.matching.paired_bootstrap import CONFIDENCE, LEAST_POINTS, Comparison, Unit, compare
+from nnssl.matching.paired_bootstrap import CONFIDENCE, LEAST_PAIRS, LEAST_POINTS, Comparison, Unit, compare
 from nnssl.matching.points import cycle_error_mm, least_score, reliable
 from nnssl.schema import STRICT
 from nnssl.views.points import cell_centres_vox
@@ -164,7 +164,8 @@ def what_fails(compared: Comparison) -> list[str]:
         return []
     if np.isnan(low):
         return [
-            f"fewer than {LEAST_POINTS} reliable matches in other scans, too few to compare them with the body's box"
+            f"fewer than {LEAST_POINTS} reliable matches in other scans, or in fewer than {LEAST_PAIRS} of many pairs of scans, "
+            "are too few to compare them with the body's box"
         ]
     return [
         f"tissue around matches ({compared.first:.2f}) is not reliably more similar than at the same place in the body's box "

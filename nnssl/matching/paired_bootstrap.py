@@ -35,7 +35,8 @@ class Comparison(NamedTuple):
         first: Mean of the first way over all units; NaN without points.
         second: Mean of the second way over all units; NaN without points.
         differences: First minus second, of every unit.
-        interval: Bounds of the 95 % interval of the mean difference; NaN with fewer than ``LEAST_POINTS`` points.
+        interval: Bounds of the 95 % interval of the mean difference; NaN with fewer than ``LEAST_POINTS`` points, or if only a
+            few of many pairs of scans have any.
     """
 
     unit: Unit
@@ -60,6 +61,8 @@ def compare(
         second: Values of the second way at the same points.
         seed: Random seed of the bootstrap.
     """
+    few = len({tuple(sorted(names)) for names in scans}) < LEAST_PAIRS
+    unit: Unit = "points" if few else "pairs of scans"
     pairs: dict[tuple[str, ...], list[np.ndarray]] = {}
     for names, one, other in zip(scans, first, second, strict=True):
         values = np.stack([one, other], axis=1)
@@ -68,12 +71,11 @@ def compare(
             pairs.setdefault(tuple(sorted(names)), []).append(np.nan_to_num(values[known]))
     of_pairs = [np.concatenate(groups) for _, groups in sorted(pairs.items())]
     points = np.concatenate(of_pairs) if of_pairs else np.zeros((0, 2))
-    unit: Unit = "pairs of scans" if len(of_pairs) >= LEAST_PAIRS else "points"
-    units = np.stack([each.mean(axis=0) for each in of_pairs]) if unit == "pairs of scans" else points
+    units = points if few or not of_pairs else np.stack([each.mean(axis=0) for each in of_pairs])
     # Differences are rounded before they are resampled, so that a file that holds them gives the same interval.
     differences = np.round(units[:, 0] - units[:, 1], 6)
     means = units.mean(axis=0) if len(units) else np.full(2, np.nan)
-    enough = len(points) >= LEAST_POINTS
+    enough = len(points) >= LEAST_POINTS and (few or len(of_pairs) >= LEAST_PAIRS)
     interval = interval_of_mean(differences, seed) if enough else (float("nan"), float("nan"))
     return Comparison(unit, float(means[0]), float(means[1]), tuple(differences.tolist()), interval)
 

@@ -90,6 +90,17 @@ def test_too_few_points_give_no_interval():
     assert np.isnan(spread.interval).all()
 
 
+def test_matches_in_a_few_of_many_pairs_give_no_interval():
+    """They would be the pairs that happen to be alike; points decide only if there are no other pairs."""
+    scans, first = groups(2 * LEAST_PAIRS, 30)
+    zeros = [np.zeros(len(each)) for each in first]
+    none = [each[: len(each) if index < LEAST_PAIRS - 1 else 0] for index, each in enumerate(first)]
+    found = compare(scans, none, [each[: len(other)] for each, other in zip(zeros, none, strict=True)], 0)
+    assert len(found.differences) == LEAST_PAIRS - 1
+    assert np.isnan(found.interval).all()
+    assert compare(scans, first, zeros, 0).interval[0] > 0
+
+
 def test_a_place_without_tissue_is_not_alike():
     """A match in air has no likeness, which must not take the point out of the comparison."""
     first, second = np.array([NAN, 0.4, NAN, 0.2]), np.array([0.5, NAN, NAN, 0.1])
