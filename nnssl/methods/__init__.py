@@ -291,11 +291,11 @@ METHODS = {
                 decoder_graphs=0,
                 needs=Needs(
                     useful_batch=8,
-                    paper_batch=8,
+                    paper_batch=16,
                     least_mm=(64.0, 64.0),
                     crop_mm=(160.0, 128.0),
                     contrasts_patches=False,
-                    source="8 crops of 192 x 192 x 64 voxels of abdominal CT per GPU (section 4.1), about 150 mm",
+                    source="8 pairs of crops of 192 x 192 x 64 voxels of abdominal CT, about 150 mm, per GPU (section 4.1)",
                 ),
                 batch_multiple=2,
                 reads_tokens=True,
