@@ -14,9 +14,13 @@ from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
 from nnssl.paths import Folders
 from nnssl.schema import STRICT, parse
+from nnssl.sizes import length_in_patches
 
-SCHEMA_VERSION = 6
+SCHEMA_VERSION = 7
 PLANS_NAME = "nnsslPlans"
+LEAST_PATCHES = 1.5
+"""Smallest length of the median scan, in patches, at which embeddings pair scans. A scan hardly longer than a patch contains no
+other part of the body that a place could be confused with."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class ContextChoices:
 
 @dataclass(frozen=True)
 class AnatomyChoices:
-    """Encoder stages of the anatomical embeddings, and whether embeddings or body boxes pair scans."""
+    """Encoder stages of the anatomical embeddings, and whether embeddings or body boxes pair the scans of a stage."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -146,7 +150,14 @@ class AnatomyChoices:
     """Encoder stage of the coarse embedding, which finds the part of the body."""
     partners: Literal["sam", "body_box"]
     """How positions in different scans are paired: by embeddings, or by the position in the body's box if scans are hardly larger
-    than a patch."""
+    than the stage's patch."""
+    scan_mm: tuple[float, ...]
+    """Size of the median scan."""
+
+    def of_patch(self, patch_size: Sequence[int], spacing_mm: Sequence[float]) -> "AnatomyChoices":
+        """Return the choice for another patch; the encoder stages remain."""
+        longest = max(length_in_patches(self.scan_mm, patch_size, spacing_mm))
+        return replace(self, partners="sam" if longest >= LEAST_PATCHES else "body_box")
 
 
 @dataclass(frozen=True)
@@ -269,12 +280,12 @@ class PretextConfiguration(DataChoices):
         patch = tuple(patch_size) or planned.schedule.patch_size
         if len(patch) != len(self.patch_size):
             raise UserError(f"patch_size must have {len(self.patch_size)} axes, got {patch}")
-        tokens = planned.tokens
-        if tokens is not None and patch != planned.schedule.patch_size:
-            tokens = tokens.of_patch(patch)
         shared = {field.name: getattr(self, field.name) for field in fields(DataChoices)}
         own = {field.name: getattr(planned, field.name) for field in fields(PatchChoices)}
-        return StageConfiguration(**shared, **{**own, "tokens": tokens}, patch_size=patch)
+        if patch != planned.schedule.patch_size:
+            own["tokens"] = planned.tokens and planned.tokens.of_patch(patch)
+            own["anatomy"] = planned.anatomy.of_patch(patch, self.spacing_mm)
+        return StageConfiguration(**shared, **own, patch_size=patch)
 
 
 @dataclass(frozen=True)

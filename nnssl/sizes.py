@@ -1,6 +1,6 @@
-"""Sizes as text: voxels, lengths, memory and large numbers."""
+"""Sizes as text: voxels, lengths, memory and large numbers; the length of a scan in patches."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 MAGNITUDES = (("trillion", 1e12), ("billion", 1e9), ("million", 1e6))
 UNITS_OF_MEMORY = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
@@ -14,6 +14,17 @@ def in_voxels(sizes: Iterable[float]) -> str:
 def in_mm(lengths: Iterable[float]) -> str:
     """Return lengths per axis in the form ``2.5 x 1 x 1``."""
     return " x ".join(f"{float(length):.4g}" for length in lengths)
+
+
+def length_in_patches(scan_mm: Sequence[float], patch_size: Sequence[int], spacing_mm: Sequence[float]) -> list[float]:
+    """Return the length of a scan in patches along every axis.
+
+    Args:
+        scan_mm: Size of the scan in mm.
+        patch_size: Size of the patch in voxels.
+        spacing_mm: Spacing of the patch in mm.
+    """
+    return [mm / (n * step) for mm, n, step in zip(scan_mm, patch_size, spacing_mm, strict=True)]
 
 
 def in_words(count: float) -> str:

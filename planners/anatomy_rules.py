@@ -2,34 +2,31 @@
 
 from collections.abc import Mapping, Sequence
 from math import ceil, prod
-from typing import Any, Literal
+from typing import Any
 
 from nnssl.networks.backbone import encoder_strides
-from nnssl.plan import AnatomyChoices, Reasons
-from nnssl.sizes import in_mm
+from nnssl.plan import LEAST_PATCHES, AnatomyChoices, Reasons
+from nnssl.sizes import in_mm, in_voxels, length_in_patches
 
 LARGEST_STRIDE = 16
 """Largest stride of the coarse embedding in voxels; SAM's coarse cells are 16 voxels long."""
 LEAST_COARSE_CELLS = 27
 """Smallest number of coarse cells in a patch. With fewer, all cells are direct neighbours of a query."""
-LEAST_PATCHES = 1.5
-"""Smallest length of the median scan, in patches. A scan hardly longer than a patch contains no other part of the body that
-a place could be confused with."""
 
 
 def decide_anatomy(
     architecture: Mapping[str, Any],
     shape: Sequence[int],
     spacing_mm: Sequence[float],
-    scan_mm: Sequence[float] | None = None,
+    scan_mm: Sequence[float],
 ) -> tuple[AnatomyChoices, Reasons]:
     """Choose the stages of the fine and coarse embeddings, and how places of different scans are paired.
 
     Args:
-        architecture: Architecture of the plan's network.
-        shape: Size of the patch in voxels.
+        architecture: Architecture of the plan's U-Net, also for a stage that runs on Primus.
+        shape: Size of the stage's own patch in voxels.
         spacing_mm: Spacing of the patch in mm.
-        scan_mm: Size of the median scan in mm; None if unknown.
+        scan_mm: Size of the median scan in mm.
 
     Returns:
         The choice, and what, value and reason of every decision.
@@ -51,12 +48,9 @@ def decide_anatomy(
     def cell(stage: int) -> str:
         return in_mm(step * mm for step, mm in zip(strides[stage], spacing_mm, strict=True)) + " mm"
 
-    patches = (
-        None if scan_mm is None else max(mm / (n * s) for mm, n, s in zip(scan_mm, shape, spacing_mm, strict=True))
-    )
-    length = "the size of the scans is unknown" if patches is None else f"the median scan is {patches:.1f} patches long"
-    pairs: Literal["sam", "body_box"] = "sam" if patches is None or patches >= LEAST_PATCHES else "body_box"
-    return AnatomyChoices(fine_stage=fine, coarse_stage=coarse, partners=pairs), [
+    patches = length_in_patches(scan_mm, shape, spacing_mm)
+    choice = AnatomyChoices(fine, coarse, "sam", tuple(float(mm) for mm in scan_mm)).of_patch(shape, spacing_mm)
+    return choice, [
         (
             "anatomical embeddings",
             f"fine at stage {fine}, cells of {cell(fine)}; coarse at stage {coarse}, cells of {cell(coarse)}",
@@ -65,7 +59,8 @@ def decide_anatomy(
         ),
         (
             "places in other scans",
-            "matched by anatomical embeddings" if pairs == "sam" else "matched by position in the body's box",
-            f"{length}; training embeddings pays off from {LEAST_PATCHES} patches",
+            "matched by anatomical embeddings" if choice.partners == "sam" else "matched by position in the body's box",
+            f"the median scan is {' x '.join(f'{n:.1f}' for n in patches)} patches of {in_voxels(shape)} voxels long; training "
+            f"embeddings pays off from {LEAST_PATCHES} patches along one axis",
         ),
     ]

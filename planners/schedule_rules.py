@@ -14,6 +14,9 @@ STEPS_PER_EPOCH = (25, 250)
 def decide_length(stage: Stage, batch: int, patches: int, length: str) -> tuple[tuple[int, int, int], Reasons]:
     """Choose the length of a stage.
 
+    Most stages are planned in passes over the patches, as many as in the paper. A stage that declares ``least_steps`` is planned
+    in steps: passes over few patches would end before its loss has seen enough comparisons, of which every patch gives new ones.
+
     Args:
         stage: Stage of a method.
         batch: Patches per step.
@@ -26,12 +29,18 @@ def decide_length(stage: Stage, batch: int, patches: int, length: str) -> tuple[
     share = LENGTHS[length]
     defaults = stage.load().defaults.training
     iterations = min(max(math.ceil(patches / batch), STEPS_PER_EPOCH[0]), STEPS_PER_EPOCH[1])
-    epochs = max(1, round(defaults.epochs * share))
-    warmup = round(defaults.warmup_epochs * share)
-    reason = (
-        f"an epoch is one pass over the {patches:,} distinct patches (25 to 250 steps); length {length}: {share:.0%} of "
-        f"the paper's {defaults.epochs:,} epochs"
-    )
+    reason = f"an epoch is one pass over the {patches:,} distinct patches (25 to 250 steps); length {length}: {share:.0%} of "
+    if stage.least_steps is None:
+        epochs, warmup = max(1, round(defaults.epochs * share)), round(defaults.warmup_epochs * share)
+        reason += f"the paper's {defaults.epochs:,} epochs"
+    else:
+        steps = max(stage.least_steps, round(defaults.total_steps * share))
+        epochs = math.ceil(steps / iterations)
+        warmup = round(epochs * defaults.warmup_epochs / defaults.epochs)
+        reason += (
+            f"the authors' {defaults.total_steps:,} steps, at least {stage.least_steps:,}, whatever the number of patches, "
+            "because every step draws new places to compare"
+        )
     text = f"{epochs:,} epochs of {iterations} steps"
     if warmup:
         text += f", {warmup} of them for warm-up"

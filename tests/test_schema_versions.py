@@ -82,11 +82,11 @@ FILES = {
     "CaseProperties": (writer(CASE), lambda path: case_store.read_properties(path.parent, path.stem), 1),
     "DicomSeries": (writer(SERIES), dicom_series.read_series, 1),
     "ImportRecord": (writer(RECORD), lambda path: schema.read(record.ImportRecord, path, "record"), 1),
-    "Sanity": (writer(SANITY), lambda path: schema.read(anatomical_sanity.Sanity, path, "examination"), 2),
+    "Sanity": (writer(SANITY), lambda path: schema.read(anatomical_sanity.Sanity, path, "examination"), 3),
     "Fingerprint": (writer(FINGERPRINT), lambda path: schema.read(fingerprint.Fingerprint, path, "fingerprint"), 1),
     "ArmResult": (writer(RESULT), result.read_result, 2),
     "CellTimes": (writer(TIMES), lambda path: schema.read(cell_times.CellTimes, path, "duration"), 1),
-    "Pretext": (write_plan, plan.read_plan, 6),
+    "Pretext": (write_plan, plan.read_plan, 7),
     "checkpoint": (write_checkpoint, checkpoint.read_checkpoint, 2),
 }
 """Name of the dataclass: a function that writes a file of a version, the reader, and the version that it accepts."""

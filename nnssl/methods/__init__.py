@@ -56,6 +56,8 @@ class Stage:
         configuration: Configuration in which the stage always runs; None for the configuration of the method's other stages.
         fresh: Whether the stage starts from random weights instead of the weights of the stage before it.
         examination: Function that measures what a finished stage is good for, as ``module:function``; None if there is none.
+        least_steps: Smallest number of steps of a stage whose length is planned in steps, whatever the number of patches; None
+            for a stage that is planned in passes over the patches.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Stage:
     configuration: str | None = None
     fresh: bool = False
     examination: str | None = None
+    least_steps: int | None = None
 
     def runs_in(self, configuration: str) -> str:
         """Return the configuration in which the stage runs if its method is run in ``configuration``."""
@@ -136,6 +139,7 @@ SAM_STAGE = Stage(
     batch_values=26_000_000,  # the same for the coarse queries, 2 x 50 x 500 x 128
     configuration="3d_fullres",
     examination="nnssl.matching.anatomical_sanity:examine",
+    least_steps=2000,  # a tenth of the authors' code; 500 found organs in eight coarse scans (documentation/results/matching.md)
 )
 
 PIX2REP_NEEDS = Needs(
@@ -287,11 +291,11 @@ METHODS = {
                 decoder_graphs=0,
                 needs=Needs(
                     useful_batch=8,
-                    paper_batch=8,
+                    paper_batch=16,
                     least_mm=(64.0, 64.0),
                     crop_mm=(160.0, 128.0),
                     contrasts_patches=False,
-                    source="8 crops of 192 x 192 x 64 voxels of abdominal CT per GPU (section 4.1), about 150 mm",
+                    source="8 pairs of crops of 192 x 192 x 64 voxels of abdominal CT, about 150 mm, per GPU (section 4.1)",
                 ),
                 batch_multiple=2,
                 reads_tokens=True,

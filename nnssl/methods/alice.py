@@ -11,7 +11,8 @@ are compared by how their tokens answer the same visible tokens (CASA). The enco
 Deviations:
     * The losses are the paper's, with a protection against collapse that it does not state: a predictor on the student's side,
       a running mean that is subtracted from the teacher's vector of an image, answers standardised over the batch, and CASA's
-      moving average on the teacher's side, without a residual. ``similarity=info_nce`` is the paper's alternative.
+      moving average on the teacher's side, without a residual. With the paper's alternative, ``similarity=info_nce``, pairs are
+      negatives of one another unless they overlap in a scan; the paper takes different body parts.
     * The decoder is as wide as the encoder, so that the teacher's projection of encoder tokens can be the moving average of the
       student's projection of decoder tokens.
     * Masked tokens are drawn at random (MAE); the code masks 16 x 16 columns through all slices.
@@ -24,7 +25,7 @@ Deviations:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from nnssl.distributed import gather, rank, standardise_over_ranks, world_size
+from nnssl.draws import draw_seed
 from nnssl.errors import UserError
 from nnssl.losses.contrastive import info_nce_with_negatives
 from nnssl.losses.reconstruction import (
@@ -68,7 +70,7 @@ from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
 from nnssl.views.masking import check_mask, draw_block_mask, visible_tokens
-from nnssl.views.partners import check_pairs, of_other_pairs, partners_in_batch
+from nnssl.views.partners import PairedViews, check_pairs, of_other_pairs, partners_in_batch, show_same_place
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine
 
 HIDDEN_SHARE = 4
@@ -87,8 +89,7 @@ class AliceSettings:
     reconstruction_weight: NotNegative = 1.0  # [P]
     inter_weight: NotNegative = 1.0  # [P], loss between scans
     intra_weight: NotNegative = 1.0  # [P], loss within a scan
-    similarity: Literal["cosine", "info_nce"] = "cosine"  # [P]
-    """Similarity in the loss between scans."""
+    similarity: Literal["cosine", "info_nce"] = "cosine"  # [P], in the loss between scans
     temperature: Positive = 0.2  # [R], for info_nce
     partners: Literal["sam", "body_box"] = "sam"  # [P]
     """How the patches of different scans are paired; SAM is used only if it passes its own examination."""
@@ -105,25 +106,6 @@ class AliceSettings:
     """Smallest and largest share of the patch that the teacher's view shows."""
     rotation_deg: RotationDeg = (15.0,)  # [C]
     intensity_views: tuple[str, ...] = ("contrast", "brightness")  # [P]
-
-
-@dataclass(frozen=True)
-class PairedViews:
-    """Patches in pairs: neighbours show the same place of two scans.
-
-    Attributes:
-        patches: Patches (batch, channel, *shape), of which the student sees the visible tokens.
-        mask: Mask (batch, tokens), True for masked tokens.
-        visible: Indices of the visible tokens (batch, visible), ascending.
-        strong: Views for the teacher (batch, channel, *shape).
-        partner: Index of the other patch of the pair (batch,).
-    """
-
-    patches: Float[Tensor, "batch channel *shape"]
-    mask: Bool[Tensor, "batch tokens"]
-    visible: Int[Tensor, "batch visible"]
-    strong: Float[Tensor, "batch channel *shape"]
-    partner: Int[Tensor, " batch"]
 
 
 class Recovered(NamedTuple):
@@ -156,15 +138,15 @@ class Alice(PretextMethod):
 
     defaults: ClassVar[AliceSettings] = AliceSettings(
         training=TrainingSettings(
-            epochs=400,  # [P] 100,000 steps
-            iterations_per_epoch=250,
-            batch_size=16,  # [R] 8 pairs; 8 per GPU on 8 GPUs in the paper
+            epochs=400,  # [R] with 250 steps each; their product is [P], 100,000 steps
+            iterations_per_epoch=250,  # [R]; about 28 in the paper, if an epoch is one pass over its 1,800 scans
+            batch_size=16,  # [P] 8 pairs per GPU; on 8 GPUs, the paper's steps have 64 pairs
             optimizer="adamw",  # [P]
             learning_rate=1.5e-4,  # [R]; 5e-5 in the paper
             momentum=(0.9, 0.95),  # [P]
-            weight_decay=0.04,  # [C]
+            weight_decay=0.04,  # [C], where it rises to 0.4
             learning_rate_schedule="cosine",  # [P]
-            warmup_epochs=40,  # [R] a tenth; 100 epochs in the paper
+            warmup_epochs=40,  # [R] a tenth of the steps; 100 epochs of about 28 steps in the paper, 3 % of them
             gradient_clip=3.0,  # [C], where it limits the gradient of each parameter
         )
     )
@@ -245,6 +227,12 @@ class Alice(PretextMethod):
             partner=partners_in_batch(len(volumes), device),
         )
 
+    def placed(self, views: PairedViews, cases: Sequence[str], lower_vox: Int[Tensor, "batch 3"]) -> PairedViews:
+        """Return the views with the scan of every patch and its place there in mm."""
+        scan = torch.tensor([draw_seed(name) for name in cases])  # the same number on every process
+        place_mm = lower_vox * torch.tensor(self.configuration.spacing_mm)
+        return replace(views, scan=scan.to(views.mask.device), place_mm=place_mm.to(views.mask.device))
+
     def losses(self, views: PairedViews, progress: float) -> StepOutput:
         """Return the error of recovered voxels, and the distances of student and teacher between scans and within a scan."""
         own, losses, monitors, centre = self.settings, {}, {}, None
@@ -255,9 +243,10 @@ class Alice(PretextMethod):
             monitors["reconstruction_of_visible_mean"] = own.reconstruction_weight * found["error_of_mean"]
         if own.inter_weight:
             said, all_taught = self.inter_predictor(found["whole"]), gather(found["taught_whole"])
-            between = self._between(said, found["taught_whole"], all_taught, views.partner)
+            others = self._of_other_places(views, len(all_taught))
+            between = self._between(said, found["taught_whole"], all_taught, views.partner, others)
             losses["inter"] = own.inter_weight * between
-            monitors["head_partner_first"] = self._partner_first(said, all_taught, views.partner)
+            monitors["head_partner_first"] = self._partner_first(said, all_taught, views.partner, others)
             centre = all_taught.mean(dim=0)
         if own.intra_weight:
             loss, spread = self._within(found["answers"], found["wanted"])
@@ -304,7 +293,18 @@ class Alice(PretextMethod):
         error, mean = masked_token_mse(made, target, views.mask), visible_mean_baseline(target, views.mask)
         return Recovered(seen, recovered, error, mean)
 
-    def _between(self, said: Tensor, taught: Tensor, all_taught: Tensor, partner: Tensor) -> Tensor:
+    def _of_other_places(self, views: PairedViews, keys: int) -> Bool[Tensor, "batch key"]:
+        """Return which patches of all processes are negatives of each patch: those of pairs farther than a patch."""
+        others = of_other_pairs(views.partner, keys, rank())
+        scan, place_mm, partner = views.scan, views.place_mm, views.partner
+        if scan is None or place_mm is None:
+            return others
+        sides = zip(self.configuration.patch_size, self.configuration.spacing_mm, strict=True)
+        extent_mm = place_mm.new_tensor([voxels * mm for voxels, mm in sides])
+        everywhere = gather(scan), gather(place_mm), gather(rank() * len(partner) + partner)
+        return others & ~show_same_place(scan, place_mm, partner, *everywhere, extent_mm)
+
+    def _between(self, said: Tensor, taught: Tensor, all_taught: Tensor, partner: Tensor, others: Tensor) -> Tensor:
         """Return the loss between scans: of the student's predictions and the teacher's vectors of the partners.
 
         Args:
@@ -312,25 +312,25 @@ class Alice(PretextMethod):
             taught: Vectors of the teacher (batch, dimension).
             all_taught: Vectors of the teacher on all processes.
             partner: Index of each patch's partner in the batch.
+            others: Which patches of all processes are negatives of each patch (batch, key).
         """
         if self.settings.similarity == "cosine":
             return cosine_distance(said, taught[partner] - self.centre).mean()
         queries, keys = F.normalize(said, dim=1), F.normalize(all_taught, dim=1)
         # The teacher's vector of the patch itself shows the same place and is therefore not a negative.
-        negatives, present = keys.expand(len(queries), -1, -1), of_other_pairs(partner, len(keys), rank())
-        return info_nce_with_negatives(
-            queries, F.normalize(taught[partner], dim=1), negatives, present, self.settings.temperature
-        ).mean()
+        negatives, positives = keys.expand(len(queries), -1, -1), F.normalize(taught[partner], dim=1)
+        return info_nce_with_negatives(queries, positives, negatives, others, self.settings.temperature).mean()
 
     @torch.no_grad()
-    def _partner_first(self, said: Tensor, all_taught: Tensor, partner: Tensor) -> Tensor:
-        """Return the share of patches whose prediction is more similar to the partner's vector than to all other pairs'."""
+    def _partner_first(self, said: Tensor, all_taught: Tensor, partner: Tensor, others: Tensor) -> Tensor:
+        """Return the share of patches whose prediction is more similar to the partner's vector than to all negatives'."""
         centred = F.normalize(all_taught - self.centre, dim=1)
         similarity = F.normalize(said, dim=1) @ centred.T
         first = rank() * len(partner)
         own = similarity.gather(1, first + partner[:, None])[:, 0]
-        others = similarity.masked_fill(~of_other_pairs(partner, len(centred), rank()), -torch.inf)
-        return (own > others.amax(dim=1)).float().mean()
+        best = similarity.masked_fill(~others, -torch.inf).amax(dim=1)
+        compared = others.any(dim=1)
+        return ((own > best) & compared).sum() / compared.sum().clamp(min=1)
 
     def _within(self, answers: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Return the distance of the student's and teacher's answers to the visible tokens, and the spread of the teacher's."""

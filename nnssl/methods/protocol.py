@@ -90,6 +90,16 @@ class PretextMethod(nn.Module):
         """
         raise NotImplementedError
 
+    def placed(self, views: Any, cases: Sequence[str], lower_vox: Tensor) -> Any:
+        """Return the views with the places that they show; the views as they are for a method that needs no places.
+
+        Args:
+            views: Return value of ``make_views``.
+            cases: Name of the case of each patch.
+            lower_vox: First voxel (z, y, x) of each patch in its case (batch, 3).
+        """
+        return views
+
     def losses(self, views: Any, progress: float) -> StepOutput:
         """Return the parts of the loss, and what the trainer logs.
 

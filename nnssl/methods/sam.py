@@ -65,21 +65,21 @@ KINDS: tuple[EmbeddingKind, EmbeddingKind] = ("fine", "coarse")
 
 @dataclass(frozen=True)
 class SAMSettings:
-    """Settings of the stage. Sources of the defaults: the paper [P], the authors' code [C], recommended here [R]."""
+    """Settings of the stage. Sources of the defaults: the authors' code [C], recommended here [R]."""
 
     __pydantic_config__: ClassVar = STRICT
 
     training: TrainingSettings
-    temperature: Positive = 0.5  # [P]
-    dimensions: TwoOrMore = 128  # [P]
-    fine_stage: WholeNumber = 1  # [P] half the resolution
-    coarse_stage: Count = 4  # [P] a sixteenth
+    temperature: Positive = 0.5  # [C]
+    dimensions: TwoOrMore = 128  # [C]
+    fine_stage: WholeNumber = 1  # [C] half the resolution
+    coarse_stage: Count = 4  # [C] a sixteenth
     fine_queries: Count = 100  # [C]
     """Number of queries in each view."""
     fine_pool: Count = 2000  # [C]
     """Number of hardest cells of both views from which the negatives are drawn."""
-    fine_negatives: Count = 500  # [P]
-    coarse_queries: Count = 50  # [R]
+    fine_negatives: Count = 500  # [C]
+    coarse_queries: Count = 50  # [R]; 8 in the first view in the code
     coarse_pool: Count = 250  # [C]
     coarse_negatives: Count = 200  # [C]
     other_negatives: WholeNumber = 300  # [C]
@@ -163,12 +163,12 @@ class SAM(PretextMethod):
 
     defaults: ClassVar[SAMSettings] = SAMSettings(
         training=TrainingSettings(
-            epochs=80,  # [C] 20,000 steps
-            iterations_per_epoch=250,
-            batch_size=4,  # [C]
+            epochs=80,  # [R] with 250 steps each; their product is [C], 20,000 steps
+            iterations_per_epoch=250,  # nnU-Net's
+            batch_size=4,  # [C] 3 to 6 pairs of crops per GPU
             optimizer="adamw",  # [R]; SGD in the code
             learning_rate=1e-3,  # [R]
-            momentum=(0.9, 0.999),
+            momentum=(0.9, 0.999),  # [R] Adam's
             weight_decay=1e-4,  # [C]
             learning_rate_schedule="cosine",  # [R]; constant in the code
             warmup_epochs=2,  # [C] 500 steps

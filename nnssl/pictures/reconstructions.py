@@ -10,9 +10,10 @@ from jaxtyping import Float32
 from nnssl.data.case_store import StoredCase
 from nnssl.draws import make_generator
 from nnssl.errors import UserError
-from nnssl.methods.alice import Alice, PairedViews
+from nnssl.methods.alice import Alice
 from nnssl.methods.pcrl import errors_untold, mix, reconstruction_targets
 from nnssl.pictures.places import choose_centre
+from nnssl.views.partners import PairedViews
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from nnssl.weights.restored_method import method_of
 

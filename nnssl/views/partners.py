@@ -1,10 +1,35 @@
 """Pairs of patches of a batch: each patch is compared with its neighbour."""
 
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nnssl.errors import UserError
+
+
+@dataclass(frozen=True)
+class PairedViews:
+    """Patches in pairs: neighbours show the same place of two scans.
+
+    Attributes:
+        patches: Patches (batch, channel, *shape), of which the student sees the visible tokens.
+        mask: Mask (batch, tokens), True for masked tokens.
+        visible: Indices of the visible tokens (batch, visible), ascending.
+        strong: Views for the teacher (batch, channel, *shape).
+        partner: Index of the other patch of the pair (batch,).
+        scan: Number of the scan of each patch (batch,), by which scans are distinguished; None if unknown.
+        place_mm: First corner (z, y, x) of each patch in its scan in mm (batch, 3); None if unknown.
+    """
+
+    patches: Float[Tensor, "batch channel *shape"]
+    mask: Bool[Tensor, "batch tokens"]
+    visible: Int[Tensor, "batch visible"]
+    strong: Float[Tensor, "batch channel *shape"]
+    partner: Int[Tensor, " batch"]
+    scan: Int[Tensor, " batch"] | None = None
+    place_mm: Float[Tensor, "batch 3"] | None = None
 
 
 def pair_up(count: int) -> tuple[list[int], list[int]]:
@@ -59,3 +84,31 @@ def of_other_pairs(partner: Int[Tensor, " batch"], keys: int, rank: int) -> Bool
     places = torch.arange(keys, device=partner.device)
     own = first + torch.arange(len(partner), device=partner.device)[:, None]
     return (places != own) & (places != first + partner[:, None])
+
+
+def show_same_place(
+    scan: Int[Tensor, " batch"],
+    place_mm: Float[Tensor, "batch 3"],
+    partner: Int[Tensor, " batch"],
+    all_scans: Int[Tensor, " key"],
+    all_places_mm: Float[Tensor, "key 3"],
+    all_partners: Int[Tensor, " key"],
+    extent_mm: Float[Tensor, " 3"],
+) -> Bool[Tensor, "batch key"]:
+    """Return which patches of all processes show the same place as each patch of this process.
+
+    Two patches of one scan do if they overlap, that is, if they are nearer than a patch along every axis. Both patches of a pair
+    show the same anatomy, so all four patches of two pairs do as soon as one patch of each overlap.
+
+    Args:
+        scan: Number of the scan of each patch.
+        place_mm: First corner (z, y, x) of each patch in its scan in mm.
+        partner: Index of each patch's partner in the batch of this process.
+        all_scans: Number of the scan of each patch of all processes, in the order of ranks.
+        all_places_mm: First corners of these patches.
+        all_partners: Index of the partner of each of these patches among them.
+        extent_mm: Size of a patch in mm.
+    """
+    near = ((place_mm[:, None] - all_places_mm).abs() < extent_mm).all(dim=2) & (scan[:, None] == all_scans)
+    near = near | near[partner]
+    return near | near[:, all_partners]

@@ -33,7 +33,7 @@ def make_pretext() -> Pretext:
         tokens=TOKENS,
         dense=DenseSampling(features="pyramid", channels=24, contrast_points=1000, correlation_points=4096),
         context=ContextChoices(turn_plane=(1, 2), quarter_turns=False, attention_rank=16),
-        anatomy=AnatomyChoices(fine_stage=1, coarse_stage=2, partners="sam"),
+        anatomy=AnatomyChoices(fine_stage=1, coarse_stage=2, partners="sam", scan_mm=(192.0, 96.0, 60.0)),
         queue_length=64,
         teacher_momentum=0.99,
         schedule=StageSchedule((16, 24, 20), 2, 1, False, 3, 4, 0),
@@ -124,6 +124,9 @@ def test_a_stage_reads_the_settings_of_its_configuration_and_of_its_own_patch():
     other = hybrid.for_stage("reprec.contrastive", (8, 25, 2))
     assert other.patch_size == (8, 25, 2)
     assert (other.token_grid.grid, other.token_grid.mask_block) == ((4, 13, 1), (1, 2, 1))
+    assert own.anatomy.partners == "sam"
+    assert hybrid.for_stage("reprec.contrastive", (48, 96, 40)).anatomy.partners == "body_box"  # 1.3 x 1 x 1 patches
+    assert hybrid.for_stage("reprec.contrastive", (42, 96, 40)).anatomy.partners == "sam"  # 1.52 patches along z
     with pytest.raises(UserError, match=r"patch_size must have 3 axes, got \(8, 25\)"):
         hybrid.for_stage("reprec.contrastive", (8, 25))
     with pytest.raises(UserError, match="The plan has no schedule for alice.alignment"):

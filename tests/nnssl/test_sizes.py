@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from nnssl.sizes import in_bytes, in_mm, in_time, in_voxels, in_words
+from nnssl.sizes import in_bytes, in_mm, in_time, in_voxels, in_words, length_in_patches
 
 MAGNITUDES = {"trillion": 10**12, "billion": 10**9, "million": 10**6, "": 1}
 UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "kB": 10**3, "bytes": 1}
@@ -79,3 +79,7 @@ def test_sizes_along_axes():
 )
 def test_a_duration_has_its_largest_unit(seconds, text):
     assert in_time(seconds) == text
+
+
+def test_a_scan_is_counted_in_patches():
+    assert length_in_patches((90.0, 60.0), (10, 20), (3.0, 1.5)) == pytest.approx([3.0, 2.0])

@@ -246,10 +246,15 @@ def test_schedules_and_teachers_follow_from_their_stages(kind, cpu_plans):
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_embeddings_pair_scans_that_are_longer_than_a_patch_in_mm(kind, cpu_plans):
     shapes, spacings, _ = KINDS[kind]
-    configuration = cpu_plans[kind].configuration("3d_fullres").for_stage("alice.alignment")
     scan_mm = np.median([np.multiply(shapes[i], spacings[i]) for i in (0, 1)], axis=0)
-    patch_mm = np.multiply(configuration.patch_size, configuration.spacing_mm)
-    assert configuration.anatomy.partners == ("sam" if (scan_mm / patch_mm).max() >= 1.5 else "body_box")
+    plan = cpu_plans[kind]
+    for name in ("3d_fullres", "3d_fullres_primus"):
+        if name not in plan.pretext.configurations:
+            continue
+        configuration = plan.configuration(name).for_stage("alice.alignment")
+        patch_mm = np.multiply(configuration.patch_size, configuration.spacing_mm)
+        assert configuration.anatomy.partners == ("sam" if (scan_mm / patch_mm).max() >= 1.5 else "body_box")
+        assert configuration.anatomy.scan_mm == pytest.approx(scan_mm)
 
 
 def test_memory_target_decides_encoder_width_and_batch(nnunet_folders):

@@ -29,6 +29,25 @@ def test_length_and_warm_up_are_shares_of_the_papers(length, share):
     assert f"length {length}: {share:.0%} of the paper's {training.epochs:,} epochs" in reasons[0][2]
 
 
+@pytest.mark.parametrize(("length", "steps"), [("short", 2_000), ("medium", 6_667), ("full", 20_000)])
+@pytest.mark.parametrize("patches", [12, 48, 100, 5_000])
+def test_few_scans_do_not_shorten_embeddings(length, steps, patches):
+    """Twelve scans of four patches each; passes over them would end after 200 steps of a short run."""
+    sam = find_stage("sam.embedding")[1]
+    (epochs, iterations, warmup), reasons = decide_length(sam, 4, patches, length)
+    assert iterations == min(max(math.ceil(patches / 4), 25), 250)
+    assert steps <= epochs * iterations < steps + iterations
+    assert warmup / epochs == pytest.approx(500 / 20_000, abs=0.51 / epochs)
+    assert "of the authors' 20,000 steps, at least 2,000" in reasons[0][2]
+
+
+def test_embeddings_have_a_floor_in_steps(monkeypatch):
+    sam = find_stage("sam.embedding")[1]
+    monkeypatch.setitem(LENGTHS, "tiny", 0.001)
+    assert decide_length(sam, 4, 48, "tiny")[0][:2] == (80, 25)
+    assert decide_length(STAGE, 4, 48, "tiny")[0][0] == max(1, round(STAGE.load().defaults.training.epochs * 0.001))
+
+
 @pytest.mark.parametrize(
     ("patches", "batch", "queue"),
     [

@@ -15,7 +15,7 @@ from nnssl.data.patch_pairs import PairTable, read_pairs, write_pairs
 from nnssl.distributed import is_distributed, rank
 from nnssl.errors import ArgumentError, UserError
 from nnssl.log import logger
-from nnssl.matching.anatomical_sanity import Sanity
+from nnssl.matching.anatomical_sanity import Sanity, describe_difference
 from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import EmbeddingMatcher
 from nnssl.matching.pairs import make_pairs
@@ -89,10 +89,15 @@ def usable_matcher(
             f"{embeddings}: not found, but its embeddings pair the places of different scans; run nnssl_pretrain -m sam, or "
             "set partners=body_box to pair them without embeddings"
         )
-    examined = schema.read(Sanity, embeddings.parent / EXAMINATION, "examination of the embeddings")
+    advice = "run nnssl_pretrain -m sam --restart"
+    examined = schema.read(Sanity, embeddings.parent / EXAMINATION, "examination of the embeddings", advice)
     if not examined.usable:
         logger.info(f"Places are paired by the body's box instead of embeddings: {'; '.join(examined.reasons)}")
         return None
+    difference = describe_difference(examined.differences, examined.difference_interval, examined.unit)
+    logger.info(
+        f"Places are paired by embeddings, whose tissue similarity is above that of the body's box: {difference}"
+    )
     method, provenance = restore_method(embeddings, device)
     own = plan.pretext.configurations.get(provenance.configuration)
     if provenance.dataset_name != plan.dataset_name or own is None or own.spacing_mm != method.configuration.spacing_mm:

@@ -234,7 +234,7 @@ class PretrainTrainer(nnUNetTrainer):
         volumes = self.precision.lay_out(volumes, len(self.configuration.patch_size))
         generators = sample_generators(self.options.seed, f"{self.stage}/views", batch.step, batch.samples)
         with torch.no_grad():
-            views = self.method.make_views(volumes, generators)
+            views = self.method.placed(self.method.make_views(volumes, generators), batch.cases, batch.lower_vox)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             output: StepOutput = self.parallel(views, progress)

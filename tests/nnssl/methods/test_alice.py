@@ -9,13 +9,14 @@ import torch.nn.functional as F
 
 from nnssl.draws import sample_generators
 from nnssl.errors import UserError
-from nnssl.methods.alice import Alice, PairedViews, check_settings
+from nnssl.methods.alice import Alice, check_settings
 from nnssl.methods.settings import resolve_stage
 from nnssl.momentum import update_teacher
 from nnssl.networks.backbone import build_network
 from nnssl.networks.token_alignment import ConditionalAlignment
 from nnssl.networks.token_encoders import UNetTokens
 from nnssl.networks.tokens import cut_into_tokens
+from nnssl.views.partners import PairedViews
 from tests.nnssl.methods.tiny_configuration import make_configuration, planned
 from tests.nnssl.networks.test_hybrid import PATCHES, architecture
 
@@ -188,7 +189,7 @@ def test_losses_between_and_within_scans_against_loops(name, similarity):
 
 @networks
 def test_partners_are_found_among_the_teacher_s_vectors(name):
-    """``partner_top1`` by a loop: what is said of a patch, and the centred vectors of all other pairs."""
+    """``head_partner_first`` by a loop: what is said of a patch, and the centred vectors of all other pairs."""
     method = make_stage(name, "batch_size=8")
     method.centre.normal_(std=0.02)
     found, expected = [], []
@@ -209,6 +210,56 @@ def test_partners_are_found_among_the_teacher_s_vectors(name):
         expected.append(hits / 8)
     assert found == pytest.approx(expected)
     assert 0 < sum(expected) < 6
+
+
+def test_patches_of_the_same_place_are_no_negatives():
+    """Three pairs of patches of 12 x 24 x 30 mm (see ``PATCHES``): the first two share a scan, and overlap there or not."""
+    method = make_stage("primus", "similarity=info_nce", "batch_size=6")
+    views = method.make_views(make_batch("primus", 6), generators(0, 6))
+    patch = torch.tensor(PATCHES[3])
+    lower = torch.zeros(6, 3, dtype=torch.long)
+    cases = ["a", "b", "c", "a", "d", "e"]
+    apart = lower.clone()
+    apart[3] = torch.tensor([0, 0, int(patch[2])])  # next to the first patch
+    assert torch.equal(
+        method._of_other_places(method.placed(views, cases, apart), 6), method._of_other_places(views, 6)
+    )
+    near = apart.clone()
+    near[3, 2] -= 1  # a common layer of voxels
+    placed = method.placed(views, cases, near)
+    others = method._of_other_places(placed, 6)
+    expected = torch.zeros(6, 6, dtype=torch.bool)
+    expected[:4, 4:] = expected[4:, :4] = True
+    assert torch.equal(others, expected)
+    torch.testing.assert_close(
+        placed.place_mm[3], torch.tensor([0.0, 0.0, (int(patch[2]) - 1) * method.configuration.spacing_mm[2]])
+    )
+    with torch.no_grad():
+        seen = method.student(views.patches, views.visible)
+        whole = method.projection(method.decoder.decode(seen, views.visible, method.positions)).mean(dim=1)
+        said = method.inter_predictor(whole)
+        taught = method.teacher_projection(method.teacher(views.strong)).mean(dim=1)
+    total, hits = 0.0, 0
+    for index in range(6):
+        negatives = [4, 5] if index < 4 else [0, 1, 2, 3]
+        alike = [float(F.cosine_similarity(said[index], taught[i], dim=0)) / 0.2 for i in range(6)]
+        own = alike[index ^ 1]
+        total += math.log(math.exp(own) + sum(math.exp(alike[i]) for i in negatives)) - own
+        centred = [float(F.cosine_similarity(said[index], taught[i] - method.centre, dim=0)) for i in range(6)]
+        hits += all(centred[index ^ 1] > centred[i] for i in negatives)
+    output = method.losses(placed, 0.0)
+    assert output.losses["inter"].item() == pytest.approx(total / 6, rel=1e-4)
+    assert output.monitors["head_partner_first"].item() == pytest.approx(hits / 6)
+    assert output.losses["inter"] < method.losses(views, 0.0).losses["inter"]
+
+
+def test_pairs_of_one_place_compare_nothing():
+    """Without a negative, InfoNCE and the share of partners found are 0 instead of a certain success."""
+    method = make_stage("primus", "similarity=info_nce")
+    views = method.placed(views_of(method, "primus"), ["a", "b", "a", "c"], torch.zeros(4, 3, dtype=torch.long))
+    output = method.losses(views, 0.0)
+    assert output.losses["inter"].item() == pytest.approx(0, abs=1e-6)
+    assert output.monitors["head_partner_first"].item() == 0
 
 
 @networks
@@ -305,7 +356,8 @@ def test_the_loss_between_scans_reaches_each_patch_by_its_own_student_only():
     whole = method.projection(method.decoder.decode(seen, views.visible, method.positions)).mean(dim=1)
     with torch.no_grad():
         taught = method.teacher_projection(method.teacher(strong)).mean(dim=1)
-    term = method._between(method.inter_predictor(whole[:1]), taught, taught, views.partner[:1])
+    others = method._of_other_places(views, 4)[:1]
+    term = method._between(method.inter_predictor(whole[:1]), taught, taught, views.partner[:1], others)
     gradient, none = torch.autograd.grad(term, (patches, strong), allow_unused=True)
     assert none is None
     assert gradient[0].abs().max() > 0

@@ -47,7 +47,12 @@ def make_configuration(dim: int) -> StageConfiguration:
         transformer=TransformerSize(width=16, depth=2, heads=2, decoder_depth=1),
         dense=DenseSampling(features="pyramid", channels=24, contrast_points=64, correlation_points=64),
         context=ContextChoices(turn_plane=(dim - 2, dim - 1), quarter_turns=False, attention_rank=8),
-        anatomy=AnatomyChoices(fine_stage=1, coarse_stage=2, partners="sam"),
+        anatomy=AnatomyChoices(
+            fine_stage=1,
+            coarse_stage=2,
+            partners="sam",
+            scan_mm=tuple(2 * n * mm for n, mm in zip(patch, spacing, strict=True)),
+        ),
         queue_length=10,
         teacher_momentum=0.9,
     )
