@@ -73,6 +73,7 @@ def plan_toy(folders: Folders, channels: int = 1, cases: int = 6) -> Plan:
         for stage in configuration["stages"].values():
             stage["schedule"].update(SCHEDULE)
         narrow_transformer(configuration, content["configurations"][name])
+        phantom_study.narrow_unet(content["configurations"][name])
         folder = folders.preprocessed / NAME / configuration["case_folder"]
         if not folder.exists():
             folder.mkdir()

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,13 @@ SOURCE, LABELLED = "Dataset501_Unlabelled", "Dataset004_Labelled"
 SHAPE, SPACING_MM = (16, 24, 20), (2.5, 1.5, 1.7)
 SCHEDULE = {"batch_size": 2, "epochs": 1, "iterations_per_epoch": 2, "warmup_epochs": 0}
 UNLABELLED_CASES, LABELLED_CASES = 4, 8
+
+
+def narrow_unet(nnunet: dict[str, Any]) -> None:
+    """Divide the widths of a configuration's U-Net by four, as most of a step is its convolutions."""
+    arguments = nnunet["architecture"]["arch_kwargs"] if "architecture" in nnunet else {}
+    if "features_per_stage" in arguments:
+        arguments["features_per_stage"] = [width // 4 for width in arguments["features_per_stage"]]
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +40,8 @@ def phantoms(tmp_path_factory) -> Path:
     for configuration in content["pretext"]["configurations"].values():
         for stage in configuration["stages"].values():
             stage["schedule"].update(SCHEDULE)
+    for configuration in content["configurations"].values():
+        narrow_unet(configuration)
     path.write_text(json.dumps(content))
     return folder
 

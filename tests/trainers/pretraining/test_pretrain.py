@@ -85,7 +85,18 @@ def test_both_stages_and_what_they_leave(toy):
         assert (path.parent / "progress.png").stat().st_size > 5000
         rows = list(csv.DictReader((path.parent / "metrics.csv").open()))
         assert [row["epoch"] for row in rows] == ["0", "1"]
-        assert all(math.isfinite(float(value)) for row in rows for value in row.values())
+        # The retrieval of views is measured before the first and after the last epoch only.
+        sparse = {name for name in rows[0] if name.startswith("retrieval_")}
+        assert all(math.isfinite(float(value)) for row in rows for name, value in row.items() if name not in sparse)
+        assert all(0 <= float(rows[-1][name]) <= 1 and rows[0][name] == "" for name in sparse)
+        assert {"retrieval_pooled", "retrieval_points_random", "retrieval_pooled_encoder_0"} <= sparse
+        assert not any(name.startswith("retrieval_pooled_decoder") for name in sparse)  # RepRec does not pretrain it
+        measured = json.loads((path.parent / "retrieval.json").read_text())
+        assert [entry["epochs"] for entry in measured["history"]] == [0, 2]
+        assert not measured["set_aside"]
+        assert measured == content["nnssl"]["state"]["retrieval"]
+        if stage == "reprec.contrastive":  # it starts from random weights
+            assert measured["history"][0]["stages"] == measured["random_weights"]
         assert {"loss", "head_std", "head_rank", "learning_rate", "data_wait_share"} <= set(rows[0])
         described = json.loads((path.parent / "run.json").read_text())
         assert described["settings"]["epochs"] == {"value": 2, "origin": "plan"}
