@@ -26,8 +26,10 @@ def _pairs(student: nn.Module, teacher: nn.Module) -> list[tuple[nn.Parameter, n
 
 @torch.no_grad()
 def _copy_buffers(student: nn.Module, teacher: nn.Module) -> None:
-    for own, copied in zip(student.buffers(), teacher.buffers(), strict=True):
-        copied.copy_(own)
+    for own, copied in zip(student.modules(), teacher.modules(), strict=True):
+        if not getattr(copied, "keeps_own_buffers", False):
+            for buffer, other in zip(own.buffers(recurse=False), copied.buffers(recurse=False), strict=True):
+                other.copy_(buffer)
 
 
 def make_teacher(student: M) -> M:
@@ -37,7 +39,9 @@ def make_teacher(student: M) -> M:
 
 @torch.no_grad()
 def update_teacher(student: nn.Module, teacher: nn.Module, momentum: float) -> None:
-    """Update the teacher in place: ``teacher = momentum * teacher + (1 - momentum) * student``. Buffers are copied.
+    """Update the teacher in place: ``teacher = momentum * teacher + (1 - momentum) * student``.
+
+    Buffers are copied, except those of modules whose attribute ``keeps_own_buffers`` is true.
 
     Source: MoCo, CVPR 2020, equation 2.
     Deviations: none; the paper does not mention buffers (statistics of batch normalisation).

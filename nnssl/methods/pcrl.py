@@ -59,7 +59,7 @@ from nnssl.momentum import make_teacher, momentum_for_run, queue_for_run
 from nnssl.networks.attention import AttentionKind, TransformationAttention
 from nnssl.networks.backbone import input_channels, widest_kernel
 from nnssl.networks.dense import ENCODER, ENCODER_AND_DECODER, decode, trained_encoder, trained_up_to_segmentation
-from nnssl.networks.heads import PooledProjection
+from nnssl.networks.heads import HeadNormalisation, PooledProjection
 from nnssl.networks.pieces import in_pieces, recompute_stages
 from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
@@ -101,6 +101,8 @@ class PCRLSettings:
     reconstruction_weight: NotNegative = 0.5  # [P]
     """Weight of the reconstructions; with 0, only the contrast is computed, and the decoder is neither run nor trained."""
     temperature: Positive = 0.2  # [P] [C]
+    head_normalisation: HeadNormalisation = "batch"  # [D]
+    """``batch`` standardises the head's hidden vector over the batch, ``none`` leaves it as it is."""
     embedding_dimensions: TwoOrMore = 128  # [C]
     negatives: Negatives = "batch"  # [R]; queue in the paper
     queue_length: Count = 16_384  # [C]
@@ -192,7 +194,8 @@ class PCRL(PretextMethod):
         self.configuration = configuration
         self.network = trained_up_to_segmentation(network)
         encoder, channels = network.encoder, network.encoder.output_channels
-        self.head = PooledProjection(channels[-1], channels[-1], settings.embedding_dimensions)
+        batch, dimensions = settings.training.batch_size, settings.embedding_dimensions
+        self.head = PooledProjection(channels[-1], channels[-1], dimensions, batch, settings.head_normalisation)
         if settings.reconstruction_weight:
             if settings.attention != "none":
                 bits, kernel = len(shape) + 4, widest_kernel(encoder.stages[-1])
@@ -205,9 +208,7 @@ class PCRL(PretextMethod):
         self.teacher = make_teacher(encoder)
         self.teacher_head = make_teacher(self.head)
         if settings.negatives != "batch":
-            self.queue = queue_for_run(
-                settings.queue_length, settings.training.batch_size, settings.embedding_dimensions
-            )
+            self.queue = queue_for_run(settings.queue_length, batch, dimensions)
         self._momentum = momentum_for_run(settings.teacher_momentum, settings.training.total_steps)
         if settings.training.checkpointing:
             recompute_stages(self)
@@ -255,8 +256,10 @@ class PCRL(PretextMethod):
         codes = [views.codes[model] for model in targets]
         tensors = [views.seen_o, views.seen_m, views.mixing, *codes, *targets.values()]
         found = in_pieces(partial(self._of_piece, list(targets)), tensors, own.training.pieces)
-        queries, keys = found["queries"], found["keys"]
-        all_keys = gather(keys)
+        queries = self.head.embed(found["pooled"])
+        with torch.no_grad():
+            keys = self.teacher_head.embed(found["pooled_keys"])
+            all_keys = gather(keys)
         queue = None if own.negatives == "batch" else self.queue.keys
         contrast = momentum_contrast(queries, keys, all_keys, queue, own.negatives, own.temperature)
         losses = {"contrast": own.contrast_weight * contrast}
@@ -274,13 +277,12 @@ class PCRL(PretextMethod):
     def _of_piece(
         self, models: Sequence[str], seen_o: Tensor, seen_m: Tensor, mixing: Tensor, *asked: Tensor
     ) -> dict[str, Tensor]:
-        """Return queries, keys and the mean error of each model's reconstruction; ``asked`` are codes, then targets."""
+        """Return pooled features of both and the mean error of each model's reconstruction; ``asked``: codes, then targets."""
         features = self.network.encoder(seen_o)
-        queries = self.head(features[-1])
+        found = {"pooled": self.head.pool(features[-1])}
         with torch.no_grad():
             taught = self.teacher(seen_m)
-            keys = self.teacher_head(taught[-1])
-        found = {"queries": queries, "keys": keys}
+            found["pooled_keys"] = self.teacher_head.pool(taught[-1])
         if models:
             codes = dict(zip(models, asked[: len(models)], strict=True))
             outputs = self.reconstruct(features, taught, codes, mixing)

@@ -59,7 +59,7 @@ from nnssl.methods.settings import (
 )
 from nnssl.momentum import make_teacher, momentum_for_run, queue_for_run
 from nnssl.networks.dense import ENCODER, trained_encoder
-from nnssl.networks.heads import PooledProjection, TokenDecoder
+from nnssl.networks.heads import HeadNormalisation, PooledProjection, TokenDecoder
 from nnssl.networks.pieces import in_pieces, recompute_stages
 from nnssl.networks.tokens import map_to_tokens, sine_cosine_positions, take_tokens
 from nnssl.plan import StageConfiguration
@@ -78,6 +78,8 @@ class ContrastiveSettings:
 
     training: TrainingSettings
     temperature: Positive = 0.2  # [D] MoCo v2; 0.07 in v1
+    head_normalisation: HeadNormalisation = "batch"  # [D]
+    """``batch`` standardises the head's hidden vector over the batch, ``none`` leaves it as it is."""
     embedding_dimensions: TwoOrMore = 128  # [D]
     negatives: Negatives = "batch"  # [P] 4.1 as printed
     """Source of the negatives: ``queue`` as in MoCo (the text), ``batch`` as in the printed formula, or ``both``."""
@@ -141,7 +143,10 @@ class RepRecContrastive(PretextMethod):
         self.configuration = configuration
         self.encoder = trained_encoder(network)
         channels = network.encoder.output_channels[-1]
-        self.head = PooledProjection(channels, channels, settings.embedding_dimensions)
+        batch = settings.training.batch_size
+        self.head = PooledProjection(
+            channels, channels, settings.embedding_dimensions, batch, settings.head_normalisation
+        )
         self.key_encoder = make_teacher(self.encoder)
         self.key_head = make_teacher(self.head)
         if settings.negatives != "batch":
@@ -178,11 +183,13 @@ class RepRecContrastive(PretextMethod):
         """Return InfoNCE of the queries against their keys and the negatives (section 4.1; MoCo equation 1)."""
         own = self.settings
         query_volumes, key_volumes = views
-        queries = in_pieces(lambda crops: self.head(self.encoder(crops)[-1]), [query_volumes], own.training.pieces)
+        pooled = in_pieces(lambda crops: self.head.pool(self.encoder(crops)[-1]), [query_volumes], own.training.pieces)
+        queries = self.head.embed(pooled)
         with torch.no_grad():
-            keys = in_pieces(
-                lambda crops: self.key_head(self.key_encoder(crops)[-1]), [key_volumes], own.training.pieces
+            pooled_keys = in_pieces(
+                lambda crops: self.key_head.pool(self.key_encoder(crops)[-1]), [key_volumes], own.training.pieces
             )
+            keys = self.key_head.embed(pooled_keys)
             all_keys = gather(keys)
         queue = None if own.negatives == "batch" else self.queue.keys
         losses = {"contrast": momentum_contrast(queries, keys, all_keys, queue, own.negatives, own.temperature)}

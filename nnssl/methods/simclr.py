@@ -28,7 +28,7 @@ from nnssl.losses.nt_xent import nt_xent
 from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, split_by_decay
 from nnssl.methods.settings import CropFraction, Positive, Share, TrainingSettings, TwoOrMore, changes_in_common
 from nnssl.networks.dense import ENCODER, trained_encoder
-from nnssl.networks.heads import PooledProjection
+from nnssl.networks.heads import HeadNormalisation, PooledProjection
 from nnssl.networks.pieces import in_pieces, recompute_stages
 from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
@@ -45,6 +45,8 @@ class SimCLRSettings:
 
     training: TrainingSettings
     temperature: Positive = 0.1  # [P] table 5
+    head_normalisation: HeadNormalisation = "batch"  # [P] as its batch normalisation
+    """``batch`` standardises the head's hidden vector over the batch, ``none`` leaves it as it is."""
     embedding_dimensions: TwoOrMore = 128  # [P] section 4.2
     crop_fraction: CropFraction = (0.08, 1.0)  # [P] appendix A
     flip_axes: tuple[int, ...] = (-1,)  # [P] appendix A, horizontal
@@ -88,7 +90,10 @@ class SimCLR(PretextMethod):
         self.configuration = configuration
         self.encoder = trained_encoder(network)
         channels = network.encoder.output_channels[-1]
-        self.head = PooledProjection(channels, channels, settings.embedding_dimensions)
+        rows = 2 * settings.training.batch_size  # both views of the batch
+        self.head = PooledProjection(
+            channels, channels, settings.embedding_dimensions, rows, settings.head_normalisation
+        )
         if settings.training.checkpointing:
             recompute_stages(self)
 
@@ -111,10 +116,11 @@ class SimCLR(PretextMethod):
     def losses(self, views: tuple[Tensor, Tensor], progress: float) -> StepOutput:
         """Return NT-Xent of the projections of both views (equation 1), and the retrieval of the other view as monitor."""
 
-        def embed(volumes: Tensor) -> Tensor:
-            return self.head(self.encoder(volumes)[-1])
+        def pool(volumes: Tensor) -> Tensor:
+            return self.head.pool(self.encoder(volumes)[-1])
 
-        first, second = (in_pieces(embed, [volumes], self.settings.training.pieces) for volumes in views)
+        pooled = [in_pieces(pool, [volumes], self.settings.training.pieces) for volumes in views]
+        first, second = self.head.embed(torch.cat(pooled)).chunk(2)
         monitors = {
             "head_similarity": (first * second).sum(dim=1).mean().detach(),
             "head_retrieval": retrieval_top1(first, second),

@@ -2,13 +2,17 @@
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nnssl.distributed import standardise_over_ranks
+from nnssl.networks.recent_statistics import RecentStatistics
 from nnssl.networks.tokens import initialise_linear, map_to_tokens, transformer_blocks
+
+HeadNormalisation = Literal["batch", "none"]
 
 
 def pooled_positions(
@@ -25,23 +29,41 @@ def pooled_positions(
 class PooledProjection(nn.Module):
     """A perceptron at every position, the mean over positions, and a projection onto the unit sphere.
 
-    Source: He et al., MoCo, CVPR 2020 (pooling, 128 dimensions, unit norm); the hidden layer is MoCo v2's (Chen et al. 2020).
-    Deviations: MoCo pools first; here the hidden layer comes before the mean (``pooled_positions``).
+    Source: He et al., MoCo, CVPR 2020 (pooling, 128 dimensions, unit norm); the hidden layer is MoCo v2's (Chen et al. 2020),
+    the normalisation over the batch is that of SimCLR and MoCo v3.
+    Deviations: MoCo pools first; here the hidden layer comes before the mean (``pooled_positions``). The normalisation stands
+    directly before the last layer and covers earlier vectors if the batch is small (``RecentStatistics``).
 
     Args:
         channels: Number of channels of the feature map.
         hidden: Width of the hidden layer.
         dimensions: Number of dimensions of the embedding.
+        batch_size: Number of samples that are projected at once, over all processes.
+        normalisation: ``batch`` to standardise the hidden vector over the batch, ``none`` to leave it as it is.
     """
 
-    def __init__(self, channels: int, hidden: int, dimensions: int) -> None:
+    def __init__(
+        self, channels: int, hidden: int, dimensions: int, batch_size: int, normalisation: HeadNormalisation
+    ) -> None:
         super().__init__()
         self.hidden = nn.Linear(channels, hidden)
+        self.standardise = RecentStatistics(hidden, batch_size) if normalisation == "batch" else nn.Identity()
         self.project = nn.Linear(hidden, dimensions)
 
     def forward(self, feature_map: Float[Tensor, "batch channel *grid"]) -> Float[Tensor, "batch dimension"]:
         """Return one embedding of unit norm per sample, in float32."""
-        return nn.functional.normalize(self.project(pooled_positions(self.hidden, feature_map)).float(), dim=1)
+        return self.embed(self.pool(feature_map))
+
+    def pool(self, feature_map: Float[Tensor, "batch channel *grid"]) -> Float[Tensor, "batch hidden"]:
+        """Return the mean over positions after the perceptron; a sample does not depend on the others."""
+        # In half precision, the small differences between images would be lost.
+        with torch.autocast(feature_map.device.type, enabled=False):
+            return pooled_positions(self.hidden, feature_map.float())
+
+    def embed(self, pooled: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch dimension"]:
+        """Return the embeddings of pooled vectors of the whole batch."""
+        with torch.autocast(pooled.device.type, enabled=False):
+            return nn.functional.normalize(self.project(self.standardise(pooled.float())), dim=1)
 
 
 class PooledAssignment(nn.Module):

@@ -38,7 +38,7 @@ LEFT_OUT = frozenset({"learning_rate", "epoch_seconds", "data_wait_share", "patc
 RETRIEVAL = "retrieval_"
 """Start of the metrics that measure the retrieval of views."""
 RETRIEVAL_SHOWN = tuple(f"{RETRIEVAL}{kind}{what}" for kind in ("pooled", "points") for what in ("", "_random"))
-"""Metrics of retrieval in the figures: the best stage, and the best stage of random weights."""
+"""Metrics of retrieval in the figures: the mean over the stages, and that of random weights."""
 PROBE = "probe_dice"
 """Metric of the linear probe: a Dice from 0 to 1, which figures show in points."""
 SVG, XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"

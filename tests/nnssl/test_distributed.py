@@ -22,6 +22,7 @@ from nnssl.losses.barlow_twins import barlow_twins
 from nnssl.losses.contrastive import info_nce_in_batch, info_nce_with_queue
 from nnssl.losses.nt_xent import nt_xent
 from nnssl.momentum import FeatureQueue
+from nnssl.networks.recent_statistics import RecentStatistics
 from tests.waiting import HUNG_S
 
 RANKS, PER_RANK = 2, 3
@@ -32,11 +33,19 @@ def standardised(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return (standardise_over_ranks(first) ** 3 * second.tanh()).mean()
 
 
+def remembered(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """A loss of the second call of a standardisation that remembers the first one."""
+    layer = RecentStatistics(first.shape[1], RANKS * PER_RANK)
+    layer(second.detach())
+    return (layer(first) ** 3 * second.tanh()).mean()
+
+
 # losses of pairs whose rows are shared out over the processes
 PAIR_LOSSES = {
     "nt_xent": lambda first, second: nt_xent(first, second, 0.5),
     "barlow_twins": lambda first, second: barlow_twins(first, second, 0.1),
     "standardise": standardised,
+    "remembered": remembered,
 }
 
 

@@ -107,11 +107,11 @@ class RetrievalRun:
         return self.metrics(found)
 
     def metrics(self, found: dict[str, Retrieval]) -> dict[str, float]:
-        """Return the values of the best stage, of random weights at theirs, of chance and of every stage, by name."""
+        """Return the mean over the stages, that of random weights, chance, and the value of every stage, by name."""
         values = {}
         for kind in ("pooled", "points"):
-            values[f"{PREFIX}{kind}"] = best(found, kind)[1]
-            values[f"{PREFIX}{kind}_random"] = best(self.random, kind)[1]
+            values[f"{PREFIX}{kind}"] = mean_over_stages(found, kind)
+            values[f"{PREFIX}{kind}_random"] = mean_over_stages(self.random, kind)
             values[f"{PREFIX}{kind}_chance"] = getattr(self.pairs.chance, kind)
             values |= {f"{PREFIX}{kind}_{name}": getattr(each, kind) for name, each in found.items()}
         return values
@@ -119,14 +119,15 @@ class RetrievalRun:
     def describe(self) -> str:
         """Return the last measurement in one line."""
         last = {name: Retrieval(**each) for name, each in self.history[-1]["stages"].items()}
+        deepest = [name for name in last if name.startswith("encoder_")][-1]
         parts = []
         for kind, what in (("pooled", "patches"), ("points", "points")):
-            (name, value), (other, random) = best(last, kind), best(self.random, kind)
-            parts.append(
-                f"{what} {value:.3f} at {name} (random weights {random:.3f} at {other}, "
-                f"chance {getattr(self.pairs.chance, kind):.3f})"
+            own, random = (
+                f"{mean_over_stages(stages, kind):.3f} and {getattr(stages[deepest], kind):.3f}"
+                for stages in (last, self.random)
             )
-        return f"Retrieval of the other view by the exported network: {'; '.join(parts)}"
+            parts.append(f"{what} {own} (random weights {random}, chance {getattr(self.pairs.chance, kind):.3f})")
+        return f"Other view found by the exported network, mean of its stages and {deepest}: {'; '.join(parts)}"
 
     def opening(self) -> str:
         """Return one line on the cases that features are measured on."""
@@ -156,10 +157,9 @@ class RetrievalRun:
             self.random = {name: Retrieval(**each) for name, each in state["random_weights"].items()}
 
 
-def best(stages: dict[str, Retrieval], kind: str) -> tuple[str, float]:
-    """Return the stage with the highest retrieval and its value; the first if several are equal."""
-    name = max(stages, key=lambda each: getattr(stages[each], kind))
-    return name, getattr(stages[name], kind)
+def mean_over_stages(stages: dict[str, Retrieval], kind: str) -> float:
+    """Return the mean of a kind of retrieval over the stages of a network."""
+    return sum(getattr(each, kind) for each in stages.values()) / len(stages)
 
 
 def _plain(stages: dict[str, Retrieval]) -> dict[str, dict[str, float]]:

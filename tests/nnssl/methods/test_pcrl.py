@@ -407,8 +407,8 @@ def test_equal_embeddings_cost_the_log_of_the_candidates(monkeypatch):
     method = make_stage(2, "queue_length=7", "contrast_weight=1", "negatives=queue")
     same = torch.nn.functional.normalize(torch.ones(1, 128), dim=1)
     method.queue.keys.copy_(same.expand(7, -1))
-    monkeypatch.setattr(method.head, "forward", lambda _: same.expand(4, -1))
-    monkeypatch.setattr(method.teacher_head, "forward", lambda _: same.expand(4, -1))
+    monkeypatch.setattr(method.head, "embed", lambda _: same.expand(4, -1))
+    monkeypatch.setattr(method.teacher_head, "embed", lambda _: same.expand(4, -1))
     views = method.make_views(make_batch(2), generators())
     assert method.losses(views, 0.0).losses["contrast"].item() == pytest.approx(math.log(1 + 7))
 

@@ -138,7 +138,7 @@ def test_token_decoder_puts_tokens_where_they_belong():
 
 
 def test_pooled_projection_is_on_the_unit_sphere_and_float32():
-    head = PooledProjection(6, 6, 4)
+    head = PooledProjection(6, 6, 4, 3, "none")
     feature_map = torch.randn(3, 6, 2, 3, 4)
     embedding = head(feature_map)
     assert torch.allclose(embedding.norm(dim=1), torch.ones(3))
