@@ -49,7 +49,6 @@ ALLOWED: dict[str, set[str]] = {
     "nnssl.matching": {"nnssl.data", "nnssl.networks", "nnssl.views"},
     "nnssl.evaluation": {"nnssl.data", "nnssl.networks", "nnssl.views"},
     "nnssl.pictures": {
-        "nnssl.checkpoint",
         "nnssl.data",
         "nnssl.matching",
         "nnssl.methods",
