@@ -371,7 +371,7 @@ def read_plan(path: Path) -> Plan:
         >>> folder = nnssl.resolve_folders().preprocessed / "Dataset501_Scans"
         >>> plan = nnssl.read_plan(folder / "nnsslPlans.json")
         >>> plan.name, plan.pretext.num_cases
-        ('nnsslPlans', 4)
+        ('nnsslPlans', 6)
     """
     return plan_from_dict(read_json(path, "plan"), str(path))
 

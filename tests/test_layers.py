@@ -47,7 +47,7 @@ ALLOWED: dict[str, set[str]] = {
     "nnssl.imports": {"nnssl.data"},
     "nnssl.weights": {"nnssl.checkpoint", "nnssl.data", "nnssl.methods", "nnssl.networks"},
     "nnssl.matching": {"nnssl.data", "nnssl.networks", "nnssl.views"},
-    "nnssl.evaluation": {"nnssl.data", "nnssl.networks", "nnssl.views"},
+    "nnssl.evaluation": {"nnssl.data", "nnssl.networks", "nnssl.views", "nnssl.weights"},
     "nnssl.pictures": {
         "nnssl.data",
         "nnssl.matching",
