@@ -291,7 +291,7 @@ class Pretext:
     like: str | None
     """nnU-Net plans file that this plan was built around; None for a plan from the data alone."""
     modalities: tuple[str, ...]
-    """Modality of each channel: ``CT``, or the channel's name in the data set."""
+    """Modality of each channel: ``CT``, ``X-ray``, or the channel's name in the data set."""
     num_cases: int
     """Number of usable cases."""
     configurations: dict[str, PretextConfiguration]

@@ -74,6 +74,32 @@ def test_arms_share_their_bootstrap_samples():
     assert not np.array_equal(own.samples, other.samples)
 
 
+def test_bootstrap_draws_patients_with_all_their_cases():
+    """Nine equal cases of a patient are no more than one, so the AUC varies three times as much as for independent cases."""
+    data = make_cases(20, 9, 2, 1)
+    scores = np.repeat(np.random.default_rng(1).random((20, 2)), 9, axis=0)
+    folds = [FoldScores(np.arange(180), scores)]
+    single = LabelledFeatures(data.values, data.classes, np.arange(180))
+    (of_patients,), (of_cases,) = (bootstrap_auc([folds], each, 0) for each in (data, single))
+    np.testing.assert_array_equal(of_patients.estimate, of_cases.estimate)
+    assert of_patients.samples.std() == pytest.approx(3 * of_cases.samples.std(), rel=0.1)
+
+
+@pytest.mark.nightly
+def test_features_without_information_have_an_auc_of_a_half(few_fits, monkeypatch):
+    """The mean over many data sets is unbiased. The interval, which knows nothing of other training parts, is too narrow."""
+    monkeypatch.setattr(cross_validation, "REPEATS", 1)
+    values, covered = [], []
+    for seed in range(200):
+        data = make_cases(24, 1, 2, 10, seed)
+        (found,) = bootstrap_auc([cross_validate(data, 4, seed)], data, seed, resamples=200)
+        low, high = interval(found.samples[:, 0])
+        values.append(found.estimate[0])
+        covered.append(low <= 0.5 <= high)
+    assert abs(np.mean(values) - 0.5) < 3 * np.std(values) / np.sqrt(200)
+    assert 0.8 < np.mean(covered) < 0.97
+
+
 def test_interval_leaves_out_samples_without_pairs():
     samples = np.append(np.arange(101) / 100, [np.nan] * 7)
     assert interval(samples) == pytest.approx((0.025, 0.975))
