@@ -19,6 +19,8 @@ from nnssl.version import __version__
 
 if TYPE_CHECKING:
     from nnssl.errors import UserError as UserError
+    from nnssl.evaluation.classify import ClassifySettings as ClassifySettings
+    from nnssl.evaluation.classify import classify as classify
     from nnssl.evaluation.evaluate import evaluate as evaluate
     from nnssl.imports.dataset import import_dataset as import_dataset
     from nnssl.methods import METHODS as METHODS
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from trainers.pretraining.settings import PretrainSettings as PretrainSettings
 
 _MODULES = {
+    "ClassifySettings": "nnssl.evaluation.classify",
     "ExportSettings": "nnssl.weights.export_settings",
     "FinetuneSettings": "trainers.finetuning.settings",
     "Folders": "nnssl.paths",
@@ -50,6 +53,7 @@ _MODULES = {
     "StudySettings": "trainers.benchmark.settings",
     "UserError": "nnssl.errors",
     "benchmark": "trainers.benchmark.benchmark",
+    "classify": "nnssl.evaluation.classify",
     "evaluate": "nnssl.evaluation.evaluate",
     "export": "nnssl.weights.export",
     "finetune": "trainers.finetuning.finetune",

@@ -302,7 +302,7 @@ class Pretext:
     like: str | None
     """nnU-Net plans file that this plan was built around; None for a plan from the data alone."""
     modalities: tuple[str, ...]
-    """Modality of each channel: ``CT``, or the channel's name in the data set."""
+    """Modality of each channel: ``CT``, ``X-ray``, or the channel's name in the data set."""
     num_cases: int
     """Number of usable cases."""
     configurations: dict[str, PretextConfiguration]
@@ -382,7 +382,7 @@ def read_plan(path: Path) -> Plan:
         >>> folder = nnssl.resolve_folders().preprocessed / "Dataset501_Scans"
         >>> plan = nnssl.read_plan(folder / "nnsslPlans.json")
         >>> plan.name, plan.pretext.num_cases
-        ('nnsslPlans', 4)
+        ('nnsslPlans', 6)
     """
     return plan_from_dict(read_json(path, "plan"), str(path))
 

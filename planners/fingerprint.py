@@ -32,6 +32,7 @@ from planners.case_record import (
     measure_case,
     summarise_intensities,
 )
+from planners.modality_rules import CT, name_modality
 
 SCHEMA_VERSION = 1
 FILE_NAME = "nnssl_fingerprint.json"
@@ -68,7 +69,7 @@ class Fingerprint:
     channel_names: tuple[str, ...]
     """Names from ``dataset.json`` or the user, otherwise the modality detected from intensities."""
     modalities: tuple[str, ...]
-    """``"CT"`` or the channel's name, for each channel."""
+    """``"CT"``, ``"X-ray"`` or the channel's name, for each channel."""
     cases: tuple[CaseRecord, ...]
     """Usable cases, sorted by name."""
     set_aside: tuple[SetAside, ...]
@@ -231,20 +232,21 @@ def _split_dimensions(dataset: RawDataset, measured: list[MeasuredCase]) -> tupl
 
 
 def _judge_modalities(dataset: RawDataset, records: list[CaseRecord]) -> tuple[str, ...]:
-    """Return CT or the channel's name for each channel; the modality of unnamed channels is detected from intensities."""
+    """Return CT, X-ray or the channel's name for each channel; that of unnamed channels is detected from intensities."""
     modalities = []
+    single_slices = all(record.shape[0] == 1 for record in records)
     for channel, name in enumerate(dataset.channel_names):
         looks = sum(record.below_ct_air[channel] >= CT_AIR_SHARE for record in records)
         like_ct = looks >= CT_CASES * len(records)
         seen = f"{looks} of {len(records)} cases have voxels below {CT_AIR_HU:g}"
         if name == UNKNOWN_CHANNEL:
-            modalities.append("CT" if like_ct else "MRI")
+            modalities.append(CT if like_ct else "MRI")
             logger.info(
                 f"{dataset.name}: channel {channel} detected as {modalities[-1]} ({seen}); name the channel if this is wrong"
             )
         else:
-            modalities.append("CT" if name.casefold() == "ct" else name)  # nnU-Net's rule
-            if (modalities[-1] == "CT") != like_ct:
+            modalities.append(name_modality(name, single_slices))
+            if (modalities[-1] == CT) != like_ct:
                 logger.info(
                     f"{dataset.name}: channel {channel} is treated as {name}, its name in dataset.json, although {seen}"
                 )

@@ -20,6 +20,7 @@ def explain_data_set(
     preset: Preset,
     like: Path | None,
     spacing_reasons: dict[str, str],
+    single_slices: bool = False,
 ) -> Reasons:
     """Return the decisions that all configurations share, with their reasons.
 
@@ -30,12 +31,16 @@ def explain_data_set(
         preset: Memory target.
         like: Plans file that this plan was built around; None for a plan from the data.
         spacing_reasons: Reason for every spacing that was not chosen from the data, by configuration.
+        single_slices: Whether all images are single slices, which have no distance between slices: nnU-Net's readers give them
+            one of 999 times the spacing in the plane.
     """
     source = f"taken from {like.parent.name}/{like.name}" if like else None
     configurations = nnunet["configurations"]
     finest = "3d_fullres" if "3d_fullres" in configurations else "2d"
     base = configurations[finest]
     median = np.median(spacings_mm, axis=0)
+    if single_slices:
+        spacings_mm = spacings_mm[:, 1:]
     low, high = spacings_mm.min(axis=0), spacings_mm.max(axis=0)
     cases = len(spacings_mm)
     if cases == 1:
@@ -51,7 +56,9 @@ def explain_data_set(
     forward = tuple(nnunet["transpose_forward"])
     order = "as stored" if forward == (0, 1, 2) else "axis of the largest spacing first"
     slices = f"spacings of {in_mm([median.max()])} mm and {in_mm([median.min()])} mm"
-    if float(median.max() / median.min()) > ANISO_THRESHOLD:
+    if single_slices:
+        axis = ("none", "every image is a single slice")
+    elif float(median.max() / median.min()) > ANISO_THRESHOLD:
         axis = ("treated separately", f"thick slices: {slices} differ by more than a factor of {ANISO_THRESHOLD}")
     else:
         axis = ("treated like the others", f"{slices} are within a factor of {ANISO_THRESHOLD}")

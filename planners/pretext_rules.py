@@ -16,6 +16,7 @@ from nnssl.methods import METHODS, Stage
 from nnssl.networks.backbone import measurable_network
 from nnssl.plan import Decision, PretextConfiguration, TransformerSize
 from planners.fingerprint import Fingerprint
+from planners.modality_rules import name_modality
 from planners.network_reasons import explain_data_set, explain_network
 from planners.presets import Preset
 from planners.primus_rules import decide_primus
@@ -57,8 +58,9 @@ class PretextRules:
         self.plans_name = nnunet["plans_name"]
         self.spacing_reasons = spacing_reasons
         self.length = length
-        self.is_ct = "CT" in fingerprint.modalities
-        self.modalities = fingerprint.modalities
+        self.single_slices = all(case.shape[0] == 1 for case in fingerprint.cases)
+        # a fingerprint that was stored by an older version has the names of X-ray channels
+        self.modalities = tuple(name_modality(each, self.single_slices) for each in fingerprint.modalities)
         forward = list(nnunet["transpose_forward"])
         self.spacings_mm = np.array([case.spacing_mm for case in fingerprint.cases])[:, forward]
         self.shapes = np.array([case.shape_after_crop for case in fingerprint.cases])[:, forward]
@@ -72,7 +74,13 @@ class PretextRules:
         self._record(
             "data set",
             *explain_data_set(
-                self.nnunet, self.spacings_mm, self.modalities, self.preset, self.like, self.spacing_reasons
+                self.nnunet,
+                self.spacings_mm,
+                self.modalities,
+                self.preset,
+                self.like,
+                self.spacing_reasons,
+                self.single_slices,
             ),
         )
         for name in [name for name in ("3d_fullres", "2d") if name in self.nnunet["configurations"]]:
@@ -158,7 +166,7 @@ class PretextRules:
         thick = int(np.argmax(spacing)) if len(spacing) == 3 and max(spacing) / min(spacing) > ANISO_THRESHOLD else None
         rotation, of_rotation = decide_rotation(len(spacing), thick)
         flips, of_flips = decide_flips(len(spacing))
-        intensity, of_intensity = decide_intensity(self.is_ct)
+        intensity, of_intensity = decide_intensity(self.modalities)
         self._record(name, *of_rotation, *of_flips, *of_intensity)
         return {
             "case_folder": self._case_folder(spacing),

@@ -146,7 +146,7 @@ def plan_pretraining(
         preset=preset_name,
         memory_target_gb=preset.memory_gb,
         like=None if like is None else f"{like.parent.name}/{like.name}",
-        modalities=fingerprint.modalities,
+        modalities=rules.modalities,
         num_cases=len(fingerprint.cases),
         configurations=rules.configurations,
         decisions=tuple(rules.decisions),
@@ -219,8 +219,9 @@ class _Request:
                 spacing = _stored_spacing(self._plan(None)[0], name)
                 finest = float(f"{min(spacing) * COARSENING**step:.3g}")
                 spacings[name] = [max(mm, finest) for mm in spacing]
+                measured = spacing[1:] if rules.single_slices else spacing
                 reasons[name] = (
-                    f"coarser than the {in_mm(spacing)} mm of the data, because the least useful steps would take more than "
+                    f"coarser than the {in_mm(measured)} mm of the data, because the least useful steps would take more than "
                     "about two seconds on two CPU cores"
                 )
             rules = self.apply(spacings, reasons)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from nnssl.plan import Reasons
+from planners.modality_rules import CT, X_RAY
 
 LEAST_CROP_VOX = 4
 """Smallest number of voxels that a random crop covers along every axis."""
@@ -54,12 +55,23 @@ def decide_flips(dimensions: int) -> tuple[tuple[int, ...], Reasons]:
     return axes, [("flips", f"axes {axes[0]} and {axes[1]}", reason)]
 
 
-def decide_intensity(is_ct: bool) -> tuple[tuple[str, ...], Reasons]:
-    """Choose the intensity changes that the modality allows."""
+def decide_intensity(modalities: Sequence[str]) -> tuple[tuple[str, ...], Reasons]:
+    """Choose the intensity changes that the modality allows.
+
+    Args:
+        modalities: Modality of each channel. One channel of CT is enough for the changes of CT; those of X-ray need X-ray in
+            all channels.
+    """
     views: tuple[str, ...]
-    if is_ct:
+    if CT in modalities:
         views = ("contrast", "brightness", "noise", "blur", "window")
         reason = "CT: Hounsfield units identify tissue, so the window moves and the contrast is never inverted"
+    elif set(modalities) == {X_RAY}:
+        views = ("contrast", "brightness", "noise", "blur", "gamma", "inversion")
+        reason = (
+            "X-ray: exposure and processing change brightness, contrast and gamma, and images are stored in both polarities "
+            "(MONOCHROME1 and MONOCHROME2), so they may be inverted; there is no coil that would cause a bias field"
+        )
     else:
         views = ("contrast", "brightness", "noise", "blur", "gamma", "bias_field", "inversion")
         reason = "MR: units, coil sensitivity and contrast depend on the scanner, so all of them may change"

@@ -47,9 +47,8 @@ ALLOWED: dict[str, set[str]] = {
     "nnssl.imports": {"nnssl.data"},
     "nnssl.weights": {"nnssl.checkpoint", "nnssl.data", "nnssl.methods", "nnssl.networks"},
     "nnssl.matching": {"nnssl.data", "nnssl.networks", "nnssl.views"},
-    "nnssl.evaluation": {"nnssl.collapse", "nnssl.data", "nnssl.networks", "nnssl.views"},
+    "nnssl.evaluation": {"nnssl.collapse", "nnssl.data", "nnssl.networks", "nnssl.views", "nnssl.weights"},
     "nnssl.pictures": {
-        "nnssl.checkpoint",
         "nnssl.data",
         "nnssl.evaluation",
         "nnssl.matching",

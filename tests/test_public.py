@@ -25,6 +25,7 @@ IN_ORDER = (
     "finetune",
     "segment",
     "evaluate",
+    "classify",
     "preview",
     "benchmark",
 )
@@ -72,18 +73,19 @@ def test_settings_have_defaults_and_say_what_each_is():
 def workspace(tmp_path_factory) -> Path:
     """A working folder with scans, and labelled phantoms in nnU-Net's raw folder."""
     folder = tmp_path_factory.mktemp("workspace")
-    scans = write_phantom_dataset(folder, "Dataset900_Scans", 4, 0, SHAPE, SPACING_MM, labelled=False)
+    scans = write_phantom_dataset(folder, "Dataset900_Scans", 6, 0, SHAPE, SPACING_MM, labelled=False)
     (scans / "imagesTr").rename(folder / "scans")
     for number, image in enumerate(sorted((folder / "scans").iterdir())):
         image.rename(image.with_name(f"scan_{number}.nii.gz"))
     raw = folder / "nnssl_workspace" / "raw"
-    write_phantom_dataset(raw, "Dataset004_MyTask", 8, 0, SHAPE, SPACING_MM, first_case=4)
+    write_phantom_dataset(raw, "Dataset004_MyTask", 8, 0, SHAPE, SPACING_MM, first_case=6)
     return folder
 
 
 def test_examples_of_the_docstrings_work(workspace, monkeypatch):
     """They are run in one session, in the order in which a user would, on phantoms."""
     monkeypatch.chdir(workspace)
+    monkeypatch.setattr("nnssl.evaluation.cross_validation.REPEATS", 1)
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.delenv(f"nnUNet_{name}", raising=False)
     known: dict[str, object] = {"nnssl": nnssl, "Path": Path}

@@ -12,6 +12,7 @@ from nnssl import checkpoint, plan, schema
 from nnssl.data import case_store, dicom_series
 from nnssl.data.case_error import CaseError
 from nnssl.errors import UserError
+from nnssl.evaluation import classification
 from nnssl.imports import record
 from nnssl.imports.sources import Choices
 from nnssl.matching import anatomical_sanity
@@ -62,6 +63,30 @@ RESULT = result.ArmResult(
     model_folder="/model",
     predict_command="nnUNetv2_predict",
 )
+ESTIMATE = classification.Estimate(0.75, 0.5, 1.0)
+COMPARISON = classification.Comparison(ESTIMATE, ESTIMATE, ESTIMATE)
+CLASSIFICATION = classification.Classification(
+    schema_version=classification.SCHEMA_VERSION,
+    nnssl_version="0",
+    checkpoint="/a.pth",
+    weights_digest="0",
+    stage="pix2rep.dense",
+    configuration="2d",
+    dataset_name="Dataset501_A",
+    labels="/labels.csv",
+    cases=6,
+    patients=6,
+    cases_seen=0,
+    classes=(classification.ClassResult("a", 3, 3, None), classification.ClassResult("b", 3, 3, COMPARISON)),
+    auc=COMPARISON,
+    patch_vox=(8, 8),
+    patches=4,
+    encoder_stages=(1, 2),
+    features=12,
+    folds=3,
+    repeats=5,
+    seed=0,
+)
 TIMES = cell_times.CellTimes(cell_times.SCHEMA_VERSION, 0.5, 30.0)
 
 
@@ -85,6 +110,7 @@ FILES = {
     "Sanity": (writer(SANITY), lambda path: schema.read(anatomical_sanity.Sanity, path, "examination"), 3),
     "Fingerprint": (writer(FINGERPRINT), lambda path: schema.read(fingerprint.Fingerprint, path, "fingerprint"), 1),
     "ArmResult": (writer(RESULT), result.read_result, 2),
+    "Classification": (writer(CLASSIFICATION), classification.read_classification, 1),
     "CellTimes": (writer(TIMES), lambda path: schema.read(cell_times.CellTimes, path, "duration"), 1),
     "Pretext": (write_plan, plan.read_plan, 7),
     "checkpoint": (write_checkpoint, checkpoint.read_checkpoint, 2),

@@ -23,8 +23,9 @@ from nnssl.data.case_store import CaseStore, StoredCase
 from nnssl.data.patients import patient_in_name
 from nnssl.networks.backbone import encoder_strides
 from nnssl.paths import resolve_folders
-from nnssl.pictures.dense_network import dense_network_of, open_cases
+from nnssl.pictures.dense_network import dense_network_of
 from nnssl.weights.opened_checkpoint import open_checkpoint
+from nnssl.weights.preprocessed_cases import open_cases
 
 SHIFTS = ((-1, 0), (1, 0), (0, -1), (0, 1))
 """Offsets of the neighbour along the last two axes, in sides of a crop."""

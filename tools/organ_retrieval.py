@@ -24,9 +24,9 @@ from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import EmbeddingMatcher
 from nnssl.matching.points import Matches, PointMatcher, cycle_error_mm
 from nnssl.paths import resolve_folders
-from nnssl.pictures.dense_network import open_cases
 from nnssl.pictures.matches import matcher_of
 from nnssl.weights.opened_checkpoint import open_checkpoint
+from nnssl.weights.preprocessed_cases import open_cases
 
 POINTS = 10
 """Number of points for each organ and pair of cases."""

@@ -275,8 +275,8 @@ def _open_weights(args: argparse.Namespace) -> "tuple[OpenedCheckpoint, CaseStor
     """Check that the picture can be written, then return the weights and the cases to draw."""
     from nnssl.data.raw import find_dataset
     from nnssl.paths import resolve_folders
-    from nnssl.pictures.dense_network import open_cases
     from nnssl.pictures.figures import check_picture_path
+    from nnssl.weights.preprocessed_cases import open_cases
     from trainers.finetuning.pretrained_weights import open_weights
 
     check_picture_path(args.output)

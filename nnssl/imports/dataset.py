@@ -73,7 +73,7 @@ def import_dataset(
     Examples:
         >>> record = nnssl.import_dataset("scans", 501, "Scans")
         >>> len(record.taken)
-        4
+        6
     """
     choices = choices or Choices()
     folders = folders or resolve_folders()

@@ -1,27 +1,20 @@
-"""A pretrained network with features of voxels, and the preprocessed cases to show them on."""
+"""A pretrained network with features of voxels, and the case to show them on."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nnssl.checkpoint import Provenance
 from nnssl.data.case_store import CaseStore, StoredCase
 from nnssl.errors import UserError
 from nnssl.log import logger
-from nnssl.networks.backbone import planned_configuration
 from nnssl.networks.dense import DenseKind, dense_maps
-from nnssl.paths import Folders
-from nnssl.plan import existing_plan, read_plan
-from nnssl.weights.opened_checkpoint import OpenedCheckpoint, plan_of_pretraining
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 
-SPACING_TOLERANCE = 1e-3
-"""Relative difference of spacings that is attributed to rounding."""
 NAMED_CASES = 5
 """Largest number of cases that a message lists."""
 
@@ -71,11 +64,7 @@ def dense_network_of(pretrained: OpenedCheckpoint, kind: DenseKind | None, devic
     provenance, path = pretrained.own_provenance, pretrained.path
     network = pretrained.build_network(0)
     check_decoder(network, path)
-    try:
-        network.load_state_dict(pretrained.content["network_weights"])
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"{path}: its weights do not fit the network of its plan ({reason}); pretrain again") from error
+    pretrained.load_into(network)
     if not provenance.pretrains("decoder.stages."):
         logger.info(
             f"Warning: {provenance.method} does not pretrain the decoder, so its features are those of the random "
@@ -111,40 +100,6 @@ def pretrained_kind(settings: dict[str, Any]) -> DenseKind:
     """Return the kind of features in a stage's settings; the pyramid if it has no such setting."""
     found: DenseKind = settings.get("features", "pyramid")  # only dense methods have this setting
     return found if found in get_args(DenseKind) else "pyramid"
-
-
-def open_cases(provenance: Provenance, dataset_name: str, folders: Folders) -> CaseStore:
-    """Return the preprocessed cases of a data set.
-
-    Args:
-        provenance: Provenance of the weights.
-        dataset_name: Name ``DatasetXXX_Name``, which may differ from the pretraining data set.
-        folders: nnU-Net's folders.
-
-    Raises:
-        UserError: If the data set has no plan of the same name with this configuration, its plan normalises or transposes
-            images differently, or none of its cases is preprocessed.
-    """
-    name = provenance.configuration
-    own = plan_of_pretraining(provenance, f"weights of {provenance.stage}")
-    path = existing_plan(folders, dataset_name, provenance.plans_name)
-    plan = read_plan(path)
-    pretext = plan.configuration(name)
-    before, here = (
-        (planned_configuration(each.nnunet, name)["normalization_schemes"], each.nnunet["transpose_forward"])
-        for each in (own, plan)
-    )
-    if before != here:
-        raise UserError(
-            f"{path}: its normalization_schemes and transpose_forward {here} differ from those of the weights, {before}; "
-            "use a data set of the same modality"
-        )
-    spacing_mm = own.configuration(name).spacing_mm
-    if not np.allclose(spacing_mm, pretext.spacing_mm, rtol=SPACING_TOLERANCE):
-        logger.info(
-            f"Warning: pretrained at a spacing of {spacing_mm} mm, but the cases of {dataset_name} have {pretext.spacing_mm} mm"
-        )
-    return CaseStore(folders.preprocessed / dataset_name / pretext.case_folder)
 
 
 def find_case(store: CaseStore, name: str) -> StoredCase:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from nnssl.data.patients import patient_in_name
 from nnssl.paths import Folders
 from nnssl.pictures.components import MOST_CASES, embed_cases
-from nnssl.pictures.dense_network import dense_network_of, open_cases
+from nnssl.pictures.dense_network import dense_network_of
 from nnssl.pictures.figures import (
     embedding_figure,
     matches_figure,
@@ -25,6 +25,7 @@ from nnssl.pictures.similarity import compare_cases
 from nnssl.pictures.teacher_uncertainty import measure_uncertainty, teacher_of
 from nnssl.study.report import Picture
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint, open_checkpoint
+from nnssl.weights.preprocessed_cases import open_cases
 from nnssl.weights.restored_method import method_of
 
 Maker = Callable[[OpenedCheckpoint, Folders, torch.device], tuple[Picture, ...]]

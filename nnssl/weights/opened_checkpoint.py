@@ -124,6 +124,20 @@ class OpenedCheckpoint:
         architecture = architecture_of_patch(planned["architecture"], patch or planned["patch_size"])
         return build_network(architecture, len(planned["normalization_schemes"]), classes, seed)
 
+    def load_into(self, network: Any) -> None:
+        """Load the weights into the network that ``build_network`` returned.
+
+        Raises:
+            UserError: If the weights do not fit the network.
+        """
+        try:
+            network.load_state_dict(self.content["network_weights"])
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise UserError(
+                f"{self.path}: its weights do not fit the network of its plan ({reason}); pretrain again"
+            ) from error
+
     @cached_property
     def adaptation(self) -> AdaptationPlan | None:
         """Adaptation plan of a checkpoint made elsewhere; None for a checkpoint of nnssl.

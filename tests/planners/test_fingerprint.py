@@ -283,6 +283,19 @@ def test_names_decide_the_modality_and_a_doubt_is_said(folders):
         assert len(said) == 1 + doubts
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "modality"),
+    [("chest X-ray", (14, 11), "X-ray"), ("CR", (14, 11), "X-ray"), ("CR", SHAPE, "CR"), ("XRAY", SHAPE, "X-ray")],
+)
+def test_x_rays_are_a_modality_of_their_own(folders, name, shape, modality):
+    folder = folders.raw / "Dataset616_Xray"
+    for number in range(2):
+        write_case(folder, f"case{number}", tissue(number, shape), spacing=SPACING_XYZ[: len(shape)])
+    write_names(folder, name)
+    found = extract_fingerprint(read_dataset(616, folders), 1)
+    assert (found.channel_names, found.modalities) == ((name,), (modality,))
+
+
 def test_any_number_of_processes_gives_the_same_fingerprint(folders):
     write_phantom_dataset(folders.raw, "Dataset608_X", 4, 1, (16, 24, 20), (5, 3, 4), "MR", False)
     dataset = read_dataset(608, folders)

@@ -43,6 +43,25 @@ def test_slices_more_than_three_times_as_thick_are_treated_separately(slice_mm, 
     assert f"{slice_mm:g} mm and 1 mm {'differ by more than' if apart else 'are within'} a factor of 3" in reason
 
 
+def test_single_slices_have_no_thickness():
+    """nnU-Net's readers give them a distance of 999 times their spacing, which nobody measured."""
+    nnunet = {
+        "configurations": {"2d": {"spacing": [0.14, 0.15], "normalization_schemes": ["ZScoreNormalization"]}},
+        "transpose_forward": [0, 1, 2],
+    }
+    cases = np.array([[999 * 0.15, 0.14, 0.15], [999 * 0.2, 0.12, 0.2], [999 * 0.15, 0.14, 0.15]])
+    found = explain_data_set(nnunet, cases, ["X-ray"], PRESETS["cpu"], None, {}, single_slices=True)
+    said = {what: (value, reason) for what, value, reason in found}
+    assert said["slice axis"] == ("none", "every image is a single slice")
+    assert said["spacing"] == ("0.14 x 0.15 mm", "median of 3 cases (0.12 x 0.15 to 0.14 x 0.2 mm)")
+    assert said["normalisation of channel 0"][1].startswith("X-ray: arbitrary units")
+    text = " ".join(word for each in found for word in each)
+    assert "thick" not in text
+    assert "149" not in text
+    same = explain_data_set(nnunet, cases[[0, 2]], ["X-ray"], PRESETS["cpu"], None, {}, single_slices=True)
+    assert dict((what, reason) for what, _, reason in same)["spacing"] == "the same in all 2 cases"
+
+
 def test_axes_and_normalisation():
     said = data_set([5, 1, 1], [[5, 1, 1]], (2, 0, 1), ("CTNormalization", "ZScoreNormalization", "NoNormalization"))
     assert said["axis order"] == ("(2, 0, 1)", "axis of the largest spacing first")

@@ -1,5 +1,6 @@
 """Patch and batch of every stage for many kinds of data and all presets, without weights and without images."""
 
+import json
 import math
 from functools import lru_cache
 
@@ -60,3 +61,17 @@ def test_more_memory_never_means_a_smaller_batch_or_fewer_voxels(kind):
                 voxels = [step.batch_size * math.prod(step.patch_size) for step in (few, many)]
                 if smaller != "cpu":  # its spacing may be another
                     assert voxels[0] <= voxels[1], (smaller, larger, name, stage)
+
+
+def test_a_plan_for_x_rays_mentions_no_coil_sensitivity_and_no_thick_slices():
+    plan = plans("x-ray")["cpu"]
+    assert plan.pretext.modalities == ("X-ray",)
+    text = json.dumps([[each.what, each.value, each.reason] for each in plan.pretext.decisions])
+    assert "coil sensitivity" not in text
+    assert "thick" not in text
+    said = {(each.configuration, each.what): each for each in plan.pretext.decisions}
+    assert said["data set", "slice axis"].value == "none"
+    assert said["2d", "intensity views"].reason.startswith("X-ray: ")
+    views = plan.configuration("2d").intensity_views
+    assert "inversion" in views
+    assert "bias_field" not in views

@@ -58,9 +58,27 @@ def test_flips_are_those_of_the_fine_plane():
 
 
 def test_the_modality_decides_which_intensities_change():
-    """Hounsfield units keep their order and meaning: no gamma, bias field or inversion."""
-    ct, mr = set(decide_intensity(True)[0]), set(decide_intensity(False)[0])
+    """Hounsfield units keep their order and meaning: no gamma, bias field or inversion. X-rays are taken without a coil."""
+    ct, mr, x_ray = (set(decide_intensity([modality])[0]) for modality in ("CT", "MRI", "X-ray"))
     assert ct == {"contrast", "brightness", "noise", "blur", "window"}
     assert mr == {"contrast", "brightness", "noise", "blur", "gamma", "bias_field", "inversion"}
-    for names in (ct, mr):
+    assert x_ray == mr - {"bias_field"}
+    for names in (ct, mr, x_ray):
         restrict_to(IntensityRange(), sorted(names))  # all are names of changes
+
+
+@pytest.mark.parametrize(
+    ("modalities", "word"),
+    [
+        (["X-ray"], "X-ray: exposure"),
+        (["X-ray", "X-ray"], "X-ray: exposure"),
+        (["X-ray", "MRI"], "MR: units"),
+        (["X-ray", "CT"], "CT: Hounsfield"),
+        (["PET"], "MR: units"),
+    ],
+)
+def test_the_reason_names_the_modality(modalities, word):
+    (reason,) = [reason for _, _, reason in decide_intensity(modalities)[1]]
+    assert reason.startswith(word)
+    assert ("coil sensitivity" in reason) == word.startswith("MR")
+    assert ("MONOCHROME1" in reason) == word.startswith("X-ray")

@@ -165,6 +165,12 @@ def test_an_evaluation_leads_to_a_study(monkeypatch, capsys):
     assert last_lines(capsys)[0].startswith("next: nnssl_benchmark ")
 
 
+def test_a_classification_leads_to_finetuning(monkeypatch, capsys):
+    monkeypatch.setattr("nnssl.evaluation.classify.classify", lambda *given: None)
+    assert evaluate.main(["--classify", "labels.csv", "-w", str(WEIGHTS)]) == 0
+    assert last_lines(capsys) == [f"next: nnssl_finetune -d LABELLED_ID -w {WEIGHTS}"]
+
+
 def test_a_study_leads_to_its_rest_or_to_finetuning(monkeypatch, capsys):
     argv = ["-d", "4", "-m", "reprec", "--part", "1/2", "--device", "cpu"]
     monkeypatch.setattr("trainers.benchmark.benchmark.benchmark", lambda *given, **named: None)

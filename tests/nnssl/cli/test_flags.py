@@ -9,6 +9,7 @@ import torch
 
 from nnssl.cli.command import flags_of
 from nnssl.errors import ArgumentError
+from nnssl.evaluation.classify import ClassifySettings
 from nnssl.imports.sources import Choices
 from nnssl.weights.export_settings import ExportSettings
 from planners.settings import PlanSettings
@@ -46,7 +47,9 @@ CUDA = [] if torch.cuda.is_available() else [("nnssl_demo", ["--device", "cuda"]
         ("nnssl_export", ["a.pth", "--least-share", "half"], "--least-share"),
         ("nnssl_show", ["matches", "--points", "0"], "--points"),
         ("nnssl_benchmark", ["-d", "4", "-m", "reprec", "--tolerance-mm", "-1"], "--tolerance-mm"),
+        ("nnssl_evaluate", ["--classify", "a.csv", "--patches", "0"], "--patches"),
         # by the library
+        ("nnssl_evaluate", ["--classify", "a.csv", "-w", "a.pth", "--folds", "2"], "--folds"),
         ("nnssl_finetune", ["-d", "4", "--warmup-epochs", "1000"], "--warmup-epochs"),
         ("nnssl_finetune", ["-d", "4", "--mode", "linear", "--optimizer", "sgd"], "--optimizer"),
         *CUDA,
@@ -74,6 +77,7 @@ def test_a_share_is_named_by_its_flag(capsys, tmp_path):
         ("nnssl_pretrain", PretrainSettings, {"stages"}),  # only from Python
         ("nnssl_finetune", FinetuneSettings, set()),
         ("nnssl_export", ExportSettings, set()),
+        ("nnssl_evaluate", ClassifySettings, set()),
         ("nnssl_benchmark", StudySettings, {"pretrain_overrides"}),  # made of two flags
         ("nnssl_demo", DemoSize, set()),
     ],

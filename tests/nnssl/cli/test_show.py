@@ -22,12 +22,13 @@ from nnssl.networks.backbone import build_network, planned_configuration, seeded
 from nnssl.networks.primus import architecture_of_patch
 from nnssl.paths import Folders, resolve_folders
 from nnssl.pictures import figures as pictures
-from nnssl.pictures.dense_network import dense_network_of, open_cases
+from nnssl.pictures.dense_network import dense_network_of
 from nnssl.pictures.matches import find_matches, matcher_of
 from nnssl.pictures.reconstructions import reconstruct_case
 from nnssl.pictures.teacher_uncertainty import teacher_of, tile_uncertainty
 from nnssl.plan import Plan
 from nnssl.weights.opened_checkpoint import open_checkpoint
+from nnssl.weights.preprocessed_cases import open_cases
 from nnssl.weights.restored_method import restore_method
 from tests.trainers.conftest import NAME, SHAPE, plan_toy
 from trainers.pretraining.stage_run import plain_settings
