@@ -10,8 +10,8 @@ are compared by how their tokens answer the same visible tokens (CASA). The enco
 
 Deviations:
     * The losses are the paper's, with a protection against collapse that it does not state: a predictor on the student's side,
-      a running mean that is subtracted from the teacher's vector of an image, answers standardised over the batch, and CASA's
-      moving average on the teacher's side, without a residual. With the paper's alternative, ``similarity=info_nce``, pairs are
+      vectors of images and answers that are standardised over the batch (``networks.recent_statistics``), and CASA's moving
+      average on the teacher's side, without a residual. With the paper's alternative, ``similarity=info_nce``, pairs are
       negatives of one another unless they overlap in a scan; the paper takes different body parts.
     * The decoder is as wide as the encoder, so that the teacher's projection of encoder tokens can be the moving average of the
       student's projection of decoder tokens.
@@ -63,6 +63,7 @@ from nnssl.momentum import cosine_momentum, make_teacher, momentum_for_run
 from nnssl.networks.backbone import input_channels
 from nnssl.networks.heads import TokenDecoder
 from nnssl.networks.pieces import in_pieces, recompute_stages
+from nnssl.networks.recent_statistics import RecentStatistics
 from nnssl.networks.token_alignment import ConditionalAlignment, Predictor, TokenProjection
 from nnssl.networks.token_encoders import token_encoder, trained_up_to_tokens
 from nnssl.networks.tokens import cut_into_tokens, join_tokens, sine_cosine_positions
@@ -75,8 +76,6 @@ from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_af
 
 HIDDEN_SHARE = 4
 """Largest ratio of the projection's hidden width to the token width: DINO's 2048 costs more than an encoder of narrow tokens."""
-CENTRE_MOMENTUM = 0.9
-"""Momentum of the running mean of the teacher's vectors, as in DINO."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +178,9 @@ class Alice(PretextMethod):
         self.teacher_projection = make_teacher(self.projection)
         if settings.inter_weight:
             self.inter_predictor = Predictor(dimensions, 2 * dimensions) if settings.predictor else nn.Identity()
-            self.centre: Tensor
-            self.register_buffer("centre", torch.zeros(dimensions))
+            self.said_statistics, self.taught_statistics = (
+                RecentStatistics(dimensions, settings.training.batch_size) for _ in range(2)
+            )
         if settings.intra_weight:
             self.alignment = ConditionalAlignment(
                 width, dimensions, dimensions, settings.alignment_heads, 2 * dimensions
@@ -235,26 +235,27 @@ class Alice(PretextMethod):
 
     def losses(self, views: PairedViews, progress: float) -> StepOutput:
         """Return the error of recovered voxels, and the distances of student and teacher between scans and within a scan."""
-        own, losses, monitors, centre = self.settings, {}, {}, None
+        own, losses, monitors = self.settings, {}, {}
         tensors = [views.patches, views.strong, views.visible, views.mask]
         found = in_pieces(self._of_piece, tensors, own.training.pieces)
         if own.reconstruction_weight:
             losses["reconstruction"] = own.reconstruction_weight * found["error"]
             monitors["reconstruction_of_visible_mean"] = own.reconstruction_weight * found["error_of_mean"]
         if own.inter_weight:
-            said, all_taught = self.inter_predictor(found["whole"]), gather(found["taught_whole"])
+            said = self.said_statistics(self.inter_predictor(found["whole"]))
+            taught = self.taught_statistics(found["taught_whole"]).detach()
+            all_taught = gather(taught)
             others = self._of_other_places(views, len(all_taught))
-            between = self._between(said, found["taught_whole"], all_taught, views.partner, others)
+            between = self._between(said, taught, all_taught, views.partner, others)
             losses["inter"] = own.inter_weight * between
             monitors["head_partner_first"] = self._partner_first(said, all_taught, views.partner, others)
-            centre = all_taught.mean(dim=0)
         if own.intra_weight:
             loss, spread = self._within(found["answers"], found["wanted"])
             losses["intra"] = own.intra_weight * loss
             monitors["teacher_answer_std"] = spread
         # Masked modelling alone cannot collapse and has no embeddings.
-        embeddings = found["whole"].detach() if self.compares else None
-        return StepOutput(losses, embeddings, monitors, carry=centre)
+        embeddings = said.detach() if own.inter_weight else found["whole"].detach() if self.compares else None
+        return StepOutput(losses, embeddings, monitors)
 
     def _of_piece(self, patches: Tensor, strong: Tensor, visible: Tensor, mask: Tensor) -> dict[str, Tensor]:
         """Return the errors of recovered voxels, and the vectors and answers (S, T) of student and teacher."""
@@ -308,14 +309,14 @@ class Alice(PretextMethod):
         """Return the loss between scans: of the student's predictions and the teacher's vectors of the partners.
 
         Args:
-            said: Predictions of the student (batch, dimension).
-            taught: Vectors of the teacher (batch, dimension).
+            said: Standardised predictions of the student (batch, dimension).
+            taught: Standardised vectors of the teacher (batch, dimension).
             all_taught: Vectors of the teacher on all processes.
             partner: Index of each patch's partner in the batch.
             others: Which patches of all processes are negatives of each patch (batch, key).
         """
         if self.settings.similarity == "cosine":
-            return cosine_distance(said, taught[partner] - self.centre).mean()
+            return cosine_distance(said, taught[partner]).mean()
         queries, keys = F.normalize(said, dim=1), F.normalize(all_taught, dim=1)
         # The teacher's vector of the patch itself shows the same place and is therefore not a negative.
         negatives, positives = keys.expand(len(queries), -1, -1), F.normalize(taught[partner], dim=1)
@@ -324,8 +325,7 @@ class Alice(PretextMethod):
     @torch.no_grad()
     def _partner_first(self, said: Tensor, all_taught: Tensor, partner: Tensor, others: Tensor) -> Tensor:
         """Return the share of patches whose prediction is more similar to the partner's vector than to all negatives'."""
-        centred = F.normalize(all_taught - self.centre, dim=1)
-        similarity = F.normalize(said, dim=1) @ centred.T
+        similarity = F.normalize(said, dim=1) @ F.normalize(all_taught, dim=1).T
         first = rank() * len(partner)
         own = similarity.gather(1, first + partner[:, None])[:, 0]
         best = similarity.masked_fill(~others, -torch.inf).amax(dim=1)
@@ -360,11 +360,6 @@ class Alice(PretextMethod):
         """Return BYOL's momentum, which rises to 1 by a cosine; its start is adapted to the length of the run."""
         total = self.settings.training.total_steps
         return cosine_momentum(round(progress * total), total, self._momentum)
-
-    def after_step(self, carry: Tensor | None) -> None:
-        """Update the running mean of the teacher's vectors."""
-        if carry is not None:
-            self.centre.lerp_(carry.to(self.centre), 1 - CENTRE_MOMENTUM)
 
     def exported(self) -> Exported:
         """Return the encoder."""
