@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 import nnssl
 from nnssl.data.phantoms import write_phantom_dataset
 from nnssl.log import silence
+from tests.trainers.phantom_study import narrow_unet
 
 SHAPE, SPACING_MM = (16, 24, 20), (2.5, 1.5, 1.7)
 IN_ORDER = (
@@ -82,10 +84,19 @@ def workspace(tmp_path_factory) -> Path:
     return folder
 
 
+def narrow_networks(path: Path) -> None:
+    """Narrow the U-Nets of a plan, so that the examples take seconds."""
+    content = json.loads(path.read_text())
+    for configuration in content["configurations"].values():
+        narrow_unet(configuration)
+    path.write_text(json.dumps(content))
+
+
 def test_examples_of_the_docstrings_work(workspace, monkeypatch):
     """They are run in one session, in the order in which a user would, on phantoms."""
     monkeypatch.chdir(workspace)
     monkeypatch.setattr("nnssl.evaluation.cross_validation.REPEATS", 1)
+    monkeypatch.setattr("trainers.pretraining.retrieval_run.PATCHES", 6)
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.delenv(f"nnUNet_{name}", raising=False)
     known: dict[str, object] = {"nnssl": nnssl, "Path": Path}
@@ -99,6 +110,8 @@ def test_examples_of_the_docstrings_work(workspace, monkeypatch):
             runner.run(example, clear_globs=False)
         known |= example.globs
         assert runner.failures == 0, name
+        if name == "plan_and_preprocess":
+            narrow_networks(Path(nnssl.resolve_folders().preprocessed) / "Dataset501_Scans" / "nnsslPlans.json")
     os.environ.clear()
     os.environ.update(before)
 
