@@ -106,6 +106,8 @@ class PixelGlobalSettings:
     """Number of points per step, over all processes; every image gets the same number."""
     global_hidden: Count = 256  # not stated
     global_dimensions: TwoOrMore = 256  # [R]
+    global_length: Positive = 1.0  # [R]
+    """Length of a row of global logits, before the temperatures; the larger, the farther apart strangers and twins can be."""
     local_hidden: Count = 64  # [R]; the passes cost in proportion to it
     local_dimensions: TwoOrMore = 64  # [R]
     teacher_temperature: Positive = 0.04  # [D] DINO
@@ -184,7 +186,8 @@ class PixelGlobal(PretextMethod):
         self.configuration = configuration
         self.network = trained_up_to_segmentation(network)
         channels = network.encoder.output_channels
-        self.global_head = PooledAssignment(channels[-1], settings.global_hidden, settings.global_dimensions)
+        batch, widths = settings.training.batch_size, (settings.global_hidden, settings.global_dimensions)
+        self.global_head = PooledAssignment(channels[-1], *widths, batch, settings.global_length)
         self.local_head = PointAssignment(
             channels[0], settings.local_hidden, settings.local_dimensions, settings.dropout
         )
@@ -258,6 +261,7 @@ class PixelGlobal(PretextMethod):
             # These answers are computed without dropout, because different masks alone would look like variety.
             answers = (self.local_head(features, None) / own.student_temperature).softmax(dim=2)
             monitors = self._monitors(per_point, uncertainty, answers, local_target, views)
+            monitors["global_floor"] = normalised_entropy(global_target).mean() * math.log(own.global_dimensions)
             monitors["head_global_retrieval"] = retrieval_top1(whole, (global_target + 1e-6).log())
         return StepOutput(losses, answers.flatten(0, 1)[:: self._every(answers)], monitors)
 

@@ -71,19 +71,23 @@ class PooledAssignment(nn.Module):
 
     Source: "Pixel-global self-supervised learning with uncertainty-aware context stabilizer" (2022): pooled features of the
     encoder are projected, and a softmax follows; dimensions and depth are not stated.
-    Deviations: the hidden layer comes before the mean (``pooled_positions``). The last layer is standardised
-    (``standardised_rows``).
+    Deviations: the hidden layer comes before the mean (``pooled_positions``). The last layer is standardised as by
+    ``standardised_rows``, over the batch and, if it is small, over the vectors before it (``RecentStatistics``).
 
     Args:
         channels: Number of channels of the feature map.
         hidden: Width of the hidden layer.
         dimensions: Number of outputs.
+        batch_size: Number of samples of a batch, over all processes.
+        length: Root mean square length of a row of logits.
     """
 
-    def __init__(self, channels: int, hidden: int, dimensions: int) -> None:
+    def __init__(self, channels: int, hidden: int, dimensions: int, batch_size: int, length: float = 1.0) -> None:
         super().__init__()
         self.hidden = nn.Linear(channels, hidden)
         self.project = nn.Linear(hidden, dimensions)
+        self.standardise = RecentStatistics(dimensions, batch_size)
+        self.length = length
 
     def forward(self, feature_map: Float[Tensor, "batch channel *grid"]) -> Float[Tensor, "batch dimension"]:
         """Return one row of logits per sample, in float32 throughout."""
@@ -95,9 +99,11 @@ class PooledAssignment(nn.Module):
             return pooled_positions(self.hidden, feature_map.float())
 
     def assign(self, pooled: Float[Tensor, "batch hidden"]) -> Float[Tensor, "batch dimension"]:
-        """Return the rows of logits, standardised over the whole batch."""
+        """Return the rows of logits, standardised over the whole batch and recent vectors."""
         with torch.autocast(pooled.device.type, enabled=False):
-            return standardised_rows(self.project(pooled))
+            logits = self.project(pooled)
+            own = logits - logits.mean(dim=1, keepdim=True)
+            return self.standardise(own) * (self.length / math.sqrt(logits.shape[1]))
 
 
 class PointAssignment(nn.Module):
