@@ -351,7 +351,7 @@ def test_pretraining_panels():
     assert [panel.caption for panel in panels] == [
         "loss: 3 to 1; loss a: 2 to 0.5; loss b: 1 to 0.5",
         "probe Dice (points): 50 to 25, best 50 in epoch 1 (ring)",
-        "effective rank: 4 to 6",
+        "head rank: 4 to 6",
     ]
     alone = pretraining_panels({"loss": [2.0, 1.0], "loss_contrast": [2.0, 1.0]}, "x", "arm")
     assert [panel.caption for panel in alone] == ["loss contrast: 2 to 1"]

@@ -418,7 +418,7 @@ def test_reported_dice_is_that_of_the_predicted_files(run):
         line.startswith("Dice (points) on 2 held-out cases") and "rep-rec" in line and "gain" in line
         for line in run.said
     )
-    assert any(line.split()[:2] == ["mean", f"{run.results[0].mean_dice:.4f}"] for line in run.said)
+    assert any(line.split()[:2] == ["mean", f"{100 * run.results[0].mean_dice:.1f}"] for line in run.said)
 
 
 def test_stock_nnunet_predicts_the_same_from_the_model_folder(run, tmp_path):
