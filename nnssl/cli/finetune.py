@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--mode",
         choices=MODES,
         default="finetune",
-        help="finetune: train all weights. linear: train only the last segmentation layer. mean_teacher: train all weights with "
+        help="finetune: train all weights. linear: train only the segmentation layer. mean_teacher: train all weights with "
         "a consistency term on unlabelled cases (default: finetune).",
     )
     parser.add_argument(

@@ -17,7 +17,7 @@ from nnssl.log import logger
 from nnssl.networks.backbone import planned_configuration
 from nnssl.paths import Folders, use_folders
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint, open_checkpoint
-from planners.finetune_planner import adopt_plan
+from planners.finetune_planner import AdoptedPlan, adopt_plan, with_pyramid_segmentation
 from planners.primus_rules import CLASS_NAME as PRIMUS
 from trainers.finetuning.adapted_weights import adapt_if_made_elsewhere
 from trainers.finetuning.arm import Task, run_arm
@@ -114,6 +114,8 @@ def _make_task(
     others_folder = None
     if source is not None:
         others_folder = prepare_unlabelled(source, dataset_name, plan, configuration, folders, processes)
+    if settings.mode == "linear":
+        plan = _plan_of_probe(plan, configuration, origin)
     return Task(
         dataset_name=dataset_name,
         dataset_json=read_json(folders.preprocessed / dataset_name / "dataset.json", "dataset.json"),
@@ -129,6 +131,22 @@ def _make_task(
         unlabelled_folder=others_folder,
         track=tuple(settings.track),
     )
+
+
+def _plan_of_probe(plan: AdoptedPlan, configuration: str, origin: OpenedCheckpoint) -> AdoptedPlan:
+    """Return the plan of a linear probe, whose segmentation layer reads the features that the pretraining trained."""
+    if origin.own_provenance.settings.get("features") != "pyramid":  # only dense methods have this setting
+        return plan
+    wide = with_pyramid_segmentation(plan, configuration)
+    if wide is None:
+        logger.info("The probe reads the last decoder stage only, because the network is no U-Net of nnU-Net")
+        return plan
+    features = planned_configuration(plan.content, configuration)["architecture"]["arch_kwargs"]["features_per_stage"]
+    logger.info(
+        f"The probe reads all decoder stages and the bottleneck ({sum(features):,} channels), with which these weights were "
+        "pretrained (features=pyramid); nnU-Net predicts with it where nnssl is installed"
+    )
+    return wide
 
 
 def run_arms(task: Task, arms: Sequence[OpenedCheckpoint | None], folders: Folders, restart: bool) -> list[ArmResult]:

@@ -31,7 +31,7 @@ class FinetuneSettings:
         device: Device to compute on; None for a GPU if one is available, else the CPU.
         processes: Worker processes for preprocessing and evaluation; None for one per core, at most 8.
         plans_name: Name of the plan in the data set's folder; None to choose one.
-        mode: ``"finetune"`` trains all weights, ``"linear"`` only the last segmentation layer, ``"mean_teacher"`` all weights
+        mode: ``"finetune"`` trains all weights, ``"linear"`` only the segmentation layer, ``"mean_teacher"`` all weights
             with a consistency term on unlabelled cases.
         unlabelled: Unlabelled images for ``"mean_teacher"``: a file with case names, one per line, or a data set (number or
             name), all of whose images are used. None for all labelled cases that are neither trained on nor held out.
