@@ -21,6 +21,7 @@ from planners.finetune_planner import AdoptedPlan, adopt_plan, with_pyramid_segm
 from planners.primus_rules import CLASS_NAME as PRIMUS
 from trainers.finetuning.adapted_weights import adapt_if_made_elsewhere
 from trainers.finetuning.arm import Task, run_arm
+from trainers.finetuning.held_out import without_held_out
 from trainers.finetuning.labelled_cases import Split, choose_unlabelled, find_labelled_cases, fold_split, split_cases
 from trainers.finetuning.labelled_data import prepare_data, prepare_unlabelled
 from trainers.finetuning.pretrained_weights import NEWEST, find_weights, log_weights
@@ -106,7 +107,7 @@ def _make_task(
     plan = adopt_plan(origin.own_provenance.plans, dataset_name, folders, settings.plans_name)
     split = split or fold_split(labelled, dataset_name, folders)
     others, source = (
-        _find_unlabelled(settings.unlabelled, labelled, split, folders)
+        _find_unlabelled(settings.unlabelled, dataset_name, labelled, split, folders)
         if settings.mode == "mean_teacher"
         else ((), None)
     )
@@ -168,10 +169,15 @@ def run_arms(task: Task, arms: Sequence[OpenedCheckpoint | None], folders: Folde
 
 
 def _find_unlabelled(
-    unlabelled: str | int | None, labelled: tuple[str, ...], split: Split, folders: Folders
+    unlabelled: str | int | None, dataset_name: str, labelled: tuple[str, ...], split: Split, folders: Folders
 ) -> tuple[tuple[str, ...], RawDataset | None]:
-    """Return the cases whose images the mean teacher sees, and their data set; None for the labelled data set."""
-    if unlabelled is None or Path(str(unlabelled)).exists():
-        return choose_unlabelled(labelled, split, None if unlabelled is None else Path(str(unlabelled))), None
-    source = read_dataset(unlabelled, folders)
+    """Return the cases that the mean teacher sees besides the training cases, and their data set.
+
+    The data set is None for the labelled one.
+    """
+    if unlabelled is not None and Path(str(unlabelled)).is_file():
+        return choose_unlabelled(labelled, split, Path(str(unlabelled))), None
+    if unlabelled is None or find_dataset(unlabelled, folders) == dataset_name:
+        return choose_unlabelled(labelled, split), None
+    source = without_held_out(read_dataset(unlabelled, folders), read_dataset(dataset_name, folders), split.test)
     return tuple(case.name for case in source.cases), source
