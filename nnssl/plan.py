@@ -16,7 +16,7 @@ from nnssl.paths import Folders
 from nnssl.schema import STRICT, parse
 from nnssl.sizes import length_in_patches
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 PLANS_NAME = "nnsslPlans"
 LEAST_PATCHES = 1.5
 """Smallest length of the median scan, in patches, at which embeddings pair scans. A scan hardly longer than a patch contains no
@@ -111,7 +111,7 @@ class StageCost:
 
 @dataclass(frozen=True)
 class DenseSampling:
-    """Features that describe a point, and numbers of points that a step can compare."""
+    """Features that describe a point, and numbers of points of an image that a step can compare."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -119,10 +119,10 @@ class DenseSampling:
     """``single``: the last decoder stage; ``pyramid``: all decoder stages and the bottleneck, side by side."""
     channels: int
     """Number of features of a point."""
-    contrast_points: int
-    """Pairs of points per step if every point is compared with every other."""
-    correlation_points: int
-    """Pairs of points per step if only correlations of dimensions are computed."""
+    contrast_points_per_image: int
+    """Pairs of points per image if every point of a step is compared with every other."""
+    correlation_points_per_image: int
+    """Pairs of points per image if only correlations of dimensions are computed."""
 
 
 @dataclass(frozen=True)

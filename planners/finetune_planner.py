@@ -8,7 +8,7 @@ without nnssl's ``pretext`` section, which describes the pretraining data.
 import tempfile
 from collections.abc import Mapping
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from nnssl.environment import variables
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json, write_json
 from nnssl.log import logger
+from nnssl.networks.backbone import planned_configuration
+from nnssl.networks.pyramid import PYRAMID_CLASSES
 from nnssl.paths import Folders
 from nnssl.plan import plan_path
 
@@ -125,6 +127,27 @@ def moved_plan(plan: Mapping[str, Any], target_dataset: str, name: str) -> dict[
                 f"{target_dataset}: nnU-Net cannot read its images ({error}); check imagesTr and dataset.json"
             ) from error
         return read_json(target / f"{name}.json", "plan")
+
+
+def with_pyramid_segmentation(plan: AdoptedPlan, configuration: str) -> AdoptedPlan | None:
+    """Return a plan in which the segmentation of a configuration reads all decoder stages and the bottleneck.
+
+    The plan's file does not change; preprocessed data are the same.
+
+    Args:
+        plan: Plan of the data set.
+        configuration: Name of the configuration.
+
+    Returns:
+        The plan; None if the network is no U-Net of nnU-Net.
+    """
+    architecture = planned_configuration(plan.content, configuration)["architecture"]
+    name = PYRAMID_CLASSES.get(architecture["network_class_name"])
+    if name is None:
+        return None
+    configurations = plan.content["configurations"]
+    changed = {**configurations[configuration], "architecture": {**architecture, "network_class_name": name}}
+    return replace(plan, content={**plan.content, "configurations": {**configurations, configuration: changed}})
 
 
 def check_channels(plan: Mapping[str, Any], target_dataset: str, dataset_json: Mapping[str, Any]) -> None:

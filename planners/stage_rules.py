@@ -140,11 +140,11 @@ class StageRules:
         crop, overlap, of_crop = decide_crop(step.patch)
         tokens, of_tokens = self._tokens(stage, step.patch)
         memory = self.preset.pretext_memory_gb
-        least_points = self._least_points_gb(stage)
+        least_points = self._least_points_gb(stage, step.batch)
         dense, of_dense = decide_dense(
-            self.frame.features, step.patch, memory, memory - chosen.cost.memory_gb + least_points
+            self.frame.features, step.patch, step.batch, memory, memory - chosen.cost.memory_gb + least_points
         )
-        points = bytes_of_points(stage.points, dense) / 1e9
+        points = bytes_of_points(stage.points, dense, step.batch) / 1e9
         cost = replace(chosen.cost, memory_gb=round(chosen.cost.memory_gb - least_points + points, 3))
         spacing, thick = self.frame.spacing_mm, self.shared["thick_axis"]
         context, of_context = decide_context(self.frame.unet, step.patch, spacing, thick)
@@ -168,7 +168,7 @@ class StageRules:
         reasons += of_tokens if stage.reads_tokens else []
         for keys, of_choice in (
             (("crop_fraction",), of_crop),
-            (("points",), of_dense),
+            (("points_per_image",), of_dense),
             (("turn_plane",), of_context),
             (("fine_stage", "partners"), of_anatomy),
             (("queue_length", "teacher_momentum"), of_teacher),
@@ -201,7 +201,7 @@ class StageRules:
                 step.batch,
                 self._tokens(stage, step.patch)[0] if stage.reads_tokens else None,
                 self.transformer,
-                self._least_points_gb(stage) * 1e9,
+                self._least_points_gb(stage, step.batch) * 1e9,
                 self.preset.on_gpu,
                 pieces,
                 checkpointing,
@@ -230,9 +230,9 @@ class StageRules:
             self._grids[key] = decide_tokens(self.frame.unet, patch, self.frame.spacing_mm, fixed_stage=fixed)
         return self._grids[key]
 
-    def _least_points_gb(self, stage: Stage) -> float:
-        least, _ = decide_dense(self.frame.features, self.frame.largest, 0.0, 0.0)
-        return bytes_of_points(stage.points, least) / 1e9
+    def _least_points_gb(self, stage: Stage, batch: int) -> float:
+        least, _ = decide_dense(self.frame.features, self.frame.largest, batch, 0.0, 0.0)
+        return bytes_of_points(stage.points, least, batch) / 1e9
 
     def _settings_read(self, stage: Stage, plan: StagePlan) -> set[str]:
         own = {each.name: getattr(plan, each.name) for each in fields(PatchChoices)}

@@ -112,7 +112,7 @@ FILES = {
     "ArmResult": (writer(RESULT), result.read_result, 2),
     "Classification": (writer(CLASSIFICATION), classification.read_classification, 1),
     "CellTimes": (writer(TIMES), lambda path: schema.read(cell_times.CellTimes, path, "duration"), 1),
-    "Pretext": (write_plan, plan.read_plan, 7),
+    "Pretext": (write_plan, plan.read_plan, 8),
     "checkpoint": (write_checkpoint, checkpoint.read_checkpoint, 2),
 }
 """Name of the dataclass: a function that writes a file of a version, the reader, and the version that it accepts."""

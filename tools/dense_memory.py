@@ -1,4 +1,4 @@
-"""Measure memory and time of one Pix2Rep step for several numbers of points.
+"""Measure memory and time of one Pix2Rep step for several numbers of points per step.
 
 Each number of points runs in its own process, and the peak resident memory of that process is reported. The first row is the bare
 network on both views, without points::
@@ -32,7 +32,7 @@ def run(path: Any, configuration_name: str, method: str, batch_size: int, points
     plan = read_plan(path)
     configuration = plan.configuration(configuration_name)
     stage = METHODS[method].stages[0]
-    overrides = [f"batch_size={batch_size}", f"points={max(points, 2)}"]
+    overrides = [f"batch_size={batch_size}", f"points_per_image={max(points // batch_size, 2)}"]
     settings, _ = resolve_stage(stage.load(), configuration, stage.name, overrides)
     planned = plan.nnunet["configurations"][configuration_name]
     channels = len(planned["normalization_schemes"])

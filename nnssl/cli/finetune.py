@@ -55,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--mode",
         choices=MODES,
         default="finetune",
-        help="finetune: train all weights. linear: train only the last segmentation layer. mean_teacher: train all weights with "
+        help="finetune: train all weights. linear: train only the segmentation layer. mean_teacher: train all weights with "
         "a consistency term on unlabelled cases (default: finetune).",
     )
     parser.add_argument(
@@ -89,7 +89,8 @@ def _add_case_arguments(parser: argparse.ArgumentParser) -> None:
         "--unlabelled",
         metavar="FILE|ID",
         help="Images for --mode mean_teacher: a data set without labels, or a file that lists labelled cases whose labels are "
-        "ignored, one name per line (default: all labelled cases that are neither trained on nor held out).",
+        "ignored, one name per line (default: all labelled cases that are neither trained on nor held out). The images of the "
+        "training cases are used in addition; held-out images are excluded.",
     )
 
 

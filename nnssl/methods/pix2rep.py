@@ -17,8 +17,9 @@ Deviations:
       such points are never drawn.
     * Where points are drawn: the code draws them from all voxels of slices that were cropped around the reference
       segmentation. Here patches are whole, and half of the points are drawn from voxels brighter than the mean of their patch.
-    * Number of points: "1,000" is per image in the text and per batch in the code. ``points`` is the number per step,
-      ``points_per_image`` overrides it. v2 correlates all pixels in the paper, here the drawn points.
+    * Number of points: "1,000" is per image in the text and per batch of 8 images in the code, 125 per image.
+      ``points_per_image`` is the number per image, whatever the batch. v2 correlates all pixels in the paper, here the drawn
+      points.
     * ``phi`` is built in millimetres (``views.spatial``) and rotates thick slices only about their own axis; flips are drawn
       for each axis separately. The code rotates by at most 90 degrees and never flips two axes.
     * Crop and flips are those of the plan, which all methods of a data set share, not the code's (0.11 to 0.9 of the patch,
@@ -55,7 +56,6 @@ from nnssl.methods.settings import (
     Share,
     TrainingSettings,
     TwoOrMore,
-    WholeNumber,
 )
 from nnssl.networks.dense import ENCODER_AND_DECODER, DenseKind, dense_channels, dense_maps, trained_up_to_segmentation
 from nnssl.networks.heads import PointProjection
@@ -97,10 +97,8 @@ class DenseSettings:
     __pydantic_config__: ClassVar = STRICT
 
     training: TrainingSettings
-    points: TwoOrMore = 1000  # [C]
-    """Number of pairs of points per step, over all processes; every image gets the same number."""
-    points_per_image: WholeNumber = 0  # [P] 1,000, as the text can be read
-    """Number of pairs of points per image; 0 divides ``points`` among the images."""
+    points_per_image: TwoOrMore = 125  # [C] 1,000 per batch of 8; [P] 1,000 per image, as the text can be read
+    """Number of pairs of points per image. Each point is compared with the points of all images of the step."""
     foreground_share: Share = 0.5  # [R]
     """Share of the points drawn from the voxels brighter than the mean of their patch; the others come from all voxels."""
     features: DenseKind = "single"  # [P]
@@ -139,7 +137,7 @@ class Pix2RepSettings(DenseSettings):
 class Pix2RepV2Settings(DenseSettings):
     """Settings of v2."""
 
-    points: TwoOrMore = 16_384  # [R]; all pixels in the paper
+    points_per_image: TwoOrMore = 2048  # [R]; all pixels in the paper
     off_diagonal_weight: NotNegative = 0.0051  # Barlow Twins
 
 
@@ -241,8 +239,8 @@ class Pix2Rep(DensePoints):
 
     @classmethod
     def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
-        """Return the plan's features, ranges of the views, and number of points for a contrast."""
-        return {**super().from_plan(configuration), "points": configuration.dense.contrast_points}
+        """Return the plan's features, ranges of the views, and number of points per image for a contrast."""
+        return {**super().from_plan(configuration), "points_per_image": configuration.dense.contrast_points_per_image}
 
     def pair_losses(self, before: Float[Tensor, "pairs d"], warped: Float[Tensor, "pairs d"]) -> dict[str, Tensor]:
         """Return NT-Xent, the paper's loss of version 1."""
@@ -256,8 +254,11 @@ class Pix2RepV2(DensePoints):
 
     @classmethod
     def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
-        """Return the plan's features, ranges of the views, and number of points for a correlation matrix."""
-        return {**super().from_plan(configuration), "points": configuration.dense.correlation_points}
+        """Return the plan's features, ranges of the views, and number of points per image for a correlation matrix."""
+        return {
+            **super().from_plan(configuration),
+            "points_per_image": configuration.dense.correlation_points_per_image,
+        }
 
     def pair_losses(self, before: Float[Tensor, "pairs d"], warped: Float[Tensor, "pairs d"]) -> dict[str, Tensor]:
         """Return the loss of Barlow Twins, the paper's loss of version 2."""
@@ -298,8 +299,7 @@ def intensity_range(settings: DenseSettings, spacing_mm: Sequence[float]) -> Int
 
 def points_of_image(settings: DenseSettings, shape: Sequence[int]) -> int:
     """Return the number of points to draw from each image: as the settings say, but at most a quarter of its voxels."""
-    wanted = settings.points_per_image or settings.points // settings.training.batch_size
-    return max(1, min(wanted, math.prod(shape) // 4))
+    return max(1, min(settings.points_per_image, math.prod(shape) // 4))
 
 
 def embed_points(

@@ -31,7 +31,9 @@ def make_pretext() -> Pretext:
         crop_fraction=(0.2, 1.0),
         crop_overlap=0.6,
         tokens=TOKENS,
-        dense=DenseSampling(features="pyramid", channels=24, contrast_points=1000, correlation_points=4096),
+        dense=DenseSampling(
+            features="pyramid", channels=24, contrast_points_per_image=125, correlation_points_per_image=512
+        ),
         context=ContextChoices(turn_plane=(1, 2), quarter_turns=False, attention_rank=16),
         anatomy=AnatomyChoices(fine_stage=1, coarse_stage=2, partners="sam", scan_mm=(192.0, 96.0, 60.0)),
         queue_length=64,

@@ -8,6 +8,7 @@ import pytest
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnssl.errors import ArgumentError
+from nnssl.log import lines_to
 from nnssl.networks.backbone import build_network
 from nnssl.plan import DenseSampling
 from nnssl.sizes import in_bytes
@@ -20,53 +21,75 @@ NOT_WITH_LIKE = r"^spacing_mm and dense_width cannot be combined with like, beca
 
 
 def test_narrow_last_stage_takes_the_pyramid_and_says_what_it_costs():
-    sampling, decisions = decide_dense(FEATURES, (128, 112), 0.5, 0.5)
-    assert sampling == DenseSampling("pyramid", 368, 1000, 4096)
+    sampling, decisions = decide_dense(FEATURES, (128, 112), 8, 0.5, 0.5)
+    assert sampling == DenseSampling("pyramid", 368, 125, 512)
     reasons = {what: reason for what, _, reason in decisions}
     # 2 sides x 1000 points x 352 more channels x 4 bytes; 128 x 112 x 1024 x 4 bytes
     assert "add 2.8 MB for 1,000 pairs" in reasons["dense features"]
     assert "59 MB per patch" in reasons["dense features"]
-    assert "take 48 MB" in reasons["points (contrast)"]  # 3 x 2000 x 2000 x 4 bytes
+    assert "Dice was 73.4 with 1,024 channels and 51.2 with 64" in reasons["dense features"]
+    assert "of 8 images take 48 MB" in reasons["points per image (contrast)"]  # 3 x 2000 x 2000 x 4 bytes
 
 
-def test_wide_last_stage_is_read_alone():
-    sampling, decisions = decide_dense([64, *FEATURES[1:]], (128, 112), 0.5, 0.5)
-    assert (sampling.features, sampling.channels) == ("single", 64)
-    assert "at least 64 channels" in decisions[0][2]
+def test_only_a_last_stage_of_the_papers_width_is_read_alone():
+    for width in (16, 64, 96, 512, 1023):
+        assert decide_dense([width, *FEATURES[1:]], (128, 112), 8, 0.5, 0.5)[0].features == "pyramid"
+    sampling, decisions = decide_dense([1024, *FEATURES[1:]], (128, 112), 8, 0.5, 0.5)
+    assert (sampling.features, sampling.channels) == ("single", 1024)
+    assert "as wide as Pix2Rep's, in whose ablation Dice was 73.4 with 1,024" in decisions[0][2]
+
+
+@pytest.mark.parametrize("features", [FEATURES, [32, 64, 128, 256, 320, 320]])
+def test_widening_never_takes_features_away(features):
+    """A wider last stage keeps the other stages beside it, until it is the one that the paper found to suffice alone."""
+    before = decide_dense(features, (64, 64), 8, 8.0, 8.0)[0].channels
+    for width in (*range(features[0] + 1, 1024, 31), 1024, 2048):
+        after = decide_dense([width, *features[1:]], (64, 64), 8, 8.0, 8.0)[0]
+        more = width - features[0] if after.features == "pyramid" else width - before
+        assert after.channels == before + more
+        assert after.features == "single" or more > 0
+        assert after.features == "pyramid" or width >= 1024
 
 
 def test_points_grow_with_memory_and_stay_within_it():
-    sizes = [decide_dense(FEATURES, (64, 64, 64), memory, memory)[0] for memory in (0.5, 8.0, 80.0)]
-    assert [s.contrast_points for s in sizes] == [1000, 2048, 4096]
-    assert sizes[0].correlation_points < sizes[1].correlation_points <= sizes[2].correlation_points
+    sizes = [decide_dense(FEATURES, (64, 64, 64), 8, memory, memory)[0] for memory in (0.5, 8.0, 80.0)]
+    assert [s.contrast_points_per_image for s in sizes] == [125, 256, 512]
+    correlation = [s.correlation_points_per_image for s in sizes]
+    assert correlation[0] < correlation[1] <= correlation[2]
     for sampling, target in zip(sizes[1:], (8e9, 80e9), strict=True):
-        assert 3 * (2 * sampling.contrast_points) ** 2 * 4 <= 0.1 * target
-        assert sampling.correlation_points in CORRELATION_POINTS
+        assert 3 * (2 * 8 * sampling.contrast_points_per_image) ** 2 * 4 <= 0.1 * target
+        assert sampling.correlation_points_per_image in CORRELATION_POINTS
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("batch", [4, 8, 256])
 @pytest.mark.parametrize("features", [FEATURES, [96, 200, 320, 320]])
-def test_most_points_that_fit_into_their_share_of_memory(preset, features):
+def test_most_points_that_fit_into_their_share_of_memory(preset, batch, features):
     """Values of four bytes: three per pair of points; features and head on two sides, each with its gradient."""
     gb = PRESETS[preset].memory_gb
-    sampling, decisions = decide_dense(features, (64, 80, 48), gb, gb)
+    sampling, decisions = decide_dense(features, (64, 80, 48), batch, gb, gb)
     memory = gb * 1e9
-    wanted = [n for n in (1000, 2048, 4096) if 3 * (2 * n) * (2 * n) * 4 <= 0.1 * memory]
-    assert sampling.contrast_points == max(wanted, default=1000)
+    wanted = [n for n in (125, 256, 512) if 3 * (2 * batch * n) * (2 * batch * n) * 4 <= 0.1 * memory]
+    assert sampling.contrast_points_per_image == max(wanted, default=125)
     point = 4 * (sampling.channels + 256 + 256 + 256 + 256)
-    wanted = [n for n in (4096, 16_384, 65_536) if 2 * 2 * n * point <= 0.25 * memory]
-    assert sampling.correlation_points == max(wanted, default=4096)
-    assert f"embeddings take {in_bytes(4 * sampling.correlation_points * point)} (" in decisions[2][2]
+    wanted = [n for n in (512, 2048, 8192) if 2 * 2 * batch * n * point <= 0.25 * memory]
+    assert sampling.correlation_points_per_image == max(wanted, default=512)
+    expected = in_bytes(4 * batch * sampling.correlation_points_per_image * point)
+    assert f"embeddings of {batch} images take {expected} (" in decisions[2][2]
 
 
 def test_points_take_no_more_than_patch_and_batch_leave():
     for free in (0.05, 0.5, 5.0):
-        sampling, _ = decide_dense(FEATURES, (64, 64, 64), 80.0, free)
-        for setting, least in (("contrast", 1000), ("correlation", 4096)):
-            points = getattr(sampling, f"{setting}_points")
-            assert points == least or bytes_of_points(setting, sampling) <= free * 1e9
-    assert bytes_of_points(None, sampling) == 0.0
-    assert bytes_of_points("contrast", sampling) == 3 * (2 * sampling.contrast_points) ** 2 * 4
+        sampling, _ = decide_dense(FEATURES, (64, 64, 64), 8, 80.0, free)
+        for setting, least in (("contrast", 125), ("correlation", 512)):
+            points = getattr(sampling, f"{setting}_points_per_image")
+            assert points == least or bytes_of_points(setting, sampling, 8) <= free * 1e9
+    assert bytes_of_points(None, sampling, 8) == 0.0
+    for batch in (1, 8, 64):
+        pairs = batch * sampling.contrast_points_per_image
+        assert bytes_of_points("contrast", sampling, batch) == 3 * (2 * pairs) ** 2 * 4
+        pairs = batch * sampling.correlation_points_per_image
+        assert bytes_of_points("correlation", sampling, batch) == 4 * pairs * (sampling.channels + 4 * 256) * 4
 
 
 @pytest.mark.parametrize("kind", ["iso", "thick"])
@@ -92,7 +115,10 @@ def test_width_is_what_is_given_and_stock_nnunet_builds_it(nnunet_folders):
         assert configuration.configuration["architecture"]["arch_kwargs"]["features_per_stage"][0] == 96
         network = build_network(configuration.configuration["architecture"], 1, 3, seed=0)
         assert network.decoder.seg_layers[-1].in_channels == 96
-        assert all(stage.dense.features == "single" for stage in wide.configuration(name).stages.values())
+        narrow = usual.configuration(name).stages
+        for key, stage in wide.configuration(name).stages.items():
+            assert stage.dense.features == "pyramid"
+            assert key not in narrow or stage.dense.channels > narrow[key].dense.channels
     for name in ("2d", "3d_fullres"):
         before, after = (p.nnunet["configurations"][name]["batch_size"] for p in (usual, wide))
         assert 2 <= after <= before
@@ -102,10 +128,23 @@ def test_width_is_what_is_given_and_stock_nnunet_builds_it(nnunet_folders):
     assert usual.configuration("2d").for_stage("pix2rep.dense").dense.features == "pyramid"
 
 
+def test_the_papers_width_is_planned_where_memory_allows(nnunet_folders):
+    """At 24 GB in 2D; volumes keep their width and their pyramid, which is said."""
+    said = []
+    with lines_to(said.append):
+        plan = make_plan("thick", preset="24gb", dense_width=1024)
+    flat, volumes = (plan.nnunet["configurations"][name] for name in ("2d", "3d_fullres"))
+    assert flat["architecture"]["arch_kwargs"]["features_per_stage"][0] == 1024
+    assert volumes["architecture"]["arch_kwargs"]["features_per_stage"][0] == 32
+    assert plan.configuration("2d").for_stage("pix2rep.dense").dense.features == "single"
+    assert plan.configuration("3d_fullres").for_stage("pix2rep.dense").dense.features == "pyramid"
+    assert any(line.startswith("3d_fullres keeps 32 channels at full resolution: with 1,024,") for line in said)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dense_width": 4096}, r"^dense_width must leave memory for two patches of .*, got 4096; "),
+        ({"dense_width": 65536}, r"^dense_width must leave memory for two patches of .*, got 65536; "),
         ({"like": Path("x/nnUNetPlans.json"), "spacing_mm": (1.0, 1.0, 1.0)}, NOT_WITH_LIKE),
         ({"like": Path("x/nnUNetPlans.json"), "dense_width": 64}, NOT_WITH_LIKE),
         ({"spacing_mm": (1.0, 2.0)}, r"^spacing_mm must be three lengths above 0, got 1 2$"),

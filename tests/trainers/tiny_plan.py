@@ -56,7 +56,9 @@ def tiny_plan(dataset_name: str = "Dataset501_Source", channels: int = 1) -> dic
     }  # fmt: skip
 
 
-def write_weights(path: Path, plan: dict[str, Any], classes: int = 2, seed: int = 7) -> dict[str, torch.Tensor]:
+def write_weights(
+    path: Path, plan: dict[str, Any], classes: int = 2, seed: int = 7, settings: dict[str, Any] | None = None
+) -> dict[str, torch.Tensor]:
     """Write a checkpoint of pretraining with random weights for ``3d_fullres`` and return its ``network_weights``."""
     architecture = plan["configurations"]["3d_fullres"]["architecture"]
     with torch.random.fork_rng():
@@ -81,7 +83,7 @@ def write_weights(path: Path, plan: dict[str, Any], classes: int = 2, seed: int 
         configuration="3d_fullres",
         plans=plan,
         dataset_json={"channel_names": {"0": "MRI"}},
-        settings={},
+        settings=settings or {},
         seed=seed,
         step=10,
         total_steps=10,

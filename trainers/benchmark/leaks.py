@@ -9,9 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnssl.data.case_error import CaseError
 from nnssl.data.patients import patient_in_name, read_patients
-from nnssl.data.raw import RawDataset, read_volume
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import some
 from nnssl.log import logger
@@ -19,7 +17,6 @@ from nnssl.paths import Folders
 from nnssl.schema import read
 from nnssl.weights.description import ELSEWHERE
 from nnssl.weights.opened_checkpoint import open_checkpoint
-from planners.case_record import digest_volume
 from planners.fingerprint import FILE_NAME, Fingerprint
 
 
@@ -91,23 +88,6 @@ def seen_by_checkpoint(path: Path, folders: Folders, patients: Path | None) -> l
         found.append(seen_in_pretraining(provenance.dataset_name, folders, patients, provenance.cases or ()))
         source = Path(provenance.init) if provenance.init else None
     return found
-
-
-def digest_cases(dataset: RawDataset, names: Iterable[str]) -> dict[str, str]:
-    """Return the digests of the voxels of some cases.
-
-    Raises:
-        UserError: If an image cannot be read.
-    """
-    wanted = set(names)
-    digests = {}
-    for case in dataset.cases:
-        if case.name in wanted:
-            try:
-                digests[case.name] = digest_volume(read_volume(case, dataset.reader)[0])
-            except CaseError as error:
-                raise UserError(f"{error.file}: {error.reason}; fix the file or remove the case") from error
-    return digests
 
 
 def find_leaks(digests: Mapping[str, str], patients: Mapping[str, str], seen: Sequence[Seen]) -> dict[str, str]:

@@ -6,8 +6,9 @@ from nnssl.data.raw import RawDataset
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_names, some
 from nnssl.log import logger
-from trainers.benchmark.leaks import Seen, check_unseen, digest_cases, find_leaks
+from trainers.benchmark.leaks import Seen, check_unseen, find_leaks
 from trainers.benchmark.settings import StudySettings
+from trainers.finetuning.held_out import digest_cases
 from trainers.finetuning.labelled_cases import label_order, read_case_names
 
 DEFAULT_SHARE = 0.25

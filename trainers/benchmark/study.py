@@ -102,6 +102,10 @@ class Study:
         train = tuple(sorted(case for case in self.pool if self.patients[case] in chosen))
         return Split(train, self.test, f"{len(train)}cases")
 
+    def unlabelled(self, split: Split) -> tuple[str, ...]:
+        """Return the cases that a mean teacher sees without labels besides the training cases."""
+        return choose_unlabelled((*self.pool, *self.test), split, patients=self.patients)
+
     @property
     def pool(self) -> tuple[str, ...]:
         """Labelled cases of patients that are not held out."""
@@ -122,7 +126,7 @@ class Study:
             device=self.device,
             processes=self.processes,
             mode=cell.mode,
-            unlabelled=choose_unlabelled((*self.pool, *self.test), split) if cell.mode == "mean_teacher" else (),
+            unlabelled=self.unlabelled(split) if cell.mode == "mean_teacher" else (),
         )
 
 

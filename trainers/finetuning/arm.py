@@ -81,6 +81,7 @@ def arm_folder(task: Task, weights: OpenedCheckpoint | None, folders: Folders) -
         "schedule": {key: value for key, value in asdict(task.schedule).items() if value not in (None, "sgd")},
         "mode": task.mode,
         **({"unlabelled": sorted(task.unlabelled)} if task.unlabelled else {}),
+        **({"consistency": "labelled and unlabelled"} if task.mode == "mean_teacher" else {}),
         **({"unlabelled_in": task.unlabelled_folder.name} if task.unlabelled_folder else {}),
     }
     name = f"{ARM_PREFIX}{_arm_name(weights, task.mode)}_{task.split.name}_seed{task.seed}_{content_digest(identity)}"

@@ -17,10 +17,11 @@ from nnssl.log import logger
 from nnssl.networks.backbone import planned_configuration
 from nnssl.paths import Folders, use_folders
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint, open_checkpoint
-from planners.finetune_planner import adopt_plan
+from planners.finetune_planner import AdoptedPlan, adopt_plan, with_pyramid_segmentation
 from planners.primus_rules import CLASS_NAME as PRIMUS
 from trainers.finetuning.adapted_weights import adapt_if_made_elsewhere
 from trainers.finetuning.arm import Task, run_arm
+from trainers.finetuning.held_out import without_held_out
 from trainers.finetuning.labelled_cases import Split, choose_unlabelled, find_labelled_cases, fold_split, split_cases
 from trainers.finetuning.labelled_data import prepare_data, prepare_unlabelled
 from trainers.finetuning.pretrained_weights import NEWEST, find_weights, log_weights
@@ -106,7 +107,7 @@ def _make_task(
     plan = adopt_plan(origin.own_provenance.plans, dataset_name, folders, settings.plans_name)
     split = split or fold_split(labelled, dataset_name, folders)
     others, source = (
-        _find_unlabelled(settings.unlabelled, labelled, split, folders)
+        _find_unlabelled(settings.unlabelled, dataset_name, labelled, split, folders)
         if settings.mode == "mean_teacher"
         else ((), None)
     )
@@ -114,6 +115,8 @@ def _make_task(
     others_folder = None
     if source is not None:
         others_folder = prepare_unlabelled(source, dataset_name, plan, configuration, folders, processes)
+    if settings.mode == "linear":
+        plan = _plan_of_probe(plan, configuration, origin)
     return Task(
         dataset_name=dataset_name,
         dataset_json=read_json(folders.preprocessed / dataset_name / "dataset.json", "dataset.json"),
@@ -129,6 +132,22 @@ def _make_task(
         unlabelled_folder=others_folder,
         track=tuple(settings.track),
     )
+
+
+def _plan_of_probe(plan: AdoptedPlan, configuration: str, origin: OpenedCheckpoint) -> AdoptedPlan:
+    """Return the plan of a linear probe, whose segmentation layer reads the features that the pretraining trained."""
+    if origin.own_provenance.settings.get("features") != "pyramid":  # only dense methods have this setting
+        return plan
+    wide = with_pyramid_segmentation(plan, configuration)
+    if wide is None:
+        logger.info("The probe reads the last decoder stage only, because the network is no U-Net of nnU-Net")
+        return plan
+    features = planned_configuration(plan.content, configuration)["architecture"]["arch_kwargs"]["features_per_stage"]
+    logger.info(
+        f"The probe reads all decoder stages and the bottleneck ({sum(features):,} channels), with which these weights were "
+        "pretrained (features=pyramid); nnU-Net predicts with it where nnssl is installed"
+    )
+    return wide
 
 
 def run_arms(task: Task, arms: Sequence[OpenedCheckpoint | None], folders: Folders, restart: bool) -> list[ArmResult]:
@@ -150,10 +169,15 @@ def run_arms(task: Task, arms: Sequence[OpenedCheckpoint | None], folders: Folde
 
 
 def _find_unlabelled(
-    unlabelled: str | int | None, labelled: tuple[str, ...], split: Split, folders: Folders
+    unlabelled: str | int | None, dataset_name: str, labelled: tuple[str, ...], split: Split, folders: Folders
 ) -> tuple[tuple[str, ...], RawDataset | None]:
-    """Return the cases whose images the mean teacher sees, and their data set; None for the labelled data set."""
-    if unlabelled is None or Path(str(unlabelled)).exists():
-        return choose_unlabelled(labelled, split, None if unlabelled is None else Path(str(unlabelled))), None
-    source = read_dataset(unlabelled, folders)
+    """Return the cases that the mean teacher sees besides the training cases, and their data set.
+
+    The data set is None for the labelled one.
+    """
+    if unlabelled is not None and Path(str(unlabelled)).is_file():
+        return choose_unlabelled(labelled, split, Path(str(unlabelled))), None
+    if unlabelled is None or find_dataset(unlabelled, folders) == dataset_name:
+        return choose_unlabelled(labelled, split), None
+    source = without_held_out(read_dataset(unlabelled, folders), read_dataset(dataset_name, folders), split.test)
     return tuple(case.name for case in source.cases), source

@@ -58,7 +58,7 @@ class ArmSettings:
     model_folder: Path
     """Folder of the model, which nnU-Net's commands accept with ``-m``."""
     unlabelled_cases: tuple[str, ...] = ()
-    """Cases whose images the mean teacher sees; empty in other modes."""
+    """Cases whose images the mean teacher sees besides those of the training cases; empty in other modes."""
     unlabelled_folder: Path | None = None
     """Folder of the preprocessed unlabelled cases; None for that of the labelled cases."""
     processes: int = 1

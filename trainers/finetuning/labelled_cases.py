@@ -1,6 +1,6 @@
 """The choice of training cases and held-out cases among the labelled cases."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
@@ -8,9 +8,11 @@ from pathlib import Path
 
 import torch
 
+from nnssl.data.patients import patient_in_name
 from nnssl.draws import make_generator
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json, read_names, some, write_json
+from nnssl.log import logger
 from nnssl.paths import Folders
 
 FOLDS = 5  # nnU-Net's cross-validation
@@ -106,38 +108,52 @@ def split_cases(
     return Split(train, test, f"{len(train)}cases")
 
 
-def choose_unlabelled(labelled: Sequence[str], split: Split, cases: Path | None = None) -> tuple[str, ...]:
-    """Choose the cases whose images are used without their labels.
+def choose_unlabelled(
+    labelled: Sequence[str], split: Split, cases: Path | None = None, patients: Mapping[str, str] | None = None
+) -> tuple[str, ...]:
+    """Choose the cases whose images are used without their labels, in addition to the training cases.
+
+    Other cases of held-out patients are excluded, and logged.
 
     Args:
         labelled: Names of all labelled cases.
         split: Training cases and held-out cases.
         cases: File that lists the cases; None for all cases that are not in the split.
+        patients: Patients, by case; None to infer them from the names.
 
     Raises:
-        UserError: If a listed case is also trained on or held out.
+        UserError: If a listed case is held out.
         ArgumentError: If no case is left.
     """
     if cases is None:
-        left = tuple(sorted(set(labelled) - set(split.train) - set(split.test)))
-        if not left:
-            raise ArgumentError(
-                f"mode mean_teacher needs images of other cases, but all {len(labelled)} labelled ones are trained on or held "
-                "out; choose fewer to train on with labels and to hold out with test_cases, or give images with unlabelled",
-                "mode",
-                "test_cases",
-                "labels",
-                "unlabelled",
-            )
-        return left
-    names = read_case_names(cases, labelled)
-    for side, taken in (("trained on", split.train), ("held out", split.test)):
-        overlap = sorted(set(names) & set(taken))
+        names = sorted(set(labelled) - set(split.test))
+    else:
+        names = list(read_case_names(cases, labelled))
+        overlap = sorted(set(names) & set(split.test))
         if overlap:
             raise UserError(
-                f"{cases}: {some(overlap)} also {side}; remove such cases from the list of unlabelled images"
+                f"{cases}: {some(overlap)} also held out; remove such cases from the list of unlabelled images"
             )
-    return names
+    others = [name for name in names if name not in set(split.train)]
+    found = patients if patients is not None else {name: patient_in_name(name) for name in labelled}
+    held_out = {found[name] for name in split.test}
+    left = tuple(name for name in others if found[name] not in held_out)
+    if len(left) < len(others):
+        excluded = sorted(set(others) - set(left))
+        logger.info(
+            f"{len(excluded)} cases are of held-out patients and are not used without labels ({some(excluded)})"
+        )
+    if not left:
+        raise ArgumentError(
+            f"mode mean_teacher needs images of other cases, but all {len(labelled) if cases is None else len(names)} "
+            f"{'labelled ones' if cases is None else f'cases of {cases}'} are trained on, held out or of held-out patients; "
+            "choose fewer to train on with labels and to hold out with test_cases, or give images with unlabelled",
+            "mode",
+            "test_cases",
+            "labels",
+            "unlabelled",
+        )
+    return left
 
 
 def fold_split(labelled: Sequence[str], dataset_name: str, folders: Folders, fold: int = 0) -> Split:

@@ -2,20 +2,24 @@
 
 Source: Seince et al., Pix2Rep, MIDL 2024 (linear probing): a 1 x 1 layer on the last feature map, Adam, learning rate 1e-2.
 
-Deviations: loss, augmentation and learning-rate schedule are those of ``FinetuneTrainer``, so that a probe differs from a
-fine-tuned network only in the trained layers and the optimizer. There is no deep supervision, whose other layers would be
-trained on features that no prediction uses.
+The layer reads what was pretrained: the last decoder stage, or all decoder stages and the bottleneck for weights whose
+pretraining described a point by them. The plan then names a class of ``nnssl.networks.pyramid``.
+
+Deviations: the paper has only the last stage, which is 1,024 channels wide there. Loss, augmentation and learning-rate schedule
+are those of ``FinetuneTrainer``, so that a probe differs from a fine-tuned network only in the trained layers and the optimizer.
+There is no deep supervision, whose other layers would be trained on features that no prediction uses.
 """
 
 from typing import Any
 
 import torch
 
+from nnssl.networks.pyramid import PyramidSegmentation
 from trainers.finetuning.finetune_trainer import FinetuneTrainer, WarmupPolySchedule
 
 
 class LinearProbeTrainer(FinetuneTrainer):
-    """Trainer of the last segmentation layer, with all other weights frozen. Made by ``make_trainer``."""
+    """Trainer of the segmentation layer of full resolution, with all other weights frozen. Made by ``make_trainer``."""
 
     def initialize(self) -> None:
         """Build network, optimizer and loss without deep supervision, because its other layers are not trained."""
@@ -23,11 +27,16 @@ class LinearProbeTrainer(FinetuneTrainer):
         super().initialize()
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupPolySchedule]:
-        """Freeze all layers but the last segmentation layer; return Adam for that layer and the schedule of fine-tuning."""
+        """Freeze all layers but the segmentation layer; return Adam for that layer and the schedule of fine-tuning."""
         self.network.requires_grad_(False)
         network: Any = self.bare_network
-        layer = network.decoder.seg_layers[-1].requires_grad_(True)
-        optimizer = torch.optim.Adam(layer.parameters(), lr=self.initial_lr)
+        if isinstance(network, PyramidSegmentation):
+            layer = network.linear_layer()
+        else:
+            layer = list(network.decoder.seg_layers[-1].parameters())
+        for parameter in layer:
+            parameter.requires_grad_(True)
+        optimizer = torch.optim.Adam(layer, lr=self.initial_lr)
         return optimizer, WarmupPolySchedule(
             optimizer, self.initial_lr, self.num_epochs, self.settings.schedule.warmup_epochs
         )

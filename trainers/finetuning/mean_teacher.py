@@ -3,8 +3,9 @@
 Source: Tarvainen and Valpola, Mean teachers are better role models, NeurIPS 2017. Momentum, noise, weight and its ramp are
 from Yu et al., UA-MT, MICCAI 2019, as used after pretraining by Seince et al., Pix2Rep, MIDL 2024.
 
-Each step sees a labelled and an unlabelled batch. On the labelled batch the student has the loss of fine-tuning. On the
-unlabelled batch its loss is the mean squared difference between its probabilities and those of the teacher, which is the
+Each step sees a labelled and an unlabelled batch. The unlabelled batch is drawn from the training cases, without their labels,
+and from the unlabelled cases alike, as Pix2Rep takes all slices. On the labelled batch the student has the loss of fine-tuning.
+On the unlabelled batch its loss is the mean squared difference between its probabilities and those of the teacher, which is the
 moving average of its weights. Both see the same patches, each with its own noise. The teacher is saved and used to predict.
 
 Deviations:
@@ -26,6 +27,7 @@ from typing import Any
 
 import torch
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetBaseDataset
 from torch import Tensor, nn
 
 from nnssl.draws import draw_seed
@@ -63,6 +65,25 @@ def teacher_momentum(step: int, numbers: Consistency) -> float:
     return min(1 - 1 / (step + 1), numbers.momentum)
 
 
+class JoinedCases:
+    """Preprocessed cases of several folders as one data set for nnU-Net's loader, also where two cases have the same name.
+
+    Args:
+        *parts: Data sets of nnU-Net.
+    """
+
+    def __init__(self, *parts: nnUNetBaseDataset) -> None:
+        self.places = {
+            f"{number}/{name}": (part, name) for number, part in enumerate(parts) for name in part.identifiers
+        }
+        self.identifiers = list(self.places)
+
+    def load_case(self, identifier: str) -> Any:
+        """Return what nnU-Net's data set returns for a case."""
+        part, name = self.places[identifier]
+        return part.load_case(name)
+
+
 class MeanTeacherTrainer(FinetuneTrainer):
     """Trainer of a student on labelled and unlabelled patches, whose moving average it saves. Made by ``make_trainer``."""
 
@@ -77,10 +98,14 @@ class MeanTeacherTrainer(FinetuneTrainer):
         return self.num_epochs * self.num_iterations_per_epoch
 
     def make_train_batches(self, loader: nnUNetDataLoader) -> Iterator[dict[str, Any]]:
-        """Return the batches of fine-tuning, each with an unlabelled batch of the same size under ``unlabelled``."""
+        """Return the batches of fine-tuning, each with a batch of the same size, used without labels, under ``unlabelled``."""
         unlabelled = copy.copy(loader)
-        folder = str(self.settings.unlabelled_folder or self.preprocessed_dataset_folder)
-        unlabelled._data = self.dataset_class(folder, list(self.settings.unlabelled_cases))
+        own = self.preprocessed_dataset_folder
+        folder = str(self.settings.unlabelled_folder or own)
+        unlabelled._data = JoinedCases(
+            self.dataset_class(own, list(self.settings.train_cases)),
+            self.dataset_class(folder, list(self.settings.unlabelled_cases)),
+        )
         unlabelled.indices = unlabelled._data.identifiers
         # Both settings would use labels to place the patches.
         unlabelled.oversample_foreground_percent = 0.0

@@ -42,7 +42,7 @@ class ArmResult:
     train_cases: tuple[str, ...]
     test_cases: tuple[str, ...]
     unlabelled_cases: tuple[str, ...]
-    """Cases whose images the mean teacher saw; empty in other modes."""
+    """Cases whose images the mean teacher saw besides those of the training cases; empty in other modes."""
     num_parameters: int
     dice: dict[str, float | None]
     """Mean Dice over the held-out cases by class or region; None if a class is in no reference and no prediction."""

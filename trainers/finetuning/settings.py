@@ -31,10 +31,11 @@ class FinetuneSettings:
         device: Device to compute on; None for a GPU if one is available, else the CPU.
         processes: Worker processes for preprocessing and evaluation; None for one per core, at most 8.
         plans_name: Name of the plan in the data set's folder; None to choose one.
-        mode: ``"finetune"`` trains all weights, ``"linear"`` only the last segmentation layer, ``"mean_teacher"`` all weights
+        mode: ``"finetune"`` trains all weights, ``"linear"`` only the segmentation layer, ``"mean_teacher"`` all weights
             with a consistency term on unlabelled cases.
         unlabelled: Unlabelled images for ``"mean_teacher"``: a file with case names, one per line, or a data set (number or
-            name), all of whose images are used. None for all labelled cases that are neither trained on nor held out.
+            name), whose images are used except for those that are held out. None for all labelled cases that are neither trained
+            on nor held out. The images of the training cases are used in addition.
         restart: Whether to delete existing results of these arms and train them again.
         track: Where curves and pictures are written besides ``progress.png``: ``"tensorboard"``, ``"wandb"`` (offline) or
             both. Each needs the extra of the same name. The training does not depend on it.

@@ -26,7 +26,7 @@ STAGES: dict[str, tuple[Callable[..., Any], torch.Tensor]] = {
     "reprec.generative": (lambda *o: test_reprec.make_stage("generative", 2, *o), test_reprec.make_batch(2)),
     "pix2rep.dense": (lambda *o: test_pix2rep.make_stage("pix2rep", 3, *o), test_pix2rep.make_batch(3)),
     "pix2rep_v2.dense": (
-        lambda *o: test_pix2rep.make_stage("pix2rep_v2", 2, "points=16", *o, residual=True),
+        lambda *o: test_pix2rep.make_stage("pix2rep_v2", 2, "points_per_image=4", *o, residual=True),
         test_pix2rep.make_batch(2),
     ),
     "pcrl.contexts": (lambda *o: test_pcrl.make_stage(2, *o, residual=True), test_pcrl.make_batch(2)),

@@ -255,12 +255,23 @@ def test_intensities_of_the_two_views_are_drawn_apart():
 def test_number_of_points():
     _, method = make_stage("pix2rep", 2)
     settings = method.settings
-    assert settings.points == 64  # the plan's
-    assert points_of_image(settings, (64, 64)) == 64 // 4
+    assert settings.points_per_image == points_of_image(settings, (64, 64)) == 16  # the plan's
     assert points_of_image(settings, (4, 6)) == 6  # a quarter of the voxels
     _, method = make_stage("pix2rep", 2, "points_per_image=9")
     assert points_of_image(method.settings, (64, 64)) == 9
-    assert Pix2Rep.defaults.points == 1000
+    assert Pix2Rep.defaults.points_per_image * Pix2Rep.defaults.training.batch_size == 1000  # as in the code
+
+
+@versions
+def test_every_image_has_its_points_whatever_the_batch(version):
+    """The draws of an image depend neither on the batch nor on the number of processes that share it."""
+    whole, half = (make_stage(version, 2, f"batch_size={size}")[1] for size in (4, 2))
+    batch = make_batch(2)
+    together = whole.make_views(batch, generators())
+    assert together.points_warped.shape == (4, 16, 2)
+    for start in (0, 2):
+        part = half.make_views(batch[start : start + 2], generators()[start : start + 2])
+        assert torch.equal(part.points_warped, together.points_warped[start : start + 2])
 
 
 # features

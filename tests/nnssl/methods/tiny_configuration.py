@@ -45,7 +45,9 @@ def make_configuration(dim: int) -> StageConfiguration:
             mask_block=(1, 2, 2)[-dim:],
         ),
         transformer=TransformerSize(width=16, depth=2, heads=2, decoder_depth=1),
-        dense=DenseSampling(features="pyramid", channels=24, contrast_points=64, correlation_points=64),
+        dense=DenseSampling(
+            features="pyramid", channels=24, contrast_points_per_image=16, correlation_points_per_image=16
+        ),
         context=ContextChoices(turn_plane=(dim - 2, dim - 1), quarter_turns=False, attention_rank=8),
         anatomy=AnatomyChoices(
             fine_stage=1,

@@ -50,9 +50,9 @@ def cases_of(first: int, last: int) -> list[str]:
 
 def test_arms_as_users_name_them(tmp_path):
     assert parse_arm("reprec").stages == ("reprec.contrastive", "reprec.generative")
-    arm = parse_arm("pix2rep:temperature=0.2:points=64")
+    arm = parse_arm("pix2rep:temperature=0.2:points_per_image=64")
     assert (arm.name, arm.method, arm.overrides) == (
-        "pix2rep:temperature=0.2:points=64", "pix2rep", ("temperature=0.2", "points=64")
+        "pix2rep:temperature=0.2:points_per_image=64", "pix2rep", ("temperature=0.2", "points_per_image=64")
     )  # fmt: skip
     assert parse_arm("reprec.generative").stages == ("reprec.generative",)
     file = tmp_path / "x.pth"

@@ -40,7 +40,7 @@ def test_weights_drop_into_the_unchanged_plan(finetuned, tmp_path, capsys, plann
         before = path.read_bytes()
         arguments = ["-d", "501", "--like", "4", "--like-plans", plans_name, "-c", "3d_fullres", "--processes", "1"]
         assert main([*arguments, "--preset", "8gb"]) == 0, capsys.readouterr().err
-        overrides = ["batch_size=2", "epochs=1", "iterations_per_epoch=1", "points=20"]
+        overrides = ["batch_size=2", "epochs=1", "iterations_per_epoch=1", "points_per_image=10"]
         final = pretrain(
             "pix2rep", UNLABELLED, PretrainSettings(configuration="3d_fullres", overrides=overrides, workers=0), folders
         )

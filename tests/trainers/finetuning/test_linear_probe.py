@@ -9,6 +9,7 @@ from nnssl.errors import UserError
 from nnssl.log import lines_to
 from tests.trainers.finetuning.runs import (
     CASES,
+    DATASET,
     assert_stock_nnunet_predicts_the_same,
     final_weights,
     finetune_and_catch_trainers,
@@ -17,6 +18,7 @@ from tests.trainers.finetuning.runs import (
     trainer_of,
     weights_of,
 )
+from tests.trainers.tiny_plan import tiny_plan, write_weights
 from trainers.finetuning.finetune import finetune
 from trainers.finetuning.finetune_trainer import learning_rate
 from trainers.finetuning.linear_probe import LinearProbeTrainer
@@ -126,6 +128,34 @@ def test_from_the_command_to_what_stock_nnunet_predicts(run, tmp_path, monkeypat
         assert torch.equal(value, initial.network.state_dict()[key]) == (key not in HEAD), key
     assert any("held-out cases" in line and "scratch-linear" in line and line.endswith("gain") for line in said)
     assert sum("no pretrained decoder" in line for line in said) == 1
+
+
+def test_probe_reads_the_pyramid_where_it_was_pretrained(run, tmp_path, monkeypatch):
+    """Both arms, from the command to stock nnU-Net: one linear layer on all maps is trained, and everything else stays."""
+    weights = run.folder / "results" / "pyramid.pth"
+    pretrained = write_weights(weights, tiny_plan(), settings={"features": "pyramid"})
+    plan_file = run.folder / "preprocessed" / DATASET / "nnsslPlans.json"
+    before = plan_file.read_text()
+    said = []
+    options = {**run.arguments, "mode": "linear", "epochs": 1, "warmup_epochs": 0, "learning_rate": None}
+    with lines_to(said.append):
+        results, trainers = finetune_and_catch_trainers(monkeypatch, 4, weights, **options)
+    assert plan_file.read_text() == before
+    assert any("all decoder stages and the bottleneck (18 channels)" in line for line in said)
+    read = {"bottleneck.seg_layers.0.weight", "decoder.seg_layers.0.weight", *HEAD}
+    initial = trainers[1].network.state_dict()
+    for result, trainer in zip(results, trainers, strict=True):
+        assert "rep-rec-linear" in result.model_folder or "scratch-linear" in result.model_folder
+        network = trainer.network
+        assert [tuple(p.shape[:2]) for p in network.linear_layer()[:-1]] == [(5, 8), (5, 6), (5, 4)]
+        assert {name for name, p in network.named_parameters() if p.requires_grad} == read
+        assert torch.equal(network.decoder.seg_layers[0].bias, torch.zeros(5))
+        assert_stock_nnunet_predicts_the_same(run, result, trainer, tmp_path)
+    for key, value in trainers[0].network.state_dict().items():
+        assert is_segmentation_layer(f".{key}") or torch.equal(value, pretrained[key]), key
+        assert not is_segmentation_layer(f".{key}") or key not in read or not torch.equal(value, initial[key]), key
+    again = finetune(4, weights, FinetuneSettings(**options))
+    assert [each.model_folder for each in again] == [each.model_folder for each in results]
 
 
 def test_an_optimizer_that_a_probe_does_not_have_is_refused(run):

@@ -4,14 +4,18 @@ import copy
 import json
 import math
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
 from nnssl.data.phantoms import write_phantom_dataset
-from nnssl.errors import UserError
+from nnssl.data.raw import RawCase, RawDataset
+from nnssl.errors import ArgumentError, UserError
+from nnssl.log import lines_to
 from tests.trainers.finetuning.runs import (
     CASES,
     DATASET,
@@ -24,6 +28,7 @@ from tests.trainers.finetuning.runs import (
 )
 from trainers.finetuning.finetune import finetune
 from trainers.finetuning.finetune_trainer import FinetuneTrainer
+from trainers.finetuning.held_out import without_held_out
 from trainers.finetuning.labelled_cases import Split, choose_unlabelled
 from trainers.finetuning.mean_teacher import (
     STUDENT_KEY,
@@ -260,16 +265,104 @@ def test_unlabelled_cases_are_those_that_are_left(tmp_path):
     split = Split(CASES[:2], CASES[4:], "2cases")
     assert choose_unlabelled(CASES, split) == CASES[2:4]
     listed = tmp_path / "unlabelled.txt"
-    listed.write_text(CASES[3])
+    listed.write_text(f"{CASES[3]}\n{CASES[0]}")  # training cases are used in any case
     assert choose_unlabelled(CASES, split, listed) == (CASES[3],)
-    for name, side in ((CASES[0], "trained on"), (CASES[5], "held out")):
-        listed.write_text(f"{CASES[3]}\n{name}")
-        with pytest.raises(UserError, match=f"{name} also {side}; remove such cases"):
-            choose_unlabelled(CASES, split, listed)
+    listed.write_text(f"{CASES[3]}\n{CASES[5]}")
+    with pytest.raises(UserError, match=f"{CASES[5]} also held out; remove such cases"):
+        choose_unlabelled(CASES, split, listed)
     with pytest.raises(
-        UserError, match="needs images of other cases, but all 6 labelled ones are trained on or held out; choose"
+        UserError, match="needs images of other cases, but all 6 labelled ones are trained on, held out or of held-out"
     ):
         choose_unlabelled(CASES, Split(CASES[:2], CASES[2:], "2cases"))
+
+
+def test_other_scans_of_held_out_patients_are_not_used(tmp_path):
+    cases = ("anna_frame01", "anna_frame12", "ben_frame01", "carl_frame01", "carl_frame09")
+    split = Split(("ben_frame01",), ("anna_frame12",), "1cases")
+    said = []
+    with lines_to(said.append):
+        assert choose_unlabelled(cases, split) == ("carl_frame01", "carl_frame09")
+        table = {**{case: case for case in cases}, "carl_frame01": "anna", "anna_frame12": "anna"}
+        assert choose_unlabelled(cases, split, patients=table) == ("anna_frame01", "carl_frame09")
+    assert said == [
+        "1 cases are of held-out patients and are not used without labels (anna_frame01)",
+        "1 cases are of held-out patients and are not used without labels (carl_frame01)",
+    ]
+    (tmp_path / "list.txt").write_text("anna_frame01")
+    with pytest.raises(UserError, match="needs images of other cases"):
+        choose_unlabelled(cases, split, tmp_path / "list.txt")
+
+
+def raw_dataset(name: str, images: dict[str, Path]) -> RawDataset:
+    cases = tuple(RawCase(case, (image,)) for case, image in sorted(images.items()))
+    return RawDataset(name, Path(), ".nii.gz", ("MRI",), cases, "NibabelIO", {}, ())
+
+
+def write_image(path: Path, seed: int, shape=(6, 7, 8)) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    voxels = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    sitk.WriteImage(sitk.GetImageFromArray(voxels), str(path))
+    return path
+
+
+def test_held_out_images_of_another_data_set_are_not_used(tmp_path):
+    """By file, also through a link, by voxels under another name and in another format, and by patient."""
+    tests = {"t1": 1, "t2_frame01": 2}
+    mine = {name: write_image(tmp_path / "a" / f"{name}_0000.nii.gz", seed) for name, seed in tests.items()}
+    mine["train"] = write_image(tmp_path / "a" / "train_0000.nii.gz", 3)
+    (tmp_path / "b").mkdir()
+    link = tmp_path / "b" / "linked_0000.nii.gz"
+    link.symlink_to(mine["t1"])
+    others = {
+        "linked": link,
+        "copied": write_image(tmp_path / "b" / "copied_0000.nii", 1),
+        "t2_frame09": write_image(tmp_path / "b" / "t2_frame09_0000.nii.gz", 9),
+        "shape": write_image(tmp_path / "b" / "shape_0000.nii.gz", 5, (5, 7, 8)),
+        "other": write_image(tmp_path / "b" / "other_0000.nii.gz", 6),
+        "trained": write_image(tmp_path / "b" / "trained_0000.nii.gz", 3),
+    }
+    source, labelled = raw_dataset("Dataset501_B", others), raw_dataset("Dataset004_A", mine)
+    said = []
+    with lines_to(said.append):
+        left = without_held_out(source, labelled, tuple(tests))
+    assert [case.name for case in left.cases] == ["other", "shape", "trained"]
+    assert said == [
+        "Dataset501_B: 1 of 6 images are files of held-out cases and are not used (linked)",
+        "Dataset501_B: 1 of 6 images have the name of a held-out patient and are not used (t2_frame09)",
+        "Dataset501_B: 1 of 6 images have the voxels of held-out cases and are not used (copied)",
+    ]
+    with pytest.raises(ArgumentError, match=r"^unlabelled must be a data set with images .* all of whose 2 images"):
+        without_held_out(raw_dataset("Dataset501_B", {n: others[n] for n in ("linked", "copied")}), labelled, ("t1",))
+
+
+def test_unlabelled_batches_hold_labelled_and_unlabelled_images(run, tmp_path):
+    """All cases alike, also where both folders have a case of the same name, and never a held-out one."""
+    own = run.folder / "preprocessed" / DATASET / "nnsslPlans_3d_fullres"
+    other = tmp_path / "others"
+    other.mkdir()
+    for ending in (".b2nd", "_seg.b2nd", ".pkl"):
+        shutil.copyfile(own / f"{CASES[3]}{ending}", other / f"{CASES[0]}{ending}")
+    first = teacher_of(run, tmp_path / "first", epochs=10)
+    second = teacher_of(run, tmp_path / "second", epochs=10, unlabelled_folder=other, unlabelled_cases=(CASES[0],))
+    expected = ({*CASES[:4]}, {CASES[0], CASES[1]})
+    for trainer, names in zip((first, second), expected, strict=True):
+        trainer.initialize()
+        joined = {}
+
+        def watched(*args, joined=joined, original=trainer.iterate):
+            joined.setdefault(args[1], args[0]._data)
+            return original(*args)
+
+        trainer.iterate = watched
+        trainer.get_dataloaders()
+        data = joined["finetune/unlabelled"]
+        assert {identifier.split("/")[1] for identifier in data.identifiers} == names
+    data = joined["finetune/unlabelled"]
+    assert len(data.identifiers) == 3
+    volumes = {identifier: data.load_case(identifier)[0][:] for identifier in data.identifiers}
+    kind = infer_dataset_class(str(own))
+    for identifier, name in ((f"0/{CASES[0]}", CASES[0]), (f"0/{CASES[1]}", CASES[1]), (f"1/{CASES[0]}", CASES[3])):
+        assert np.array_equal(volumes[identifier], kind(str(own), [name]).load_case(name)[0][:])
 
 
 def test_from_the_command_to_what_stock_nnunet_predicts(run, tmp_path, monkeypatch):
@@ -284,11 +377,12 @@ def test_from_the_command_to_what_stock_nnunet_predicts(run, tmp_path, monkeypat
 
 
 def test_images_of_a_data_set_without_labels(run, tmp_path, monkeypatch):
-    """Preprocessed as the labelled ones: a copy of a labelled image gives the same voxels."""
+    """Preprocessed as the labelled ones: a copy of a labelled image gives the same voxels; that of a held-out one is not used."""
     raw = run.folder / "raw"
     source = raw / "Dataset777_Images"
     write_phantom_dataset(raw, source.name, 2, 0, (24, 32, 28), labelled=False, first_case=50)
-    shutil.copyfile(raw / DATASET / "imagesTr" / f"{CASES[3]}_0000.nii.gz", source / "imagesTr" / "copy_0000.nii.gz")
+    for case, name in ((CASES[3], "copy"), (TEST_CASES[0], "held_out")):
+        shutil.copyfile(raw / DATASET / "imagesTr" / f"{case}_0000.nii.gz", source / "imagesTr" / f"{name}_0000.nii.gz")
     options = {**run.arguments, "labels": 2, "mode": "mean_teacher", "epochs": 1, "warmup_epochs": 0, "scratch": False}
     options = {**options, "learning_rate": None, "unlabelled": "777"}
     (result,), (trainer,) = finetune_and_catch_trainers(monkeypatch, 4, run.weights, **options)
@@ -296,6 +390,7 @@ def test_images_of_a_data_set_without_labels(run, tmp_path, monkeypatch):
     folder = trainer.settings.unlabelled_folder
     assert folder is not None
     assert folder.parent.name.endswith("_unlabelled")
+    assert not list(folder.glob("held_out*"))
     dataset_class = infer_dataset_class(trainer.preprocessed_dataset_folder)
     labelled = dataset_class(trainer.preprocessed_dataset_folder, [CASES[3]]).load_case(CASES[3])[0]
     copied = dataset_class(str(folder), ["copy"]).load_case("copy")[0]

@@ -19,7 +19,7 @@ from trainers.pretraining.settings import PretrainSettings
 
 VERSIONS = ("pix2rep", "pix2rep_v2")
 # after one step of SGD its buffer is the gradient; later steps blow up rounding where a point sits on a kink
-ONE_STEP = ("optimizer=sgd", "epochs=1", "iterations_per_epoch=1", "points=64", "gradient_clip=1e9")
+ONE_STEP = ("optimizer=sgd", "epochs=1", "iterations_per_epoch=1", "points_per_image=16", "gradient_clip=1e9")
 
 
 def run(folders, method: str, *overrides: str, configuration: str = "3d_fullres", **arguments) -> Path:
@@ -84,7 +84,7 @@ def test_needs_the_plain_network(toy):
 
 
 @pytest.mark.parametrize(
-    "setting", ["temperature=0", "features=all", "points=1", "foreground_share=2", "embedding_dimensions=1"]
+    "setting", ["temperature=0", "features=all", "points_per_image=1", "foreground_share=2", "embedding_dimensions=1"]
 )
 def test_values_out_of_range_are_refused(toy, setting):
     with pytest.raises(UserError, match=f"^{setting.partition('=')[0]} must be .*, got {setting.partition('=')[2]}$"):
