@@ -22,6 +22,7 @@ from planners.patch_rules import (
     choose_step,
     explain_step,
     patches_of_scan,
+    plane_of_equal_sides,
 )
 from planners.presets import Preset
 from planners.schedule_rules import decide_length, decide_teacher
@@ -108,7 +109,10 @@ class StageRules:
         self.length = length
         self.axes = len(frame.spacing_mm)
         seen_mm = self.median_mm[-self.axes :]
-        self.patches = patches_of_scan(seen_mm, frame.spacing_mm, frame.multiple, frame.most(seen_mm))
+        most = frame.most(seen_mm)
+        self.patches = patches_of_scan(seen_mm, frame.spacing_mm, frame.multiple, most)
+        self.plane = plane_of_equal_sides(frame.spacing_mm, frame.multiple, most, shared["thick_axis"])
+        self.equal_patches = patches_of_scan(seen_mm, frame.spacing_mm, frame.multiple, most, self.plane)
         self.slow_stages: list[str] = []
         self._grids: dict[tuple[str, tuple[int, ...]], tuple[TokenGrid | None, Reasons]] = {}
 
@@ -164,7 +168,8 @@ class StageRules:
             cost=cost,
         )
         read = self._settings_read(stage, plan)
-        reasons = explain_step(stage, replace(chosen, cost=cost), spacing, memory) + of_length
+        plane = self.plane if stage.needs.equal_sides else None
+        reasons = explain_step(stage, replace(chosen, cost=cost), spacing, memory, plane) + of_length
         reasons += of_tokens if stage.reads_tokens else []
         for keys, of_choice in (
             (("crop_fraction",), of_crop),
@@ -186,7 +191,7 @@ class StageRules:
         return int(per_case.sum())
 
     def _choose(self, stage: Stage) -> ChosenStep | None:
-        patches = self.patches
+        patches = self._patches_of(stage)
         if stage.reads_tokens:
             patches = [patch for patch in patches if self._tokens(stage, patch)[0] is not None]
         if not patches:
@@ -209,11 +214,15 @@ class StageRules:
 
         return choose_step(steps, cost, self.preset.pretext_memory_gb, self.preset.step_multiply_adds)
 
+    def _patches_of(self, stage: Stage) -> list[tuple[int, ...]]:
+        return self.equal_patches if stage.needs.equal_sides else self.patches
+
     def _why_left_out(self, stage: Stage) -> str:
-        if stage.reads_tokens and not any(self._tokens(stage, patch)[0] is not None for patch in self.patches):
+        patches = self._patches_of(stage)
+        if stage.reads_tokens and not any(self._tokens(stage, patch)[0] is not None for patch in patches):
             return f"no patch has at least {TOKENS_MIN} tokens; use another method"
         return (
-            f"not even {stage.needs.useful_batch} patches of {self.patches[0]} voxels, one at a time, fit into "
+            f"not even {stage.needs.useful_batch} patches of {patches[0]} voxels, one at a time, fit into "
             f"{self.preset.pretext_memory_gb:g} GB; use a larger preset or a coarser spacing"
         )
 
