@@ -87,6 +87,7 @@ def patches_of_scan(
         plane: Two axes along which all patches have the same number of voxels, as from ``plane_of_equal_sides``; the scan then
             counts as square in this plane, as wide as it is along the shorter axis. None if no sides need to be equal.
     """
+    strides = np.array(multiple)
     if plane is not None:
         multiple, largest = equal_sides(multiple, largest, plane)
         scan_mm = [min(scan_mm[i] for i in plane) if axis in plane else mm for axis, mm in enumerate(scan_mm)]
@@ -94,9 +95,14 @@ def patches_of_scan(
     aspect = scan / np.exp(np.log(scan).mean())
     unit, most = np.array(multiple), np.array(largest)
     least = unit.copy()
-    while (least / unit).prod() < LEAST_POSITIONS and (least < most).any():
+    while (least / strides).prod() < LEAST_POSITIONS and (least < most).any():
         shortest = int(np.argmin(np.where(least < most, least * np.array(spacing_mm), np.inf)))
-        together = [shortest] if plane is None or shortest not in plane else list(plane)
+        together = [shortest]
+        if plane is not None and shortest in plane:
+            # Both sides of the plane double together, which makes the patch larger than needed if the other axis is enough.
+            other = [axis for axis in range(len(least)) if axis not in plane and least[axis] < most[axis]]
+            enough = 2 * (least / strides).prod() >= LEAST_POSITIONS
+            together = other if other and enough else list(plane)
         least[together] = np.minimum(2 * least[together], most[together])
     found: list[tuple[int, ...]] = []
     edge = float(min(n * mm for n, mm in zip(least, spacing_mm, strict=True))) / float(aspect.max())
@@ -245,7 +251,7 @@ def explain_step(
     memory_gb: float,
     plane: tuple[int, int] | None = None,
 ) -> list[tuple[str, str, str]]:
-    """Return what, value and reason of patch and batch; ``plane`` has equal sides, None if no sides need to be equal."""
+    """Return what, value and reason of patch and batch; the sides of ``plane`` should be equal, None for no plane."""
     step = chosen.step
     sides = [n * mm for n, mm in zip(step.patch, spacing_mm, strict=True)]
     used = f"a step takes {chosen.cost.memory_gb:.2g} GB of {memory_gb:g} GB"
@@ -256,7 +262,13 @@ def explain_step(
     if chosen.checkpointing:
         how += "; activations are computed again in the backward pass"
     if plane is not None:
-        how += f"; the sides along axes {plane[0]} and {plane[1]} are equal, so that quarter turns keep the voxel grid"
+        sides_of_plane = f"the sides along axes {plane[0]} and {plane[1]}"
+        if step.patch[plane[0]] == step.patch[plane[1]]:
+            how += f"; {sides_of_plane} are equal, so that quarter turns keep the voxel grid"
+        else:
+            how += (
+                f"; {sides_of_plane} differ, because not even the least patch with equal ones fits at once and in time"
+            )
     why = f"useful from {stage.needs.useful_batch}, the paper's is {stage.needs.paper_batch:,}: {stage.needs.source}"
     if stage.needs.contrasts_patches and step.batch == chosen.largest_batch < stage.needs.paper_batch:
         why += (

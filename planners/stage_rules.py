@@ -191,7 +191,23 @@ class StageRules:
         return int(per_case.sum())
 
     def _choose(self, stage: Stage) -> ChosenStep | None:
-        patches = self._patches_of(stage)
+        if not stage.needs.equal_sides or self.plane is None:
+            return self._choose_from(stage, self.patches)
+        equal = self._choose_from(stage, self.equal_patches)
+        if equal is not None and self._fits(equal):
+            return equal
+        # Strides that differ can make even the least patch of equal sides too large.
+        other = self._choose_from(stage, self.patches)
+        smaller = equal is None or (other is not None and np.prod(other.step.patch) < np.prod(equal.step.patch))
+        return other if smaller else equal
+
+    def _fits(self, chosen: ChosenStep) -> bool:
+        """Return whether a step fits at once and in time."""
+        most = self.preset.step_multiply_adds
+        in_time = most is None or chosen.cost.multiply_adds <= most
+        return in_time and chosen.pieces == 1 and not chosen.checkpointing
+
+    def _choose_from(self, stage: Stage, patches: list[tuple[int, ...]]) -> ChosenStep | None:
         if stage.reads_tokens:
             patches = [patch for patch in patches if self._tokens(stage, patch)[0] is not None]
         if not patches:
@@ -214,15 +230,11 @@ class StageRules:
 
         return choose_step(steps, cost, self.preset.pretext_memory_gb, self.preset.step_multiply_adds)
 
-    def _patches_of(self, stage: Stage) -> list[tuple[int, ...]]:
-        return self.equal_patches if stage.needs.equal_sides else self.patches
-
     def _why_left_out(self, stage: Stage) -> str:
-        patches = self._patches_of(stage)
-        if stage.reads_tokens and not any(self._tokens(stage, patch)[0] is not None for patch in patches):
+        if stage.reads_tokens and not any(self._tokens(stage, patch)[0] is not None for patch in self.patches):
             return f"no patch has at least {TOKENS_MIN} tokens; use another method"
         return (
-            f"not even {stage.needs.useful_batch} patches of {patches[0]} voxels, one at a time, fit into "
+            f"not even {stage.needs.useful_batch} patches of {self.patches[0]} voxels, one at a time, fit into "
             f"{self.preset.pretext_memory_gb:g} GB; use a larger preset or a coarser spacing"
         )
 

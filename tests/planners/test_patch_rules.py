@@ -15,7 +15,6 @@ from planners.patch_rules import (
     chain_of_steps,
     choose_step,
     edge_mm,
-    equal_sides,
     explain_step,
     false_negatives,
     patches_of_scan,
@@ -79,11 +78,18 @@ def test_patches_of_equal_sides_are_square_in_the_plane_of_turns(
     for smaller, larger in zip(patches, patches[1:], strict=False):
         assert all(a <= b for a, b in zip(smaller, larger, strict=True))
         assert smaller != larger
-    unit, _ = equal_sides(multiple, largest, plane)
     for patch in patches:
         assert patch[plane[0]] == patch[plane[1]] <= min(largest[axis] for axis in plane)
         assert all(patch[axis] % multiple[axis] == 0 for axis in plane)
-        assert math.prod(n / m for n, m in zip(patch, unit, strict=True)) >= LEAST_POSITIONS or patch == square
+        assert math.prod(n / m for n, m in zip(patch, multiple, strict=True)) >= LEAST_POSITIONS or patch == square
+
+
+def test_the_least_patch_of_equal_sides_is_no_larger_than_four_positions_need():
+    """With sides of 64, there are 2 positions; twice the z axis has 4, twice both others 8."""
+    scan, spacing, most = (1200.0, 525.0, 525.0), (1.75, 1.075, 1.075), (640, 448, 448)
+    assert patches_of_scan(scan, spacing, (64, 64, 32), most, (1, 2))[0] == (128, 64, 64)
+    # with one position, twice the z axis is not enough
+    assert patches_of_scan(scan, spacing, (64, 64, 64), most, (1, 2))[0] == (64, 128, 128)
 
 
 @pytest.mark.parametrize(
@@ -156,6 +162,8 @@ def test_the_reason_says_why_sides_are_equal():
     assert value.startswith("224x224 ")
     assert "the sides along axes 0 and 1 are equal, so that quarter turns keep the voxel grid" in reason
     assert "quarter turns" not in explain_step(stage, chosen, (1.5, 1.5), 8.0)[0][2]
+    chosen = replace(chosen, step=replace(chosen.step, patch=(64, 32)))
+    assert "axes 0 and 1 differ, because not even" in explain_step(stage, chosen, (1.5, 1.5), 8.0, (0, 1))[0][2]
 
 
 def test_false_negatives_are_counted_in_steps_as_the_loader_makes_them():

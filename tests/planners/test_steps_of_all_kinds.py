@@ -19,6 +19,14 @@ kinds = pytest.mark.parametrize(
 )
 
 
+WITHOUT_ROOM = {
+    "brain MR, 4 channels": (("cpu", "2d"),),
+    "x-ray": (("8gb", "2d"),),
+    "mixed MR": (("cpu", "3d_fullres"),),
+}
+"""Presets and configurations in which not even the least patch of equal sides fits."""
+
+
 @lru_cache
 def plans(kind: str) -> dict[str, Plan]:
     """Return the plans of a kind by preset; made once."""
@@ -73,13 +81,15 @@ def test_a_code_may_ask_for_quarter_turns_wherever_spacings_agree(kind):
             if name not in plan.pretext.configurations:
                 continue
             configuration = plan.configuration(name).for_stage("pcrl.contexts")
-            plane = configuration.context.turn_plane
-            agree = planes_of_turns(configuration.spacing_mm, configuration.thick_axis)
-            assert configuration.context.quarter_turns == bool(agree), (preset, name)
-            sides = [configuration.patch_size[axis] for axis in plane]
-            assert (sides[0] == sides[1]) or not agree, (preset, name)
             said = {(each.configuration, each.what): each.reason for each in plan.pretext.decisions}
-            assert ("quarter turns keep the voxel grid" in said[name, "patch (pcrl.contexts)"]) == bool(agree)
+            reason = said[name, "patch (pcrl.contexts)"]
+            if not planes_of_turns(configuration.spacing_mm, configuration.thick_axis):
+                assert not configuration.context.quarter_turns, (preset, name)
+                assert "the sides along" not in reason
+                continue
+            # the smallest preset of a kind may have no room for the least patch of equal sides
+            assert configuration.context.quarter_turns or "differ, because not even" in reason, (preset, name)
+            assert configuration.context.quarter_turns or (preset, name) in WITHOUT_ROOM.get(kind, ()), (preset, name)
 
 
 def test_slices_of_acdc_get_quarter_turns():
