@@ -8,8 +8,10 @@ that fits. The chain does not depend on the memory, so more memory never yields 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
+from jaxtyping import Float
 
 from nnssl.methods import Stage
 from nnssl.plan import StageCost
@@ -101,8 +103,9 @@ def patches_of_scan(
         if plane is not None and shortest in plane:
             # Both sides of the plane double together, which makes the patch larger than needed if the other axis is enough.
             other = [axis for axis in range(len(least)) if axis not in plane and least[axis] < most[axis]]
-            enough = 2 * (least / strides).prod() >= LEAST_POSITIONS
-            together = other if other and enough else list(plane)
+            enough = bool(other) and 2 * (least / strides).prod() >= LEAST_POSITIONS
+            sizes_mm = least * np.array(spacing_mm)
+            together = min([list(plane), other][: 2 if enough else 1], key=partial(_unlike, scan, sizes_mm))
         least[together] = np.minimum(2 * least[together], most[together])
     found: list[tuple[int, ...]] = []
     edge = float(min(n * mm for n, mm in zip(least, spacing_mm, strict=True))) / float(aspect.max())
@@ -112,6 +115,13 @@ def patches_of_scan(
         found += _between(found[-1], patch, spacing_mm, plane) if found else [patch]
         edge *= EXTENT_STEP
     return found
+
+
+def _unlike(scan_mm: Float[np.ndarray, " axis"], sizes_mm: Float[np.ndarray, " axis"], axes: list[int]) -> float:
+    """Return how far the proportions of a patch are from those of the scan if its sides along some axes are doubled."""
+    doubled = sizes_mm.copy()
+    doubled[axes] *= 2
+    return float(np.ptp(np.log(doubled / scan_mm)))
 
 
 def _between(

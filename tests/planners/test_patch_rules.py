@@ -88,6 +88,9 @@ def test_the_least_patch_of_equal_sides_is_no_larger_than_four_positions_need():
     """With sides of 64, there are 2 positions; twice the z axis has 4, twice both others 8."""
     scan, spacing, most = (1200.0, 525.0, 525.0), (1.75, 1.075, 1.075), (640, 448, 448)
     assert patches_of_scan(scan, spacing, (64, 64, 32), most, (1, 2))[0] == (128, 64, 64)
+    # the scan is hardly longer than wide, so that twice the z axis would be further from its proportions
+    cube = ((448.0, 296.0, 296.0), (4.0, 1.15, 1.15), (32, 64, 32), (96, 256, 256))
+    assert patches_of_scan(*cube, (1, 2))[0] == (32, 128, 128)
     # with one position, twice the z axis is not enough
     assert patches_of_scan(scan, spacing, (64, 64, 64), most, (1, 2))[0] == (64, 128, 128)
 
