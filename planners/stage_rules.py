@@ -128,7 +128,9 @@ class StageRules:
         if chosen is None:
             return None, [(stage.name, "left out", self._why_left_out(stage))]
         step = chosen.step
-        if chosen.limit == TIME and step.spent_on == USEFUL:
+        # Equal sides grow in large steps; they must not make the spacing of all stages coarser.
+        finest = self._choose_from(stage, self.patches) if stage.needs.equal_sides else chosen
+        if finest is not None and finest.limit == TIME and finest.step.spent_on == USEFUL:
             self.slow_stages.append(stage.name)
         patches = self.distinct_patches(step.patch)
         (epochs, iterations, warmup), of_length = decide_length(stage, step.batch, patches, self.length)

@@ -19,11 +19,7 @@ kinds = pytest.mark.parametrize(
 )
 
 
-WITHOUT_ROOM = {
-    "brain MR, 4 channels": (("cpu", "2d"),),
-    "x-ray": (("8gb", "2d"),),
-    "mixed MR": (("cpu", "3d_fullres"),),
-}
+WITHOUT_ROOM = {"x-ray": (("8gb", "2d"),)}
 """Presets and configurations in which not even the least patch of equal sides fits."""
 
 
