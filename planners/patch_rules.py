@@ -8,12 +8,15 @@ that fits. The chain does not depend on the memory, so more memory never yields 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
+from jaxtyping import Float
 
 from nnssl.methods import Stage
 from nnssl.plan import StageCost
 from nnssl.sizes import in_mm, in_voxels
+from nnssl.views.turns import planes_of_turns
 
 FALSE_NEGATIVES = 0.05
 """Largest share of a patch's negatives that show mostly the same place, beyond the useful batch. Negatives of the same class
@@ -70,7 +73,11 @@ class ChosenStep:
 
 
 def patches_of_scan(
-    scan_mm: Sequence[float], spacing_mm: Sequence[float], multiple: Sequence[int], largest: Sequence[int]
+    scan_mm: Sequence[float],
+    spacing_mm: Sequence[float],
+    multiple: Sequence[int],
+    largest: Sequence[int],
+    plane: tuple[int, int] | None = None,
 ) -> list[tuple[int, ...]]:
     """Return the patches with the aspect of a scan, within a multiple along every axis, in ascending size up to the largest.
 
@@ -79,32 +86,92 @@ def patches_of_scan(
         spacing_mm: Spacing of the patch in mm.
         multiple: Number of voxels of which every side is a multiple: the network's total stride.
         largest: Largest patch in voxels.
+        plane: Two axes along which all patches have the same number of voxels, as from ``plane_of_equal_sides``; the scan then
+            counts as square in this plane, as wide as it is along the shorter axis. None if no sides need to be equal.
     """
+    strides = np.array(multiple)
+    if plane is not None:
+        multiple, largest = equal_sides(multiple, largest, plane)
+        scan_mm = [min(scan_mm[i] for i in plane) if axis in plane else mm for axis, mm in enumerate(scan_mm)]
     scan = np.array(scan_mm, dtype=float)
     aspect = scan / np.exp(np.log(scan).mean())
     unit, most = np.array(multiple), np.array(largest)
     least = unit.copy()
-    while (least / unit).prod() < LEAST_POSITIONS and (least < most).any():
+    while (least / strides).prod() < LEAST_POSITIONS and (least < most).any():
         shortest = int(np.argmin(np.where(least < most, least * np.array(spacing_mm), np.inf)))
-        least[shortest] = min(2 * least[shortest], most[shortest])
+        together = [shortest]
+        if plane is not None and shortest in plane:
+            # Both sides of the plane double together, which makes the patch larger than needed if the other axis is enough.
+            other = [axis for axis in range(len(least)) if axis not in plane and least[axis] < most[axis]]
+            enough = bool(other) and 2 * (least / strides).prod() >= LEAST_POSITIONS
+            sizes_mm = least * np.array(spacing_mm)
+            together = min([list(plane), other][: 2 if enough else 1], key=partial(_unlike, scan, sizes_mm))
+        least[together] = np.minimum(2 * least[together], most[together])
     found: list[tuple[int, ...]] = []
     edge = float(min(n * mm for n, mm in zip(least, spacing_mm, strict=True))) / float(aspect.max())
     while not found or found[-1] != tuple(largest):
         sides = np.maximum(np.round(edge * aspect / np.array(spacing_mm) / unit) * unit, least)
         patch = tuple(int(n) for n in np.minimum(sides, most))
-        found += _between(found[-1], patch, spacing_mm) if found else [patch]
+        found += _between(found[-1], patch, spacing_mm, plane) if found else [patch]
         edge *= EXTENT_STEP
     return found
 
 
-def _between(patch: tuple[int, ...], larger: tuple[int, ...], spacing_mm: Sequence[float]) -> list[tuple[int, ...]]:
-    """Return the patches that lead from one to a larger one, along one axis at a time, the shortest in mm first."""
+def _unlike(scan_mm: Float[np.ndarray, " axis"], sizes_mm: Float[np.ndarray, " axis"], axes: list[int]) -> float:
+    """Return how far the proportions of a patch are from those of the scan if its sides along some axes are doubled."""
+    doubled = sizes_mm.copy()
+    doubled[axes] *= 2
+    return float(np.ptp(np.log(doubled / scan_mm)))
+
+
+def _between(
+    patch: tuple[int, ...], larger: tuple[int, ...], spacing_mm: Sequence[float], plane: tuple[int, int] | None
+) -> list[tuple[int, ...]]:
+    """Return the patches that lead from one to a larger one, along one axis at a time, the shortest in mm first.
+
+    The two axes of the plane grow together, so that its sides stay equal.
+    """
     steps, sides = [], list(patch)
     growing = [axis for axis, (old, new) in enumerate(zip(patch, larger, strict=True)) if old != new]
     for axis in sorted(growing, key=lambda each: patch[each] * spacing_mm[each]):
-        sides[axis] = larger[axis]
-        steps.append(tuple(sides))
+        for each in plane if plane and axis in plane else (axis,):
+            sides[each] = larger[each]
+        if tuple(sides) not in steps:
+            steps.append(tuple(sides))
     return steps
+
+
+def plane_of_equal_sides(
+    spacing_mm: Sequence[float], multiple: Sequence[int], largest: Sequence[int], thick_axis: int | None
+) -> tuple[int, int] | None:
+    """Return the plane in which patches can have equal sides and quarter turns keep the voxel grid; None if there is none.
+
+    If there are several, it is the one that leaves the largest patch, and among equal ones the first of (y, x), (z, x), (z, y).
+
+    Args:
+        spacing_mm: Spacing of the patch in mm.
+        multiple: Number of voxels of which every side is a multiple.
+        largest: Largest patch in voxels.
+        thick_axis: Axis of thick slices, which is in no plane; None if there is none.
+    """
+    found = {}
+    for plane in planes_of_turns(spacing_mm, thick_axis):
+        _, most = equal_sides(multiple, largest, plane)
+        if min(most) > 0:
+            found[plane] = math.prod(most)
+    return max(found, key=lambda plane: found[plane], default=None)
+
+
+def equal_sides(
+    multiple: Sequence[int], largest: Sequence[int], plane: tuple[int, int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return multiple and largest patch for patches of equal sides in a plane: at most as long as the shorter side was."""
+    unit = math.lcm(*(int(multiple[axis]) for axis in plane))
+    most = min(int(largest[axis]) for axis in plane) // unit * unit
+    return (
+        tuple(unit if axis in plane else int(n) for axis, n in enumerate(multiple)),
+        tuple(most if axis in plane else int(n) for axis, n in enumerate(largest)),
+    )
 
 
 def edge_mm(patch: Sequence[int], spacing_mm: Sequence[float]) -> float:
@@ -188,9 +255,13 @@ def _in_pieces(
 
 
 def explain_step(
-    stage: Stage, chosen: ChosenStep, spacing_mm: Sequence[float], memory_gb: float
+    stage: Stage,
+    chosen: ChosenStep,
+    spacing_mm: Sequence[float],
+    memory_gb: float,
+    plane: tuple[int, int] | None = None,
 ) -> list[tuple[str, str, str]]:
-    """Return what, value and reason of patch and batch."""
+    """Return what, value and reason of patch and batch; the sides of ``plane`` should be equal, None for no plane."""
     step = chosen.step
     sides = [n * mm for n, mm in zip(step.patch, spacing_mm, strict=True)]
     used = f"a step takes {chosen.cost.memory_gb:.2g} GB of {memory_gb:g} GB"
@@ -200,6 +271,14 @@ def explain_step(
         how += f"; the batch passes the network in {chosen.pieces} pieces"
     if chosen.checkpointing:
         how += "; activations are computed again in the backward pass"
+    if plane is not None:
+        sides_of_plane = f"the sides along axes {plane[0]} and {plane[1]}"
+        if step.patch[plane[0]] == step.patch[plane[1]]:
+            how += f"; {sides_of_plane} are equal, so that quarter turns keep the voxel grid"
+        else:
+            how += (
+                f"; {sides_of_plane} differ, because not even the least patch with equal ones fits at once and in time"
+            )
     why = f"useful from {stage.needs.useful_batch}, the paper's is {stage.needs.paper_batch:,}: {stage.needs.source}"
     if stage.needs.contrasts_patches and step.batch == chosen.largest_batch < stage.needs.paper_batch:
         why += (

@@ -22,6 +22,7 @@ from planners.patch_rules import (
     choose_step,
     explain_step,
     patches_of_scan,
+    plane_of_equal_sides,
 )
 from planners.presets import Preset
 from planners.schedule_rules import decide_length, decide_teacher
@@ -108,7 +109,10 @@ class StageRules:
         self.length = length
         self.axes = len(frame.spacing_mm)
         seen_mm = self.median_mm[-self.axes :]
-        self.patches = patches_of_scan(seen_mm, frame.spacing_mm, frame.multiple, frame.most(seen_mm))
+        most = frame.most(seen_mm)
+        self.patches = patches_of_scan(seen_mm, frame.spacing_mm, frame.multiple, most)
+        self.plane = plane_of_equal_sides(frame.spacing_mm, frame.multiple, most, shared["thick_axis"])
+        self.equal_patches = patches_of_scan(seen_mm, frame.spacing_mm, frame.multiple, most, self.plane)
         self.slow_stages: list[str] = []
         self._grids: dict[tuple[str, tuple[int, ...]], tuple[TokenGrid | None, Reasons]] = {}
 
@@ -124,7 +128,9 @@ class StageRules:
         if chosen is None:
             return None, [(stage.name, "left out", self._why_left_out(stage))]
         step = chosen.step
-        if chosen.limit == TIME and step.spent_on == USEFUL:
+        # Equal sides grow in large steps; they must not make the spacing of all stages coarser.
+        finest = self._choose_from(stage, self.patches) if stage.needs.equal_sides else chosen
+        if finest is not None and finest.limit == TIME and finest.step.spent_on == USEFUL:
             self.slow_stages.append(stage.name)
         patches = self.distinct_patches(step.patch)
         (epochs, iterations, warmup), of_length = decide_length(stage, step.batch, patches, self.length)
@@ -164,7 +170,8 @@ class StageRules:
             cost=cost,
         )
         read = self._settings_read(stage, plan)
-        reasons = explain_step(stage, replace(chosen, cost=cost), spacing, memory) + of_length
+        plane = self.plane if stage.needs.equal_sides else None
+        reasons = explain_step(stage, replace(chosen, cost=cost), spacing, memory, plane) + of_length
         reasons += of_tokens if stage.reads_tokens else []
         for keys, of_choice in (
             (("crop_fraction",), of_crop),
@@ -186,7 +193,23 @@ class StageRules:
         return int(per_case.sum())
 
     def _choose(self, stage: Stage) -> ChosenStep | None:
-        patches = self.patches
+        if not stage.needs.equal_sides or self.plane is None:
+            return self._choose_from(stage, self.patches)
+        equal = self._choose_from(stage, self.equal_patches)
+        if equal is not None and self._fits(equal):
+            return equal
+        # Strides that differ can make even the least patch of equal sides too large.
+        other = self._choose_from(stage, self.patches)
+        smaller = equal is None or (other is not None and np.prod(other.step.patch) < np.prod(equal.step.patch))
+        return other if smaller else equal
+
+    def _fits(self, chosen: ChosenStep) -> bool:
+        """Return whether a step fits at once and in time."""
+        most = self.preset.step_multiply_adds
+        in_time = most is None or chosen.cost.multiply_adds <= most
+        return in_time and chosen.pieces == 1 and not chosen.checkpointing
+
+    def _choose_from(self, stage: Stage, patches: list[tuple[int, ...]]) -> ChosenStep | None:
         if stage.reads_tokens:
             patches = [patch for patch in patches if self._tokens(stage, patch)[0] is not None]
         if not patches:

@@ -213,7 +213,7 @@ def test_index_of_methods_is_light():
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 """Lines; of a function without its docstring."""
 LONGER_FILES = {
-    "nnssl.methods.pcrl": (435, "one method is one file: the contrast, and what each model is asked to restore"),
+    "nnssl.methods.pcrl": (415, "one method is one file: the contrast, and what each model is asked to restore"),
 }
 """How long these may be, and why they are one thing."""
 LONGER_FUNCTIONS: dict[tuple[str, str], tuple[int, str]] = {

@@ -23,6 +23,7 @@ class Needs:
         crop_mm: Extent of the paper's crops in 2D and in 3D.
         contrasts_patches: Whether the other patches of a batch are negatives, so that two patches of one place harm.
         source: Source of the paper's batch and crop, and the reason for the other two.
+        equal_sides: Whether the patch has two sides of equal voxels, so that quarter turns in their plane keep the voxel grid.
     """
 
     useful_batch: int
@@ -31,6 +32,7 @@ class Needs:
     crop_mm: tuple[float, float]
     contrasts_patches: bool
     source: str
+    equal_sides: bool = False
 
 
 @dataclass(frozen=True)
@@ -257,6 +259,7 @@ METHODS = {
                     crop_mm=(224.0, 96.0),
                     contrasts_patches=True,
                     source="16 crops of 32 to 112 mm; in 2D, images of 224 pixels (authors' code)",
+                    equal_sides=True,
                 ),
             ),
         ),

@@ -18,13 +18,19 @@ Deviations:
       so that two of its three terms have their own positives among the negatives.
     * The hybrid target of equation 8 is the mixed crop, turned. ``hybrid_target=turned_then_mixed`` mixes separately
       conditioned features and turned crops, as the code does.
-    * Quarter turns only in a plane of equal sides and spacing, otherwise half turns: others would leave the voxel grid.
+    * Quarter turns only in a plane of equal sides and spacing, otherwise half turns: others would leave the voxel grid. The
+      planner gives the patch equal sides wherever two spacings agree.
     * Negatives are the other keys of the batch. With a queue, as in paper and code, all images collapsed to one point: after
       500 steps on slices of ACDC, the loss was at chance (2.77 against 2.78, both half of InfoNCE).
     * For the attention's factor of the map and the normalisation of both factors, see ``networks.attention``.
     * Crops lie in the stage's patch and cover the plan's share of it; in the code they are between half and 1.75 times the
       input's size. Both overlap by the code's intersection over union, but are drawn in every step, not 16 pairs in advance.
-    * There is no sigmoid at the end, because the data are standardised and not scaled to [0, 1].
+    * Reconstructed voxels are standardised, without a sigmoid. In the code they lie in [0, 1] (``reconstruction_scale=unit``);
+      there, the same weight of the reconstruction counts less beside the contrast.
+    * The hybrid's share is drawn from Beta(1, 1), as in the paper; the code always gives the encoder the larger share.
+    * The hidden layer of the projection comes before the mean over positions; in the code, after it (``networks.heads``).
+    * No early stopping: the paper stops when the loss of held-out images has not improved for 30 epochs. As in the code, a run
+      has a fixed length, no images are held out for the loss, and the last weights are exported, not the best ones.
     * Optimizer: SGD with a learning rate of 1e-3 in the paper; here AdamW, as in RepRec, whose contrast learned faster with it.
 """
 
@@ -63,6 +69,17 @@ from nnssl.networks.heads import HeadNormalisation, PooledProjection
 from nnssl.networks.pieces import in_pieces, recompute_stages
 from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
+from nnssl.views.contexts import (
+    MODELS,
+    ContextViews,
+    HybridTarget,
+    ReconstructionScale,
+    clean_crop,
+    clean_in_scale,
+    draw_mixing,
+    mix,
+    reconstruction_targets,
+)
 from nnssl.views.corruption import CorruptionRange, apply_corruption, draw_corruption
 from nnssl.views.intensity import (
     IntensityRange,
@@ -77,17 +94,13 @@ from nnssl.views.spatial import AffineRange, apply_affine, check_affine
 from nnssl.views.turns import (
     TurnParams,
     TurnSteps,
-    apply_turns,
     check_turns,
     draw_turns,
+    keeps_grid,
     mean_over_turns,
     no_turns,
     turn_code,
 )
-
-HybridTarget = Literal["mixed_then_turned", "turned_then_mixed"]
-MODELS = ("o", "m", "h")
-"""Names of the encoder, its moving average, and their hybrid."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +111,10 @@ class PCRLSettings:
 
     training: TrainingSettings
     contrast_weight: NotNegative = 0.5  # [P]
-    reconstruction_weight: NotNegative = 0.5  # [P]
+    reconstruction_weight: NotNegative = 0.5  # [P], for voxels from 0 to 1
     """Weight of the reconstructions; with 0, only the contrast is computed, and the decoder is neither run nor trained."""
+    reconstruction_scale: ReconstructionScale = "z_score"  # [R]; unit in the code
+    """Scale of the reconstructed voxels: ``z_score`` as the network sees them, ``unit`` from 0 to 1 with a sigmoid."""
     temperature: Positive = 0.2  # [P] [C]
     head_normalisation: HeadNormalisation = "batch"  # [D]
     """``batch`` standardises the head's hidden vector over the batch, ``none`` leaves it as it is."""
@@ -111,6 +126,8 @@ class PCRLSettings:
     """Kind of attention. ``none`` reconstructs the crop as it is, because the decoder does not receive the code."""
     attention_rank: Count = 64  # [R]; the number of channels in the paper
     mixup: bool = True  # [P]
+    mixing_alpha: Positive = 1.0  # [P]; Beta(1, 1), as in the code, which takes the larger share for ``o``
+    """Both parameters of the Beta distribution of the encoder's share in the hybrid; 1 is uniform."""
     hybrid_target: HybridTarget = "mixed_then_turned"  # [P]
     skips: bool = True  # [P]
     """Whether the decoder sees the encoder's high-resolution maps, which are not turned."""
@@ -131,29 +148,6 @@ class PCRLSettings:
     shuffle_probability: Share = 0.5  # [C]
     paint_probability: Share = 0.9  # [C]
     inpainting_share: Share = 0.2  # [C]
-
-
-@dataclass(frozen=True)
-class ContextViews:
-    """Two clean crops of each patch, their corrupted versions, and the transformations that the decoder must produce.
-
-    Attributes:
-        clean_o: Crop of the encoder (batch, channel, *shape).
-        clean_m: Crop of the moving average, of the same shape.
-        seen_o: ``clean_o``, corrupted.
-        seen_m: ``clean_m``, corrupted.
-        turns: Requested transformation, by model; no ``h`` without mixup.
-        codes: Code of the requested transformation (batch, bits), by model.
-        mixing: Share of ``o`` in the hybrid (batch,), 0 to 1.
-    """
-
-    clean_o: Float[Tensor, "batch channel *shape"]
-    clean_m: Float[Tensor, "batch channel *shape"]
-    seen_o: Float[Tensor, "batch channel *shape"]
-    seen_m: Float[Tensor, "batch channel *shape"]
-    turns: dict[str, TurnParams]
-    codes: dict[str, Tensor]
-    mixing: Float[Tensor, " batch"]
 
 
 class PCRL(PretextMethod):
@@ -219,14 +213,19 @@ class PCRL(PretextMethod):
 
         A code may flip every axis, including the thick one, because flips keep the voxel grid and the code names them.
         """
+        plane = configuration.context.turn_plane
+        # A patch that the user chose may have other proportions than the plan's.
+        quarter = configuration.context.quarter_turns and keeps_grid(
+            configuration.patch_size, configuration.spacing_mm, plane
+        )
         return {
             "queue_length": configuration.queue_length,
             "crop_fraction": configuration.crop_fraction,
             "rotation_deg": rotation_within(configuration.rotation_deg, cls.defaults.rotation_deg),
             "flip_axes": configuration.flip_axes,
             "asked_flips": tuple(range(len(configuration.patch_size))),
-            "asked_turns": "quarter" if configuration.context.quarter_turns else "half",
-            "turn_plane": configuration.context.turn_plane,
+            "asked_turns": "quarter" if quarter else "half",
+            "turn_plane": plane,
             "attention_rank": configuration.context.attention_rank,
         }
 
@@ -245,13 +244,14 @@ class PCRL(PretextMethod):
             clean.append(apply_affine(volumes, crop))
             seen.append(apply_corruption(apply_intensity(clean[-1], blurred), painted))
         turns = draw_asked_turns(generators, own, len(shape))
-        mixing = torch.cat([torch.rand(1, generator=each) for each in generators])  # Beta(1, 1)
+        mixing = draw_mixing(generators, own.mixing_alpha)
         codes = {model: turn_code(each).to(volumes.device, non_blocking=True) for model, each in turns.items()}
         return ContextViews(clean[0], clean[1], seen[0], seen[1], turns, codes, mixing.to(volumes.device))
 
     def losses(self, views: ContextViews, progress: float) -> StepOutput:
         """Return InfoNCE of the queries (equation 7) and the mean squared errors of the reconstructions (equation 8)."""
         own = self.settings
+        views = clean_in_scale(views, own.reconstruction_scale) if own.reconstruction_weight else views
         targets = reconstruction_targets(views, own.hybrid_target) if own.reconstruction_weight else {}
         codes = [views.codes[model] for model in targets]
         tensors = [views.seen_o, views.seen_m, views.mixing, *codes, *targets.values()]
@@ -315,7 +315,9 @@ class PCRL(PretextMethod):
             skips = [torch.zeros_like(each) for each in skips]
         # One pass for all models gives the same result, because nnU-Net's networks normalise every sample separately.
         last = decode(self.network.decoder, [*skips, torch.cat([gated[model] for model in models])])[-1]
-        return dict(zip(models, self.output(last).chunk(len(models)), strict=True))
+        output = self.output(last)
+        output = torch.sigmoid(output) if self.settings.reconstruction_scale == "unit" else output
+        return dict(zip(models, output.chunk(len(models)), strict=True))
 
     def _attend(self, bottleneck: Tensor, code: Tensor) -> Tensor:
         return bottleneck if self.settings.attention == "none" else self.attention(bottleneck, code)
@@ -387,29 +389,6 @@ def draw_asked_turns(
     if not settings.mixup:
         del turns["h"]
     return turns
-
-
-def reconstruction_targets(
-    views: ContextViews, hybrid_target: HybridTarget
-) -> dict[str, Float[Tensor, "batch channel *shape"]]:
-    """Return the targets of the decoder, by model: the clean crops, flipped and turned (equation 8)."""
-    targets = {model: apply_turns(clean_crop(model, views), turns) for model, turns in views.turns.items()}
-    if "h" in targets and hybrid_target == "turned_then_mixed":
-        targets["h"] = mix(targets["o"], targets["m"], views.mixing)
-    return targets
-
-
-def mix(first: Tensor, second: Tensor, share: Float[Tensor, " batch"]) -> Tensor:
-    """Return ``share * first + (1 - share) * second`` for every sample."""
-    share = share.to(first).view(-1, *(1,) * (first.ndim - 1))
-    return share * first + (1 - share) * second
-
-
-def clean_crop(model: str, views: ContextViews) -> Float[Tensor, "batch channel *shape"]:
-    """Return the clean crop of a model before it is turned; for the hybrid, the mix of both crops."""
-    if model == "h":
-        return mix(views.clean_o, views.clean_m, views.mixing)
-    return views.clean_o if model == "o" else views.clean_m
 
 
 @torch.no_grad()

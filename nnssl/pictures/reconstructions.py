@@ -11,8 +11,9 @@ from nnssl.data.case_store import StoredCase
 from nnssl.draws import make_generator
 from nnssl.errors import UserError
 from nnssl.methods.alice import Alice
-from nnssl.methods.pcrl import errors_untold, mix, reconstruction_targets
+from nnssl.methods.pcrl import errors_untold
 from nnssl.pictures.places import choose_centre
+from nnssl.views.contexts import clean_in_scale, in_scale, mix, reconstruction_targets
 from nnssl.views.partners import PairedViews
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from nnssl.weights.restored_method import method_of
@@ -97,9 +98,12 @@ def _of_tokens(method: Alice, views: PairedViews) -> list[Reconstruction]:
 def _of_contexts(method: Any, views: Any) -> list[Reconstruction]:
     features, taught = method.network.encoder(views.seen_o), method.teacher(views.seen_m)
     outputs = method.reconstruct(features, taught, views.codes, views.mixing)
+    scale = method.settings.reconstruction_scale
+    seen_o, seen_m = (in_scale(each, views, scale) for each in (views.seen_o, views.seen_m))
+    seen = {"o": seen_o, "m": seen_m, "h": mix(seen_o, seen_m, views.mixing)}
+    views = clean_in_scale(views, scale)
     targets = reconstruction_targets(views, method.settings.hybrid_target)
     untold = errors_untold(views, method.settings)
-    seen = {"o": views.seen_o, "m": views.seen_m, "h": mix(views.seen_o, views.seen_m, views.mixing)}
     return [
         Reconstruction(
             model,

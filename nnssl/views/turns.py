@@ -4,7 +4,8 @@ Source: Zhou et al., PCRL, ICCV 2021: the transformations T that the decoder mus
 names them: a bit for each flip, then one of four bits for the turn by 0, 90, 180 or 270 degrees.
 
 Deviations: the authors turn in the plane of the first two axes of 64 x 64 x 32 voxels. Here the plane has two equal sides and
-excludes the thick axis; if there is no such plane, only half turns are drawn, and the code keeps its length. Different codes
+excludes the thick axis; if there is no such plane, only half turns are drawn, which with flips name the same maps as flips
+alone, and the code keeps its length. Different codes
 can name the same map (two flips in the plane are a half turn): the 32 codes in 3D name 16 different maps. This also holds for
 the paper and the authors' code.
 """
@@ -61,18 +62,33 @@ def turn_plane(
         raise ValueError(
             f"shape and spacing_mm must both have 2 or 3 axes, got shape {tuple(shape)}, spacing {tuple(spacing_mm)}"
         )
-    planes = PLANES[len(shape)]
-    for plane in planes:
-        if thick_axis not in plane and keeps_grid(shape, spacing_mm, plane):
+    for plane in planes_of_turns(spacing_mm, thick_axis):
+        if keeps_grid(shape, spacing_mm, plane):
             return plane, True
-    return planes[0], False
+    return PLANES[len(shape)][0], False
+
+
+def planes_of_turns(spacing_mm: Sequence[float], thick_axis: int | None) -> list[tuple[int, int]]:
+    """Return the planes without the thick axis in which voxels are as long as wide, in order of preference.
+
+    Quarter turns in them keep the voxel grid of every patch that has equal sides there.
+
+    Args:
+        spacing_mm: Spacing of the patch along each axis, in 2D or 3D.
+        thick_axis: Axis of thick slices; None if there is none.
+    """
+    planes = PLANES[len(spacing_mm)]
+    return [plane for plane in planes if thick_axis not in plane and _same_size(spacing_mm, plane)]
 
 
 def keeps_grid(shape: Sequence[int], spacing_mm: Sequence[float], plane: tuple[int, int]) -> bool:
     """Return whether a quarter turn in the plane keeps the number of voxels and their size along every axis."""
     first, second = plane
-    same_size = math.isclose(spacing_mm[first], spacing_mm[second], rel_tol=SPACING_TOLERANCE)
-    return shape[first] == shape[second] and same_size
+    return shape[first] == shape[second] and _same_size(spacing_mm, plane)
+
+
+def _same_size(spacing_mm: Sequence[float], plane: tuple[int, int]) -> bool:
+    return math.isclose(spacing_mm[plane[0]], spacing_mm[plane[1]], rel_tol=SPACING_TOLERANCE)
 
 
 def draw_turns(

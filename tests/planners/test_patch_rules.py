@@ -15,8 +15,10 @@ from planners.patch_rules import (
     chain_of_steps,
     choose_step,
     edge_mm,
+    explain_step,
     false_negatives,
     patches_of_scan,
+    plane_of_equal_sides,
     share_of_same_places,
 )
 
@@ -53,10 +55,64 @@ def test_patches_have_the_aspect_of_the_scan_and_grow_up_to_the_largest(scan, sp
         assert lowest <= highest * (1 + 1e-9)
 
 
+@pytest.mark.parametrize(
+    ("scan", "spacing", "multiple", "largest", "thick", "plane", "square"),
+    [
+        ((450.0, 334.0, 334.0), (3.0, 1.3, 1.3), (16, 32, 32), (144, 256, 256), None, (1, 2), (144, 256, 256)),
+        ((90.0, 340.0, 300.0), (10.0, 1.5, 1.5), (2, 32, 32), (10, 256, 224), 0, (1, 2), (10, 224, 224)),
+        ((340.0, 300.0), (1.5, 1.5), (32, 32), (256, 224), None, (0, 1), (224, 224)),
+        # of three planes, the one that leaves the largest patch, and the first of equal ones
+        ((36.0, 50.0, 35.0), (1.0, 1.0, 1.0), (8, 8, 8), (40, 56, 40), None, (0, 2), (40, 56, 40)),
+        ((60.0, 60.0, 60.0), (1.0, 1.0, 1.0), (8, 8, 8), (64, 64, 64), None, (1, 2), (64, 64, 64)),
+        # strides that differ, so that the sides are multiples of both
+        ((320.0, 220.0), (1.0, 1.0), (16, 24), (320, 216), None, (0, 1), (192, 192)),
+    ],
+)
+def test_patches_of_equal_sides_are_square_in_the_plane_of_turns(
+    scan, spacing, multiple, largest, thick, plane, square
+):
+    assert plane_of_equal_sides(spacing, multiple, largest, thick) == plane
+    patches = patches_of_scan(scan, spacing, multiple, largest, plane)
+    assert patches[-1] == square
+    assert len(patches) > 1
+    for smaller, larger in zip(patches, patches[1:], strict=False):
+        assert all(a <= b for a, b in zip(smaller, larger, strict=True))
+        assert smaller != larger
+    for patch in patches:
+        assert patch[plane[0]] == patch[plane[1]] <= min(largest[axis] for axis in plane)
+        assert all(patch[axis] % multiple[axis] == 0 for axis in plane)
+        assert math.prod(n / m for n, m in zip(patch, multiple, strict=True)) >= LEAST_POSITIONS or patch == square
+
+
+def test_the_least_patch_of_equal_sides_is_no_larger_than_four_positions_need():
+    """With sides of 64, there are 2 positions; twice the z axis has 4, twice both others 8."""
+    scan, spacing, most = (1200.0, 525.0, 525.0), (1.75, 1.075, 1.075), (640, 448, 448)
+    assert patches_of_scan(scan, spacing, (64, 64, 32), most, (1, 2))[0] == (128, 64, 64)
+    # the scan is hardly longer than wide, so that twice the z axis would be further from its proportions
+    cube = ((448.0, 296.0, 296.0), (4.0, 1.15, 1.15), (32, 64, 32), (96, 256, 256))
+    assert patches_of_scan(*cube, (1, 2))[0] == (32, 128, 128)
+    # with one position, twice the z axis is not enough
+    assert patches_of_scan(scan, spacing, (64, 64, 64), most, (1, 2))[0] == (64, 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "multiple", "largest", "thick"),
+    [
+        ((2.5, 1.5, 1.7), (8, 8, 8), (32, 56, 48), None),  # no two spacings are equal
+        ((1.0, 1.0), (16, 24), (160, 24), None),  # the shorter side has no room for a multiple of both strides
+        ((10.0, 10.0, 1.5), (2, 32, 32), (10, 256, 224), 0),  # the only plane has the thick axis
+    ],
+)
+def test_sides_that_cannot_be_equal_stay_as_they_are(spacing, multiple, largest, thick):
+    assert plane_of_equal_sides(spacing, multiple, largest, thick) is None
+
+
 @pytest.mark.parametrize("stage", STAGES, ids=[stage.name for stage in STAGES])
 @pytest.mark.parametrize(("scan", "spacing", "multiple", "largest"), SCANS)
 def test_the_chain_grows_from_the_useful_batch_to_the_largest_patch(stage, scan, spacing, multiple, largest):
-    patches = patches_of_scan(scan[-len(spacing) :], spacing, multiple, largest)
+    plane = plane_of_equal_sides(spacing, multiple, largest, None) if stage.needs.equal_sides else None
+    patches = patches_of_scan(scan[-len(spacing) :], spacing, multiple, largest, plane)
+    largest = patches[-1]
     steps = chain_of_steps(stage, patches, spacing, scan, 40)
     assert steps[0].batch == -(-stage.needs.useful_batch // stage.batch_multiple) * stage.batch_multiple
     assert steps[-1].patch == largest
@@ -98,6 +154,19 @@ def test_the_last_step_that_fits_is_taken():
     last = choose_step(steps, cost, sizes[0] / stage.needs.useful_batch / 2, None)
     assert (last.pieces, last.checkpointing) == (stage.needs.useful_batch, True)
     assert choose_step(steps, cost, sizes[0] / 100, None) is None
+
+
+def test_the_reason_says_why_sides_are_equal():
+    stage = find_stage("pcrl.contexts")[1]
+    patches = patches_of_scan((340.0, 300.0), (1.5, 1.5), (32, 32), (256, 224), (0, 1))
+    steps = chain_of_steps(stage, patches, (1.5, 1.5), (90.0, 340.0, 300.0), 40)
+    chosen = choose_step(steps, lambda *_: StageCost(1.0, 1.0), 8.0, None)
+    (_, value, reason), _ = explain_step(stage, chosen, (1.5, 1.5), 8.0, (0, 1))
+    assert value.startswith("224x224 ")
+    assert "the sides along axes 0 and 1 are equal, so that quarter turns keep the voxel grid" in reason
+    assert "quarter turns" not in explain_step(stage, chosen, (1.5, 1.5), 8.0)[0][2]
+    chosen = replace(chosen, step=replace(chosen.step, patch=(64, 32)))
+    assert "axes 0 and 1 differ, because not even" in explain_step(stage, chosen, (1.5, 1.5), 8.0, (0, 1))[0][2]
 
 
 def test_false_negatives_are_counted_in_steps_as_the_loader_makes_them():

@@ -8,6 +8,7 @@ import pytest
 
 from nnssl.methods import find_stage
 from nnssl.plan import Plan
+from nnssl.views.turns import planes_of_turns
 from planners.presets import PRESETS
 from tools.synthetic_fingerprints import KINDS
 from tools.table_of_steps import plan_of
@@ -16,6 +17,10 @@ FAST = ("BTCV", "x-ray")
 kinds = pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=() if kind in FAST else pytest.mark.nightly) for kind in KINDS]
 )
+
+
+WITHOUT_ROOM = {"x-ray": (("8gb", "2d"),)}
+"""Presets and configurations in which not even the least patch of equal sides fits."""
 
 
 @lru_cache
@@ -61,6 +66,35 @@ def test_more_memory_never_means_a_smaller_batch_or_fewer_voxels(kind):
                 voxels = [step.batch_size * math.prod(step.patch_size) for step in (few, many)]
                 if smaller != "cpu":  # its spacing may be another
                     assert voxels[0] <= voxels[1], (smaller, larger, name, stage)
+
+
+@pytest.mark.parametrize(
+    "kind", ["BTCV", *(pytest.param(kind, marks=pytest.mark.nightly) for kind in KINDS if kind != "BTCV")]
+)
+def test_a_code_may_ask_for_quarter_turns_wherever_spacings_agree(kind):
+    for preset, plan in plans(kind).items():
+        for name in ("2d", "3d_fullres"):
+            if name not in plan.pretext.configurations:
+                continue
+            configuration = plan.configuration(name).for_stage("pcrl.contexts")
+            said = {(each.configuration, each.what): each.reason for each in plan.pretext.decisions}
+            reason = said[name, "patch (pcrl.contexts)"]
+            if not planes_of_turns(configuration.spacing_mm, configuration.thick_axis):
+                assert not configuration.context.quarter_turns, (preset, name)
+                assert "the sides along" not in reason
+                continue
+            # the smallest preset of a kind may have no room for the least patch of equal sides
+            assert configuration.context.quarter_turns or "differ, because not even" in reason, (preset, name)
+            assert configuration.context.quarter_turns or (preset, name) in WITHOUT_ROOM.get(kind, ()), (preset, name)
+
+
+def test_slices_of_acdc_get_quarter_turns():
+    plan = plan_of("ACDC", "8gb")
+    configuration = plan.configuration("2d").for_stage("pcrl.contexts")
+    assert configuration.patch_size == (224, 224)
+    assert configuration.context.quarter_turns
+    # stages that do not turn keep the whole slice
+    assert plan.configuration("2d").for_stage("pix2rep.dense").patch_size == (256, 224)
 
 
 def test_a_plan_for_x_rays_mentions_no_coil_sensitivity_and_no_thick_slices():

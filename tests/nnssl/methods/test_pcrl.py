@@ -5,18 +5,20 @@ import itertools
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from nnssl.draws import sample_generators
 from nnssl.errors import UserError
-from nnssl.methods.pcrl import MODELS, PCRL, ContextViews, errors_untold, mix, reconstruction_targets
+from nnssl.methods.pcrl import PCRL, errors_untold
 from nnssl.methods.settings import resolve_stage
 from nnssl.momentum import update_teacher
 from nnssl.networks.attention import TransformationAttention
 from nnssl.networks.backbone import build_network
 from nnssl.networks.dense import ENCODER, ENCODER_AND_DECODER, decode
 from nnssl.views.boxes import intersection_over_union, to_mm
+from nnssl.views.contexts import MODELS, ContextViews, mix, reconstruction_targets
 from nnssl.views.corruption import painted_mask
 from nnssl.views.overlap import crop_boxes
 from nnssl.views.spatial import map_points
@@ -403,6 +405,44 @@ def test_losses_against_loops(dim, negatives):
         )
 
 
+@dims
+def test_reconstructions_of_the_unit_range_against_numpy(dim):
+    """Targets by the percentiles of both clean crops, and a sigmoid after the output layer."""
+    method, plain = (make_stage(dim, f"reconstruction_scale={scale}") for scale in ("unit", "z_score"))
+    views = method.make_views(make_batch(dim), generators())
+    output = method.losses(views, 0.0)
+    features, taught = features_of(method, views)
+    with torch.no_grad():
+        logits = plain.reconstruct(features, taught, views.codes, views.mixing)
+    clean_o, clean_m = views.clean_o.numpy().copy(), views.clean_m.numpy().copy()
+    for sample, channel in itertools.product(range(4), range(CHANNELS)):
+        both = np.stack([clean_o[sample, channel], clean_m[sample, channel]])
+        low, high = np.percentile(both, [1, 99])
+        for crop in (clean_o, clean_m):
+            crop[sample, channel] = np.clip((crop[sample, channel] - low) / (high - low), 0, 1)
+    share = views.mixing.numpy().reshape(-1, *(1,) * (dim + 1))
+    crops = {"o": clean_o, "m": clean_m, "h": share * clean_o + (1 - share) * clean_m}
+    scaled = replace(views, clean_o=torch.from_numpy(clean_o), clean_m=torch.from_numpy(clean_m))
+    for model in MODELS:
+        target = apply_turns(torch.from_numpy(crops[model]), views.turns[model]).numpy()
+        answer = 1 / (1 + np.exp(-logits[model].numpy()))
+        expected = 0.5 * float(((answer - target) ** 2).mean())
+        assert output.losses[f"reconstruction_{model}"].item() == pytest.approx(expected, rel=1e-3)
+        untold = 0.5 * float(errors_untold(scaled, method.settings)[model].mean())
+        assert output.monitors[f"untold_{model}"].item() == pytest.approx(untold, rel=1e-3)
+    assert torch.equal(output.losses["contrast"], plain.losses(views, 0.0).losses["contrast"])
+
+
+def test_the_encoder_s_share_follows_alpha():
+    shares = [
+        make_stage(2, f"mixing_alpha={alpha}").make_views(make_batch(2, 64), generators(0, 64)).mixing
+        for alpha in ("1", "20", "0.05")
+    ]
+    assert ((shares[0] - 0.5).abs() > 0.3).float().mean() == pytest.approx(0.4, abs=0.15)
+    assert ((shares[1] - 0.5).abs() < 0.3).all()
+    assert ((shares[2] - 0.5).abs() > 0.3).float().mean() > 0.8
+
+
 def test_equal_embeddings_cost_the_log_of_the_candidates(monkeypatch):
     method = make_stage(2, "queue_length=7", "contrast_weight=1", "negatives=queue")
     same = torch.nn.functional.normalize(torch.ones(1, 128), dim=1)
@@ -541,6 +581,7 @@ def test_the_moving_average_of_a_run():
         (("turn_plane=1,0",), r"turn_plane must be two ascending axes of 2, got \(1, 0\)"),
         (("asked_flips=0,2",), r"asked_flips must be axes from 0 to 1, got \(0, 2\)"),
         (("contrast_weight=0", "reconstruction_weight=0"), "must be above 0, got 0 for both"),
+        (("mixing_alpha=0",), "mixing_alpha"),
         (("batch_size=1",), "set batch_size=2 or negatives=queue"),
     ],
 )
@@ -564,6 +605,8 @@ def test_what_the_plan_decides():
     assert (settings.turn_plane, settings.asked_turns, settings.attention_rank) == ((1, 2), "half", 8)
     assert (settings.flip_axes, settings.asked_flips) == ((1, 2), (0, 1, 2))
     assert make_stage(3, square=True).settings.asked_turns == "quarter"
+    # a patch that the user chose, without equal sides
+    assert make_stage(3, "patch_size=4,12,16", square=True).settings.asked_turns == "half"
     assert {origins[key] for key in ("turn_plane", "attention_rank", "queue_length", "crop_fraction")} == {"plan"}
     with pytest.raises(UserError, match="crop_fraction"):
         make_stage(2, "crop_fraction=0.9,0.2")
