@@ -20,8 +20,8 @@ Deviations:
       conditioned features and turned crops, as the code does.
     * Quarter turns only in a plane of equal sides and spacing, otherwise half turns: others would leave the voxel grid. The
       planner gives the patch equal sides wherever two spacings agree.
-    * Negatives are the other keys of the batch. With a queue, as in paper and code, all images collapsed to one point: after
-      500 steps on slices of ACDC, the loss was at chance (2.77 against 2.78, both half of InfoNCE).
+    * Negatives are the other keys of the batch; a queue, as in paper and code, is an option. The head standardises its hidden
+      vector over the batch; without that, all images collapsed to one point with a queue.
     * For the attention's factor of the map and the normalisation of both factors, see ``networks.attention``.
     * Crops lie in the stage's patch and cover the plan's share of it; in the code they are between half and 1.75 times the
       input's size. Both overlap by the code's intersection over union, but are drawn in every step, not 16 pairs in advance.

@@ -11,10 +11,10 @@ feature map are dropped. ``E_t`` sees the rest, and a small decoder predicts the
 Deviations:
     * Positive pairs: section 4.1 says elastic transforms, section 5.1.4 crop, jitter and flip. Here the latter.
     * Negatives: the printed formula sums over the batch and includes the query itself; the text follows MoCo's queue. Here
-      they come from the batch, without the self-similarity; ``negatives=queue`` and ``negatives=both`` are options. The keys
-      of a queue come from the key encoder of earlier steps, and in runs of hundreds or thousands of steps the encoder first
-      learns to distinguish old keys from new ones: on slices of ACDC the loss fell below chance although no patch could be
-      distinguished from another.
+      they come from the batch, without the self-similarity; ``negatives=queue`` and ``negatives=both`` are options. In runs of
+      hundreds of steps, the encoder that leaves a run with a queue finds other views less often.
+    * Head: MoCo v2 has no normalisation in its head, and its encoder has batch normalisation. nnU-Net's encoders have instance
+      normalisation, so the head standardises its hidden vector over the batch. Without it, a queue collapsed.
     * Optimizer: SGD in the paper, learning rate not stated. Here AdamW: after 225 steps of batch 32 on the same slices, the
       other view of a slice was the nearest of 48 for 42 % of the slices, with SGD at ten times MoCo's rate for 19 %.
     * Pooling: MoCo pools the last feature map. Here a hidden layer comes before the mean (``networks.heads``), because
