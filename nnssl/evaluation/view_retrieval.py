@@ -153,7 +153,7 @@ def stage_maps(network: Any, volumes: Tensor, pretrained: Sequence[str]) -> dict
     maps = {f"encoder_{level}": each for level, each in enumerate(skips) if trained(f"encoder.stages.{level}.")}
     if hasattr(network, "transformer"):
         skips[network.token_stage] = network.transformer(skips[network.token_stage])
-        if trained("transformer."):
+        if trained("transformer.blocks."):
             maps["transformer"] = skips[network.token_stage]
     count = len(network.decoder.stages)
     levels = [count - 1 - index for index in range(count) if trained(f"decoder.stages.{index}.")]

@@ -10,7 +10,13 @@ from matplotlib.figure import Figure
 from nnssl.data.case_store import CaseStore
 from nnssl.data.patients import set_aside
 from nnssl.errors import UserError
-from nnssl.evaluation.view_retrieval import Retrieval, draw_view_pairs, measure_retrieval, smallest_patch
+from nnssl.evaluation.view_retrieval import (
+    PATCHES,
+    Retrieval,
+    draw_view_pairs,
+    measure_retrieval,
+    smallest_patch,
+)
 from nnssl.networks.primus import PlannedPrimus
 from nnssl.palette import BLUE, ORANGE
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint
@@ -59,7 +65,7 @@ def measure_weights(weights: OpenedCheckpoint, store: CaseStore, device: torch.d
     patch = built_for if isinstance(network, PlannedPrimus) else smallest_patch(configuration)
     aside = set_aside(store.names)
     cases = aside or tuple(store.names)
-    pairs = draw_view_pairs(store, cases, patch, configuration)
+    pairs = draw_view_pairs(store, cases, patch, configuration, PATCHES)
     network = network.to(device)
     random = measure_retrieval(network, pairs, provenance.pretrained, {}, device)
     try:
@@ -103,7 +109,7 @@ def retrieval_figure(measured: MeasuredWeights, title: str) -> Figure:
         _draw_bars(axes, kind, measured.found, measured.random)
         axes.axvline(getattr(measured.chance, kind), color="black", linewidth=1, linestyle=":", label="chance")
         axes.set_title(what, loc="left", fontsize=FONT_SIZE)
-        axes.set_xlim(0, 1)
+        axes.set_xlim(left=0)
         axes.set_xlabel("share found", fontsize=FONT_SIZE)
         axes.tick_params(labelsize=FONT_SIZE)
         axes.set_yticks(range(len(names)), names)

@@ -22,6 +22,7 @@ from nnssl.networks.backbone import build_network, planned_configuration, seeded
 from nnssl.networks.primus import architecture_of_patch
 from nnssl.paths import Folders, resolve_folders
 from nnssl.pictures import figures as pictures
+from nnssl.pictures import retrieval
 from nnssl.pictures.dense_network import dense_network_of
 from nnssl.pictures.matches import find_matches, matcher_of
 from nnssl.pictures.reconstructions import reconstruct_case
@@ -211,6 +212,26 @@ def test_uncertainty_is_that_of_the_teacher(files, name):
     logits = teacher.head(feature_map.flatten(2).transpose(1, 2))[0] / teacher.temperature
     expected = normalised_entropy(logits.softmax(dim=1)).view(1, *teacher.network.shape)
     torch.testing.assert_close(tile_uncertainty(teacher, feature_map, "a"), expected, atol=1e-4, rtol=1e-3)
+
+
+def test_retrieval(files, drawn, capsys, monkeypatch):
+    """Every pretrained stage has a row, the weights of the file and random ones differ, and chance follows from the sample."""
+    monkeypatch.setattr(retrieval, "PATCHES", 5)
+    run("retrieval", "-w", files["pcrl"], "-o", "a.png")
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("encoder_", "decoder_"))]
+    assert [row[0] for row in rows][0] == "encoder_0"
+    assert rows[-1][0] == "decoder_0"
+    assert all(len(row) == 5 and all(0 <= float(value) <= 1 for value in row[1:]) for row in rows)
+    assert [axes.get_title(loc="left") for axes in drawn[0].axes] == list(retrieval.PANELS.values())
+    for name, stages in (("primus", {"encoder_0"}), ("alice", None), ("hybrid", None)):
+        weights = open_checkpoint(files[name])
+        store = open_cases(weights.own_provenance, NAME, resolve_folders())
+        measured = retrieval.measure_weights(weights, store, torch.device("cpu"))
+        assert measured.chance.pooled == 1 / 5
+        assert not measured.set_aside
+        assert measured.found.keys() == measured.random.keys()
+        assert stages is None or set(measured.found) == stages
+        assert name != "hybrid" or not any(stage.startswith("decoder_") for stage in measured.found)
 
 
 def test_reconstruction(files, drawn, capsys):

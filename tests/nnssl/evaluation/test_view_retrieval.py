@@ -122,7 +122,7 @@ def test_partners_of_other_patches_are_not_found(tmp_path):
 def test_stages_are_those_that_are_pretrained(dim, residual):
     network = build_network(architecture(dim, residual, True), 1, 3, seed=0)
     volumes = torch.randn(2, 1, *PATCHES[dim])
-    everything = stage_maps(network, volumes, (*ENCODER_AND_DECODER, "transformer."))
+    everything = stage_maps(network, volumes, (*ENCODER_AND_DECODER, "transformer.embed.", "transformer.blocks."))
     assert set(everything) == {"encoder_0", "encoder_1", "encoder_2", "transformer", "decoder_1", "decoder_0"}
     assert set(stage_maps(network, volumes, ENCODER)) == {"encoder_0", "encoder_1", "encoder_2"}
     assert set(stage_maps(network, volumes, ("encoder.stages.0.", "decoder.stages.0."))) == {"encoder_0", "decoder_1"}
