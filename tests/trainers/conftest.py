@@ -44,8 +44,8 @@ def make_volume(seed: int, channels: int, shape: tuple[int, ...]) -> np.ndarray:
     return (np.sin(np.stack(volume)) + 0.1 * rng.standard_normal((channels, *shape))).astype(np.float32)
 
 
-def plan_toy(folders: Folders, channels: int = 1, cases: int = 6) -> Plan:
-    """Plan a toy data set for a CPU, write its preprocessed cases, shorten every schedule and narrow the transformers."""
+def plan_toy(folders: Folders, channels: int = 1, cases: int = 6, narrow: bool = True) -> Plan:
+    """Plan a toy data set for a CPU, write its preprocessed cases, shorten every schedule and, by default, narrow the networks."""
     statistics = IntensityStatistics(0.0, 0.0, 1.0, -3.0, 3.0, -2.5, 2.5)
     names = tuple(f"c{i}" for i in range(channels))
     records = tuple(
@@ -73,7 +73,8 @@ def plan_toy(folders: Folders, channels: int = 1, cases: int = 6) -> Plan:
         for stage in configuration["stages"].values():
             stage["schedule"].update(SCHEDULE)
         narrow_transformer(configuration, content["configurations"][name])
-        phantom_study.narrow_unet(content["configurations"][name])
+        if narrow:
+            phantom_study.narrow_unet(content["configurations"][name])
         folder = folders.preprocessed / NAME / configuration["case_folder"]
         if not folder.exists():
             folder.mkdir()

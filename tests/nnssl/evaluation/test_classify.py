@@ -48,7 +48,7 @@ def workspace(tmp_path_factory) -> Path:
     for folder in dataclasses.astuple(folders):
         folder.mkdir()
     with variables(**{f"nnUNet_{folder.name}": str(folder) for folder in dataclasses.astuple(folders)}):
-        plan = plan_toy(folders, cases=CASES)
+        plan = plan_toy(folders, cases=CASES, narrow=False)
     inside = np.argwhere(np.ones(SHAPE, bool))[::7].astype(np.int16)
     properties = CaseProperties(1, SHAPE, 1, SPACING_MM, (), "digest", 1.0)
     for folder in (folders.preprocessed / NAME).glob("*_cases_*"):

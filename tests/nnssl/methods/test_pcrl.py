@@ -523,7 +523,7 @@ def test_a_batch_is_learned(residual):
     smooth = torch.nn.functional.interpolate(make_batch(2)[..., ::4, ::4], PATCHES[2], mode="bicubic")
     views = method.make_views(smooth, generators())
     optimizer = torch.optim.Adam([p for g in method.parameter_groups() for p in g.parameters], lr=3e-3)
-    for _ in range(150):
+    for _ in range(200):
         optimizer.zero_grad()
         output = method.losses(views, 0.0)
         sum(output.losses.values()).backward()

