@@ -45,7 +45,7 @@ def make_volume(seed: int, channels: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def plan_toy(folders: Folders, channels: int = 1, cases: int = 6, narrow: bool = True) -> Plan:
-    """Plan a toy data set for a CPU, write its preprocessed cases, shorten every schedule and, by default, narrow the networks."""
+    """Plan a toy data set for a CPU, write its preprocessed cases, shorten every schedule, and narrow the networks if asked."""
     statistics = IntensityStatistics(0.0, 0.0, 1.0, -3.0, 3.0, -2.5, 2.5)
     names = tuple(f"c{i}" for i in range(channels))
     records = tuple(
