@@ -84,7 +84,7 @@ def test_more_pieces_than_patches_of_a_process_are_refused(toy):
 
 def test_two_processes_have_the_moving_average_and_the_queue_of_one(toy):
     """Enough steps for a moving average that differs from its student, but so few and small that rounding is negligible."""
-    options = (*ONE_STEP, *SMALL["pcrl"], *LONGER, "learning_rate=0.003", "learning_rate_schedule=constant")
+    options = (*ONE_STEP, *SMALL["pcrl"], *LONGER, "learning_rate=0.03", "learning_rate_schedule=constant")
     options += ("head_normalisation=none",)  # it enlarges rounding; RepRec's test and test_distributed.py cover it
     final = run(toy, "pcrl", *options, "negatives=queue")
     alone = {key: value for key, value in tensors_of(final).items() if not key.startswith("optimizer")}
