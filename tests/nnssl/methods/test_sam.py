@@ -273,7 +273,7 @@ def test_places_are_learned():
         optimizer.zero_grad()
         sum(output.losses.values()).backward()
         optimizer.step()
-        tops.append(float(output.monitors["fine_top1"]))
+        tops.append(float(output.monitors["head_fine_top1"]))
     assert sum(tops[:5]) / 5 < sum(tops[-5:]) / 5
     assert sum(tops[-5:]) / 5 > 0.3
 
