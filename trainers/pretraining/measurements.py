@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from nnssl.data.case_store import CaseStore
+from nnssl.data.patients import set_aside
 from nnssl.files import write_json
 from nnssl.log import logger
 from nnssl.methods.protocol import Exported
@@ -64,6 +66,8 @@ class Measurements:
             self.retrieval = RetrievalRun(cases, run, architecture, exported, device, starts_random, every)
             self.retrieval.restore(self._state["retrieval"])
             logger.info(self.retrieval.opening())
+        elif aside := set_aside(CaseStore(cases).names):
+            logger.info(f"{len(aside)} cases are set aside and not trained on: {', '.join(aside)}")
 
     def run(
         self,
