@@ -2,7 +2,7 @@
 
 import pytest
 
-from nnssl.data.patients import find_patients, patient_in_name, read_patients
+from nnssl.data.patients import FEWEST_PATIENTS, MOST_ASIDE, find_patients, patient_in_name, read_patients, set_aside
 from nnssl.errors import UserError
 from nnssl.log import lines_to
 
@@ -74,3 +74,15 @@ def test_a_table_must_name_every_case(tmp_path):
         find_patients(["a", "c", "d"], table)
     with pytest.raises(UserError, match="cannot be read as a table"):
         read_patients(tmp_path / "no.csv")
+
+
+def test_patients_that_are_set_aside_stay_together_and_do_not_depend_on_the_order():
+    cases = [f"patient{number:03}_frame{frame:02}" for number in range(60) for frame in (1, 12)]
+    aside = set_aside(cases)
+    assert set_aside(cases[::-1]) == aside
+    patients = {patient_in_name(case) for case in aside}
+    assert len(patients) == 3  # a twentieth of 60
+    assert set(aside) == {case for case in cases if patient_in_name(case) in patients}
+    assert set_aside(cases[: 2 * (FEWEST_PATIENTS - 1)]) == ()
+    many = [f"scan_of_{number}x" for number in range(2000)]
+    assert len({patient_in_name(case) for case in set_aside(many)}) == MOST_ASIDE
