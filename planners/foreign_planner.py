@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
-from nnssl.networks.backbone import encoder_strides
+from nnssl.networks.backbone import encoder_strides, weightless
 from nnssl.paths import Folders
 from nnssl.plan import TransformerSize
 from nnssl.sizes import in_voxels
@@ -65,8 +64,8 @@ def plan_for_network(
         target.mkdir()
         fingerprint = folders.preprocessed / dataset_name / "dataset_fingerprint.json"
         write_json(target / fingerprint.name, read_json(fingerprint, "fingerprint"))
-        # the planner builds networks only to read their sizes, which the device meta provides without memory
-        with variables(nnUNet_preprocessed=folder), redirect_stdout(StringIO()), torch.device("meta"):
+        # the planner builds networks only to read their sizes
+        with variables(nnUNet_preprocessed=folder), redirect_stdout(StringIO()), weightless():
             ExperimentPlanner(dataset_name, plans_name=plans_name).plan_experiment()
         plan: dict[str, Any] = read_json(target / f"{plans_name}.json", "plan")
     if CONFIGURATION not in plan["configurations"]:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     nnUNetPlannerResEncL,
@@ -32,6 +31,7 @@ from nnssl.environment import variables
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json, write_json
 from nnssl.log import logger
+from nnssl.networks.backbone import weightless
 from nnssl.paths import Folders
 from nnssl.plan import PLANS_NAME, SCHEMA_VERSION, Plan, Pretext, plan_path, write_plan
 from nnssl.sizes import in_mm
@@ -257,7 +257,7 @@ def _plan_from_data(
         planner.reader_name = stock_reader(dataset.reader)
         planner.UNet_base_num_features = preset.base_features
         planner.UNet_max_features_2d, planner.UNet_max_features_3d = preset.max_features
-        with torch.device("meta"):  # it builds networks only to read their sizes
+        with weightless():  # it builds networks only to read their sizes
             plans = planner.plan_experiment()
     for name in ("3d_lowres", "3d_cascade_fullres"):
         plans["configurations"].pop(name, None)

@@ -1,12 +1,14 @@
 """Building the network of a plan as nnU-Net does, and reading its shape."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from nnssl.draws import draw_seed
 from nnssl.errors import UserError
@@ -72,8 +74,30 @@ def measurable_network(architecture: dict[str, Any], channels: int) -> Any:
     Raises:
         UserError: If the class cannot be imported.
     """
-    with torch.device("meta"):
+    with weightless():
         return build_network(architecture, channels, 2, seed=0, initialise=False)
+
+
+DRAWN = frozenset(
+    getattr(torch.Tensor, name)
+    for name in ("normal_", "uniform_", "clamp_", "erfinv_", "mul_", "add_", "div_", "fill_", "zero_", "copy_")
+)
+
+
+class _NothingIsDrawn(TorchFunctionMode):
+    """Leaves out what initial weights are drawn with, on tensors without values: it takes most of building a network there."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in DRAWN and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def weightless() -> Iterator[None]:
+    """Within it networks are built on torch's device ``meta``: with sizes and shapes, and without values."""
+    with torch.device("meta"), _NothingIsDrawn():
+        yield
 
 
 def seeded(build: Callable[[], M], seed: int, purpose: str) -> M:
