@@ -225,6 +225,7 @@ def test_tracking_a_pretraining_that_is_stopped_and_resumed(toy, monkeypatch):
     assert list(final.parent.glob("wandb/offline-run-*/files/media/images/progress*.png"))
 
 
+@pytest.mark.nightly
 @pytest.mark.figures
 def test_tracking_a_fine_tuning(finetuned, tmp_path, monkeypatch):
     """Its curves and its final Dice are nnU-Net's, and its weights those of the arm without trackers."""

@@ -434,6 +434,7 @@ def test_masked_modelling_alone_has_no_teacher():
         assert set(make_stage("primus", *weights).losses(views_of(method, "primus"), 0.0).losses) == parts
 
 
+@pytest.mark.nightly
 def test_it_does_not_collapse():
     """200 steps on smooth patches in pairs: partners are found (1/7 by chance), and voxels are recovered."""
     method = make_stage("primus", "batch_size=8")

@@ -536,6 +536,7 @@ def test_a_batch_is_learned(residual):
     assert output.monitors["head_retrieval"] == 1
 
 
+@pytest.mark.nightly
 def test_the_right_code_is_heard():
     """After training on draws that never repeat, right codes beat the best that could be made without, and wrong ones do not."""
     clear = (

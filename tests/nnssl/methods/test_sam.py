@@ -278,6 +278,7 @@ def test_places_are_learned():
     assert sum(tops[-5:]) / 5 > 0.3
 
 
+@pytest.mark.nightly
 def test_a_known_displacement_is_found(tmp_path):
     """A phantom and the same one deformed by a known field: matches lie within a cell, nearer than by the body's box."""
     shape, spacing, patch = (24, 48, 48), (2.0, 1.5, 1.5), (16, 32, 32)

@@ -215,7 +215,9 @@ def test_folder_for_a_hub(tmp_path, folders):
     assert not [each for each in tmp_path.iterdir() if "second" in each.name]
 
 
-@pytest.mark.parametrize(("kind", "dim"), [("plain", 2), ("residual", 3), ("primus", 3)])
+@pytest.mark.parametrize(
+    ("kind", "dim"), [("plain", 2), ("residual", 3), pytest.param("primus", 3, marks=pytest.mark.nightly)]
+)
 def test_encoder_alone_in_plain_pytorch(tmp_path, folders, kind, dim):
     """Every tensor under one name; the example runs as it is and nothing of nnssl is imported but the network of Primus."""
     path = exported(tmp_path, folders, kind, dim, form="encoder", out=tmp_path / "encoder")

@@ -48,6 +48,7 @@ def call(names, capsys, *more) -> list[str]:
     return capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.nightly
 @pytest.mark.figures
 def test_the_command_from_nothing_to_the_report(finished, capsys):
     results, names = finished

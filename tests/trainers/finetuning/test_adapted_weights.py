@@ -49,6 +49,7 @@ def labelled(finetuned, tmp_path):
         yield tmp_path
 
 
+@pytest.mark.nightly
 def test_finetuning(labelled):
     weights = write_elsewhere(labelled / "mae.pth", unet("residual", 3))
     content = torch.load(labelled / "mae.pth", weights_only=True)
@@ -77,6 +78,7 @@ def test_finetuning(labelled):
     assert any("finished already" in line for line in said)
 
 
+@pytest.mark.nightly
 def test_primus_has_a_plan_with_a_last_layer_for_any_classes(labelled):
     weights = write_elsewhere(labelled / "mae.pth", primus(), channels=1)
     path = adapt_if_made_elsewhere(open_checkpoint(labelled / "mae.pth"), DATASET, resolve_folders(), 1).path
@@ -87,6 +89,7 @@ def test_primus_has_a_plan_with_a_last_layer_for_any_classes(labelled):
         assert torch.equal(content["network_weights"][part], weights[part])
 
 
+@pytest.mark.nightly
 def test_a_patch_is_not_longer_than_the_images(labelled):
     from trainers.finetuning.labelled_data import make_fingerprint
 

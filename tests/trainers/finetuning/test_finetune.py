@@ -344,6 +344,7 @@ def test_restart_deletes_what_there_is(run, monkeypatch):
     assert [names for _, names in seen] == [[], ["checkpoint_latest.pth"], []]
 
 
+@pytest.mark.nightly
 def test_another_seed_schedule_or_case_list_gets_a_folder_of_its_own(run, monkeypatch):
     folders = []
 

@@ -25,7 +25,11 @@ UNLABELLED = "Dataset501_Unlabelled"
 
 
 @pytest.mark.parametrize(
-    ("planner", "plans_name"), [(ExperimentPlanner, "nnUNetPlans"), (nnUNetPlannerResEncL, "nnUNetResEncUNetLPlans")]
+    ("planner", "plans_name"),
+    [
+        (ExperimentPlanner, "nnUNetPlans"),
+        pytest.param(nnUNetPlannerResEncL, "nnUNetResEncUNetLPlans", marks=pytest.mark.nightly),
+    ],
 )
 def test_weights_drop_into_the_unchanged_plan(finetuned, tmp_path, capsys, planner, plans_name):
     for name in ("preprocessed", "results", f"raw/{UNLABELLED}"):

@@ -108,6 +108,7 @@ def test_a_killed_probe_goes_on_and_ends_with_the_same_weights(run, tmp_path):
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
+@pytest.mark.nightly
 def test_from_the_command_to_what_stock_nnunet_predicts(run, tmp_path, monkeypatch):
     """Both arms: of pretrained and of random features; each predicts with its own."""
     said = []

@@ -376,6 +376,7 @@ def test_from_the_command_to_what_stock_nnunet_predicts(run, tmp_path, monkeypat
     assert_stock_nnunet_predicts_the_same(run, result, trainer, tmp_path)
 
 
+@pytest.mark.nightly
 def test_images_of_a_data_set_without_labels(run, tmp_path, monkeypatch):
     """Preprocessed as the labelled ones: a copy of a labelled image gives the same voxels; that of a held-out one is not used."""
     raw = run.folder / "raw"

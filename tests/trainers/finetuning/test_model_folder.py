@@ -63,6 +63,7 @@ def images(run, tmp_path):
     return tmp_path / "images"
 
 
+@pytest.mark.nightly
 def test_without_nnssl(run, images, tmp_path):
     model = Path(run.results[0].model_folder)
     done = predict(COMMAND, model, images, tmp_path / "out", {"nnssl", "planners", "trainers"})
@@ -75,7 +76,13 @@ def test_without_nnssl(run, images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "network", [unet("hybrid", 3), primus(input_shape=list(PATCH_SIZE), patch_embed_size=[2, 4, 4])]
+    "network",
+    [
+        pytest.param(unet("hybrid", 3), id="hybrid"),
+        pytest.param(
+            primus(input_shape=list(PATCH_SIZE), patch_embed_size=[2, 4, 4]), id="primus", marks=pytest.mark.nightly
+        ),
+    ],
 )
 def test_networks_of_nnssl_need_the_package_nnssl_alone(run, images, tmp_path, network):
     model = tmp_path / "model"

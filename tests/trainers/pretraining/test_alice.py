@@ -123,6 +123,7 @@ def test_a_stage_alone_says_what_it_misses(toy):
         pretrain("alice", NAME, PretrainSettings(overrides=("partners=sam", *SMALL), stages=("alice.alignment",)), toy)
 
 
+@pytest.mark.nightly
 def test_initial_weights_go_to_alice_not_to_sam(toy):
     first = run(toy, "alice", *SMALL)
     kept = first.rename(toy.results / "first.pth")

@@ -181,11 +181,14 @@ def test_stopped_run_ends_bit_identical(toy, monkeypatch, stage, step):
     assert [row["epoch"] for row in rows] == ["0", "1"]
 
 
-def test_two_processes_equal_one(toy, cold_start):
+@pytest.mark.parametrize("start", ["warm_start", pytest.param("cold_start", marks=pytest.mark.nightly)])
+def test_two_processes_equal_one(toy, request, start):
     """Equal weights, teacher and optimizer after both stages show that all gradients and draws are the same.
 
     SGD is used because AdamW amplifies the rounding noise of gradients that are zero (a bias before a norm).
     """
+    if start == "cold_start":
+        request.getfixturevalue(start)
     sgd = ("optimizer=sgd", "learning_rate=0.01")
     run(toy, *sgd)
     alone = {name: tensors_of(folder_of(toy, name) / "checkpoint_final.pth") for name in ("Contrastive", "Generative")}

@@ -95,6 +95,7 @@ class Stopped(BaseException):
     """Stands for a signal."""
 
 
+@pytest.mark.nightly
 def test_a_stopped_run_goes_on_with_the_same_probes(folders, tmp_path, monkeypatch):
     final = run(folders)
     whole = json.loads((final.parent / "probe.json").read_text())

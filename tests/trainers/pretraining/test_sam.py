@@ -73,6 +73,7 @@ def test_two_processes_equal_one(toy):
     assert_same(together, alone, rtol=1e-3, atol=2e-5 * max(1.0, largest))
 
 
+@pytest.mark.nightly
 def test_stopped_run_ends_bit_identical(toy, monkeypatch):
     final = run(toy, "sam", *SMALL)
     expected = tensors_of(final)

@@ -82,6 +82,7 @@ def test_more_pieces_than_patches_of_a_process_are_refused(toy):
         run(toy, "pcrl", "batch_size=4", "pieces=3", num_gpus=2)
 
 
+@pytest.mark.nightly
 def test_two_processes_have_the_moving_average_and_the_queue_of_one(toy):
     """Enough steps for a moving average that differs from its student, but so few and small that rounding is negligible."""
     options = (*ONE_STEP, *SMALL["pcrl"], *LONGER, "learning_rate=0.03", "learning_rate_schedule=constant")
@@ -98,7 +99,7 @@ def test_two_processes_have_the_moving_average_and_the_queue_of_one(toy):
     assert max(apart) > 9e-6, "a moving average that is its student shows nothing"
 
 
-@methods
+@pytest.mark.parametrize("method", ["pixelglobal", pytest.param("pcrl", marks=pytest.mark.nightly)])
 def test_stopped_run_ends_bit_identical(toy, monkeypatch, method):
     options = (*SMALL[method], *(LONGER if method == "pcrl" else ()))
     final = run(toy, method, *options)
