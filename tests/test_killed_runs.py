@@ -207,6 +207,7 @@ def calm(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(sys.platform != "linux", reason="open files are looked up in /proc")
 def test_killed_where_files_change(calm, tmp_path):
     root = make_raw(tmp_path / "killed")

@@ -13,7 +13,7 @@ from planners.presets import PRESETS
 from tools.synthetic_fingerprints import KINDS
 from tools.table_of_steps import plan_of
 
-FAST = ("BTCV", "x-ray")
+FAST = ("BTCV",)
 kinds = pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=() if kind in FAST else pytest.mark.nightly) for kind in KINDS]
 )

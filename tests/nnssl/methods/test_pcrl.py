@@ -515,7 +515,7 @@ def test_the_queue_gets_the_keys_once_after_the_loss():
     assert torch.equal(method.queue.keys[4:], before[4:])
 
 
-@encoders
+@pytest.mark.parametrize("residual", [False, pytest.param(True, marks=pytest.mark.nightly)], ids=["plain", "residual"])
 def test_a_batch_is_learned(residual):
     """Every reconstruction gets below answering with the mean of the image, and the contrast below chance."""
     method = make_stage(2, "negatives=batch", "paint_probability=0", "shuffle_probability=0", residual=residual)

@@ -208,6 +208,7 @@ def test_cells_wait_for_weights_that_another_part_makes(folders, pretend, tmp_pa
     assert all("scratch" in name for name in pretend.trained)
 
 
+@pytest.mark.nightly
 def test_a_larger_study_takes_over_the_cells_of_a_smaller(folders, pretend, tmp_path):
     small, large = make_study(folders), make_study(folders, ("pix2rep", "pix2rep_v2"))
     fill(small, tmp_path)
@@ -218,6 +219,7 @@ def test_a_larger_study_takes_over_the_cells_of_a_smaller(folders, pretend, tmp_
     assert re.search(r"pix2rep_v2 +finetune +1 +2/2 +2/2", "\n".join(describe_matrix(cells)))
 
 
+@pytest.mark.nightly
 def test_weights_that_start_the_network_alike_share_their_cells(folders, pretend, tmp_path):
     """Arms that differ only in weights outside the fine-tuned network share their cells, and a message reports this."""
     first = make_study(folders).weights_path("pix2rep")

@@ -109,9 +109,10 @@ def test_a_patch_is_not_longer_than_the_images(labelled):
         plan_for_network(unet("plain", 2), (16, 16), None, DATASET, "aPlans", folders)
 
 
-def test_files_that_are_no_weights(labelled, capsys):
-    torch.save({"network_weights": {}}, labelled / "other.pth")
-    assert main(["-d", "4", "-w", str(labelled / "other.pth"), "--device", "cpu"]) == 2
+def test_files_that_are_no_weights(nnunet_folders, capsys):
+    torch.save({"network_weights": {}}, nnunet_folders / "other.pth")
+    (nnunet_folders / "raw" / DATASET).mkdir()
+    assert main(["-d", "4", "-w", str(nnunet_folders / "other.pth"), "--device", "cpu"]) == 2
     assert "other.pth: is not a checkpoint of nnssl" in capsys.readouterr().err
 
 

@@ -329,6 +329,7 @@ def test_an_arm_that_was_trained_but_not_evaluated_is_evaluated_only(run, monkey
     assert any("Arm scratch: trained already" in line for line in said)
 
 
+@pytest.mark.nightly
 def test_restart_deletes_what_there_is(run, monkeypatch):
     seen = []
 

@@ -131,6 +131,7 @@ def test_from_the_command_to_what_stock_nnunet_predicts(run, tmp_path, monkeypat
     assert sum("no pretrained decoder" in line for line in said) == 1
 
 
+@pytest.mark.nightly
 def test_probe_reads_the_pyramid_where_it_was_pretrained(run, tmp_path, monkeypatch):
     """Both arms, from the command to stock nnU-Net: one linear layer on all maps is trained, and everything else stays."""
     weights = run.folder / "results" / "pyramid.pth"

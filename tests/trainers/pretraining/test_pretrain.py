@@ -147,7 +147,9 @@ def test_finished_stages_are_skipped_and_other_settings_are_refused(toy):
 
 
 @pytest.mark.parametrize("stage", ["Contrastive", "Generative"])
-@pytest.mark.parametrize("step", [2, 3, 4])
+@pytest.mark.parametrize(
+    "step", [pytest.param(2, marks=pytest.mark.nightly), 3, pytest.param(4, marks=pytest.mark.nightly)]
+)
 def test_stopped_run_ends_bit_identical(toy, monkeypatch, stage, step):
     """After SIGTERM in the middle or at the end of an epoch, a run resumes and ends like one that was never stopped."""
     final = run(toy)
