@@ -3,14 +3,19 @@
 import shutil
 import textwrap
 from collections.abc import Sequence
+from operator import itemgetter
 
 from nnssl.methods import METHODS, find_method
+from nnssl.networks.backbone import planned_configuration
 from nnssl.plan import Plan, StagePlan
 from nnssl.sizes import in_mm, in_time, in_voxels, in_words
 from nnssl.tables import align
+from planners.step_rules import multiply_adds_of_finetuning
 
 LONG_SECONDS = 30 * 24 * 3600.0
 """Duration from which a plan is said to be too long for this machine."""
+FINE_TUNING_STEPS = 1000 * 250
+"""Steps of nnU-Net's own training, the default of ``nnssl_finetune``."""
 
 
 def summarise(
@@ -36,23 +41,33 @@ def summarise(
         f"memory target {pretext.memory_target_gb:g} GB (preset {pretext.preset})",
     ]
     header = ["stage", "configuration", "patch", "batch", "steps", "memory", "multiply-adds"]
-    rows, total = [header + (["time here"] if speeds else [])], 0.0
-    for name, stage, planned in _listed(plan, configurations, methods):
+    rows, longest = [header + (["time here"] if speeds else [])], ("", 0.0)
+    listed = _listed(plan, configurations, methods)
+    for name, stage, planned in listed:
         step = planned.schedule
         steps = step.epochs * step.iterations_per_epoch
         row = [stage, name, in_voxels(step.patch_size), str(step.batch_size), f"{steps:,}"]
         row += [f"{planned.cost.memory_gb:.2g} GB", in_words(planned.cost.multiply_adds)]
         if speeds:
             seconds = steps * planned.cost.multiply_adds / speeds[len(step.patch_size)]
-            total = max(total, seconds)
+            longest = max(longest, (f"{stage} in {name}", seconds), key=itemgetter(1))
             row.append(in_time(seconds))
         rows.append(row)
-    if total > LONG_SECONDS:
+    for name in dict.fromkeys(name.removesuffix("_hybrid").removesuffix("_primus") for name, *_ in listed):
+        if speeds and name in plan.nnunet["configurations"]:
+            planned_unet = planned_configuration(plan.nnunet, name)
+            patch, batch = planned_unet["patch_size"], planned_unet["batch_size"]
+            work = multiply_adds_of_finetuning(plan.nnunet, name)
+            seconds = FINE_TUNING_STEPS * work / speeds[len(patch)]
+            longest = max(longest, (f"fine-tuning in {name}", seconds), key=itemgetter(1))
+            row = ["fine-tuning", name, in_voxels(patch), str(batch), f"{FINE_TUNING_STEPS:,}", "nnU-Net's"]
+            rows.append([*row, in_words(work), in_time(seconds)])
+    if longest[1] > LONG_SECONDS:
         lines.insert(
             0,
-            f"WARNING: on this machine, the longest stage would take about {in_time(total)}; run "
-            "nnssl_plan_and_preprocess with --preset cpu --length short, and nnssl_pretrain with --epochs 5 "
-            "--iterations-per-epoch 50, to try a stage within the hour",
+            f"WARNING: on this machine, {longest[0]} would take about {in_time(longest[1])}; run "
+            "nnssl_plan_and_preprocess with --preset cpu --length short, and nnssl_pretrain and nnssl_finetune with "
+            "--epochs 5 --iterations-per-epoch 50, to try each within the hour",
         )
     lines += ["", *align(rows, left=(0, 1, 2))]
     left_out = [each for each in pretext.decisions if each.value == "left out" or each.what == "left out"]

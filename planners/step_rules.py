@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nnssl.methods import Stage
-from nnssl.networks.backbone import measurable_network
+from nnssl.networks.backbone import measurable_network, planned_configuration
 from nnssl.plan import StageCost, TokenGrid, TransformerSize
 
 NO_GRAD_MAPS = 3
@@ -78,6 +78,20 @@ def measure_network(architecture: dict[str, Any], patch: tuple[int, ...], channe
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         channels=channels,
     )
+
+
+def multiply_adds_of_finetuning(nnunet: dict[str, Any], name: str) -> float:
+    """Return the multiply-adds of a step of nnU-Net's own training in a configuration.
+
+    Args:
+        nnunet: nnU-Net's part of a plan.
+        name: Configuration of a U-Net.
+    """
+    planned = planned_configuration(nnunet, name)
+    patch = tuple(planned["patch_size"])
+    cost = measure_network(planned["architecture"], patch, len(planned["normalization_schemes"]))
+    of_voxel = cost.encoder_multiply_adds + cost.decoder_multiply_adds
+    return BACKWARD_FACTOR * float(planned["batch_size"]) * math.prod(patch) * of_voxel
 
 
 def cost_of_step(

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from nnssl.plan import Decision, Plan
+from planners import reasons
 from planners.reasons import reasons_page, summarise
 from tests.nnssl.test_plan import NNUNET, make_pretext
 
@@ -33,8 +34,22 @@ def test_a_screen_lists_the_stages_with_their_time():
 
 def test_a_stage_of_months_is_the_first_line():
     month = 36e9 / (30 * 24 * 3600)
-    assert summarise(PLAN, speeds={3: month / 1.01})[0].startswith("WARNING: on this machine, the longest stage")
+    assert summarise(PLAN, speeds={3: month / 1.01})[0].startswith(
+        "WARNING: on this machine, reprec.contrastive in 3d_fullres_hybrid would take about 30 days"
+    )
     assert not any("WARNING" in line for line in summarise(PLAN, speeds={3: month * 1.01}))
+
+
+def test_fine_tuning_is_listed_with_its_time_and_may_be_the_longest(monkeypatch):
+    unet = {"patch_size": [32, 24, 20], "batch_size": 2, "architecture": {}}
+    plan = Plan({**NNUNET, "configurations": {"3d_fullres": unet}}, PLAN.pretext)
+    monkeypatch.setattr(reasons, "multiply_adds_of_finetuning", lambda nnunet, name: 4e9)
+    lines = summarise(plan, speeds={3: 4e10})
+    (row,) = (line.split() for line in lines if line.startswith("fine-tuning"))
+    assert row[1:5] == ["3d_fullres", "32x24x20", "2", "250,000"]
+    assert row[-2:] == ["6.9", "h"]  # 250,000 times a tenth of a second
+    first = summarise(plan, speeds={3: 1e8})[0]
+    assert first.startswith("WARNING: on this machine, fine-tuning in 3d_fullres would take about 120 days")
 
 
 def test_a_stage_that_is_left_out_is_named_on_the_screen():

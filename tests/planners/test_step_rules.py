@@ -9,7 +9,13 @@ import torch
 from nnssl.methods import METHODS, find_stage
 from nnssl.networks.backbone import build_network
 from nnssl.plan import TokenGrid, TransformerSize
-from planners.step_rules import BACKWARD_FACTOR, cost_of_step, measure_network, values_of_patch
+from planners.step_rules import (
+    BACKWARD_FACTOR,
+    cost_of_step,
+    measure_network,
+    multiply_adds_of_finetuning,
+    values_of_patch,
+)
 from tests.nnssl.networks.test_hybrid import PATCHES, architecture
 
 STAGES = list(dict.fromkeys(stage for method in METHODS.values() for stage in method.stages))
@@ -80,6 +86,12 @@ def test_multiply_adds_are_those_of_the_convolutions():
     cost = measure_network(planned, patch, 1)
     assert cost.encoder_multiply_adds * math.prod(patch) == pytest.approx(encoder, rel=1e-6)
     assert cost.decoder_multiply_adds * math.prod(patch) == pytest.approx(counted["decoder"], rel=1e-6)
+    planned_unet = {
+        "patch_size": list(patch), "batch_size": 3, "architecture": planned, "normalization_schemes": ["ZScoreNormalization"],
+    }  # fmt: skip
+    nnunet = {"dataset_name": "Dataset501_Toy", "configurations": {"3d_fullres": planned_unet}}
+    of_step = 3 * 3 * (encoder + counted["decoder"])  # three patches, forward and twice as much backward
+    assert multiply_adds_of_finetuning(nnunet, "3d_fullres") == pytest.approx(of_step, rel=1e-6)
 
 
 COST = replace(
