@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nnssl.distributed import mean_over_ranks
 
-Stabilizer = Literal["none", "literal", "signed_detached", "added"]
+Stabilizer = Literal["none", "literal", "signed_detached", "excess", "added"]
 """Kind of context stabilizer; see ``stabilise``."""
 
 
@@ -51,15 +51,17 @@ def stabilise(
         cross_entropy: Cross-entropy of all images, at the same points for an image and its partner.
         partner: Index of the other image of each image.
         kind: ``none``: equation 4, the cross-entropy itself; ``literal``: equation 6; ``signed_detached``: ``CE - CE^delta``
-            without a gradient through the second term, which has the gradient of ``none``; ``added``:
+            without a gradient through the second term, which has the gradient of ``none``; ``excess``: this difference where
+            it is above 0, so that only the worse of two images is trained; ``added``:
             ``CE + share |CE - CE^delta|``, which keeps the incentive to agree.
         share: Weight of the difference in ``added``.
     """
     if kind == "none":
         return cross_entropy
     other = cross_entropy[partner]
-    if kind == "signed_detached":
-        return cross_entropy - other.detach()
+    if kind in ("signed_detached", "excess"):
+        signed = cross_entropy - other.detach()
+        return signed if kind == "signed_detached" else signed.relu()
     difference = (cross_entropy - other).abs()
     return difference if kind == "literal" else cross_entropy + share * difference
 

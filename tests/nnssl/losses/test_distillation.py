@@ -42,7 +42,7 @@ def test_entropy_is_between_certain_and_no_idea():
     assert (normalised_entropy(rows) <= 1).all()
 
 
-@pytest.mark.parametrize("kind", ["none", "literal", "signed_detached", "added"])
+@pytest.mark.parametrize("kind", ["none", "literal", "signed_detached", "excess", "added"])
 def test_stabilizers_in_loops(kind):
     values = make(0, 5, 4)
     expected = torch.zeros(5, 4)
@@ -53,6 +53,7 @@ def test_stabilizers_in_loops(kind):
                 "none": own,
                 "literal": abs(own - other),
                 "signed_detached": own - other,
+                "excess": max(0.0, own - other),
                 "added": own + 0.3 * abs(own - other),
             }[kind]
     torch.testing.assert_close(stabilise(values, PARTNER, kind, 0.3), expected)
@@ -74,6 +75,13 @@ def test_signed_and_detached_has_the_gradient_of_none():
     torch.testing.assert_close(gradient("signed_detached"), gradient("none"), atol=1e-6, rtol=0)
     assert not torch.allclose(gradient("literal"), gradient("none"), atol=1e-3)
     assert not torch.allclose(gradient("added"), gradient("none"), atol=1e-3)
+
+
+def test_excess_trains_the_worse_of_two_images_alone():
+    values = torch.tensor([[2.0, 5.0], [3.0, 1.0]]).requires_grad_()
+    stabilise(values, torch.tensor([1, 0]), "excess", 0.0).sum().backward()
+    assert values.grad is not None
+    assert values.grad.tolist() == [[0.0, 1.0], [1.0, 0.0]]
 
 
 def test_weights():

@@ -31,7 +31,7 @@ from tests.nnssl.networks.test_hybrid import PATCHES, architecture
 
 CHANNELS = 2
 dims = pytest.mark.parametrize("dim", [2, 3])
-STABILIZERS = ("none", "literal", "signed_detached", "added")
+STABILIZERS = ("none", "literal", "signed_detached", "excess", "added")
 
 
 def make_stage(dim: int, *overrides: str, residual: bool = False) -> PixelGlobal:
