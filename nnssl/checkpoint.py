@@ -6,7 +6,9 @@ Files are written atomically, and nothing in them is executed when they are load
 """
 
 import pickle
+import re
 import zipfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -57,6 +59,26 @@ class Provenance:
     def pretrains(self, part: str) -> bool:
         """Return whether a part of the network, such as ``decoder.stages.``, was pretrained, at least partly."""
         return any(part.startswith(prefix) or prefix.startswith(part) for prefix in self.pretrained)
+
+    @property
+    def pretrained_parts(self) -> tuple[str, ...]:
+        """The prefixes for a reader: ``encoder.stages.0 to 3`` instead of four prefixes."""
+        numbers: dict[str, list[int]] = {}
+        for prefix in self.pretrained:
+            match = re.fullmatch(r"(.*\.)(\d+)\.", prefix)
+            numbers.setdefault(match[1] if match else prefix, []).extend([int(match[2])] if match else [])
+        return tuple(f"{name}{in_ranges(own)}" for name, own in numbers.items())
+
+
+def in_ranges(numbers: Sequence[int]) -> str:
+    """Return ascending numbers as text, with runs of them as ``0 to 3``; an empty text for none."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return " and ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
 def to_plain(value: Any, copied: dict[Any, torch.Tensor] | None = None) -> Any:

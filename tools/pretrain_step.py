@@ -37,7 +37,7 @@ from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.pairs import make_pairs
 from nnssl.methods import METHODS, Stage
 from nnssl.methods.settings import split_overrides
-from nnssl.networks.dense import decode, decoder_maps
+from nnssl.networks.dense import decode, decoder_maps, maps_up_to
 from nnssl.paths import resolve_folders
 from tools.machine import describe
 from trainers.pretraining import pretext, pretrain_trainer
@@ -50,9 +50,9 @@ def bare_contrastive(trainer: PretrainTrainer, views: Any) -> None:
     """Run the encoder on both views, with backward through one."""
     method: Any = trainer.method
     with trainer.precision.autocast(trainer.device):
-        output = method.encoder(views[0])[-1]
+        output = maps_up_to(method.encoder, views[0], method.token_stage)[-1]
         with torch.no_grad():
-            method.key_encoder(views[1])
+            maps_up_to(method.key_encoder, views[1], method.token_stage)
     output.float().square().mean().backward()
 
 
@@ -61,7 +61,7 @@ def bare_generative(trainer: PretrainTrainer, views: Any) -> None:
     method: Any = trainer.method
     with trainer.precision.autocast(trainer.device):
         with torch.no_grad():
-            feature = method.encoder(views.volumes)[method.token_stage].flatten(2).transpose(1, 2)
+            feature = maps_up_to(method.encoder, views.volumes, method.token_stage)[-1].flatten(2).transpose(1, 2)
         seen = feature.gather(1, views.visible[..., None].expand(-1, -1, feature.shape[2]))
         positions = torch.zeros(feature.shape[1], method.transformer.width)
         encoded = method.transformer.encode(seen, positions[views.visible])

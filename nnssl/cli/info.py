@@ -162,7 +162,7 @@ def _explain_own(source: "OpenedCheckpoint") -> list[str]:
     provenance = source.provenance
     assert provenance is not None
     state = "finished" if provenance.finished else "unfinished"
-    prefixes = provenance.pretrained
+    prefixes = provenance.pretrained_parts
     parts = ", ".join(prefixes) if len(prefixes) <= MOST_PARTS else f"{len(prefixes)} tensors, named one by one"
     lines = [
         f"  {provenance.stage}, {state}: step {provenance.step} of {provenance.total_steps}, seed {provenance.seed}, "

@@ -95,9 +95,7 @@ def pooled_features(
     if isinstance(network, PlannedPrimus):
         maps = [network.encode(patches).transpose(1, 2)]
     else:
-        every = list(network.encoder(patches))
-        if hasattr(network, "transformer"):
-            every[network.token_stage] = network.transformer(every[network.token_stage])
+        every = network.transformed_maps(patches) if hasattr(network, "transformer") else network.encoder(patches)
         maps = [every[stage].flatten(2) for stage in stages]
     return torch.cat([pooled for each in maps for pooled in (each.mean(dim=2), each.amax(dim=2))], dim=1)
 

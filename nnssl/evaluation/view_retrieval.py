@@ -23,7 +23,7 @@ from nnssl.data.case_store import CaseStore
 from nnssl.data.loader import as_volume, draw_box
 from nnssl.draws import make_generator
 from nnssl.evaluation.probe import frozen
-from nnssl.networks.dense import decode
+from nnssl.networks.dense import decode, maps_up_to
 from nnssl.networks.primus import PlannedPrimus
 from nnssl.networks.tokens import tokens_to_map
 from nnssl.plan import DataChoices, PretextConfiguration
@@ -149,12 +149,13 @@ def stage_maps(network: Any, volumes: Tensor, pretrained: Sequence[str]) -> dict
 
     if isinstance(network, PlannedPrimus):
         return {"encoder_0": tokens_to_map(network.encode(volumes), network.grid)}
-    skips = list(network.encoder(volumes))
-    maps = {f"encoder_{level}": each for level, each in enumerate(skips) if trained(f"encoder.stages.{level}.")}
-    if hasattr(network, "transformer"):
-        skips[network.token_stage] = network.transformer(skips[network.token_stage])
-        if trained("transformer.blocks."):
-            maps["transformer"] = skips[network.token_stage]
+    has_transformer = hasattr(network, "transformer")
+    skips = list(network.transformed_maps(volumes) if has_transformer else network.encoder(volumes))
+    before = maps_up_to(network.encoder, volumes, network.token_stage) if has_transformer else []
+    read = [*before, *skips[len(before) :]]
+    maps = {f"encoder_{level}": each for level, each in enumerate(read) if trained(f"encoder.stages.{level}.")}
+    if has_transformer and trained("transformer.blocks."):
+        maps["transformer"] = skips[network.token_stage]
     count = len(network.decoder.stages)
     levels = [count - 1 - index for index in range(count) if trained(f"decoder.stages.{index}.")]
     if levels:

@@ -36,7 +36,7 @@ Deviations:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -106,6 +106,8 @@ class DenseSettings:
     embedding_dimensions: TwoOrMore = 256  # [C]
     crop_fraction: CropFraction = (0.11, 0.9)  # [C]
     """Smallest and largest share of the patch's area or volume in the second view; 0.33 to 0.95 of each side in the code."""
+    crop_uniform_in: Literal["volume", "side"] = "side"  # [C]
+    """Whether the share of the area or volume, or that of the side, is uniform between these bounds."""
     rotation_deg: RotationDeg = (90.0,)  # [C]
     flip_axes: tuple[int, ...] = (0, 1)  # [P]
     flip_probability: Share = 0.5
@@ -267,7 +269,13 @@ class Pix2RepV2(DensePoints):
 
 def affine_range(settings: DenseSettings) -> AffineRange:
     """Return the range from which ``phi`` is drawn."""
-    return AffineRange(settings.crop_fraction, settings.rotation_deg, settings.flip_axes, settings.flip_probability)
+    return AffineRange(
+        settings.crop_fraction,
+        settings.rotation_deg,
+        settings.flip_axes,
+        settings.flip_probability,
+        settings.crop_uniform_in,
+    )
 
 
 def intensity_range(settings: DenseSettings, spacing_mm: Sequence[float]) -> IntensityRange:

@@ -17,6 +17,8 @@ Deviations:
       normalisation, so the head standardises its hidden vector over the batch. Without it, a queue collapsed.
     * Optimizer: SGD in the paper, learning rate not stated. Here AdamW: after 225 steps of batch 32 on the same slices, the
       other view of a slice was the nearest of 48 for 42 % of the slices, with SGD at ten times MoCo's rate for 19 %.
+    * Map: the paper pools and recovers the encoder's output. Here both stages use the map of the stage that the transformer works
+      on; deeper stages of the plan's U-Net stay random, and read the transformer's output.
     * Pooling: MoCo pools the last feature map. Here a hidden layer comes before the mean (``networks.heads``), because
       instance normalisation makes the plain mean nearly the same for all images.
     * Stage 2: the paper masks at random and does not say whether the loss covers visible tokens. Here blocks of tokens are
@@ -28,6 +30,7 @@ Deviations:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -58,7 +61,7 @@ from nnssl.methods.settings import (
     changes_in_common,
 )
 from nnssl.momentum import make_teacher, momentum_for_run, queue_for_run
-from nnssl.networks.dense import ENCODER, trained_encoder
+from nnssl.networks.dense import maps_up_to, prefixes_up_to, trained_up_to_stage
 from nnssl.networks.heads import HeadNormalisation, PooledProjection, TokenDecoder
 from nnssl.networks.pieces import in_pieces, recompute_stages
 from nnssl.networks.tokens import map_to_tokens, sine_cosine_positions, take_tokens
@@ -68,6 +71,9 @@ from nnssl.views.intensity import IntensityRange, check_intensity, restrict_to
 from nnssl.views.jittered_crops import jittered_crop_pair
 from nnssl.views.masking import check_mask, draw_block_mask, visible_tokens
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine
+
+GATE = 1.0
+"""Value of the transformer's gate on export."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +147,9 @@ class RepRecContrastive(PretextMethod):
         check_intensity(intensity_range(settings))
         self.settings = settings
         self.configuration = configuration
-        self.encoder = trained_encoder(network)
-        channels = network.encoder.output_channels[-1]
+        self.token_stage = network.token_stage
+        self.encoder = trained_up_to_stage(network, self.token_stage)
+        channels = network.encoder.output_channels[self.token_stage]
         batch = settings.training.batch_size
         self.head = PooledProjection(
             channels, channels, settings.embedding_dimensions, batch, settings.head_normalisation
@@ -183,12 +190,14 @@ class RepRecContrastive(PretextMethod):
         """Return InfoNCE of the queries against their keys and the negatives (section 4.1; MoCo equation 1)."""
         own = self.settings
         query_volumes, key_volumes = views
-        pooled = in_pieces(lambda crops: self.head.pool(self.encoder(crops)[-1]), [query_volumes], own.training.pieces)
+
+        def pool(encoder: nn.Module, head: PooledProjection, crops: Tensor) -> Tensor:
+            return head.pool(maps_up_to(encoder, crops, self.token_stage)[-1])
+
+        pooled = in_pieces(partial(pool, self.encoder, self.head), [query_volumes], own.training.pieces)
         queries = self.head.embed(pooled)
         with torch.no_grad():
-            pooled_keys = in_pieces(
-                lambda crops: self.key_head.pool(self.key_encoder(crops)[-1]), [key_volumes], own.training.pieces
-            )
+            pooled_keys = in_pieces(partial(pool, self.key_encoder, self.key_head), [key_volumes], own.training.pieces)
             keys = self.key_head.embed(pooled_keys)
             all_keys = gather(keys)
         queue = None if own.negatives == "batch" else self.queue.keys
@@ -214,8 +223,8 @@ class RepRecContrastive(PretextMethod):
             self.queue.enqueue(carry)
 
     def exported(self) -> Exported:
-        """Return the convolutional encoder."""
-        return Exported(pretrained=ENCODER)
+        """Return the convolutional encoder up to the stage of the tokens."""
+        return Exported(pretrained=prefixes_up_to(self.encoder, self.token_stage))
 
 
 @dataclass(frozen=True)
@@ -302,7 +311,9 @@ class RepRecGenerative(PretextMethod):
         pieces = self.settings.training.pieces
         with torch.no_grad():
             features = in_pieces(
-                lambda volumes: map_to_tokens(self.encoder(volumes)[self.token_stage]), [views.volumes], pieces
+                lambda volumes: map_to_tokens(maps_up_to(self.encoder, volumes, self.token_stage)[-1]),
+                [views.volumes],
+                pieces,
             )
         found = in_pieces(self._recover, [features, views.visible, views.mask], pieces)
         losses, monitors = {"recovery": found["error"]}, {"recovery_of_visible_mean": found["error_of_mean"]}
@@ -332,9 +343,12 @@ class RepRecGenerative(PretextMethod):
 
     def exported(self) -> Exported:
         """Return encoder and transformer; the gate is opened, so that the transformer takes part from the first step on."""
-        return Exported(
-            pretrained=(*ENCODER, "transformer.embed.", "transformer.blocks."), fixed={"transformer.gate": 1.0}
+        pretrained = (
+            *prefixes_up_to(self.encoder, self.token_stage),
+            "transformer.embed.",
+            "transformer.blocks.",
         )
+        return Exported(pretrained, fixed={"transformer.gate": GATE})
 
 
 def affine_range(settings: ContrastiveSettings | GenerativeSettings) -> AffineRange:

@@ -41,6 +41,37 @@ def trained_encoder(network: Any) -> Any:
     return network.encoder.requires_grad_(True)
 
 
+def trained_up_to_stage(network: Any, last: int) -> Any:
+    """Switch on the gradient of only the encoder up to a stage, and return the encoder."""
+    network.requires_grad_(False)
+    for part in encoder_parts(network.encoder, last):
+        network.encoder.get_submodule(part).requires_grad_(True)
+    return network.encoder
+
+
+def encoder_parts(encoder: Any, last: int) -> list[str]:
+    """Return the names, within an encoder, of the modules that ``maps_up_to`` runs."""
+    stem = ["stem"] if getattr(encoder, "stem", None) is not None else []  # of a residual encoder
+    return stem + [f"stages.{number}" for number in range(last + 1)]
+
+
+def prefixes_up_to(encoder: Any, last: int) -> tuple[str, ...]:
+    """Return the prefixes of the parameters of an encoder up to a stage, under both names that they have in a U-Net."""
+    return tuple(f"{prefix}{part}." for prefix in ENCODER for part in encoder_parts(encoder, last))
+
+
+def maps_up_to(encoder: Any, volumes: Float[Tensor, "batch channel *shape"], last: int) -> list[Tensor]:
+    """Return the maps (batch, channel, *grid) of an encoder's stages up to one, full resolution first."""
+    *stem, first = encoder_parts(encoder, 0)
+    features = volumes
+    for part in stem:
+        features = encoder.get_submodule(part)(features)
+    maps = [encoder.get_submodule(first)(features)]
+    for stage in encoder.stages[1 : last + 1]:
+        maps.append(stage(maps[-1]))
+    return maps
+
+
 def decoder_parts(network: Any, last_level: int) -> list[str]:
     """Return the names of the modules that ``decode`` runs up to a level."""
     count = len(network.decoder.stages) - last_level

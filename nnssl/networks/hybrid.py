@@ -5,9 +5,9 @@ Both classes are stock U-Nets of nnU-Net with one additional module, ``transform
 names of the stock U-Net, so one state dict fits both. A plan names the class, and nnU-Net builds, trains and predicts with it.
 
 Deviations from the paper:
-    * In the paper, ``E_t`` stands between encoder and decoder. Here it works on the encoder stage that the plan names, and its
-      output replaces that stage's feature map on the way to the decoder. At the bottleneck, both are the same. Small patches
-      leave too few positions at the bottleneck for a transformer.
+    * In the paper, ``E_t`` stands between encoder and decoder. Here it works on the encoder stage that the plan names, because
+      the bottleneck of small patches has too few positions for a transformer. All that follows reads its output: the decoder,
+      and the deeper stages of the encoder, if there are any.
     * In the paper, the output of ``E_t`` replaces the feature map. Here the map becomes ``f + gate * project(E_t(f))`` with a
       learned gate that starts at 0, so that a network with random weights starts as the plain U-Net; pretraining sets the gate
       to 1.
@@ -23,6 +23,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nnssl.networks.backbone import stage_strides
+from nnssl.networks.dense import maps_up_to
 from nnssl.networks.tokens import (
     MLP_RATIO,
     initialise_linear,
@@ -103,9 +104,15 @@ class _TransformerOnStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """Return logits (batch, class, *shape), or a list with one tensor per resolution with deep supervision."""
-        skips = self.encoder(x)
-        skips[self.token_stage] = self.transformer(skips[self.token_stage])
-        return self.decoder(skips)
+        return self.decoder(self.transformed_maps(x))
+
+    def transformed_maps(self, x: Tensor) -> list[Tensor]:
+        """Return the maps of all encoder stages, full resolution first; from the transformer's stage on, after it."""
+        maps = maps_up_to(self.encoder, x, self.token_stage)
+        maps[-1] = self.transformer(maps[-1])
+        for stage in self.encoder.stages[self.token_stage + 1 :]:
+            maps.append(stage(maps[-1]))
+        return maps
 
     def compute_conv_feature_map_size(self, input_size: Sequence[int]) -> int:
         """Return nnU-Net's measure of memory for one patch, including the transformer."""

@@ -68,7 +68,7 @@ def dense_network_of(pretrained: OpenedCheckpoint, kind: DenseKind | None, devic
     if not provenance.pretrains("decoder.stages."):
         logger.info(
             f"Warning: {provenance.method} does not pretrain the decoder, so its features are those of the random "
-            f"initialisation; only {', '.join(provenance.pretrained)} are pretrained"
+            f"initialisation; only {', '.join(provenance.pretrained_parts)} are pretrained"
         )
     patch = tuple(provenance.settings.get("patch_size") or ())
     patch = patch or pretrained.plan.configuration(provenance.configuration).patch_size

@@ -38,6 +38,8 @@ class AffineRange:
     """Axes that may be flipped: 0 is z, or y in 2D; -1 is x."""
     flip_probability: float = 0.5
     """Probability that each of these axes is flipped, independently of the others."""
+    uniform_in: Literal["volume", "side"] = "volume"
+    """Whether the share of the volume or that of the side is uniform between its bounds; the latter draws more small crops."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,9 @@ def draw_affine(
 ) -> AffineParams:
     """Draw one crop, rotation and set of flips per sample.
 
-    The share of volume is uniform in its range, and the zoom is the same along all axes in mm. The crop's position is uniform
-    over all positions at which its voxels lie inside the patch. Along an axis on which a rotated crop does not fit, it is
-    centred.
+    The share of volume or of the side is uniform in its range, and the zoom is the same along all axes in mm. The crop's
+    position is uniform over all positions at which its voxels lie inside the patch. Along an axis on which a rotated crop does
+    not fit, it is centred.
 
     Args:
         generators: One generator per sample; each gives the same number of random numbers for all ranges.
@@ -92,7 +94,11 @@ def draw_affine(
     )
     fraction, turn, place, flip = uniform.split([1, angles, dimensions, dimensions], dim=1)
 
-    zoom = (low + (high - low) * fraction) ** (1 / dimensions)  # (batch, 1)
+    if ranges.uniform_in == "side":
+        low, high = (share ** (1 / dimensions) for share in (low, high))
+    zoom = low + (high - low) * fraction  # (batch, 1)
+    if ranges.uniform_in == "volume":
+        zoom = zoom ** (1 / dimensions)
     angle_rad = torch.deg2rad((2 * turn - 1) * torch.tensor(rotation_deg, dtype=torch.float64))
     rotation = _rotation(angle_rad, dimensions)
     may_flip = torch.zeros(dimensions, dtype=torch.bool)

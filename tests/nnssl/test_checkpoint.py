@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnssl.checkpoint import Provenance, load_tensors, read_checkpoint, to_plain, write_checkpoint
+from nnssl.checkpoint import Provenance, in_ranges, load_tensors, read_checkpoint, to_plain, write_checkpoint
 from nnssl.errors import UserError
 
 
@@ -29,6 +29,18 @@ def make_provenance(**changes) -> Provenance:
         "cases": ("a", "b"),
     }
     return Provenance(**{**values, **changes})
+
+
+def test_pretrained_parts_are_few_words():
+    stages = tuple(f"encoder.stages.{number}." for number in range(4))
+    made = make_provenance(pretrained=("encoder.stem.", *stages, "transformer.embed.", "decoder.stages.1."))
+    assert made.pretrained_parts == (
+        "encoder.stem.",
+        "encoder.stages.0 to 3",
+        "transformer.embed.",
+        "decoder.stages.1",
+    )
+    assert in_ranges([0, 1, 4]) == "0 to 1 and 4"
 
 
 def test_round_trip_with_weights_only(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from nnssl.draws import sample_generators
+from nnssl.methods import reprec
 from nnssl.methods.reprec import MaskedViews, RepRecContrastive, RepRecGenerative
 from nnssl.methods.settings import resolve_stage
 from nnssl.momentum import update_teacher
@@ -19,11 +20,11 @@ from tests.nnssl.networks.test_hybrid import PATCHES, architecture
 CHANNELS = 2
 
 
-def make_stage(stage: str, dim: int, *overrides: str):
+def make_stage(stage: str, dim: int, *overrides: str, residual: bool = False):
     implementation = {"contrastive": RepRecContrastive, "generative": RepRecGenerative}[stage]
     configuration = make_configuration(dim)
     settings, _ = resolve_stage(implementation, planned(configuration), f"reprec.{stage}", overrides)
-    network = build_network(architecture(dim, False, True), CHANNELS, 3, seed=0)
+    network = build_network(architecture(dim, residual, True), CHANNELS, 3, seed=0)
     torch.manual_seed(0)
     return network, implementation(network, settings, configuration)
 
@@ -82,8 +83,8 @@ def test_loss_is_the_formula(negatives):
     update_teacher(method.encoder, method.key_encoder, 0.0)
     query_volumes, key_volumes = method.make_views(make_batch(3), generators())
     loss = method.losses((query_volumes, key_volumes), 0.0).losses["contrast"].item()
-    queries = method.head(method.encoder(query_volumes)[-1]).tolist()
-    keys = method.key_head(method.key_encoder(key_volumes)[-1]).tolist()
+    queries = method.head(method.encoder(query_volumes)[1]).tolist()  # of the stage of the tokens
+    keys = method.key_head(method.key_encoder(key_volumes)[1]).tolist()
     dot = lambda a, b: sum(x * y for x, y in zip(a, b, strict=True))  # noqa: E731
     total = 0.0
     for i, query in enumerate(queries):
@@ -118,12 +119,13 @@ def test_gradient_reaches_encoder_and_head_and_nothing_else(dim):
     assert reached
     assert all(name.startswith(("encoder.", "head.")) for name in reached)
     given = {id(p) for group in method.parameter_groups() for p in group.parameters}
-    wanted = {id(p) for p in [*network.encoder.parameters(), *method.head.parameters()]}
+    stages = network.encoder.stages[: network.token_stage + 1]  # the deeper one has no part in the loss
+    wanted = {id(p) for p in [*stages.parameters(), *method.head.parameters()]}
     assert given == wanted
     assert all(p.grad is None for p in [*network.decoder.seg_layers.parameters(), *network.transformer.parameters()])
     # biases before a norm have no effect; every kernel and every head weight has
     for name, _ in method.named_parameters():
-        if name.startswith(("encoder.", "head.")) and name.endswith("weight"):
+        if name.startswith(("encoder.stages.0.", "encoder.stages.1.", "head.")) and name.endswith("weight"):
             assert name in reached, name
 
 
@@ -219,15 +221,7 @@ def test_transformer_sees_visible_tokens_only(dim, monkeypatch):
 
     monkeypatch.setattr(method.transformer, "encode", watch)
 
-    class Fixed(torch.nn.Module):
-        def __init__(self, maps):
-            super().__init__()
-            self.maps = maps
-
-        def forward(self, volumes):
-            return self.maps
-
-    method.encoder = Fixed(features)
+    monkeypatch.setattr(reprec, "maps_up_to", lambda encoder, volumes, last: features[: last + 1])
     method.losses(views, 0.0)
     clean, count = seen["encoded"], seen["count"]
     assert count == views.visible.shape[1]
@@ -235,7 +229,7 @@ def test_transformer_sees_visible_tokens_only(dim, monkeypatch):
     tokens = map_to_tokens(features[1]).clone()
     tokens[views.mask] = 1e6
     spoiled[1] = tokens.transpose(1, 2).unflatten(2, features[1].shape[2:])
-    method.encoder = Fixed(spoiled)
+    monkeypatch.setattr(reprec, "maps_up_to", lambda encoder, volumes, last: spoiled[: last + 1])
     method.losses(views, 0.0)
     assert torch.equal(seen["encoded"], clean)
 
@@ -301,7 +295,10 @@ def test_overfits_one_batch_below_the_trivial_baseline():
 
 def test_what_leaves():
     network, contrastive = make_stage("contrastive", 3)
-    assert contrastive.exported().pretrained == ("encoder.", "decoder.encoder.")
+    assert network.token_stage == 1
+    assert contrastive.exported().pretrained == (
+        "encoder.stages.0.", "encoder.stages.1.", "decoder.encoder.stages.0.", "decoder.encoder.stages.1.",
+    )  # fmt: skip
     network, generative = make_stage("generative", 3)
     exported = generative.exported()
     names = list(network.state_dict())
@@ -310,6 +307,8 @@ def test_what_leaves():
     assert set(exported.fixed) <= set(names)
     trained = [name for name, p in network.named_parameters() if p.requires_grad]
     assert all(name.startswith(exported.pretrained) for name in trained)
+    _, residual = make_stage("contrastive", 3, residual=True)
+    assert "encoder.stem." in residual.exported().pretrained
     # what pretraining alone needs has no name in the network
     assert not any(name.startswith(("decoder.mask_token", "head.", "queue.", "key_")) for name in names)
 

@@ -59,6 +59,21 @@ def test_closed_gate_is_the_stock_unet(dim, residual):
     assert not torch.allclose(hybrid(volumes)[0], stock(volumes)[0])
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_all_that_follows_the_transformer_reads_its_output(residual):
+    hybrid = build_network(architecture(3, residual, True), 2, 3, seed=1)
+    hybrid.transformer.gate.data.fill_(1.0)
+    volumes = torch.randn(2, 2, *PATCHES[3])
+    plain, maps = hybrid.encoder(volumes), hybrid.transformed_maps(volumes)
+    assert hybrid.token_stage == 1
+    assert torch.equal(maps[0], plain[0])
+    torch.testing.assert_close(maps[1], hybrid.transformer(plain[1]))
+    torch.testing.assert_close(maps[2], hybrid.encoder.stages[2](maps[1]))
+    assert not torch.allclose(maps[2], plain[2])
+    for mine, theirs in zip(hybrid(volumes), hybrid.decoder(maps), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 @pytest.mark.parametrize("dim", [2, 3])
 def test_gradient_reaches_every_parameter_once_the_gate_is_open(dim):
     network = build_network(architecture(dim, False, True), 1, 2, seed=0)

@@ -112,9 +112,8 @@ def test_both_stages_and_what_they_leave(toy):
     assert moved
     assert float(first["transformer.gate"]) == 0.0
     assert float(second["transformer.gate"]) == 1.0
-    assert "  pretrained parts: encoder., decoder.encoder., transformer.embed., transformer.blocks." in "\n".join(
-        explain_checkpoint(final)
-    )
+    parts = "encoder.stages.0 to 2, decoder.encoder.stages.0 to 2, transformer.embed., transformer.blocks."
+    assert f"  pretrained parts: {parts}; all others" in "\n".join(explain_checkpoint(final))
 
 
 def test_final_checkpoint_is_what_stock_nnunet_takes(toy):
