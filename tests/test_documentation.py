@@ -490,3 +490,11 @@ def test_readme_sets_up_and_runs_the_demo():
 def test_ci_runs_the_test_command_of_the_readme():
     line = readme_line('python3 -m venv .venv && .venv/bin/pip install -e ".[test]" && ').rpartition(" && ")[2]
     assert line.replace(".venv/", ".venv-ci/") in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+@pytest.mark.parametrize("room", ["losses", "views"])
+def test_every_module_is_on_its_page_of_the_api(room):
+    page = (DOCUMENTATION / "api" / f"{room}.md").read_text()
+    shown = {line.removeprefix("::: ") for line in page.splitlines() if line.startswith("::: ")}
+    there = {f"nnssl.{room}.{path.stem}" for path in (ROOT / "nnssl" / room).glob("*.py") if path.stem != "__init__"}
+    assert shown == there

@@ -6,6 +6,7 @@ The reach is the root mean square of what changes, relative to that of what is t
 U-Net's last encoder stage. Run ``python -m tools.view_reach`` for the table of ``documentation/views.md``.
 """
 
+import argparse
 import importlib
 import inspect
 from collections.abc import Sequence
@@ -158,6 +159,13 @@ def table() -> list[str]:
     return [*lines, *(f"| `{stage}` | {' | '.join(row)} |" for stage, row in cells.items())]
 
 
-if __name__ == "__main__":
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the tool."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args(argv)
     for line in table():
         print_line(line)
+
+
+if __name__ == "__main__":
+    main()

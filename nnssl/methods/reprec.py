@@ -84,7 +84,7 @@ class ContrastiveSettings:
 
     training: TrainingSettings
     temperature: Positive = 0.2  # [D] MoCo v2; 0.07 in v1
-    head_normalisation: HeadNormalisation = "batch"  # [D]
+    head_normalisation: HeadNormalisation = "batch"  # not MoCo's; MoCo v3 and SimCLR have it
     """``batch`` standardises the head's hidden vector over the batch, ``none`` leaves it as it is."""
     embedding_dimensions: TwoOrMore = 128  # [D]
     negatives: Negatives = "batch"  # [P] 4.1 as printed
