@@ -10,9 +10,11 @@ feature map are dropped. ``E_t`` sees the rest, and a small decoder predicts the
 
 Deviations:
     * Positive pairs: section 4.1 says elastic transforms, section 5.1.4 crop, jitter and flip. Here the latter.
-    * Negatives: the printed formula sums over the batch and includes the query itself; the text follows MoCo's queue. Here
-      they come from the batch, without the self-similarity; ``negatives=queue`` and ``negatives=both`` are options. In runs of
-      hundreds of steps, the encoder that leaves a run with a queue finds other views less often.
+    * Negatives: the printed formula sums over the batch and includes the query itself; the text follows MoCo's queue, as is done
+      here. ``negatives=batch`` (without the self-similarity) and ``negatives=both`` are options. What leaves short runs does not
+      tell them apart.
+    * Intensity: the paper jitters brightness and contrast (and colours), which convolution with instance normalisation removes.
+      Gamma, shifts of the window, blur and noise are drawn in addition, as the plan has them for the modality.
     * Head: MoCo v2 has no normalisation in its head, and its encoder has batch normalisation. nnU-Net's encoders have instance
       normalisation, so the head standardises its hidden vector over the batch. Without it, a queue collapsed.
     * Optimizer: SGD in the paper, learning rate not stated. Here AdamW: after 225 steps of batch 32 on the same slices, the
@@ -87,7 +89,7 @@ class ContrastiveSettings:
     head_normalisation: HeadNormalisation = "batch"  # not MoCo's; MoCo v3 and SimCLR have it
     """``batch`` standardises the head's hidden vector over the batch, ``none`` leaves it as it is."""
     embedding_dimensions: TwoOrMore = 128  # [D]
-    negatives: Negatives = "batch"  # [P] 4.1 as printed
+    negatives: Negatives = "queue"  # [D], to which the text of [P] 4.1 defers; batch in the printed formula
     """Source of the negatives: ``queue`` as in MoCo (the text), ``batch`` as in the printed formula, or ``both``."""
     queue_length: Count = 65_536  # [D]
     teacher_momentum: Factor = 0.999  # [D]
@@ -96,7 +98,15 @@ class ContrastiveSettings:
     contrast: Factor = 0.4  # [P] 5.1.4
     flip_axes: tuple[int, ...] = (-1,)  # [P] 5.1.4, horizontal
     flip_probability: Share = 0.5  # [P] 5.1.4
-    intensity_views: tuple[str, ...] = ("brightness", "contrast")
+    intensity_views: tuple[str, ...] = (
+        "brightness",
+        "contrast",
+        "gamma",
+        "window",
+        "blur",
+        "noise",
+    )  # [P] the first two
+    """Changes to draw, of those that the plan has. An instance-normalised encoder sees neither brightness nor contrast."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +178,7 @@ class RepRecContrastive(PretextMethod):
     def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
         """Return the plan's queue length, teacher momentum, crop, flips and intensity views.
 
-        Of the plan's intensity views, only brightness and contrast are kept, because RepRec has no others. Gamma and a bias
-        field made two crops of a patch hard to match.
+        Of the plan's intensity views, the bias field and inversion are left out: a bias field made two crops hard to match.
         """
         return {
             "queue_length": configuration.queue_length,
@@ -357,6 +366,6 @@ def affine_range(settings: ContrastiveSettings | GenerativeSettings) -> AffineRa
 
 
 def intensity_range(settings: ContrastiveSettings) -> IntensityRange:
-    """Return the range of the intensity changes named in the settings: brightness and contrast."""
+    """Return the range of the intensity changes named in the settings; those the paper lacks have default strengths."""
     ranges = IntensityRange(brightness_std=settings.brightness, contrast=settings.contrast)
     return restrict_to(ranges, settings.intensity_views)

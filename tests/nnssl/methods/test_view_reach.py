@@ -10,9 +10,6 @@ NOTHING = 0.01
 SEEN = 0.1
 """Least reach of a stage's changes together."""
 UNSEEN = {
-    ("reprec.contrastive", "MR"),
-    ("reprec.contrastive", "CT"),
-    ("reprec.contrastive", "X-ray"),
     ("alice.alignment", "MR"),
     ("alice.alignment", "CT"),
     ("pixelglobal.distillation", "CT"),

@@ -190,7 +190,7 @@ def test_two_processes_equal_one(toy, request, start):
     """
     if start == "cold_start":
         request.getfixturevalue(start)
-    sgd = ("optimizer=sgd", "learning_rate=0.01")
+    sgd = ("optimizer=sgd", "learning_rate=0.001")
     run(toy, *sgd)
     alone = {name: tensors_of(folder_of(toy, name) / "checkpoint_final.pth") for name in ("Contrastive", "Generative")}
     run(toy, *sgd, restart=True, num_gpus=2)
