@@ -161,6 +161,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--encoders", nargs="+", choices=list(SMALL), default=list(SMALL), help="encoders of small plans"
     )
+    parser.add_argument("--configurations", nargs="+", help="configurations (default: all)")
     parser.add_argument("--stages", nargs="+", help="stages (default: all)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     args = parser.parse_args(argv)
@@ -175,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             plan = plan_of(kind, preset)
             for name, configuration in plan.pretext.configurations.items():
                 for stage, planned in configuration.stages.items():
-                    if args.stages and stage not in args.stages:
+                    if stage not in (args.stages or [stage]) or name not in (args.configurations or [name]):
                         continue
                     with context.Pool(1) as pool:
                         found = pool.apply(_job, ((plan, name, stage, args.device),))
