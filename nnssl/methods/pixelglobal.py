@@ -239,13 +239,13 @@ class PixelGlobal(PretextMethod):
         student = partial(pooled_and_points, self.network, self.global_head)
         teacher = partial(pooled_and_points, self.teacher, self.teacher_global_head)
         corners, _ = corner_points(views.points_teacher, views.teacher.shape[2:])
-        seen = in_pieces(student, [views.student, views.points_student], pieces)
-        with torch.no_grad():
+        with torch.no_grad():  # first, while there is no graph of the student beside the teacher's maps
             taught = in_pieces(teacher, [views.teacher, views.points_teacher, corners.flatten(1, 2)], pieces)
             logits = self.teacher_global_head.assign(taught["pooled"])
             global_target = (logits / own.teacher_temperature).softmax(dim=1)
             local_target = self.local_target(taught["corners"], views)
             uncertainty = self.uncertainty(taught["points"], views)
+        seen = in_pieces(student, [views.student, views.points_student], pieces)
         whole, features = self.global_head.assign(seen["pooled"]), seen["points"]
         local = self.local_head(features, views.seeds)
 
