@@ -22,9 +22,12 @@ Deviations:
       points.
     * ``phi`` is built in millimetres (``views.spatial``) and rotates thick slices only about their own axis; flips are drawn
       for each axis separately. The code rotates by at most 90 degrees and never flips two axes.
-    * Crop and flips are those of the plan, which all methods of a data set share, not the code's (0.11 to 0.9 of the patch,
-      flips of any axis). After a rotation, voxels outside the patch are 0, the mean after z-scoring, and take part in no loss.
+    * Zoom: 0.33 to 0.95 of each side as in the code, in 3D 0.5 to 0.95, never fewer voxels than the plan's crops. Flips are
+      those of the plan. After a rotation, voxels outside the patch are 0, the mean after z-scoring, and take part in no loss.
       On average, 72 % of a view of 320 x 128 rotated by any angle lies inside.
+    * Noise and gamma: in the code, they apply to clipped raw values of MR, whose standard deviation is some tens to hundreds.
+      Noise of at most 0.5 is then invisible, and an exponent within 5 % of 1 hardly more than a factor, which the network
+      removes. Here strengths are in standard deviations, or of the patch's range, and such that the network sees them.
     * Blur: in voxels along all axes in the code; here of the same width in mm along thick slices as along the other axes.
     * Inversion: the code has ``1 - x`` on values that are clipped but not scaled; here ``p1 + p99 - x``. CT is not inverted.
     * Features: the paper widens the last decoder stage to 1,024 maps, which cost 8.6 GB for one patch of 128^3. ``single``
@@ -76,6 +79,12 @@ from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_af
 MONITORED_POINTS = 256
 """Number of evenly spaced points of a step on which retrieval is measured."""
 
+SIDES = {2: (0.33, 0.95), 3: (0.5, 0.95)}
+"""Smallest and largest share of each side of a patch that a crop covers, by number of axes: the code's in 2D. In 3D, 0.33 would
+leave 4 % of the volume."""
+USUAL_LEAST_CROP = 0.2
+"""Smallest share that the planner gives to crops unless they would have too few voxels along an axis."""
+
 TRAINING = TrainingSettings(
     epochs=200,  # [P]
     iterations_per_epoch=250,
@@ -117,13 +126,13 @@ class DenseSettings:
     inversion_probability: Share = 0.35  # [C]
     bias_field: NotNegative = 0.3  # [R]; 0.9 in the code, on values that are not z-scored
     bias_field_probability: Share = 0.75  # [C]
-    noise: NotNegative = 0.5  # [C] in standard deviations of the patch
+    noise: NotNegative = 0.2  # [R] in standard deviations of the patch; 0.5 raw units in the code
     noise_probability: Share = 0.3  # [C]
     blur_vox: NotNegative = 1.3  # [C]
     """Largest sigma of the blur along the finest axis; the same width in mm along the others."""
     blur_probability: Share = 0.5  # [C]
-    gamma: tuple[Positive, Positive] = (0.95, 1.05)  # [C]
-    gamma_probability: Share = 0.9  # [C]
+    gamma: tuple[Positive, Positive] = (0.7, 1.5)  # [R]; 0.95 to 1.05 in the code, on raw values
+    gamma_probability: Share = 0.5  # [R]; 0.9 in the code
     window: Factor = 0.3  # [R], CT only; in standard deviations of the patch
     window_probability: Share = 0.5  # [R]
 
@@ -189,7 +198,7 @@ class DensePoints(PretextMethod):
         """Return the plan's features and ranges of the views."""
         return {
             "features": configuration.dense.features,
-            "crop_fraction": configuration.crop_fraction,
+            "crop_fraction": zoom_range(configuration),
             "rotation_deg": configuration.rotation_deg,
             "flip_axes": configuration.flip_axes,
             "intensity_views": configuration.intensity_views,
@@ -265,6 +274,16 @@ class Pix2RepV2(DensePoints):
     def pair_losses(self, before: Float[Tensor, "pairs d"], warped: Float[Tensor, "pairs d"]) -> dict[str, Tensor]:
         """Return the loss of Barlow Twins, the paper's loss of version 2."""
         return {"redundancy": barlow_twins(before, warped, self.settings.off_diagonal_weight)}
+
+
+def zoom_range(configuration: StageConfiguration) -> tuple[float, float]:
+    """Return the smallest and largest share of a patch that a crop covers, from the shares of the sides.
+
+    A crop never has fewer voxels than those of the plan.
+    """
+    axes, least = len(configuration.patch_size), configuration.crop_fraction[0]
+    low, high = (side**axes for side in SIDES[axes])
+    return round(max(low, least) if least > USUAL_LEAST_CROP else low, 4), round(high, 4)
 
 
 def affine_range(settings: DenseSettings) -> AffineRange:

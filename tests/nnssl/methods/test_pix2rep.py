@@ -4,7 +4,7 @@ import copy
 import inspect
 import itertools
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -500,3 +500,22 @@ def test_views_do_not_depend_on_the_network():
     before = copy.deepcopy(network.state_dict())
     method.make_views(make_batch(2), generators())
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize(("dim", "sides"), [(2, (0.33, 0.95)), (3, (0.5, 0.95))])
+def test_zoom_is_the_code_s_and_never_below_the_plan_s_least_crop(dim, sides):
+    configuration = make_configuration(dim)
+    usual = replace(configuration, crop_fraction=(0.2, 1.0))
+    assert Pix2Rep.from_plan(usual)["crop_fraction"] == pytest.approx([side**dim for side in sides], abs=1e-4)
+    thin = replace(configuration, crop_fraction=(0.6, 1.0))  # a short axis
+    assert Pix2Rep.from_plan(thin)["crop_fraction"][0] == 0.6
+
+
+def test_small_zooms_are_drawn_as_often_as_in_the_code():
+    """The code's sides are uniform from 0.33 to 0.95, so 44 % of them are below 0.6."""
+    ranges = AffineRange((0.33**2, 0.95**2), uniform_in="side")
+    drawn = draw_affine(sample_generators(0, "zoom", 0, range(4000)), ranges, (64, 64), (1.0, 1.0))
+    sides = torch.linalg.det(drawn.linear).abs().sqrt()
+    assert (sides >= 0.33 - 1e-6).all()
+    assert (sides <= 0.95 + 1e-6).all()
+    assert float((sides < 0.6).double().mean()) == pytest.approx((0.6 - 0.33) / (0.95 - 0.33), abs=0.03)
