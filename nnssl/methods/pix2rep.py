@@ -22,9 +22,10 @@ Deviations:
       points.
     * ``phi`` is built in millimetres (``views.spatial``) and rotates thick slices only about their own axis; flips are drawn
       for each axis separately. The code rotates by at most 90 degrees and never flips two axes.
-    * Zoom: 0.33 to 0.95 of each side as in the code, in 3D 0.5 to 0.95, never fewer voxels than the plan's crops. Flips are
-      those of the plan. After a rotation, voxels outside the patch are 0, the mean after z-scoring, and take part in no loss.
-      On average, 72 % of a view of 320 x 128 rotated by any angle lies inside.
+    * Crop and flips are those of the plan, which all methods of a data set share, not the code's (sides of 0.33 to 0.95, drawn
+      uniformly; flips of any axis): its smaller crops left slightly less on two data sets. After a rotation, voxels outside the
+      patch are 0, the mean after z-scoring, and take part in no loss. On average, 72 % of a view of 320 x 128 rotated by any
+      angle lies inside.
     * Noise and gamma: in the code, they apply to clipped raw values of MR, whose standard deviation is some tens to hundreds.
       Noise of at most 0.5 is then invisible, and an exponent within 5 % of 1 hardly more than a factor, which the network
       removes. Here strengths are in standard deviations, or of the patch's range, and such that the network sees them.
@@ -79,12 +80,6 @@ from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_af
 MONITORED_POINTS = 256
 """Number of evenly spaced points of a step on which retrieval is measured."""
 
-SIDES = {2: (0.33, 0.95), 3: (0.5, 0.95)}
-"""Smallest and largest share of each side of a patch that a crop covers, by number of axes: the code's in 2D. In 3D, 0.33 would
-leave 4 % of the volume."""
-USUAL_LEAST_CROP = 0.2
-"""Smallest share that the planner gives to crops unless they would have too few voxels along an axis."""
-
 TRAINING = TrainingSettings(
     epochs=200,  # [P]
     iterations_per_epoch=250,
@@ -101,7 +96,7 @@ TRAINING = TrainingSettings(
 
 @dataclass(frozen=True)
 class DenseSettings:
-    """Settings of both versions. Sources of the defaults: the paper [P], the authors' code [C], recommended here [R]."""
+    """Settings of both versions. Sources of the defaults: paper [P], authors' code [C], recommended [R] or measured [M] here."""
 
     __pydantic_config__: ClassVar = STRICT
 
@@ -115,7 +110,7 @@ class DenseSettings:
     embedding_dimensions: TwoOrMore = 256  # [C]
     crop_fraction: CropFraction = (0.11, 0.9)  # [C]
     """Smallest and largest share of the patch's area or volume in the second view; 0.33 to 0.95 of each side in the code."""
-    crop_uniform_in: Literal["volume", "side"] = "side"  # [C]
+    crop_uniform_in: Literal["volume", "side"] = "volume"  # [M]; side in the code
     """Whether the share of the area or volume, or that of the side, is uniform between these bounds."""
     rotation_deg: RotationDeg = (90.0,)  # [C]
     flip_axes: tuple[int, ...] = (0, 1)  # [P]
@@ -198,7 +193,7 @@ class DensePoints(PretextMethod):
         """Return the plan's features and ranges of the views."""
         return {
             "features": configuration.dense.features,
-            "crop_fraction": zoom_range(configuration),
+            "crop_fraction": configuration.crop_fraction,
             "rotation_deg": configuration.rotation_deg,
             "flip_axes": configuration.flip_axes,
             "intensity_views": configuration.intensity_views,
@@ -274,16 +269,6 @@ class Pix2RepV2(DensePoints):
     def pair_losses(self, before: Float[Tensor, "pairs d"], warped: Float[Tensor, "pairs d"]) -> dict[str, Tensor]:
         """Return the loss of Barlow Twins, the paper's loss of version 2."""
         return {"redundancy": barlow_twins(before, warped, self.settings.off_diagonal_weight)}
-
-
-def zoom_range(configuration: StageConfiguration) -> tuple[float, float]:
-    """Return the smallest and largest share of a patch that a crop covers, from the shares of the sides.
-
-    A crop never has fewer voxels than those of the plan.
-    """
-    axes, least = len(configuration.patch_size), configuration.crop_fraction[0]
-    low, high = (side**axes for side in SIDES[axes])
-    return round(max(low, least) if least > USUAL_LEAST_CROP else low, 4), round(high, 4)
 
 
 def affine_range(settings: DenseSettings) -> AffineRange:

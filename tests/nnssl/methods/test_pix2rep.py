@@ -4,7 +4,7 @@ import copy
 import inspect
 import itertools
 import math
-from dataclasses import fields, replace
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -500,15 +500,6 @@ def test_views_do_not_depend_on_the_network():
     before = copy.deepcopy(network.state_dict())
     method.make_views(make_batch(2), generators())
     assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
-
-
-@pytest.mark.parametrize(("dim", "sides"), [(2, (0.33, 0.95)), (3, (0.5, 0.95))])
-def test_zoom_is_the_code_s_and_never_below_the_plan_s_least_crop(dim, sides):
-    configuration = make_configuration(dim)
-    usual = replace(configuration, crop_fraction=(0.2, 1.0))
-    assert Pix2Rep.from_plan(usual)["crop_fraction"] == pytest.approx([side**dim for side in sides], abs=1e-4)
-    thin = replace(configuration, crop_fraction=(0.6, 1.0))  # a short axis
-    assert Pix2Rep.from_plan(thin)["crop_fraction"][0] == 0.6
 
 
 def test_small_zooms_are_drawn_as_often_as_in_the_code():
