@@ -498,3 +498,15 @@ def test_every_module_is_on_its_page_of_the_api(room):
     shown = {line.removeprefix("::: ") for line in page.splitlines() if line.startswith("::: ")}
     there = {f"nnssl.{room}.{path.stem}" for path in (ROOT / "nnssl" / room).glob("*.py") if path.stem != "__init__"}
     assert shown == there
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_rows_of_a_table_have_the_same_number_of_cells(page):
+    cells = 0
+    for line in page.read_text().splitlines():
+        if not line.startswith("|"):
+            cells = 0
+            continue
+        found = len(re.split(r"(?<!\\)\|", re.sub(r"`[^`]*`", "", line)))
+        assert cells in (0, found), line
+        cells = found
