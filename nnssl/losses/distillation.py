@@ -4,7 +4,6 @@ Source: "Pixel-global self-supervised learning with uncertainty-aware context st
 cross-entropy between softmaxes of different temperature is DINO's (Caron et al., ICCV 2021).
 """
 
-import math
 from typing import Literal
 
 import torch
@@ -29,15 +28,6 @@ def distillation_cross_entropy(
         logits: Logits of the student, divided by its temperature.
     """
     return -(target.detach().float() * logits.float().log_softmax(dim=-1)).sum(dim=-1)
-
-
-def normalised_entropy(probabilities: Float[Tensor, "*rows d"]) -> Float[Tensor, " *rows"]:
-    """Return the entropy of every row divided by the largest possible value ``log d``: 0 for one-hot, 1 for uniform.
-
-    Source: section on uncertainty. The division limits it to [0, 1], as the weight ``1 - U`` requires.
-    """
-    values = probabilities.float()
-    return -torch.special.xlogy(values, values).sum(dim=-1) / math.log(probabilities.shape[-1])
 
 
 def stabilise(

@@ -25,7 +25,7 @@ Deviations:
       a pass without dropout.
     * Against collapse the paper has batch normalisation, which these networks do not have. Here the last layer of both heads
       is standardised (``networks.heads.standardised_rows``), and the teacher's softmax is sharper than the student's (DINO).
-    * Student and teacher are not swapped: each crop is seen by one of them. The student's head has dropout too.
+    * Student and teacher exchange their crops only if ``exchange_views`` is set. The student's head has dropout too.
     * LARS with a learning rate of 0.2 is out of its regime at batch 8; here AdamW.
     * The teacher's probabilities are interpolated instead of its features: each corner voxel is projected and normalised first.
     * The paper uses all shared voxels of two random crops; here points are drawn, and crops share at least ``least_overlap`` of
@@ -34,7 +34,7 @@ Deviations:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any, ClassVar
 
@@ -49,7 +49,6 @@ from nnssl.errors import UserError
 from nnssl.losses.distillation import (
     Stabilizer,
     distillation_cross_entropy,
-    normalised_entropy,
     stabilise,
     weighted_mean,
 )
@@ -72,6 +71,7 @@ from nnssl.momentum import cosine_momentum, make_teacher, momentum_for_run
 from nnssl.networks.dense import ENCODER_AND_DECODER, decoder_maps, trained_up_to_segmentation
 from nnssl.networks.heads import PointAssignment, PooledAssignment
 from nnssl.networks.pieces import in_pieces, recompute_stages
+from nnssl.networks.uncertainty import normalised_entropy, point_uncertainty
 from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
@@ -113,6 +113,8 @@ class PixelGlobalSettings:
     teacher_temperature: Positive = 0.04  # [D] DINO
     student_temperature: Positive = 0.1  # [D] DINO
     teacher_momentum: Factor = 0.996  # [P] rises to 1
+    exchange_views: bool = False  # [D] BYOL and DINO
+    """Whether student and teacher also see each other's crop, at twice the cost; the loss is the mean of both."""
     crop_fraction: CropFraction = (0.25, 1.0)  # [R]
     """Smallest and largest share of the patch's area or volume that a view shows."""
     least_overlap: PositiveShare = 0.3  # [R]
@@ -148,6 +150,17 @@ class CorrespondingViews:
     valid: Float[Tensor, "batch points"]
     partner: Int[Tensor, " batch"]
     seeds: tuple[int, ...]
+
+    def exchanged(self) -> "CorrespondingViews":
+        """Return the same crops and points with the roles of student and teacher exchanged, and other dropout."""
+        return replace(
+            self,
+            student=self.teacher,
+            teacher=self.student,
+            points_student=self.points_teacher,
+            points_teacher=self.points_student,
+            seeds=tuple(seed + 1 for seed in self.seeds),
+        )
 
 
 class PixelGlobal(PretextMethod):
@@ -235,6 +248,18 @@ class PixelGlobal(PretextMethod):
 
     def losses(self, views: CorrespondingViews, progress: float) -> StepOutput:
         """Return both losses, with the cross-entropy per voxel, uncertainty and retrieval as monitors."""
+        first = self._one_direction(views)
+        if not self.settings.exchange_views:
+            return first
+        second = self._one_direction(views.exchanged())
+        losses, monitors = (
+            {name: (each[name] + other[name]) / 2 for name in each}
+            for each, other in ((first.losses, second.losses), (first.monitors, second.monitors))
+        )
+        return StepOutput(losses, first.embeddings, monitors)
+
+    def _one_direction(self, views: CorrespondingViews) -> StepOutput:
+        """Return losses and monitors of the student's crops, as the teacher's crops answer them."""
         own, pieces = self.settings, self.settings.training.pieces
         student = partial(pooled_and_points, self.network, self.global_head)
         teacher = partial(pooled_and_points, self.teacher, self.teacher_global_head)
@@ -372,28 +397,3 @@ def pooled_and_points(network: Any, head: PooledAssignment, volumes: Tensor, *pl
     maps = decoder_maps(network, volumes)
     read = [interpolate_at(maps[-1], each, volumes.shape[2:]) for each in places]
     return {"pooled": head.pool(maps[0]), **dict(zip(("points", "corners"), read, strict=False))}
-
-
-def point_uncertainty(
-    head: nn.Module,
-    features: Float[Tensor, "batch points channel"],
-    seeds: Sequence[int],
-    passes: int,
-    temperature: float,
-) -> Float[Tensor, "batch points"]:
-    """Return the entropy of the mean prediction over passes with dropout, divided by the largest possible entropy.
-
-    Source: section on uncertainty; Gal and Ghahramani, ICML 2016 (Monte-Carlo dropout).
-
-    Args:
-        head: Head of the teacher.
-        features: Features of the points.
-        seeds: Random seed of each sample, to which each pass adds its own offset.
-        passes: Number of passes, at least 1.
-        temperature: Temperature of the teacher's softmax.
-    """
-    total = torch.zeros(())
-    for each in range(passes):
-        logits = head(features, [seed + 2 * (each + 1) for seed in seeds])
-        total = total.to(logits.device) + (logits / temperature).softmax(dim=2)
-    return normalised_entropy(total / passes)

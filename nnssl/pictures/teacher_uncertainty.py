@@ -17,8 +17,8 @@ from torch import Tensor
 from nnssl.data.case_store import StoredCase
 from nnssl.draws import draw_seed, make_generator
 from nnssl.errors import UserError
-from nnssl.methods.pixelglobal import point_uncertainty
 from nnssl.networks.heads import PointAssignment
+from nnssl.networks.uncertainty import point_uncertainty
 from nnssl.pictures.dense_network import DenseNetwork, dense_network_of
 from nnssl.pictures.places import Voxel, choose_centre
 from nnssl.pictures.tiles import average_over_tiles, tiles_through

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from nnssl.losses.distillation import distillation_cross_entropy, normalised_entropy, stabilise, weighted_mean
+from nnssl.losses.distillation import distillation_cross_entropy, stabilise, weighted_mean
+from nnssl.networks.uncertainty import normalised_entropy
 
 PARTNER = torch.tensor([1, 0, 3, 4, 2])
 

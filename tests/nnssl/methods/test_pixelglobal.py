@@ -12,18 +12,17 @@ from torch import nn
 from nnssl.collapse import collapse_warning, effective_rank, feature_std
 from nnssl.draws import sample_generators
 from nnssl.errors import UserError
-from nnssl.losses.distillation import normalised_entropy
 from nnssl.methods.pixelglobal import (
     PixelGlobal,
     check_settings,
     intensity_range,
-    point_uncertainty,
 )
 from nnssl.methods.settings import resolve_stage
 from nnssl.momentum import cosine_momentum, update_teacher
 from nnssl.networks.backbone import build_network
 from nnssl.networks.dense import decoder_maps
 from nnssl.networks.heads import PointAssignment, PooledAssignment
+from nnssl.networks.uncertainty import normalised_entropy, point_uncertainty
 from nnssl.views.overlap import common_share
 from nnssl.views.points import corner_points, interpolate_at
 from tests.nnssl.methods.tiny_configuration import make_configuration, planned
@@ -305,6 +304,37 @@ def differing(method: PixelGlobal) -> PixelGlobal:
                 noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
                 parameter.add_(0.3 * noise)
     return method
+
+
+@dims
+def test_exchanged_views_add_the_other_direction(dim):
+    """The loss is the mean of both directions; each has a gradient, and none reaches the teacher."""
+    both = differing(make_stage(dim, "exchange_views=true", "uncertainty_passes=2"))
+    one = differing(make_stage(dim, "uncertainty_passes=2"))
+    views = one.make_views(make_batch(dim), generators())
+    back = views.exchanged()
+    assert torch.equal(back.student, views.teacher)
+    assert torch.equal(back.points_teacher, views.points_student)
+    assert set(back.seeds).isdisjoint(views.seeds)
+    found, first, second = both.losses(views, 0.0), one.losses(views, 0.0), one.losses(back, 0.0)
+    for name, value in found.losses.items():
+        torch.testing.assert_close(value, (first.losses[name] + second.losses[name]) / 2)
+        assert not torch.equal(first.losses[name], second.losses[name])
+    sum(found.losses.values()).backward()
+    assert all(p.grad is None for _, teacher in both.momentum_pairs() for p in teacher.parameters())
+
+
+@dims
+def test_exchanged_views_of_a_linear_map_are_read_at_the_same_places(dim):
+    """Where intensity is a linear function of place, a point has the same value in both crops, at the exchanged places too."""
+    method = make_stage(dim, "exchange_views=true", "intensity_views=")
+    shape = PATCHES[dim]
+    ramp = sum(torch.arange(n).reshape([-1 if a == i else 1 for a in range(dim)]) for i, n in enumerate(shape)).float()
+    views = method.make_views(ramp.expand(4, CHANNELS, *shape).contiguous(), generators())
+    back = views.exchanged()
+    read = [interpolate_at(each.student, each.points_student, shape) for each in (views, back)]
+    inside = views.valid[..., None] > 0
+    torch.testing.assert_close(read[0] * inside, read[1] * inside, atol=0.5, rtol=0)
 
 
 @pytest.mark.parametrize("stabilizer", ["none", "literal", "added"])
