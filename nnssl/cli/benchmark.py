@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from nnssl.cli.command import (
+    LENGTHS,
     MODES,
     CommandParser,
     add_configuration_argument,
@@ -41,6 +42,16 @@ def make_parser() -> argparse.ArgumentParser:
     add_plans_argument(parser, "Name of the plan to pretrain with")
     _add_matrix_arguments(parser)
     add_finetuning_arguments(parser)
+    parser.add_argument(
+        "--learning-rate",
+        nargs="+",
+        dest="learning_rates",
+        type=positive_number,
+        default=[],
+        metavar="RATE",
+        help="Highest learning rates of the modes that train the whole network. Of several, every arm is reported with the one "
+        "that is best on validation patients (default: by optimizer, network and start).",
+    )
     add_configuration_argument(parser, "Configuration to fine-tune (default: one that fits all arms).")
     _add_case_arguments(parser)
     _add_pretraining_arguments(parser)
@@ -49,6 +60,11 @@ def make_parser() -> argparse.ArgumentParser:
     add_processes_argument(parser, "Worker processes for preprocessing and evaluation")
     add_verbose_argument(parser)
     return parser
+
+
+def number_of_epochs(text: str) -> int:
+    """Read a named length or a number of epochs, for ``argparse``."""
+    return LENGTHS[text] if text in LENGTHS else positive_int(text)
 
 
 def _add_matrix_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,13 +100,15 @@ def _add_matrix_arguments(parser: argparse.ArgumentParser) -> None:
         help="Modes of fine-tuning; see nnssl_finetune --help (default: finetune).",
     )
     parser.add_argument(
+        "--length",
         "--epochs",
         nargs="+",
-        type=positive_int,
+        dest="epochs",
+        type=number_of_epochs,
         default=[50, 150],
         metavar="N",
-        help="Lengths of fine-tuning. A gain is claimed only where scratch does not improve from the second longest to the "
-        "longest (default: 50 150).",
+        help="Lengths of fine-tuning: short (50), medium (150), full (1000), or numbers of epochs. A gain is claimed only where "
+        "scratch does not improve from the second longest to the longest (default: short medium).",
     )
 
 
@@ -106,6 +124,20 @@ def _add_case_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_int,
         metavar="N",
         help="Number of patients to draw for the test set (default: a quarter).",
+    )
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument(
+        "--validation-patients",
+        type=positive_int,
+        metavar="N",
+        help="Number of patients to draw that are neither labelled, held out nor pretrained on, to choose between several "
+        "--learning-rate.",
+    )
+    chosen.add_argument(
+        "--validation-cases",
+        type=Path,
+        metavar="FILE",
+        help="File that lists the cases of such patients, one name per line.",
     )
     parser.add_argument(
         "--patients",
@@ -183,7 +215,14 @@ def _run(command: str, args: argparse.Namespace) -> None:
         iterations_per_epoch=args.iterations_per_epoch,
         batch_size=args.batch_size,
         optimizer=args.optimizer,
-        learning_rate=args.learning_rate,
+        recipe=args.recipe,
+        scratch_recipe=args.scratch_recipe,
+        warmup=args.warmup,
+        learning_rates=tuple(args.learning_rates),
+        head_learning_rate=args.head_learning_rate,
+        trained=args.trained,
+        validation_patients=args.validation_patients,
+        validation_cases=args.validation_cases,
         configuration=args.configuration,
         test_cases=args.test_cases,
         test_patients=args.test_patients,

@@ -20,6 +20,9 @@ DEVICES = ("cpu", "cuda", "mps")
 PLANS_NAME = "nnsslPlans"
 MODES = ("finetune", "linear", "mean_teacher")
 OPTIMIZERS = ("sgd", "adam", "adamw")
+RECIPES = ("nnunet", "warmup", "sawtooth")
+TRAINED = ("everything", "new", "decoder", "head")
+LENGTHS = {"short": 50, "medium": 150, "full": 1000}
 TRACKERS = ("tensorboard", "wandb")
 
 
@@ -153,13 +156,40 @@ def add_finetuning_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--optimizer",
         choices=OPTIMIZERS,
-        help="Optimizer of fine-tuning (default: sgd, or adamw for Primus, as in nnU-Net). --mode linear uses adam only.",
+        help="Optimizer of fine-tuning (default: sgd; adam for hybrid networks, adamw for Primus). --mode linear uses adam "
+        "only.",
     )
     parser.add_argument(
-        "--learning-rate",
+        "--recipe",
+        choices=RECIPES,
+        help="Learning rate of pretrained weights. nnunet: decay from the first step. warmup: a linear rise first. sawtooth: new "
+        "layers alone first, then everything, each with a rise and a decay (default: warmup).",
+    )
+    parser.add_argument(
+        "--scratch-recipe",
+        choices=RECIPES,
+        default="nnunet",
+        help="Learning rate of random weights (default: nnunet).",
+    )
+    parser.add_argument(
+        "--warmup",
+        type=share_or_steps,
+        metavar="SHARE|STEPS",
+        help="Length of the warm-up: a share of the run below 1, or a number of steps (default: 0.1, at most 12500 steps).",
+    )
+    parser.add_argument(
+        "--head-learning-rate",
         type=positive_number,
         metavar="RATE",
-        help="Highest learning rate of fine-tuning (default: 0.01 in each mode, 3e-4 with adamw).",
+        help="Highest learning rate of layers that were not pretrained (default: that of the other layers).",
+    )
+    parser.add_argument(
+        "--train",
+        dest="trained",
+        choices=TRAINED,
+        default="everything",
+        help="What is trained of pretrained weights: everything, what is new, the decoder, or the segmentation layers as the "
+        "head (default: everything).",
     )
 
 
@@ -240,6 +270,17 @@ def positive_number(text: str) -> float:
         value = 0.0
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return value
+
+
+def share_or_steps(text: str) -> float:
+    """Read a share from 0 to 1, or a whole number of steps, for ``argparse``."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf or (value >= 1 and value != round(value)):
+        raise argparse.ArgumentTypeError(f"must be a share below 1 or a whole number of steps, got {text}")
     return value
 
 

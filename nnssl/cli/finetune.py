@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnssl.cli.command import (
+    LENGTHS,
     MODES,
     CommandParser,
     add_configuration_argument,
@@ -18,8 +19,8 @@ from nnssl.cli.command import (
     add_track_argument,
     add_verbose_argument,
     add_weights_argument,
-    natural_int,
     positive_int,
+    positive_number,
     print_loading,
     print_next,
     run_command,
@@ -41,15 +42,23 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--scratch", action="store_true", help="Also train from random weights for comparison.")
     _add_case_arguments(parser)
     add_seed_argument(parser, "Random seed for the label subset, random weights and batches")
-    parser.add_argument(
-        "--epochs", type=positive_int, default=1000, metavar="N", help="Epochs, including warm-up (default: 1000)."
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--length",
+        choices=tuple(LENGTHS),
+        help="Length of the training: "
+        + ", ".join(f"{name} is {epochs}" for name, epochs in LENGTHS.items())
+        + " epochs "
+        "(default: full).",
     )
+    length.add_argument("--epochs", type=positive_int, metavar="N", help="Length in epochs, including warm-up.")
     add_finetuning_arguments(parser)
     parser.add_argument(
-        "--warmup-epochs",
-        type=natural_int,
-        metavar="N",
-        help="Epochs with a rising learning rate (default: one in twenty).",
+        "--learning-rate",
+        type=positive_number,
+        metavar="RATE",
+        help="Highest learning rate, of pretrained and random weights (default: by optimizer, network and start; see the "
+        "documentation).",
     )
     parser.add_argument(
         "--mode",
@@ -114,10 +123,14 @@ def _run(args: argparse.Namespace) -> None:
             cases=args.cases,
             test_cases=args.test_cases,
             seed=args.seed,
-            epochs=args.epochs,
+            epochs=args.epochs or LENGTHS[args.length or "full"],
             iterations_per_epoch=args.iterations_per_epoch,
-            warmup_epochs=args.warmup_epochs,
+            recipe=args.recipe,
+            scratch_recipe=args.scratch_recipe,
+            warmup=args.warmup,
             learning_rate=args.learning_rate,
+            head_learning_rate=args.head_learning_rate,
+            trained=args.trained,
             batch_size=args.batch_size,
             optimizer=args.optimizer,
             device=args.device,

@@ -28,7 +28,7 @@ from nnssl.study.figures import (
     length_curves,
     pretraining_panels,
 )
-from nnssl.study.table import FEWEST_CASES, SCRATCH, Cell, Rise, Row, StudyTable
+from nnssl.study.table import FEWEST_CASES, SCRATCH, Cell, RateChoice, Rise, Row, StudyTable
 from nnssl.study.words import count, interval_points, mode_name, summarise
 from nnssl.tables import points, signed_points
 
@@ -68,6 +68,8 @@ class Report:
     source_name: str
     """Data set of pretraining."""
     table: StudyTable
+    rates: tuple[RateChoice, ...]
+    """Learning rates that each arm was trained with, and the one that was chosen; empty if there was one rate."""
     pictures: tuple[Picture, ...]
     """Segmentations of scratch and the arms beside the reference, on the same slices."""
     method_pictures: dict[str, tuple[Picture, ...]]
@@ -168,6 +170,21 @@ def results_csv(path: Path, cells: Sequence[Cell]) -> None:
     """
     lines = [[*(getattr(cell, name) for name in CSV_CELL), *astuple(case)] for cell in cells for case in cell.metrics]
     write_csv(path, [*CSV_CELL, *COLUMNS], lines)
+
+
+def write_rates(path: Path, choices: Sequence[RateChoice]) -> None:
+    """Write the validation Dice (0 to 1) of every learning rate to a CSV file, atomically.
+
+    Args:
+        path: Path of the CSV file.
+        choices: Choices of the study.
+    """
+    lines = [
+        [each.arm, each.mode, each.labels, each.steps, f"{rate:g}", dice, int(rate == each.chosen)]
+        for each in choices
+        for rate, dice in each.dice.items()
+    ]
+    write_csv(path, ["arm", "mode", "labels", "steps", "learning_rate", "validation_dice", "chosen"], lines)
 
 
 def markdown_table(table: StudyTable) -> str:

@@ -78,6 +78,23 @@ class Row:
 
 
 @dataclass(frozen=True)
+class RateChoice:
+    """The learning rates that an arm was trained with at one number of labels and one length, and the best of them."""
+
+    arm: str
+    mode: str
+    labels: int
+    steps: int
+    dice: dict[float, float]
+    """Mean Dice (0 to 1) over the validation cases and seeds, by learning rate."""
+
+    @property
+    def chosen(self) -> float:
+        """The rate with the highest Dice; the first of equals."""
+        return max(self.dice, key=lambda rate: self.dice[rate])
+
+
+@dataclass(frozen=True)
 class Rise:
     """Improvement of scratch from the second longest to the longest length."""
 

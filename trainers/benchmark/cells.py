@@ -10,6 +10,7 @@ from nnssl.study.statistics import tabulate
 from nnssl.study.table import Cell, StudyTable
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from nnssl.weights.tensor_names import SEGMENTATION
+from trainers.benchmark.rates import with_chosen_rates
 from trainers.benchmark.study import CellKey, Study
 from trainers.finetuning.arm import arm_folder
 from trainers.finetuning.pretrained_weights import open_weights, start_digest
@@ -78,22 +79,36 @@ class StudyCells:
         """Return the file with the metrics of a cell."""
         return self.folder(cell) / f"metrics_{self.study.settings.tolerance_mm:g}mm.csv"
 
+    def validation_path(self, cell: CellKey) -> Path:
+        """Return the file with the metrics of a cell's validation cases."""
+        return self.folder(cell) / f"metrics_validation_{self.study.settings.tolerance_mm:g}mm.csv"
+
     def is_finished(self, cell: CellKey) -> bool:
         """Return whether a cell was trained and evaluated."""
+        # the metrics of the held-out cases are written last
         return self.has_weights(cell.arm) and self.metrics_path(cell).exists()
 
     def is_trained(self, cell: CellKey) -> bool:
         """Return whether the network of a cell was trained, evaluated with this tolerance or not."""
         return self.has_weights(cell.arm) and (self.folder(cell) / FILE_NAME).exists()
 
-    def read(self, cell: CellKey) -> Cell:
-        """Read a finished cell."""
-        metrics = tuple(read_metrics_csv(self.metrics_path(cell)))
+    def read(self, cell: CellKey, validation: bool = False) -> Cell:
+        """Read a finished cell, with the metrics of its held-out or of its validation cases."""
+        path = self.validation_path(cell) if validation else self.metrics_path(cell)
+        metrics = tuple(read_metrics_csv(path))
         return Cell(cell.arm, cell.mode, cell.labels, cell.seed, self.study.steps(cell), metrics)
 
     def finished(self) -> list[Cell]:
-        """Read all finished cells, including those of other studies and parts."""
-        return [self.read(cell) for cell in self.study.cells if self.is_finished(cell)]
+        """Read all finished cells, including those of other studies and parts, each arm with the rate that was chosen for it.
+
+        Where cells of some rates are missing, the choice is open, and the arm is left out.
+        """
+        return [self.read(cell) for cell in self.reported()]
+
+    def reported(self) -> list[CellKey]:
+        """Return the finished cells with the chosen rates."""
+        done = [cell for cell in self.study.cells if self.is_finished(cell)]
+        return with_chosen_rates(self, done)
 
     def table(self) -> StudyTable:
         """Return the table of the finished cells."""

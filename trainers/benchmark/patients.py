@@ -53,6 +53,63 @@ def draw_test_cases(
         UserError: If too few patients were not seen.
     """
     number = wanted or max(1, round(DEFAULT_SHARE * len(set(patients.values()))))
+    cases, found = _draw_unseen(dataset, patients, number, seen)
+    if found < number:
+        raise ArgumentError(
+            f"{dataset.name}: {number} patients must be held out, but only {found} of {len(set(patients.values()))} were not "
+            "seen in pretraining; list the cases to hold out in a file, run nnssl_plan_and_preprocess with --exclude FILE, "
+            "pretrain again and pass the file as test_cases",
+            "test_cases",
+        )
+    logger.info(f"{len(cases)} cases of {found} patients are held out; pretraining has not seen them")
+    return cases
+
+
+def choose_validation(
+    settings: StudySettings,
+    dataset: RawDataset,
+    labelled: tuple[str, ...],
+    patients: Mapping[str, str],
+    test: Sequence[str],
+    seen: Sequence[Seen],
+) -> tuple[str, ...]:
+    """Return the cases that choose between learning rates: listed by the user, or drawn; none if there is nothing to choose.
+
+    Raises:
+        UserError: If a listed case was seen in pretraining or its patient is held out, or if too few patients are left.
+    """
+    if not settings.has_validation:
+        return ()
+    held_out = {patients[case] for case in test}
+    if settings.validation_cases is not None:
+        cases = read_case_names(settings.validation_cases, labelled)
+        both = [case for case in cases if patients[case] in held_out]
+        if both:
+            raise ArgumentError(
+                f"{settings.validation_cases}: validation_cases must be of other patients than the held-out cases, got "
+                f"{some(both)}; list other cases",
+                "validation_cases",
+            )
+        check_unseen(find_leaks(digest_cases(dataset, cases), patients, seen), str(settings.validation_cases))
+    else:
+        others = {case: patient for case, patient in patients.items() if patient not in held_out}
+        number = settings.validation_patients or 1
+        cases, found = _draw_unseen(dataset, others, number, seen)
+        if found < number:
+            raise ArgumentError(
+                f"{dataset.name}: validation_patients must be at most {found}, the number of patients that are neither held out "
+                f"nor seen in pretraining, got {number}; leave more patients out of pretraining (nnssl_plan_and_preprocess "
+                "--exclude FILE)",
+                "validation_patients",
+            )
+    logger.info(f"{len(cases)} cases choose the learning rate; they are neither labelled, held out nor pretrained on")
+    return cases
+
+
+def _draw_unseen(
+    dataset: RawDataset, patients: Mapping[str, str], number: int, seen: Sequence[Seen]
+) -> tuple[tuple[str, ...], int]:
+    """Draw up to a number of patients that pretraining has not seen; return their cases and the number that was found."""
     cases_of: dict[str, list[str]] = {}
     for case, patient in patients.items():
         cases_of.setdefault(patient, []).append(case)
@@ -60,16 +117,7 @@ def draw_test_cases(
     for patient in label_order(sorted(cases_of), seed=0):
         if len(chosen) < number and not find_leaks(digest_cases(dataset, cases_of[patient]), patients, seen):
             chosen.append(patient)
-    if len(chosen) < number:
-        raise ArgumentError(
-            f"{dataset.name}: {number} patients must be held out, but only {len(chosen)} of {len(cases_of)} were not seen in "
-            "pretraining; list the cases to hold out in a file, run nnssl_plan_and_preprocess with --exclude FILE, pretrain "
-            "again and pass the file as test_cases",
-            "test_cases",
-        )
-    cases = tuple(sorted(case for patient in chosen for case in cases_of[patient]))
-    logger.info(f"{len(cases)} cases of {len(chosen)} patients are held out; pretraining has not seen them")
-    return cases
+    return tuple(sorted(case for patient in chosen for case in cases_of[patient])), len(chosen)
 
 
 def order_patients(
@@ -77,7 +125,8 @@ def order_patients(
 ) -> tuple[tuple[str, ...], ...]:
     """Return the patients that may be labelled for every seed, in the order in which they are added.
 
-    Cases of a held-out patient that are not held out themselves are not trained on either.
+    Cases of a held-out patient that are not held out themselves are not trained on either. ``test`` holds the cases of
+    validation patients, too.
 
     Raises:
         UserError: If there are too few patients for the numbers of labels, or if a list contains a held-out patient.

@@ -21,16 +21,20 @@ from nnssl.study.report import (
     Report,
     markdown_table,
     results_csv,
+    write_rates,
     write_report,
 )
 from nnssl.study.segmentation_pictures import SegmentedCase, choose_cases, segmentation_figure
 from nnssl.study.statistics import case_scores
 from nnssl.study.table import SCRATCH, StudyTable
+from nnssl.study.words import mode_name
 from nnssl.tables import points
 from nnssl.weights.opened_checkpoint import open_checkpoint
 from trainers.benchmark.cell_times import times_of
 from trainers.benchmark.cells import StudyCells
+from trainers.benchmark.rates import choose_rates
 from trainers.benchmark.study import CellKey, Study
+from trainers.finetuning.result import describe_schedule
 from trainers.pace import format_duration
 from trainers.pretraining.progress import METRICS_CSV, read_metrics
 
@@ -55,7 +59,10 @@ def write_results(cells: StudyCells, folder: Path, command: str) -> StudyTable:
     write_atomically(folder / "table.md", lambda file: file.write(text.encode()))
     write_report(folder / "report.html", gather_report(cells, table, command))
     logger.info(text.rstrip())
-    for name in ("results.csv", "table.md", "report.html"):
+    choices = choose_rates(cells)
+    if choices:
+        write_rates(folder / "rates.csv", choices)
+    for name in ("results.csv", *(["rates.csv"] if choices else []), "table.md", "report.html"):
         logger.info(f"{name}: {folder / name}")
     return table
 
@@ -70,6 +77,7 @@ def gather_report(cells: StudyCells, table: StudyTable, command: str) -> Report:
         "Every method was pretrained once. The seeds differ in the labelled patients, the random weights of the new layers "
         "and the batches, but not in the pretraining.",
     ]
+    notes += _recipe_notes(study)
     pictures_by_arm: dict[str, tuple[Picture, ...]] = {}
     for arm in study.arms:
         try:
@@ -84,6 +92,7 @@ def gather_report(cells: StudyCells, table: StudyTable, command: str) -> Report:
         dataset_name=study.dataset.name,
         source_name=study.plan.dataset_name,
         table=table,
+        rates=choose_rates(cells),
         pictures=tuple(_segmentation_pictures(cells)),
         method_pictures=pictures_by_arm,
         curves=tuple(_curves(study)),
@@ -92,6 +101,24 @@ def gather_report(cells: StudyCells, table: StudyTable, command: str) -> Report:
         commands=(*_pretraining_commands(study), command),
         notes=tuple(notes),
     )
+
+
+def _recipe_notes(study: Study) -> list[str]:
+    """Return how the arms were fine-tuned at the longest length, and how their rates were chosen."""
+    epochs = max(study.settings.epochs)
+    first = {(cell.mode, cell.arm == SCRATCH): cell for cell in reversed(study.cells) if cell.epochs == epochs}
+    notes = [
+        f"{'Random' if is_scratch else 'Pretrained'} weights, {mode_name(mode)}: {describe_schedule(study.schedule(cell))}"
+        f"{' or the other rates below' if cell.rate is not None and study.validation else ''}."
+        for (mode, is_scratch), cell in sorted(first.items())
+    ]
+    if study.validation:
+        notes.append(
+            f"The learning rate of every arm is the best on {len(study.validation)} validation cases of "
+            f"{len({study.patients[case] for case in study.validation})} patients that are neither labelled, held out nor "
+            "pretrained on."
+        )
+    return notes
 
 
 def _own_pictures(cells: StudyCells, arm: str) -> tuple[Picture, ...]:
@@ -110,8 +137,14 @@ def _segmentation_pictures(cells: StudyCells) -> list[Picture]:
     pictures = []
     for labels in sorted(settings.labels):
         arms = (SCRATCH, *(arm.name for arm in study.arms))
-        keys = {arm: CellKey(arm, mode, labels, 0, epochs) for arm in arms}
-        found = {arm: case_scores(cells.read(key)) for arm, key in keys.items() if cells.is_finished(key)}
+        keys = {
+            key.arm: key
+            for key in cells.reported()
+            if (key.mode, key.labels, key.seed, key.epochs) == (mode, labels, 0, epochs) and key.arm in arms
+        }
+        if SCRATCH not in keys:
+            continue
+        found = {arm: case_scores(cells.read(key)) for arm, key in keys.items()}
         others = [scores for arm, scores in found.items() if arm != SCRATCH]
         gains = {
             case: float(np.mean([scores[case] for scores in others])) - score

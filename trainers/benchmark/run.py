@@ -6,7 +6,7 @@ so a study that is killed at any moment ends in the same table, and a larger stu
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter, time
 from typing import Any, TextIO
@@ -154,7 +154,7 @@ def run_cell(cells: StudyCells, cell: CellKey, log: Path) -> None:
         UserError: If a finished network of this cell was trained with other labels.
     """
     study, task = cells.study, cells.study.task(cell)
-    check_disjoint(task.split.train, task.split.test, study.patients)
+    check_disjoint(task.split.train, (*task.split.test, *task.split.validation), study.patients)
     weights = cells.weights(cell.arm)
     is_new, began, started = not cells.is_trained(cell), time(), perf_counter()
     with open(log, "a", buffering=1) as file, lines_to(lambda line: _write_line(file, line)):
@@ -165,6 +165,16 @@ def run_cell(cells: StudyCells, cell: CellKey, log: Path) -> None:
             f"{folder / FILE_NAME}: trained with the labels {', '.join(result.dice)}, but {study.dataset.name} now has "
             f"{', '.join(cells.classes)}; delete {folder} to train again"
         )
+    if study.validation:
+        _evaluate(cells, cell, cells.validation_path(cell), study.validation)
+    _evaluate(cells, cell, cells.metrics_path(cell), study.test)
+    if is_new:  # otherwise only the evaluation was missing
+        record_times(cells.folder(cell), study.steps(cell), began, perf_counter() - started)
+
+
+def _evaluate(cells: StudyCells, cell: CellKey, path: Path, cases: Sequence[str]) -> None:
+    """Compare a cell's predictions of some cases with their references, and write the metrics."""
+    study = cells.study
     with silence():
         metrics = evaluate_folders(
             cells.predictions(cell),
@@ -173,11 +183,9 @@ def run_cell(cells: StudyCells, cell: CellKey, log: Path) -> None:
             study.settings.tolerance_mm,
             ignore_label(study.dataset_json),
             study.processes,
-            study.test,
+            cases,
         )
-    write_metrics_csv(cells.metrics_path(cell), metrics)
-    if is_new:  # otherwise only the evaluation was missing
-        record_times(cells.folder(cell), study.steps(cell), began, perf_counter() - started)
+    write_metrics_csv(path, metrics)
 
 
 def _write_line(file: TextIO, line: str) -> None:
@@ -189,14 +197,15 @@ def _describe_cell(cells: StudyCells, cell: CellKey, seconds: float, own: Sequen
     done = sum(map(cells.is_finished, own))
     left = estimate_seconds(cells, [each for each in own if not cells.is_trained(each)])
     dice = read_result(cells.folder(cell) / FILE_NAME).mean_dice
-    scratch = CellKey(SCRATCH, cell.mode, cell.labels, cell.seed, cell.epochs)
+    scratch = replace(cell, arm=SCRATCH)
     beside = ""
     if cell.arm != SCRATCH and cells.is_finished(scratch):
         beside = f" (scratch {points(read_result(cells.folder(scratch) / FILE_NAME).mean_dice)})"
     remaining = f", {format_duration(left)} left" if left is not None and done < len(own) else ""
+    rate = "" if cell.rate is None else f", rate {cell.rate:g}"
     return (
         f"[{done}/{len(own)}] {cell.arm}, {cell.mode}, {cell.labels} labelled, seed {cell.seed}, "
-        f"{cells.study.steps(cell)} steps: Dice {points(dice)} points{beside}, {seconds:.0f} s{remaining}"
+        f"{cells.study.steps(cell)} steps{rate}: Dice {points(dice)} points{beside}, {seconds:.0f} s{remaining}"
     )
 
 
@@ -212,6 +221,7 @@ def describe_study(study: Study, command: str) -> dict[str, Any]:
         "configuration": study.configuration,
         "weights": {arm.name: str(study.weights_path(arm.name)) for arm in study.arms},
         "test_cases": study.test,
+        "validation_cases": study.validation,
         "patients_by_seed": [order[: max(study.settings.labels)] for order in study.orders],
     }
 

@@ -19,26 +19,28 @@ from nnssl.plan import Plan, plan_from_dict, read_plan
 from nnssl.study.table import SCRATCH
 from nnssl.weights.opened_checkpoint import open_checkpoint
 from planners.finetune_planner import AdoptedPlan, fit_plan
-from planners.primus_rules import CLASS_NAME as PRIMUS
 from trainers.benchmark.arms import HYBRID, Arm, Pretraining, Source, configuration_for, locate, parse_arms
 from trainers.benchmark.leaks import Seen, seen_by_checkpoint, seen_in_pretraining
-from trainers.benchmark.patients import choose_test, order_patients
+from trainers.benchmark.patients import choose_test, choose_validation, order_patients
 from trainers.benchmark.settings import StudySettings, check_settings
 from trainers.finetuning.arm import Task
 from trainers.finetuning.labelled_cases import Split, choose_unlabelled, find_labelled_cases
-from trainers.finetuning.schedule import FinetuneSchedule, make_schedule
+from trainers.finetuning.recipes import make_schedule, network_kind
+from trainers.finetuning.schedule import FinetuneSchedule
 from trainers.pretraining.pretrain import find_plan
 
 
 @dataclass(frozen=True)
 class CellKey:
-    """One cell of the matrix: which weights are fine-tuned, in which mode, on which labels and for how long."""
+    """One cell of the matrix: which weights are fine-tuned, in which mode, on which labels, for how long and how fast."""
 
     arm: str
     mode: str
     labels: int
     seed: int
     epochs: int
+    rate: float | None = None
+    """Highest learning rate; None for the default."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Study:
     labelled: tuple[str, ...]
     patients: dict[str, str]
     test: tuple[str, ...]
+    validation: tuple[str, ...]
+    """Cases that choose between learning rates; neither labelled, held out nor pretrained on. Empty if there is one rate."""
     orders: tuple[tuple[str, ...], ...]
     """Patients that may be labelled, for every seed in the order in which they are added."""
     arms: tuple[Arm, ...]
@@ -84,13 +88,11 @@ class Study:
         configuration = self.nnunet_configuration
         return build_network(configuration["architecture"], len(configuration["normalization_schemes"]), 2, seed=0)
 
-    def schedule(self, mode: str, epochs: int) -> FinetuneSchedule:
+    def schedule(self, cell: CellKey) -> FinetuneSchedule:
         """Return the schedule of a cell."""
-        own = self.settings
-        rate = None if mode == "linear" else own.learning_rate
-        optimizer = None if mode == "linear" else own.optimizer
-        transformer = self.nnunet_configuration["architecture"]["network_class_name"] == PRIMUS
-        return make_schedule(mode, epochs, own.iterations_per_epoch, None, rate, own.batch_size, optimizer, transformer)
+        kind = network_kind(self.nnunet_configuration["architecture"]["network_class_name"])
+        choices = self.settings.choices(cell.mode, cell.epochs, cell.rate)
+        return make_schedule(cell.mode, choices, kind, pretrained=cell.arm != SCRATCH)
 
     def steps(self, cell: CellKey) -> int:
         """Return the number of optimizer steps of a cell."""
@@ -100,7 +102,7 @@ class Study:
         """Return the cases that are trained on and those that are held out."""
         chosen = set(self.orders[seed][:labels])
         train = tuple(sorted(case for case in self.pool if self.patients[case] in chosen))
-        return Split(train, self.test, f"{len(train)}cases")
+        return Split(train, self.test, f"{len(train)}cases", self.validation)
 
     def unlabelled(self, split: Split) -> tuple[str, ...]:
         """Return the cases that a mean teacher sees without labels besides the training cases."""
@@ -108,8 +110,8 @@ class Study:
 
     @property
     def pool(self) -> tuple[str, ...]:
-        """Labelled cases of patients that are not held out."""
-        held_out = {self.patients[case] for case in self.test}
+        """Labelled cases of patients that are neither held out nor used for validation."""
+        held_out = {self.patients[case] for case in (*self.test, *self.validation)}
         return tuple(case for case in self.labelled if self.patients[case] not in held_out)
 
     def task(self, cell: CellKey) -> Task:
@@ -121,7 +123,7 @@ class Study:
             plan=self.adopted,
             configuration=self.configuration,
             split=split,
-            schedule=self.schedule(cell.mode, cell.epochs),
+            schedule=self.schedule(cell),
             seed=cell.seed,
             device=self.device,
             processes=self.processes,
@@ -161,13 +163,15 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
             check_plan(arm.checkpoint, plan, configuration)
     seen = find_seen(arms, pretrainings, plan, source, settings, folders)
     test = choose_test(settings, dataset, labelled, patients, seen)
-    orders = order_patients(settings, labelled, patients, test)
+    validation = choose_validation(settings, dataset, labelled, patients, test, seen)
+    orders = order_patients(settings, labelled, patients, (*test, *validation))
     cells = tuple(
-        CellKey(arm, mode, labels, seed, epochs)
+        CellKey(arm, mode, labels, seed, epochs, rate)
         for seed in range(settings.seeds)
         for labels in sorted(settings.labels)
         for mode in settings.modes
         for epochs in sorted(settings.epochs)
+        for rate in settings.rates(mode)
         for arm in (SCRATCH, *(arm.name for arm in arms))
     )
     return Study(
@@ -178,6 +182,7 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
         labelled=labelled,
         patients=patients,
         test=test,
+        validation=validation,
         orders=orders,
         arms=arms,
         pretrainings=pretrainings,

@@ -20,6 +20,7 @@ from nnssl import schema
 from nnssl.checkpoint import FINAL, LATEST
 from nnssl.files import content_digest
 from nnssl.log import logger, printed_output_to
+from nnssl.networks.backbone import planned_configuration
 from nnssl.paths import Folders
 from nnssl.study.table import SCRATCH
 from nnssl.version import __version__
@@ -31,6 +32,7 @@ from trainers.finetuning.labelled_cases import Split
 from trainers.finetuning.linear_probe import LinearProbeTrainer
 from trainers.finetuning.mean_teacher import MeanTeacherTrainer
 from trainers.finetuning.pretrained_weights import load_weights
+from trainers.finetuning.recipes import NetworkKind, network_kind
 from trainers.finetuning.result import FILE_NAME, SCHEMA_VERSION, ArmResult, read_dice, read_result
 from trainers.finetuning.schedule import FinetuneSchedule
 
@@ -45,7 +47,7 @@ TRAINERS: dict[str, type[FinetuneTrainer]] = {
 
 @dataclass(frozen=True)
 class Task:
-    """Data, plan and settings that all arms of one call share."""
+    """Data, plan and settings of an arm. The arms of one call differ in their schedules at most."""
 
     dataset_name: str
     dataset_json: dict[str, Any]
@@ -63,6 +65,12 @@ class Task:
     track: tuple[str, ...] = ()
     """Trackers that curves and pictures are written to; they are no part of what an arm is."""
 
+    @property
+    def network_kind(self) -> NetworkKind:
+        """Kind of the network that is trained."""
+        architecture = planned_configuration(self.plan.content, self.configuration)["architecture"]
+        return network_kind(architecture["network_class_name"])
+
 
 def arm_folder(task: Task, weights: OpenedCheckpoint | None, folders: Folders) -> Path:
     """Return the model folder of an arm, ``nnssl_<arm>_<cases>_seed<seed>_<digest>__<plan>__<configuration>``.
@@ -77,8 +85,9 @@ def arm_folder(task: Task, weights: OpenedCheckpoint | None, folders: Folders) -
         "configuration": task.configuration,
         "train": sorted(task.split.train),
         "test": sorted(task.split.test),
+        **({"validation": sorted(task.split.validation)} if task.split.validation else {}),
         "seed": task.seed,
-        "schedule": {key: value for key, value in asdict(task.schedule).items() if value not in (None, "sgd")},
+        "schedule": asdict(task.schedule),
         "mode": task.mode,
         **({"unlabelled": sorted(task.unlabelled)} if task.unlabelled else {}),
         **({"consistency": "labelled and unlabelled"} if task.mode == "mean_teacher" else {}),
@@ -92,7 +101,7 @@ def run_arm(task: Task, weights: OpenedCheckpoint | None, folders: Folders, rest
     """Train, predict and evaluate one arm, except for the steps that an earlier call finished.
 
     Args:
-        task: Data, plan and settings that the arms share.
+        task: Data, plan and settings.
         weights: Checkpoint that the arm starts from; None for random weights.
         folders: nnU-Net's folders.
         restart: Whether to delete this arm's folder first.
@@ -119,7 +128,7 @@ def run_arm(task: Task, weights: OpenedCheckpoint | None, folders: Folders, rest
             task.configuration,
             task.dataset_json,
             task.device,
-            _settings(task, folder),
+            _settings(task, folder, weights),
             resume,
             TRAINERS[task.mode],
         )
@@ -135,12 +144,13 @@ def run_arm(task: Task, weights: OpenedCheckpoint | None, folders: Folders, rest
     return result
 
 
-def _settings(task: Task, folder: Path) -> ArmSettings:
+def _settings(task: Task, folder: Path, weights: OpenedCheckpoint | None) -> ArmSettings:
     return ArmSettings(
+        pretrained=weights.own_provenance.pretrained if weights else (),
         schedule=task.schedule,
         seed=task.seed,
         train_cases=task.split.train,
-        test_cases=task.split.test,
+        test_cases=(*task.split.test, *task.split.validation),
         unlabelled_cases=task.unlabelled,
         unlabelled_folder=task.unlabelled_folder,
         model_folder=folder,
@@ -152,7 +162,8 @@ def _settings(task: Task, folder: Path) -> ArmSettings:
 
 def _result(task: Task, weights: OpenedCheckpoint | None, folder: Path, num_parameters: int) -> ArmResult:
     """Return the description of an arm and its Dice, which nnU-Net's evaluation computed."""
-    dice, mean_dice = read_dice(folder / "fold_0" / "validation" / "summary.json", task.dataset_json["labels"])
+    summary = folder / "fold_0" / "validation" / "summary.json"
+    dice, mean_dice = read_dice(summary, task.dataset_json["labels"], task.split.test)
     device = "" if task.device.type == "cuda" else f" -device {task.device.type}"
     return ArmResult(
         schema_version=SCHEMA_VERSION,
@@ -168,6 +179,7 @@ def _result(task: Task, weights: OpenedCheckpoint | None, folder: Path, num_para
         seed=task.seed,
         train_cases=task.split.train,
         test_cases=task.split.test,
+        validation_cases=task.split.validation,
         unlabelled_cases=task.unlabelled,
         num_parameters=num_parameters,
         dice=dice,

@@ -6,6 +6,7 @@ runs a single arm.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from nnssl.data.jobs import default_processes
@@ -18,13 +19,13 @@ from nnssl.networks.backbone import planned_configuration
 from nnssl.paths import Folders, use_folders
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint, open_checkpoint
 from planners.finetune_planner import AdoptedPlan, adopt_plan, with_pyramid_segmentation
-from planners.primus_rules import CLASS_NAME as PRIMUS
 from trainers.finetuning.adapted_weights import adapt_if_made_elsewhere
 from trainers.finetuning.arm import Task, run_arm
 from trainers.finetuning.held_out import without_held_out
 from trainers.finetuning.labelled_cases import Split, choose_unlabelled, find_labelled_cases, fold_split, split_cases
 from trainers.finetuning.labelled_data import prepare_data, prepare_unlabelled
 from trainers.finetuning.pretrained_weights import NEWEST, find_weights, log_weights
+from trainers.finetuning.recipes import network_kind
 from trainers.finetuning.result import ArmResult, comparison
 from trainers.finetuning.settings import FinetuneSettings, schedule_from
 from trainers.tracking import check_trackers
@@ -58,7 +59,7 @@ def finetune(
         ('pix2rep', 3, 5)
     """
     settings = settings or FinetuneSettings()
-    schedule_from(settings, transformer=False)  # reports a wrong number before any file is read
+    schedule_from(settings, "unet", pretrained=True)  # reports a wrong number before any file is read
     check_trackers(settings.track)
     if settings.unlabelled is not None and settings.mode != "mean_teacher":
         raise ArgumentError(
@@ -83,8 +84,10 @@ def _finetune(
     logger.info(f"{dataset_name}: {len(task.split.train)} training cases{also}, {len(task.split.test)} held-out cases")
     if settings.mode == "linear" and not origin.own_provenance.pretrains("decoder.stages."):
         logger.info("Note: these weights have no pretrained decoder, so the probe sees features of a random decoder")
-    arms: list[OpenedCheckpoint | None] = [origin, None] if settings.scratch else [origin]
-    return run_arms(task, arms, folders, settings.restart)
+    arms: list[tuple[Task, OpenedCheckpoint | None]] = [(task, origin)]
+    if settings.scratch:
+        arms.append((replace(task, schedule=schedule_from(settings, task.network_kind, pretrained=False)), None))
+    return run_arms(arms, folders, settings.restart)
 
 
 def _open_origin(weights: str | Path, dataset_name: str, folders: Folders, processes: int) -> OpenedCheckpoint:
@@ -123,7 +126,7 @@ def _make_task(
         plan=plan,
         configuration=configuration,
         split=split,
-        schedule=schedule_from(settings, transformer=network == PRIMUS),
+        schedule=schedule_from(settings, network_kind(network), pretrained=True),
         seed=settings.seed,
         device=find_device(settings.device),
         processes=processes,
@@ -150,19 +153,18 @@ def _plan_of_probe(plan: AdoptedPlan, configuration: str, origin: OpenedCheckpoi
     return wide
 
 
-def run_arms(task: Task, arms: Sequence[OpenedCheckpoint | None], folders: Folders, restart: bool) -> list[ArmResult]:
+def run_arms(arms: Sequence[tuple[Task, OpenedCheckpoint | None]], folders: Folders, restart: bool) -> list[ArmResult]:
     """Run every arm and log how their results compare.
 
     Args:
-        task: Data, plan and settings that the arms share.
-        arms: Checkpoint that each arm starts from; None for random weights.
+        arms: Data, plan and settings of each arm, and the checkpoint that it starts from; None for random weights.
         folders: nnU-Net's folders.
         restart: Whether to delete the folders of these arms first.
 
     Raises:
         UserError: If nnU-Net's loader rejects the weights.
     """
-    results = [run_arm(task, arm, folders, restart) for arm in arms]
+    results = [run_arm(task, weights, folders, restart) for task, weights in arms]
     for line in comparison(results):
         logger.info(line)
     return results

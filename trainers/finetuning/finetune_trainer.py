@@ -2,7 +2,8 @@
 
 Loss, augmentation, network, SGD, prediction and evaluation are nnU-Net's. The differences from ``nnUNetTrainer`` are:
 
-- The learning rate rises linearly before nnU-Net's polynomial decay (as in its ``nnUNetTrainer_warmup``).
+- The learning rate follows a recipe and changes at every step (``trainers.finetuning.schedule``); pretrained and new layers
+  can have rates of their own, and parts can be frozen (``trainers.finetuning.optimisation``).
 - A batch depends only on the seed and the step, not on worker processes or restarts, so that runs that are compared see
   the same batches.
 - CPUs use mixed precision as well (``trainers.precision``).
@@ -36,6 +37,13 @@ from nnssl.log import logger
 from nnssl.tables import points
 from trainers.finetuning.curves import class_names, curves_of
 from trainers.finetuning.keyed_batches import KeyedBatches, fix_transforms, global_seed
+from trainers.finetuning.optimisation import (
+    GRADIENT_NORM,
+    TRANSFORMER_GRADIENT_NORM,
+    StepSchedule,
+    choose_parameters,
+    make_optimizer,
+)
 from trainers.finetuning.schedule import FinetuneSchedule
 from trainers.pace import RunProgress
 from trainers.precision import FullPrecisionLoss, choose_precision, clip_and_step
@@ -43,8 +51,6 @@ from trainers.tracking import Tracking
 
 STOCK_TRAINER = "nnUNetTrainer"
 SETTINGS_KEY = "nnssl_finetune"
-GRADIENT_NORM = 12  # nnU-Net's
-TRANSFORMER_GRADIENT_NORM = 1  # from nnU-Net's Primus trainers, which use AdamW
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,8 @@ class ArmSettings:
     test_cases: tuple[str, ...]
     model_folder: Path
     """Folder of the model, which nnU-Net's commands accept with ``-m``."""
+    pretrained: tuple[str, ...] = ()
+    """Prefixes of the names of pretrained parameters; empty for random weights."""
     unlabelled_cases: tuple[str, ...] = ()
     """Cases whose images the mean teacher sees besides those of the training cases; empty in other modes."""
     unlabelled_folder: Path | None = None
@@ -71,31 +79,14 @@ class ArmSettings:
     """Trackers that curves and pictures are written to; the training does not depend on them."""
 
 
-def learning_rate(epoch: int, highest: float, epochs: int, warmup_epochs: int) -> float:
-    """Return the learning rate of an epoch: linear warm-up, then nnU-Net's polynomial decay.
-
-    Source: nnU-Net's ``Lin_incr_LRScheduler`` and ``PolyLRScheduler_offset``, exponent 0.9.
-    """
-    if epoch < warmup_epochs:
-        return highest * (epoch + 1) / warmup_epochs
-    return highest * (1 - (epoch - warmup_epochs) / (epochs - warmup_epochs)) ** 0.9
-
-
-class WarmupPolySchedule:
-    """Learning-rate schedule that is set at the start of each epoch. It has no state to restore."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer, highest: float, epochs: int, warmup_epochs: int):
-        self.optimizer = optimizer
-        self.rate = lambda epoch: learning_rate(epoch, highest, epochs, warmup_epochs)
-
-    def step(self, epoch: int) -> None:
-        """Set the learning rate of an epoch, counted from 0."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(epoch)
-
-
 class FinetuneTrainer(nnUNetTrainer):
-    """Trainer of nnU-Net for a labelled data set, made by ``make_trainer``."""
+    """Trainer of nnU-Net for a labelled data set, made by ``make_trainer``.
+
+    Attributes:
+        steps_done: Optimizer steps that were taken.
+    """
+
+    steps_done: int = 0
 
     def __init__(
         self,
@@ -156,17 +147,12 @@ class FinetuneTrainer(nnUNetTrainer):
             loss.weight_factors = (1.0,)  # nnU-Net ignores the lowest resolution, even if it is the only one
         return FullPrecisionLoss(loss)
 
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupPolySchedule]:
-        """Return the optimizer from the settings and the schedule with warm-up."""
-        optimizer, _ = super().configure_optimizers()
-        if self.settings.schedule.optimizer == "adam":
-            optimizer = torch.optim.Adam(self.network.parameters(), lr=self.initial_lr)
-        if self.settings.schedule.optimizer == "adamw":
-            parameters = self.network.parameters()
-            optimizer = torch.optim.AdamW(parameters, self.initial_lr, betas=(0.9, 0.98), weight_decay=5e-2)
-        return optimizer, WarmupPolySchedule(
-            optimizer, self.initial_lr, self.num_epochs, self.settings.schedule.warmup_epochs
-        )
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, StepSchedule]:
+        """Freeze what is not trained; return the optimizer of the schedule and its learning rates."""
+        schedule = self.settings.schedule
+        parameters = choose_parameters(self.bare_network, self.settings.pretrained, schedule.trained)
+        optimizer = make_optimizer(parameters, schedule, self.weight_decay)
+        return optimizer, StepSchedule(optimizer, schedule)
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """Return the training cases and the held-out cases from the settings."""
@@ -228,11 +214,13 @@ class FinetuneTrainer(nnUNetTrainer):
     def on_train_epoch_start(self) -> None:
         """Set the learning rate and seed the random draws of the network (dropout)."""
         torch.manual_seed(draw_seed(self.settings.seed, "finetune/epoch", self.current_epoch))
+        self.steps_done = self.current_epoch * self.num_iterations_per_epoch
         super().on_train_epoch_start()
 
     def train_step(self, batch: dict) -> dict:
         """Take one optimizer step on a batch and return its loss."""
         largest = TRANSFORMER_GRADIENT_NORM if self.settings.schedule.optimizer == "adamw" else GRADIENT_NORM
+        self.lr_scheduler.set_step(self.steps_done)
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), device=self.device)
         for loss in self.batch_losses(batch):
@@ -240,6 +228,7 @@ class FinetuneTrainer(nnUNetTrainer):
             (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
             total += loss.detach()
         clip_and_step(self.network.parameters(), self.optimizer, self.grad_scaler, largest)
+        self.steps_done += 1
         self.progress.step(total)
         return {"loss": total.cpu().numpy()}
 

@@ -26,6 +26,8 @@ class Split:
     test: tuple[str, ...]
     name: str
     """Short description of the choice for a folder name, such as ``5cases`` or ``fold0``."""
+    validation: tuple[str, ...] = ()
+    """Cases that are predicted like held-out ones but choose between arms; they do not count in the result."""
 
 
 def read_case_names(path: Path, labelled: Sequence[str]) -> tuple[str, ...]:

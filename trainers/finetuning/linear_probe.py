@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from nnssl.networks.pyramid import PyramidSegmentation
-from trainers.finetuning.finetune_trainer import FinetuneTrainer, WarmupPolySchedule
+from trainers.finetuning.finetune_trainer import FinetuneTrainer
+from trainers.finetuning.optimisation import StepSchedule, TrainedParameters, make_optimizer
 
 
 class LinearProbeTrainer(FinetuneTrainer):
@@ -26,7 +27,7 @@ class LinearProbeTrainer(FinetuneTrainer):
         self.enable_deep_supervision = False
         super().initialize()
 
-    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, WarmupPolySchedule]:
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, StepSchedule]:
         """Freeze all layers but the segmentation layer; return Adam for that layer and the schedule of fine-tuning."""
         self.network.requires_grad_(False)
         network: Any = self.bare_network
@@ -36,10 +37,8 @@ class LinearProbeTrainer(FinetuneTrainer):
             layer = list(network.decoder.seg_layers[-1].parameters())
         for parameter in layer:
             parameter.requires_grad_(True)
-        optimizer = torch.optim.Adam(layer, lr=self.initial_lr)
-        return optimizer, WarmupPolySchedule(
-            optimizer, self.initial_lr, self.num_epochs, self.settings.schedule.warmup_epochs
-        )
+        optimizer = make_optimizer(TrainedParameters((), tuple(layer)), self.settings.schedule, self.weight_decay)
+        return optimizer, StepSchedule(optimizer, self.settings.schedule)
 
     def on_train_epoch_start(self) -> None:
         """Set the learning rate and compute features as in prediction: without dropout and with stored statistics."""

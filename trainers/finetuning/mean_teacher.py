@@ -90,12 +90,6 @@ class MeanTeacherTrainer(FinetuneTrainer):
     network: nn.Module
     consistency = Consistency()
     teacher: nn.Module | None = None
-    steps_done = 0
-
-    @property
-    def total_steps(self) -> int:
-        """Number of optimizer steps in the whole run."""
-        return self.num_epochs * self.num_iterations_per_epoch
 
     def make_train_batches(self, loader: nnUNetDataLoader) -> Iterator[dict[str, Any]]:
         """Return the batches of fine-tuning, each with a batch of the same size, used without labels, under ``unlabelled``."""
@@ -122,7 +116,6 @@ class MeanTeacherTrainer(FinetuneTrainer):
     def on_train_start(self) -> None:
         """Make the teacher, a copy of the student, unless it was loaded from a checkpoint."""
         super().on_train_start()
-        self.steps_done = self.current_epoch * self.num_iterations_per_epoch
         if self.teacher is None:
             self._make_teacher()
 
@@ -137,10 +130,10 @@ class MeanTeacherTrainer(FinetuneTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """Take one optimizer step on both batches, then update the teacher."""
+        momentum = teacher_momentum(self.steps_done, self.consistency)
         result = super().train_step(batch)
         assert self.teacher is not None
-        update_teacher(self.bare_network, self.teacher, teacher_momentum(self.steps_done, self.consistency))
-        self.steps_done += 1
+        update_teacher(self.bare_network, self.teacher, momentum)
         return result
 
     def on_validation_epoch_start(self) -> None:
@@ -161,7 +154,7 @@ class MeanTeacherTrainer(FinetuneTrainer):
     def batch_losses(self, batch: dict) -> Iterator[Tensor]:
         """Yield nnU-Net's loss of the labelled patches, then the weighted consistency term of the unlabelled patches."""
         yield from super().batch_losses(batch)
-        weight = consistency_weight(self.steps_done, self.total_steps, self.consistency)
+        weight = consistency_weight(self.steps_done, self.settings.schedule.total_steps, self.consistency)
         yield weight * self.consistency_loss(batch["unlabelled"])
 
     def consistency_loss(self, volumes: Tensor) -> Tensor:

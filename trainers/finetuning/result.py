@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from nnssl import schema
 from nnssl.errors import ArgumentError, UserError
@@ -13,7 +13,7 @@ from nnssl.schema import STRICT
 from nnssl.tables import align, points, signed_points
 from trainers.finetuning.schedule import FinetuneSchedule
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 FILE_NAME = "finetune.json"
 
 
@@ -41,6 +41,8 @@ class ArmResult:
     seed: int
     train_cases: tuple[str, ...]
     test_cases: tuple[str, ...]
+    validation_cases: tuple[str, ...]
+    """Cases that were predicted to choose between arms; ``dice`` does not contain them."""
     unlabelled_cases: tuple[str, ...]
     """Cases whose images the mean teacher saw besides those of the training cases; empty in other modes."""
     num_parameters: int
@@ -65,27 +67,46 @@ def read_result(path: Path) -> ArmResult:
         raise ArgumentError(str(error), "restart") from error
 
 
-def read_dice(summary: Path, labels: Mapping[str, int | Sequence[int]]) -> tuple[dict[str, float | None], float | None]:
-    """Read the mean Dice of every class, and their mean, from nnU-Net's ``summary.json``.
+def read_dice(
+    summary: Path, labels: Mapping[str, int | Sequence[int]], cases: Sequence[str]
+) -> tuple[dict[str, float | None], float | None]:
+    """Read the mean Dice of every class over some cases, and their mean, from nnU-Net's ``summary.json``.
+
+    As in nnU-Net, a case counts for a class only if the class is in its reference or in the prediction.
 
     Args:
         summary: The file.
         labels: ``labels`` of ``dataset.json``: class names with their values, or with tuples of values for regions.
+        cases: Names of the cases that count.
 
     Returns:
-        Dice by class name, and its mean over the classes; None instead of NaN.
+        Dice by class name, and its mean over the classes; None for a class that is in no case, and for the mean with such a
+        class.
     """
-    content = read_json(summary, "evaluation of nnU-Net")
+    wanted = set(cases)
+    measured = [
+        case["metrics"]
+        for case in read_json(summary, "evaluation of nnU-Net")["metric_per_case"]
+        if Path(case["reference_file"]).name.partition(".")[0] in wanted
+    ]
     dice = {}
     for name, value in labels.items():
         key = str(value) if isinstance(value, int) else str(tuple(value))
-        if key in content["mean"]:  # nnU-Net evaluates neither the background nor the ignore label
-            dice[name] = _number(content["mean"][key]["Dice"])
-    return dice, _number(content["foreground_mean"]["Dice"])
+        found = [float(case[key]["Dice"]) for case in measured if key in case]
+        if found:  # nnU-Net evaluates neither the background nor the ignore label
+            dice[name] = _mean(found)
+    values = [value for value in dice.values() if value is not None]
+    return dice, sum(values) / len(values) if values and len(values) == len(dice) else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    """Return the mean of the values that are numbers; None if there are none."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else None
 
 
 def comparison(results: Sequence[ArmResult]) -> list[str]:
-    """Return the lines of a table with the Dice of all arms in points, and the gain over scratch if it was trained."""
+    """Return a table with the Dice of all arms in points and the gain over scratch, if trained, and a line per schedule."""
     first = results[0]
     scratch = next((result for result in results[1:] if result.weights is None), None)
     header = [f"Dice (points) on {len(first.test_cases)} held-out cases", *(result.arm for result in results)]
@@ -97,8 +118,18 @@ def comparison(results: Sequence[ArmResult]) -> list[str]:
             against = scratch.mean_dice if name is None else scratch.dice[name]
             row.append(signed_points(None if values[0] is None or against is None else values[0] - against))
         rows.append(row)
-    return align(rows)
+    return [*align(rows), *(f"{result.arm}: {describe_schedule(result.schedule)}" for result in results)]
 
 
-def _number(value: Any) -> float | None:
-    return None if value is None or math.isnan(value) else float(value)
+def describe_schedule(schedule: FinetuneSchedule) -> str:
+    """Return recipe, optimizer, highest rates and what was trained in one line."""
+    phases = {
+        "nnunet": "nnunet",
+        "warmup": f"warmup ({schedule.warmup_steps} steps)",
+        "sawtooth": f"sawtooth ({schedule.new_steps} steps of new layers alone, {schedule.warmup_steps} of warm-up)",
+    }[schedule.recipe]
+    rates = f"{schedule.learning_rate:g}"
+    if schedule.head_learning_rate != schedule.learning_rate:
+        rates += f", new layers {schedule.head_learning_rate:g}"
+    trained = "" if schedule.trained == "everything" else f"; trained: {schedule.trained}"
+    return f"{schedule.total_steps} steps, recipe {phases}, {schedule.optimizer} at {rates}{trained}"

@@ -1,96 +1,76 @@
-"""Modes of fine-tuning with their default hyper-parameters, and the schedule of a run."""
+"""The schedule of a fine-tuning, in optimizer steps: its learning rate at every step and what is trained.
+
+Sources: polynomial decay with exponent 0.9 and its rates, nnU-Net (Isensee et al., 2021); linear warm-up, nnU-Net's
+``nnUNetTrainer_warmup``; ``sawtooth``, Wald et al., "Revisiting MAE pre-training for 3D medical image segmentation", CVPR 2025,
+as in nnU-Net's ``PretrainedTrainer_sawtooth``.
+
+Deviations: nnU-Net changes the rate once per epoch, here it changes at every step; both agree at the first step of an epoch
+during the decay. The lengths of warm-up and first phase are shares of the run, so that a short run has the shape of a long one;
+for 150 and 1,000 epochs they are those of the sources. nnU-Net's ``sawtooth`` makes a new optimizer for each phase, here the
+momentum of the first phase is kept.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from nnssl.errors import ArgumentError
 from nnssl.schema import STRICT
 
 Optimizer = Literal["sgd", "adam", "adamw"]
+Recipe = Literal["nnunet", "warmup", "sawtooth"]
+"""``nnunet``: polynomial decay; ``warmup``: a linear rise first; ``sawtooth``: new layers alone with a rise and a decay of their
+own, then everything with a second rise and decay."""
+Trained = Literal["everything", "new", "decoder", "head"]
+"""What is trained of a pretrained network: everything, what was not pretrained, the decoder, or the segmentation layers."""
+DECAY_EXPONENT = 0.9
 
 
 @dataclass(frozen=True)
 class FinetuneSchedule:
-    """Length and optimizer of an arm's training, as written to ``finetune.json``."""
+    """Length, recipe and optimizer of an arm's training, as written to ``finetune.json``."""
 
     __pydantic_config__: ClassVar = STRICT
 
     epochs: int
     iterations_per_epoch: int
-    warmup_epochs: int
+    recipe: Recipe
+    warmup_steps: int
+    """Steps in which the rate of all layers rises; 0 for ``nnunet``."""
+    new_steps: int
+    """Steps of the first phase of ``sawtooth``, in which only new layers are trained; 0 for the other recipes."""
     learning_rate: float
-    """Highest learning rate, reached at the end of the warm-up."""
+    """Highest learning rate of pretrained layers, and of all layers if none is pretrained."""
+    head_learning_rate: float
+    """Highest learning rate of layers that were not pretrained."""
     batch_size: int | None
     """Patches per step; None for the batch size of the plan."""
     optimizer: Optimizer
     """nnU-Net's SGD, Adam without weight decay, or AdamW as in nnU-Net's training of Primus. A linear probe uses Adam."""
+    trained: Trained = "everything"
+
+    @property
+    def total_steps(self) -> int:
+        """Number of optimizer steps of the run."""
+        return self.epochs * self.iterations_per_epoch
 
 
-@dataclass(frozen=True)
-class Mode:
-    """Default hyper-parameters of a mode of fine-tuning."""
+def rate_share(step: int, schedule: FinetuneSchedule) -> float:
+    """Return the learning rate at a step as a share of the highest one.
 
-    learning_rate: float
-    optimizers: tuple[Optimizer, ...]
-    """Supported optimizers; the first is the default."""
+    A rise over n steps has the shares 1/n, 2/n, ..., 1. A decay over n steps has ``(1 - i / n) ** 0.9`` at its step i, from 0.
 
-
-MODES = {
-    "finetune": Mode(0.01, ("sgd", "adam", "adamw")),  # nnU-Net
-    "linear": Mode(0.01, ("adam",)),  # Pix2Rep
-    "mean_teacher": Mode(0.01, ("sgd", "adam", "adamw")),  # nnU-Net and UA-MT
-}
-ADAMW_RATE = 3e-4
-"""Learning rate of nnU-Net's Primus trainers. Primus learns little with SGD."""
-
-
-def check_mode(mode: str) -> None:
-    """Check that a mode exists.
-
-    Raises:
-        ArgumentError: If it does not.
+    Args:
+        step: Number of steps that were taken before, from 0.
+        schedule: The schedule.
     """
-    if mode not in MODES:
-        raise ArgumentError(f"mode must be one of {', '.join(MODES)}, got {mode}", "mode")
+    rise = schedule.new_steps // 2
+    if step < schedule.new_steps:
+        return (step + 1) / rise if step < rise else _decay(step - rise, schedule.new_steps - rise)
+    step -= schedule.new_steps
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    first = schedule.new_steps + schedule.warmup_steps
+    return _decay(step - schedule.warmup_steps, schedule.total_steps - first)
 
 
-def make_schedule(
-    mode: str,
-    epochs: int,
-    iterations: int,
-    warmup: int | None,
-    learning_rate: float | None,
-    batch_size: int | None,
-    optimizer: Optimizer | None,
-    transformer: bool = False,
-) -> FinetuneSchedule:
-    """Return the schedule of a mode. None stands for the default of the mode, or of Primus if the network is a transformer.
-
-    Raises:
-        ArgumentError: If a number is out of range or the mode does not support the optimizer.
-    """
-    if transformer and optimizer is None and "adamw" in MODES[mode].optimizers:
-        optimizer = "adamw"
-    optimizer = optimizer or MODES[mode].optimizers[0]
-    if learning_rate is None:
-        learning_rate = ADAMW_RATE if optimizer == "adamw" else MODES[mode].learning_rate
-    if optimizer not in MODES[mode].optimizers:
-        known = " or ".join(MODES[mode].optimizers)
-        raise ArgumentError(f"optimizer must be {known} in mode {mode}, got {optimizer}", "optimizer", "mode")
-    warmup = epochs // 20 if warmup is None else warmup
-    if not 0 <= warmup < max(1, epochs):
-        raise ArgumentError(
-            f"warmup_epochs must be between 0 and {epochs - 1} with {epochs} epochs, got {warmup}", "warmup_epochs"
-        )
-    _check_at_least_1(epochs=epochs, iterations_per_epoch=iterations)
-    if learning_rate <= 0:
-        raise ArgumentError(f"learning_rate must be above 0, got {learning_rate:g}", "learning_rate")
-    if batch_size is not None:
-        _check_at_least_1(batch_size=batch_size)
-    return FinetuneSchedule(epochs, iterations, warmup, learning_rate, batch_size, optimizer)
-
-
-def _check_at_least_1(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ArgumentError(f"{name} must be at least 1, got {value}", name)
+def _decay(step: int, steps: int) -> float:
+    return max(0.0, 1 - step / steps) ** DECAY_EXPONENT

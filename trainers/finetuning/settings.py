@@ -1,12 +1,13 @@
 """Settings of a fine-tuning."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
-from trainers.finetuning.schedule import FinetuneSchedule, Optimizer, check_mode, make_schedule
+from trainers.finetuning.recipes import Choices, NetworkKind, make_schedule
+from trainers.finetuning.schedule import FinetuneSchedule, Optimizer, Recipe, Trained
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,19 @@ class FinetuneSettings:
         seed: Random seed for the label subset, random weights and batches.
         epochs: Total number of epochs, warm-up included; the default is nnU-Net's.
         iterations_per_epoch: Optimizer steps per epoch.
-        warmup_epochs: Epochs with a rising learning rate; None for one in twenty.
-        learning_rate: Highest learning rate; None for the mode's: 0.01 in each, or 3e-4 with AdamW.
+        recipe: How the learning rate of the pretrained arm changes and which layers are trained first: ``"nnunet"``,
+            ``"warmup"`` or ``"sawtooth"``. None for ``"warmup"``.
+        scratch_recipe: The same of the arm with random weights.
+        warmup: Length of the warm-up: a share of the run if below 1, else a number of steps. None for a tenth, but at most
+            12,500 steps.
+        learning_rate: Highest learning rate of both arms; None for the default of optimizer, network and start
+            (``trainers.finetuning.recipes``).
+        head_learning_rate: Highest learning rate of layers that were not pretrained; None for ``learning_rate``.
         batch_size: Patches per step; None for the plan's.
-        optimizer: ``"sgd"`` as in nnU-Net, ``"adam"``, which needs fewer steps and another learning rate, or ``"adamw"``, as
-            in nnU-Net's training of Primus. None for the default: Adam for ``"linear"``, AdamW for Primus, else SGD.
+        optimizer: ``"sgd"`` as in nnU-Net, ``"adam"``, which needs fewer steps, or ``"adamw"``, as in nnU-Net's training of
+            Primus. None for the default: Adam for ``"linear"`` and hybrid networks, AdamW for Primus, else SGD.
+        trained: What is trained of pretrained weights: ``"everything"``, ``"new"`` (what was not pretrained), ``"decoder"`` or
+            ``"head"`` (the segmentation layers). From random weights, everything is trained.
         device: Device to compute on; None for a GPU if one is available, else the CPU.
         processes: Worker processes for preprocessing and evaluation; None for one per core, at most 8.
         plans_name: Name of the plan in the data set's folder; None to choose one.
@@ -49,10 +58,14 @@ class FinetuneSettings:
     seed: int = 0
     epochs: int = 1000
     iterations_per_epoch: int = 250
-    warmup_epochs: int | None = None
+    recipe: Recipe | None = None
+    scratch_recipe: Recipe = "nnunet"
+    warmup: float | None = None
     learning_rate: float | None = None
+    head_learning_rate: float | None = None
     batch_size: int | None = None
     optimizer: Optimizer | None = None
+    trained: Trained = "everything"
     device: torch.device | str | None = None
     processes: int | None = None
     plans_name: str | None = None
@@ -62,24 +75,16 @@ class FinetuneSettings:
     track: Sequence[str] = ()
 
 
-def schedule_from(settings: FinetuneSettings, transformer: bool) -> FinetuneSchedule:
-    """Return the schedule of a fine-tuning, with the defaults of its mode and network.
+def schedule_from(settings: FinetuneSettings, kind: NetworkKind, pretrained: bool) -> FinetuneSchedule:
+    """Return the schedule of an arm, with the defaults of mode, network and start.
 
     Args:
         settings: How to fine-tune.
-        transformer: Whether the network is Primus, which has other defaults.
+        kind: Kind of the network.
+        pretrained: Whether the arm starts from pretrained weights.
 
     Raises:
-        ArgumentError: If the mode is unknown, a number is out of range, or the mode does not support the optimizer.
+        ArgumentError: If the mode is unknown, a number is out of range, or mode, optimizer and recipe do not fit.
     """
-    check_mode(settings.mode)
-    return make_schedule(
-        settings.mode,
-        settings.epochs,
-        settings.iterations_per_epoch,
-        settings.warmup_epochs,
-        settings.learning_rate,
-        settings.batch_size,
-        settings.optimizer,
-        transformer,
-    )
+    choices = Choices(**{each.name: getattr(settings, each.name) for each in fields(Choices)})
+    return make_schedule(settings.mode, choices, kind, pretrained)

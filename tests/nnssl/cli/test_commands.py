@@ -58,13 +58,17 @@ def test_a_flag_is_read_alike_in_every_command(flag):
 
 def test_words_of_the_help_are_those_of_the_code():
     from nnssl.plan import PLANS_NAME
-    from trainers.finetuning.schedule import MODES, Optimizer
+    from trainers.finetuning.recipes import LENGTHS, MODES
+    from trainers.finetuning.schedule import Optimizer, Recipe, Trained
     from trainers.tracking import TRACKERS
 
     assert tuple(TRACKERS) == command.TRACKERS
     assert command.PLANS_NAME == PLANS_NAME
     assert tuple(MODES) == command.MODES
     assert get_args(Optimizer) == command.OPTIMIZERS
+    assert get_args(Recipe) == command.RECIPES
+    assert get_args(Trained) == command.TRAINED
+    assert command.LENGTHS == LENGTHS
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -50,7 +50,7 @@ CUDA = [] if torch.cuda.is_available() else [("nnssl_demo", ["--device", "cuda"]
         ("nnssl_evaluate", ["--classify", "a.csv", "--patches", "0"], "--patches"),
         # by the library
         ("nnssl_evaluate", ["--classify", "a.csv", "-w", "a.pth", "--folds", "2"], "--folds"),
-        ("nnssl_finetune", ["-d", "4", "--warmup-epochs", "1000"], "--warmup-epochs"),
+        ("nnssl_finetune", ["-d", "4", "--warmup", "250000"], "--warmup"),
         ("nnssl_finetune", ["-d", "4", "--mode", "linear", "--optimizer", "sgd"], "--optimizer"),
         *CUDA,
     ],

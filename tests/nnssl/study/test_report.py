@@ -23,7 +23,7 @@ from nnssl.study.report import (
     results_csv,
     write_report,
 )
-from nnssl.study.table import SCRATCH, Cell, Gain, Interval, Rise, Row, StudyTable
+from nnssl.study.table import SCRATCH, Cell, Gain, Interval, RateChoice, Rise, Row, StudyTable
 from nnssl.study.words import summarise
 
 VOID = {"meta", "link", "br", "img", "wbr", "hr"}
@@ -138,6 +138,7 @@ def make_report(table=FULL, **changes):
         dataset_name="Dataset004_Hippocampus",
         source_name="Dataset501_Unlabelled",
         table=table,
+        rates=(RateChoice(ARM, "finetune", 5, 150, {0.01: 0.4512, 0.001: 0.4711}),),
         pictures=(Picture(make_png(900), "scratch beside the reference", "case_7, z = 4"),),
         method_pictures={ARM: (Picture(make_png(), "matches of two views", "matches"),)},
         curves=(
@@ -153,7 +154,9 @@ def make_report(table=FULL, **changes):
 
 
 def empty_report(table):
-    return make_report(table, pictures=(), method_pictures={}, curves=(), decisions=(), facts={}, commands=(), notes=())
+    return make_report(
+        table, rates=(), pictures=(), method_pictures={}, curves=(), decisions=(), facts={}, commands=(), notes=()
+    )
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from tests.trainers.phantom_study import LABELLED
 from trainers.benchmark import run as run_module
 from trainers.benchmark.arms import make_weights
 from trainers.benchmark.cells import StudyCells
+from trainers.benchmark.rates import choose_rates
 from trainers.benchmark.run import Part, describe_matrix, parse_part, run_cells, run_study
 from trainers.finetuning.arm import arm_folder
 from trainers.finetuning.result import FILE_NAME
@@ -101,6 +102,32 @@ def test_the_command_from_nothing_to_the_report(finished, capsys):
 
 class Killed(BaseException):
     """Stands for a signal."""
+
+
+def test_every_arm_is_reported_with_the_rate_that_is_best_on_validation_patients(
+    folders, pretend, monkeypatch, tmp_path
+):
+    """The rate that wins on the held-out cases loses on the validation cases, and is not the one that is reported."""
+    study = prepare(folders, learning_rates=(0.01, 0.001), validation_patients=1, labels=(1,), epochs=(1,))
+    cells = StudyCells(study)
+    rate_of = {cells.folder(cell).name: cell.rate for cell in study.cells if cells.has_weights(cell.arm)}
+
+    def evaluate(predictions, references, labels, tolerance_mm, ignore, processes, cases):
+        high = rate_of[Path(predictions).parent.parent.name] == 0.01
+        dice = 0.4 if high == (set(cases) == set(study.validation)) else 0.3
+        return [CaseMetrics(case, label, dice, 0.5, 3.0, 1.0, 1.0) for case in cases for label in LABELS]
+
+    monkeypatch.setattr(run_module, "evaluate_folders", evaluate)
+    own = [cell for cell in study.cells if cells.has_weights(cell.arm)]
+    run_cells(cells, tmp_path, Part())
+    assert {(choice.arm, choice.chosen) for choice in choose_rates(cells)} == {(cell.arm, 0.01) for cell in own}
+    assert choose_rates(cells)[0].dice == pytest.approx({0.01: 0.4, 0.001: 0.3})
+    assert {cell.rate for cell in cells.reported()} == {0.01}
+    assert {entry.dice for cell in cells.finished() for entry in cell.metrics} == {0.3}
+    assert {entry.case for cell in cells.finished() for entry in cell.metrics} == set(study.test)
+    # with a cell missing, the choice is open and the arm is not reported
+    cells.metrics_path(own[0]).unlink()
+    assert own[0].arm not in {choice.arm for choice in choose_rates(cells)} | {cell.arm for cell in cells.reported()}
 
 
 @pytest.fixture

@@ -92,9 +92,51 @@ def test_matrix_and_nested_subsets(folders):
     assert prepare(folders, modes=("linear",), seeds=1).test == study.test  # the same whatever is compared
 
 
-def test_linear_probe_keeps_its_own_rate(folders):
-    study = prepare(folders, modes=("finetune", "linear"), learning_rate=0.003, optimizer="adam")
-    assert (study.schedule("finetune", 2).learning_rate, study.schedule("linear", 2).learning_rate) == (0.003, 0.01)
+def test_schedules_of_arms_and_modes(folders):
+    """A given rate is that of both arms, a recipe that of the pretrained one; a linear probe keeps its own."""
+    study = prepare(folders, modes=("finetune", "linear"), learning_rates=(0.003,), optimizer="adam", recipe="sawtooth")
+    found = {(cell.arm == "scratch", cell.mode): study.schedule(cell) for cell in study.cells}
+    assert {key: (own.recipe, own.learning_rate) for key, own in found.items()} == {
+        (True, "finetune"): ("nnunet", 0.003),
+        (False, "finetune"): ("sawtooth", 0.003),
+        (True, "linear"): ("nnunet", 0.01),
+        (False, "linear"): ("nnunet", 0.01),
+    }
+
+
+def test_validation_patients_are_neither_labelled_nor_held_out(folders, tmp_path):
+    study = prepare(
+        folders, learning_rates=(0.01, 0.001), validation_patients=2, modes=("mean_teacher",), labels=(1, 3)
+    )
+    assert len(study.validation) == 2
+    assert len(study.cells) == 2 * 2 * 2 * 2 * 2  # arms, labels, seeds, lengths, rates
+    for cell in study.cells:
+        task = study.task(cell)
+        assert task.split.validation == study.validation
+        assert not {*task.split.train, *task.unlabelled, *study.test} & {*study.validation}
+        assert task.schedule.learning_rate == cell.rate
+    with pytest.raises(UserError, match="labels must be at most 4"):
+        prepare(folders, learning_rates=(0.01, 0.001), validation_patients=2, labels=(5,))
+    (tmp_path / "list.txt").write_text(study.test[0])
+    with pytest.raises(UserError, match="validation_cases must be of other patients than the held-out cases"):
+        prepare(folders, learning_rates=(0.01, 0.001), validation_cases=tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text(study.validation[0])
+    named = prepare(folders, learning_rates=(0.01, 0.001), validation_cases=tmp_path / "list.txt")
+    assert named.validation == study.validation[:1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"learning_rates": (0.01, 0.001)}, "learning_rates needs patients to choose between 2 values"),
+        ({"learning_rates": (0.01, 0.01), "validation_patients": 1}, "must be different values above 0"),
+        ({"validation_patients": 1}, "are for choosing between several learning_rates"),
+        ({"learning_rates": (0.01, 0.001), "validation_patients": 20}, "validation_patients must be at most 6"),
+    ],
+)
+def test_rates_that_cannot_be_chosen(folders, given, message):
+    with pytest.raises(UserError, match=message):
+        prepare(folders, **given)
 
 
 def test_other_scans_of_a_held_out_patient_are_not_used(folders, tmp_path):

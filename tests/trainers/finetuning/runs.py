@@ -29,7 +29,7 @@ from trainers.finetuning.settings import FinetuneSettings
 DATASET = "Dataset004_Phantoms"
 CASES = tuple(f"phantom_{number:04d}" for number in range(6))
 TEST_CASES = (CASES[5], CASES[1])
-SCHEDULE = {"epochs": 2, "iterations_per_epoch": 2, "warmup_epochs": 1, "learning_rate": 0.01}
+SCHEDULE = {"epochs": 2, "iterations_per_epoch": 2, "warmup": 2, "learning_rate": 0.01}
 CPU = torch.device("cpu")
 
 
@@ -81,8 +81,12 @@ def make_settings(folder: Path, **changes) -> ArmSettings:
         "validation_iterations": 1,
         **changes,
     }
-    schedule = {"batch_size": None, "optimizer": "sgd", **SCHEDULE}
+    schedule = {
+        "epochs": 2, "iterations_per_epoch": 2, "recipe": "warmup", "warmup_steps": 2, "new_steps": 0,
+        "learning_rate": 0.01, "head_learning_rate": None, "batch_size": None, "optimizer": "sgd", "trained": "everything",
+    }  # fmt: skip
     schedule |= {key: values.pop(key) for key in schedule if key in values}
+    schedule["head_learning_rate"] = schedule["head_learning_rate"] or schedule["learning_rate"]
     return ArmSettings(FinetuneSchedule(**schedule), **values)
 
 

@@ -1,5 +1,8 @@
 # ruff: noqa: NPY002 (the global random state is what is tested)
 import copy
+import dataclasses
+import json
+import math
 import os
 import subprocess
 import sys
@@ -31,13 +34,13 @@ from tests.trainers.tiny_plan import PATCH_SIZE, tiny_plan, write_weights
 from trainers.finetuning import arm as finetune_arm
 from trainers.finetuning import finetune as finetune_run
 from trainers.finetuning.finetune import finetune
-from trainers.finetuning.finetune_trainer import FinetuneTrainer, WarmupPolySchedule, learning_rate
+from trainers.finetuning.finetune_trainer import FinetuneTrainer
 from trainers.finetuning.keyed_batches import KeyedBatches, fix_transforms
 from trainers.finetuning.labelled_cases import Split, find_labelled_cases, fold_split, label_order, split_cases
 from trainers.finetuning.labelled_data import is_preprocessed
 from trainers.finetuning.pretrained_weights import load_weights, open_weights
+from trainers.finetuning.recipes import Choices, make_schedule
 from trainers.finetuning.result import comparison, read_dice, read_result
-from trainers.finetuning.schedule import FinetuneSchedule, make_schedule
 from trainers.finetuning.settings import FinetuneSettings
 
 # which cases
@@ -122,31 +125,24 @@ def test_images_without_labels_are_named(nnunet_folders):
 # schedule
 
 
-def test_learning_rate_is_nnunets_warmup_and_polynomial_decay():
-    from nnunetv2.training.lr_scheduler.warmup import Lin_incr_LRScheduler, PolyLRScheduler_offset
-
-    epochs, warmup = 13, 4
-    ours = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    theirs = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-    schedule = WarmupPolySchedule(ours, 0.02, epochs, warmup)
-    rising = Lin_incr_LRScheduler(theirs, 0.02, warmup)
-    falling = PolyLRScheduler_offset(theirs, 0.02, epochs, warmup)
-    for epoch in range(epochs):
-        schedule.step(epoch)
-        (rising if epoch < warmup else falling).step(epoch)
-        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-12)
-    assert learning_rate(0, 0.02, epochs, 0) == 0.02
-
-
 def test_both_arms_followed_the_schedule(run):
     for arm in (0, 1):
         logged = torch.load(run.fold(arm) / "checkpoint_final.pth", weights_only=True)["logging"]
-        assert logged["lrs"] == pytest.approx([0.01, 0.01])  # the only warm-up epoch is the peak; then (1 - 0)^0.9
+        # nnU-Net logs the rate of an epoch's first step: half of a warm-up of two steps, then its end; scratch decays at once
+        assert logged["lrs"] == pytest.approx([[0.005, 0.01], [0.01, 0.01 * 0.5**0.9]][arm])
         assert len(logged["train_losses"]) == 2
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"epochs": 0}, {"epochs": 3, "warmup_epochs": 3}, {"iterations_per_epoch": 0}, {"learning_rate": 0.0}]
+    "wrong",
+    [
+        {"epochs": 0},
+        {"epochs": 3, "warmup": 6},
+        {"warmup": 2.5},
+        {"recipe": "nnunet", "warmup": 2},
+        {"iterations_per_epoch": 0},
+        {"learning_rate": 0.0},
+    ],
 )
 def test_schedules_that_cannot_be_are_refused(run, wrong):
     with pytest.raises(UserError):
@@ -380,8 +376,10 @@ def test_another_seed_schedule_or_case_list_gets_a_folder_of_its_own(run, monkey
 def test_the_arms_share_everything_but_the_weights(run):
     pretrained, scratch = run.results
     assert (pretrained.arm, scratch.arm) == ("rep-rec", "scratch")
-    for field in ("train_cases", "test_cases", "seed", "schedule", "num_parameters", "plans_name", "configuration"):
+    for field in ("train_cases", "test_cases", "seed", "num_parameters", "plans_name", "configuration"):
         assert getattr(pretrained, field) == getattr(scratch, field)
+    recipe = {"recipe": "nnunet", "warmup_steps": 0}  # the only parts of the schedule that an arm has of its own here
+    assert dataclasses.replace(pretrained.schedule, **recipe) == scratch.schedule
     assert pretrained.train_cases == tuple(sorted(label_order(sorted(set(CASES) - set(TEST_CASES)), 3)[:3]))
     assert pretrained.test_cases == tuple(sorted(TEST_CASES))
     assert pretrained.weights == str(run.weights)
@@ -435,7 +433,7 @@ def test_arms_keep_the_names_of_their_folders(tmp_path):
         plan=AdoptedPlan("nnsslPlans", tmp_path, {"plans_name": "nnsslPlans"}),
         configuration="2d",
         split=Split(("b", "a"), ("c",), "2cases"),
-        schedule=FinetuneSchedule(10, 5, 1, 0.01, None, "sgd"),
+        schedule=make_schedule("finetune", Choices(10, 5)),
         seed=3,
         device=CPU,
         processes=1,
@@ -443,15 +441,15 @@ def test_arms_keep_the_names_of_their_folders(tmp_path):
         unlabelled=(),
     )
     folder = finetune_arm.arm_folder(task, None, resolve_folders())
-    assert folder.name == "nnssl_scratch_2cases_seed3_c18d9a91__nnsslPlans__2d"
+    assert folder.name == "nnssl_scratch_2cases_seed3_7db7b81b__nnsslPlans__2d"
 
 
 def test_a_damaged_result_is_rejected(run, tmp_path):
     content = read_json(Path(run.results[0].model_folder, "finetune.json"), "result")
-    for wrong in ({**content, "schema_version": 1}, {**content, "schema_version": 3}, {**content, "schedule": 1}):
+    for wrong in ({**content, "schema_version": 1}, {**content, "schema_version": 4}, {**content, "schedule": 1}):
         write_json(tmp_path / "finetune.json", wrong)
         with pytest.raises(
-            ArgumentError, match="finetune.json: schedule|finetune.json: schema_version must be 2, got [13]"
+            ArgumentError, match="finetune.json: schedule|finetune.json: schema_version must be 3, got [14]"
         ) as raised:
             read_result(tmp_path / "finetune.json")
         assert raised.value.with_flags({"restart": "--restart"}).endswith("; fine-tune again with --restart")
@@ -467,11 +465,28 @@ def test_nothing_else_is_left_in_the_results_folder(run):
 
 
 def test_regions_and_absent_classes_are_read_by_name(tmp_path):
-    (tmp_path / "summary.json").write_text(
-        '{"mean": {"(1, 2)": {"Dice": 0.25}, "3": {"Dice": NaN}}, "foreground_mean": {"Dice": NaN}}'
-    )
+    cases = [
+        {"reference_file": f"/gt/{name}.nii.gz", "metrics": {"(1, 2)": {"Dice": whole}, "3": {"Dice": core}}}
+        for name, whole, core in (("a", 0.25, math.nan), ("b", 0.75, math.nan), ("c", 0.5, 0.5))
+    ]
+    (tmp_path / "summary.json").write_text(json.dumps({"metric_per_case": cases}))
     labels = {"background": 0, "whole": [1, 2], "core": 3, "ignore": 4}
-    assert read_dice(tmp_path / "summary.json", labels) == ({"whole": 0.25, "core": None}, None)
+    assert read_dice(tmp_path / "summary.json", labels, ["a", "b"]) == ({"whole": 0.5, "core": None}, None)
+    assert read_dice(tmp_path / "summary.json", labels, ["c", "a"]) == ({"whole": 0.375, "core": 0.5}, 0.4375)
+
+
+def test_dice_is_that_of_nnunets_summary(run):
+    """Over all held-out cases, the numbers are those that nnU-Net wrote."""
+    summary = run.fold(0) / "validation" / "summary.json"
+    written, labels = (
+        read_json(summary, "summary"),
+        read_json(run.fold(0).parent / "dataset.json", "dataset.json")["labels"],
+    )
+    dice, mean = read_dice(summary, labels, TEST_CASES)
+    for name, value in dice.items():
+        expected = written["mean"][str(labels[name])]["Dice"]
+        assert value == pytest.approx(expected) if value is not None else math.isnan(expected)
+    assert mean == pytest.approx(written["foreground_mean"]["Dice"]) if mean is not None else True
 
 
 def test_gain_is_against_scratch_and_absent_values_stay_open(run):
@@ -480,12 +495,16 @@ def test_gain_is_against_scratch_and_absent_values_stay_open(run):
     first = replace(run.results[0], dice={"a": 0.75, "b": None}, mean_dice=0.75)
     second = replace(run.results[1], dice={"a": 0.5, "b": 0.25}, mean_dice=0.375)
     rows = [line.split() for line in comparison([first, second])][1:]
-    assert rows == [
+    assert rows[:3] == [
         ["a", "75.0", "50.0", "+25.0"],
         ["b", "-", "25.0", "-"],
         ["mean", "75.0", "37.5", "+37.5"],
     ]
     assert [line.split() for line in comparison([first])][1] == ["a", "75.0"]
+    assert [" ".join(row) for row in rows[3:]] == [
+        "rep-rec: 4 steps, recipe warmup (2 steps), sgd at 0.01",
+        "scratch: 4 steps, recipe nnunet, sgd at 0.01",
+    ]
 
 
 def test_a_preprocessed_case_that_is_not_complete_is_seen(run, tmp_path):
@@ -520,8 +539,10 @@ def test_the_command_shows_a_finished_run(run, capsys):
     options += [
         "--iterations-per-epoch",
         "2",
-        "--warmup-epochs",
-        "1",
+        "--warmup",
+        "2",
+        "--learning-rate",
+        "0.01",
         "--scratch",
         "--device",
         "cpu",
@@ -545,21 +566,6 @@ def test_help_imports_nothing_heavy():
     assert result.stderr.strip() == "[]"
 
 
-def test_primus_is_trained_by_nnunet_s_recipe_unless_told_otherwise():
-    """AdamW at 3e-4 in the modes that train all weights; what a user gives wins, and other networks keep theirs."""
-
-    def chosen(mode, transformer, rate=None, optimizer=None):
-        schedule = make_schedule(mode, 10, 5, None, rate, None, optimizer, transformer)
-        return schedule.optimizer, schedule.learning_rate
-
-    assert chosen("finetune", True) == chosen("mean_teacher", True) == ("adamw", 3e-4)
-    assert chosen("finetune", True, rate=0.001) == ("adamw", 0.001)
-    assert chosen("finetune", True, optimizer="sgd") == ("sgd", 0.01)
-    assert chosen("finetune", False, optimizer="adamw") == ("adamw", 3e-4)
-    assert chosen("finetune", False) == ("sgd", 0.01)
-    assert chosen("linear", True) == ("adam", 0.01)
-
-
 def test_the_network_is_found_where_a_configuration_inherits_it():
     plan = tiny_plan()
     plan["configurations"]["larger"] = {"inherits_from": "3d_fullres", "batch_size": 3}
@@ -581,10 +587,8 @@ def test_adamw_by_hand(run, tmp_path, monkeypatch):
         trainer.run_training()
     assert limits == [1] * len(batches)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1.0, betas=(0.9, 0.98), weight_decay=0.05)
-    epochs, warmup = trainer.num_epochs, trainer.settings.schedule.warmup_epochs
     for step, batch in enumerate(batches):
-        rate = learning_rate(step // trainer.num_iterations_per_epoch, 3e-4, epochs, warmup)
-        optimizer.param_groups[0]["lr"] = rate
+        optimizer.param_groups[0]["lr"] = 3e-4 * [0.5, 1, 1, 0.5**0.9][step]
         optimizer.zero_grad()
         trainer.loss(network(batch["data"]), batch["target"]).backward()
         clip(network.parameters(), 1)

@@ -20,7 +20,6 @@ from tests.trainers.finetuning.runs import (
 )
 from tests.trainers.tiny_plan import tiny_plan, write_weights
 from trainers.finetuning.finetune import finetune
-from trainers.finetuning.finetune_trainer import learning_rate
 from trainers.finetuning.linear_probe import LinearProbeTrainer
 from trainers.finetuning.pretrained_weights import load_weights
 from trainers.finetuning.result import read_result
@@ -37,7 +36,7 @@ def exact(monkeypatch):
 
 
 def probe_of(run, folder, **changes):
-    return trainer_of(run, folder, trainer_class=LinearProbeTrainer, **changes)
+    return trainer_of(run, folder, trainer_class=LinearProbeTrainer, optimizer="adam", **changes)
 
 
 def test_only_the_last_segmentation_layer_changes(run, tmp_path):
@@ -75,7 +74,7 @@ def test_features_are_those_of_prediction_and_have_no_graph(run, tmp_path):
 
 def test_linear_probe_is_adam_on_a_linear_layer(run, tmp_path):
     """One epoch by hand: the same layer on the same features, with a fresh Adam at the schedule's learning rates."""
-    trainer = trainer_of(run, tmp_path / "model", trainer_class=LinearProbeTrainer)
+    trainer = probe_of(run, tmp_path / "model")
     load_weights(trainer, weights_of(run))
     batches = list(copy.copy(trainer).get_dataloaders()[0])
     network = copy.deepcopy(trainer.network)
@@ -87,7 +86,7 @@ def test_linear_probe_is_adam_on_a_linear_layer(run, tmp_path):
     for step, batch in enumerate(batches):
         network(batch["data"])
         loss = trainer.loss(layer(features["last"]), batch["target"])
-        optimizer.param_groups[0]["lr"] = learning_rate(step // 2, 0.01, 2, 1)
+        optimizer.param_groups[0]["lr"] = 0.01 * [0.5, 1, 1, 0.5**0.9][step]
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(layer.parameters(), 12)
@@ -112,7 +111,7 @@ def test_a_killed_probe_goes_on_and_ends_with_the_same_weights(run, tmp_path):
 def test_from_the_command_to_what_stock_nnunet_predicts(run, tmp_path, monkeypatch):
     """Both arms: of pretrained and of random features; each predicts with its own."""
     said = []
-    options = {**run.arguments, "mode": "linear", "epochs": 1, "warmup_epochs": 0, "learning_rate": None}
+    options = {**run.arguments, "mode": "linear", "epochs": 1, "warmup": None, "learning_rate": None}
     with lines_to(said.append):
         results, trainers = finetune_and_catch_trainers(monkeypatch, 4, run.weights, **options)
     assert [result.arm for result in results] == ["rep-rec-linear", "scratch-linear"]
@@ -139,7 +138,7 @@ def test_probe_reads_the_pyramid_where_it_was_pretrained(run, tmp_path, monkeypa
     plan_file = run.folder / "preprocessed" / DATASET / "nnsslPlans.json"
     before = plan_file.read_text()
     said = []
-    options = {**run.arguments, "mode": "linear", "epochs": 1, "warmup_epochs": 0, "learning_rate": None}
+    options = {**run.arguments, "mode": "linear", "epochs": 1, "warmup": None, "learning_rate": None}
     with lines_to(said.append):
         results, trainers = finetune_and_catch_trainers(monkeypatch, 4, weights, **options)
     assert plan_file.read_text() == before
@@ -167,7 +166,6 @@ def test_an_optimizer_that_a_probe_does_not_have_is_refused(run):
 
 def test_a_list_of_unlabelled_cases_is_refused(run, tmp_path):
     (tmp_path / "list.txt").write_text(CASES[0])
+    options = {**run.arguments, "mode": "linear", "warmup": None, "unlabelled": tmp_path / "list.txt"}
     with pytest.raises(UserError, match="unlabelled can only be given with mode mean_teacher"):
-        finetune(
-            4, run.weights, FinetuneSettings(**{**run.arguments, "mode": "linear", "unlabelled": tmp_path / "list.txt"})
-        )
+        finetune(4, run.weights, FinetuneSettings(**options))

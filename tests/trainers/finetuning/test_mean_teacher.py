@@ -366,12 +366,12 @@ def test_unlabelled_batches_hold_labelled_and_unlabelled_images(run, tmp_path):
 
 
 def test_from_the_command_to_what_stock_nnunet_predicts(run, tmp_path, monkeypatch):
-    options = {**run.arguments, "labels": 2, "mode": "mean_teacher", "epochs": 1, "warmup_epochs": 0}
+    options = {**run.arguments, "labels": 2, "mode": "mean_teacher", "epochs": 1, "warmup": None}
     options = {**options, "scratch": False, "learning_rate": None}
     (result,), (trainer,) = finetune_and_catch_trainers(monkeypatch, 4, run.weights, **options)
     assert "nnssl_rep-rec-mean-teacher_2cases_seed3_" in result.model_folder
     assert read_result(trainer.settings.model_folder / "finetune.json") == result
-    assert (result.mode, result.schedule.learning_rate, result.schedule.optimizer) == ("mean_teacher", 0.01, "sgd")
+    assert (result.mode, result.schedule.learning_rate, result.schedule.optimizer) == ("mean_teacher", 0.001, "sgd")
     assert result.unlabelled_cases == tuple(sorted(set(CASES) - set(result.train_cases) - set(TEST_CASES)))
     assert_stock_nnunet_predicts_the_same(run, result, trainer, tmp_path)
 
@@ -384,7 +384,7 @@ def test_images_of_a_data_set_without_labels(run, tmp_path, monkeypatch):
     write_phantom_dataset(raw, source.name, 2, 0, (24, 32, 28), labelled=False, first_case=50)
     for case, name in ((CASES[3], "copy"), (TEST_CASES[0], "held_out")):
         shutil.copyfile(raw / DATASET / "imagesTr" / f"{case}_0000.nii.gz", source / "imagesTr" / f"{name}_0000.nii.gz")
-    options = {**run.arguments, "labels": 2, "mode": "mean_teacher", "epochs": 1, "warmup_epochs": 0, "scratch": False}
+    options = {**run.arguments, "labels": 2, "mode": "mean_teacher", "epochs": 1, "warmup": None, "scratch": False}
     options = {**options, "learning_rate": None, "unlabelled": "777"}
     (result,), (trainer,) = finetune_and_catch_trainers(monkeypatch, 4, run.weights, **options)
     assert result.unlabelled_cases == ("copy", "phantom_0050", "phantom_0051")
