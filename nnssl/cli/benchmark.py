@@ -15,6 +15,7 @@ from nnssl.cli.command import (
     add_dataset_argument,
     add_device_argument,
     add_finetuning_arguments,
+    add_mirroring_argument,
     add_plans_argument,
     add_processes_argument,
     add_verbose_argument,
@@ -42,6 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_plans_argument(parser, "Name of the plan to pretrain with")
     _add_matrix_arguments(parser)
     add_finetuning_arguments(parser)
+    add_mirroring_argument(parser)
     parser.add_argument(
         "--learning-rate",
         nargs="+",
@@ -229,6 +231,7 @@ def _run(command: str, args: argparse.Namespace) -> None:
         patients=args.patients,
         subsets=args.subsets,
         pretrain_overrides=tuple(f"{key}={value}" for key, value in common.items() if value is not None),
+        mirroring=args.mirroring == "on",
         tolerance_mm=args.tolerance_mm,
     )
     if args.dry_run:

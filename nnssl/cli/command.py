@@ -193,6 +193,17 @@ def add_finetuning_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_mirroring_argument(parser: argparse.ArgumentParser) -> None:
+    """Add ``--mirroring on|off``."""
+    parser.add_argument(
+        "--mirroring",
+        choices=("on", "off"),
+        default="on",
+        help="Predict held-out cases as the mean over all mirrored images, as nnU-Net does, which takes four times as long for "
+        "slices and eight times for volumes (default: on).",
+    )
+
+
 def add_seed_argument(parser: argparse.ArgumentParser, text: str) -> None:
     """Add ``--seed N`` with its help text, to which the default is added."""
     parser.add_argument("--seed", type=natural_int, default=0, metavar="N", help=f"{text} (default: 0).")

@@ -13,6 +13,7 @@ from nnssl.cli.command import (
     add_dataset_argument,
     add_device_argument,
     add_finetuning_arguments,
+    add_mirroring_argument,
     add_processes_argument,
     add_restart_argument,
     add_seed_argument,
@@ -53,6 +54,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     length.add_argument("--epochs", type=positive_int, metavar="N", help="Length in epochs, including warm-up.")
     add_finetuning_arguments(parser)
+    add_mirroring_argument(parser)
     parser.add_argument(
         "--learning-rate",
         type=positive_number,
@@ -139,6 +141,7 @@ def _run(args: argparse.Namespace) -> None:
             mode=args.mode,
             unlabelled=args.unlabelled,
             track=args.track,
+            mirroring=args.mirroring == "on",
             restart=args.restart,
         ),
     )

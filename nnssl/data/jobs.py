@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -27,6 +27,9 @@ JOBS_PER_PROCESS = 2
 
 MOST_PROCESSES = 8
 """Default upper limit of processes. With more, memory usually runs out before cores do, so users must ask for them."""
+
+SECONDS_TO_START = 10.0
+"""Approximate time in which worker processes import torch and nnU-Net."""
 
 DASK_TIMEOUT_S = 30
 
@@ -75,6 +78,29 @@ def run_jobs(work: Callable[[J], R], jobs: Iterable[J], processes: int, dask_add
             ) from error
         finally:
             executor.shutdown(cancel_futures=True)
+
+
+def run_list(work: Callable[[J], R], jobs: Sequence[J], processes: int) -> Iterator[R]:
+    """Yield the results of known jobs as ``run_jobs`` does, but start processes only if they save time.
+
+    The first job is done in this process. If the others would take no longer here than processes need to start, they are done
+    here as well.
+
+    Args:
+        work: Importable function that is called with each job and returns a small result.
+        jobs: All jobs.
+        processes: Largest number of processes.
+
+    Raises:
+        UserError: If a process was killed.
+    """
+    if not jobs:
+        return
+    started = time.monotonic()
+    yield work(jobs[0])
+    left = (time.monotonic() - started) * (len(jobs) - 1)
+    few = processes <= 1 or left <= SECONDS_TO_START
+    yield from run_jobs(work, jobs[1:], 1 if few else min(processes, len(jobs) - 1), None)
 
 
 def follow_jobs(results: Iterable[R], doing: str, done: str, total: int) -> Iterator[R]:

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from nnssl.data.bounding_box import find_box
-from nnssl.data.jobs import follow_jobs, run_jobs
+from nnssl.data.jobs import follow_jobs, run_list
 from nnssl.errors import UserError
 from nnssl.evaluation.segmentation_files import case_name, check_same_geometry, find_segmentations, read_segmentation
 from nnssl.files import some, write_csv
@@ -166,7 +166,7 @@ def evaluate_folders(
             )
     evaluate = partial(_evaluate_pair, labels=labels, tolerance_mm=tolerance_mm, ignore=ignore)
     pairs = [(name, ours[name], theirs[name]) for name in names]
-    outcomes = run_jobs(evaluate, pairs, min(processes, len(pairs)), None)
+    outcomes = run_list(evaluate, pairs, processes)
     results = dict(follow_jobs(outcomes, "evaluating", "evaluated", len(pairs)))
     return [entry for name in names for entry in results[name]]
 

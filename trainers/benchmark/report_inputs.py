@@ -112,6 +112,10 @@ def _recipe_notes(study: Study) -> list[str]:
         f"{' or the other rates below' if cell.rate is not None and study.validation else ''}."
         for (mode, is_scratch), cell in sorted(first.items())
     ]
+    if not study.settings.mirroring:
+        notes.append(
+            "Held-out cases were predicted without mirrored images, in all arms; nnU-Net averages over all mirrorings."
+        )
     if study.validation:
         notes.append(
             f"The learning rate of every arm is the best on {len(study.validation)} validation cases of "

@@ -119,7 +119,7 @@ def prepare_cells(study: Study, folder: Path) -> None:
             raise UserError(
                 f"{study.adopted.path}: the plan has changed since the study began; run the same command again"
             )
-        prepare_data(study.dataset.name, adopted, study.configuration, study.labelled, study.folders, study.processes)
+        prepare_data(study.dataset.name, adopted, study.configuration, study.used, study.folders, study.processes)
 
 
 def run_cells(cells: StudyCells, folder: Path, part: Part) -> list[CellKey]:

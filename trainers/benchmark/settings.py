@@ -43,6 +43,7 @@ class StudySettings:
         subsets: Folder with ``seed0.txt``, ..., which list labelled cases in the order in which they are added; None to
             draw the order.
         pretrain_overrides: Settings of every pretraining, as ``key=value``.
+        mirroring: Whether held-out cases are predicted as the mean over all mirrored images, as in nnU-Net.
         tolerance_mm: Tolerance of the normalised surface distance, in mm.
     """
 
@@ -71,6 +72,7 @@ class StudySettings:
     patients: Path | None = None
     subsets: Path | None = None
     pretrain_overrides: tuple[str, ...] = ()
+    mirroring: bool = True
     tolerance_mm: float = 2.0
 
     def choices(self, mode: str, epochs: int, rate: float | None) -> Choices:

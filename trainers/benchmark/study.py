@@ -109,6 +109,12 @@ class Study:
         return choose_unlabelled((*self.pool, *self.test), split, patients=self.patients)
 
     @property
+    def used(self) -> tuple[str, ...]:
+        """Cases that any cell needs, sorted."""
+        tasks = [self.task(cell) for cell in self.cells if cell.arm == SCRATCH]
+        return tuple(sorted({case for task in tasks for case in (*task.split.cases, *task.unlabelled)}))
+
+    @property
     def pool(self) -> tuple[str, ...]:
         """Labelled cases of patients that are neither held out nor used for validation."""
         held_out = {self.patients[case] for case in (*self.test, *self.validation)}
@@ -129,6 +135,7 @@ class Study:
             processes=self.processes,
             mode=cell.mode,
             unlabelled=self.unlabelled(split) if cell.mode == "mean_teacher" else (),
+            mirroring=self.settings.mirroring,
         )
 
 

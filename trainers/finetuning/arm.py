@@ -64,6 +64,8 @@ class Task:
     """Folder of the preprocessed unlabelled cases; None for that of the labelled cases."""
     track: tuple[str, ...] = ()
     """Trackers that curves and pictures are written to; they are no part of what an arm is."""
+    mirroring: bool = True
+    """Whether a prediction of the held-out cases is the mean over all mirrored images, as in nnU-Net."""
 
     @property
     def network_kind(self) -> NetworkKind:
@@ -89,6 +91,7 @@ def arm_folder(task: Task, weights: OpenedCheckpoint | None, folders: Folders) -
         "seed": task.seed,
         "schedule": asdict(task.schedule),
         "mode": task.mode,
+        **({} if task.mirroring else {"mirroring": False}),
         **({"unlabelled": sorted(task.unlabelled)} if task.unlabelled else {}),
         **({"consistency": "labelled and unlabelled"} if task.mode == "mean_teacher" else {}),
         **({"unlabelled_in": task.unlabelled_folder.name} if task.unlabelled_folder else {}),
@@ -157,6 +160,7 @@ def _settings(task: Task, folder: Path, weights: OpenedCheckpoint | None) -> Arm
         processes=task.processes,
         augmentation_processes=augmentation_processes(task.device),
         track=task.track,
+        mirroring=task.mirroring,
     )
 
 
@@ -181,6 +185,7 @@ def _result(task: Task, weights: OpenedCheckpoint | None, folder: Path, num_para
         test_cases=task.split.test,
         validation_cases=task.split.validation,
         unlabelled_cases=task.unlabelled,
+        mirroring=task.mirroring,
         num_parameters=num_parameters,
         dice=dice,
         mean_dice=mean_dice,

@@ -114,7 +114,8 @@ def _make_task(
         if settings.mode == "mean_teacher"
         else ((), None)
     )
-    prepare_data(dataset_name, plan, configuration, labelled, folders, processes)
+    of_this_dataset = others if source is None else ()
+    prepare_data(dataset_name, plan, configuration, (*split.cases, *of_this_dataset), folders, processes)
     others_folder = None
     if source is not None:
         others_folder = prepare_unlabelled(source, dataset_name, plan, configuration, folders, processes)
@@ -134,6 +135,7 @@ def _make_task(
         unlabelled=others,
         unlabelled_folder=others_folder,
         track=tuple(settings.track),
+        mirroring=settings.mirroring,
     )
 
 

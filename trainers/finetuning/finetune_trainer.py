@@ -14,6 +14,7 @@ Loss, augmentation, network, SGD, prediction and evaluation are nnU-Net's. The d
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import time
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.evaluation import evaluate_predictions
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module  # noqa: N813 (a module)
@@ -36,6 +38,7 @@ from nnssl.files import write_atomically
 from nnssl.log import logger
 from nnssl.tables import points
 from trainers.finetuning.curves import class_names, curves_of
+from trainers.finetuning.inline_pool import without_workers
 from trainers.finetuning.keyed_batches import KeyedBatches, fix_transforms, global_seed
 from trainers.finetuning.optimisation import (
     GRADIENT_NORM,
@@ -50,6 +53,8 @@ from trainers.precision import FullPrecisionLoss, choose_precision, clip_and_ste
 from trainers.tracking import Tracking
 
 STOCK_TRAINER = "nnUNetTrainer"
+EPOCHS_PER_FIGURE = 20
+"""``progress.png`` takes nnU-Net half a second, which is long beside a short epoch; it is also drawn after the last one."""
 SETTINGS_KEY = "nnssl_finetune"
 
 
@@ -71,6 +76,8 @@ class ArmSettings:
     """Folder of the preprocessed unlabelled cases; None for that of the labelled cases."""
     processes: int = 1
     """Number of processes that write and evaluate predictions."""
+    mirroring: bool = True
+    """Whether a prediction of the held-out cases is the mean over all mirrored images, as in nnU-Net."""
     augmentation_processes: int = 0
     """Number of processes that make batches; 0 for the main process. It does not affect the batches."""
     validation_iterations: int = 5
@@ -87,6 +94,7 @@ class FinetuneTrainer(nnUNetTrainer):
     """
 
     steps_done: int = 0
+    inference_allowed_mirroring_axes: tuple[int, ...] | None
 
     def __init__(
         self,
@@ -280,7 +288,8 @@ class FinetuneTrainer(nnUNetTrainer):
     def on_epoch_end(self) -> None:
         """Log the epoch, draw the curve and save; log one line for the user whenever a checkpoint is due."""
         epoch = self.current_epoch + 1
-        super().on_epoch_end()
+        with figures_drawn(epoch == self.num_epochs or epoch % EPOCHS_PER_FIGURE == 0, self.logger):
+            super().on_epoch_end()
         self.tracking.write(self.curves())
         if epoch % self.save_every == 0 or epoch == self.num_epochs:
             loss, dice = (self.logger.get_value(key, step=-1) for key in ("train_losses", "mean_fg_dice"))
@@ -289,7 +298,8 @@ class FinetuneTrainer(nnUNetTrainer):
                 f"  epoch {epoch}/{self.num_epochs}: loss {loss:.3f}, "
                 f"Dice on held-out patches {points(dice)} points, {seconds:.1f} s{self.progress.left()}"
             )
-            self.tracking.write_picture(Path(self.output_folder) / "progress.png")
+            if epoch == self.num_epochs or epoch % EPOCHS_PER_FIGURE == 0:
+                self.tracking.write_picture(Path(self.output_folder) / "progress.png")
 
     def save_checkpoint(self, filename: str) -> None:
         """Write nnU-Net's checkpoint atomically, with plain values only and the name of the stock trainer."""
@@ -308,16 +318,35 @@ class FinetuneTrainer(nnUNetTrainer):
         write_atomically(Path(filename), lambda file: torch.save(plain, file))
 
     def perform_actual_validation(self, save_probabilities: bool = False) -> None:
-        """Predict and evaluate the held-out cases as nnU-Net does, with the number of processes from the settings."""
+        """Predict and evaluate the held-out cases as nnU-Net does, with processes and mirroring from the settings.
+
+        On a CPU, predictions are written and evaluated in this process.
+        """
         # nnU-Net reads this number only once, at import.
-        before = nnunet_module.default_num_processes
+        before, axes = nnunet_module.default_num_processes, self.inference_allowed_mirroring_axes
         nnunet_module.default_num_processes = self.settings.processes
+        if not self.settings.mirroring:
+            self.inference_allowed_mirroring_axes = None
+        on_cpu = self.device.type == "cpu"
         try:
-            super().perform_actual_validation(save_probabilities)
+            with without_workers(nnunet_module, evaluate_predictions) if on_cpu else nullcontext():
+                super().perform_actual_validation(save_probabilities)
         finally:
             nnunet_module.default_num_processes = before
+            self.inference_allowed_mirroring_axes = axes
             # nnU-Net switches deep supervision off and afterwards always on.
             self.set_deep_supervision_enabled(self.enable_deep_supervision)
+
+
+@contextmanager
+def figures_drawn(wanted: bool, logger: Any) -> Iterator[None]:
+    """Let nnU-Net's logger draw ``progress.png`` only if it is wanted."""
+    if not wanted:
+        logger.plot_progress_png = lambda output_folder: None
+    try:
+        yield
+    finally:
+        vars(logger).pop("plot_progress_png", None)
 
 
 def make_trainer(

@@ -29,6 +29,11 @@ class Split:
     validation: tuple[str, ...] = ()
     """Cases that are predicted like held-out ones but choose between arms; they do not count in the result."""
 
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """All cases of the run, sorted."""
+        return tuple(sorted({*self.train, *self.test, *self.validation}))
+
 
 def read_case_names(path: Path, labelled: Sequence[str]) -> tuple[str, ...]:
     """Read a list of labelled cases, one name per line.

@@ -1,6 +1,6 @@
 """Preparation of a labelled data set for nnU-Net's training: dataset.json, fingerprint and preprocessed cases."""
 
-import re
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nnssl.data.jobs import run_jobs
+from nnssl.data.jobs import follow_jobs, run_list
 from nnssl.data.raw import RawDataset
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json, write_json
@@ -19,7 +19,7 @@ from planners.finetune_planner import AdoptedPlan
 
 
 def prepare_data(
-    dataset_name: str, plan: AdoptedPlan, configuration: str, labelled: Sequence[str], folders: Folders, processes: int
+    dataset_name: str, plan: AdoptedPlan, configuration: str, cases: Sequence[str], folders: Folders, processes: int
 ) -> None:
     """Write the dataset.json, fingerprint and preprocessed cases that nnU-Net's training needs, unless they exist.
 
@@ -27,7 +27,7 @@ def prepare_data(
         dataset_name: Name of the labelled data set.
         plan: Plan of the data set.
         configuration: Configuration to preprocess.
-        labelled: Names of all cases of the data set.
+        cases: Names of the cases that are needed; others are not preprocessed.
         folders: nnU-Net's folders.
         processes: Number of worker processes.
 
@@ -41,13 +41,16 @@ def prepare_data(
     data = folder / PlansManager(plan.content).get_configuration(configuration).data_identifier
     log = folder / "nnssl_finetune_log.txt"
     make_fingerprint(dataset_name, folders, processes)
+    if labels_changed and data.exists():
+        shutil.rmtree(data)
+    missing = [case for case in cases if not is_preprocessed(data, folder / "gt_segmentations", [case])]
+    if not missing:
+        logger.info(f"Preprocessed cases: all {len(cases)} exist already ({data})")
+        return
+    logger.info(f"Preprocessing {len(missing)} cases for {configuration} ...")
     try:
-        if not labels_changed and is_preprocessed(data, folder / "gt_segmentations", labelled):
-            logger.info(f"Preprocessed cases: all {len(labelled)} exist already ({data})")
-        else:
-            logger.info(f"Preprocessing {len(labelled)} cases for {configuration} ...")
-            with printed_output_to(log):
-                _preprocess(dataset_name, plan.name, configuration, processes)
+        with printed_output_to(log):
+            _preprocess(dataset_name, plan, configuration, data, missing, folders, processes)
     except RuntimeError as error:
         raise _failed(dataset_name, error, log) from error
 
@@ -137,7 +140,7 @@ def prepare_unlabelled(
     if jobs:
         logger.info(f"Preprocessing {len(jobs)} images of {source.name} for {configuration} ...")
         with printed_output_to(folders.preprocessed / dataset_name / "nnssl_finetune_log.txt"):
-            for _ in run_jobs(preprocess_unlabelled, jobs, min(processes, len(jobs)), None):
+            for _ in run_list(preprocess_unlabelled, jobs, processes):
                 pass
     return folder
 
@@ -196,13 +199,66 @@ def is_preprocessed(data: Path, references: Path, cases: Sequence[str]) -> bool:
     )
 
 
-def _preprocess(dataset_name: str, plans_name: str, configuration: str, processes: int) -> None:
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import preprocess_dataset
+@dataclass(frozen=True)
+class LabelledJob:
+    """Preprocessing of one labelled case."""
 
-    number = re.match(r"Dataset(\d+)", dataset_name)
-    assert number is not None  # nnU-Net and find_dataset know no other names
-    progress = sys.stderr.isatty()
-    preprocess_dataset(int(number[1]), plans_name, (configuration,), (processes,), show_progress_bar=progress)
+    images: tuple[str, ...]
+    label: str
+    output: Path
+    """Output path without file ending."""
+    reference: Path
+    """Path of the copied label, to which predictions are compared."""
+    plan: dict[str, Any]
+    configuration: str
+    dataset_json: dict[str, Any]
+
+
+def _preprocess(
+    dataset_name: str,
+    plan: AdoptedPlan,
+    configuration: str,
+    data: Path,
+    cases: Sequence[str],
+    folders: Folders,
+    processes: int,
+) -> None:
+    """Preprocess some cases with nnU-Net and copy their labels, as nnU-Net's command does for all."""
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    raw, folder = folders.raw / dataset_name, folders.preprocessed / dataset_name
+    dataset_json = read_json(folder / "dataset.json", "dataset.json")
+    files = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
+    for made in (data, folder / "gt_segmentations"):
+        made.mkdir(parents=True, exist_ok=True)
+    jobs = [
+        LabelledJob(
+            images=tuple(files[case]["images"]),
+            label=files[case]["label"],
+            output=data / case,
+            reference=folder / "gt_segmentations" / f"{case}{dataset_json['file_ending']}",
+            plan=plan.content,
+            configuration=configuration,
+            dataset_json=dataset_json,
+        )
+        for case in cases
+    ]
+    for _ in follow_jobs(run_list(preprocess_labelled, jobs, processes), "preprocessing", "preprocessed", len(jobs)):
+        pass
+
+
+def preprocess_labelled(job: LabelledJob) -> None:
+    """Preprocess one labelled case with nnU-Net and copy its label, after deleting what an interrupted run left."""
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    for ending in (".pkl", ".b2nd", "_seg.b2nd"):
+        job.output.with_name(f"{job.output.name}{ending}").unlink(missing_ok=True)
+    plan = PlansManager(job.plan)
+    configuration = plan.get_configuration(job.configuration)
+    shutil.copy(job.label, job.reference)
+    configuration.preprocessor_class(verbose=False).run_case_save(
+        str(job.output), list(job.images), job.label, plan, configuration, job.dataset_json
+    )
 
 
 def _copy_dataset_json(raw: Path, copy: Path) -> bool:

@@ -45,6 +45,8 @@ class ArmResult:
     """Cases that were predicted to choose between arms; ``dice`` does not contain them."""
     unlabelled_cases: tuple[str, ...]
     """Cases whose images the mean teacher saw besides those of the training cases; empty in other modes."""
+    mirroring: bool
+    """Whether the held-out cases were predicted as the mean over all mirrored images, as nnU-Net does."""
     num_parameters: int
     dice: dict[str, float | None]
     """Mean Dice over the held-out cases by class or region; None if a class is in no reference and no prediction."""
@@ -118,7 +120,8 @@ def comparison(results: Sequence[ArmResult]) -> list[str]:
             against = scratch.mean_dice if name is None else scratch.dice[name]
             row.append(signed_points(None if values[0] is None or against is None else values[0] - against))
         rows.append(row)
-    return [*align(rows), *(f"{result.arm}: {describe_schedule(result.schedule)}" for result in results)]
+    lines = [*align(rows), *(f"{result.arm}: {describe_schedule(result.schedule)}" for result in results)]
+    return lines if first.mirroring else [*lines, "predicted without mirrored images (mirroring off)"]
 
 
 def describe_schedule(schedule: FinetuneSchedule) -> str:

@@ -107,7 +107,7 @@ def prepare_probe(
     lock = make_writable(folders.preprocessed / dataset_name) / "nnssl_probe.lock"
     with FileLock(lock):  # every process of torchrun gets here
         adopted = adopt_plan(plan.nnunet, dataset_name, folders)
-        prepare_data(dataset_name, adopted, configuration, labelled, folders, processes)
+        prepare_data(dataset_name, adopted, configuration, sorted(order[: 2 * cases]), folders, processes)
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     data = PlansManager(adopted.content).get_configuration(configuration).data_identifier

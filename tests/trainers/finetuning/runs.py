@@ -17,10 +17,12 @@ from nnssl.files import read_json
 from nnssl.log import lines_to
 from nnssl.paths import resolve_folders
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint
+from planners.finetune_planner import adopt_plan
 from tests.trainers.tiny_plan import PATCH_SIZE, tiny_plan, write_weights
 from trainers.finetuning import arm as finetune_arm
 from trainers.finetuning.finetune import finetune
 from trainers.finetuning.finetune_trainer import ArmSettings, FinetuneTrainer, make_trainer
+from trainers.finetuning.labelled_data import prepare_data
 from trainers.finetuning.pretrained_weights import open_weights
 from trainers.finetuning.result import ArmResult
 from trainers.finetuning.schedule import FinetuneSchedule
@@ -41,6 +43,8 @@ class Run:
     arguments: dict
     results: list[ArmResult]
     said: list[str]
+    preprocessed: list[str]
+    """Cases that the comparison preprocessed; the others were added afterwards."""
 
     def fold(self, arm: int) -> Path:
         return Path(self.results[arm].model_folder, "fold_0")
@@ -69,7 +73,10 @@ def make_run(folder: Path) -> Run:
         said: list[str] = []
         with lines_to(said.append):
             results = finetune(4, "latest", FinetuneSettings(**arguments))
-    return Run(folder, weights, tensors, arguments, results, said)
+        folders = resolve_folders()
+        made = sorted(path.stem for path in folders.preprocessed.glob(f"{DATASET}/nnsslPlans_3d_fullres/*.pkl"))
+        prepare_data(DATASET, adopt_plan(tiny_plan(), DATASET, folders), "3d_fullres", CASES, folders, 1)
+    return Run(folder, weights, tensors, arguments, results, said, made)
 
 
 def make_settings(folder: Path, **changes) -> ArmSettings:
@@ -103,6 +110,7 @@ def trainer_of(
     dataset_json = read_json(run.folder / "preprocessed" / DATASET / "dataset.json", "dataset.json")
     plan = tiny_plan(DATASET)
     module = {"InstanceNorm3d": "instancenorm", "BatchNorm3d": "batchnorm"}[norm_op]
+    plan["image_reader_writer"] = "SimpleITKIO"  # as in the adopted plan
     kwargs = plan["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     kwargs["norm_op"] = f"torch.nn.modules.{module}.{norm_op}"
     settings = make_settings(folder, **changes)

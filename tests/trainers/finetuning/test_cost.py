@@ -1,0 +1,121 @@
+"""What makes a short fine-tuning cheap: no worker processes, fewer figures, no mirroring on request, only the needed cases."""
+
+import json
+import math
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk  # noqa: N813
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+from nnssl.data import jobs
+from nnssl.files import read_json
+from nnssl.paths import resolve_folders
+from planners.finetune_planner import adopt_plan
+from tests.trainers.finetuning.runs import CASES, CPU, DATASET, TEST_CASES, folders_set, trainer_of
+from tests.trainers.tiny_plan import tiny_plan
+from trainers.finetuning import finetune_trainer
+from trainers.finetuning.labelled_data import prepare_data
+
+MIRRORED = (0, 1, 2)
+
+
+def validated(run, folder, **changes) -> Path:
+    """Predict and evaluate the held-out cases with random weights, without training."""
+    trainer = trainer_of(run, folder, **changes)
+    with folders_set(run.folder):
+        trainer.initialize()
+        trainer.inference_allowed_mirroring_axes = MIRRORED
+        trainer.perform_actual_validation()
+        assert trainer.inference_allowed_mirroring_axes == MIRRORED  # a checkpoint still allows stock nnU-Net to mirror
+    return folder / "fold_0" / "validation"
+
+
+def comparable(summary: Path) -> str:
+    content = read_json(summary, "summary")
+    for case in content["metric_per_case"]:
+        case.pop("prediction_file")
+    return json.dumps(content)
+
+
+def test_without_workers_files_and_metrics_are_those_of_nnunets_pool(run, tmp_path, monkeypatch):
+    here = validated(run, tmp_path / "here")
+    monkeypatch.setattr(finetune_trainer, "without_workers", lambda *modules: nullcontext())
+    pool = validated(run, tmp_path / "pool")
+    names = sorted(path.name for path in pool.glob("*.nii.gz"))
+    assert len(names) == 3
+    for name in names:
+        one, other = (sitk.GetArrayFromImage(sitk.ReadImage(str(folder / name))) for folder in (here, pool))
+        assert np.array_equal(one, other)
+    assert comparable(here / "summary.json") == comparable(pool / "summary.json")
+
+
+def test_no_process_is_started_on_a_cpu(run, tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", refuse)
+    assert validated(run, tmp_path / "model").joinpath("summary.json").exists()
+
+
+def test_mirroring_off_is_one_pass_per_tile(run, tmp_path):
+    """The segmentation is that of nnU-Net's predictor without mirroring."""
+    folder = validated(run, tmp_path / "model", mirroring=False)
+    trainer = trainer_of(run, tmp_path / "other")
+    trainer.initialize()
+    trainer.set_deep_supervision_enabled(False)
+    predictor = nnUNetPredictor(use_mirroring=False, device=CPU, allow_tqdm=False)
+    predictor.manual_initialization(
+        trainer.network,
+        trainer.plans_manager,
+        trainer.configuration_manager,
+        None,
+        trainer.dataset_json,
+        "nnUNetTrainer",
+        None,
+    )
+    data, *_ = trainer.dataset_class(trainer.preprocessed_dataset_folder, [CASES[3]]).load_case(CASES[3])
+    expected = predictor.predict_sliding_window_return_logits(torch.from_numpy(np.asarray(data[:]))).argmax(0)
+    found = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / f"{CASES[3]}.nii.gz")))
+    assert np.array_equal(found, expected.numpy())
+
+
+def test_the_figure_is_drawn_at_the_end(run, tmp_path, monkeypatch):
+    trainer = trainer_of(run, tmp_path / "model", epochs=3)
+    drawn: list[int] = []
+    monkeypatch.setattr(
+        type(trainer.logger), "plot_progress_png", lambda self, folder: drawn.append(trainer.current_epoch)
+    )
+    trainer.run_training()
+    assert drawn == [2]
+
+
+def test_only_the_cases_of_a_run_are_preprocessed_and_the_rest_later(run):
+    """Three to train on and two held out of six; the sixth was added later. An interrupted case is made again, no other."""
+    assert set(run.preprocessed) == {*run.results[0].train_cases, *TEST_CASES} < set(CASES)
+    with folders_set(run.folder):
+        folders = resolve_folders()
+        data = folders.preprocessed / DATASET / "nnsslPlans_3d_fullres"
+        times = {path: path.stat().st_mtime_ns for path in data.iterdir() if not path.name.startswith(CASES[0])}
+        before = nnUNetDatasetBlosc2(str(data), [CASES[0]]).load_case(CASES[0])[0][:]
+        (data / f"{CASES[0]}.pkl").unlink()  # nnU-Net writes it last
+        (data / f"{CASES[0]}.b2nd").write_bytes(b"half")
+        prepare_data(DATASET, adopt_plan(tiny_plan(), DATASET, folders), "3d_fullres", CASES, folders, 1)
+        assert np.array_equal(nnUNetDatasetBlosc2(str(data), [CASES[0]]).load_case(CASES[0])[0][:], before)
+        assert {path: path.stat().st_mtime_ns for path in times} == times
+
+
+def test_processes_are_started_only_where_they_save_time(monkeypatch):
+    started: list[int] = []
+    monkeypatch.setattr(
+        jobs, "run_jobs", lambda work, rest, processes, dask: started.append(processes) or map(work, rest)
+    )
+    now = iter([0.0, 0.5, 0.0, 30.0])
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: next(now))
+    assert list(jobs.run_list(math.sqrt, [1, 4, 9], 8)) == [1, 2, 3]  # half a second for the first: all here
+    assert list(jobs.run_list(math.sqrt, [1, 4, 9], 8)) == [1, 2, 3]  # half a minute: the other two in two processes
+    assert started == [1, 2]
+    assert list(jobs.run_list(math.sqrt, [], 8)) == []
