@@ -3,6 +3,7 @@
 All processes must call these functions in the same order, with tensors of equal shape.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -65,6 +66,17 @@ def gather_with_gradient(tensor: Tensor) -> Tensor:
     ``DistributedDataParallel`` does for parameters, gives the gradient of the mean of the ranks' losses.
     """
     return tensor if world_size() == 1 else _GatherWithGradient.apply(tensor)
+
+
+def average_over_ranks(tensors: Sequence[Tensor]) -> None:
+    """Replace tensors of one type, such as the gradients after a backward pass, by their means over all ranks, in place."""
+    if world_size() == 1 or not tensors:
+        return
+    together = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(together)
+    together /= world_size()
+    for tensor, mean in zip(tensors, together.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(mean.view_as(tensor))
 
 
 def mean_over_ranks(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from nnssl.cli.command import (
     add_track_argument,
     add_verbose_argument,
     add_weights_argument,
+    natural_int,
     positive_int,
     positive_number,
     print_loading,
@@ -75,6 +76,20 @@ def make_parser() -> argparse.ArgumentParser:
         help="Name for the plan in the data set's folder (default: the plan's own name).",
     )
     add_device_argument(parser)
+    parser.add_argument(
+        "--num-gpus",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="Training processes on this machine, one per GPU, which share the batch; CPU processes with --device cpu "
+        "(default: 1).",
+    )
+    parser.add_argument(
+        "--npz",
+        action="store_true",
+        help="Keep the probabilities of the held-out cases, which nnUNetv2_find_best_configuration needs for ensembles of "
+        "several configurations.",
+    )
     add_processes_argument(parser, "Worker processes for preprocessing and evaluation")
     add_restart_argument(parser, "Delete these runs and train again.")
     add_track_argument(parser)
@@ -93,6 +108,16 @@ def _add_case_arguments(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument(
         "--cases", type=Path, metavar="FILE", help="Train on the cases listed in this file, one name per line."
     )
+    chosen.add_argument(
+        "--fold",
+        nargs="+",
+        dest="folds",
+        type=number_of_fold,
+        default=[],
+        metavar="N",
+        help="Folds of nnU-Net's cross-validation to train: 0 to 4, several, or all for all cases at once (default: 0, if no "
+        "cases are chosen otherwise).",
+    )
     parser.add_argument(
         "--test-cases", type=Path, metavar="FILE", help="Hold out the cases listed in this file, one name per line."
     )
@@ -103,6 +128,11 @@ def _add_case_arguments(parser: argparse.ArgumentParser) -> None:
         "ignored, one name per line (default: all labelled cases that are neither trained on nor held out). The images of the "
         "training cases are used in addition; held-out images are excluded.",
     )
+
+
+def number_of_fold(text: str) -> int | str:
+    """Read the number of a fold, or ``all``, for ``argparse``."""
+    return text if text == "all" else natural_int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,6 +154,9 @@ def _run(args: argparse.Namespace) -> None:
             labels=args.labels,
             cases=args.cases,
             test_cases=args.test_cases,
+            folds=tuple(args.folds),
+            num_gpus=args.num_gpus,
+            save_probabilities=args.npz,
             seed=args.seed,
             epochs=args.epochs or LENGTHS[args.length or "full"],
             iterations_per_epoch=args.iterations_per_epoch,

@@ -17,7 +17,7 @@ import torch
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnssl import schema
-from nnssl.checkpoint import FINAL, LATEST
+from nnssl.checkpoint import FINAL
 from nnssl.files import content_digest
 from nnssl.log import logger, printed_output_to
 from nnssl.networks.backbone import planned_configuration
@@ -26,23 +26,16 @@ from nnssl.study.table import SCRATCH
 from nnssl.version import __version__
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from planners.finetune_planner import AdoptedPlan
+from trainers.finetuning.arm_settings import ArmSettings
 from trainers.finetuning.curves import final_dice
-from trainers.finetuning.finetune_trainer import ArmSettings, FinetuneTrainer, make_trainer
-from trainers.finetuning.labelled_cases import Split
-from trainers.finetuning.linear_probe import LinearProbeTrainer
-from trainers.finetuning.mean_teacher import MeanTeacherTrainer
-from trainers.finetuning.pretrained_weights import load_weights
+from trainers.finetuning.labelled_cases import Fold, Split
 from trainers.finetuning.recipes import NetworkKind, network_kind
 from trainers.finetuning.result import FILE_NAME, SCHEMA_VERSION, ArmResult, read_dice, read_result
 from trainers.finetuning.schedule import FinetuneSchedule
+from trainers.finetuning.training import TrainingJob, train, train_in_group, trainer_for
+from trainers.launch import launch
 
 ARM_PREFIX = "nnssl_"
-TRAINERS: dict[str, type[FinetuneTrainer]] = {
-    "finetune": FinetuneTrainer,
-    "linear": LinearProbeTrainer,
-    "mean_teacher": MeanTeacherTrainer,
-}
-"""Trainer of each mode."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +60,16 @@ class Task:
     mirroring: bool = True
     """Whether a prediction of the held-out cases is the mean over all mirrored images, as in nnU-Net."""
 
+    num_gpus: int = 1
+    """Number of training processes, one per GPU; they are no part of what an arm is."""
+    save_probabilities: bool = False
+    """Whether the probabilities of the held-out cases are kept, as nnU-Net's ensembles of configurations need."""
+
+    @property
+    def fold(self) -> Fold:
+        """Fold after which nnU-Net names the folder of the run."""
+        return 0 if self.split.fold is None else self.split.fold
+
     @property
     def network_kind(self) -> NetworkKind:
         """Kind of the network that is trained."""
@@ -85,19 +88,30 @@ def arm_folder(task: Task, weights: OpenedCheckpoint | None, folders: Folders) -
         "weights": weights.digest if weights else None,
         "plan": task.plan.content,
         "configuration": task.configuration,
-        "train": sorted(task.split.train),
-        "test": sorted(task.split.test),
-        **({"validation": sorted(task.split.validation)} if task.split.validation else {}),
+        **_cases(task.split),
         "seed": task.seed,
         "schedule": asdict(task.schedule),
         "mode": task.mode,
         **({} if task.mirroring else {"mirroring": False}),
-        **({"unlabelled": sorted(task.unlabelled)} if task.unlabelled else {}),
+        **({"unlabelled": sorted(task.unlabelled)} if task.unlabelled and task.split.fold is None else {}),
         **({"consistency": "labelled and unlabelled"} if task.mode == "mean_teacher" else {}),
         **({"unlabelled_in": task.unlabelled_folder.name} if task.unlabelled_folder else {}),
     }
     name = f"{ARM_PREFIX}{_arm_name(weights, task.mode)}_{task.split.name}_seed{task.seed}_{content_digest(identity)}"
     return folders.results / task.dataset_name / f"{name}__{task.plan.name}__{task.configuration}"
+
+
+def _cases(split: Split) -> dict[str, Any]:
+    """Return the cases by which model folders differ; all folds of a cross-validation share one."""
+    if split.fold is not None:
+        return {"folds": split.folds_digest}
+    validation = {"validation": sorted(split.validation)} if split.validation else {}
+    return {"train": sorted(split.train), "test": sorted(split.test), **validation}
+
+
+def result_file(task: Task, folder: Path) -> Path:
+    """Return the file with the result of an arm: in its model folder, or in the folder of its fold."""
+    return folder / FILE_NAME if task.split.fold is None else folder / f"fold_{task.fold}" / FILE_NAME
 
 
 def run_arm(task: Task, weights: OpenedCheckpoint | None, folders: Folders, restart: bool) -> ArmResult:
@@ -117,33 +131,39 @@ def run_arm(task: Task, weights: OpenedCheckpoint | None, folders: Folders, rest
     """
     folder = arm_folder(task, weights, folders)
     arm = _arm_name(weights, task.mode)
-    if restart and folder.exists():
-        shutil.rmtree(folder)
-    fold = folder / "fold_0"
-    if (folder / FILE_NAME).exists() and (fold / FINAL).exists():
-        logger.info(f"Arm {arm}: finished already ({folder})")
-        return read_result(folder / FILE_NAME)
+    old = folder if task.split.fold is None else folder / f"fold_{task.fold}"
+    if restart and old.exists():
+        shutil.rmtree(old)
+    fold = folder / f"fold_{task.fold}"
+    file = result_file(task, folder)
+    if file.exists() and (fold / FINAL).exists():
+        logger.info(f"Arm {arm}: finished already ({fold})")
+        return read_result(file)
     fold.mkdir(parents=True, exist_ok=True)
-    resume = (fold / LATEST).exists()
+    job = TrainingJob(
+        arm,
+        task.plan.content,
+        task.configuration,
+        task.dataset_json,
+        task.device,
+        _settings(task, folder, weights),
+        task.mode,
+        task.fold,
+        weights.without_content() if weights else None,
+    )
+    if task.num_gpus > 1 and not (fold / FINAL).exists():
+        launch(train_in_group, job, task.num_gpus)
     with printed_output_to(fold / "nnunet_output.txt"):
-        trainer = make_trainer(
-            task.plan.content,
-            task.configuration,
-            task.dataset_json,
-            task.device,
-            _settings(task, folder, weights),
-            resume,
-            TRAINERS[task.mode],
-        )
+        trainer = trainer_for(job)
         with closing(trainer.tracking):
-            _train(trainer, weights, fold, arm)
+            train(trainer, job)
             logger.info(f"Arm {arm}: predicting {len(task.split.test)} held-out cases ...")
-            trainer.perform_actual_validation()
+            trainer.perform_actual_validation(task.save_probabilities)
             parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
             result = _result(task, weights, folder, parameters)
             trainer.start_tracking()
             trainer.tracking.write_results(final_dice(result))
-    schema.write(folder / FILE_NAME, result)
+    schema.write(file, result)
     return result
 
 
@@ -166,7 +186,7 @@ def _settings(task: Task, folder: Path, weights: OpenedCheckpoint | None) -> Arm
 
 def _result(task: Task, weights: OpenedCheckpoint | None, folder: Path, num_parameters: int) -> ArmResult:
     """Return the description of an arm and its Dice, which nnU-Net's evaluation computed."""
-    summary = folder / "fold_0" / "validation" / "summary.json"
+    summary = folder / f"fold_{task.fold}" / "validation" / "summary.json"
     dice, mean_dice = read_dice(summary, task.dataset_json["labels"], task.split.test)
     device = "" if task.device.type == "cuda" else f" -device {task.device.type}"
     return ArmResult(
@@ -181,6 +201,7 @@ def _result(task: Task, weights: OpenedCheckpoint | None, folder: Path, num_para
         weights_digest=weights.digest if weights else None,
         schedule=task.schedule,
         seed=task.seed,
+        fold=task.split.fold,
         train_cases=task.split.train,
         test_cases=task.split.test,
         validation_cases=task.split.validation,
@@ -192,29 +213,9 @@ def _result(task: Task, weights: OpenedCheckpoint | None, folder: Path, num_para
         model_folder=str(folder),
         predict_command=(
             "nnUNetv2_predict_from_modelfolder -i INPUT_FOLDER -o OUTPUT_FOLDER "
-            f"-m {shlex.quote(str(folder))} -f 0{device}"
+            f"-m {shlex.quote(str(folder))} -f {task.fold}{device}"
         ),
     )
-
-
-def _train(trainer: FinetuneTrainer, weights: OpenedCheckpoint | None, fold: Path, arm: str) -> None:
-    """Train an arm from its initial weights or its last checkpoint, unless it is trained already."""
-    if trainer.device.type == "cuda":
-        torch.backends.cudnn.benchmark = True  # as nnU-Net's command does
-    if (fold / FINAL).exists():
-        logger.info(f"Arm {arm}: trained already, but not evaluated yet")
-        trainer.load_checkpoint(str(fold / FINAL))
-        return
-    logger.info(f"Arm {arm}: building the network ...")
-    if (fold / LATEST).exists():
-        trainer.load_checkpoint(str(fold / LATEST))
-        logger.info(f"Arm {arm}: resuming at epoch {trainer.current_epoch} of {trainer.num_epochs}")
-    elif weights is not None:
-        load_weights(trainer, weights)
-    else:
-        trainer.initialize()
-    logger.info(f"Arm {arm}: training in {trainer.precision.name}, log and curve in {fold}")
-    trainer.run_training()
 
 
 def augmentation_processes(device: torch.device) -> int:

@@ -21,8 +21,17 @@ from nnssl.weights.opened_checkpoint import OpenedCheckpoint, open_checkpoint
 from planners.finetune_planner import AdoptedPlan, adopt_plan, with_pyramid_segmentation
 from trainers.finetuning.adapted_weights import adapt_if_made_elsewhere
 from trainers.finetuning.arm import Task, run_arm
+from trainers.finetuning.cross_validation import log_cross_validation
 from trainers.finetuning.held_out import without_held_out
-from trainers.finetuning.labelled_cases import Split, choose_unlabelled, find_labelled_cases, fold_split, split_cases
+from trainers.finetuning.labelled_cases import (
+    FOLDS,
+    Fold,
+    Split,
+    choose_unlabelled,
+    find_labelled_cases,
+    fold_split,
+    split_cases,
+)
 from trainers.finetuning.labelled_data import prepare_data, prepare_unlabelled
 from trainers.finetuning.pretrained_weights import NEWEST, find_weights, log_weights
 from trainers.finetuning.recipes import network_kind
@@ -47,7 +56,7 @@ def finetune(
         folders: nnU-Net's folders; None for those of the environment.
 
     Returns:
-        The pretrained arm, then the one from scratch if requested.
+        The pretrained arm, then the one from scratch if requested; for each fold in turn.
 
     Raises:
         UserError: If data set, weights, cases or settings do not fit one another; the message says which and what to do.
@@ -67,6 +76,7 @@ def finetune(
             "unlabelled",
             "mode",
         )
+    _check_folds(settings)
     processes = settings.processes if settings.processes is not None else default_processes()
     if processes < 1:
         raise ArgumentError(f"processes must be at least 1, got {processes}", "processes")
@@ -74,20 +84,47 @@ def finetune(
         return _finetune(dataset, weights, settings, used, processes)
 
 
+def _check_folds(settings: FinetuneSettings) -> None:
+    """Check folds and the number of training processes.
+
+    Raises:
+        ArgumentError: If they are out of range, or if the cases are chosen otherwise as well.
+    """
+    if settings.num_gpus < 1:
+        raise ArgumentError(f"num_gpus must be at least 1, got {settings.num_gpus}", "num_gpus")
+    wrong = [fold for fold in settings.folds if fold not in (*range(FOLDS), "all")]
+    if wrong or len(set(settings.folds)) != len(settings.folds):
+        got = " ".join(map(str, settings.folds))
+        raise ArgumentError(f"folds must be different numbers from 0 to {FOLDS - 1} or all, got {got}", "folds")
+    for name in ("labels", "cases", "test_cases"):
+        if settings.folds and getattr(settings, name) is not None:
+            raise ArgumentError(
+                f"folds must not be given with {name}, which chooses the cases as well; drop one", "folds", name
+            )
+
+
 def _finetune(
     dataset: str | int, weights: str | Path, settings: FinetuneSettings, folders: Folders, processes: int
 ) -> list[ArmResult]:
     dataset_name = find_dataset(dataset, folders)
     origin = _open_origin(weights, dataset_name, folders, processes)
-    task = _make_task(settings, origin, dataset_name, folders, processes)
-    also = f", {len(task.unlabelled)} unlabelled cases" if task.unlabelled else ""
-    logger.info(f"{dataset_name}: {len(task.split.train)} training cases{also}, {len(task.split.test)} held-out cases")
     if settings.mode == "linear" and not origin.own_provenance.pretrains("decoder.stages."):
         logger.info("Note: these weights have no pretrained decoder, so the probe sees features of a random decoder")
-    arms: list[tuple[Task, OpenedCheckpoint | None]] = [(task, origin)]
-    if settings.scratch:
-        arms.append((replace(task, schedule=schedule_from(settings, task.network_kind, pretrained=False)), None))
-    return run_arms(arms, folders, settings.restart)
+    finished: list[tuple[Task, ArmResult]] = []
+    for fold in settings.folds or (None,):
+        task = _make_task(settings, origin, dataset_name, folders, processes, fold)
+        also = f", {len(task.unlabelled)} unlabelled cases" if task.unlabelled else ""
+        name = "" if fold is None else f", fold {fold}"
+        logger.info(
+            f"{dataset_name}{name}: {len(task.split.train)} training cases{also}, {len(task.split.test)} held-out cases"
+        )
+        arms: list[tuple[Task, OpenedCheckpoint | None]] = [(task, origin)]
+        if settings.scratch:
+            arms.append((replace(task, schedule=schedule_from(settings, task.network_kind, pretrained=False)), None))
+        results = run_arms(arms, folders, settings.restart)
+        finished += zip([each for each, _ in arms], results, strict=True)
+    log_cross_validation(finished)
+    return [result for _, result in finished]
 
 
 def _open_origin(weights: str | Path, dataset_name: str, folders: Folders, processes: int) -> OpenedCheckpoint:
@@ -100,7 +137,12 @@ def _open_origin(weights: str | Path, dataset_name: str, folders: Folders, proce
 
 
 def _make_task(
-    settings: FinetuneSettings, origin: OpenedCheckpoint, dataset_name: str, folders: Folders, processes: int
+    settings: FinetuneSettings,
+    origin: OpenedCheckpoint,
+    dataset_name: str,
+    folders: Folders,
+    processes: int,
+    fold: Fold | None,
 ) -> Task:
     """Choose the cases, network and schedule of a fine-tuning, and preprocess the cases."""
     labelled = find_labelled_cases(dataset_name, folders)
@@ -108,7 +150,7 @@ def _make_task(
     configuration = origin.choose_configuration(settings.configuration)
     network = planned_configuration(origin.own_provenance.plans, configuration)["architecture"]["network_class_name"]
     plan = adopt_plan(origin.own_provenance.plans, dataset_name, folders, settings.plans_name)
-    split = split or fold_split(labelled, dataset_name, folders)
+    split = split or fold_split(labelled, dataset_name, folders, 0 if fold is None else fold)
     others, source = (
         _find_unlabelled(settings.unlabelled, dataset_name, labelled, split, folders)
         if settings.mode == "mean_teacher"
@@ -136,6 +178,8 @@ def _make_task(
         unlabelled_folder=others_folder,
         track=tuple(settings.track),
         mirroring=settings.mirroring,
+        num_gpus=settings.num_gpus,
+        save_probabilities=settings.save_probabilities,
     )
 
 

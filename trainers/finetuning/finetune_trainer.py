@@ -15,7 +15,7 @@ Loss, augmentation, network, SGD, prediction and evaluation are nnU-Net's. The d
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from time import time
 from typing import Any
@@ -31,12 +31,14 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from nnssl.checkpoint import to_plain
+from nnssl.distributed import average_over_ranks, mean_over_ranks, rank, world_size
 from nnssl.draws import draw_seed
 from nnssl.environment import variables
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import write_atomically
 from nnssl.log import logger
 from nnssl.tables import points
+from trainers.finetuning.arm_settings import ArmSettings
 from trainers.finetuning.curves import class_names, curves_of
 from trainers.finetuning.inline_pool import without_workers
 from trainers.finetuning.keyed_batches import KeyedBatches, fix_transforms, global_seed
@@ -47,7 +49,6 @@ from trainers.finetuning.optimisation import (
     choose_parameters,
     make_optimizer,
 )
-from trainers.finetuning.schedule import FinetuneSchedule
 from trainers.pace import RunProgress
 from trainers.precision import FullPrecisionLoss, choose_precision, clip_and_step
 from trainers.tracking import Tracking
@@ -56,34 +57,6 @@ STOCK_TRAINER = "nnUNetTrainer"
 EPOCHS_PER_FIGURE = 20
 """``progress.png`` takes nnU-Net half a second, which is long beside a short epoch; it is also drawn after the last one."""
 SETTINGS_KEY = "nnssl_finetune"
-
-
-@dataclass(frozen=True)
-class ArmSettings:
-    """Settings of a fine-tuning run in addition to plan, data and weights."""
-
-    schedule: FinetuneSchedule
-    seed: int
-    train_cases: tuple[str, ...]
-    test_cases: tuple[str, ...]
-    model_folder: Path
-    """Folder of the model, which nnU-Net's commands accept with ``-m``."""
-    pretrained: tuple[str, ...] = ()
-    """Prefixes of the names of pretrained parameters; empty for random weights."""
-    unlabelled_cases: tuple[str, ...] = ()
-    """Cases whose images the mean teacher sees besides those of the training cases; empty in other modes."""
-    unlabelled_folder: Path | None = None
-    """Folder of the preprocessed unlabelled cases; None for that of the labelled cases."""
-    processes: int = 1
-    """Number of processes that write and evaluate predictions."""
-    mirroring: bool = True
-    """Whether a prediction of the held-out cases is the mean over all mirrored images, as in nnU-Net."""
-    augmentation_processes: int = 0
-    """Number of processes that make batches; 0 for the main process. It does not affect the batches."""
-    validation_iterations: int = 5
-    """Number of held-out batches per epoch for the curve in ``progress.png``."""
-    track: tuple[str, ...] = ()
-    """Trackers that curves and pictures are written to; the training does not depend on them."""
 
 
 class FinetuneTrainer(nnUNetTrainer):
@@ -95,12 +68,13 @@ class FinetuneTrainer(nnUNetTrainer):
 
     steps_done: int = 0
     inference_allowed_mirroring_axes: tuple[int, ...] | None
+    device: torch.device
 
     def __init__(
         self,
         plans: dict,
         configuration: str,
-        fold: int,
+        fold: int | str,
         dataset_json: dict,
         device: torch.device = torch.device("cuda"),  # noqa: B008 (nnU-Net's signature)
     ):
@@ -112,6 +86,9 @@ class FinetuneTrainer(nnUNetTrainer):
             )
         self.settings: ArmSettings = plans.pop(SETTINGS_KEY)
         super().__init__(plans, configuration, fold, dataset_json, device)
+        # nnU-Net's own code for several processes needs GPUs and draws other batches than a single process
+        self.is_ddp, self.local_rank = False, rank()
+        self.device = device if world_size() > 1 else self.device
         self.num_epochs = self.settings.schedule.epochs
         self.num_iterations_per_epoch = self.settings.schedule.iterations_per_epoch
         self.num_val_iterations_per_epoch = self.settings.validation_iterations
@@ -122,7 +99,7 @@ class FinetuneTrainer(nnUNetTrainer):
         if not self.precision.scaler:
             self.grad_scaler = None
         self.progress = RunProgress(logger.info, self.device)
-        self.tracking = Tracking(self.settings.track, Path(self.output_folder))
+        self.tracking = Tracking(self.settings.track if rank() == 0 else (), Path(self.output_folder))
 
     @property
     def output_folder_base(self) -> str:
@@ -145,14 +122,34 @@ class FinetuneTrainer(nnUNetTrainer):
         self.print_to_log_file(f"Precision: {self.precision}")
 
     def _set_batch_size_and_oversample(self) -> None:
-        # nnU-Net divides the batch among processes here, but fine-tuning runs in a single process.
+        """Set the size of the whole batch, of which every process gets an equal part.
+
+        Raises:
+            ArgumentError: If it cannot be divided.
+        """
         self.batch_size: int = self.settings.schedule.batch_size or self.configuration_manager.batch_size
+        if self.batch_size % world_size():
+            raise ArgumentError(
+                f"batch_size must be a multiple of num_gpus ({world_size()}), got {self.batch_size}; set batch_size, or fewer "
+                "num_gpus",
+                "batch_size",
+                "num_gpus",
+            )
+
+    @property
+    def rows(self) -> range:
+        """Rows of the batch that this process trains on."""
+        part = self.batch_size // world_size()
+        return range(rank() * part, (rank() + 1) * part)
 
     def _build_loss(self) -> nn.Module:
         with np.errstate(invalid="ignore"):
             loss = super()._build_loss()
         if isinstance(loss, DeepSupervisionWrapper) and len(loss.weight_factors) == 1:
             loss.weight_factors = (1.0,)  # nnU-Net ignores the lowest resolution, even if it is the only one
+        for part in loss.modules():
+            if hasattr(part, "ddp"):  # the Dice over the batch counts the voxels of all processes
+                part.ddp = world_size() > 1
         return FullPrecisionLoss(loss)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, StepSchedule]:
@@ -174,16 +171,22 @@ class FinetuneTrainer(nnUNetTrainer):
         processes = self.settings.augmentation_processes
         return (
             self.make_train_batches(train),
-            self.iterate(validation, "finetune/validation", self.num_val_iterations_per_epoch, min(processes, 1)),
+            self.iterate(
+                validation,
+                "finetune/validation",
+                self.num_val_iterations_per_epoch,
+                min(processes, 1),
+                range(self.batch_size),  # every process has the whole curve
+            ),
         )
 
     def make_train_batches(self, loader: nnUNetDataLoader) -> Iterator[dict[str, Any]]:
         """Return the training batches of nnU-Net's loader, starting at the current epoch."""
         processes = self.settings.augmentation_processes
-        return self.iterate(loader, "finetune/train", self.num_iterations_per_epoch, processes)
+        return self.iterate(loader, "finetune/train", self.num_iterations_per_epoch, processes, self.rows)
 
     def iterate(
-        self, loader: nnUNetDataLoader, purpose: str, iterations: int, processes: int
+        self, loader: nnUNetDataLoader, purpose: str, iterations: int, processes: int, rows: range
     ) -> Iterator[dict[str, Any]]:
         """Return the batches of a loader, starting at the current epoch.
 
@@ -192,8 +195,9 @@ class FinetuneTrainer(nnUNetTrainer):
             purpose: Purpose of the batches, which determines the random draws together with the seed and the step.
             iterations: Number of batches per epoch.
             processes: Number of processes that make batches; 0 for the main process.
+            rows: Rows of the batches that are needed.
         """
-        batches = KeyedBatches(loader, self.settings.seed, purpose)
+        batches = KeyedBatches(loader, self.settings.seed, purpose, rows)
         first, last = self.current_epoch * iterations, self.num_epochs * iterations
         return batches.iterate(first, last, processes, pin_memory=self.device.type == "cuda")
 
@@ -235,8 +239,10 @@ class FinetuneTrainer(nnUNetTrainer):
             # Each term frees its graph before the next one is computed, which saves memory.
             (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
             total += loss.detach()
+        average_over_ranks([p.grad for p in self.network.parameters() if p.grad is not None])
         clip_and_step(self.network.parameters(), self.optimizer, self.grad_scaler, largest)
         self.steps_done += 1
+        total = mean_over_ranks(total)
         self.progress.step(total)
         return {"loss": total.cpu().numpy()}
 
@@ -302,7 +308,9 @@ class FinetuneTrainer(nnUNetTrainer):
                 self.tracking.write_picture(Path(self.output_folder) / "progress.png")
 
     def save_checkpoint(self, filename: str) -> None:
-        """Write nnU-Net's checkpoint atomically, with plain values only and the name of the stock trainer."""
+        """Write nnU-Net's checkpoint atomically, with plain values only and the name of the stock trainer; rank 0 only."""
+        if rank() > 0:
+            return
         content = {
             **self.weights_to_save(),
             "optimizer_state": self.optimizer.state_dict(),
@@ -357,6 +365,7 @@ def make_trainer(
     settings: ArmSettings,
     resume: bool = False,
     trainer_class: "type[FinetuneTrainer] | None" = None,
+    fold: int | str = 0,
 ) -> FinetuneTrainer:
     """Make the trainer of one run and its folders. The network is not built yet.
 
@@ -368,6 +377,7 @@ def make_trainer(
         settings: Schedule, cases, seed and folder.
         resume: Whether a checkpoint will be loaded to resume from.
         trainer_class: Trainer of a mode; None for ``FinetuneTrainer``, which trains all weights.
+        fold: Fold of the run, after which its folder is named.
     """
     content = {**plans, "continue_training": resume, SETTINGS_KEY: settings}
-    return (trainer_class or FinetuneTrainer)(content, configuration, 0, dataset_json, device)
+    return (trainer_class or FinetuneTrainer)(content, configuration, fold, dataset_json, device)

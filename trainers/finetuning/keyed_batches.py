@@ -1,7 +1,8 @@
 """Random batches of nnU-Net as a function of seed, purpose and step, whatever was drawn before and in which process."""
 
+import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,16 +34,40 @@ def global_seed(*key: int | str) -> Iterator[None]:
 
 
 class KeyedBatches(Dataset):
-    """Random batches of nnU-Net by step: a batch is a function of (seed, purpose, step)."""
+    """Random batches of nnU-Net by step: a sample is a function of (seed, purpose, step, row of the batch).
 
-    def __init__(self, loader: nnUNetDataLoader, seed: int, purpose: str):
-        self.loader = loader
+    Each of several processes makes the rows that it trains on, and together they have the batch of one process.
+
+    Args:
+        loader: Loader of nnU-Net, whose batch size is that of the whole batch.
+        seed: Random seed of the run.
+        purpose: Purpose of the batches.
+        rows: Rows of the batch that this process needs.
+    """
+
+    def __init__(self, loader: nnUNetDataLoader, seed: int, purpose: str, rows: Sequence[int]):
+        self.rows = rows
         self.key = (seed, purpose)
+        self.loader = copy.copy(loader)
+        self.loader.batch_size = 1
+        self._is_foreground = loader.get_do_oversample  # bound to the loader with the whole batch
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        """Return the batch of a step: ``data`` (batch, channel, [z,] y, x), ``target`` and ``keys``."""
-        with global_seed(*self.key, step):
-            return self.loader.generate_train_batch()
+        """Return the rows of the batch of a step: ``data`` (row, channel, [z,] y, x), ``target`` and ``keys``."""
+        samples = [self._sample(step, row) for row in self.rows]
+        targets = [sample["target"] for sample in samples]
+        several = isinstance(targets[0], list)  # one per resolution
+        return {
+            "data": torch.cat([sample["data"] for sample in samples]),
+            "target": [torch.cat(each) for each in zip(*targets, strict=True)] if several else torch.cat(targets),
+            "keys": [key for sample in samples for key in sample["keys"]],
+        }
+
+    def _sample(self, step: int, row: int) -> dict[str, Any]:
+        with global_seed(*self.key, step, row):
+            self.loader.get_do_oversample = lambda _: self._is_foreground(row)
+            sample: dict[str, Any] = self.loader.generate_train_batch()
+        return sample
 
     def iterate(self, first: int, last: int, processes: int, pin_memory: bool) -> Iterator[dict[str, Any]]:
         """Iterate over the batches of the steps ``first`` to ``last - 1`` in order."""

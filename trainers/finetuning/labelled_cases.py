@@ -5,17 +5,19 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from nnssl.data.patients import patient_in_name
 from nnssl.draws import make_generator
 from nnssl.errors import ArgumentError, UserError
-from nnssl.files import read_json, read_names, some, write_json
+from nnssl.files import content_digest, read_json, read_names, some, write_json
 from nnssl.log import logger
 from nnssl.paths import Folders
 
 FOLDS = 5  # nnU-Net's cross-validation
+Fold = int | Literal["all"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,13 @@ class Split:
     train: tuple[str, ...]
     test: tuple[str, ...]
     name: str
-    """Short description of the choice for a folder name, such as ``5cases`` or ``fold0``."""
+    """Short description of the choice for a folder name, such as ``5cases`` or ``folds``."""
     validation: tuple[str, ...] = ()
     """Cases that are predicted like held-out ones but choose between arms; they do not count in the result."""
+    fold: Fold | None = None
+    """Fold of nnU-Net's cross-validation; None for cases that were chosen otherwise."""
+    folds_digest: str = ""
+    """Digest of the list of all folds, which share a model folder."""
 
     @property
     def cases(self) -> tuple[str, ...]:
@@ -163,19 +169,21 @@ def choose_unlabelled(
     return left
 
 
-def fold_split(labelled: Sequence[str], dataset_name: str, folders: Folders, fold: int = 0) -> Split:
+def fold_split(labelled: Sequence[str], dataset_name: str, folders: Folders, fold: Fold = 0) -> Split:
     """Return a fold of nnU-Net's cross-validation from ``splits_final.json``, which is written if it does not exist.
 
     Args:
         labelled: Names of all labelled cases.
         dataset_name: Name of the labelled data set.
         folders: nnU-Net's folders.
-        fold: Number of the fold that is held out.
+        fold: Number of the fold that is held out; ``"all"`` to train on all cases and, as in nnU-Net, predict them too.
 
     Raises:
         ArgumentError: If there are too few cases for five folds.
         UserError: If the file has no such fold, or names a case that does not exist.
     """
+    if fold == "all":
+        return Split(tuple(labelled), tuple(labelled), "all", fold="all", folds_digest=content_digest(sorted(labelled)))
     path = folders.preprocessed / dataset_name / "splits_final.json"
     if not path.exists():
         if len(labelled) < FOLDS:
@@ -199,7 +207,8 @@ def fold_split(labelled: Sequence[str], dataset_name: str, folders: Folders, fol
         raise UserError(
             f"{path}: {some(unknown)} not among the labelled cases; delete the file, which is then written again"
         )
-    return Split(tuple(splits[fold]["train"]), tuple(splits[fold]["val"]), f"fold{fold}")
+    train, test = (tuple(splits[fold][side]) for side in ("train", "val"))
+    return Split(train, test, "folds", fold=fold, folds_digest=content_digest(splits))
 
 
 def find_labelled_cases(dataset_name: str, folders: Folders) -> tuple[str, ...]:

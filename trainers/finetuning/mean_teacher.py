@@ -108,7 +108,11 @@ class MeanTeacherTrainer(FinetuneTrainer):
         )  # the copied method is bound to the other loader
         unlabelled.has_ignore = False
         others = self.iterate(
-            unlabelled, "finetune/unlabelled", self.num_iterations_per_epoch, self.settings.augmentation_processes
+            unlabelled,
+            "finetune/unlabelled",
+            self.num_iterations_per_epoch,
+            self.settings.augmentation_processes,
+            self.rows,
         )
         labelled = super().make_train_batches(loader)
         return ({**batch, "unlabelled": other["data"]} for batch, other in zip(labelled, others, strict=True))
@@ -174,7 +178,8 @@ class MeanTeacherTrainer(FinetuneTrainer):
     def _with_noise(self, volumes: Tensor, who: str) -> Tensor:
         seed = draw_seed(self.settings.seed, f"finetune/noise/{who}", self.steps_done)
         generator = torch.Generator(volumes.device).manual_seed(seed)
-        noise = torch.randn(volumes.shape, generator=generator, device=volumes.device) * self.consistency.noise_std
+        whole = (self.batch_size, *volumes.shape[1:])  # every process draws the noise of the batch and takes its rows
+        noise = torch.randn(whole, generator=generator, device=volumes.device)[self.rows] * self.consistency.noise_std
         limit = 2 * self.consistency.noise_std
         noisy: Any = self.precision.lay_out(volumes + noise.clamp(-limit, limit), volumes.ndim - 2)
         return noisy

@@ -39,6 +39,8 @@ class ArmResult:
     """Digest of that file's bytes."""
     schedule: FinetuneSchedule
     seed: int
+    fold: int | str | None
+    """Fold of nnU-Net's cross-validation, or ``all``; None for cases that were chosen otherwise."""
     train_cases: tuple[str, ...]
     test_cases: tuple[str, ...]
     validation_cases: tuple[str, ...]

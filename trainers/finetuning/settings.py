@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from trainers.finetuning.labelled_cases import Fold
 from trainers.finetuning.recipes import Choices, NetworkKind, make_schedule
 from trainers.finetuning.schedule import FinetuneSchedule, Optimizer, Recipe, Trained
 
@@ -21,6 +22,8 @@ class FinetuneSettings:
             cases are held out. Without it and without lists, nnU-Net's fold 0 is used.
         cases: File that lists the training cases, one name per line, in place of ``labels``.
         test_cases: File that lists the held-out cases.
+        folds: Folds of nnU-Net's cross-validation to train, from 0 to 4, or ``"all"`` to train on all cases. They share a model
+            folder, and are evaluated together once all five are finished. Without it, and without other choices, fold 0.
         seed: Random seed for the label subset, random weights and batches.
         epochs: Total number of epochs, warm-up included; the default is nnU-Net's.
         iterations_per_epoch: Optimizer steps per epoch.
@@ -47,6 +50,9 @@ class FinetuneSettings:
             on nor held out. The images of the training cases are used in addition.
         mirroring: Whether held-out cases are predicted as the mean over all mirrored images, as in nnU-Net; without it, the
             prediction of volumes takes an eighth of the time.
+        num_gpus: Number of training processes, one per GPU, or CPU processes with ``device="cpu"``; they share the batch.
+        save_probabilities: Whether the probabilities of the held-out cases are kept, which nnU-Net's ensembles of several
+            configurations need.
         restart: Whether to delete existing results of these arms and train them again.
         track: Where curves and pictures are written besides ``progress.png``: ``"tensorboard"``, ``"wandb"`` (offline) or
             both. Each needs the extra of the same name. The training does not depend on it.
@@ -57,6 +63,7 @@ class FinetuneSettings:
     labels: int | None = None
     cases: Path | None = None
     test_cases: Path | None = None
+    folds: tuple[Fold, ...] = ()
     seed: int = 0
     epochs: int = 1000
     iterations_per_epoch: int = 250
@@ -74,6 +81,8 @@ class FinetuneSettings:
     mode: str = "finetune"
     unlabelled: str | int | None = None
     mirroring: bool = True
+    num_gpus: int = 1
+    save_probabilities: bool = False
     restart: bool = False
     track: Sequence[str] = ()
 

@@ -17,9 +17,10 @@ from nnssl.networks.pieces import check_pieces
 from nnssl.paths import Folders, use_folders
 from nnssl.plan import Plan, existing_plan, read_plan
 from nnssl.weights.opened_checkpoint import open_checkpoint
-from trainers.pretraining.launch import StageJob, is_first_process, launch, number_of_processes
+from trainers.launch import is_first_process, launch, number_of_processes
 from trainers.pretraining.probe_run import ProbeOptions, prepare_probe
 from trainers.pretraining.settings import PretrainSettings
+from trainers.pretraining.stage_job import StageJob, run_stage
 from trainers.pretraining.stage_run import RunOptions, StageRun, check_same_run, resolve_run
 from trainers.tracking import check_trackers
 
@@ -100,7 +101,7 @@ def _pretrain(method_name: str, dataset: str | int | None, settings: PretrainSet
         count = number_of_processes(settings.num_gpus)
         if count > 1:
             check_batch(run, count)
-        launch(StageJob(path, run.stage.trainer, run.configuration, options, device), count)
+        launch(run_stage, StageJob(path, run.stage.trainer, run.configuration, options, device), count)
     return runs[-1].folder(folders.results) / FINAL
 
 

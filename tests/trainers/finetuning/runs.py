@@ -20,8 +20,9 @@ from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from planners.finetune_planner import adopt_plan
 from tests.trainers.tiny_plan import PATCH_SIZE, tiny_plan, write_weights
 from trainers.finetuning import arm as finetune_arm
+from trainers.finetuning.arm_settings import ArmSettings
 from trainers.finetuning.finetune import finetune
-from trainers.finetuning.finetune_trainer import ArmSettings, FinetuneTrainer, make_trainer
+from trainers.finetuning.finetune_trainer import FinetuneTrainer, make_trainer
 from trainers.finetuning.labelled_data import prepare_data
 from trainers.finetuning.pretrained_weights import open_weights
 from trainers.finetuning.result import ArmResult

@@ -18,11 +18,11 @@ from nnssl.weights.export import export
 from nnssl.weights.export_settings import ExportSettings
 from tests.trainers.phantom_study import LABELLED, SOURCE
 from trainers.benchmark.leaks import seen_by_checkpoint
-from trainers.pretraining.launch import StageJob, run_stage
 from trainers.pretraining.pretrain import pretrain
 from trainers.pretraining.pretrain_trainer import PretrainTrainer
 from trainers.pretraining.probe_run import BEST, ProbeRun, prepare_probe, trend
 from trainers.pretraining.settings import PretrainSettings
+from trainers.pretraining.stage_job import StageJob, run_stage
 from trainers.pretraining.stage_run import RunOptions, stage_folder
 
 CPU = torch.device("cpu")

@@ -1,0 +1,79 @@
+"""Does work in this process, in the processes that torchrun started, or in new processes of one group."""
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+
+LONGEST_WAIT = timedelta(hours=24)
+"""Timeout of the process group: all processes wait while the first one pairs or examines whole scans."""
+
+
+class Job(Protocol):
+    """A dataclass of plain values, which can be sent to other processes, with the device to train on."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this process; with several GPUs each process gets its own."""
+
+
+J = TypeVar("J", bound=Job)
+
+
+def launch(work: Callable[[J], Any], job: J, processes: int) -> None:
+    """Do work in the processes that torchrun started, or else in ``processes`` processes on this machine.
+
+    Args:
+        work: Importable function that is called with the job.
+        job: What to do.
+        processes: Number of processes, unless torchrun has started them.
+    """
+    if _launched():
+        _run_in_group(work, job, *(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+    elif processes > 1:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.spawn(_run_rank, args=(work, job, processes, port), nprocs=processes)
+    else:
+        work(job)
+
+
+def number_of_processes(wanted: int) -> int:
+    """Return the number of processes that a job will run in: that of torchrun, or else the wanted number."""
+    return int(os.environ["WORLD_SIZE"]) if _launched() else wanted
+
+
+def is_first_process() -> bool:
+    """Return whether this is the only process so far, or the first one that torchrun started."""
+    return not _launched() or os.environ["RANK"] == "0"
+
+
+def _launched() -> bool:
+    """Return whether torchrun started this process, perhaps on several nodes."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def _run_rank(rank: int, work: Callable[[J], Any], job: J, processes: int, port: int) -> None:
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    _run_in_group(work, job, rank, rank, processes)
+
+
+def _run_in_group(work: Callable[[J], Any], job: J, rank: int, local_rank: int, processes: int) -> None:
+    """Join the process group and work as one of its processes; ``MASTER_ADDR`` and ``MASTER_PORT`` must be set."""
+    if job.device.type == "cuda":
+        torch.cuda.set_device(local_rank)
+        job = replace(job, device=torch.device("cuda", local_rank))  # type: ignore[type-var]
+    backend = "nccl" if job.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=rank, world_size=processes, timeout=LONGEST_WAIT)
+    try:
+        work(job)
+        # The first process writes the files that others read next.
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
