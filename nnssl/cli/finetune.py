@@ -44,16 +44,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--scratch", action="store_true", help="Also train from random weights for comparison.")
     _add_case_arguments(parser)
     add_seed_argument(parser, "Random seed for the label subset, random weights and batches")
-    length = parser.add_mutually_exclusive_group()
-    length.add_argument(
-        "--length",
-        choices=tuple(LENGTHS),
-        help="Length of the training: "
-        + ", ".join(f"{name} is {epochs}" for name, epochs in LENGTHS.items())
-        + " epochs "
-        "(default: full).",
-    )
-    length.add_argument("--epochs", type=positive_int, metavar="N", help="Length in epochs, including warm-up.")
+    _add_length_arguments(parser)
     add_finetuning_arguments(parser)
     add_mirroring_argument(parser)
     parser.add_argument(
@@ -95,6 +86,19 @@ def make_parser() -> argparse.ArgumentParser:
     add_track_argument(parser)
     add_verbose_argument(parser)
     return parser
+
+
+def _add_length_arguments(parser: argparse.ArgumentParser) -> None:
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument(
+        "--length",
+        choices=tuple(LENGTHS),
+        help="Length of the training: "
+        + ", ".join(f"{name} is {epochs}" for name, epochs in LENGTHS.items())
+        + " epochs "
+        "(default: full).",
+    )
+    length.add_argument("--epochs", type=positive_int, metavar="N", help="Length in epochs, including warm-up.")
 
 
 def _add_case_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ runs a single arm.
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from nnssl.data.jobs import default_processes
 from nnssl.data.raw import RawDataset, find_dataset, read_dataset
@@ -148,7 +149,9 @@ def _make_task(
     labelled = find_labelled_cases(dataset_name, folders)
     split = split_cases(labelled, settings.seed, settings.labels, settings.cases, settings.test_cases)
     configuration = origin.choose_configuration(settings.configuration)
-    network = planned_configuration(origin.own_provenance.plans, configuration)["architecture"]["network_class_name"]
+    planned = planned_configuration(origin.own_provenance.plans, configuration)
+    _check_no_cascade(planned, configuration, dataset_name, origin.path)
+    network = planned["architecture"]["network_class_name"]
     plan = adopt_plan(origin.own_provenance.plans, dataset_name, folders, settings.plans_name)
     split = split or fold_split(labelled, dataset_name, folders, 0 if fold is None else fold)
     others, source = (
@@ -181,6 +184,22 @@ def _make_task(
         num_gpus=settings.num_gpus,
         save_probabilities=settings.save_probabilities,
     )
+
+
+def _check_no_cascade(planned: dict[str, Any], configuration: str, dataset_name: str, weights: Path) -> None:
+    """Check that a configuration is not the second stage of a cascade, which needs predictions of the first stage.
+
+    Raises:
+        ArgumentError: If it is; the message names nnU-Net's command.
+    """
+    previous = planned.get("previous_stage")
+    if previous:
+        raise ArgumentError(
+            f"configuration must not be the second stage of a cascade, got {configuration}, which needs the predictions of "
+            f"{previous} for all cases; train {previous} in all folds by nnU-Net's command, and then run nnUNetv2_train "
+            f"{dataset_name} {configuration} FOLD -pretrained_weights {weights}",
+            "configuration",
+        )
 
 
 def _plan_of_probe(plan: AdoptedPlan, configuration: str, origin: OpenedCheckpoint) -> AdoptedPlan:
