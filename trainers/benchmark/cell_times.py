@@ -24,7 +24,7 @@ class CellTimes:
 
     schema_version: int
     seconds_per_step: float
-    """Duration of the training per optimizer step, including the held-out batches and the figure after each epoch."""
+    """Duration of the training per optimizer step, including the held-out batches."""
     other_seconds: float
     """Duration of everything else: set-up, prediction and evaluation."""
 

@@ -6,14 +6,12 @@ Not measured are the set-up of a cell, deep supervision and the resampling of pr
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
 import numpy as np
 import torch
 from nnunetv2.inference.sliding_window_prediction import compute_steps_for_sliding_window
-from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnssl.data.raw import read_header
@@ -26,8 +24,6 @@ from trainers.precision import choose_precision
 
 TRIAL_STEPS = 3
 """Number of repetitions that are timed, after one to warm up."""
-VALIDATION_STEPS = 5
-"""Held-out batches per epoch of fine-tuning."""
 PASSES = {"finetune": 1.0, "linear": 1 / 3, "mean_teacher": 7 / 3}
 """Duration of a step of each mode in steps that train the whole network; a pass without gradient costs about a third.
 
@@ -44,12 +40,12 @@ class Trial:
 
     step: float
     """Forward and backward pass of a batch."""
+    held_out_batches: int
+    """Number of held-out batches per epoch."""
     augmentation: float
     """Augmentation of a batch; 0 if other processes do it meanwhile."""
-    figure: float
-    """nnU-Net's ``progress.png``, which is drawn after each epoch."""
     prediction: float
-    """All tiles of the held-out cases, with nnU-Net's mirrorings."""
+    """All tiles of the held-out cases, with nnU-Net's mirrorings unless they are off."""
     evaluation: float
     """Metrics of the held-out cases."""
 
@@ -57,7 +53,7 @@ class Trial:
         """Return the seconds that a cell trains."""
         batches = 2 if mode == "mean_teacher" else 1
         own = steps * (PASSES[mode] * self.step + batches * self.augmentation)
-        return own + epochs * (VALIDATION_STEPS * self.step / 3 + self.figure)
+        return own + epochs * self.held_out_batches * self.step / 3
 
     @property
     def afterwards(self) -> float:
@@ -74,7 +70,7 @@ def try_cell(study: Study) -> Trial:
     return Trial(
         step=time_bare_step(study, study.settings.batch_size),
         augmentation=batch_size * time_augmentation(patch, _channels(study)) if alone else 0.0,
-        figure=time_figure(),
+        held_out_batches=study.schedule(study.cells[0]).held_out_batches,
         prediction=number_of_passes(study) * time_tile(study),
         evaluation=time_evaluation(study) * -(-len(study.test) // study.processes),
     )
@@ -117,7 +113,7 @@ def time_tile(study: Study) -> float:
 
 
 def number_of_passes(study: Study) -> int:
-    """Return the number of passes that predict the held-out cases: tiles of all cases, each in all mirrorings.
+    """Return the number of passes that predict held-out and validation cases: all tiles, each in all mirrorings unless off.
 
     The sizes are those of the image headers, resampled to the spacing of the plan.
     """
@@ -126,14 +122,14 @@ def number_of_passes(study: Study) -> int:
     order = study.plan.nnunet["transpose_forward"]
     tiles = 0
     for case in study.dataset.cases:
-        if case.name not in study.test:
+        if case.name not in (*study.test, *study.validation):
             continue
         shape, own_mm, _ = read_header(case, study.dataset.reader)
         slices = shape[order[0]] if len(patch) == 2 else 1
         axes = order[-len(patch) :]
         resampled = [round(shape[axis] * own_mm[axis] / mm) for axis, mm in zip(axes, spacing_mm, strict=True)]
         tiles += slices * tiles_of(resampled, patch)
-    return tiles * 2 ** len(patch)
+    return tiles * (2 ** len(patch) if study.settings.mirroring else 1)
 
 
 def tiles_of(shape: Sequence[int], patch: Sequence[int]) -> int:
@@ -151,17 +147,6 @@ def time_augmentation(patch: tuple[int, ...], channels: int) -> float:
     larger = [round(1.25 * side) for side in patch]  # nnU-Net cuts the patch out of a larger one, which can be rotated
     image, labels = torch.zeros(channels, *larger), torch.zeros(1, *larger, dtype=torch.int16)
     return _time(lambda: augment(image=image, segmentation=labels), torch.device("cpu"))
-
-
-def time_figure() -> float:
-    """Return the seconds in which nnU-Net draws ``progress.png``; the file is deleted."""
-    logger = LocalLogger()
-    for key in logger.my_fantastic_logging:
-        logger.log(key, 0.5, 0)
-    with TemporaryDirectory() as folder:
-        started = perf_counter()
-        logger.plot_progress_png(folder)
-        return perf_counter() - started
 
 
 def time_evaluation(study: Study) -> float:

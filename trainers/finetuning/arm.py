@@ -171,6 +171,7 @@ def _settings(task: Task, folder: Path, weights: OpenedCheckpoint | None) -> Arm
     return ArmSettings(
         pretrained=weights.own_provenance.pretrained if weights else (),
         schedule=task.schedule,
+        validation_iterations=task.schedule.held_out_batches,
         seed=task.seed,
         train_cases=task.split.train,
         test_cases=(*task.split.test, *task.split.validation),

@@ -52,6 +52,11 @@ class FinetuneSchedule:
         """Number of optimizer steps of the run."""
         return self.epochs * self.iterations_per_epoch
 
+    @property
+    def held_out_batches(self) -> int:
+        """Number of held-out batches per epoch for the curve: one for every 50 steps, but at least one (nnU-Net has ten)."""
+        return max(1, self.iterations_per_epoch // 50)
+
 
 def rate_share(step: int, schedule: FinetuneSchedule) -> float:
     """Return the learning rate at a step as a share of the highest one.

@@ -82,10 +82,10 @@ def test_nothing_is_known_without_finished_cells(folders):
 
 
 def test_a_trial_adds_up():
-    trial = Trial(step=3.0, augmentation=0.5, figure=1.0, prediction=40.0, evaluation=2.0)
-    assert trial.training("finetune", epochs=2, steps=10) == 10 * 3.5 + 2 * (5 * 1.0 + 1.0)
-    assert trial.training("linear", epochs=2, steps=10) == pytest.approx(10 * 1.5 + 12)
-    assert trial.training("mean_teacher", epochs=2, steps=10) == pytest.approx(10 * 8 + 12)
+    trial = Trial(step=3.0, augmentation=0.5, held_out_batches=5, prediction=40.0, evaluation=2.0)
+    assert trial.training("finetune", epochs=2, steps=10) == 10 * 3.5 + 2 * 5 * 1.0
+    assert trial.training("linear", epochs=2, steps=10) == pytest.approx(10 * 1.5 + 10)
+    assert trial.training("mean_teacher", epochs=2, steps=10) == pytest.approx(10 * 8 + 10)
     assert trial.afterwards == 42
     assert set(PASSES) == {"finetune", "linear", "mean_teacher"}
 
@@ -111,6 +111,8 @@ def test_every_part_of_a_cell_is_tried(folders):
     sizes = [round(n * mm / own) for n, mm, own in zip(SHAPE, SPACING_MM, configuration["spacing"], strict=True)]
     tiles = math.prod(map(tiles_along, sizes, configuration["patch_size"]))
     assert number_of_passes(study) == len(study.test) * 8 * tiles
+    chosen = prepare(folders, mirroring=False, learning_rates=(0.01, 0.001), validation_patients=1)
+    assert number_of_passes(chosen) == (len(chosen.test) + 1) * tiles
     line = describe_estimate(StudyCells(study))[-1]
     assert re.fullmatch(
         r"16 cells: about .* in one process: training .* s per step\), prediction and evaluation .* s per cell\), from timed "
