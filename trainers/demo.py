@@ -18,6 +18,7 @@ from planners.plan_and_preprocess import plan_and_preprocess
 from planners.settings import PlanSettings
 from trainers.finetuning.finetune import finetune
 from trainers.finetuning.result import ArmResult, comparison
+from trainers.finetuning.schedule import Recipe
 from trainers.finetuning.settings import FinetuneSettings
 from trainers.pretraining.pretrain import pretrain
 from trainers.pretraining.settings import PretrainSettings
@@ -47,7 +48,7 @@ class DemoSize:
     iterations_per_epoch: int = 15
 
 
-def run_demo(folder: Path, size: DemoSize, seed: int, device: torch.device) -> Path:
+def run_demo(folder: Path, size: DemoSize, seed: int, device: torch.device, recipe: Recipe | None = None) -> Path:
     """Make phantoms, plan, preprocess, pretrain with RepRec, fine-tune with and without the weights, and write a report.
 
     Steps that an earlier demo of the same size has finished in the folder are skipped.
@@ -57,6 +58,7 @@ def run_demo(folder: Path, size: DemoSize, seed: int, device: torch.device) -> P
         size: Size of data sets and runs.
         seed: Random seed for phantoms, weights and views.
         device: Device to train on.
+        recipe: Recipe of the pretrained arm's fine-tuning; None for the default.
 
     Returns:
         The pretrained weights; the report is ``report.md`` in the folder.
@@ -74,7 +76,7 @@ def run_demo(folder: Path, size: DemoSize, seed: int, device: torch.device) -> P
         logger.info("3/5 Pretraining with RepRec in two stages")
         weights = _pretrain(folders, size, seed, device)
         logger.info(f"4/5 Fine-tuning on {size.labels} labelled phantoms, pretrained and from scratch")
-        results = _finetune(weights, size, seed, device)
+        results = _finetune(weights, size, seed, device, recipe)
         logger.info("5/5 Writing the report")
         report = root / "report.md"
         report.write_text("\n".join(_report(prepared.plan, weights, results, time() - started)) + "\n")
@@ -115,7 +117,7 @@ def _pretrain(folders: Folders, size: DemoSize, seed: int, device: torch.device)
     return pretrain("reprec", UNLABELLED, settings, folders)
 
 
-def _finetune(weights: Path, size: DemoSize, seed: int, device: torch.device) -> list[ArmResult]:
+def _finetune(weights: Path, size: DemoSize, seed: int, device: torch.device, recipe: Recipe | None) -> list[ArmResult]:
     settings = FinetuneSettings(
         scratch=True,
         labels=size.labels,
@@ -124,6 +126,7 @@ def _finetune(weights: Path, size: DemoSize, seed: int, device: torch.device) ->
         iterations_per_epoch=size.iterations_per_epoch,
         optimizer="adam",  # With nnU-Net's SGD the network predicts no foreground after so few steps.
         learning_rate=0.003,
+        recipe=recipe,
         device=device,
     )
     return finetune(LABELLED, weights, settings)

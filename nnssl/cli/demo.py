@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnssl.cli.command import (
+    RECIPES,
     CommandParser,
     add_device_argument,
     add_seed_argument,
@@ -69,6 +70,11 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="Optimizer steps per epoch (default: 15).",
     )
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="Learning rate of pretrained weights in fine-tuning; see nnssl_finetune --help (default: warmup).",
+    )
     add_seed_argument(parser, "Random seed for phantoms, weights and views")
     add_device_argument(parser)
     add_verbose_argument(parser)
@@ -85,7 +91,7 @@ def _run(args: argparse.Namespace) -> None:
     from trainers.demo import DemoSize, run_demo
 
     size = DemoSize(args.unlabelled, args.labels, args.held_out, tuple(args.epochs), args.iterations_per_epoch)
-    weights = run_demo(args.folder, size, args.seed, find_device(args.device))
+    weights = run_demo(args.folder, size, args.seed, find_device(args.device), args.recipe)
     print_next(
         f"nnssl_info {weights}",
         "nnssl_plan_and_preprocess -d ID (for your own images; register them with nnssl_import first)",
