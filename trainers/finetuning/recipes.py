@@ -133,7 +133,7 @@ def make_schedule(mode: str, choices: Choices, kind: NetworkKind = "unet", pretr
     total = choices.epochs * choices.iterations_per_epoch
     if pretrained and recipe == "nnunet" and choices.warmup:
         raise ArgumentError(
-            f"warmup must not be given with recipe nnunet, which has none, got {choices.warmup:g}; choose recipe warmup",
+            f"warmup must not be given with recipe nnunet, which has none, got {choices.warmup:g}; choose another recipe or leave it out",
             "warmup",
             "recipe",
         )
