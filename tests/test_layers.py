@@ -68,6 +68,7 @@ ALLOWED: dict[str, set[str]] = {
         "nnssl.checkpoint",
         "nnssl.data",
         "nnssl.distributed",
+        "nnssl.evaluation",
         "nnssl.momentum",
         "nnssl.networks",
         "nnssl.study",

@@ -9,6 +9,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+
+from nnssl.errors import UserError
 
 LONGEST_WAIT = timedelta(hours=24)
 """Timeout of the process group: all processes wait while the first one pairs or examines whole scans."""
@@ -32,6 +35,9 @@ def launch(work: Callable[[J], Any], job: J, processes: int) -> None:
         work: Importable function that is called with the job.
         job: What to do.
         processes: Number of processes, unless torchrun has started them.
+
+    Raises:
+        UserError: If one of the new processes raises it.
     """
     if _launched():
         _run_in_group(work, job, *(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
@@ -39,7 +45,13 @@ def launch(work: Callable[[J], Any], job: J, processes: int) -> None:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        torch.multiprocessing.spawn(_run_rank, args=(work, job, processes, port), nprocs=processes)
+        errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
+        try:
+            torch.multiprocessing.spawn(_run_rank, args=(work, job, processes, port, errors), nprocs=processes)
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            if errors.empty():
+                raise
+            raise UserError(errors.get()) from error
     else:
         work(job)
 
@@ -59,9 +71,14 @@ def _launched() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def _run_rank(rank: int, work: Callable[[J], Any], job: J, processes: int, port: int) -> None:
+def _run_rank(rank: int, work: Callable[[J], Any], job: J, processes: int, port: int, errors: Any) -> None:
+    """Work as one process; the text of an error of the user is put into the queue ``errors``."""
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    _run_in_group(work, job, rank, rank, processes)
+    try:
+        _run_in_group(work, job, rank, rank, processes)
+    except UserError as error:
+        errors.put(str(error))
+        raise
 
 
 def _run_in_group(work: Callable[[J], Any], job: J, rank: int, local_rank: int, processes: int) -> None:

@@ -159,7 +159,7 @@ class CorrespondingViews:
             teacher=self.student,
             points_student=self.points_teacher,
             points_teacher=self.points_student,
-            seeds=tuple(seed + 1 for seed in self.seeds),
+            seeds=tuple(seed + 2**32 for seed in self.seeds),  # beyond those of layers and passes
         )
 
 

@@ -92,7 +92,8 @@ def choose_validation(
             )
         check_unseen(find_leaks(digest_cases(dataset, cases), patients, seen), str(settings.validation_cases))
     else:
-        others = {case: patient for case, patient in patients.items() if patient not in held_out}
+        listed = _listed_patients(settings, patients)
+        others = {case: patient for case, patient in patients.items() if patient not in held_out | listed}
         number = settings.validation_patients or 1
         cases, found = _draw_unseen(dataset, others, number, seen)
         if found < number:
@@ -104,6 +105,14 @@ def choose_validation(
             )
     logger.info(f"{len(cases)} cases choose the learning rate; they are neither labelled, held out nor pretrained on")
     return cases
+
+
+def _listed_patients(settings: StudySettings, patients: Mapping[str, str]) -> set[str]:
+    """Return the patients whose order of labelling the user lists; none without lists."""
+    if settings.subsets is None:
+        return set()
+    names = [name for seed in range(settings.seeds) for name in read_names(settings.subsets / f"seed{seed}.txt")]
+    return {patients[name] for name in names if name in patients}
 
 
 def _draw_unseen(
@@ -135,8 +144,8 @@ def order_patients(
     pool = sorted({patients[case] for case in labelled} - held_out)
     if max(settings.labels) > len(pool):
         raise ArgumentError(
-            f"labels must be at most {len(pool)}, the number of labelled patients that are not held out, got "
-            f"{max(settings.labels)}; hold out fewer patients to use more",
+            f"labels must be at most {len(pool)}, the number of labelled patients that are neither held out nor used for "
+            f"validation, got {max(settings.labels)}; hold out fewer patients to use more",
             "labels",
         )
     if settings.subsets is None:

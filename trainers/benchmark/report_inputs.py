@@ -117,9 +117,10 @@ def _recipe_notes(study: Study) -> list[str]:
             "Held-out cases were predicted without mirrored images, in all arms; nnU-Net averages over all mirrorings."
         )
     if study.validation:
+        chosen_by = len({study.patients[case] for case in study.validation})
         notes.append(
-            f"The learning rate of every arm is the best on {len(study.validation)} validation cases of "
-            f"{len({study.patients[case] for case in study.validation})} patients that are neither labelled, held out nor "
+            "The learning rate of every arm, except for linear probes, is the best on "
+            f"{len(study.validation)} validation cases of {chosen_by} patients that are neither labelled, held out nor "
             "pretrained on."
         )
     return notes

@@ -129,10 +129,10 @@ def check_settings(settings: StudySettings) -> None:
             "validation_patients",
             "validation_cases",
         )
-    if settings.has_validation and len(rates) < 2:
+    if settings.has_validation and (len(rates) < 2 or set(settings.modes) == {"linear"}):
         raise ArgumentError(
-            "validation_patients and validation_cases are for choosing between several learning_rates; give at least two or "
-            "leave them out",
+            "validation_patients and validation_cases are for choosing between several learning_rates, of which linear probes "
+            "have none; give at least two rates and another mode, or leave them out",
             "validation_patients",
             "validation_cases",
             "learning_rates",

@@ -181,7 +181,7 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
         for rate in settings.rates(mode)
         for arm in (SCRATCH, *(arm.name for arm in arms))
     )
-    return Study(
+    study = Study(
         settings=settings,
         folders=folders,
         dataset=dataset,
@@ -201,6 +201,9 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
         device=device,
         processes=processes,
     )
+    for cell in cells:
+        study.schedule(cell)  # reports a wrong recipe, rate or warm-up before anything is trained
+    return study
 
 
 def pretrains_nothing(settings: StudySettings, arms: Sequence[Arm]) -> bool:

@@ -53,6 +53,8 @@ class Task:
     processes: int
     mode: str
     unlabelled: tuple[str, ...]
+    unlabelled_pool: tuple[str, ...] = ()
+    """Cases of which the unlabelled ones are left over in every fold of a cross-validation; empty without folds."""
     unlabelled_folder: Path | None = None
     """Folder of the preprocessed unlabelled cases; None for that of the labelled cases."""
     track: tuple[str, ...] = ()
@@ -93,7 +95,7 @@ def arm_folder(task: Task, weights: OpenedCheckpoint | None, folders: Folders) -
         "schedule": asdict(task.schedule),
         "mode": task.mode,
         **({} if task.mirroring else {"mirroring": False}),
-        **({"unlabelled": sorted(task.unlabelled)} if task.unlabelled and task.split.fold is None else {}),
+        **({"unlabelled": sorted(task.unlabelled_pool or task.unlabelled)} if task.unlabelled else {}),
         **({"consistency": "labelled and unlabelled"} if task.mode == "mean_teacher" else {}),
         **({"unlabelled_in": task.unlabelled_folder.name} if task.unlabelled_folder else {}),
     }
@@ -115,16 +117,16 @@ def result_file(task: Task, folder: Path) -> Path:
 
 
 def run_arm(task: Task, weights: OpenedCheckpoint | None, folders: Folders, restart: bool) -> ArmResult:
-    """Train, predict and evaluate one arm, except for the steps that an earlier call finished.
+    """Train, predict and evaluate one arm, or one of its folds, except for the steps that an earlier call finished.
 
     Args:
         task: Data, plan and settings.
         weights: Checkpoint that the arm starts from; None for random weights.
         folders: nnU-Net's folders.
-        restart: Whether to delete this arm's folder first.
+        restart: Whether to delete this arm's folder, or that of the fold, first.
 
     Returns:
-        The arm's result, which is also written to ``finetune.json`` in its folder.
+        The result, which is also written to ``finetune.json`` (``result_file``).
 
     Raises:
         UserError: If nnU-Net's loader rejects the weights.
@@ -136,7 +138,7 @@ def run_arm(task: Task, weights: OpenedCheckpoint | None, folders: Folders, rest
         shutil.rmtree(old)
     fold = folder / f"fold_{task.fold}"
     file = result_file(task, folder)
-    if file.exists() and (fold / FINAL).exists():
+    if file.exists() and (fold / FINAL).exists() and _has_probabilities(task, fold):
         logger.info(f"Arm {arm}: finished already ({fold})")
         return read_result(file)
     fold.mkdir(parents=True, exist_ok=True)
@@ -157,7 +159,7 @@ def run_arm(task: Task, weights: OpenedCheckpoint | None, folders: Folders, rest
         trainer = trainer_for(job)
         with closing(trainer.tracking):
             train(trainer, job)
-            logger.info(f"Arm {arm}: predicting {len(task.split.test)} held-out cases ...")
+            logger.info(f"Arm {arm}: predicting {len(task.split.test)} {task.split.what} ...")
             trainer.perform_actual_validation(task.save_probabilities)
             parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
             result = _result(task, weights, folder, parameters)
@@ -165,6 +167,12 @@ def run_arm(task: Task, weights: OpenedCheckpoint | None, folders: Folders, rest
             trainer.tracking.write_results(final_dice(result))
     schema.write(file, result)
     return result
+
+
+def _has_probabilities(task: Task, fold: Path) -> bool:
+    """Return whether the probabilities of all held-out cases exist, if they are wanted."""
+    wanted = task.split.test if task.save_probabilities else ()
+    return all((fold / "validation" / f"{case}.npz").exists() for case in wanted)
 
 
 def _settings(task: Task, folder: Path, weights: OpenedCheckpoint | None) -> ArmSettings:

@@ -10,11 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nnssl.data.jobs import default_processes
 from nnssl.data.raw import RawDataset, find_dataset, read_dataset
 from nnssl.devices import find_device
 from nnssl.errors import ArgumentError
-from nnssl.files import read_json
+from nnssl.evaluation.labels import ignore_label
+from nnssl.files import read_json, read_names
 from nnssl.log import logger
 from nnssl.networks.backbone import planned_configuration
 from nnssl.paths import Folders, use_folders
@@ -38,6 +41,7 @@ from trainers.finetuning.pretrained_weights import NEWEST, find_weights, log_wei
 from trainers.finetuning.recipes import network_kind
 from trainers.finetuning.result import ArmResult, comparison
 from trainers.finetuning.settings import FinetuneSettings, schedule_from
+from trainers.launch import is_first_process, number_of_processes
 from trainers.tracking import check_trackers
 
 
@@ -91,8 +95,17 @@ def _check_folds(settings: FinetuneSettings) -> None:
     Raises:
         ArgumentError: If they are out of range, or if the cases are chosen otherwise as well.
     """
+    if not is_first_process() or number_of_processes(1) > 1:
+        raise ArgumentError(
+            "num_gpus starts the processes of a fine-tuning; run the command without torchrun", "num_gpus"
+        )
     if settings.num_gpus < 1:
         raise ArgumentError(f"num_gpus must be at least 1, got {settings.num_gpus}", "num_gpus")
+    if find_device(settings.device).type == "cuda" and settings.num_gpus > torch.cuda.device_count():
+        raise ArgumentError(
+            f"num_gpus must be at most {torch.cuda.device_count()}, the number of GPUs, got {settings.num_gpus}",
+            "num_gpus",
+        )
     wrong = [fold for fold in settings.folds if fold not in (*range(FOLDS), "all")]
     if wrong or len(set(settings.folds)) != len(settings.folds):
         got = " ".join(map(str, settings.folds))
@@ -100,7 +113,9 @@ def _check_folds(settings: FinetuneSettings) -> None:
     for name in ("labels", "cases", "test_cases"):
         if settings.folds and getattr(settings, name) is not None:
             raise ArgumentError(
-                f"folds must not be given with {name}, which chooses the cases as well; drop one", "folds", name
+                f"folds must not be given with {name}, because both choose what is trained on; leave one out",
+                "folds",
+                name,
             )
 
 
@@ -117,7 +132,7 @@ def _finetune(
         also = f", {len(task.unlabelled)} unlabelled cases" if task.unlabelled else ""
         name = "" if fold is None else f", fold {fold}"
         logger.info(
-            f"{dataset_name}{name}: {len(task.split.train)} training cases{also}, {len(task.split.test)} held-out cases"
+            f"{dataset_name}{name}: {len(task.split.train)} training cases{also}, {len(task.split.test)} {task.split.what}"
         )
         arms: list[tuple[Task, OpenedCheckpoint | None]] = [(task, origin)]
         if settings.scratch:
@@ -150,7 +165,7 @@ def _make_task(
     split = split_cases(labelled, settings.seed, settings.labels, settings.cases, settings.test_cases)
     configuration = origin.choose_configuration(settings.configuration)
     planned = planned_configuration(origin.own_provenance.plans, configuration)
-    _check_no_cascade(planned, configuration, dataset_name, origin.path)
+    _check_no_cascade(planned, configuration, dataset_name, origin.own_provenance.plans_name, origin.path)
     network = planned["architecture"]["network_class_name"]
     plan = adopt_plan(origin.own_provenance.plans, dataset_name, folders, settings.plans_name)
     split = split or fold_split(labelled, dataset_name, folders, 0 if fold is None else fold)
@@ -160,6 +175,8 @@ def _make_task(
         else ((), None)
     )
     of_this_dataset = others if source is None else ()
+    schedule = schedule_from(settings, network_kind(network), pretrained=True)
+    _check_processes(settings, schedule.batch_size or planned["batch_size"], dataset_name, folders)
     prepare_data(dataset_name, plan, configuration, (*split.cases, *of_this_dataset), folders, processes)
     others_folder = None
     if source is not None:
@@ -172,12 +189,15 @@ def _make_task(
         plan=plan,
         configuration=configuration,
         split=split,
-        schedule=schedule_from(settings, network_kind(network), pretrained=True),
+        schedule=schedule,
         seed=settings.seed,
         device=find_device(settings.device),
         processes=processes,
         mode=settings.mode,
         unlabelled=others,
+        unlabelled_pool=_pool(settings.unlabelled, dataset_name, labelled, folders)
+        if others and fold is not None
+        else (),
         unlabelled_folder=others_folder,
         track=tuple(settings.track),
         mirroring=settings.mirroring,
@@ -186,7 +206,9 @@ def _make_task(
     )
 
 
-def _check_no_cascade(planned: dict[str, Any], configuration: str, dataset_name: str, weights: Path) -> None:
+def _check_no_cascade(
+    planned: dict[str, Any], configuration: str, dataset_name: str, plans_name: str, weights: Path
+) -> None:
     """Check that a configuration is not the second stage of a cascade, which needs predictions of the first stage.
 
     Raises:
@@ -197,7 +219,7 @@ def _check_no_cascade(planned: dict[str, Any], configuration: str, dataset_name:
         raise ArgumentError(
             f"configuration must not be the second stage of a cascade, got {configuration}, which needs the predictions of "
             f"{previous} for all cases; train {previous} in all folds by nnU-Net's command, and then run nnUNetv2_train "
-            f"{dataset_name} {configuration} FOLD -pretrained_weights {weights}",
+            f"{dataset_name} {configuration} FOLD -p {plans_name} -pretrained_weights {weights}",
             "configuration",
         )
 
@@ -233,6 +255,38 @@ def run_arms(arms: Sequence[tuple[Task, OpenedCheckpoint | None]], folders: Fold
     for line in comparison(results):
         logger.info(line)
     return results
+
+
+def _check_processes(settings: FinetuneSettings, batch: int, dataset_name: str, folders: Folders) -> None:
+    """Check that several processes can share the batch and its loss.
+
+    Raises:
+        ArgumentError: If the batch cannot be divided, or voxels are ignored, whose number differs between processes.
+    """
+    if batch % settings.num_gpus:
+        raise ArgumentError(
+            f"batch_size must be a multiple of num_gpus ({settings.num_gpus}), got {batch}; set batch_size, or fewer num_gpus",
+            "batch_size",
+            "num_gpus",
+        )
+    labels = read_json(folders.raw / dataset_name / "dataset.json", "dataset.json of a labelled data set")["labels"]
+    if settings.num_gpus > 1 and ignore_label({"labels": labels}) is not None:
+        raise ArgumentError(
+            f"num_gpus must be 1 for {dataset_name}, which has an ignore label, got {settings.num_gpus}: the processes would "
+            "weight the labelled voxels differently",
+            "num_gpus",
+        )
+
+
+def _pool(
+    unlabelled: str | int | None, dataset_name: str, labelled: tuple[str, ...], folders: Folders
+) -> tuple[str, ...]:
+    """Return the cases of which those of a mean teacher are left over in every fold."""
+    if unlabelled is not None and Path(str(unlabelled)).is_file():
+        return tuple(read_names(Path(str(unlabelled))))
+    if unlabelled is None or find_dataset(unlabelled, folders) == dataset_name:
+        return labelled
+    return tuple(case.name for case in read_dataset(unlabelled, folders).cases)
 
 
 def _find_unlabelled(

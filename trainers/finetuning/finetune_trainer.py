@@ -1,6 +1,6 @@
-"""FinetuneTrainer: nnU-Net's training on labelled cases, from given weights, with a warm-up and reproducible batches.
+"""FinetuneTrainer: nnU-Net's training on labelled cases, from given weights, by a recipe and with reproducible batches.
 
-Loss, augmentation, network, SGD, prediction and evaluation are nnU-Net's. The differences from ``nnUNetTrainer`` are:
+Loss, augmentation, network, prediction and evaluation are nnU-Net's. The differences from ``nnUNetTrainer`` are:
 
 - The learning rate follows a recipe and changes at every step (``trainers.finetuning.schedule``); pretrained and new layers
   can have rates of their own, and parts can be frozen (``trainers.finetuning.optimisation``).
@@ -98,7 +98,7 @@ class FinetuneTrainer(nnUNetTrainer):
         self.precision = choose_precision(self.device)
         if not self.precision.scaler:
             self.grad_scaler = None
-        self.progress = RunProgress(logger.info, self.device)
+        self.progress = RunProgress(logger.info, self.device, rank() == 0)
         self.tracking = Tracking(self.settings.track if rank() == 0 else (), Path(self.output_folder))
 
     @property
@@ -225,7 +225,8 @@ class FinetuneTrainer(nnUNetTrainer):
 
     def on_train_epoch_start(self) -> None:
         """Set the learning rate and seed the random draws of the network (dropout)."""
-        torch.manual_seed(draw_seed(self.settings.seed, "finetune/epoch", self.current_epoch))
+        own = (rank(),) if rank() else ()  # samples of different processes are not dropped together
+        torch.manual_seed(draw_seed(self.settings.seed, "finetune/epoch", self.current_epoch, *own))
         self.steps_done = self.current_epoch * self.num_iterations_per_epoch
         super().on_train_epoch_start()
 
@@ -336,12 +337,15 @@ class FinetuneTrainer(nnUNetTrainer):
         if not self.settings.mirroring:
             self.inference_allowed_mirroring_axes = None
         on_cpu = self.device.type == "cpu"
+        planned = self.configuration_manager.configuration
+        next_stage = planned.pop("next_stage", None)  # nnU-Net would look for the cascade's cases and predict them
         try:
             with without_workers(nnunet_module, evaluate_predictions) if on_cpu else nullcontext():
                 super().perform_actual_validation(save_probabilities)
         finally:
             nnunet_module.default_num_processes = before
             self.inference_allowed_mirroring_axes = axes
+            planned |= {} if next_stage is None else {"next_stage": next_stage}
             # nnU-Net switches deep supervision off and afterwards always on.
             self.set_deep_supervision_enabled(self.enable_deep_supervision)
 

@@ -1,6 +1,6 @@
 """nnU-Net's export and evaluation of predictions without worker processes.
 
-On a CPU the cores are busy with the prediction itself, and every worker imports torch and nnU-Net anew, which takes longer than
+On a CPU the cores are busy with the prediction itself, and every worker imports torch and nnU-Net again, which takes longer than
 the few files of a short training.
 """
 

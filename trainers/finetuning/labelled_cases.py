@@ -36,6 +36,11 @@ class Split:
     """Digest of the list of all folds, which share a model folder."""
 
     @property
+    def what(self) -> str:
+        """Word for the cases that are predicted."""
+        return "training cases" if self.fold == "all" else "held-out cases"
+
+    @property
     def cases(self) -> tuple[str, ...]:
         """All cases of the run, sorted."""
         return tuple(sorted({*self.train, *self.test, *self.validation}))

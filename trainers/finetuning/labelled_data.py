@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 
 from nnssl.data.jobs import follow_jobs, run_list
 from nnssl.data.raw import RawDataset
 from nnssl.errors import ArgumentError, UserError
+from nnssl.evaluation.segmentation_files import case_name
 from nnssl.files import read_json, write_json
 from nnssl.log import logger, printed_output_to
 from nnssl.paths import Folders, make_writable
@@ -34,6 +36,14 @@ def prepare_data(
     Raises:
         UserError: If nnU-Net fails; the message names the log.
     """
+    folder = make_writable(folders.preprocessed / dataset_name)
+    with FileLock(folder / "nnssl_finetune.lock"):  # runs of other folds or arms may prepare the same cases
+        _prepare(dataset_name, plan, configuration, cases, folders, processes)
+
+
+def _prepare(
+    dataset_name: str, plan: AdoptedPlan, configuration: str, cases: Sequence[str], folders: Folders, processes: int
+) -> None:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     folder = folders.preprocessed / dataset_name
@@ -43,7 +53,7 @@ def prepare_data(
     make_fingerprint(dataset_name, folders, processes)
     if labels_changed and data.exists():
         shutil.rmtree(data)
-    missing = [case for case in cases if not is_preprocessed(data, folder / "gt_segmentations", [case])]
+    missing = missing_cases(data, folder / "gt_segmentations", cases)
     if not missing:
         logger.info(f"Preprocessed cases: all {len(cases)} exist already ({data})")
         return
@@ -181,22 +191,20 @@ def preprocess_unlabelled(job: UnlabelledJob) -> None:
     )
 
 
-def is_preprocessed(data: Path, references: Path, cases: Sequence[str]) -> bool:
-    """Return whether a folder of preprocessed data holds every case completely, and the reference segmentations exist.
+def missing_cases(data: Path, references: Path, cases: Sequence[str]) -> list[str]:
+    """Return the cases that a folder of preprocessed data does not hold completely, or whose reference is missing.
 
     Args:
         data: Folder of one configuration.
         references: Folder ``gt_segmentations`` of the data set.
         cases: Names of the cases.
     """
-    if not data.is_dir() or not references.is_dir():
-        return False
-    files = {path.name for path in data.iterdir()}
-    copied = {path.name for path in references.iterdir()}
-    # nnU-Net writes the .pkl of a case last.
-    return all({f"{case}.b2nd", f"{case}_seg.b2nd", f"{case}.pkl"} <= files for case in cases) and all(
-        any(name.startswith(f"{case}.") for name in copied) for case in cases
-    )
+    files = {path.name for path in data.iterdir()} if data.is_dir() else set()
+    copied = {case_name(path) for path in references.iterdir()} if references.is_dir() else set()
+    # nnU-Net writes the .pkl of a case last
+    return [
+        case for case in cases if case not in copied or not {f"{case}.b2nd", f"{case}_seg.b2nd", f"{case}.pkl"} <= files
+    ]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Modes, optimizers and recipes of fine-tuning with their defaults for each kind of network and start, and their checks."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from nnssl.errors import ArgumentError
 from planners.primus_rules import CLASS_NAME as PRIMUS
@@ -120,6 +120,7 @@ def make_schedule(mode: str, choices: Choices, kind: NetworkKind = "unet", pretr
         ArgumentError: If a number is out of range, or mode, optimizer, recipe and warm-up do not fit one another.
     """
     check_mode(mode)
+    _check_words(choices)
     _check_numbers(choices)
     optimizer = _optimizer(mode, choices, kind)
     if mode == "linear":
@@ -131,9 +132,10 @@ def make_schedule(mode: str, choices: Choices, kind: NetworkKind = "unet", pretr
         rate = choices.learning_rate or (rates.pretrained if pretrained else rates.scratch)
         recipe = (choices.recipe or "warmup") if pretrained else choices.scratch_recipe
     total = choices.epochs * choices.iterations_per_epoch
-    if pretrained and recipe == "nnunet" and choices.warmup:
+    if choices.warmup and choices.recipe == "nnunet" == choices.scratch_recipe:
         raise ArgumentError(
-            f"warmup must not be given with recipe nnunet, which has none, got {choices.warmup:g}; choose another recipe or leave it out",
+            f"warmup must not be given with recipe nnunet, which has none, got {choices.warmup:g}; leave it out, or choose "
+            "another recipe",
             "warmup",
             "recipe",
         )
@@ -196,6 +198,13 @@ def _warmup_steps(recipe: Recipe, choices: Choices, total: int) -> int:
     if wanted is None:
         return min(round(WARMUP_SHARE * total), LONGEST_WARMUP)
     return max(1, round(wanted * total)) if wanted < 1 else round(wanted)
+
+
+def _check_words(choices: Choices) -> None:
+    for name, kind in (("recipe", Recipe), ("scratch_recipe", Recipe), ("trained", Trained)):
+        value = getattr(choices, name)
+        if value is not None and value not in get_args(kind):
+            raise ArgumentError(f"{name} must be one of {', '.join(get_args(kind))}, got {value}", name)
 
 
 def _check_numbers(choices: Choices) -> None:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from nnssl import schema
 from nnssl.errors import ArgumentError, UserError
+from nnssl.evaluation.segmentation_files import case_name
 from nnssl.files import read_json
 from nnssl.schema import STRICT
 from nnssl.tables import align, points, signed_points
@@ -91,7 +92,7 @@ def read_dice(
     measured = [
         case["metrics"]
         for case in read_json(summary, "evaluation of nnU-Net")["metric_per_case"]
-        if Path(case["reference_file"]).name.partition(".")[0] in wanted
+        if case_name(Path(case["reference_file"])) in wanted
     ]
     dice = {}
     for name, value in labels.items():
@@ -113,7 +114,8 @@ def comparison(results: Sequence[ArmResult]) -> list[str]:
     """Return a table with the Dice of all arms in points and the gain over scratch, if trained, and a line per schedule."""
     first = results[0]
     scratch = next((result for result in results[1:] if result.weights is None), None)
-    header = [f"Dice (points) on {len(first.test_cases)} held-out cases", *(result.arm for result in results)]
+    what = "training cases" if first.fold == "all" else "held-out cases"
+    header = [f"Dice (points) on {len(first.test_cases)} {what}", *(result.arm for result in results)]
     rows = [header if scratch is None else [*header, "gain"]]
     for name in [*first.dice, None]:
         values = [result.mean_dice if name is None else result.dice[name] for result in results]

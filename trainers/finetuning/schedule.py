@@ -6,8 +6,10 @@ as in nnU-Net's ``PretrainedTrainer_sawtooth``.
 
 Deviations: nnU-Net changes the rate once per epoch, here it changes at every step; both agree at the first step of an epoch
 during the decay. The lengths of warm-up and first phase are shares of the run, so that a short run has the shape of a long one;
-for 150 and 1,000 epochs they are those of the sources. nnU-Net's ``sawtooth`` makes a new optimizer for each phase, here the
-momentum of the first phase is kept.
+for 150 and 1,000 epochs they are those of the sources. In the first phase of ``sawtooth``, nnU-Net trains the whole decoder,
+here only what was not pretrained; its second rise ends at half the rate, here at the highest; for Primus it lowers the rate of
+the first phase to a hundredth, here ``head_learning_rate`` does this on request; and it makes a new optimizer where all layers
+begin, here the momentum of the first phase is kept.
 """
 
 from dataclasses import dataclass

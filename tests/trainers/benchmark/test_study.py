@@ -131,6 +131,8 @@ def test_validation_patients_are_neither_labelled_nor_held_out(folders, tmp_path
         ({"learning_rates": (0.01, 0.001)}, "learning_rates needs patients to choose between 2 values"),
         ({"learning_rates": (0.01, 0.01), "validation_patients": 1}, "must be different values above 0"),
         ({"validation_patients": 1}, "are for choosing between several learning_rates"),
+        ({"learning_rates": (0.01, 0.001), "validation_patients": 1, "modes": ("linear",)}, "linear probes have none"),
+        ({"warmup": 0.2, "recipe": "nnunet"}, "warmup must not be given with recipe nnunet"),
         ({"learning_rates": (0.01, 0.001), "validation_patients": 20}, "validation_patients must be at most 6"),
     ],
 )

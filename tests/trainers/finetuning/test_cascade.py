@@ -30,7 +30,8 @@ def cascade(run, tmp_path):
     low = copy.deepcopy(plan["configurations"]["3d_fullres"])
     low |= {"spacing": [5.0, 3.0, 3.4], "data_identifier": "cascadePlans_3d_lowres"}
     low["next_stage"] = "3d_cascade_fullres"
-    full = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres"}
+    # its cases are not preprocessed, and the first stage must not ask for them
+    full = {"inherits_from": "3d_fullres", "previous_stage": "3d_lowres", "data_identifier": "cascadePlans_3d_fullres"}
     plan["configurations"] |= {"3d_lowres": low, "3d_cascade_fullres": full}
     write_weights(tmp_path / "weights.pth", tiny_plan())
     with folders_set(run.folder):
@@ -48,6 +49,7 @@ def exported(weights: Path, plan_file: Path, configuration: str, out: Path) -> P
 def test_stock_nnunet_loads_the_weights_of_the_second_stage(cascade, run, tmp_path):
     weights, plan, path = cascade
     made = exported(weights, path, "3d_cascade_fullres", tmp_path / "cascade.pth")
+    plan["configurations"]["3d_cascade_fullres"]["data_identifier"] = "nnsslPlans_3d_fullres"  # any preprocessed cases
     trainer = nnUNetTrainer(plan, "3d_cascade_fullres", 0, read_json(path.parent / "dataset.json", "dataset.json"), CPU)
     trainer.initialize()
     load_pretrained_weights(trainer.network, str(made))
@@ -65,7 +67,9 @@ def test_the_second_stage_is_refused_with_nnunets_command(cascade, tmp_path):
     made = exported(weights, path, "3d_cascade_fullres", tmp_path / "cascade.pth")
     with pytest.raises(ArgumentError, match="second stage of a cascade") as raised:
         finetune(4, made, FinetuneSettings(labels=3, epochs=1, iterations_per_epoch=1, device=CPU))
-    assert f"nnUNetv2_train {DATASET} 3d_cascade_fullres FOLD -pretrained_weights {made}" in str(raised.value)
+    assert f"nnUNetv2_train {DATASET} 3d_cascade_fullres FOLD -p cascadePlans -pretrained_weights {made}" in str(
+        raised.value
+    )
 
 
 def test_the_first_stage_is_trained_like_any_other(cascade, tmp_path):

@@ -37,7 +37,7 @@ from trainers.finetuning.finetune import finetune
 from trainers.finetuning.finetune_trainer import FinetuneTrainer
 from trainers.finetuning.keyed_batches import KeyedBatches, fix_transforms
 from trainers.finetuning.labelled_cases import Split, find_labelled_cases, fold_split, label_order, split_cases
-from trainers.finetuning.labelled_data import is_preprocessed
+from trainers.finetuning.labelled_data import missing_cases
 from trainers.finetuning.pretrained_weights import load_weights, open_weights
 from trainers.finetuning.recipes import Choices, make_schedule
 from trainers.finetuning.result import comparison, read_dice, read_result
@@ -475,6 +475,12 @@ def test_regions_and_absent_classes_are_read_by_name(tmp_path):
     assert read_dice(tmp_path / "summary.json", labels, ["c", "a"]) == ({"whole": 0.375, "core": 0.5}, 0.4375)
 
 
+def test_dots_in_the_name_of_a_case_belong_to_it(tmp_path):
+    cases = [{"reference_file": f"/gt/1.3.6.{n}.nii.gz", "metrics": {"1": {"Dice": n / 4}}} for n in (1, 2)]
+    (tmp_path / "summary.json").write_text(json.dumps({"metric_per_case": cases}))
+    assert read_dice(tmp_path / "summary.json", {"organ": 1}, ["1.3.6.2"]) == ({"organ": 0.5}, 0.5)
+
+
 def test_dice_is_that_of_nnunets_summary(run):
     """Over all held-out cases, the numbers are those that nnU-Net wrote."""
     summary = run.fold(0) / "validation" / "summary.json"
@@ -515,11 +521,11 @@ def test_a_preprocessed_case_that_is_not_complete_is_seen(run, tmp_path):
         (references / f"{case}.nii.gz").touch()
         for ending in (".b2nd", "_seg.b2nd", ".pkl"):
             (data / f"{case}{ending}").touch()
-    assert is_preprocessed(data, references, CASES[:2])
-    assert not is_preprocessed(data, references, CASES[:3])
+    assert missing_cases(data, references, CASES[:2]) == []
+    assert missing_cases(data, references, CASES[:3]) == [CASES[2]]
     (data / f"{CASES[0]}.pkl").unlink()
-    assert not is_preprocessed(data, references, CASES[:2])
-    assert not is_preprocessed(data, tmp_path / "nowhere", CASES[:1])
+    assert missing_cases(data, references, CASES[:2]) == [CASES[0]]
+    assert missing_cases(data, tmp_path / "nowhere", CASES[1:2]) == [CASES[1]]
 
 
 # command

@@ -11,6 +11,7 @@ from nnssl.log import lines_to
 from nnssl.paths import resolve_folders
 from tests.trainers.finetuning.runs import CASES, CPU, DATASET, folders_set
 from trainers.finetuning.finetune import finetune
+from trainers.finetuning.finetune_trainer import FinetuneTrainer
 from trainers.finetuning.labelled_cases import fold_split
 from trainers.finetuning.settings import FinetuneSettings
 
@@ -73,6 +74,32 @@ def test_stock_nnunet_finds_the_best_configuration_and_predicts_with_the_ensembl
     image = run.folder / "raw" / DATASET / "imagesTr" / f"{CASES[0]}_0000.nii.gz"
     predictor.predict_from_files_sequential([[str(image)]], [str(tmp_path / "case.nii.gz")], False, True)
     assert (tmp_path / "case.nii.gz").exists()
+
+
+def test_probabilities_are_added_to_a_finished_fold(run, monkeypatch):
+    """Asking for them later predicts again and does not train."""
+    settings = replace(SETTINGS, folds=(2,), seed=8)
+    with folders_set(run.folder):
+        (result,) = finetune(4, run.weights, settings)
+        validation = Path(result.model_folder) / "fold_2" / "validation"
+        assert not list(validation.glob("*.npz"))
+        monkeypatch.setattr(FinetuneTrainer, "run_training", lambda trainer: pytest.fail("trained again"))
+        finetune(4, run.weights, replace(settings, save_probabilities=True))
+    assert {path.stem for path in validation.glob("*.npz")} == set(result.test_cases)
+
+
+def test_an_ignore_label_needs_one_process(run, monkeypatch):
+    content = read_json(run.folder / "raw" / DATASET / "dataset.json", "dataset.json")
+    labels = {**content["labels"], "ignore": 9}
+    monkeypatch.setattr("trainers.finetuning.finetune.read_json", lambda path, what: {**content, "labels": labels})
+    with folders_set(run.folder), pytest.raises(ArgumentError, match="num_gpus must be 1 for Dataset004_Phantoms"):
+        finetune(4, run.weights, replace(SETTINGS, folds=(0,), num_gpus=2, batch_size=2))
+
+
+def test_a_batch_that_cannot_be_divided_is_refused_before_anything_is_prepared(run, monkeypatch):
+    monkeypatch.setattr("trainers.finetuning.finetune.prepare_data", lambda *given: pytest.fail("prepared"))
+    with folders_set(run.folder), pytest.raises(ArgumentError, match=r"multiple of num_gpus \(2\), got 3"):
+        finetune(4, run.weights, replace(SETTINGS, num_gpus=2, batch_size=3))
 
 
 @pytest.mark.parametrize(

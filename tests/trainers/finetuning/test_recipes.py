@@ -209,6 +209,11 @@ def test_the_arm_from_scratch_trains_everything_at_one_rate():
     assert (own.trained, own.head_learning_rate) == ("everything", own.learning_rate)
 
 
+def test_a_warmup_may_be_that_of_scratch_alone():
+    choices = Choices(1, 100, recipe="nnunet", scratch_recipe="warmup", warmup=0.2)
+    assert [make_schedule("finetune", choices, pretrained=each).warmup_steps for each in (True, False)] == [0, 20]
+
+
 def test_kinds_of_networks():
     assert network_kind("dynamic_network_architectures.architectures.unet.PlainConvUNet") == "unet"
     assert network_kind("nnssl.networks.hybrid.HybridUNet") == "hybrid"
@@ -227,6 +232,8 @@ def test_kinds_of_networks():
         ("linear", {"trained": "head"}, "trained cannot be given with mode linear"),
         ("linear", {"optimizer": "sgd"}, "optimizer must be adam in mode linear"),
         ("best", {}, "mode must be one of"),
+        ("finetune", {"recipe": "sawtoth"}, "recipe must be one of nnunet, warmup, sawtooth, got sawtoth"),
+        ("finetune", {"trained": "encoder"}, "trained must be one of everything, new, decoder, head, got encoder"),
     ],
 )
 def test_what_does_not_fit_is_refused(mode, given, reason):

@@ -1,11 +1,12 @@
 """Fine-tuning in two processes of the CPU: batches, gradients and results of one process."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from nnssl.errors import ArgumentError
+from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json
 from tests.trainers.finetuning.runs import CASES, CPU, DATASET, final_weights, folders_set, make_settings, trainer_of
 from tests.trainers.tiny_plan import tiny_plan
@@ -53,6 +54,20 @@ def test_two_processes_equal_one(run, tmp_path, monkeypatch, mode, batch_dice):
     written = {path.name.split("_2")[0] for path in (tmp_path / "two" / "fold_0").iterdir()}
     assert {"checkpoint_final.pth", "progress.png", "training_log"} <= written
     assert len(list((tmp_path / "two" / "fold_0").glob("training_log*"))) == 1
+
+
+@dataclass(frozen=True)
+class Wrong:
+    device: torch.device = CPU
+
+
+def refuse(job: Wrong) -> None:
+    raise UserError("a.nii.gz: is empty; remove it")
+
+
+def test_an_error_of_the_user_in_a_process_is_one_here():
+    with pytest.raises(UserError, match="a.nii.gz: is empty; remove it"):
+        launch(refuse, Wrong(), 2)
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(run, tmp_path, monkeypatch):
