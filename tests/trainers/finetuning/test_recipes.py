@@ -5,6 +5,10 @@ import torch
 from torch import nn
 
 from nnssl.errors import ArgumentError
+from nnssl.networks.backbone import build_network
+from tests.nnssl.networks.test_hybrid import architecture as unet_architecture
+from tests.nnssl.networks.test_primus import SHAPE as PRIMUS_SHAPE
+from tests.nnssl.networks.test_primus import build as primus
 from tests.trainers.finetuning.runs import killed_and_resumed, trainer_of
 from trainers.finetuning.optimisation import StepSchedule, choose_parameters, make_optimizer
 from trainers.finetuning.recipes import Choices, make_schedule, network_kind
@@ -127,6 +131,40 @@ def test_pretrained_new_and_frozen(prefixes, trained, old, new):
         name.removesuffix(".weight") for name, p in network.named_parameters() if p.requires_grad and "weight" in name
     }
     assert asked == old | new
+
+
+def real_network(kind: str) -> tuple[nn.Module, tuple[str, ...], set[str]]:
+    """A tiny network of a kind, what a method pretrains of it, and the parts that are then new."""
+    if kind == "primus":
+        return primus(deep_supervision=True), ("down_projection.", "eva."), {"up_projection", "decoder.seg_layers"}
+    dim, residual, hybrid = {"plain": (3, False, False), "residual": (2, True, False), "hybrid": (3, False, True)}[kind]
+    network = build_network(unet_architecture(dim, residual, hybrid), 2, 3, seed=0)
+    pretrained = ("encoder.", "decoder.encoder.", *(("transformer.",) if hybrid else ()))
+    return network, pretrained, {"decoder.transpconvs", "decoder.stages", "decoder.seg_layers"}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("kind", ["plain", "residual", "hybrid", "primus"])
+def test_every_network_has_its_two_phases(kind, optimizer):
+    """One step in each phase of a sawtooth: new layers alone move in the first, and pretrained ones in the second."""
+    network, pretrained, new = real_network(kind)
+    own = schedule(steps=10, warmup=2, new=4, rate=1e-3, head=1e-2, optimizer=optimizer)
+    rates = StepSchedule(make_optimizer(choose_parameters(network, pretrained, "everything"), own, 3e-5), own)
+    shape = {"plain": (8, 16, 16), "residual": (16, 16), "hybrid": (8, 16, 16), "primus": PRIMUS_SHAPE}[kind]
+    for step in (0, 4):
+        before = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+        rates.set_step(step)
+        rates.optimizer.zero_grad(set_to_none=True)
+        outputs = network(torch.randn(2, 2, *shape, generator=torch.Generator().manual_seed(step)))
+        sum(each.square().mean() for each in (outputs if isinstance(outputs, list) else [outputs])).backward()
+        rates.optimizer.step()
+        moved = {name for name, parameter in network.named_parameters() if not torch.equal(parameter, before[name])}
+        expected = tuple(f"{part}." for part in new)
+        if step == 0:
+            assert moved
+            assert all(name.startswith(expected) for name in moved)
+        else:
+            assert any(name.startswith(pretrained) for name in moved)
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
