@@ -20,8 +20,7 @@ Deviations:
       conditioned features and turned crops, as the code does.
     * Quarter turns only in a plane of equal sides and spacing, otherwise half turns: others would leave the voxel grid. The
       planner gives the patch equal sides wherever two spacings agree.
-    * Negatives are the other keys of the batch; a queue, as in paper and code, is an option. The head standardises its hidden
-      vector over the batch; without that, all images collapsed to one point with a queue.
+    * The head standardises its hidden vector over the batch; without that, all images collapse to one point with the queue.
     * For the attention's factor of the map and the normalisation of both factors, see ``networks.attention``.
     * Crops lie in the stage's patch and cover the plan's share of it; in the code they are between half and 1.75 times the
       input's size. Both overlap by the code's intersection over union, but are drawn in every step, not 16 pairs in advance.
@@ -119,7 +118,7 @@ class PCRLSettings:
     head_normalisation: HeadNormalisation = "batch"  # [D]
     """``batch`` standardises the head's hidden vector over the batch, ``none`` leaves it as it is."""
     embedding_dimensions: TwoOrMore = 128  # [C]
-    negatives: Negatives = "batch"  # [R]; queue in the paper
+    negatives: Negatives = "queue"  # [P]
     queue_length: Count = 16_384  # [C]
     teacher_momentum: Factor = 0.99  # [P]; 0.999 in the code
     attention: Literal[AttentionKind, "none"] = "outer"  # [P]; gate in the code

@@ -583,7 +583,7 @@ def test_the_moving_average_of_a_run():
         (("asked_flips=0,2",), r"asked_flips must be axes from 0 to 1, got \(0, 2\)"),
         (("contrast_weight=0", "reconstruction_weight=0"), "must be above 0, got 0 for both"),
         (("mixing_alpha=0",), "mixing_alpha"),
-        (("batch_size=1",), "set batch_size=2 or negatives=queue"),
+        (("batch_size=1", "negatives=batch"), "set batch_size=2 or negatives=queue"),
     ],
 )
 def test_settings_that_do_not_fit(overrides, message):
