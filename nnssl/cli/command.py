@@ -91,6 +91,7 @@ PYTHON_NAMES = {
     "dask": "dask_address",
     "mode": "modes",
     "labels": "labels_file",
+    "npz": "save_probabilities",
 }
 """Python name of an argument by the name of its flag, where the two differ."""
 

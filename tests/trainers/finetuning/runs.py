@@ -19,7 +19,7 @@ from nnssl.paths import resolve_folders
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from planners.finetune_planner import adopt_plan
 from tests.trainers.tiny_plan import PATCH_SIZE, tiny_plan, write_weights
-from trainers.finetuning import arm as finetune_arm
+from trainers.finetuning import training
 from trainers.finetuning.arm_settings import ArmSettings
 from trainers.finetuning.finetune import finetune
 from trainers.finetuning.finetune_trainer import FinetuneTrainer, make_trainer
@@ -175,7 +175,7 @@ def finetune_and_catch_trainers(monkeypatch, *arguments, **options) -> tuple[lis
         trainers.append(make_trainer(*args))
         return trainers[-1]
 
-    monkeypatch.setattr(finetune_arm, "make_trainer", make)
+    monkeypatch.setattr(training, "make_trainer", make)
     return finetune(*arguments, FinetuneSettings(**options)), trainers
 
 

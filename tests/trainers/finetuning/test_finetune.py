@@ -254,10 +254,13 @@ def test_batches_depend_on_seed_and_step_and_on_nothing_else(run, tmp_path):
 
 def test_drawing_a_batch_leaves_the_global_random_states_alone():
     class Draws:
-        def generate_train_batch(self):
-            return {"data": torch.rand(2), "numpy": np.random.rand(2)}
+        get_do_oversample = staticmethod(lambda row: False)
 
-    batches = KeyedBatches(Draws(), 0, "test")
+        def generate_train_batch(self):
+            drawn = torch.rand(1, 2)
+            return {"data": drawn, "target": torch.from_numpy(np.random.rand(1, 2)), "keys": ["case"]}
+
+    batches = KeyedBatches(Draws(), 0, "test", range(2))
     torch.manual_seed(1)
     np.random.seed(1)
     first = batches[0]
@@ -266,7 +269,8 @@ def test_drawing_a_batch_leaves_the_global_random_states_alone():
     np.random.seed(1)
     assert (torch.rand(1), np.random.rand(1)) == after
     assert torch.equal(batches[0]["data"], first["data"])
-    assert not np.array_equal(batches[1]["numpy"], first["numpy"])
+    assert not torch.equal(batches[1]["target"], first["target"])
+    assert not torch.equal(first["data"][0], first["data"][1])
 
 
 def test_blur_does_not_choose_its_algorithm_by_the_clock(run, tmp_path):
@@ -322,7 +326,7 @@ def test_an_arm_that_was_trained_but_not_evaluated_is_evaluated_only(run, monkey
     said: list[str] = []
     with lines_to(said.append):
         assert finetune(4, run.weights, FinetuneSettings(**run.arguments)) == run.results
-    assert any("Arm scratch: trained already" in line for line in said)
+    assert any("Arm scratch: trained, but not evaluated yet" in line for line in said)
 
 
 @pytest.mark.nightly
