@@ -333,11 +333,11 @@ def test_an_arm_that_was_trained_but_not_evaluated_is_evaluated_only(run, monkey
 def test_restart_deletes_what_there_is(run, monkeypatch):
     seen = []
 
-    def note(trainer, weights, fold, arm):
-        seen.append((fold, sorted(path.name for path in fold.glob("*.pth"))))
+    def note(trainer, job):
+        seen.append((job.folder, sorted(path.name for path in job.folder.glob("*.pth"))))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune_arm, "_train", note)
+    monkeypatch.setattr(finetune_arm, "train", note)
     for restart in (False, False, True):
         with pytest.raises(KeyboardInterrupt):
             finetune(4, run.weights, FinetuneSettings(**{**run.arguments, "seed": 8, "restart": restart}))
