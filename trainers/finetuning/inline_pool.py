@@ -8,7 +8,7 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Any, Self
+from typing import Any
 
 
 class Finished:
@@ -35,7 +35,7 @@ class InlinePool:
 
     _pool: tuple[()] = ()  # nnU-Net checks that the workers in it are alive
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "InlinePool":
         """Return the pool."""
         return self
 
