@@ -1,7 +1,9 @@
 """Pretrained weights for fine-tuning: found, opened, compared, and loaded into a network by nnU-Net's own loader."""
 
 import hashlib
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -90,6 +92,25 @@ def find_latest(folders: Folders) -> Path:
     )
 
 
+class _NoGroup:
+    """Stands for ``torch.distributed`` in nnU-Net's loader."""
+
+    @staticmethod
+    def is_initialized() -> bool:
+        return False
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Let nnU-Net's loader read a file as a single process does; in a group, it reads onto GPUs, which CPUs do not have."""
+    loader = vars(sys.modules[load_pretrained_weights.__module__])
+    before, loader["dist"] = loader["dist"], _NoGroup
+    try:
+        yield
+    finally:
+        loader["dist"] = before
+
+
 def load_weights(trainer: FinetuneTrainer, weights: OpenedCheckpoint) -> None:
     """Load pretrained weights into a trainer's network with nnU-Net's own loader.
 
@@ -103,7 +124,8 @@ def load_weights(trainer: FinetuneTrainer, weights: OpenedCheckpoint) -> None:
     if not trainer.was_initialized:
         trainer.initialize()
     try:
-        load_pretrained_weights(trainer.network, str(weights.path), verbose=True)
+        with _alone():
+            load_pretrained_weights(trainer.network, str(weights.path), verbose=True)
     except AssertionError as error:
         reason = str(error).split(". ")[0]
         raise UserError(

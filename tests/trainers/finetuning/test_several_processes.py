@@ -8,7 +8,16 @@ import torch
 
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json
-from tests.trainers.finetuning.runs import CASES, CPU, DATASET, final_weights, folders_set, make_settings, trainer_of
+from tests.trainers.finetuning.runs import (
+    CASES,
+    CPU,
+    DATASET,
+    final_weights,
+    folders_set,
+    make_settings,
+    trainer_of,
+    weights_of,
+)
 from tests.trainers.tiny_plan import tiny_plan
 from trainers.finetuning import finetune_trainer
 from trainers.finetuning.training import TrainingJob, train_in_group
@@ -40,7 +49,8 @@ def test_two_processes_equal_one(run, tmp_path, monkeypatch, mode, batch_dice):
     def job(folder):
         settings = make_settings(folder, batch_size=4, unlabelled_cases=CASES[4:5], recipe="nnunet", warmup_steps=0)
         (folder / "fold_0").mkdir(parents=True)
-        return TrainingJob("test", plan, "3d_fullres", dataset_json, CPU, settings, mode, 0, None)
+        weights = weights_of(run).without_content() if mode == "finetune" else None
+        return TrainingJob("test", plan, "3d_fullres", dataset_json, CPU, settings, mode, 0, weights)
 
     with folders_set(run.folder):
         train_in_group(job(tmp_path / "one"))
