@@ -210,7 +210,7 @@ class StageRules:
         return in_time and chosen.pieces == 1 and not chosen.checkpointing
 
     def _choose_from(self, stage: Stage, patches: list[tuple[int, ...]]) -> ChosenStep | None:
-        if stage.reads_tokens:
+        if stage.reads_tokens or self.frame.is_primus:
             patches = [patch for patch in patches if self._tokens(stage, patch)[0] is not None]
         if not patches:
             return None
@@ -222,7 +222,7 @@ class StageRules:
                 self.frame.cost,
                 int(np.prod(step.patch)),
                 step.batch,
-                self._tokens(stage, step.patch)[0] if stage.reads_tokens else None,
+                self._tokens(stage, step.patch)[0] if stage.reads_tokens or stage.masks_tokens else None,
                 self.transformer,
                 self._least_points_gb(stage, step.batch) * 1e9,
                 self.preset.on_gpu,
@@ -233,7 +233,8 @@ class StageRules:
         return choose_step(steps, cost, self.preset.pretext_memory_gb, self.preset.step_multiply_adds)
 
     def _why_left_out(self, stage: Stage) -> str:
-        if stage.reads_tokens and not any(self._tokens(stage, patch)[0] is not None for patch in self.patches):
+        of_tokens = stage.reads_tokens or self.frame.is_primus
+        if of_tokens and not any(self._tokens(stage, patch)[0] is not None for patch in self.patches):
             return f"no patch has at least {TOKENS_MIN} tokens; use another method"
         return (
             f"not even {stage.needs.useful_batch} patches of {self.patches[0]} voxels, one at a time, fit into "

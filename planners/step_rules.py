@@ -145,7 +145,12 @@ def cost_of_step(
 
 def has_graph_of_maps(stage: Stage, transformer: TransformerSize | None) -> bool:
     """Return whether a stage differentiates through feature maps, not only through tokens of a transformer."""
-    return not (stage.reads_tokens and transformer is not None)
+    return not sees_visible_tokens(stage, transformer)
+
+
+def sees_visible_tokens(stage: Stage, transformer: TransformerSize | None) -> bool:
+    """Return whether a stage runs a transformer encoder on the visible tokens only, and a decoder of tokens."""
+    return (stage.reads_tokens or stage.masks_tokens) and transformer is not None
 
 
 def values_of_patch(
@@ -153,9 +158,8 @@ def values_of_patch(
 ) -> float:
     """Return the number of feature values that one patch of a stage keeps in memory; see ``cost_of_step``."""
     encoder, decoder = network.encoder_values * voxels, network.decoder_values * voxels
-    masked = stage.reads_tokens and transformer is not None
-    graphs = 0 if masked else stage.encoder_graphs
-    values = graphs * encoder + stage.decoder_graphs * decoder
+    masked = sees_visible_tokens(stage, transformer)
+    values = 0.0 if masked else stage.encoder_graphs * encoder + stage.decoder_graphs * decoder
     if tokens is None:
         return values
     count = math.prod(tokens.grid)
@@ -186,10 +190,10 @@ def multiply_adds_of_patch(
         passes_with_graph: Multiply-adds of a pass with a graph relative to those of its forward pass.
     """
     encoder, decoder = network.encoder_multiply_adds * voxels, network.decoder_multiply_adds * voxels
-    masked = stage.reads_tokens and transformer is not None
-    graphs = 0 if masked else stage.encoder_graphs
-    total = (passes_with_graph * graphs + stage.encoder_passes) * encoder
-    total += passes_with_graph * stage.decoder_graphs * decoder
+    masked = sees_visible_tokens(stage, transformer)
+    graphs = 0 if masked else 1
+    total = (passes_with_graph * graphs * stage.encoder_graphs + stage.encoder_passes) * encoder
+    total += passes_with_graph * graphs * stage.decoder_graphs * decoder
     if masked and tokens is not None:
         assert transformer is not None
         total += passes_with_graph * (transformer.depth / 4 + transformer.decoder_depth) * block_of(tokens, transformer)

@@ -237,7 +237,7 @@ def test_schedules_and_teachers_follow_from_their_stages(kind, cpu_plans):
             steps = planned.schedule.epochs * planned.schedule.iterations_per_epoch
             assert planned.teacher_momentum == pytest.approx(min(0.999, 1 - 20 / steps))
             assert ((name, f"queue ({stage})") in said) == (stage in ("reprec.contrastive", "pcrl.contexts"))
-    assert set(plan.configuration("3d_fullres_primus").stages) == {"alice.alignment"}
+    assert set(plan.configuration("3d_fullres_primus").stages) == {"alice.alignment", "mae.recovery"}
     assert set(plan.configuration("3d_fullres_hybrid").stages) == {"reprec.contrastive", "reprec.generative"}
     assert "sam.embedding" in plan.configuration("3d_fullres").stages
     assert not {"alice.alignment", "sam.embedding"} & set(plan.configuration("2d").stages)

@@ -5,6 +5,8 @@ from trainers.finetuning.linear_probe import LinearProbeTrainer
 from trainers.finetuning.mean_teacher import MeanTeacherTrainer
 from trainers.pretraining.pretext import (
     AliceTrainer,
+    MAETrainer,
+    ModelsGenesisTrainer,
     PCRLTrainer,
     Pix2RepTrainer,
     Pix2RepV2Trainer,
@@ -13,13 +15,16 @@ from trainers.pretraining.pretext import (
     RepRecGenerativeTrainer,
     SAMTrainer,
     SimCLRTrainer,
+    VolumeFusionTrainer,
 )
 
 __all__ = [
     "AliceTrainer",
     "FinetuneTrainer",
     "LinearProbeTrainer",
+    "MAETrainer",
     "MeanTeacherTrainer",
+    "ModelsGenesisTrainer",
     "PCRLTrainer",
     "Pix2RepTrainer",
     "Pix2RepV2Trainer",
@@ -28,4 +33,5 @@ __all__ = [
     "RepRecGenerativeTrainer",
     "SAMTrainer",
     "SimCLRTrainer",
+    "VolumeFusionTrainer",
 ]

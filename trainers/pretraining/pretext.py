@@ -55,3 +55,21 @@ class SimCLRTrainer(PretrainTrainer):
     """SimCLR: contrast of two views of a patch with all other patches of the batch."""
 
     stage = "simclr.contrast"
+
+
+class MAETrainer(PretrainTrainer):
+    """MAE: recovery of masked voxels."""
+
+    stage = "mae.recovery"
+
+
+class ModelsGenesisTrainer(PretrainTrainer):
+    """Models Genesis: restoration of destroyed patches, which trains encoder and decoder."""
+
+    stage = "models_genesis.restoration"
+
+
+class VolumeFusionTrainer(PretrainTrainer):
+    """Volume Fusion: segmentation of fused patches, which trains encoder and decoder."""
+
+    stage = "volume_fusion.segmentation"

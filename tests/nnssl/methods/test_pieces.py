@@ -11,12 +11,15 @@ from nnssl.methods import METHODS
 from nnssl.methods.protocol import PretextMethod, StepOutput
 from tests.nnssl.methods import (
     test_alice,
+    test_mae,
+    test_models_genesis,
     test_pcrl,
     test_pix2rep,
     test_pixelglobal,
     test_reprec,
     test_sam,
     test_simclr,
+    test_volume_fusion,
 )
 
 BATCH = 4
@@ -34,8 +37,16 @@ STAGES: dict[str, tuple[Callable[..., Any], torch.Tensor]] = {
     "alice.alignment": (lambda *o: test_alice.make_stage("primus", *o), test_alice.make_batch("primus")),
     "pixelglobal.distillation": (lambda *o: test_pixelglobal.make_stage(3, *o), test_pixelglobal.make_batch(3)),
     "simclr.contrast": (lambda *o: test_simclr.make_stage(3, *o), test_simclr.patches(3)),
+    "mae.recovery": (lambda *o: test_mae.make_stage("primus", *o), test_mae.make_batch("primus")),
+    "models_genesis.restoration": (lambda *o: test_models_genesis.make_stage(3, *o), test_models_genesis.make_batch(3)),
+    "volume_fusion.segmentation": (
+        lambda *o: test_volume_fusion.make_stage(2, *o, residual=True),
+        test_volume_fusion.make_batch(2),
+    ),
 }
 VARIANTS: dict[str, tuple[Callable[..., Any], torch.Tensor]] = {
+    "mae on a plain U-Net": (lambda *o: test_mae.make_stage("plain", *o), test_mae.make_batch("plain")),
+    "mae, sparse": (lambda *o: test_mae.make_stage("residual", "sparse=true", *o), test_mae.make_batch("residual")),
     "alice on a plain U-Net": (lambda *o: test_alice.make_stage("plain", *o), test_alice.make_batch("plain")),
     "alice on a residual U-Net": (lambda *o: test_alice.make_stage("residual", *o), test_alice.make_batch("residual")),
     "pcrl in 3D": (lambda *o: test_pcrl.make_stage(3, "attention=none", "mixup=false", *o), test_pcrl.make_batch(3)),
