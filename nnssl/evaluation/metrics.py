@@ -46,9 +46,9 @@ class CaseMetrics:
     dice: float | None
     """Dice, 0 to 1; None if neither side has the class."""
     nsd: float | None
-    """Normalised surface distance, 0 to 1; None if neither side has the class."""
+    """Normalised surface distance, 0 to 1; None if neither side has the class, or if surfaces were not compared."""
     hd95_mm: float | None
-    """95th percentile of the surface distance in mm, the larger of both directions; None if neither side has the class."""
+    """95th percentile of the surface distance in mm, the larger of both directions; None as for ``nsd``."""
     volume_ml: float
     """Volume of the prediction."""
     reference_volume_ml: float
@@ -61,6 +61,7 @@ def evaluate_case(
     labels: Mapping[str, Label],
     tolerance_mm: float,
     ignore: int | None = None,
+    surfaces: bool = True,
 ) -> list[CaseMetrics]:
     """Compute the metrics of every class in one segmentation.
 
@@ -70,6 +71,7 @@ def evaluate_case(
         labels: Value of each class, or several values for a region.
         tolerance_mm: Tolerance of the normalised surface distance in mm.
         ignore: Value of the reference that excludes voxels on both sides; None for no exclusion.
+        surfaces: Whether surfaces are compared too, which takes most of the time.
 
     Raises:
         UserError: If a file cannot be read, the geometries differ, or a value is not a label.
@@ -90,7 +92,10 @@ def evaluate_case(
     results = []
     for name, label in labels.items():
         ours, theirs = (np.isin(side.values, label) & counted for side in (predicted, true))
-        dice, nsd, hd95_mm = compare_masks(ours, theirs, true.spacing_mm, tolerance_mm, diagonal_mm)
+        if surfaces:
+            dice, nsd, hd95_mm = compare_masks(ours, theirs, true.spacing_mm, tolerance_mm, diagonal_mm)
+        else:
+            dice, nsd, hd95_mm = _dice(ours, theirs), None, None
         volumes = float(ours.sum()) * voxel_ml, float(theirs.sum()) * voxel_ml
         results.append(CaseMetrics(case_name(reference), name, dice, nsd, hd95_mm, *volumes))
     return results
@@ -124,7 +129,7 @@ def compare_masks(
         return None, None, None
     if not prediction.any() or not reference.any():
         return 0.0, 0.0, diagonal_mm
-    dice = 2 * float((prediction & reference).sum()) / float(prediction.sum() + reference.sum())
+    dice = _dice(prediction, reference)
     box = find_box(prediction | reference)
     # With a rim of background, objects at the border of the image have a surface there too.
     ours, theirs = (np.pad(mask[box], 1) for mask in (prediction, reference))
@@ -140,6 +145,7 @@ def evaluate_folders(
     ignore: int | None = None,
     processes: int = 1,
     cases: Sequence[str] | None = None,
+    surfaces: bool = True,
 ) -> list[CaseMetrics]:
     """Compute the metrics of every case and class of a folder, sorted by case.
 
@@ -151,6 +157,7 @@ def evaluate_folders(
         ignore: Value of the references that excludes voxels on both sides; None for no exclusion.
         processes: Number of worker processes; 1 for this process only.
         cases: Cases to evaluate; None for all cases of either folder.
+        surfaces: Whether surfaces are compared too, which takes most of the time.
 
     Raises:
         UserError: If a prediction or a reference is missing, a process was killed, or ``evaluate_case`` rejects a file.
@@ -164,7 +171,7 @@ def evaluate_folders(
                 f"{folder}: has no {what} of {some(missing)}; add it, or remove the other file if the case is not to be "
                 "evaluated"
             )
-    evaluate = partial(_evaluate_pair, labels=labels, tolerance_mm=tolerance_mm, ignore=ignore)
+    evaluate = partial(_evaluate_pair, labels=labels, tolerance_mm=tolerance_mm, ignore=ignore, surfaces=surfaces)
     pairs = [(name, ours[name], theirs[name]) for name in names]
     outcomes = run_list(evaluate, pairs, processes)
     results = dict(follow_jobs(outcomes, "evaluating", "evaluated", len(pairs)))
@@ -200,10 +207,16 @@ def _parse_row(case: str, label: str, *numbers: str) -> CaseMetrics:
 
 
 def _evaluate_pair(
-    pair: tuple[str, Path, Path], labels: Mapping[str, Label], tolerance_mm: float, ignore: int | None
+    pair: tuple[str, Path, Path], labels: Mapping[str, Label], tolerance_mm: float, ignore: int | None, surfaces: bool
 ) -> tuple[str, list[CaseMetrics]]:
     case, prediction, reference = pair
-    return case, evaluate_case(prediction, reference, labels, tolerance_mm, ignore)
+    return case, evaluate_case(prediction, reference, labels, tolerance_mm, ignore, surfaces)
+
+
+def _dice(prediction: Bool[np.ndarray, "*shape"], reference: Bool[np.ndarray, "*shape"]) -> float | None:
+    """Return the Dice of two masks; None if both are empty."""
+    total = float(prediction.sum() + reference.sum())
+    return 2 * float((prediction & reference).sum()) / total if total else None
 
 
 def _surface_metrics(

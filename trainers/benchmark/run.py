@@ -166,13 +166,13 @@ def run_cell(cells: StudyCells, cell: CellKey, log: Path) -> None:
             f"{', '.join(cells.classes)}; delete {folder} to train again"
         )
     if study.validation:
-        _evaluate(cells, cell, cells.validation_path(cell), study.validation)
+        _evaluate(cells, cell, cells.validation_path(cell), study.validation, surfaces=False)  # rates follow from Dice
     _evaluate(cells, cell, cells.metrics_path(cell), study.test)
     if is_new:  # otherwise only the evaluation was missing
         record_times(cells.folder(cell), study.steps(cell), began, perf_counter() - started)
 
 
-def _evaluate(cells: StudyCells, cell: CellKey, path: Path, cases: Sequence[str]) -> None:
+def _evaluate(cells: StudyCells, cell: CellKey, path: Path, cases: Sequence[str], surfaces: bool = True) -> None:
     """Compare a cell's predictions of some cases with their references, and write the metrics."""
     study = cells.study
     with silence():
@@ -184,6 +184,7 @@ def _evaluate(cells: StudyCells, cell: CellKey, path: Path, cases: Sequence[str]
             ignore_label(study.dataset_json),
             study.processes,
             cases,
+            surfaces,
         )
     write_metrics_csv(path, metrics)
 

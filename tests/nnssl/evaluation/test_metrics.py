@@ -355,3 +355,22 @@ def test_damaged_tables(tmp_path):
         path.write_text(text)
         with pytest.raises(UserError, match="is not a table of metrics"):
             read_metrics_csv(path)
+
+
+def test_without_surfaces_dice_and_volumes_are_the_same(tmp_path):
+    write_pair = {}
+    for folder, shift in (("ours", 0), ("theirs", 2)):
+        (tmp_path / folder).mkdir()
+        values = np.zeros((6, 10, 12), np.uint8)
+        values[1:4, 2 + shift : 7 + shift, 3:9] = 1
+        write_pair[folder] = tmp_path / folder / "a.nii.gz"
+        sitk.WriteImage(sitk.GetImageFromArray(values), str(write_pair[folder]))
+    labels = {"organ": 1, "absent": 2}
+    whole = evaluate_folders(tmp_path / "ours", tmp_path / "theirs", labels, 1.0)
+    quick = evaluate_folders(tmp_path / "ours", tmp_path / "theirs", labels, 1.0, surfaces=False)
+    assert [(each.label, each.dice, each.volume_ml) for each in quick] == [
+        (each.label, each.dice, each.volume_ml) for each in whole
+    ]
+    assert quick[0].dice == pytest.approx(0.6)
+    assert all(each.nsd is None and each.hd95_mm is None for each in quick)
+    assert whole[0].nsd is not None
