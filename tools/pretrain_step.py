@@ -42,6 +42,7 @@ from nnssl.networks.dense import decode, decoder_maps, maps_up_to
 from nnssl.paths import resolve_folders
 from tools.machine import describe
 from trainers.pretraining import pretext, pretrain_trainer
+from trainers.pretraining.patches import reading
 from trainers.pretraining.pretrain import find_plan
 from trainers.pretraining.pretrain_trainer import PretrainTrainer
 from trainers.pretraining.stage_run import RunOptions
@@ -192,20 +193,20 @@ def time_stage(path: Any, stage: Any, args: argparse.Namespace) -> tuple[float, 
     """Return medians: seconds of a step and of the bare network, their ratio, and the share of a step spent waiting for data."""
     trainer = make_trainer(path, stage, args)
     steps, bares, waits = [], [], []
-    for repeat in range(args.repeats + 2):
-        started = perf_counter()
-        batch = next(trainer.dataloader_train)
-        waited = perf_counter() - started
-        seconds = timed(lambda batch=batch: trainer.train_step(batch))
-        trainer.current_step += 1
-        views = views_of(trainer, batch)
-        own = timed(lambda views=views: BARE[stage.name](trainer, views))
-        trainer.optimizer.zero_grad(set_to_none=True)
-        if repeat >= 2:  # the first two fill caches
-            steps.append(seconds)
-            bares.append(own)
-            waits.append(waited / (waited + seconds))
-    trainer._end_readers()
+    with reading(trainer.dataloader_train) as batches:
+        for repeat in range(args.repeats + 2):
+            started = perf_counter()
+            batch = next(batches)
+            waited = perf_counter() - started
+            seconds = timed(lambda batch=batch: trainer.train_step(batch))
+            trainer.current_step += 1
+            views = views_of(trainer, batch)
+            own = timed(lambda views=views: BARE[stage.name](trainer, views))
+            trainer.optimizer.zero_grad(set_to_none=True)
+            if repeat >= 2:  # the first two fill caches
+                steps.append(seconds)
+                bares.append(own)
+                waits.append(waited / (waited + seconds))
     ratio = statistics.median([a / b for a, b in zip(steps, bares, strict=True)])
     return statistics.median(steps), statistics.median(bares), ratio, statistics.median(waits)
 
@@ -213,15 +214,15 @@ def time_stage(path: Any, stage: Any, args: argparse.Namespace) -> tuple[float, 
 def largest_memory(path: Any, stage: Any, args: argparse.Namespace, bare: bool) -> float:
     """Return the peak resident memory of this process in GB after four steps or four runs of the bare network."""
     trainer = make_trainer(path, stage, args)
-    for _ in range(4):
-        batch = next(trainer.dataloader_train)
-        if bare:
-            BARE[stage.name](trainer, views_of(trainer, batch))
-            trainer.optimizer.zero_grad(set_to_none=True)
-        else:
-            trainer.train_step(batch)
-            trainer.current_step += 1
-    trainer._end_readers()
+    with reading(trainer.dataloader_train) as batches:
+        for _ in range(4):
+            batch = next(batches)
+            if bare:
+                BARE[stage.name](trainer, views_of(trainer, batch))
+                trainer.optimizer.zero_grad(set_to_none=True)
+            else:
+                trainer.train_step(batch)
+                trainer.current_step += 1
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024**2
 
 
