@@ -203,7 +203,7 @@ def test_nothing_is_unpickled():
 
 
 def test_methods_do_not_import_one_another():
-    shared = {"nnssl.methods", "nnssl.methods.protocol", "nnssl.methods.settings"}
+    shared = {"nnssl.methods", "nnssl.methods.protocol", "nnssl.methods.settings", "nnssl.methods.point_features"}
     for name, path in modules().items():
         if name.startswith("nnssl.methods."):
             assert {m for m in imports_of(path) if m.startswith("nnssl.methods")} <= shared, name

@@ -11,6 +11,7 @@ The bare network is the part that every implementation of a stage needs:
 - Alice: the encoder on the visible tokens and the token decoder, forward and backward; the encoder forward on all tokens. Pairs
   are made by the body's box.
 - SimCLR: the encoder, forward and backward on both views.
+- Regions: encoder and decoder, forward and backward on both views.
 - MAE on a U-Net, Models Genesis and Volume Fusion: encoder and decoder, forward and backward on the patches.
 
 Both are timed alternately in one process and with the same precision, so that load on the machine slows both. ``--memory``
@@ -128,6 +129,14 @@ def bare_views(trainer: PretrainTrainer, views: Any) -> None:
     output.float().square().mean().backward()
 
 
+def bare_regions(trainer: PretrainTrainer, views: Any) -> None:
+    """Run encoder and decoder on both views, with backward."""
+    method: Any = trainer.method
+    with trainer.precision.autocast(trainer.device):
+        output = decoder_maps(method.network, torch.cat([views.reference, views.query]))[-1]
+    output.float().square().mean().backward()
+
+
 def bare_patches(trainer: PretrainTrainer, views: Any) -> None:
     """Run encoder and decoder on the patches, with backward."""
     method: Any = trainer.method
@@ -146,6 +155,7 @@ BARE = {
     "sam.embedding": bare_embedding,
     "alice.alignment": bare_alignment,
     "simclr.contrast": bare_views,
+    "regions.prototypes": bare_regions,
     "mae.recovery": bare_patches,
     "models_genesis.restoration": bare_patches,
     "volume_fusion.segmentation": bare_patches,

@@ -31,6 +31,8 @@ from nnssl.files import write_atomically
 from nnssl.schema import STRICT
 
 SCHEMA_VERSION = 1
+ENDING_OF_SUPERVOXELS = "_supervoxels.b2nd"
+"""End of the name of the file with a case's supervoxels (``nnssl.data.supervoxels``), which only some methods need."""
 MAX_OPEN_CASES = 64
 BLOCK_VOX = (4, 64, 64)
 SLICES_PER_CHUNK = 16
@@ -143,7 +145,7 @@ def layout(shape: Sequence[int], patch_size: Sequence[int]) -> tuple[tuple[int, 
 
 def remove_case(folder: Path, name: str) -> None:
     """Delete the files of a case, starting with the one that marks it as complete."""
-    for ending in (".json", ".b2nd", "_foreground.npy"):
+    for ending in (".json", ".b2nd", "_foreground.npy", ENDING_OF_SUPERVOXELS):
         (folder / f"{name}{ending}").unlink(missing_ok=True)
 
 
@@ -186,11 +188,11 @@ class StoredCase:
 
     @cached_property
     def _array(self) -> Any:
-        path = self.folder / f"{self.name}.b2nd"
-        try:
-            return blosc2.open(str(path), mode="r", dparams={"nthreads": 1}, **MAPPING)
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"{path} cannot be opened ({error}); run nnssl_plan_and_preprocess again") from error
+        return _open(self.folder / f"{self.name}.b2nd")
+
+    @cached_property
+    def _supervoxels(self) -> Any:
+        return _open(self.folder / f"{self.name}{ENDING_OF_SUPERVOXELS}")
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -240,25 +242,62 @@ class StoredCase:
             UserError: If the file is damaged or missing.
         """
         box = np.zeros((self.channels, *size_vox), dtype=np.float32)
+        parts = self._overlap(lower_vox, size_vox)
+        if parts is None:
+            return box
+        inside, place = parts
+        voxels = _read(self._array, inside, self.folder / f"{self.name}.b2nd")
+        # torch converts float16 about twenty times as fast as numpy, but its threads hang in a forked process;
+        # workers of a DataLoader have only one thread
+        if torch.get_num_threads() == 1:
+            torch.from_numpy(box)[place].copy_(torch.from_numpy(voxels))
+        else:
+            box[place] = voxels
+        return box
+
+    def read_supervoxels(self, lower_vox: Sequence[int], size_vox: Sequence[int]) -> Int[np.ndarray, "edge z y x"]:
+        """Read the supervoxels of a box, one partition for each edge length; 0 outside the volume.
+
+        Args:
+            lower_vox: As in ``read_box``.
+            size_vox: As in ``read_box``.
+
+        Raises:
+            UserError: If the file is damaged or missing.
+        """
+        box = np.zeros((self._supervoxels.shape[0], *size_vox), dtype=np.int32)
+        parts = self._overlap(lower_vox, size_vox)
+        if parts is not None:
+            inside, place = parts
+            box[place] = _read(self._supervoxels, inside, self.folder / f"{self.name}{ENDING_OF_SUPERVOXELS}")
+        return box
+
+    def _overlap(
+        self, lower_vox: Sequence[int], size_vox: Sequence[int]
+    ) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+        """Return the part of a stored array that a box covers, and its place in the box; None if they do not overlap."""
         inside, place = [slice(None)], [slice(None)]
         for lower, size, extent in zip(lower_vox, size_vox, self.shape, strict=True):
             start, stop = max(lower, 0), min(lower + size, extent)
             if start >= stop:
-                return box
+                return None
             inside.append(slice(start, stop))
             place.append(slice(start - lower, stop - lower))
-        try:
-            voxels = self._array[tuple(inside)]
-        except RuntimeError as error:
-            path = self.folder / f"{self.name}.b2nd"
-            raise UserError(f"{path} is damaged ({error}); delete it and preprocess again") from error
-        # torch converts float16 about twenty times as fast as numpy, but its threads hang in a forked process;
-        # workers of a DataLoader have only one thread
-        if torch.get_num_threads() == 1:
-            torch.from_numpy(box)[tuple(place)].copy_(torch.from_numpy(voxels))
-        else:
-            box[tuple(place)] = voxels
-        return box
+        return tuple(inside), tuple(place)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return blosc2.open(str(path), mode="r", dparams={"nthreads": 1}, **MAPPING)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be opened ({error}); run nnssl_plan_and_preprocess again") from error
+
+
+def _read(array: Any, inside: tuple[slice, ...], path: Path) -> Any:
+    try:
+        return array[inside]
+    except RuntimeError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it and preprocess again") from error
 
 
 class CaseStore:

@@ -49,6 +49,8 @@ class PatchBatch(NamedTuple):
     lower_vox: Int[Tensor, "batch 3"]
     """First voxel (z, y, x) of each patch in its case, also in 2D, where z is the slice; negative if a volume is smaller
     than the patch."""
+    supervoxels: Int[Tensor, "batch edge *shape"] | None = None
+    """Supervoxels of each voxel, one partition for each edge length, 0 outside the image; None if they are not read."""
 
 
 def make_loader(
@@ -65,6 +67,7 @@ def make_loader(
     foreground_share: float = FOREGROUND_SHARE,
     pin_memory: bool = False,
     pairs: PairTable | None = None,
+    supervoxels: bool = False,
 ) -> DataLoader:
     """Return a loader that yields one ``PatchBatch`` per step.
 
@@ -84,6 +87,7 @@ def make_loader(
         pin_memory: Whether to put batches into page-locked memory, for asynchronous copies to a GPU.
         pairs: Pairs of points; each two neighbouring patches of a batch show the two points of a pair. None for
             independent patches.
+        supervoxels: Whether to read the supervoxels of the patches as well.
 
     Returns:
         A loader of ``last_step - first_step`` batches.
@@ -116,7 +120,7 @@ def make_loader(
         else PairedBoxes(store, size, batch_size, seed, stage, pairs)
     )
     return DataLoader(
-        PatchDataset(store, patch_size, boxes),
+        PatchDataset(store, patch_size, boxes, supervoxels),
         batch_sampler=StepSampler(range(first_step, last_step), range(rank * part, (rank + 1) * part)),
         num_workers=num_workers,
         collate_fn=_collate,
@@ -154,11 +158,17 @@ class PatchDataset(Dataset):
         store: Preprocessed cases.
         patch_size: Patch size in voxels, (z, y, x), or (y, x) for slices.
         boxes: Function that returns the case and the first voxel (z, y, x) of a sample.
+        supervoxels: Whether to read the supervoxels as well.
     """
 
     def __init__(
-        self, store: CaseStore, patch_size: Sequence[int], boxes: Callable[[int, int], tuple[str, Sequence[int]]]
+        self,
+        store: CaseStore,
+        patch_size: Sequence[int],
+        boxes: Callable[[int, int], tuple[str, Sequence[int]]],
+        supervoxels: bool = False,
     ) -> None:
+        self.supervoxels = supervoxels
         self.store = store
         self.patch_size = tuple(patch_size)
         self.boxes = boxes
@@ -167,10 +177,15 @@ class PatchDataset(Dataset):
         """Return one sample as a batch of one."""
         step, sample = key
         name, lower = self.boxes(step, sample)
-        volume = torch.from_numpy(self.store.case(name).read_box(lower, as_volume(self.patch_size)))
+        size = as_volume(self.patch_size)
+        volume = torch.from_numpy(self.store.case(name).read_box(lower, size))
         if len(self.patch_size) == 2:
             volume = volume.squeeze(1)
-        return PatchBatch(volume[None], [sample], step, [name], torch.tensor([lower]))
+        parts = None
+        if self.supervoxels:
+            read = torch.from_numpy(self.store.case(name).read_supervoxels(lower, size))
+            parts = (read.squeeze(1) if len(self.patch_size) == 2 else read)[None]
+        return PatchBatch(volume[None], [sample], step, [name], torch.tensor([lower]), parts)
 
 
 @dataclass(frozen=True)
@@ -336,12 +351,14 @@ def draw_box(
 
 def _collate(samples: list[PatchBatch]) -> PatchBatch:
     """Join batches of one sample into one batch."""
+    parts = [sample.supervoxels for sample in samples if sample.supervoxels is not None]
     return PatchBatch(
         volumes=torch.cat([sample.volumes for sample in samples]),
         samples=[sample.samples[0] for sample in samples],
         step=samples[0].step,
         cases=[sample.cases[0] for sample in samples],
         lower_vox=torch.cat([sample.lower_vox for sample in samples]),
+        supervoxels=torch.cat(parts) if parts else None,
     )
 
 

@@ -278,6 +278,35 @@ METHODS = {
             ),
         ),
     ),
+    "regions": Method(
+        name="regions",
+        title="Regions: points are assigned to supervoxels by prototypes, for encoder and decoder",
+        source=(
+            "after Gao et al., Learning Generalizable 3D Medical Image Representations from Mask-Guided Self-Supervision "
+            "(MASS), CVPR 2026"
+        ),
+        backbone="a convolutional U-Net",
+        configurations=("3d_fullres", "2d"),
+        stages=(
+            Stage(
+                name="regions.prototypes",
+                trainer="RegionsTrainer",
+                implementation="nnssl.methods.regions:Regions",
+                encoder_graphs=2,
+                encoder_passes=0,
+                decoder_graphs=2,
+                needs=Needs(
+                    useful_batch=4,
+                    paper_batch=8,
+                    least_mm=(64.0, 48.0),
+                    crop_mm=(192.0, 128.0),
+                    contrasts_patches=True,
+                    source="volumes of 128 voxels (MASS); slices: as Pix2Rep, which compares points too",
+                ),
+                batch_values=2_000_000,  # features and embeddings of 1,536 points
+            ),
+        ),
+    ),
     "simclr": Method(
         name="simclr",
         title="SimCLR, the baseline: contrast of two views of a patch with all other patches of the batch",

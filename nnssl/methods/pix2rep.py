@@ -49,6 +49,7 @@ from torch import Tensor, nn
 from nnssl.collapse import retrieval_top1
 from nnssl.losses.barlow_twins import barlow_twins
 from nnssl.losses.nt_xent import nt_xent
+from nnssl.methods.point_features import features_of_both
 from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, trained_parameters
 from nnssl.methods.settings import (
     Count,
@@ -61,9 +62,9 @@ from nnssl.methods.settings import (
     TrainingSettings,
     TwoOrMore,
 )
-from nnssl.networks.dense import ENCODER_AND_DECODER, DenseKind, dense_channels, dense_maps, trained_up_to_segmentation
+from nnssl.networks.dense import ENCODER_AND_DECODER, DenseKind, dense_channels, trained_up_to_segmentation
 from nnssl.networks.heads import PointProjection
-from nnssl.networks.pieces import in_pieces, recompute_stages
+from nnssl.networks.pieces import recompute_stages
 from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import (
@@ -74,7 +75,7 @@ from nnssl.views.intensity import (
     even_blur,
     restrict_to,
 )
-from nnssl.views.points import brighter_part, draw_points, interpolate_at
+from nnssl.views.points import brighter_part, draw_points
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine, map_points, valid_mask
 
 MONITORED_POINTS = 256
@@ -326,15 +327,6 @@ def embed_points(
         kind: Maps that describe a point.
         pieces: Number of pieces in which the batch passes the network.
     """
-
-    def read(before: Tensor, warped: Tensor, points_before: Tensor, points_warped: Tensor) -> dict[str, Tensor]:
-        # One pass for both branches gives the same result, because nnU-Net's networks normalise every sample separately.
-        maps = dense_maps(network, torch.cat([before, warped]), kind)
-        sides = {}
-        for half, (side, points) in enumerate((("before", points_before), ("warped", points_warped))):
-            features = [interpolate_at(each.chunk(2)[half], points, before.shape[2:]) for each in maps]
-            sides[side] = torch.cat(features, dim=2)
-        return sides
-
-    features = in_pieces(read, [views.before, views.warped, views.points_before, views.points_warped], pieces)
-    return head(features["before"].flatten(0, 1)), head(features["warped"].flatten(0, 1))
+    images, points = (views.before, views.warped), (views.points_before, views.points_warped)
+    before, warped = features_of_both(network, images, points, kind, pieces)
+    return head(before.flatten(0, 1)), head(warped.flatten(0, 1))

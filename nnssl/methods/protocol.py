@@ -81,6 +81,10 @@ class PretextMethod(nn.Module):
         """
         return None
 
+    def supervoxel_edges_mm(self) -> tuple[float, ...]:
+        """Return the edges in mm of the supervoxels that the method needs of every patch; none by default."""
+        return ()
+
     def make_views(self, volumes: Tensor, generators: Sequence[torch.Generator]) -> Any:
         """Return the views of a batch of raw patches, computed on the device of the patches.
 
@@ -99,6 +103,16 @@ class PretextMethod(nn.Module):
             lower_vox: First voxel (z, y, x) of each patch in its case (batch, 3).
         """
         return views
+
+    def partitioned(self, views: Any, supervoxels: Tensor) -> Any:
+        """Return the views with the supervoxels of their patches; called if the method names edges of supervoxels.
+
+        Args:
+            views: Return value of ``placed``.
+            supervoxels: Supervoxel of every voxel of the raw patches (batch, edge, *shape), on their device; 0 outside the
+                image.
+        """
+        raise NotImplementedError
 
     def losses(self, views: Any, progress: float) -> StepOutput:
         """Return the parts of the loss, and what the trainer logs.

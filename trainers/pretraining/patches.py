@@ -1,15 +1,21 @@
 """The patches that a run of a stage is shown, from its current step to its end."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from nnssl.data.case_store import CaseStore
+from nnssl.data.jobs import default_processes
 from nnssl.data.loader import PatchBatch, default_workers, make_loader
 from nnssl.data.patch_pairs import PairTable
-from nnssl.distributed import rank, world_size
+from nnssl.data.supervoxels import prepare_supervoxels
+from nnssl.distributed import is_distributed, rank, world_size
 from nnssl.log import logger
+from nnssl.methods.protocol import PretextMethod
 from trainers.pretraining.stage_run import StageRun
 
 
@@ -17,6 +23,7 @@ def patches_of_run(
     store: CaseStore,
     run: StageRun,
     pairs: PairTable | None,
+    edges_mm: Sequence[float],
     first_step: int,
     workers: int | None,
     device: torch.device,
@@ -27,10 +34,12 @@ def patches_of_run(
         store: The preprocessed cases.
         run: The run, which determines patch size, batch size, seed and number of steps.
         pairs: Pairs of places for stages that compare scans; None for all other stages.
+        edges_mm: Edges in mm of the supervoxels that are read too; none for most stages.
         first_step: Step to start or resume from, counted from 0.
         workers: Number of processes that read patches; None for the device's default.
         device: Device that the patches will be moved to.
     """
+    partition_cases(store, edges_mm)
     training = run.settings.training
     readers = default_workers(device) if workers is None else workers
     if readers:
@@ -50,8 +59,46 @@ def patches_of_run(
             num_workers=readers,
             pin_memory=device.type == "cuda",
             pairs=pairs,
+            supervoxels=bool(edges_mm),
         )
     )
+
+
+def partition_cases(store: CaseStore, edges_mm: Sequence[float]) -> None:
+    """Compute the supervoxels of all cases that lack them, in the first process; the others wait.
+
+    Args:
+        store: The preprocessed cases.
+        edges_mm: Edges of the supervoxels in mm; none for a stage that needs no supervoxels.
+    """
+    if not edges_mm:
+        return
+    if rank() == 0:
+        count = prepare_supervoxels(store, edges_mm, default_processes())
+        if count:
+            edges = ", ".join(f"{edge:g}" for edge in edges_mm)
+            logger.info(
+                f"Partitioned {count} cases into supervoxels with edges of {edges} mm, stored in {store.folder}"
+            )
+    if is_distributed():
+        dist.barrier()
+
+
+def views_of_batch(
+    method: PretextMethod, batch: PatchBatch, volumes: Tensor, generators: Sequence[torch.Generator]
+) -> Any:
+    """Return the views of a batch, with the places and supervoxels of its patches for methods that need them.
+
+    Args:
+        method: The method of the run.
+        batch: The batch as it was read.
+        volumes: Its patches on the device of the run.
+        generators: One generator per sample.
+    """
+    views = method.placed(method.make_views(volumes, generators), batch.cases, batch.lower_vox)
+    if batch.supervoxels is None:
+        return views
+    return method.partitioned(views, batch.supervoxels.to(volumes.device, non_blocking=True))
 
 
 @contextmanager

@@ -57,6 +57,12 @@ class SimCLRTrainer(PretrainTrainer):
     stage = "simclr.contrast"
 
 
+class RegionsTrainer(PretrainTrainer):
+    """Regions: points are assigned to supervoxels by prototypes, which trains encoder and decoder."""
+
+    stage = "regions.prototypes"
+
+
 class MAETrainer(PretrainTrainer):
     """MAE: recovery of masked voxels."""
 

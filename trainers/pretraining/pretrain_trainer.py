@@ -48,7 +48,7 @@ from trainers.pretraining.optimisation import (
     steps_at_full_rate,
 )
 from trainers.pretraining.pairing import EXAMINATION, pairs_of_run
-from trainers.pretraining.patches import patches_of_run, reading
+from trainers.pretraining.patches import patches_of_run, reading, views_of_batch
 from trainers.pretraining.probe_run import BEST, KEY
 from trainers.pretraining.progress import (
     METRICS_CSV,
@@ -173,8 +173,8 @@ class PretrainTrainer(nnUNetTrainer):
                 device=self.device,
                 autocast=self._autocast,
             )
-            workers = self.options.workers
-            return patches_of_run(store, self.run, pairs, self.current_step, workers, self.device), None
+            edges_mm, workers = self.method.supervoxel_edges_mm(), self.options.workers
+            return patches_of_run(store, self.run, pairs, edges_mm, self.current_step, workers, self.device), None
 
     def _store(self) -> CaseStore:
         """Return the cases to train on, without those that features are measured on."""
@@ -234,7 +234,7 @@ class PretrainTrainer(nnUNetTrainer):
         volumes = self.precision.lay_out(volumes, len(self.configuration.patch_size))
         generators = sample_generators(self.options.seed, f"{self.stage}/views", batch.step, batch.samples)
         with torch.no_grad():
-            views = self.method.placed(self.method.make_views(volumes, generators), batch.cases, batch.lower_vox)
+            views = views_of_batch(self.method, batch, volumes, generators)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             output: StepOutput = self.parallel(views, progress)

@@ -16,6 +16,7 @@ from tests.nnssl.methods import (
     test_pcrl,
     test_pix2rep,
     test_pixelglobal,
+    test_regions,
     test_reprec,
     test_sam,
     test_simclr,
@@ -37,6 +38,7 @@ STAGES: dict[str, tuple[Callable[..., Any], torch.Tensor]] = {
     "alice.alignment": (lambda *o: test_alice.make_stage("primus", *o), test_alice.make_batch("primus")),
     "pixelglobal.distillation": (lambda *o: test_pixelglobal.make_stage(3, *o), test_pixelglobal.make_batch(3)),
     "simclr.contrast": (lambda *o: test_simclr.make_stage(3, *o), test_simclr.patches(3)),
+    "regions.prototypes": (lambda *o: test_regions.make_stage(3, *o), test_regions.make_batch(3)),
     "mae.recovery": (lambda *o: test_mae.make_stage("primus", *o), test_mae.make_batch("primus")),
     "models_genesis.restoration": (lambda *o: test_models_genesis.make_stage(3, *o), test_models_genesis.make_batch(3)),
     "volume_fusion.segmentation": (
@@ -62,6 +64,8 @@ def losses_of(name: str, *overrides: str) -> tuple[PretextMethod, StepOutput]:
     method = made[1] if isinstance(made, tuple) else made  # some modules return the network too
     method.train()
     views = method.make_views(batch, test_alice.generators(batch=len(batch)))
+    if method.supervoxel_edges_mm():
+        views = method.partitioned(views, test_regions.make_supervoxels(3, len(batch)))
     return method, method.losses(views, 0.3)
 
 

@@ -1,4 +1,4 @@
-"""Methods that restore or segment what was destroyed, in 2D and 3D: resuming, two processes, loading into stock nnU-Net."""
+"""Methods that restore or segment what was destroyed, and regions: resuming, two processes, loading into stock nnU-Net."""
 
 import pytest
 import torch
@@ -13,7 +13,9 @@ from tests.trainers.pretraining.stopping import stopped_at
 from tests.trainers.pretraining.test_pix2rep import run
 from tests.trainers.pretraining.test_pretrain import assert_same, tensors_of
 
-TRAINERS = {"mae": "MAETrainer", "models_genesis": "ModelsGenesisTrainer", "volume_fusion": "VolumeFusionTrainer"}
+TRAINERS = {"mae": "MAETrainer", "models_genesis": "ModelsGenesisTrainer", "volume_fusion": "VolumeFusionTrainer"} | {
+    "regions": "RegionsTrainer"
+}
 ONE_STEP = ("optimizer=sgd", "epochs=1", "iterations_per_epoch=1", "warmup_epochs=0", "gradient_clip=1e9")
 PRIMUS = "3d_fullres_primus"
 
@@ -37,7 +39,8 @@ def test_stock_nnunet_takes_what_was_pretrained(toy, method, configuration):
 
 
 @pytest.mark.parametrize(
-    ("method", "options"), [("mae", ()), ("mae", ("sparse=true",)), ("models_genesis", ()), ("volume_fusion", ())]
+    ("method", "options"),
+    [("mae", ()), ("mae", ("sparse=true",)), ("models_genesis", ()), ("volume_fusion", ()), ("regions", ())],
 )
 def test_two_processes_equal_one(toy, method, options):
     options = (*ONE_STEP, "batch_size=4", *options)
@@ -48,7 +51,9 @@ def test_two_processes_equal_one(toy, method, options):
     assert_same(together, alone, rtol=1e-3, atol=2e-5 * max(1.0, largest))
 
 
-@pytest.mark.parametrize("method", ["mae", pytest.param("models_genesis", marks=pytest.mark.nightly), "volume_fusion"])
+@pytest.mark.parametrize(
+    "method", ["mae", pytest.param("models_genesis", marks=pytest.mark.nightly), "volume_fusion", "regions"]
+)
 def test_stopped_run_ends_bit_identical(toy, monkeypatch, method):
     final = run(toy, method, configuration="2d")
     expected = tensors_of(final)
