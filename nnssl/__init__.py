@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from nnssl.paths import resolve_folders as resolve_folders
     from nnssl.plan import Plan as Plan
     from nnssl.plan import read_plan as read_plan
+    from nnssl.study.select import SelectSettings as SelectSettings
+    from nnssl.study.select import select as select
     from nnssl.weights.export import export as export
     from nnssl.weights.export_settings import ExportSettings as ExportSettings
     from planners.plan_and_preprocess import plan_and_preprocess as plan_and_preprocess
@@ -50,6 +52,7 @@ _MODULES = {
     "Plan": "nnssl.plan",
     "PlanSettings": "planners.settings",
     "PretrainSettings": "trainers.pretraining.settings",
+    "SelectSettings": "nnssl.study.select",
     "StudySettings": "trainers.benchmark.settings",
     "UserError": "nnssl.errors",
     "benchmark": "trainers.benchmark.benchmark",
@@ -63,6 +66,7 @@ _MODULES = {
     "preview": "trainers.benchmark.benchmark",
     "read_plan": "nnssl.plan",
     "resolve_folders": "nnssl.paths",
+    "select": "nnssl.study.select",
     "segment": "trainers.finetuning.segment",
 }
 """The module of every public name."""

@@ -28,6 +28,7 @@ IN_ORDER = (
     "segment",
     "evaluate",
     "classify",
+    "select",
     "preview",
     "benchmark",
 )

@@ -40,6 +40,7 @@ def test_a_letter_means_the_same_in_every_command():
         words = [option.removesuffix("s") for option in action.option_strings if option.startswith("--")]
         for letter in letters:
             meanings.setdefault(letter, set()).update(words)
+    assert meanings.pop("-n") == {"--name", "--number"}  # of a new data set, and of patients to select
     assert {letter: words for letter, words in meanings.items() if len(words) != 1} == {}
 
 
