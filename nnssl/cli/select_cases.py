@@ -25,8 +25,8 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = CommandParser(
         NAME,
-        description="Choose the patients to annotate first: as many typical and different ones as are wanted, by features of "
-        "pretrained weights. Writes the cases in this order, the reasons and pictures.",
+        description="Choose the patients to annotate first: typical ones that differ from one another, by the features of "
+        "pretrained weights. Writes the cases in the order of annotation, with reasons and pictures.",
     )
     add_dataset_argument(
         parser, "Preprocessed data set, number or name (default: the one that the weights were pretrained on)."

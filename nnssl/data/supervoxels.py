@@ -1,11 +1,13 @@
 """Supervoxels of preprocessed cases, computed once and stored beside the voxels as ``<case>_supervoxels.b2nd``.
 
-Source: Achanta et al., SLIC Superpixels Compared to State-of-the-Art Superpixel Methods, PAMI 2012, by scikit-image.
+Source: Achanta et al., SLIC Superpixels Compared to State-of-the-Art Superpixel Methods, PAMI 2012, as implemented in
+scikit-image.
 
-A case has one partition for each edge length in mm. An edge length determines the number of supervoxels: as many as cubes of
-this edge (in slices squares) that would fill the volume. SLIC starts from seeds that are equally spaced in voxels, so that it
-runs on a grid of equal spacing, a sixth of the edge but no finer than the finest spacing of the case. Labels are then read
-back at the voxels of the case. Where slices are thicker than half the edge, every slice is partitioned on its own.
+A case has one partition for each edge length in mm. An edge length determines the number of supervoxels: the number of cubes of
+this edge (in slices, squares) that would fill the volume. SLIC spaces its seeds equally in voxels, not in mm. Therefore it runs
+on an isotropic grid with a spacing of a sixth of the edge, but no finer than the finest spacing of the case. Each voxel of the
+case then takes the label of its nearest grid position. Where slices are thicker than half the edge, every slice is partitioned
+on its own.
 
 The file holds what it was computed from: the digest of the case, the edges, and the version of the rule.
 """

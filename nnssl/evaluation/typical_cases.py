@@ -2,9 +2,10 @@
 
 Source: Hacohen et al., Active Learning on a Budget: Opposite Strategies Suit High and Low Budgets (TypiClust), ICML 2022: as many
 clusters as items to choose, and from each the item in the densest place. With few labels, typical items teach more than those at
-the border, which a cover of all features by k-centres would take first.
+the border, which a k-centre selection would take first.
 
-Deviations: items that nearly coincide with another one are set aside first, because they would look typical of themselves.
+Deviations: items that nearly coincide with an earlier one are set aside first, because copies make each other look
+typical.
 """
 
 import warnings

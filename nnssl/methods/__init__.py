@@ -226,7 +226,7 @@ METHODS = {
     ),
     "models_genesis": Method(
         name="models_genesis",
-        title="Models Genesis: restoration of destroyed patches, for encoder and decoder",
+        title="Models Genesis: restoration of corrupted patches, for encoder and decoder",
         source="Zhou et al., Models Genesis, MICCAI 2019 and Medical Image Analysis 67, 2021",
         backbone="a convolutional U-Net",
         configurations=("3d_fullres", "2d"),

@@ -10,14 +10,14 @@ ones, and only these voxels are compared.
   With ``sparse``, the encoder's convolutions see visible positions only, and learned tokens fill its maps before the decoder.
   Encoder and decoder are exported.
 * Primus: a cell is a token. The transformer receives the visible tokens only, and a light decoder of transformer blocks
-  recovers all of them. The encoder is exported.
+  predicts the voxels of all tokens. The encoder is exported.
 
 Deviations:
     * Targets: MAE standardises the voxels of each token; here every channel of a patch is standardised as a whole, as in Wald et
       al., so that the differences between cells have to be recovered too.
     * Sparse: SparK's decoder is light and discarded; here it is that of the U-Net (``networks.visible_convolutions``).
     * Optimizer: SGD with nnU-Net's schedule in Wald et al. Here AdamW for all networks, as in MAE.
-    * Length: 1,000 epochs of 250 steps with 39,000 scans in Wald et al.; here the plan's share of 400 epochs, as for Alice.
+    * Length: 1,000 epochs of 250 steps with 39,000 scans in Wald et al.; here 400 epochs, times the share set by ``--length``.
 """
 
 import math

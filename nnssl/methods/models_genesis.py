@@ -1,17 +1,18 @@
-"""Models Genesis: restoration of patches whose intensities, local texture and context were destroyed.
+"""Models Genesis: restoration of patches whose intensities, local texture and context were corrupted.
 
 Source: Zhou et al., Models Genesis: Generic Autodidactic Models for 3D Medical Image Analysis, MICCAI 2019, extended in
 Medical Image Analysis 67, 2021, and the authors' code (MrGiovanni/ModelsGenesis).
 
-A patch is destroyed by four transformations, each with its own probability: local voxels are shuffled, intensities follow a
-random monotone curve, and small boxes are filled with noise (inpainting) or everything outside large boxes is (outpainting).
+A patch is corrupted by four transformations, each with its own probability: local voxels are shuffled, intensities follow a
+random monotone curve, and noise fills small boxes (inpainting) or everything outside large
+boxes (outpainting).
 The U-Net restores the patch as it was. Encoder and decoder are exported, the output layer is discarded.
 
 Deviations:
     * Intensities lie in [0, 1] in the paper, and the output passes a sigmoid. Here voxels are standardised, so that there is
       no sigmoid, and the curves act between two percentiles of the patch (``views.tone_curves``).
-    * Noise, windows and boxes: see ``views.corruption``. The paper paints after the curve, and so does this method: shuffling
-      and the curve come first.
+    * Noise, windows and boxes: see ``views.corruption``. The order is as in the paper: painting comes last, after
+      shuffling and the curve.
     * Patches: in the paper, 64 x 64 x 32 voxels of chest CT; here those of the plan.
     * Optimizer: SGD with a learning rate of 1 in the paper, for a loss on intensities in [0, 1]. Here AdamW, as in PCRL.
     * Length: in the paper, until the loss of held-out patches has not improved for 50 epochs. Here the run has a fixed length.
@@ -61,7 +62,7 @@ class Restorations(NamedTuple):
     """Views of a batch.
 
     Attributes:
-        seen: Destroyed patches (batch, channel, *shape).
+        seen: Corrupted patches (batch, channel, *shape).
         clean: The same patches as they were.
     """
 
@@ -70,7 +71,7 @@ class Restorations(NamedTuple):
 
 
 class ModelsGenesis(PretextMethod):
-    """Restoration of destroyed patches by encoder and decoder.
+    """Restoration of corrupted patches by encoder and decoder.
 
     Args:
         network: U-Net of the plan.
@@ -115,7 +116,7 @@ class ModelsGenesis(PretextMethod):
     def make_views(
         self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
     ) -> Restorations:
-        """Return the flipped patches, destroyed and as they were."""
+        """Return the flipped patches, corrupted and as they were."""
         own, shape = self.settings, volumes.shape[2:]
         flips = draw_flips(generators, len(shape), own.flip_axes, own.flip_probability)
         curves = draw_tone_curves(generators, volumes.shape[1], own.curve_probability, own.falling_share)
@@ -125,7 +126,7 @@ class ModelsGenesis(PretextMethod):
         return Restorations(apply_corruption(apply_tone_curves(clean, curves), drawn), clean)
 
     def losses(self, views: Restorations, progress: float) -> StepOutput:
-        """Return the mean squared error of the restored voxels, and that of the destroyed patch as it is as monitor."""
+        """Return the mean squared error of the restored voxels, and that of the corrupted patch as it is as monitor."""
         found = in_pieces(self._of_piece, [views.seen, views.clean], self.settings.training.pieces)
         unchanged = F.mse_loss(views.seen.float(), views.clean.float())
         return StepOutput({"restoration": found["error"]}, None, {"restoration_of_unchanged": unchanged})

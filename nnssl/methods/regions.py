@@ -5,14 +5,15 @@ Source: after Gao et al., Learning Generalizable 3D Medical Image Representation
 from SAM2; supervoxels in their place keep most of the gain without any training on labels (the paper's ablation).
 
 Cases are partitioned by SLIC into supervoxels of several sizes. The reference view is the whole patch, the query view a crop of
-it; both change in intensity. Features at reference points, projected and averaged over each supervoxel, are its prototype. Each
+it; both change in intensity. The prototype of a supervoxel is the mean of the projected
+features at its reference points. Each
 query point is classified among the prototypes of its own patch and of all others of the batch (cross-entropy and Dice).
 Encoder and decoder are exported; the projection is discarded.
 
 Deviations:
     * Masks: supervoxels of a size drawn for each patch and step, not SAM2's masks of whole structures.
     * Task: the network of MASS receives a mask as a task embedding and predicts one mask at a time. Here the features of the
-      plan's U-Net are compared with all prototypes at once, so that the network remains the one of fine-tuning.
+      plan's U-Net are compared with all prototypes at once, so that pretraining and fine-tuning use the same network.
     * Both losses are computed at sampled points, not at all voxels.
     * Neighbouring supervoxels can belong to one structure and are told apart nevertheless.
 """

@@ -12,7 +12,7 @@ Deviations:
     * Number and size of the boxes: see ``views.fusion``.
     * Loss: that of nnU-Net (Dice per image without class 0, and cross-entropy), at full resolution only. The paper's Dice
       includes all classes.
-    * Optimizer: Adam with a rate that is halved in steps in the paper; here AdamW with a cosine.
+    * Optimizer: Adam with a rate that is halved in steps in the paper; here AdamW with a cosine schedule.
 """
 
 from collections.abc import Sequence

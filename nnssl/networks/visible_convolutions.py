@@ -5,7 +5,7 @@ section 3.1; Wald et al., Revisiting MAE Pre-training for 3D Medical Image Segme
 
 Dense convolutions would erode the mask: after some layers, no position is empty, and the statistics of the normalisation are
 those of an image that is mostly zero. Here the output of every convolution is set to 0 at masked positions, and instance
-normalisation takes mean and variance from the visible ones. All arithmetic is dense, so that nothing is saved.
+normalisation takes mean and variance from the visible ones. All arithmetic is dense, so neither time nor memory is saved.
 """
 
 from collections.abc import Iterator, Sequence

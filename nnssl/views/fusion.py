@@ -3,7 +3,7 @@
 Source: Wang et al., MIS-FM: 3D Medical Image Segmentation using Foundation Models Pretrained on a Large-Scale Unannotated Dataset
 (Volume Fusion), 2023, published as Volume Fusion-based Self-supervised Pretraining for 3D Medical Image Segmentation, TIP 2025.
 Numbers are those of the implementation of Wald et al., CVPR 2025: 10 to 39 boxes with sides from 8 voxels to 5/8 of a patch of
-about 128 voxels, which cover one another in the order in which they are drawn.
+about 128 voxels, of which later ones overwrite earlier ones.
 
 Deviation: the smallest side is a share of the patch, 1/16, because patches can be much smaller than 128 voxels.
 """

@@ -1,7 +1,7 @@
-"""Regions of a patch that both views show: which points belong to which of them.
+"""Assignment of the points of two views of a patch to the regions that both views show.
 
 A region is a supervoxel. Points of the reference view decide which regions of a patch are used, and points of the query view are
-assigned to them. All shapes are fixed, so that nothing waits for the device.
+assigned to them. All shapes are fixed, so that the CPU never has to wait for a result of the GPU.
 """
 
 from typing import NamedTuple

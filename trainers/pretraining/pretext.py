@@ -70,7 +70,7 @@ class MAETrainer(PretrainTrainer):
 
 
 class ModelsGenesisTrainer(PretrainTrainer):
-    """Models Genesis: restoration of destroyed patches, which trains encoder and decoder."""
+    """Models Genesis: restoration of corrupted patches, which trains encoder and decoder."""
 
     stage = "models_genesis.restoration"
 
