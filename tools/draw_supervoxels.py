@@ -11,7 +11,7 @@ import numpy as np
 from skimage.segmentation import find_boundaries
 
 from nnssl.data.case_store import CaseStore
-from nnssl.data.supervoxels import partition
+from nnssl.data.supervoxels import partition, scale_intensities
 
 PIXELS = 400
 """Approximate width of a picture."""
@@ -29,7 +29,7 @@ def draw(folder: Path, edges_mm: list[float], case: int) -> list[tuple[str, np.n
     factor = max(1, round(PIXELS / image.shape[1]))
     found = []
     for edge in edges_mm:
-        parts = partition(volume, stored.spacing_mm, edge)[middle]
+        parts = partition(scale_intensities(volume), stored.spacing_mm, edge)[middle]
         picture = np.repeat(np.kron(image, np.ones((factor, factor)))[..., None], 3, axis=2)
         picture[find_boundaries(np.kron(parts, np.ones((factor, factor), int)), mode="inner")] = COLOUR
         found.append((f"{folder.parent.name}, {edge:g} mm", picture))

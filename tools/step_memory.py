@@ -72,8 +72,8 @@ def measure(plan: Plan, name: str, stage_name: str, device_name: str) -> dict[st
         volumes = precision.lay_out(volumes, len(own.patch_size))
         with torch.no_grad():
             views = method.make_views(volumes, sample_generators(0, stage_name, step, list(range(batch))))
-            if edges := method.supervoxel_edges_mm():
-                shape = (batch, len(edges), *own.patch_size)
+            if method.supervoxel_edges_mm():
+                shape = (batch, *own.patch_size)
                 views = method.partitioned(views, torch.randint(1, 64, shape, dtype=torch.int32).to(device))
         optimizer.zero_grad(set_to_none=True)
         with precision.autocast(device):

@@ -2,7 +2,7 @@
 
 A case consists of three files: ``<case>.b2nd`` (voxels: channel, z, y, x), ``<case>_foreground.npy`` (coordinates inside
 the body) and ``<case>.json`` (``CaseProperties``). The JSON file is written last and deleted first, so a case without it
-is incomplete.
+is incomplete. Partitions into supervoxels, which some methods need, lie in the folder ``supervoxels``.
 
 Voxels are stored as float16 and compressed by LZ4 at level 5 after a byte shuffle, in blocks of 4 x 64 x 64 voxels.
 These choices were measured on one core with abdominal CT (BTCV) resampled to 192 x 308 x 308 voxels. The shuffle saves
@@ -31,8 +31,8 @@ from nnssl.files import write_atomically
 from nnssl.schema import STRICT
 
 SCHEMA_VERSION = 1
-ENDING_OF_SUPERVOXELS = "_supervoxels.b2nd"
-"""End of the name of the file with a case's supervoxels (``nnssl.data.supervoxels``), which only some methods need."""
+SUPERVOXELS = "supervoxels"
+"""Folder in that of the cases with their supervoxels (``nnssl.data.supervoxels``), which only some methods need."""
 MAX_OPEN_CASES = 64
 BLOCK_VOX = (4, 64, 64)
 SLICES_PER_CHUNK = 16
@@ -145,8 +145,10 @@ def layout(shape: Sequence[int], patch_size: Sequence[int]) -> tuple[tuple[int, 
 
 def remove_case(folder: Path, name: str) -> None:
     """Delete the files of a case, starting with the one that marks it as complete."""
-    for ending in (".json", ".b2nd", "_foreground.npy", ENDING_OF_SUPERVOXELS):
+    for ending in (".json", ".b2nd", "_foreground.npy"):
         (folder / f"{name}{ending}").unlink(missing_ok=True)
+    for path in (folder / SUPERVOXELS).glob("*"):
+        (path / f"{name}.b2nd").unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -188,11 +190,15 @@ class StoredCase:
 
     @cached_property
     def _array(self) -> Any:
-        return _open(self.folder / f"{self.name}.b2nd")
+        path = self.folder / f"{self.name}.b2nd"
+        try:
+            return open_array(path)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{path} cannot be opened ({error}); run nnssl_plan_and_preprocess again") from error
 
     @cached_property
-    def _supervoxels(self) -> Any:
-        return _open(self.folder / f"{self.name}{ENDING_OF_SUPERVOXELS}")
+    def _supervoxels(self) -> dict[Path, Any]:
+        return {}
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -246,7 +252,8 @@ class StoredCase:
         if parts is None:
             return box
         inside, place = parts
-        voxels = _read(self._array, inside, self.folder / f"{self.name}.b2nd")
+        path = self.folder / f"{self.name}.b2nd"
+        voxels = _read(self._array, inside, path, "delete it and preprocess again")
         # torch converts float16 about twenty times as fast as numpy, but its threads hang in a forked process;
         # workers of a DataLoader have only one thread
         if torch.get_num_threads() == 1:
@@ -255,21 +262,35 @@ class StoredCase:
             box[place] = voxels
         return box
 
-    def read_supervoxels(self, lower_vox: Sequence[int], size_vox: Sequence[int]) -> Int[np.ndarray, "edge z y x"]:
-        """Read the supervoxels of a box, one partition for each edge length; 0 outside the volume.
+    def read_supervoxels(
+        self, folder: Path, lower_vox: Sequence[int], size_vox: Sequence[int]
+    ) -> Int[np.ndarray, "z y x"]:
+        """Read the supervoxels of a box; 0 outside the volume.
 
         Args:
+            folder: Folder of the partition, as from ``nnssl.data.supervoxels.folder_of``.
             lower_vox: As in ``read_box``.
             size_vox: As in ``read_box``.
 
         Raises:
-            UserError: If the file is damaged or missing.
+            UserError: If the file is damaged, missing, or belongs to other voxels.
         """
-        box = np.zeros((self._supervoxels.shape[0], *size_vox), dtype=np.int32)
+        path = folder / f"{self.name}.b2nd"
+        advice = "delete it and start nnssl_pretrain again"
+        if path not in self._supervoxels:
+            try:
+                array = open_array(path)
+                digest = array.schunk.vlmeta["digest"]
+            except (OSError, RuntimeError, KeyError) as error:
+                raise UserError(f"{path} cannot be opened ({error}); {advice}") from error
+            if digest != self.properties.digest:
+                raise UserError(f"{path}: was computed from other voxels than those of case {self.name}; {advice}")
+            self._supervoxels[path] = array
+        box = np.zeros(tuple(size_vox), dtype=np.int32)
         parts = self._overlap(lower_vox, size_vox)
         if parts is not None:
             inside, place = parts
-            box[place] = _read(self._supervoxels, inside, self.folder / f"{self.name}{ENDING_OF_SUPERVOXELS}")
+            box[place[1:]] = _read(self._supervoxels[path], inside[1:], path, advice)
         return box
 
     def _overlap(
@@ -286,18 +307,21 @@ class StoredCase:
         return tuple(inside), tuple(place)
 
 
-def _open(path: Path) -> Any:
-    try:
-        return blosc2.open(str(path), mode="r", dparams={"nthreads": 1}, **MAPPING)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be opened ({error}); run nnssl_plan_and_preprocess again") from error
+def open_array(path: Path) -> Any:
+    """Open a stored array to read parts of it.
+
+    Raises:
+        OSError: If the file cannot be opened.
+        RuntimeError: If it is no such array.
+    """
+    return blosc2.open(str(path), mode="r", dparams={"nthreads": 1}, **MAPPING)
 
 
-def _read(array: Any, inside: tuple[slice, ...], path: Path) -> Any:
+def _read(array: Any, inside: tuple[slice, ...], path: Path, advice: str) -> Any:
     try:
         return array[inside]
     except RuntimeError as error:
-        raise UserError(f"{path} is damaged ({error}); delete it and preprocess again") from error
+        raise UserError(f"{path} is damaged ({error}); {advice}") from error
 
 
 class CaseStore:

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import blosc2
@@ -49,8 +50,8 @@ class PatchBatch(NamedTuple):
     lower_vox: Int[Tensor, "batch 3"]
     """First voxel (z, y, x) of each patch in its case, also in 2D, where z is the slice; negative if a volume is smaller
     than the patch."""
-    supervoxels: Int[Tensor, "batch edge *shape"] | None = None
-    """Supervoxels of each voxel, one partition for each edge length, 0 outside the image; None if they are not read."""
+    supervoxels: Int[Tensor, " batch *shape"] | None = None
+    """Supervoxel of each voxel in a partition that is drawn for each patch, 0 outside the image; None if they are not read."""
 
 
 def make_loader(
@@ -67,7 +68,7 @@ def make_loader(
     foreground_share: float = FOREGROUND_SHARE,
     pin_memory: bool = False,
     pairs: PairTable | None = None,
-    supervoxels: bool = False,
+    partitions: Sequence[Path] = (),
 ) -> DataLoader:
     """Return a loader that yields one ``PatchBatch`` per step.
 
@@ -87,7 +88,7 @@ def make_loader(
         pin_memory: Whether to put batches into page-locked memory, for asynchronous copies to a GPU.
         pairs: Pairs of points; each two neighbouring patches of a batch show the two points of a pair. None for
             independent patches.
-        supervoxels: Whether to read the supervoxels of the patches as well.
+        partitions: Folders of partitions into supervoxels, of which one is drawn for each patch; none to read none.
 
     Returns:
         A loader of ``last_step - first_step`` batches.
@@ -120,7 +121,7 @@ def make_loader(
         else PairedBoxes(store, size, batch_size, seed, stage, pairs)
     )
     return DataLoader(
-        PatchDataset(store, patch_size, boxes, supervoxels),
+        PatchDataset(store, patch_size, boxes, DrawnPartition(tuple(partitions), seed, stage)),
         batch_sampler=StepSampler(range(first_step, last_step), range(rank * part, (rank + 1) * part)),
         num_workers=num_workers,
         collate_fn=_collate,
@@ -158,7 +159,7 @@ class PatchDataset(Dataset):
         store: Preprocessed cases.
         patch_size: Patch size in voxels, (z, y, x), or (y, x) for slices.
         boxes: Function that returns the case and the first voxel (z, y, x) of a sample.
-        supervoxels: Whether to read the supervoxels as well.
+        partition: Choice of the partition into supervoxels that is read with a sample; None for no supervoxels.
     """
 
     def __init__(
@@ -166,9 +167,9 @@ class PatchDataset(Dataset):
         store: CaseStore,
         patch_size: Sequence[int],
         boxes: Callable[[int, int], tuple[str, Sequence[int]]],
-        supervoxels: bool = False,
+        partition: "DrawnPartition | None" = None,
     ) -> None:
-        self.supervoxels = supervoxels
+        self.partition = partition
         self.store = store
         self.patch_size = tuple(patch_size)
         self.boxes = boxes
@@ -182,10 +183,31 @@ class PatchDataset(Dataset):
         if len(self.patch_size) == 2:
             volume = volume.squeeze(1)
         parts = None
-        if self.supervoxels:
-            read = torch.from_numpy(self.store.case(name).read_supervoxels(lower, size))
-            parts = (read.squeeze(1) if len(self.patch_size) == 2 else read)[None]
+        if self.partition is not None and self.partition.folders:
+            folder = self.partition(step, sample)
+            parts = torch.from_numpy(self.store.case(name).read_supervoxels(folder, lower, size))
+            parts = parts if len(self.patch_size) == 2 else parts[None]
         return PatchBatch(volume[None], [sample], step, [name], torch.tensor([lower]), parts)
+
+
+@dataclass(frozen=True)
+class DrawnPartition:
+    """Function that returns the folder of the partition into supervoxels for a sample.
+
+    Attributes:
+        folders: Folders to draw from with equal probability.
+        seed: Random seed of the run.
+        stage: Pretext stage.
+    """
+
+    folders: tuple[Path, ...]
+    seed: int
+    stage: str
+
+    def __call__(self, step: int, sample: int) -> Path:
+        """Return the folder; it depends only on seed, stage, step and sample."""
+        generator = make_generator(self.seed, f"{self.stage}/partition", step, sample)
+        return self.folders[int(torch.randint(len(self.folders), (1,), generator=generator))]
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,18 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
+from scipy.spatial.distance import cdist
 
 NEIGHBOURS = 20
 """Largest number of neighbours whose mean distance is the inverse of the typicality (TypiClust)."""
 COMPONENTS = 32
 """Largest number of principal components that distances are measured in."""
-DUPLICATE_SHARE = 0.1
-"""Distance below which two items coincide, as a share of the median distance to the nearest neighbour."""
+DUPLICATE_SHARE = 0.03
+"""Distance below which two items coincide, as a share of the median distance of two items."""
+LEAST_GROUP = 5
+"""Number of items below which a cluster is not represented, if there are enough items (TypiClust)."""
+MOST_CLUSTERS = 3
+"""Largest number of clusters for each item to choose."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,7 @@ def find_duplicates(features: Float[np.ndarray, "item feature"]) -> dict[int, in
     distance = _distances(_components(features))
     if len(distance) < 3:
         return {}
-    nearest = distance.copy()
-    np.fill_diagonal(nearest, np.inf)
-    limit = DUPLICATE_SHARE * float(np.median(nearest.min(axis=1)))
+    limit = DUPLICATE_SHARE * float(np.median(distance[np.triu_indices(len(distance), 1)]))
     found: dict[int, int] = {}
     for item in range(1, len(distance)):
         earlier = [other for other in range(item) if other not in found and distance[item, other] <= limit]
@@ -61,6 +64,8 @@ def find_duplicates(features: Float[np.ndarray, "item feature"]) -> dict[int, in
 
 def choose_typical(features: Float[np.ndarray, "item feature"], count: int, seed: int) -> list[Choice]:
     """Choose items, those of the largest clusters first.
+
+    If clusters are too small to be represented, the items are divided into more of them, up to three times as many.
 
     Args:
         features: Features of the items.
@@ -78,11 +83,16 @@ def choose_typical(features: Float[np.ndarray, "item feature"], count: int, seed
     if not 1 <= count <= len(items):
         raise ValueError(f"count must be between 1 and {len(items)}, the number of different items, got {count}")
     reduced = _components(features)[items]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        clusters = KMeans(count, n_init=10, random_state=seed).fit_predict(reduced)
-    choices = [_most_typical(reduced, items, np.flatnonzero(clusters == number)) for number in np.unique(clusters)]
-    return sorted(choices, key=lambda choice: (-len(choice.group), choice.item))
+    least = max(1, min(LEAST_GROUP, len(items) // (2 * count)))
+    for number in range(count, min(MOST_CLUSTERS * count, len(items)) + 1):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            clusters = KMeans(number, n_init=10, random_state=seed).fit_predict(reduced)
+        members = [np.flatnonzero(clusters == cluster) for cluster in np.unique(clusters)]
+        if sum(len(each) >= least for each in members) >= count:
+            break
+    choices = [_most_typical(reduced, items, each) for each in members]
+    return sorted(choices, key=lambda choice: (-len(choice.group), choice.item))[:count]
 
 
 def _most_typical(reduced: np.ndarray, items: np.ndarray, members: np.ndarray) -> Choice:
@@ -105,4 +115,4 @@ def _components(features: Sequence[Sequence[float]] | np.ndarray) -> np.ndarray:
 
 
 def _distances(values: np.ndarray) -> np.ndarray:
-    return np.linalg.norm(values[:, None] - values[None], axis=2)
+    return cdist(values, values)

@@ -64,7 +64,10 @@ def prototype_loss(
     """
     batch, count = used.shape
     candidates, exist = gather_with_gradient(prototypes).flatten(0, 1), gather(used).flatten()
-    logits = F.normalize(queries, dim=2) @ candidates.T / temperature
+    with torch.autocast(
+        queries.device.type, enabled=False
+    ):  # a low temperature enlarges the rounding of half precision
+        logits = F.normalize(queries.float(), dim=2) @ candidates.float().T / temperature
     chances = logits.masked_fill(~exist, torch.finfo(logits.dtype).min).log_softmax(dim=2)
     own = rank() * batch + torch.arange(batch, device=regions.device)
     valid = regions >= 0

@@ -3,8 +3,8 @@
 Source: He et al., Masked Autoencoders Are Scalable Vision Learners (MAE), CVPR 2022; Wald et al., Revisiting MAE Pre-training
 for 3D Medical Image Segmentation, CVPR 2025, for U-Nets; Tian et al., SparK, ICLR 2023, for ``sparse``.
 
-A patch is standardised and most of its cells are masked. The network recovers the voxels of the masked cells from the visible
-ones, and only these voxels are compared.
+Most cells of a patch are masked. The network recovers the standardised voxels of the masked cells from the visible ones, and
+only these voxels are compared.
 
 * U-Net: a cell is a position of the bottleneck. Masked voxels are 0, and encoder, decoder and one convolution recover the patch.
   With ``sparse``, the encoder's convolutions see visible positions only, and learned tokens fill its maps before the decoder.
@@ -13,8 +13,10 @@ ones, and only these voxels are compared.
   predicts the voxels of all tokens. The encoder is exported.
 
 Deviations:
-    * Targets: MAE standardises the voxels of each token; here every channel of a patch is standardised as a whole, as in Wald et
-      al., so that the differences between cells have to be recovered too.
+    * Targets: MAE standardises the voxels of each token, and the code of Wald et al. takes the voxels as preprocessing left
+      them. Here every channel of a patch is standardised as a whole, so that patches of low contrast count as much as others and
+      the differences between cells have to be recovered too. The network sees the patches as they are, as in fine-tuning.
+    * Cells: blocks of 16 voxels in the code of Wald et al.; here the stride of the bottleneck.
     * Sparse: SparK's decoder is light and discarded; here it is that of the U-Net (``networks.visible_convolutions``).
     * Optimizer: SGD with nnU-Net's schedule in Wald et al. Here AdamW for all networks, as in MAE.
     * Length: 1,000 epochs of 250 steps with 39,000 scans in Wald et al.; here 400 epochs, times the share set by ``--length``.
@@ -69,12 +71,14 @@ class MaskedPatches(NamedTuple):
     """Views of a batch.
 
     Attributes:
-        patches: Standardised patches (batch, channel, *shape).
+        patches: Patches (batch, channel, *shape), as fine-tuning shows them.
+        target: The same patches, every channel standardised.
         mask: Mask that is True for masked cells (batch, cells), in C order of their grid.
         visible: Indices of the visible cells (batch, visible), ascending.
     """
 
     patches: Float[Tensor, "batch channel *shape"]
+    target: Float[Tensor, "batch channel *shape"]
     mask: Bool[Tensor, "batch cells"]
     visible: Int[Tensor, "batch visible"]
 
@@ -147,25 +151,24 @@ class MAE(PretextMethod):
     def make_views(
         self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
     ) -> MaskedPatches:
-        """Return the flipped and standardised patches and their masks."""
+        """Return the flipped patches, their standardised voxels as targets, and their masks."""
         own, device = self.settings, volumes.device
         flips = draw_flips(generators, volumes.ndim - 2, own.flip_axes, own.flip_probability)
         mask = draw_block_mask(generators, self.grid, (1,) * len(self.grid), own.mask_ratio)
-        # one token per channel of a patch
-        patches = standardise_tokens(apply_flips(volumes, flips).flatten(2)).view(volumes.shape)
-        return MaskedPatches(patches, mask.to(device), visible_tokens(mask).to(device))
+        patches = apply_flips(volumes, flips)
+        target = standardise_tokens(patches.flatten(2)).view(volumes.shape)  # a channel of a patch is one token
+        return MaskedPatches(patches, target, mask.to(device), visible_tokens(mask).to(device))
 
     def losses(self, views: MaskedPatches, progress: float) -> StepOutput:
         """Return the mean squared error of the masked voxels, and that of a constant patch as monitor."""
         found = in_pieces(self._of_piece, list(views), self.settings.training.pieces)
         return StepOutput({"recovery": found["error"]}, None, {"recovery_of_constant": found["error_of_constant"]})
 
-    def _of_piece(self, patches: Tensor, mask: Tensor, visible: Tensor) -> dict[str, Tensor]:
-        recovered = self.recover(patches, mask, visible)
-        target = cut_into_tokens(patches, self.cell_vox)
+    def _of_piece(self, patches: Tensor, target: Tensor, mask: Tensor, visible: Tensor) -> dict[str, Tensor]:
+        recovered, wanted = self.recover(patches, mask, visible), cut_into_tokens(target, self.cell_vox)
         return {
-            "error": masked_token_mse(recovered, target, mask),
-            "error_of_constant": masked_token_mse(torch.zeros_like(target), target, mask),
+            "error": masked_token_mse(recovered, wanted, mask),
+            "error_of_constant": masked_token_mse(torch.zeros_like(wanted), wanted, mask),
         }
 
     def recover(
@@ -174,7 +177,7 @@ class MAE(PretextMethod):
         mask: Bool[Tensor, "batch cells"],
         visible: Int[Tensor, "batch visible"],
     ) -> Float[Tensor, "batch cells values"]:
-        """Return the recovered voxels of every cell, from the visible cells of standardised patches."""
+        """Return the recovered, standardised voxels of every cell, from the visible cells of patches."""
         if hasattr(self, "tokens"):
             prediction: Tensor = self.decoder(self.tokens(patches, visible), visible, self.positions)
             return prediction

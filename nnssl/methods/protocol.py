@@ -109,8 +109,8 @@ class PretextMethod(nn.Module):
 
         Args:
             views: Return value of ``placed``.
-            supervoxels: Supervoxel of every voxel of the raw patches (batch, edge, *shape), on their device; 0 outside the
-                image.
+            supervoxels: Supervoxel of every voxel of the raw patches (batch, *shape), on their device, in a partition that is
+                drawn for each patch; 0 outside the image.
         """
         raise NotImplementedError
 

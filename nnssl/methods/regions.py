@@ -21,10 +21,11 @@ Deviations:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
+from pydantic import Field
 from torch import Tensor
 
 from nnssl.losses.prototypes import prototype_loss, prototypes_of
@@ -43,6 +44,7 @@ from nnssl.methods.settings import (
 from nnssl.networks.dense import ENCODER_AND_DECODER, DenseKind, dense_channels, trained_up_to_segmentation
 from nnssl.networks.heads import PointProjection
 from nnssl.networks.pieces import recompute_stages
+from nnssl.networks.tokens import take_tokens
 from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
@@ -54,6 +56,9 @@ LARGEST_EDGE_MM = 48.0
 """Largest edge of a supervoxel that the plan chooses: about that of a left ventricle or a vertebra."""
 EDGE_SHARE = 0.25
 """Share of the patch's shortest side, without a thick axis, that the largest edge covers at most."""
+CANDIDATES = 8
+"""Points that are drawn for each point of a step, so that enough of them lie in the supervoxels that are used."""
+GOLDEN_RATIO = 0.6180339887
 EDGE_VOX = 3.0
 """Smallest edge of a supervoxel in voxels of the patch's finest axis."""
 
@@ -65,7 +70,7 @@ class RegionsSettings:
     __pydantic_config__: ClassVar = STRICT
 
     training: TrainingSettings
-    edges_mm: tuple[Positive, ...] = (24.0, 48.0)  # [R]
+    edges_mm: Annotated[tuple[Positive, ...], Field(min_length=1)] = (24.0, 48.0)  # [R]
     """Edges of the supervoxels; a size is drawn for each patch and step."""
     regions_per_image: TwoOrMore = 32  # [R]
     """Largest number of supervoxels of a patch that a step uses."""
@@ -94,10 +99,11 @@ class RegionViews:
     Attributes:
         reference: Whole patches (batch, channel, *shape).
         query: Crops of them, of the same shape.
-        in_reference: Reference points (batch, points, d), zyx in voxels; they are centres of voxels.
-        in_query: Query points (batch, points, d) in the crop; they are centres of voxels.
+        in_reference: Reference points (batch, points, d), zyx in voxels; they are centres of voxels. Until the supervoxels are
+            known, these are candidates, of which those in used regions are kept.
+        in_query: Query points (batch, points, d) in the crop; they are centres of voxels. As above.
         query_in_patch: The same query points in the patch.
-        drawn: Random numbers of each sample (batch, 2): one that chooses the size, and one for the order of the regions.
+        salt: Random number of each sample for the order of the regions.
         regions: Regions of the points; None until the supervoxels are known.
     """
 
@@ -106,7 +112,7 @@ class RegionViews:
     in_reference: Float[Tensor, "batch reference d"]
     in_query: Float[Tensor, "batch query d"]
     query_in_patch: Float[Tensor, "batch query d"]
-    drawn: Int[Tensor, "batch 2"]
+    salt: Int[Tensor, " batch"]
     regions: RegionPoints | None = None
 
 
@@ -176,30 +182,36 @@ class Regions(PretextMethod):
         query = apply_affine(apply_intensity(volumes, draw_intensity(generators, ranges, channels)), crop)
         most = math.prod(shape)
         everywhere = torch.ones_like(body)
-        in_reference = draw_points(
-            generators, everywhere, min(own.reference_points, most), body, own.foreground_share
-        ).float()
+        count = min(CANDIDATES * own.reference_points, most)
+        in_reference = _mixed(draw_points(generators, everywhere, count, body, own.foreground_share).float())
         cropped = apply_affine(body[:, None].float(), crop, mode="nearest")[:, 0] > 0.5
         valid = valid_mask(crop, shape, volumes.device)
-        in_query = draw_points(generators, valid, min(own.query_points, most), cropped, own.foreground_share).float()
-        drawn = torch.stack([torch.randint(2**30, (2,), generator=each) for each in generators]).to(volumes.device)
-        return RegionViews(reference, query, in_reference, in_query, map_points(in_query, crop, "to_input"), drawn)
+        count = min(CANDIDATES * own.query_points, most)
+        in_query = _mixed(draw_points(generators, valid, count, cropped, own.foreground_share).float())
+        salt = torch.cat([torch.randint(2**30, (1,), generator=each) for each in generators]).to(volumes.device)
+        return RegionViews(reference, query, in_reference, in_query, map_points(in_query, crop, "to_input"), salt)
 
-    def partitioned(self, views: RegionViews, supervoxels: Int[Tensor, "batch edge *shape"]) -> RegionViews:
-        """Return the views with the regions of their points, for a size that is drawn for each patch."""
-        own, shape = self.settings, supervoxels.shape[2:]
-        samples = torch.arange(len(supervoxels), device=supervoxels.device)
-        chosen = supervoxels[samples, views.drawn[:, 0] % supervoxels.shape[1]].flatten(1)
+    def partitioned(self, views: RegionViews, supervoxels: Int[Tensor, " batch *shape"]) -> RegionViews:
+        """Return the views with points in used regions, and their regions; points elsewhere fill up what is missing."""
+        own, shape, flat = self.settings, supervoxels.shape[1:], supervoxels.flatten(1)
         last = torch.tensor([length - 1 for length in shape], device=supervoxels.device)
         nearest = views.query_in_patch.round().long().clamp_min(0).minimum(last)
-        regions = assign_regions(
-            chosen.gather(1, place_of(views.in_reference.long(), shape)),
-            chosen.gather(1, place_of(nearest, shape)),
-            views.drawn[:, 1],
+        found = assign_regions(
+            flat.gather(1, place_of(views.in_reference.long(), shape)),
+            flat.gather(1, place_of(nearest, shape)),
+            views.salt,
             own.regions_per_image,
             own.least_points,
         )
-        return replace(views, regions=regions)
+        kept = (found.reference < 0).int().argsort(dim=1, stable=True)[:, : own.reference_points]
+        asked = (found.query < 0).int().argsort(dim=1, stable=True)[:, : own.query_points]
+        return replace(
+            views,
+            in_reference=take_tokens(views.in_reference, kept),
+            in_query=take_tokens(views.in_query, asked),
+            query_in_patch=take_tokens(views.query_in_patch, asked),
+            regions=RegionPoints(found.reference.gather(1, kept), found.query.gather(1, asked), found.used),
+        )
 
     def losses(self, views: RegionViews, progress: float) -> StepOutput:
         """Return cross-entropy and Dice of the query points among the prototypes."""
@@ -253,4 +265,10 @@ def edges_of_patch(shape: Sequence[int], spacing_mm: Sequence[float], thick_axis
     shortest = min(shape[axis] * spacing_mm[axis] for axis in axes)
     least = EDGE_VOX * min(spacing_mm[axis] for axis in axes)
     largest = min(LARGEST_EDGE_MM, EDGE_SHARE * shortest)
-    return tuple(sorted({round(max(least, largest / part), 2) for part in (1, 2)}))
+    return tuple(sorted({float(f"{max(least, largest / part):.3g}") for part in (1, 2)}))
+
+
+def _mixed(points: Float[Tensor, "batch points d"]) -> Float[Tensor, "batch points d"]:
+    """Return points in an order in which every part has the same share of the body's points; ``draw_points`` puts these first."""
+    order = (torch.arange(points.shape[1], device=points.device, dtype=torch.float64) * GOLDEN_RATIO % 1).argsort()
+    return points[:, order]

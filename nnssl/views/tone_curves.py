@@ -4,8 +4,9 @@ Source: Zhou et al., Models Genesis, MICCAI 2019 and Medical Image Analysis 2021
 the authors' code. A curve leads from (0, 0) to (1, 1); its two inner control points are uniform in the unit square, so it
 never falls. Half of the curves are used backwards and never rise, which inverts the order of the intensities.
 
-Deviations: the code expects intensities in [0, 1]. Here the percentiles 1 and 99 of the channel in its patch are the ends
-of the curve, because data are z-scored, and values beyond them are clipped. Every channel has its own curve.
+Deviations: the code expects intensities in [0, 1]. Here the percentiles 1 and 99 of the channel in its patch are the ends of the
+curve, because data are z-scored, and values beyond them are clipped. Every channel has its own curve. A channel whose percentiles
+are equal, such as one that shows almost only air, is left as it is.
 """
 
 from collections.abc import Sequence
@@ -100,8 +101,8 @@ def apply_tone_curves(
     table = curves.table.flatten(0, 1).to(rows)
     made = torch.lerp(table.gather(1, below), table.gather(1, below + 1), place - below)
     made = (low + extent * made).view(volumes.shape)
-    used = curves.used.to(volumes.device).view(-1, *(1,) * (volumes.ndim - 1)) > 0
-    return torch.where(used, made, volumes)
+    used = (curves.used.to(volumes.device)[:, None] > 0) & (high > low).view(volumes.shape[:2])
+    return torch.where(used.view(*volumes.shape[:2], *(1,) * (volumes.ndim - 2)), made, volumes)
 
 
 def _at_equal_steps(inputs: Tensor, outputs: Tensor) -> Tensor:

@@ -77,11 +77,9 @@ def test_what_a_stage_declares_is_what_it_does(toy, stage: Stage, configuration:
             method.get_buffer(name).data = value.clone()
         with torch.no_grad():
             views = method.make_views(volumes, sample_generators(0, stage.name, 0, [0, 1, 2, 3]))
-            if edges := method.supervoxel_edges_mm():
+            if method.supervoxel_edges_mm():
                 parts = torch.arange(volumes[0, 0].numel(), dtype=torch.int32) % 9 + 1
-                views = method.partitioned(
-                    views, parts.view(1, 1, *volumes.shape[2:]).expand(4, len(edges), *volumes.shape[2:])
-                )
+                views = method.partitioned(views, parts.view(1, *volumes.shape[2:]).expand(4, *volumes.shape[2:]))
         return method.losses(views, 0.5).losses
 
     parts, again = losses(), losses()

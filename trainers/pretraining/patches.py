@@ -1,22 +1,26 @@
 """The patches that a run of a stage is shown, from its current step to its end."""
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nnssl.data.case_store import CaseStore
 from nnssl.data.jobs import default_processes
 from nnssl.data.loader import PatchBatch, default_workers, make_loader
 from nnssl.data.patch_pairs import PairTable
-from nnssl.data.supervoxels import prepare_supervoxels
-from nnssl.distributed import is_distributed, rank, world_size
+from nnssl.data.supervoxels import folder_of, missing_supervoxels, prepare_supervoxels
+from nnssl.distributed import rank, world_size
 from nnssl.log import logger
 from nnssl.methods.protocol import PretextMethod
 from trainers.pretraining.stage_run import StageRun
+
+MOST_PROCESSES = 4
+"""Largest number of processes that partition cases; each holds a whole case several times."""
+SECONDS_BETWEEN_LOOKS = 2.0
 
 
 def patches_of_run(
@@ -59,13 +63,15 @@ def patches_of_run(
             num_workers=readers,
             pin_memory=device.type == "cuda",
             pairs=pairs,
-            supervoxels=bool(edges_mm),
+            partitions=[folder_of(store.folder, edge) for edge in edges_mm],
         )
     )
 
 
 def partition_cases(store: CaseStore, edges_mm: Sequence[float]) -> None:
-    """Compute the supervoxels of all cases that lack them, in the first process; the others wait.
+    """Compute the supervoxels of all cases that lack them, in the first process; the others wait for the files.
+
+    Waiting in a barrier would end with the time limit of the process group, which nnU-Net leaves at ten minutes.
 
     Args:
         store: The preprocessed cases.
@@ -74,14 +80,15 @@ def partition_cases(store: CaseStore, edges_mm: Sequence[float]) -> None:
     if not edges_mm:
         return
     if rank() == 0:
-        count = prepare_supervoxels(store, edges_mm, default_processes())
+        count = prepare_supervoxels(store, edges_mm, min(MOST_PROCESSES, default_processes()))
         if count:
             edges = ", ".join(f"{edge:g}" for edge in edges_mm)
             logger.info(
                 f"Partitioned {count} cases into supervoxels with edges of {edges} mm, stored in {store.folder}"
             )
-    if is_distributed():
-        dist.barrier()
+    else:
+        while missing_supervoxels(store, edges_mm):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
 
 
 def views_of_batch(

@@ -24,10 +24,19 @@ def test_the_centre_of_every_cloud_is_chosen_and_the_largest_comes_first():
     assert all(each.typicality > 1 for each in chosen)
 
 
-def test_an_outlier_is_chosen_last():
-    features = np.vstack([clouds((15, 15)), np.full((1, 40), 60.0)])
-    assert [each.item for each in choose_typical(features, 3, seed=0)][-1] == 30
-    assert choose_typical(features, 3, seed=0)[-1].typicality == 1.0
+def test_outliers_are_not_represented():
+    features = np.vstack([clouds((15, 15)), np.full((1, 40), 60.0), np.full((1, 40), -60.0)])
+    for count in (1, 2, 3):
+        chosen = choose_typical(features, count, seed=0)
+        assert len(chosen) == count
+        assert not {30, 31} & {each.item for each in chosen}
+    assert len(choose_typical(features, 32, seed=0)) == 32  # unless all are wanted
+
+
+def test_copies_are_found_also_if_everything_has_one():
+    features = clouds((12, 12))
+    twins = np.vstack([features, features + 1e-3])
+    assert find_duplicates(twins) == {24 + item: item for item in range(24)}
 
 
 def test_items_that_coincide_count_once():

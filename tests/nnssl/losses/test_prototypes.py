@@ -82,3 +82,13 @@ def test_prototypes_are_normalised_means():
     assert not found[0, 2].any()
     mean = embeddings[1, [0, 1, 4]].mean(dim=0)
     torch.testing.assert_close(found[1, 2], mean / mean.norm())
+
+
+def test_mixed_precision_changes_nothing():
+    drawn = draw(points=40, regions=16, width=64)
+    expected = prototype_loss(*drawn, 0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = prototype_loss(*drawn, 0.1)
+    for value, other in zip(found, expected, strict=True):
+        assert value.dtype == torch.float32
+        assert torch.equal(value, other)

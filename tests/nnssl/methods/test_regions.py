@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from nnssl.draws import sample_generators
+from nnssl.errors import UserError
 from nnssl.methods.regions import Regions, edges_of_patch
 from nnssl.methods.settings import resolve_stage
 from nnssl.networks.backbone import build_network
+from nnssl.views.points import brighter_part
 from tests.nnssl.methods.tiny_configuration import make_configuration, planned
 from tests.nnssl.networks.test_hybrid import PATCHES, architecture
 
@@ -29,10 +31,10 @@ def make_batch(dim: int, batch: int = 4) -> torch.Tensor:
 
 
 def make_supervoxels(dim: int, batch: int = 4) -> torch.Tensor:
-    """Columns of 4 voxels along x in the first partition, halves of y in the second, each with numbers of its own."""
+    """Columns of 4 voxels along x, or halves of y in every second patch, with numbers of their own in each patch."""
     axes = torch.meshgrid(*(torch.arange(n) for n in PATCHES[dim]), indexing="ij")
-    parts = torch.stack([axes[-1] // 4 + 1, axes[-2] // 6 + 1]).int()
-    return torch.stack([parts + 100 * sample for sample in range(batch)])
+    parts = (axes[-1] // 4 + 1, axes[-2] // 6 + 1)
+    return torch.stack([parts[sample % 2] + 100 * sample for sample in range(batch)]).int()
 
 
 def generators(samples: list[int], step: int = 0):
@@ -49,7 +51,7 @@ def test_points_of_both_views_have_the_region_of_their_voxel(dim):
     _, method = make_stage(dim)
     views, parts = views_of(method, dim), make_supervoxels(dim)
     for sample in range(4):
-        chosen = parts[sample, int(views.drawn[sample, 0]) % 2]
+        chosen = parts[sample]
 
         def number(point, chosen=chosen):
             index = tuple(min(max(int(round(float(at))), 0), n - 1) for at, n in zip(point, chosen.shape, strict=True))
@@ -62,6 +64,8 @@ def test_points_of_both_views_have_the_region_of_their_voxel(dim):
         for point, region in zip(views.query_in_patch[sample], views.regions.query[sample].tolist(), strict=True):
             assert region == region_of.get(number(point), -1)
     assert (views.regions.query >= 0).float().mean() > 0.5
+    assert views.regions.query.shape == (4, 40)
+    assert views.regions.reference.shape == (4, 80)
 
 
 @dims
@@ -70,7 +74,7 @@ def test_views_depend_on_their_own_sample_alone(dim):
     together = views_of(method, dim)
     alone = method.make_views(make_batch(dim)[2:3], generators([2]))
     alone = method.partitioned(alone, make_supervoxels(dim)[2:3])
-    for name in ("reference", "query", "in_reference", "in_query", "query_in_patch", "drawn"):
+    for name in ("reference", "query", "in_reference", "in_query", "query_in_patch", "salt"):
         torch.testing.assert_close(getattr(alone, name), getattr(together, name)[2:3])
     for one, other in zip(alone.regions, together.regions, strict=True):
         assert torch.equal(one, other[2:3])
@@ -108,7 +112,7 @@ def test_some_steps_find_the_regions(dim):
     right = []
     for step in range(80):
         views = method.make_views(volumes, generators([0, 1], step))
-        output = method.losses(method.partitioned(views, make_supervoxels(dim, 2)[:, :1]), 0.0)
+        output = method.losses(method.partitioned(views, make_supervoxels(dim, 3)[::2]), 0.0)
         optimizer.zero_grad()
         torch.stack(list(output.losses.values())).sum().backward()
         optimizer.step()
@@ -121,3 +125,30 @@ def test_edges_suit_the_patch():
     assert edges_of_patch((96, 96), (4.0, 4.0), None) == (24.0, 48.0)  # at most 48 mm
     assert edges_of_patch((20, 28, 20), (2.0, 2.0, 2.0), None) == (6.0, 10.0)  # at least three voxels
     assert edges_of_patch((4, 128, 128), (10.0, 1.5, 1.5), 0) == (24.0, 48.0)  # thick slices do not count
+
+
+def test_points_are_kept_where_a_region_is_used():
+    """Few regions of many are used; points elsewhere would be computed for nothing."""
+    _, method = make_stage(2, "regions_per_image=2", "reference_points=20", "query_points=10", "crop_fraction=1,1")
+    views = method.make_views(make_batch(2), generators([0, 1, 2, 3]))
+    axes = torch.meshgrid(*(torch.arange(n) for n in PATCHES[2]), indexing="ij")
+    parts = (axes[0] // 3 * 10 + axes[1] // 4 + 1).int().expand(4, -1, -1)  # 20 regions of 12 voxels
+    found = method.partitioned(views, parts)
+    assert found.in_reference.shape == (4, 20, 2)
+    assert (found.regions.reference >= 0).float().mean() > 0.5  # a tenth if they were not chosen
+    assert (found.regions.query >= 0).float().mean() > 0.5
+
+
+def test_candidates_keep_their_share_of_the_body():
+    _, method = make_stage(2, "reference_points=8", "foreground_share=0.25")
+    views = method.make_views(make_batch(2), generators([0, 1, 2, 3]))
+    bright = brighter_part(make_batch(2))
+    for sample in range(4):
+        rows = [bool(bright[sample, int(y), int(x)]) for y, x in views.in_reference[sample].tolist()]
+        first, second = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+        assert abs(sum(first) - sum(second)) <= 0.35 * len(first)
+
+
+def test_settings_without_an_edge_are_refused():
+    with pytest.raises(UserError, match="edges_mm must be"):
+        make_stage(2, "edges_mm=")

@@ -75,3 +75,10 @@ def test_wrong_input_is_refused():
         draw_tone_curves(generators(range(1)), 1, 1.0, 2.0)
     with pytest.raises(ValueError, match="as drawn, got a batch of"):
         apply_tone_curves(torch.zeros(2, 1, 8, 8), draw_tone_curves(generators(range(1)), 1, 1.0, 0.5))
+
+
+def test_a_patch_of_air_keeps_its_little_tissue():
+    volumes = torch.zeros(1, 1, 40, 40)
+    volumes[0, 0, :3, :3] = 2.0  # less than 1 %
+    made = apply_tone_curves(volumes, draw_tone_curves(generators(range(1)), 1, 1.0, 0.0))
+    assert torch.equal(made, volumes)
