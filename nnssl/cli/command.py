@@ -164,7 +164,7 @@ def add_finetuning_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe",
         choices=RECIPES,
         help="Learning rate of pretrained weights. nnunet: decay from the first step. warmup: a linear rise first. sawtooth: new "
-        "layers alone first, then everything, each with a rise and a decay (default: warmup).",
+        "layers alone first, then everything, each with a rise and a decay (default: sawtooth for U-Nets, else warmup).",
     )
     parser.add_argument(
         "--scratch-recipe",

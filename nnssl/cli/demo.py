@@ -73,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
-        help="Learning rate of pretrained weights in fine-tuning; see nnssl_finetune --help (default: warmup).",
+        help="Learning rate of pretrained weights in fine-tuning; see nnssl_finetune --help (default: that of the network).",
     )
     add_seed_argument(parser, "Random seed for phantoms, weights and views")
     add_device_argument(parser)

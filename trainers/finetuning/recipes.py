@@ -35,6 +35,10 @@ OWN_OPTIMIZER: dict[NetworkKind, Optimizer] = {"unet": "sgd", "hybrid": "adam", 
 """nnU-Net's for U-Nets and Primus; RepRec's for its hybrid network."""
 
 
+OWN_RECIPE: dict[NetworkKind, Recipe] = {"unet": "sawtooth", "hybrid": "warmup", "primus": "warmup"}
+"""Recipes of pretrained weights: measured for U-Nets (documentation/results/recipes.md), where Wald et al. found the same."""
+
+
 @dataclass(frozen=True)
 class Rates:
     """Highest learning rates of an optimizer."""
@@ -47,7 +51,7 @@ class Rates:
 
 RATES: dict[Optimizer, Rates] = {
     "sgd": Rates(1e-2, 1e-3),  # nnU-Net; Wald et al.
-    "adam": Rates(1e-3, 1e-3),
+    "adam": Rates(3e-3, 3e-3),  # measured in short runs (documentation/results/recipes.md)
     "adamw": Rates(1e-3, 1e-3),
 }
 TRANSFORMER_RATES: dict[Optimizer, Rates] = {
@@ -130,7 +134,7 @@ def make_schedule(mode: str, choices: Choices, kind: NetworkKind = "unet", pretr
     else:
         rates = (RATES if kind == "unet" else TRANSFORMER_RATES)[optimizer]
         rate = choices.learning_rate or (rates.pretrained if pretrained else rates.scratch)
-        recipe = (choices.recipe or "warmup") if pretrained else choices.scratch_recipe
+        recipe = (choices.recipe or OWN_RECIPE[kind]) if pretrained else choices.scratch_recipe
     total = choices.epochs * choices.iterations_per_epoch
     if choices.warmup and choices.recipe == "nnunet" == choices.scratch_recipe:
         raise ArgumentError(

@@ -28,7 +28,7 @@ class FinetuneSettings:
         epochs: Total number of epochs, warm-up included; the default is nnU-Net's.
         iterations_per_epoch: Optimizer steps per epoch.
         recipe: How the learning rate of the pretrained arm changes and which layers are trained first: ``"nnunet"``,
-            ``"warmup"`` or ``"sawtooth"``. None for ``"warmup"``.
+            ``"warmup"`` or ``"sawtooth"``. None for ``"sawtooth"`` with a U-Net, else ``"warmup"``.
         scratch_recipe: The same of the arm with random weights.
         warmup: Length of the warm-up: a share of the run if below 1, else a number of steps. None for a tenth, but at most
             12,500 steps.

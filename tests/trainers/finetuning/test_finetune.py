@@ -437,7 +437,7 @@ def test_arms_keep_the_names_of_their_folders(tmp_path):
         plan=AdoptedPlan("nnsslPlans", tmp_path, {"plans_name": "nnsslPlans"}),
         configuration="2d",
         split=Split(("b", "a"), ("c",), "2cases"),
-        schedule=make_schedule("finetune", Choices(10, 5)),
+        schedule=make_schedule("finetune", Choices(10, 5, recipe="warmup")),
         seed=3,
         device=CPU,
         processes=1,
@@ -512,7 +512,7 @@ def test_gain_is_against_scratch_and_absent_values_stay_open(run):
     ]
     assert [line.split() for line in comparison([first])][1] == ["a", "75.0"]
     assert [" ".join(row) for row in rows[3:]] == [
-        "rep-rec: 4 steps, recipe warmup (2 steps), sgd at 0.01",
+        "rep-rec: 4 steps, recipe sawtooth (0 steps of new layers alone, 2 of warm-up), sgd at 0.01",
         "scratch: 4 steps, recipe nnunet, sgd at 0.01",
     ]
 

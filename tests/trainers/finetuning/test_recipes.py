@@ -235,7 +235,8 @@ def test_defaults_of_networks_and_starts():
     assert chosen("primus", False) == ("nnunet", "adamw", 3e-4)
     assert chosen("primus", True) == ("warmup", "adamw", 1e-4)
     assert chosen("hybrid", True)[:2] == ("warmup", "adam")
-    assert chosen("unet", True)[:2] == chosen("unet", True, "mean_teacher")[:2] == ("warmup", "sgd")
+    assert chosen("unet", True)[:2] == chosen("unet", True, "mean_teacher")[:2] == ("sawtooth", "sgd")
+    assert chosen("unet", True, optimizer="adam") == ("sawtooth", "adam", 3e-3)
     assert chosen("primus", True, optimizer="sgd", learning_rate=0.5) == ("warmup", "sgd", 0.5)
     assert chosen("unet", False, recipe="sawtooth", scratch_recipe="warmup")[0] == "warmup"
     for pretrained in (True, False):
