@@ -16,7 +16,7 @@ the case that it was computed from.
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import blosc2
 import numpy as np
@@ -97,8 +97,7 @@ def write_supervoxels(name: str, folder: Path, edges_mm: Sequence[float]) -> str
             partition(scaled, case.spacing_mm, edge), chunks=chunk, blocks=block, cparams=COMPRESSION
         )
         packed.schunk.vlmeta["digest"] = case.properties.digest
-        content = packed.to_cframe()
-        write_atomically(folder_of(folder, edge) / f"{name}.b2nd", lambda file, content=content: file.write(content))
+        write_atomically(folder_of(folder, edge) / f"{name}.b2nd", partial(_write, packed.to_cframe()))
     return name
 
 
@@ -135,6 +134,10 @@ def partition(
         parts.append(part + found)
         found += int(part.max())
     return np.stack(parts)
+
+
+def _write(content: bytes, file: BinaryIO) -> None:
+    file.write(content)
 
 
 def _is_current(case: StoredCase, edge_mm: float) -> bool:

@@ -112,7 +112,7 @@ def test_every_arm_is_reported_with_the_rate_that_is_best_on_validation_patients
     cells = StudyCells(study)
     rate_of = {cells.folder(cell).name: cell.rate for cell in study.cells if cells.has_weights(cell.arm)}
 
-    def evaluate(predictions, references, labels, tolerance_mm, ignore, processes, cases):
+    def evaluate(predictions, references, labels, tolerance_mm, ignore, processes, cases, surfaces=True):
         high = rate_of[Path(predictions).parent.parent.name] == 0.01
         dice = 0.4 if high == (set(cases) == set(study.validation)) else 0.3
         return [CaseMetrics(case, label, dice, 0.5, 3.0, 1.0, 1.0) for case in cases for label in LABELS]
@@ -149,7 +149,7 @@ def pretend(monkeypatch):
         (folder / "fold_0").mkdir(parents=True, exist_ok=True)
         return Result(dict.fromkeys(LABELS, 0.5))
 
-    def evaluate(predictions, references, labels, tolerance_mm, ignore, processes, cases):
+    def evaluate(predictions, references, labels, tolerance_mm, ignore, processes, cases, surfaces=True):
         generator = make_generator(0, str(Path(predictions).parent.parent.name))
         return [
             CaseMetrics(case, label, float(torch.rand(1, generator=generator)), 0.5, 3.0, 1.0, 1.0)
