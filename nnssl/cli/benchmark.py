@@ -155,6 +155,14 @@ def _add_case_arguments(parser: argparse.ArgumentParser) -> None:
         "random order).",
     )
 
+    parser.add_argument(
+        "--choose",
+        choices=("random", "select"),
+        default="random",
+        help="How to choose the patients to label: at random, or as nnssl_select does, by features of the first arm's weights, "
+        "which must exist (default: random).",
+    )
+
 
 def _add_pretraining_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -230,6 +238,7 @@ def _run(command: str, args: argparse.Namespace) -> None:
         test_patients=args.test_patients,
         patients=args.patients,
         subsets=args.subsets,
+        choose=args.choose,
         pretrain_overrides=tuple(f"{key}={value}" for key, value in common.items() if value is not None),
         mirroring=args.mirroring == "on",
         tolerance_mm=args.tolerance_mm,

@@ -1,6 +1,6 @@
 """Which cases to annotate first: typical and different patients, by features of frozen weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -118,6 +118,30 @@ def select(
             f"number must be at most {len(cases_of)}, as {name} has so many patients, got {number}", "number"
         )
     logger.info(f"Weights: {checkpoint.path} ({checkpoint.label}); {len(cases_of)} patients of {name}")
+    chosen = choose_patients(checkpoint, store, cases_of, number, settings)
+    _write(output, store, chosen)
+    return chosen
+
+
+def choose_patients(
+    checkpoint: OpenedCheckpoint,
+    store: CaseStore,
+    cases_of: Mapping[str, tuple[str, ...]],
+    number: int,
+    settings: SelectSettings,
+) -> list[SelectedPatient]:
+    """Return the patients to annotate first.
+
+    Args:
+        checkpoint: The weights whose features are compared.
+        store: Preprocessed cases.
+        cases_of: Cases of every patient that may be chosen.
+        number: Number of patients to choose.
+        settings: Patches, seed and device.
+
+    Raises:
+        ArgumentError: If fewer patients differ.
+    """
     features = _read_features(checkpoint, store, cases_of, settings)
     names = list(cases_of)
     copies = find_duplicates(features)
@@ -130,12 +154,10 @@ def select(
     if number > different:
         raise ArgumentError(f"number must be at most {different}, as so many patients differ, got {number}", "number")
     choices = choose_typical(features, number, settings.seed)
-    chosen = [
+    return [
         SelectedPatient(names[each.item], cases_of[names[each.item]], len(each.group), each.typicality)
         for each in choices
     ]
-    _write(output, store, chosen)
-    return chosen
 
 
 def _patients_of(cases: Sequence[str], table: Path | None) -> dict[str, tuple[str, ...]]:
@@ -155,7 +177,7 @@ def _patients_of(cases: Sequence[str], table: Path | None) -> dict[str, tuple[st
 
 
 def _read_features(
-    checkpoint: OpenedCheckpoint, store: CaseStore, cases_of: dict[str, tuple[str, ...]], settings: SelectSettings
+    checkpoint: OpenedCheckpoint, store: CaseStore, cases_of: Mapping[str, tuple[str, ...]], settings: SelectSettings
 ) -> np.ndarray:
     """Return features (patient, feature): the mean over the cases of a patient."""
     device = find_device(settings.device)

@@ -1,6 +1,6 @@
 """Choice of the held-out patients of a study, and of the order in which the others are labelled; no patient is in both."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from nnssl.data.raw import RawDataset
 from nnssl.errors import ArgumentError, UserError
@@ -130,12 +130,16 @@ def _draw_unseen(
 
 
 def order_patients(
-    settings: StudySettings, labelled: Sequence[str], patients: Mapping[str, str], test: Sequence[str]
+    settings: StudySettings,
+    labelled: Sequence[str],
+    patients: Mapping[str, str],
+    test: Sequence[str],
+    select: Callable[[Sequence[str]], tuple[tuple[str, ...], ...]],
 ) -> tuple[tuple[str, ...], ...]:
     """Return the patients that may be labelled for every seed, in the order in which they are added.
 
     Cases of a held-out patient that are not held out themselves are not trained on either. ``test`` holds the cases of
-    validation patients, too.
+    validation patients, too. ``select`` returns the orders by features among the patients that it receives.
 
     Raises:
         UserError: If there are too few patients for the numbers of labels, or if a list contains a held-out patient.
@@ -148,6 +152,8 @@ def order_patients(
             f"validation, got {max(settings.labels)}; hold out fewer patients to use more",
             "labels",
         )
+    if settings.choose == "select":
+        return select(pool)
     if settings.subsets is None:
         return tuple(tuple(label_order(pool, seed)) for seed in range(settings.seeds))
     orders = []

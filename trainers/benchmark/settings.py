@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from nnssl.errors import ArgumentError
 from nnssl.plan import PLANS_NAME
 from trainers.finetuning.recipes import Choices, check_mode
 from trainers.finetuning.schedule import Optimizer, Recipe, Trained
+
+Choose = Literal["random", "select"]
+"""How the patients to label are chosen."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class StudySettings:
         patients: Table of cases and patients; None to derive the patients from the names of the cases.
         subsets: Folder with ``seed0.txt``, ..., which list labelled cases in the order in which they are added; None to
             draw the order.
+        choose: How the order is drawn without lists: ``random``, or ``select`` for that of ``select`` with the weights of the
+            first arm.
         pretrain_overrides: Settings of every pretraining, as ``key=value``.
         mirroring: Whether held-out cases are predicted as the mean over all mirrored images, as in nnU-Net.
         tolerance_mm: Tolerance of the normalised surface distance, in mm.
@@ -71,6 +77,7 @@ class StudySettings:
     validation_cases: Path | None = None
     patients: Path | None = None
     subsets: Path | None = None
+    choose: Choose = "random"
     pretrain_overrides: tuple[str, ...] = ()
     mirroring: bool = True
     tolerance_mm: float = 2.0
@@ -117,6 +124,7 @@ def check_settings(settings: StudySettings) -> None:
             raise ArgumentError(f"{name} must be at least 1, got {least}", name)
     for mode in settings.modes:
         check_mode(mode)
+    _check_choice(settings)
     rates = settings.learning_rates
     if len(set(rates)) != len(rates) or any(rate <= 0 for rate in rates):
         got = " ".join(f"{rate:g}" for rate in rates)
@@ -139,3 +147,15 @@ def check_settings(settings: StudySettings) -> None:
         )
     if settings.tolerance_mm <= 0:
         raise ArgumentError(f"tolerance_mm must be above 0, got {settings.tolerance_mm}", "tolerance_mm")
+
+
+def _check_choice(settings: StudySettings) -> None:
+    """Check how the patients to label are chosen."""
+    if settings.choose not in get_args(Choose):
+        raise ArgumentError(f"choose must be {' or '.join(get_args(Choose))}, got {settings.choose}", "choose")
+    if settings.choose == "select" and settings.subsets is not None:
+        raise ArgumentError(
+            "subsets lists the patients to label, so choose=select has nothing to choose; omit one of them",
+            "subsets",
+            "choose",
+        )

@@ -22,6 +22,7 @@ from planners.finetune_planner import AdoptedPlan, fit_plan
 from trainers.benchmark.arms import HYBRID, Arm, Pretraining, Source, configuration_for, locate, parse_arms
 from trainers.benchmark.leaks import Seen, seen_by_checkpoint, seen_in_pretraining
 from trainers.benchmark.patients import choose_test, choose_validation, order_patients
+from trainers.benchmark.selection import select_orders, weights_to_select_with
 from trainers.benchmark.settings import StudySettings, check_settings
 from trainers.finetuning.arm import Task
 from trainers.finetuning.labelled_cases import Split, choose_unlabelled, find_labelled_cases
@@ -171,7 +172,12 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
     seen = find_seen(arms, pretrainings, plan, source, settings, folders)
     test = choose_test(settings, dataset, labelled, patients, seen)
     validation = choose_validation(settings, dataset, labelled, patients, test, seen)
-    orders = order_patients(settings, labelled, patients, (*test, *validation))
+
+    def select(pool: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+        weights = weights_to_select_with(arms, pretrainings)
+        return select_orders(settings, weights, plan.dataset_name, pool, patients, folders, device)
+
+    orders = order_patients(settings, labelled, patients, (*test, *validation), select)
     cells = tuple(
         CellKey(arm, mode, labels, seed, epochs, rate)
         for seed in range(settings.seeds)

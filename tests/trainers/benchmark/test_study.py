@@ -11,6 +11,7 @@ from nnssl.files import read_json, write_json
 from nnssl.log import lines_to
 from nnssl.methods import find_method
 from nnssl.plan import read_plan
+from nnssl.study.select import SelectSettings, select
 from tests.trainers.phantom_study import LABELLED, SOURCE
 from trainers.benchmark.arms import (
     OWN_FOLDER,
@@ -42,6 +43,10 @@ SETTINGS = StudySettings(
 def prepare(folders, said=None, **changes):
     with lines_to((said if said is not None else []).append):
         return prepare_study(replace(SETTINGS, **changes), folders, CPU, 1)
+
+
+def source_of(folders) -> Source:
+    return Source(read_plan(folders.preprocessed / SOURCE / "nnsslPlans.json"), "3d_fullres", (), folders, CPU)
 
 
 def cases_of(first: int, last: int) -> list[str]:
@@ -171,6 +176,45 @@ def test_subsets_in_a_given_order(folders, tmp_path):
     (subsets / "seed0.txt").write_text("phantom_0009\nphantom_0004\nphantom_0011\n")
     with pytest.raises(UserError, match="patient phantom_0004 is on both sides of the split"):
         prepare(folders, test_cases=test, subsets=subsets, seeds=1)
+
+
+def test_patients_selected_by_features_of_the_first_arm(folders, phantoms, tmp_path):
+    """Only patients of the pool whose images were preprocessed for pretraining can be selected, in the order of nnssl_select."""
+    raw = tmp_path / "raw"
+    shutil.copytree(phantoms / "raw" / LABELLED, raw / LABELLED)
+    for name in cases_of(0, 4):  # annotated images of the pretraining data
+        source = phantoms / "raw" / SOURCE / "imagesTr" / f"{name}_0000.nii.gz"
+        shutil.copyfile(source, raw / LABELLED / "imagesTr" / source.name)
+        shutil.copyfile(
+            raw / LABELLED / "labelsTr" / "phantom_0004.nii.gz", raw / LABELLED / "labelsTr" / f"{name}.nii.gz"
+        )
+    given = {"labels": (1, 2), "choose": "select", "test_patients": 2}
+    annotated = replace(folders, raw=raw)
+    with pytest.raises(
+        UserError, match="features of the first arm, pix2rep, whose weights must exist before the study"
+    ):
+        prepare(annotated, **given)
+    made = locate(parse_arm("pix2rep"), source_of(folders))
+    make_weights(made, source_of(folders))
+    lines: list[str] = []
+    study = prepare(annotated, lines, **given)
+    with lines_to(lines.append):
+        wanted = [
+            [
+                each.patient
+                for each in select(SOURCE, 2, made.final, SelectSettings(seed=seed, output=tmp_path), folders)
+            ]
+            for seed in range(2)
+        ]
+    assert [list(order) for order in study.orders] == wanted
+    assert set(study.split(1, 0).train) < set(study.split(2, 0).train)
+    assert any("among 4 of 10 patients" in line for line in lines)
+    with pytest.raises(UserError, match="needs the images of 5 patients of the pool .*, but finds 4"):
+        prepare(annotated, **given | {"labels": (5,)})
+    with pytest.raises(UserError, match="subsets lists the patients to label"):
+        prepare(annotated, **given, subsets=tmp_path)
+    with pytest.raises(UserError, match="choose must be random or select, got best"):
+        prepare(annotated, choose="best")
 
 
 def test_a_test_image_among_the_pretraining_images_is_refused(folders, phantoms, tmp_path):
@@ -305,7 +349,7 @@ def test_arms_prepared_alike_share_the_preparation(folders):
 def test_arms_must_share_the_plan(folders, tmp_path):
     """A checkpoint of another plan would differ from the other arms in more than its weights."""
     path = folders.preprocessed / SOURCE / "nnsslPlans.json"
-    source = Source(read_plan(path), "3d_fullres", (), folders, CPU)
+    source = source_of(folders)
     made = locate(parse_arm("pix2rep"), source)
     make_weights(made, source)
     checkpoint = f"mine={made.final}"
