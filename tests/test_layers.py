@@ -47,7 +47,14 @@ ALLOWED: dict[str, set[str]] = {
     "nnssl.imports": {"nnssl.data"},
     "nnssl.weights": {"nnssl.checkpoint", "nnssl.data", "nnssl.methods", "nnssl.networks"},
     "nnssl.matching": {"nnssl.data", "nnssl.networks", "nnssl.views"},
-    "nnssl.evaluation": {"nnssl.collapse", "nnssl.data", "nnssl.networks", "nnssl.views", "nnssl.weights"},
+    "nnssl.evaluation": {
+        "nnssl.collapse",
+        "nnssl.data",
+        "nnssl.losses",
+        "nnssl.networks",
+        "nnssl.views",
+        "nnssl.weights",
+    },
     "nnssl.pictures": {
         "nnssl.data",
         "nnssl.evaluation",

@@ -30,7 +30,7 @@ from nnssl.plan import DataChoices, PretextConfiguration
 from nnssl.views.intensity import IntensityRange, apply_intensity, draw_intensity, restrict_to
 from nnssl.views.overlap import draw_overlapping, map_across, shown_by_both
 from nnssl.views.points import brighter_part, draw_points, interpolate_at, place_of
-from nnssl.views.spatial import AffineRange, apply_affine
+from nnssl.views.spatial import AffineParams, AffineRange, apply_affine
 
 PATCHES = 64
 """Number of patches among which the other view is searched."""
@@ -44,6 +44,31 @@ AT_ONCE = 8
 """Number of patches in a forward pass."""
 CONSTANT = 1e-6
 """Standard deviation below which a feature counts as constant and is ignored."""
+
+
+@dataclass(frozen=True)
+class DrawnViews:
+    """Two views of some patches, and where they come from.
+
+    Attributes:
+        drawn: Name of the case of each patch, and the number of the patch among those of its case.
+        lower_vox: First voxel (z, y, x) of each patch in its case.
+        crops: Positions of the first and of the second views in the patches.
+        first: First views.
+        second: Second views, of the same shape.
+        shown: Voxels of the first views that the second ones show too.
+        body: Voxels of the first views that are brighter than the mean of the patch.
+        generators: One generator per patch, from which all of this was drawn.
+    """
+
+    drawn: tuple[tuple[str, int], ...]
+    lower_vox: tuple[tuple[int, ...], ...]
+    crops: tuple[AffineParams, AffineParams]
+    first: Float[Tensor, "patch channel *shape"]
+    second: Float[Tensor, "patch channel *shape"]
+    shown: Bool[Tensor, " patch *shape"]
+    body: Bool[Tensor, " patch *shape"]
+    generators: list[torch.Generator]
 
 
 @dataclass(frozen=True)
@@ -89,10 +114,10 @@ def smallest_patch(configuration: PretextConfiguration) -> tuple[int, ...]:
     return min(patches, key=lambda patch: (torch.Size(patch).numel(), patch))
 
 
-def draw_view_pairs(
+def draw_views(
     store: CaseStore, names: Sequence[str], patch_size: Sequence[int], data: DataChoices, count: int = PATCHES
-) -> ViewPairs:
-    """Draw patches of cases in turn, two views of each, and points; the draw depends on the names of the cases only.
+) -> DrawnViews:
+    """Draw patches of cases in turn, and two overlapping views of each; the draw depends on the names of the cases only.
 
     Args:
         store: Preprocessed cases.
@@ -102,18 +127,16 @@ def draw_view_pairs(
         count: Number of patches.
     """
     size, shape = as_volume(patch_size), tuple(patch_size)
-    patches = []
-    for number in range(count):
-        case = store.case(names[number % len(names)])
-        generator = make_generator(0, "retrieval/boxes", case.name, number // len(names))
-        lower = draw_box(case.shape, size, case.foreground_vox, 1.0, generator)
+    drawn = tuple((names[number % len(names)], number // len(names)) for number in range(count))
+    patches, lowest = [], []
+    for name, number in drawn:
+        case = store.case(name)
+        lower = draw_box(case.shape, size, case.foreground_vox, 1.0, make_generator(0, "retrieval/boxes", name, number))
         patch = torch.from_numpy(case.read_box(lower, size))
         patches.append(patch if len(shape) == 3 else patch[:, 0])
+        lowest.append(tuple(int(each) for each in lower))
     volumes = torch.stack(patches)
-    generators = [
-        make_generator(0, "retrieval/views", names[number % len(names)], number // len(names))
-        for number in range(count)
-    ]
+    generators = [make_generator(0, "retrieval/views", *each) for each in drawn]
     changes = restrict_to(IntensityRange(), [name for name in data.intensity_views if name not in TOO_STRONG])
     crops = draw_overlapping(
         generators, AffineRange(CROP_FRACTION, (), data.flip_axes), shape, data.spacing_mm, LEAST_OVERLAP
@@ -124,11 +147,20 @@ def draw_view_pairs(
     )
     shown = shown_by_both(*crops, shape, volumes.device)
     body = apply_affine(brighter_part(volumes)[:, None].float(), crops[0], mode="nearest")[:, 0] > 0.5
-    points = draw_points(generators, shown, POINTS, body, 1.0)
+    return DrawnViews(drawn, tuple(lowest), crops, first, second, shown, body, generators)
+
+
+def draw_view_pairs(
+    store: CaseStore, names: Sequence[str], patch_size: Sequence[int], data: DataChoices, count: int = PATCHES
+) -> ViewPairs:
+    """Draw the views of ``draw_views`` and points that both show. The arguments are those of ``draw_views``."""
+    views, shape = draw_views(store, names, patch_size, data, count), tuple(patch_size)
+    points = draw_points(views.generators, views.shown, POINTS, views.body, 1.0)
     place = place_of(points, shape)
     repeated = torch.stack([(row[:, None] == row[None]).tril(-1).any(dim=1) for row in place])
-    valid = shown.flatten(1).gather(1, place) & ~repeated
-    return ViewPairs(first, second, points.float(), map_across(points.float(), *crops)[1].float(), valid)
+    valid = views.shown.flatten(1).gather(1, place) & ~repeated
+    across = map_across(points.float(), *views.crops)[1].float()
+    return ViewPairs(views.first, views.second, points.float(), across, valid)
 
 
 def stage_maps(network: Any, volumes: Tensor, pretrained: Sequence[str]) -> dict[str, Tensor]:
@@ -213,11 +245,17 @@ def measure_retrieval(
         return {name: Retrieval(_retrieve(*pooled[name]), _retrieve(*points[name])) for name in pooled}
 
 
+def standardised(
+    first: Float[Tensor, "samples d"], second: Float[Tensor, "samples d"]
+) -> tuple[Float[Tensor, "samples d"], Float[Tensor, "samples d"]]:
+    """Return features of both views with mean 0 and standard deviation 1 over all samples of both; constant ones become 0."""
+    both = torch.cat([first, second])
+    mean, std = both.mean(dim=0), both.std(dim=0, correction=0)
+    std = std.masked_fill(std < CONSTANT, torch.inf)
+    return (first - mean) / std, (second - mean) / std
+
+
 def _retrieve(first: list[Tensor], second: list[Tensor]) -> float:
     """Return the mean retrieval in both directions of features that are standardised over both views."""
-    a, b = torch.cat(first), torch.cat(second)
-    both = torch.cat([a, b])
-    std = both.std(dim=0, correction=0)
-    std = std.masked_fill(std < CONSTANT, torch.inf)
-    a, b = ((each - both.mean(dim=0)) / std for each in (a, b))
+    a, b = standardised(torch.cat(first), torch.cat(second))
     return float(retrieval_top1(a, b) + retrieval_top1(b, a)) / 2
