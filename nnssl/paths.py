@@ -16,6 +16,8 @@ from nnssl.errors import UserError
 from nnssl.log import logger
 
 VARIABLES = {"raw": "nnUNet_raw", "preprocessed": "nnUNet_preprocessed", "results": "nnUNet_results"}
+PROBES_FOLDER = "nnssl_auto"
+"""Folder below the results of a data set for the short runs from which a method is chosen; their weights are never taken."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from tests.nnssl.test_plan import NNUNET, make_pretext
 from trainers.benchmark import cell_times
 from trainers.finetuning import result
 from trainers.finetuning.schedule import FinetuneSchedule
+from trainers.pretraining import auto_record
 
 ROOT = Path(__file__).parent.parent
 
@@ -90,6 +91,16 @@ CLASSIFICATION = classification.Classification(
     repeats=5,
     seed=0,
 )
+AUTO = auto_record.AutoRecord(
+    auto_record.SCHEMA_VERSION,
+    "0",
+    "Dataset501_A",
+    "nnsslPlans",
+    "2d",
+    auto_record.Asked(30.0, ("mae", "simclr"), 0, (), None, None, "digest"),
+    {},
+    (auto_record.Candidate("mae"), auto_record.Candidate("simclr")),
+)
 TIMES = cell_times.CellTimes(cell_times.SCHEMA_VERSION, 0.5, 30.0)
 
 
@@ -115,6 +126,7 @@ FILES = {
     "ArmResult": (writer(RESULT), result.read_result, 3),
     "Classification": (writer(CLASSIFICATION), classification.read_classification, 1),
     "CellTimes": (writer(TIMES), lambda path: schema.read(cell_times.CellTimes, path, "duration"), 1),
+    "AutoRecord": (writer(AUTO), auto_record.read_record, 1),
     "Pretext": (write_plan, plan.read_plan, 8),
     "checkpoint": (write_checkpoint, checkpoint.read_checkpoint, 2),
 }

@@ -83,6 +83,7 @@ def run_command(
 
 PYTHON_NAMES = {
     "plans": "plans_name",
+    "budget": "budget_minutes",
     "input_policy": "policy",
     "modality": "modalities",
     "license": "licence",

@@ -17,6 +17,7 @@ from nnssl.cli.command import (
     add_verbose_argument,
     natural_int,
     positive_int,
+    positive_number,
     print_loading,
     print_next,
     run_command,
@@ -31,12 +32,14 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = CommandParser(NAME, description="Pretrain on a planned data set. Run the same command again to resume.")
     methods = "Pretext method. " + "; ".join(f"{name}: {method.title}" for name, method in METHODS.items())
-    parser.add_argument("-m", "--method", required=True, metavar="METHOD", help=f"{methods}.")
+    chosen = "auto: the method whose features are best after short runs of all methods that the plan allows"
+    parser.add_argument("-m", "--method", required=True, metavar="METHOD", help=f"{methods}; {chosen}.")
     add_dataset_argument(parser, "Data set, number or name (default: the one planned last).")
     add_configuration_argument(parser, "Configuration of the plan (default: the first one that the method can use).")
     add_plans_argument(parser)
     _add_run_arguments(parser)
     _add_probe_arguments(parser)
+    _add_auto_arguments(parser)
     add_device_argument(parser)
     parser.add_argument(
         "--num-gpus",
@@ -48,7 +51,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--workers", type=natural_int, metavar="N", help="Processes that read patches (default: chosen automatically)."
     )
-    add_restart_argument(parser, "Delete earlier results of this method first.")
+    add_restart_argument(
+        parser, "Delete earlier results of this method first; with -m auto, also the short runs and the choice."
+    )
     add_track_argument(parser)
     add_verbose_argument(parser)
     return parser
@@ -113,6 +118,23 @@ def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_auto_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--budget",
+        type=positive_number,
+        default=30.0,
+        metavar="MINUTES",
+        help="For -m auto: wall time of the short runs of all candidates together (default: 30).",
+    )
+    parser.add_argument(
+        "--candidates",
+        nargs="+",
+        default=[],
+        metavar="METHOD",
+        help="For -m auto: methods to choose among (default: all that the plan allows).",
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code."""
     return run_command(make_parser(), _run, argv)
@@ -142,6 +164,8 @@ def _run(args: argparse.Namespace) -> None:
             probe_cases=args.probe_cases,
             probe_every=args.probe_every,
             retrieval_every=args.retrieval_every,
+            budget_minutes=args.budget,
+            candidates=args.candidates,
             track=args.track,
         ),
     )

@@ -6,7 +6,10 @@ This module must not import heavy packages, because the commands list the method
 from nnssl.errors import UserError
 from nnssl.methods.stages import Method, Needs, Stage
 
-__all__ = ["METHODS", "SAM", "Method", "Needs", "Stage", "find_method", "find_stage"]
+__all__ = ["AUTO", "METHODS", "SAM", "Method", "Needs", "Stage", "find_method", "find_stage"]
+
+AUTO = "auto"
+"""Word for the method that a short probe of several methods chooses, in place of a name."""
 
 SAM = "sam.embedding"
 """Name of the stage whose embeddings determine which places of different scans correspond."""

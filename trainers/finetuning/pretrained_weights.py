@@ -12,7 +12,7 @@ from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnssl.checkpoint import FINAL, load_tensors
 from nnssl.errors import UserError
 from nnssl.log import logger
-from nnssl.paths import Folders
+from nnssl.paths import PROBES_FOLDER, Folders
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint, open_checkpoint
 from trainers.finetuning.finetune_trainer import FinetuneTrainer
 from trainers.finetuning.result import FILE_NAME
@@ -79,7 +79,7 @@ def find_latest(folders: Folders) -> Path:
         UserError: If there is none.
     """
     finals = folders.results.rglob(f"fold_all/{FINAL}")  # an export may have this name as well, but lies elsewhere
-    found = [path for path in finals if not (path.parents[1] / FILE_NAME).exists()]
+    found = [path for path in finals if PROBES_FOLDER not in path.parts and not (path.parents[1] / FILE_NAME).exists()]
     for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True):
         # An arm in training has no finetune.json yet, and models of stock nnU-Net lie in this folder as well.
         try:

@@ -33,7 +33,8 @@ class Measurements:
     def __init__(self, state: dict[str, Any] | None = None) -> None:
         self.probe: ProbeRun | None = None
         self.retrieval: RetrievalRun | None = None
-        self._state = state or {"probe": None, "retrieval": None}
+        self._state = state or {"probe": None, "retrieval": None, "chosen": None}
+        self._chosen: dict[str, Any] | None = self._state["chosen"]
 
     def start(
         self,
@@ -57,6 +58,7 @@ class Measurements:
             starts_random: Whether the run starts from random weights.
         """
         training = run.settings.training
+        self._chosen = options.chosen or self._chosen
         if options.probe is not None:
             with_decoder = any("decoder.stages.".startswith(prefix) for prefix in exported.pretrained)
             self.probe = ProbeRun(options.probe, training.patch_size, training.epochs, with_decoder, device)
@@ -108,7 +110,9 @@ class Measurements:
         Args:
             leaves: Whether the weights are saved because of the probe's Dice.
         """
+        by_labels = self._chosen is not None and self._chosen["probe"] is not None
         return {
-            "probe": self.probe.state(chose_weights=leaves) if self.probe else self._state["probe"],
+            "probe": self.probe.state(chose_weights=leaves or by_labels) if self.probe else self._state["probe"],
             "retrieval": self.retrieval.state() if self.retrieval else self._state["retrieval"],
+            "chosen": self._chosen,
         }

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from nnssl.checkpoint import FINAL
 from nnssl.data.jobs import default_processes
@@ -11,7 +12,7 @@ from nnssl.devices import find_device
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json
 from nnssl.log import logger
-from nnssl.methods import Method, find_method
+from nnssl.methods import AUTO, Method, find_method
 from nnssl.methods.settings import split_overrides
 from nnssl.networks.pieces import check_pieces
 from nnssl.paths import Folders, use_folders
@@ -38,7 +39,7 @@ def pretrain(
     stage.
 
     Args:
-        method_name: A key of ``nnssl.methods.METHODS``.
+        method_name: A key of ``nnssl.methods.METHODS``; or ``"auto"`` to choose one by short runs of those that the plan allows.
         dataset: Number or name of a planned data set; None for the one planned last.
         settings: How to pretrain; None for the defaults.
         folders: nnU-Net's folders; None for those of the environment.
@@ -58,11 +59,34 @@ def pretrain(
         >>> weights.name
         'checkpoint_final.pth'
     """
+    settings = settings or PretrainSettings()
     with use_folders(folders) as used:
-        return _pretrain(method_name, dataset, settings or PretrainSettings(), used)
+        if method_name == AUTO:
+            from trainers.pretraining.auto import pretrain_auto  # runs several methods by the function below
+
+            return pretrain_auto(dataset, settings, used)
+        return pretrain_method(method_name, dataset, settings, used)
 
 
-def _pretrain(method_name: str, dataset: str | int | None, settings: PretrainSettings, folders: Folders) -> Path:
+def pretrain_method(
+    method_name: str,
+    dataset: str | int | None,
+    settings: PretrainSettings,
+    folders: Folders,
+    chosen: dict[str, Any] | None = None,
+) -> Path:
+    """Run the stages of one method, or the part of them that is not finished, as ``pretrain`` does.
+
+    Args:
+        method_name: A key of ``nnssl.methods.METHODS``.
+        dataset: Number or name of a planned data set; None for the one planned last.
+        settings: How to pretrain.
+        folders: nnU-Net's folders, which its code uses, too.
+        chosen: How the method was chosen, for the record of the run; None if the user named it.
+
+    Raises:
+        UserError: As ``pretrain``.
+    """
     method = find_method(method_name)
     overrides = settings.all_overrides(method)
     check_trackers(settings.track)
@@ -79,7 +103,7 @@ def _pretrain(method_name: str, dataset: str | int | None, settings: PretrainSet
         open_checkpoint(settings.init).check_tensors()
     if settings.restart and is_first_process():
         _remove([run.folder(folders.results) for run in runs])
-    probed = None if settings.probe is None else _prepare_probe(settings, plan, configuration, folders)
+    probed = None if settings.probe is None else prepare_probe_of(settings, plan, configuration, folders)
     # A stage that only prepares another one does not hand on its weights.
     begun = next((run for run in reversed(runs) if run.stage.fresh), runs[0])
     for run in runs:
@@ -97,6 +121,7 @@ def _pretrain(method_name: str, dataset: str | int | None, settings: PretrainSet
             probe=probed if run.configuration == configuration else None,
             retrieval_every=settings.retrieval_every,
             track=tuple(settings.track),
+            chosen=chosen,
         )
         count = number_of_processes(settings.num_gpus)
         if count > 1:
@@ -112,7 +137,12 @@ def _remove(results: Sequence[Path]) -> None:
             shutil.rmtree(folder)
 
 
-def _prepare_probe(settings: PretrainSettings, plan: Plan, configuration: str, folders: Folders) -> ProbeOptions:
+def prepare_probe_of(settings: PretrainSettings, plan: Plan, configuration: str, folders: Folders) -> ProbeOptions:
+    """Choose and preprocess the labelled cases of the probe that the settings name.
+
+    Raises:
+        UserError: As ``prepare_probe``, or if the network has no feature maps.
+    """
     assert settings.probe is not None
     if not plan.configuration(configuration).has_feature_maps:
         raise ArgumentError(

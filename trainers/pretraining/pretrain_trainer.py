@@ -36,7 +36,7 @@ from nnssl.networks.primus import architecture_of_patch
 from nnssl.plan import StageConfiguration, plan_from_dict
 from trainers.pace import RunProgress
 from trainers.precision import choose_precision
-from trainers.pretraining.epoch import Epoch, mean_of_steps
+from trainers.pretraining.epoch import DivergedError, Epoch, mean_of_steps
 from trainers.pretraining.initial_weights import load_initial_weights
 from trainers.pretraining.measurements import Measurements
 from trainers.pretraining.nnunet_state import nnunet_state, restore_nnunet_state
@@ -265,7 +265,8 @@ class PretrainTrainer(nnUNetTrainer):
             return
         preprocessed = Path(self.preprocessed_dataset_folder_base)
         write_model_folder(self.folder.parent, self.plans_manager.plans, self.dataset_json, preprocessed)
-        write_json(self.folder / "run.json", describe_run(self.run, self.init, self.device, self.precision))
+        described = describe_run(self.run, self.init, self.device, self.precision, self.options.chosen)
+        write_json(self.folder / "run.json", described)
         self.run_log.tell_all(*opening_lines(self.run, self.method, self.current_step, self.device, self.precision))
         self.tracking.start(plain_settings(self.run.settings), self.metrics())
         architecture = self.configuration_manager.configuration["architecture"]
@@ -287,7 +288,7 @@ class PretrainTrainer(nnUNetTrainer):
         """Log the means of the epoch over steps and processes, and the collapse monitors."""
         values = mean_of_steps(train_outputs, self.training.batch_size, self.device)
         if not math.isfinite(values["loss"]):
-            raise RuntimeError(
+            raise DivergedError(
                 f"the loss of epoch {self.current_epoch} is {values['loss']}; the last checkpoint is intact"
             )
         monitors, self._warning = self.epoch.collapse(steps_at_full_rate(self.training, self.current_step))

@@ -34,7 +34,13 @@ def write_model_folder(folder: Path, plans: dict[str, Any], dataset_json: dict[s
         shutil.copyfile(fingerprint, folder / fingerprint.name)
 
 
-def describe_run(run: StageRun, init: str | None, device: torch.device, precision: Precision) -> dict[str, Any]:
+def describe_run(
+    run: StageRun,
+    init: str | None,
+    device: torch.device,
+    precision: Precision,
+    chosen: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Return the content of ``run.json``: everything that determines the run, with the origin of every setting.
 
     Args:
@@ -42,6 +48,7 @@ def describe_run(run: StageRun, init: str | None, device: torch.device, precisio
         init: Checkpoint that it starts from; None for random weights.
         device: Device that it runs on.
         precision: Precision of forward passes.
+        chosen: How the method was chosen; None if the user named it.
     """
     return to_plain(
         {
@@ -55,6 +62,7 @@ def describe_run(run: StageRun, init: str | None, device: torch.device, precisio
             "device": str(device),
             "precision": precision.name,
             "processes": world_size(),
+            "chosen": chosen,
             "settings": describe_settings(run.settings, run.origins),
         }
     )

@@ -56,4 +56,5 @@ def read_state(
     load_method_state(path, content, network, method)
     state = content["nnssl"]["state"]
     epoch = Epoch(state["epoch_records"], [value.to(device) for value in state["epoch_embeddings"]])
-    return epoch, {key: state[key] for key in ("probe", "retrieval")}
+    chosen = state.get("chosen")  # files of earlier versions lack it
+    return epoch, {"probe": state["probe"], "retrieval": state["retrieval"], "chosen": chosen}

@@ -11,6 +11,9 @@ from nnssl.methods import Method
 from nnssl.plan import PLANS_NAME
 from trainers.pretraining.probe_run import CASES
 
+BUDGET_MINUTES = 30.0
+"""Default of ``budget_minutes``: three minutes for each of about ten candidates, or some hundreds of steps on two CPU cores."""
+
 
 @dataclass(frozen=True)
 class PretrainSettings:
@@ -34,6 +37,8 @@ class PretrainSettings:
         probe_every: Epochs between two probes; None for about twenty probes per stage.
         retrieval_every: Epochs between two measurements of how well the exported network finds the other view of a patch; None
             for about ten per stage, 0 for none.
+        budget_minutes: For the method ``auto``: wall time of the short runs of all candidates together, by which it is chosen.
+        candidates: For the method ``auto``: names of the methods to choose among; empty for all that the plan allows.
         track: Where curves and pictures are written besides ``metrics.csv`` and ``progress.png``: ``"tensorboard"``,
             ``"wandb"`` (offline) or both. Each needs the extra of the same name. The training does not depend on it.
     """
@@ -54,6 +59,8 @@ class PretrainSettings:
     probe_cases: int = CASES
     probe_every: int | None = None
     retrieval_every: int | None = None
+    budget_minutes: float = BUDGET_MINUTES
+    candidates: Sequence[str] = ()
     track: Sequence[str] = ()
 
     def all_overrides(self, method: Method) -> tuple[str, ...]:

@@ -30,6 +30,7 @@ class RunOptions:
         probe: Labelled cases of the online probe; None for no probe. The training does not depend on it.
         retrieval_every: Epochs between two measurements of the retrieval of views; None for about ten per stage, 0 for none.
         track: Trackers that curves and pictures are written to; the training does not depend on them.
+        chosen: How the method was chosen, for the record of the run; None if the user named it.
     """
 
     overrides: tuple[str, ...] = ()
@@ -40,6 +41,7 @@ class RunOptions:
     probe: ProbeOptions | None = None
     retrieval_every: int | None = None
     track: tuple[str, ...] = ()
+    chosen: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
