@@ -76,8 +76,9 @@ def _add_matrix_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="ARM",
-        help="Arms to compare with training from scratch: a method, a method with settings (pix2rep:temperature=0.2), a "
-        "single stage (reprec.generative) or a checkpoint (FILE.pth or NAME=FILE.pth).",
+        help="Arms to compare with training from scratch: a method, a method with settings (pix2rep:temperature=0.2), auto for a "
+        "method that short runs choose without labels (auto:budget=10 for ten minutes of them), a single stage "
+        "(reprec.generative) or a checkpoint (FILE.pth or NAME=FILE.pth).",
     )
     parser.add_argument(
         "--labels",

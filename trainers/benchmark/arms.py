@@ -1,5 +1,6 @@
 """The arms of a study: how the user names them, and where their weights are or will be written."""
 
+import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from nnssl.environment import variables
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import content_digest
 from nnssl.log import logger
-from nnssl.methods import METHODS, Method, find_method, find_stage
+from nnssl.methods import AUTO, METHODS, Method, find_method, find_stage
 from nnssl.paths import Folders
 from nnssl.plan import Plan
 from nnssl.study.table import SCRATCH
@@ -35,10 +36,13 @@ class Arm:
 
     Attributes:
         name: Name as typed by the user.
-        method: Pretext method; None for a checkpoint.
+        method: Pretext method; None for a checkpoint; ``auto`` for one that is chosen on the pretraining data.
         stages: Names of the stages that are run; empty for a checkpoint.
         overrides: Settings as ``key=value``.
         checkpoint: File with the weights; None if the study pretrains them.
+        budget_minutes: Wall time of the short runs by which a method is chosen; None for the default.
+        candidates: Methods to choose among; empty for all.
+        reason: Reason for which the method was chosen, in words; None if the user named it.
     """
 
     name: str
@@ -46,6 +50,9 @@ class Arm:
     stages: tuple[str, ...] = ()
     overrides: tuple[str, ...] = ()
     checkpoint: Path | None = None
+    budget_minutes: float | None = None
+    candidates: tuple[str, ...] = ()
+    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,7 @@ class Pretraining:
 
 
 def parse_arm(text: str) -> Arm:
-    """Read an arm: ``METHOD``, ``METHOD:KEY=VALUE:...``, ``STAGE``, ``STAGE:KEY=VALUE``, ``FILE`` or ``NAME=FILE``.
+    """Read an arm: ``METHOD``, ``METHOD:KEY=VALUE:...``, ``auto``, ``STAGE``, ``STAGE:KEY=VALUE``, ``FILE`` or ``NAME=FILE``.
 
     Raises:
         ArgumentError: If it has none of these forms, or if the file does not exist.
@@ -119,6 +126,8 @@ def parse_arm(text: str) -> Arm:
             )
         return Arm(name=name or f"{file.parent.parent.name}/{file.stem}", checkpoint=file)
     head, *overrides = text.split(":")
+    if head == AUTO:
+        return _parse_auto(text, overrides)
     stages = {stage.name for method in METHODS.values() for stage in method.stages}
     if head in stages:
         return Arm(text, find_stage(head)[0].name, (head,), tuple(overrides))
@@ -126,11 +135,33 @@ def parse_arm(text: str) -> Arm:
         raise ArgumentError("arms must not contain scratch, which is always trained; omit it", "arms")
     if head not in METHODS:
         raise ArgumentError(
-            f"Unknown arm {text!r}: expected a method ({', '.join(METHODS)}), a stage ({', '.join(sorted(stages))}) or a "
+            f"Unknown arm {text!r}: expected a method ({', '.join(METHODS)}), {AUTO}, a stage ({', '.join(sorted(stages))}) or a "
             ".pth file.",
             "arms",
         )
     return Arm(text, head, tuple(stage.name for stage in find_method(head).stages), tuple(overrides))
+
+
+def _parse_auto(text: str, options: Sequence[str]) -> Arm:
+    """Read ``auto``, ``auto:budget=MINUTES`` and ``auto:candidates=METHOD,METHOD``; other settings are those of the runs."""
+    arm = Arm(text, AUTO)
+    for option in options:
+        key, _, value = option.partition("=")
+        if key == "budget":
+            try:
+                minutes = float(value)
+            except ValueError:
+                minutes = math.nan
+            if not 0 < minutes < math.inf:
+                raise ArgumentError(
+                    f"arms: budget must be a number of minutes above 0, got {value!r} in {text}", "arms"
+                )
+            arm = replace(arm, budget_minutes=minutes)
+        elif key == "candidates":
+            arm = replace(arm, candidates=tuple(value.split(",")))
+        else:
+            arm = replace(arm, overrides=(*arm.overrides, option))
+    return arm
 
 
 def parse_arms(texts: Sequence[str]) -> tuple[Arm, ...]:

@@ -7,6 +7,7 @@ from nnssl.devices import find_device
 from nnssl.log import logger
 from nnssl.paths import Folders, resolve_folders, use_folders
 from nnssl.study.table import StudyTable
+from trainers.benchmark.auto_arm import choose, describe_open
 from trainers.benchmark.cells import StudyCells
 from trainers.benchmark.estimate import describe_estimate
 from trainers.benchmark.run import describe_matrix, parse_part, run_study, study_folder
@@ -54,6 +55,11 @@ def benchmark(
     share = parse_part(part)
     with use_folders(folders) as used:
         study = open_study(settings, device, processes, used)
+        for arm in study.undecided:
+            assert study.source is not None
+            choose(arm, study.source)
+        if study.undecided:
+            study = open_study(settings, device, processes, used)
         return run_study(study, study_folder(study, name), share, command or f"nnssl.benchmark({settings!r})")
 
 
@@ -75,7 +81,11 @@ def preview(
         ... )
         >>> nnssl.preview(settings, processes=1)
     """
-    cells = StudyCells(open_study(settings, device, processes, folders))
+    study = open_study(settings, device, processes, folders)
+    cells = StudyCells(study)
+    for arm in study.undecided:
+        assert study.source is not None
+        logger.info(describe_open(arm, study.source))
     for line in [*describe_matrix(cells), *describe_estimate(cells)]:
         logger.info(line)
 

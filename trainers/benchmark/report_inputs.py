@@ -77,6 +77,12 @@ def gather_report(cells: StudyCells, table: StudyTable, command: str) -> Report:
         "Every method was pretrained once. The seeds differ in the labelled patients, the random weights of the new layers "
         "and the batches, but not in the pretraining.",
     ]
+    notes += [
+        f"The method of {arm.name} was chosen by short runs on {study.plan.dataset_name}, without any label and without "
+        f"the held-out cases. {arm.reason}."
+        for arm in study.arms
+        if arm.reason is not None
+    ]
     notes += _recipe_notes(study)
     pictures_by_arm: dict[str, tuple[Picture, ...]] = {}
     for arm in study.arms:

@@ -19,8 +19,9 @@ class StudySettings:
 
     Attributes:
         dataset: Labelled data set, number or name.
-        arms: Pretrainings to compare with scratch: methods, methods with settings (``pix2rep:temperature=0.2``), single
-            stages (``reprec.generative``) or checkpoints (``FILE.pth``, ``NAME=FILE.pth``).
+        arms: Pretrainings to compare with scratch: methods, methods with settings (``pix2rep:temperature=0.2``),
+            ``auto`` for a method that is chosen without labels (``auto:budget=10``), single stages
+            (``reprec.generative``) or checkpoints (``FILE.pth``, ``NAME=FILE.pth``).
         labels: Numbers of labelled patients.
         epochs: Lengths of fine-tuning in epochs.
         source: Data set to pretrain on; None for the one that was planned last, or that of the first checkpoint.

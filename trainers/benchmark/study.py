@@ -13,6 +13,7 @@ from nnssl.data.raw import RawDataset, find_dataset, read_dataset
 from nnssl.errors import UserError
 from nnssl.files import read_json
 from nnssl.log import silence
+from nnssl.methods import AUTO, find_method
 from nnssl.networks.backbone import build_network, planned_configuration
 from nnssl.paths import Folders
 from nnssl.plan import Plan, plan_from_dict, read_plan
@@ -20,6 +21,7 @@ from nnssl.study.table import SCRATCH
 from nnssl.weights.opened_checkpoint import open_checkpoint
 from planners.finetune_planner import AdoptedPlan, fit_plan
 from trainers.benchmark.arms import HYBRID, Arm, Pretraining, Source, configuration_for, locate, parse_arms
+from trainers.benchmark.auto_arm import settle
 from trainers.benchmark.leaks import Seen, seen_by_checkpoint, seen_in_pretraining
 from trainers.benchmark.patients import choose_test, choose_validation, order_patients
 from trainers.benchmark.selection import select_orders, weights_to_select_with
@@ -28,6 +30,7 @@ from trainers.finetuning.arm import Task
 from trainers.finetuning.labelled_cases import Split, choose_unlabelled, find_labelled_cases
 from trainers.finetuning.recipes import make_schedule, network_kind
 from trainers.finetuning.schedule import FinetuneSchedule
+from trainers.pretraining.candidates import configuration_to_probe
 from trainers.pretraining.pretrain import find_plan
 
 
@@ -69,6 +72,8 @@ class Study:
     """The same plan for the labelled data set; its file is written when the study runs."""
     configuration: str
     cells: tuple[CellKey, ...]
+    undecided: tuple[Arm, ...]
+    """Arms whose method has to be chosen before the study can run, as the user named them."""
     device: torch.device
     processes: int
 
@@ -165,6 +170,12 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
     source = None
     if not pretrains_nothing(settings, arms):
         source = Source(plan, configuration, settings.pretrain_overrides, folders, device)
+    given = {arm.name: arm for arm in arms}
+    if source is not None:
+        arms = tuple(settle(arm, source) if arm.method == AUTO else arm for arm in arms)
+    undecided = tuple(
+        each for each, arm in zip(given.values(), arms, strict=True) if each.method == AUTO and not arm.reason
+    )
     pretrainings = {arm.name: locate(arm, source) for arm in arms if arm.method is not None and source is not None}
     for arm in arms:
         if arm.checkpoint is not None:
@@ -204,6 +215,7 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
         adopted=fit_plan(plan.nnunet, dataset_name, folders),
         configuration=configuration,
         cells=cells,
+        undecided=undecided,
         device=device,
         processes=processes,
     )
@@ -242,14 +254,15 @@ def choose_finetuning(settings: StudySettings, arms: Sequence[Arm], plan: Plan) 
     if settings.configuration is not None:
         plan.configuration(settings.configuration)
         return settings.configuration
-    from nnssl.methods import find_method
-
     wanted = []
     for arm in arms:
         if arm.checkpoint is not None:
             wanted.append(open_checkpoint(arm.checkpoint).own_provenance.configuration)
             continue
         assert arm.method is not None
+        if arm.method == AUTO:
+            wanted.append(configuration_to_probe(plan, None))
+            continue
         usable = [name for name in find_method(arm.method).configurations if name in plan.pretext.configurations]
         wanted.append(usable[0] if usable else configuration_for(find_method(arm.method), plan, "3d_fullres"))
     if len(set(wanted)) == 1:
