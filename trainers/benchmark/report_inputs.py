@@ -77,12 +77,7 @@ def gather_report(cells: StudyCells, table: StudyTable, command: str) -> Report:
         "Every method was pretrained once. The seeds differ in the labelled patients, the random weights of the new layers "
         "and the batches, but not in the pretraining.",
     ]
-    notes += [
-        f"The method of {arm.name} was chosen by short runs on {study.plan.dataset_name}, without any label and without "
-        f"the held-out cases. {arm.reason}."
-        for arm in study.arms
-        if arm.reason is not None
-    ]
+    notes += _choice_notes(study)
     notes += _recipe_notes(study)
     pictures_by_arm: dict[str, tuple[Picture, ...]] = {}
     for arm in study.arms:
@@ -107,6 +102,16 @@ def gather_report(cells: StudyCells, table: StudyTable, command: str) -> Report:
         commands=(*_pretraining_commands(study), command),
         notes=tuple(notes),
     )
+
+
+def _choice_notes(study: Study) -> list[str]:
+    """Return how the methods of arms were chosen that the user left open."""
+    return [
+        f"The method of {arm.name} was chosen by short runs on {study.plan.dataset_name}, without any label and without the "
+        f"held-out cases. {arm.reason}."
+        for arm in study.arms
+        if arm.reason is not None
+    ]
 
 
 def _recipe_notes(study: Study) -> list[str]:
