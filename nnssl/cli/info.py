@@ -172,6 +172,7 @@ def _explain_own(source: "OpenedCheckpoint") -> list[str]:
         *_explain_network(source),
         f"  pretrained parts: {parts}; all others have a seeded initialisation",
         f"  started from: {provenance.init or 'random weights'}",
+        *([f"  method chosen by short runs: {source.chosen['reason']}"] if source.chosen else []),
         "  settings:",
     ]
     lines += [f"    {key} = {value}" for key, value in provenance.settings.items()]

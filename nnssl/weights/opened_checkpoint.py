@@ -83,6 +83,13 @@ class OpenedCheckpoint:
         probe: dict[str, Any] | None = state.get("probe")
         return probe if probe is not None and probe["chose_weights"] else None
 
+    @property
+    def chosen(self) -> dict[str, Any] | None:
+        """How short runs chose the method, with ``reason`` and ``scores``; None if the user named it."""
+        state = self.content["nnssl"]["state"] if self.provenance is not None else {}
+        chosen: dict[str, Any] | None = state.get("chosen")
+        return chosen
+
     @cached_property
     def plan(self) -> Plan:
         """Plan that the weights were pretrained with.

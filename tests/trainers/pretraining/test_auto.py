@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nnssl.checkpoint import load_tensors, read_checkpoint
+from nnssl.cli.info import explain_checkpoint
 from nnssl.errors import UserError
 from nnssl.log import lines_to
 from nnssl.methods import METHODS
@@ -93,6 +94,7 @@ def test_the_best_of_two_methods_is_pretrained_and_the_choice_is_kept(folders):
     assert described["reason"] == record.reason
     assert described["scores"]["regions"]["value"] == dict(record.scored[record.choice])["regions"].value
     assert load_tensors(final)["nnssl"]["state"]["chosen"]["reason"] == record.reason
+    assert f"  method chosen by short runs: {record.reason}" in explain_checkpoint(final)
     assert f"Chosen: {record.reason}" in said
     table = said[[line.split()[0] for line in said].index("method") :]
     assert [line.split()[0] for line in table[3:5]] == ["random", "chance"]
