@@ -7,13 +7,13 @@ import json
 from dataclasses import replace
 
 import pytest
-import torch
 
 from nnssl.checkpoint import load_tensors, read_checkpoint
 from nnssl.cli.info import explain_checkpoint
 from nnssl.errors import UserError
 from nnssl.log import lines_to
 from nnssl.methods import METHODS
+from nnssl.paths import use_folders
 from nnssl.weights.opened_checkpoint import open_checkpoint
 from tests.trainers.phantom_study import LABELLED, SOURCE
 from tests.trainers.pretraining.stopping import stopped_at
@@ -120,27 +120,26 @@ def test_the_best_of_two_methods_is_pretrained_and_the_choice_is_kept(folders):
             run(folders, **change)
 
 
+def choose(folders, said=None):
+    """Choose only, without the full run."""
+    with lines_to((said if said is not None else []).append), use_folders(folders):
+        return auto.choose_method(auto.open_comparison(SOURCE, settings(), folders))
+
+
 def test_stopped_within_a_candidate_it_ends_in_the_same_choice(folders, monkeypatch):
-    run(folders)
-    whole = read_record(folder_of(folders) / AUTO_JSON)
+    whole = choose(folders)
     other = results_named(folders, "stopped")
     with stopped_at(monkeypatch, 2):
-        run(other)
+        choose(other)
     begun = read_record(folder_of(other) / AUTO_JSON)
     assert begun.choice is None
     assert [each.is_finished for each in begun.candidates] == [False, False]
-    said: list[str] = []
-    final = run(other, said=said)
-    assert any(line.startswith("Resuming at step 3 of 4") for line in said)
-    assert without_minutes(read_record(folder_of(other) / AUTO_JSON)) == without_minutes(whole)
-    assert read_checkpoint(final)[1].finished
     # lengths are those that were written before the run, however fast the machine is now
-    third = results_named(folders, "slower")
-    with stopped_at(monkeypatch, 2):
-        run(third)
     monkeypatch.setattr(auto, "time_steps", lambda comparison, method: pytest.fail("timed again"))
-    run(third)
-    assert without_minutes(read_record(folder_of(third) / AUTO_JSON)) == without_minutes(whole)
+    said: list[str] = []
+    assert without_minutes(choose(other, said)) == without_minutes(whole)
+    assert any(line.startswith("Resuming at step 3 of 4") for line in said)
+    assert read_record(folder_of(other) / AUTO_JSON).choice == whole.choice is not None
 
 
 class Killed(BaseException):
@@ -296,7 +295,7 @@ def test_steps_are_timed_by_a_run_that_is_deleted(folders, monkeypatch):
 
 def test_with_labels_the_probe_chooses_and_its_cases_count_as_seen(folders):
     said: list[str] = []
-    final = run(folders, said=said, probe=4, probe_cases=2)
+    final = run(folders, said=said, probe=4, probe_cases=2, epochs=1, iterations_per_epoch=2)
     record = read_record(folder_of(folders) / AUTO_JSON)
     dice = {method: scores["dice"].value for method, scores in record.scored.items()}
     assert record.asked.probe == LABELLED
@@ -310,8 +309,7 @@ def test_with_labels_the_probe_chooses_and_its_cases_count_as_seen(folders):
 
 
 def test_a_named_method_is_not_chosen_by_anything(folders):
-    final = pretrain("mae", SOURCE, settings(candidates=(), probe=4, probe_cases=2), folders)
+    final = pretrain("mae", SOURCE, settings(candidates=(), epochs=1, iterations_per_epoch=1), folders)
     assert json.loads((final.parent / "run.json").read_text())["chosen"] is None
     assert load_tensors(final)["nnssl"]["state"]["chosen"] is None
-    assert open_checkpoint(final).choosing_probe is None
-    assert all(torch.is_tensor(each) for each in load_tensors(final)["network_weights"].values())
+    assert not any("chosen" in line for line in explain_checkpoint(final))
