@@ -242,7 +242,7 @@ def _compare(comparison: Comparison, record: AutoRecord) -> AutoRecord:
         f"{', '.join(record.asked.candidates)}; each is trained for about {format_duration(share)}"
     )
     for name, reason in record.left_out.items():
-        logger.info(f"{name}: no candidate, {reason}")
+        logger.info(f"{name}: not a candidate, {reason}")
     for candidate in record.candidates:
         if candidate.stages is None:
             candidate = replace(candidate, stages=_lengths(comparison, find_method(candidate.method), share))
