@@ -114,6 +114,7 @@ def _plan_and_preprocess(dataset: str | int, settings: PlanSettings, folders: Fo
             processes,
             settings.dask_address,
             settings.restart,
+            settings.exclude_mask,
         )
     prepared = PreparedDataset(fingerprint, plan, report)
     for line in format_unused(prepared):

@@ -26,6 +26,7 @@ class PlanSettings:
             None for the preset's.
         channel_names: Names of the channels; None for those in ``dataset.json``.
         exclude: File that lists cases to leave out, one name per line.
+        exclude_mask: Folder of masks, one for each case, in whose nonzero voxels nothing may be learned; None for none.
         processes: Worker processes for reading and preprocessing; None for one per core, at most 8.
         dask_address: Address of a Dask scheduler that preprocesses in place of local processes.
         methods: Methods whose stages are printed; None for all.
@@ -44,6 +45,7 @@ class PlanSettings:
     length: str | None = None
     channel_names: Sequence[str] | None = None
     exclude: Path | None = None
+    exclude_mask: Path | None = None
     processes: int | None = None
     dask_address: str | None = None
     methods: Sequence[str] | None = None

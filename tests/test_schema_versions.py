@@ -27,7 +27,7 @@ from trainers.pretraining import auto_record
 
 ROOT = Path(__file__).parent.parent
 
-CASE = case_store.CaseProperties(case_store.SCHEMA_VERSION, (2, 3, 4), 1, (3.0, 1.0, 1.5), (), "digest", 0.5)
+CASE = case_store.CaseProperties(case_store.SCHEMA_VERSION, (2, 3, 4), 1, (3.0, 1.0, 1.5), (), "digest", 0.5, 1.0, None)
 SERIES = dicom_series.DicomSeries(
     dicom_series.SCHEMA_VERSION,
     "1.2",
@@ -118,7 +118,7 @@ def writer(content):
 
 
 FILES = {
-    "CaseProperties": (writer(CASE), lambda path: case_store.read_properties(path.parent, path.stem), 1),
+    "CaseProperties": (writer(CASE), lambda path: case_store.read_properties(path.parent, path.stem), 2),
     "DicomSeries": (writer(SERIES), dicom_series.read_series, 1),
     "ImportRecord": (writer(RECORD), lambda path: schema.read(record.ImportRecord, path, "record"), 1),
     "Sanity": (writer(SANITY), lambda path: schema.read(anatomical_sanity.Sanity, path, "examination"), 3),

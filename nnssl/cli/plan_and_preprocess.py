@@ -94,6 +94,12 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="File that lists cases to leave out, one name per line, such as a test set.",
     )
+    parser.add_argument(
+        "--exclude-mask",
+        type=Path,
+        metavar="FOLDER",
+        help="Folder of masks named <case> with the images' file ending; pretraining learns nothing from nonzero voxels.",
+    )
     add_processes_argument(parser, "Worker processes for reading and preprocessing")
     parser.add_argument("--dask", metavar="ADDRESS", help="Scheduler address of a Dask cluster to preprocess on.")
     parser.add_argument("--no-preprocessing", action="store_true", help="Plan only; do not preprocess.")
@@ -123,6 +129,7 @@ def _run(args: argparse.Namespace) -> None:
             verbose=args.verbose,
             channel_names=args.channel_names,
             exclude=args.exclude,
+            exclude_mask=args.exclude_mask,
             processes=args.processes,
             dask_address=args.dask,
             preprocess=not args.no_preprocessing,

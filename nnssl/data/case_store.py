@@ -1,14 +1,9 @@
 """Preprocessed cases on disk: compressed, chunked arrays. Reading a patch decompresses only the blocks it overlaps.
 
-A case consists of three files: ``<case>.b2nd`` (voxels: channel, z, y, x), ``<case>_foreground.npy`` (coordinates inside
-the body) and ``<case>.json`` (``CaseProperties``). The JSON file is written last and deleted first, so a case without it
-is incomplete. Partitions into supervoxels, which some methods need, lie in the folder ``supervoxels``.
-
-Voxels are stored as float16 and compressed by LZ4 at level 5 after a byte shuffle, in blocks of 4 x 64 x 64 voxels.
-These choices were measured on one core with abdominal CT (BTCV) resampled to 192 x 308 x 308 voxels. The shuffle saves
-10 % of the disk space and costs 0.8 ms for a patch of 64 x 128 x 128 voxels. ZSTD saves another 25 %, but reading takes
-1.6 times as long. Blocks from 16 x 16 x 16 to 4 x 64 x 64 voxels read such a patch equally fast; flat blocks read a
-slice of 256 x 256 three times as fast as cubes, so 2D and 3D configurations can share a folder.
+A case consists of four files: ``<case>.b2nd`` (voxels: channel, z, y, x), ``learnable/<case>.b2nd`` (mask of the voxels that a
+method may learn from: z, y, x), ``<case>_foreground.npy`` (coordinates inside the body) and ``<case>.json``
+(``CaseProperties``). The JSON file is written last and deleted first, so a case without it is incomplete. Partitions into
+supervoxels, which some methods need, lie in the folder ``supervoxels``. ``nnssl.data.packed_arrays`` says how arrays are packed.
 """
 
 import io
@@ -20,28 +15,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-import blosc2
 import numpy as np
 import torch
-from jaxtyping import Float32, Int
+from jaxtyping import Bool, Float32, Int
 
 from nnssl import schema
+from nnssl.data.packed_arrays import open_array, pack, read_part
 from nnssl.errors import UserError
 from nnssl.files import write_atomically
 from nnssl.schema import STRICT
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+LEARNABLE = "learnable"
+"""Folder in that of the cases with the masks of the voxels that a method may learn from."""
 SUPERVOXELS = "supervoxels"
 """Folder in that of the cases with their supervoxels (``nnssl.data.supervoxels``), which only some methods need."""
 MAX_OPEN_CASES = 64
-BLOCK_VOX = (4, 64, 64)
-SLICES_PER_CHUNK = 16
-"""Chunk thickness for 2D patches. Blocks are the unit of reading; one chunk per slice would only make writing slower."""
-
-COMPRESSION = {"codec": blosc2.Codec.LZ4, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE], "nthreads": 1}
-
-# blosc2 cannot map files into memory on Windows
-MAPPING: dict[str, str] = {} if os.name == "nt" else {"mmap_mode": "r"}
 
 
 @dataclass(frozen=True)
@@ -74,6 +63,10 @@ class CaseProperties:
     """Digest of everything that determines the voxels; if it differs, the case is outdated."""
     foreground_share: float
     """Fraction of the volume inside the body, between 0 and 1."""
+    learnable_share: float
+    """Fraction of the volume that a method may learn from, between 0 and 1."""
+    exclude_mask: SourceFile | None
+    """The user's mask of what is excluded; None if there was none."""
 
 
 def write_case(
@@ -83,6 +76,7 @@ def write_case(
     foreground_vox: Int[np.ndarray, "point 3"],
     properties: CaseProperties,
     patch_size: Sequence[int],
+    learnable: Bool[np.ndarray, "z y x"] | None = None,
 ) -> None:
     """Write one preprocessed case, replacing an existing case of the same name.
 
@@ -93,6 +87,7 @@ def write_case(
         foreground_vox: Coordinates (z, y, x) of voxels inside the body; may be empty.
         properties: Properties of the case; they must match the volume.
         patch_size: Typical patch to read in voxels, (z, y, x), or (y, x) for single slices.
+        learnable: Mask of the voxels that a method may learn from; None for all.
 
     Raises:
         ValueError: If values are not finite or exceed the range of float16 (65504), if coordinates lie outside the
@@ -107,53 +102,39 @@ def write_case(
         )
     if foreground_vox.size and (foreground_vox.min() < 0 or np.any(foreground_vox.max(axis=0) >= shape)):
         raise ValueError(f"foreground coordinates of case {name} lie outside its volume {shape}")
+    if learnable is None:
+        learnable = np.ones(shape, dtype=bool)
+    if learnable.shape != shape:
+        raise ValueError(f"mask of case {name} must have the shape of its volume {shape}, got {learnable.shape}")
     with np.errstate(over="ignore"):
         half = np.ascontiguousarray(volume, dtype=np.float16)
     if not np.isfinite(half).all():
         worst = float(np.abs(volume).max())
         raise ValueError(f"case {name} has values that float16 cannot represent (largest {worst:g}, limit 65504)")
-    block, chunk = layout(shape, patch_size)
-    packed = blosc2.asarray(half, chunks=(1, *chunk), blocks=(1, *block), cparams=COMPRESSION).to_cframe()
+    packed, packed_mask = pack(half, patch_size), pack(np.ascontiguousarray(learnable).view(np.uint8), patch_size)
     coordinates = foreground_vox.reshape(-1, 3).astype(np.int16 if max(shape) <= np.iinfo(np.int16).max else np.int32)
     unpacked = io.BytesIO()
     np.save(unpacked, coordinates)
     remove_case(folder, name)
+    (folder / LEARNABLE).mkdir(exist_ok=True)
     write_atomically(folder / f"{name}.b2nd", lambda file: file.write(packed))
+    write_atomically(folder / LEARNABLE / f"{name}.b2nd", lambda file: file.write(packed_mask))
     write_atomically(folder / f"{name}_foreground.npy", lambda file: file.write(unpacked.getbuffer()))
     schema.write(folder / f"{name}.json", properties)
-
-
-def layout(shape: Sequence[int], patch_size: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the shapes of a block, the unit that is read and decompressed, and of a chunk, the unit that is written.
-
-    Args:
-        shape: Shape (z, y, x) of the volume in voxels.
-        patch_size: Patch size in voxels, (z, y, x), or (y, x) for single slices.
-
-    Returns:
-        Block and chunk, both (z, y, x) in voxels. A chunk consists of whole blocks unless the volume ends first.
-    """
-    flat = len(patch_size) == 2
-    patch = (SLICES_PER_CHUNK, *patch_size) if flat else tuple(patch_size)
-    widest = (1, *BLOCK_VOX[1:]) if flat else BLOCK_VOX
-    block = tuple(min(wide, extent) for wide, extent in zip(widest, shape, strict=True))
-    chunk = tuple(
-        min(extent, -(-wanted // unit) * unit) for extent, wanted, unit in zip(shape, patch, block, strict=True)
-    )
-    return block, chunk
 
 
 def remove_case(folder: Path, name: str) -> None:
     """Delete the files of a case, starting with the one that marks it as complete."""
     for ending in (".json", ".b2nd", "_foreground.npy"):
         (folder / f"{name}{ending}").unlink(missing_ok=True)
+    (folder / LEARNABLE / f"{name}.b2nd").unlink(missing_ok=True)
     for path in (folder / SUPERVOXELS).glob("*"):
         (path / f"{name}.b2nd").unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files of killed processes. No process may be writing to the folder at the same time."""
-    for path in folder.glob(".*.tmp"):
+    for path in (*folder.glob(".*.tmp"), *(folder / LEARNABLE).glob(".*.tmp")):
         path.unlink(missing_ok=True)
 
 
@@ -191,6 +172,14 @@ class StoredCase:
     @cached_property
     def _array(self) -> Any:
         path = self.folder / f"{self.name}.b2nd"
+        try:
+            return open_array(path)
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{path} cannot be opened ({error}); run nnssl_plan_and_preprocess again") from error
+
+    @cached_property
+    def _learnable(self) -> Any:
+        path = self.folder / LEARNABLE / f"{self.name}.b2nd"
         try:
             return open_array(path)
         except (OSError, RuntimeError) as error:
@@ -253,13 +242,31 @@ class StoredCase:
             return box
         inside, place = parts
         path = self.folder / f"{self.name}.b2nd"
-        voxels = _read(self._array, inside, path, "delete it and preprocess again")
+        voxels = read_part(self._array, inside, path, "delete it and preprocess again")
         # torch converts float16 about twenty times as fast as numpy, but its threads hang in a forked process;
         # workers of a DataLoader have only one thread
         if torch.get_num_threads() == 1:
             torch.from_numpy(box)[place].copy_(torch.from_numpy(voxels))
         else:
             box[place] = voxels
+        return box
+
+    def read_learnable(self, lower_vox: Sequence[int], size_vox: Sequence[int]) -> Bool[np.ndarray, "z y x"]:
+        """Read which voxels of a box a method may learn from; false outside the volume.
+
+        Args:
+            lower_vox: As in ``read_box``.
+            size_vox: As in ``read_box``.
+
+        Raises:
+            UserError: If the file is damaged or missing.
+        """
+        box = np.zeros(tuple(size_vox), dtype=bool)
+        parts = self._overlap(lower_vox, size_vox)
+        if parts is not None:
+            inside, place = parts
+            path = self.folder / LEARNABLE / f"{self.name}.b2nd"
+            box[place[1:]] = read_part(self._learnable, inside[1:], path, "delete it and preprocess again")
         return box
 
     def read_supervoxels(
@@ -290,7 +297,7 @@ class StoredCase:
         parts = self._overlap(lower_vox, size_vox)
         if parts is not None:
             inside, place = parts
-            box[place[1:]] = _read(self._supervoxels[path], inside[1:], path, advice)
+            box[place[1:]] = read_part(self._supervoxels[path], inside[1:], path, advice)
         return box
 
     def _overlap(
@@ -305,23 +312,6 @@ class StoredCase:
             inside.append(slice(start, stop))
             place.append(slice(start - lower, stop - lower))
         return tuple(inside), tuple(place)
-
-
-def open_array(path: Path) -> Any:
-    """Open a stored array to read parts of it.
-
-    Raises:
-        OSError: If the file cannot be opened.
-        RuntimeError: If it is no such array.
-    """
-    return blosc2.open(str(path), mode="r", dparams={"nthreads": 1}, **MAPPING)
-
-
-def _read(array: Any, inside: tuple[slice, ...], path: Path, advice: str) -> Any:
-    try:
-        return array[inside]
-    except RuntimeError as error:
-        raise UserError(f"{path} is damaged ({error}); {advice}") from error
 
 
 class CaseStore:

@@ -39,6 +39,8 @@ class Header(NamedTuple):
     """Spacing (z, y, x) in mm."""
     orientation: str
     """Directions in which x, y and z increase, such as "LPS"; empty if the format does not store them."""
+    origin_mm: tuple[float, ...] = ()
+    """Position (x, y, z) of the first voxel as stored in the file; empty if the format does not store it."""
 
 
 def ending_of(path: Path | str, endings: Sequence[str] = ENDINGS) -> str:
@@ -227,7 +229,8 @@ def read_file_header(file: Path, reader: str) -> Header:
     if reader.endswith("WithReorient") and header.orientation:
         axes = [_axis_along(pair, header.orientation) for pair in ("SI", "AP", "RL")]
         shape = tuple(header.shape[axis] for axis in axes)
-        return Header(header.channels, shape, tuple(header.spacing_mm[axis] for axis in axes), "RAS")
+        spacing_mm = tuple(header.spacing_mm[axis] for axis in axes)
+        return Header(header.channels, shape, spacing_mm, "RAS", header.origin_mm)
     return header
 
 
@@ -259,7 +262,8 @@ def _read_itk_header(file: Path) -> Header:
         return Header(1, (1, *size), (max(spacing) * 999, *spacing), "")
     direction = np.reshape(header.GetDirection(), (len(size), len(size)))[:3, :3].ravel().tolist()
     orientation = sitk.DICOMOrientImageFilter_GetOrientationFromDirectionCosines(direction)
-    return Header(size[0] if len(size) == 4 else 1, tuple(size[-3:]), tuple(spacing[-3:]), orientation)
+    channels = size[0] if len(size) == 4 else 1
+    return Header(channels, tuple(size[-3:]), tuple(spacing[-3:]), orientation, tuple(header.GetOrigin()[:3]))
 
 
 def _read_nibabel_header(file: Path) -> Header:
@@ -272,4 +276,6 @@ def _read_nibabel_header(file: Path) -> Header:
     if image.ndim != 3:
         raise CaseError(str(file), f"must have 3 axes for nnU-Net's nibabel reader, got {image.ndim}")
     spacing_mm = tuple(float(mm) for mm in image.header.get_zooms()[::-1])
-    return Header(1, tuple(image.shape[::-1]), spacing_mm, "".join(map(str, nibabel.aff2axcodes(image.affine))))
+    orientation = "".join(map(str, nibabel.aff2axcodes(image.affine)))
+    origin_mm = tuple(float(mm) for mm in image.affine[:3, 3])
+    return Header(1, tuple(image.shape[::-1]), spacing_mm, orientation, origin_mm)

@@ -1,41 +1,32 @@
-"""The choice of case and box for every training sample, and the batches of raw patches.
+"""The batches of raw patches of a run, with what methods need beside the voxels: supervoxels, and where they may learn.
 
-A sample is identified by its step and its index in the global batch. Cases come in passes: each pass takes every case
-once, in an order drawn for that pass, so all cases are used equally often whatever their number. Most boxes are centred
-near a voxel inside the body; the others lie anywhere. Both draws depend only on (seed, stage, step, index), the batch
-size and the cases, so a sample does not change with the number of workers or ranks or after a restart. Workers only
-read and crop.
+A sample is identified by its step and its index in the global batch, which determine its case and box
+(``nnssl.data.patch_boxes``). Workers only read and crop.
 """
 
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import blosc2
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from nnssl.data.case_store import CaseStore
 from nnssl.data.jobs import usable_cores
+from nnssl.data.patch_boxes import FOREGROUND_SHARE, PairedBoxes, SingleBoxes, as_volume
 from nnssl.data.patch_pairs import PairTable
 from nnssl.draws import make_generator
 from nnssl.errors import ArgumentError
 
-FOREGROUND_SHARE = 0.9
-"""Fraction of boxes that are centred near a voxel inside the body."""
-
 GRACE_SECONDS = 60
 """Time for which a reader continues after a request to stop."""
-
-JITTER = 0.25
-"""Largest distance of a box's centre from that voxel along an axis, as a fraction of the box."""
 
 
 class PatchBatch(NamedTuple):
@@ -52,6 +43,8 @@ class PatchBatch(NamedTuple):
     than the patch."""
     supervoxels: Int[Tensor, " batch *shape"] | None = None
     """Supervoxel of each voxel in a partition that is drawn for each patch, 0 outside the image; None if they are not read."""
+    learnable: Bool[Tensor, " batch *shape"] | None = None
+    """Whether a method may learn from each voxel, false outside the image; None if the masks are not read."""
 
 
 def make_loader(
@@ -69,6 +62,7 @@ def make_loader(
     pin_memory: bool = False,
     pairs: PairTable | None = None,
     partitions: Sequence[Path] = (),
+    learnable: bool = False,
 ) -> DataLoader:
     """Return a loader that yields one ``PatchBatch`` per step.
 
@@ -89,6 +83,7 @@ def make_loader(
         pairs: Pairs of points; each two neighbouring patches of a batch show the two points of a pair. None for
             independent patches.
         partitions: Folders of partitions into supervoxels, of which one is drawn for each patch; none to read none.
+        learnable: Whether to read where a method may learn.
 
     Returns:
         A loader of ``last_step - first_step`` batches.
@@ -121,7 +116,7 @@ def make_loader(
         else PairedBoxes(store, size, batch_size, seed, stage, pairs)
     )
     return DataLoader(
-        PatchDataset(store, patch_size, boxes, DrawnPartition(tuple(partitions), seed, stage)),
+        PatchDataset(store, patch_size, boxes, DrawnPartition(tuple(partitions), seed, stage), learnable),
         batch_sampler=StepSampler(range(first_step, last_step), range(rank * part, (rank + 1) * part)),
         num_workers=num_workers,
         collate_fn=_collate,
@@ -160,6 +155,7 @@ class PatchDataset(Dataset):
         patch_size: Patch size in voxels, (z, y, x), or (y, x) for slices.
         boxes: Function that returns the case and the first voxel (z, y, x) of a sample.
         partition: Choice of the partition into supervoxels that is read with a sample; None for no supervoxels.
+        learnable: Whether to read where a method may learn.
     """
 
     def __init__(
@@ -168,8 +164,10 @@ class PatchDataset(Dataset):
         patch_size: Sequence[int],
         boxes: Callable[[int, int], tuple[str, Sequence[int]]],
         partition: "DrawnPartition | None" = None,
+        learnable: bool = False,
     ) -> None:
         self.partition = partition
+        self.learnable = learnable
         self.store = store
         self.patch_size = tuple(patch_size)
         self.boxes = boxes
@@ -178,16 +176,19 @@ class PatchDataset(Dataset):
         """Return one sample as a batch of one."""
         step, sample = key
         name, lower = self.boxes(step, sample)
-        size = as_volume(self.patch_size)
-        volume = torch.from_numpy(self.store.case(name).read_box(lower, size))
-        if len(self.patch_size) == 2:
-            volume = volume.squeeze(1)
-        parts = None
+        case, size = self.store.case(name), as_volume(self.patch_size)
+        volume = self._of_patch(case.read_box(lower, size))
+        parts, learnable = None, None
         if self.partition is not None and self.partition.folders:
-            folder = self.partition(step, sample)
-            parts = torch.from_numpy(self.store.case(name).read_supervoxels(folder, lower, size))
-            parts = parts if len(self.patch_size) == 2 else parts[None]
-        return PatchBatch(volume[None], [sample], step, [name], torch.tensor([lower]), parts)
+            parts = self._of_patch(case.read_supervoxels(self.partition(step, sample), lower, size)[None])
+        if self.learnable:
+            learnable = self._of_patch(case.read_learnable(lower, size)[None])
+        return PatchBatch(volume[None], [sample], step, [name], torch.tensor([lower]), parts, learnable)
+
+    def _of_patch(self, box: np.ndarray) -> Tensor:
+        """Return a box (channel, z, y, x) as a patch (channel, *shape)."""
+        found = torch.from_numpy(box)
+        return found.squeeze(1) if len(self.patch_size) == 2 else found
 
 
 @dataclass(frozen=True)
@@ -210,95 +211,6 @@ class DrawnPartition:
         return self.folders[int(torch.randint(len(self.folders), (1,), generator=generator))]
 
 
-@dataclass(frozen=True)
-class SingleBoxes:
-    """Boxes of independent samples: cases take turns, and most boxes lie near a voxel inside the body.
-
-    Attributes:
-        store: Preprocessed cases.
-        size: Box size (z, y, x) in voxels.
-        batch_size: Global batch size.
-        seed: Random seed of the run.
-        stage: Pretext stage.
-        foreground_share: See ``make_loader``.
-    """
-
-    store: CaseStore
-    size: tuple[int, ...]
-    batch_size: int
-    seed: int
-    stage: str
-    foreground_share: float
-
-    def __call__(self, step: int, sample: int) -> tuple[str, Sequence[int]]:
-        """Return the case of a sample and the first voxel of its box."""
-        name = self.store.names[draw_case(len(self.store), self.batch_size, self.seed, self.stage, step, sample)]
-        case = self.store.case(name)
-        generator = make_generator(self.seed, f"{self.stage}/boxes", step, sample)
-        return name, draw_box(case.shape, self.size, case.foreground_vox, self.foreground_share, generator)
-
-
-@dataclass(frozen=True)
-class PairedBoxes:
-    """Boxes around both points of a pair; neighbouring samples of a batch belong to one pair.
-
-    Attributes:
-        store: Preprocessed cases, those of the table.
-        size: Box size (z, y, x) in voxels.
-        batch_size: Global batch size, even.
-        seed: Random seed of the run.
-        stage: Pretext stage.
-        pairs: Pairs of points, which determine where the boxes lie.
-    """
-
-    store: CaseStore
-    size: tuple[int, ...]
-    batch_size: int
-    seed: int
-    stage: str
-    pairs: PairTable
-
-    def __call__(self, step: int, sample: int) -> tuple[str, Sequence[int]]:
-        """Return the case of a sample and the first voxel of its box.
-
-        If boxes would extend beyond their scans, both are moved by the same amount. The two points thus keep the same
-        position within their boxes, and as little as possible lies outside the scans.
-        """
-        case = draw_case(len(self.pairs.cases), self.batch_size // 2, self.seed, self.stage, step, sample // 2)
-        rows = self.pairs.of_case(case)
-        choice = float(torch.rand((), generator=make_generator(self.seed, f"{self.stage}/pairs", step, sample // 2)))
-        row = rows[int(choice * len(rows))]
-        cases = [self.store.case(self.pairs.cases[index]) for index in (case, self.pairs.key[row])]
-        corners = [
-            [round(float(place)) - length // 2 for place, length in zip(places[row], self.size, strict=True)]
-            for places in (self.pairs.query_vox, self.pairs.key_vox)
-        ]
-        side = sample % 2
-        lower = []
-        for axis, length in enumerate(self.size):
-            rooms = [each.shape[axis] - length for each in cases]
-            lower.append(corners[side][axis] + shared_move([each[axis] for each in corners], rooms))
-        return cases[side].name, lower
-
-
-def as_volume(patch_size: Sequence[int]) -> tuple[int, ...]:
-    """Return the size (z, y, x) of a patch; a 2D patch (y, x) is one voxel thick."""
-    return (*[1] * (3 - len(patch_size)), *patch_size)
-
-
-def shared_move(corners: Sequence[int], rooms: Sequence[int]) -> int:
-    """Return the shift in voxels along an axis with which the least of two patches lies outside their scans.
-
-    Args:
-        corners: First voxel of each patch.
-        rooms: Length of each scan minus that of the patch in voxels; negative for a shorter scan.
-    """
-    # a patch longer than its scan extends beyond it by the same amount wherever it covers the whole scan
-    ranges = [sorted((-corner, room - corner)) for corner, room in zip(corners, rooms, strict=True)]
-    low, high = max(first for first, _ in ranges), min(last for _, last in ranges)
-    return min(max(0, min(low, high)), max(low, high))  # between disjoint ranges, all shifts cost the same
-
-
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """Keys of the samples that one rank takes in each step.
 
@@ -319,61 +231,10 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
             yield [(step, sample) for sample in self.samples]
 
 
-def draw_case(cases: int, batch_size: int, seed: int, stage: str, step: int, sample: int) -> int:
-    """Return the index of a sample's case; each pass takes every case once."""
-    number, place = divmod(step * batch_size + sample, cases)
-    return int(_order_of_pass(cases, seed, stage, number)[place])
-
-
-@lru_cache(maxsize=2)
-def _order_of_pass(cases: int, seed: int, stage: str, number: int) -> Int[np.ndarray, " case"]:
-    """Return the order of the cases in one pass over all of them."""
-    return torch.randperm(cases, generator=make_generator(seed, f"{stage}/cases", number)).numpy()
-
-
-def draw_box(
-    shape: Sequence[int],
-    size: Sequence[int],
-    foreground_vox: Int[np.ndarray, "point 3"],
-    foreground_share: float,
-    generator: torch.Generator,
-) -> tuple[int, ...]:
-    """Return the lower corner of a random box.
-
-    Along an axis where the volume is at least as large as the box, the box stays inside the volume. Along the other
-    axes, the volume lies in the centre of the box.
-
-    Args:
-        shape: Shape (z, y, x) of the volume in voxels.
-        size: Size (z, y, x) of the box in voxels.
-        foreground_vox: Coordinates (z, y, x) of voxels inside the body; if empty, the box may lie anywhere.
-        foreground_share: Probability that the box is centred near one of these voxels.
-        generator: Random generator.
-
-    Returns:
-        First voxel (z, y, x) of the box.
-    """
-    # always draw the same numbers in the same order, even if some are not used
-    choice, point, *place = torch.rand(5, generator=generator, dtype=torch.float64).tolist()
-    near = choice < foreground_share and len(foreground_vox) > 0
-    centre = foreground_vox[int(point * len(foreground_vox))].tolist() if near else None
-    lower = []
-    for axis, (extent, length) in enumerate(zip(shape, size, strict=True)):
-        room = extent - length
-        if room < 0:
-            lower.append(-(-room // 2))
-        elif centre is None:
-            lower.append(int(place[axis] * (room + 1)))
-        else:
-            reach = int(JITTER * length)
-            jitter = int(place[axis] * (2 * reach + 1)) - reach
-            lower.append(min(max(centre[axis] - length // 2 + jitter, 0), room))
-    return tuple(lower)
-
-
 def _collate(samples: list[PatchBatch]) -> PatchBatch:
     """Join batches of one sample into one batch."""
     parts = [sample.supervoxels for sample in samples if sample.supervoxels is not None]
+    masks = [sample.learnable for sample in samples if sample.learnable is not None]
     return PatchBatch(
         volumes=torch.cat([sample.volumes for sample in samples]),
         samples=[sample.samples[0] for sample in samples],
@@ -381,6 +242,7 @@ def _collate(samples: list[PatchBatch]) -> PatchBatch:
         cases=[sample.cases[0] for sample in samples],
         lower_vox=torch.cat([sample.lower_vox for sample in samples]),
         supervoxels=torch.cat(parts) if parts else None,
+        learnable=torch.cat(masks) if masks else None,
     )
 
 

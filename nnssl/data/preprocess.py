@@ -5,12 +5,16 @@ normalise and resample, all with nnU-Net's own functions.
 Deviations: There is no segmentation to resample. Voxels are stored as float16. Holes in the nonzero mask are filled only
 if a channel is normalised inside that mask, since they cannot change the crop.
 
+Beside the voxels, a mask is stored of those that a method may learn from (``nnssl.data.learnable``).
+
 A case is read once for all folders that need it. Each folder serves all configurations that share its spacing.
 """
 
+import contextlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int
@@ -22,13 +26,25 @@ from nnssl.data.case_store import (
     SCHEMA_VERSION,
     CaseProperties,
     complete_cases,
+    read_properties,
     remove_case,
     remove_leftovers,
     write_case,
 )
+from nnssl.data.exclusion import check_exclusion_mask, find_exclusion_masks, read_exclusion_mask
 from nnssl.data.jobs import follow_jobs, run_jobs
+from nnssl.data.learnable import learnable_mask, resample_mask
 from nnssl.data.raw import RawCase, RawDataset, read_volume
-from nnssl.data.recipe import FOREGROUND_POINTS, Recipe, Target, digest_case, find_outdated, find_sources, plan_targets
+from nnssl.data.recipe import (
+    FOREGROUND_POINTS,
+    Recipe,
+    Target,
+    digest_case,
+    find_mask_state,
+    find_outdated,
+    find_sources,
+    plan_targets,
+)
 from nnssl.draws import draw_seed
 from nnssl.errors import UserError
 from nnssl.files import some
@@ -44,6 +60,8 @@ class Job:
     case: RawCase
     reader: str
     targets: tuple[Target, ...]
+    exclude_mask: Path | None = None
+    """The user's mask of the case; None if it has none."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +87,7 @@ def preprocess_dataset(
     processes: int,
     dask_address: str | None,
     restart: bool = False,
+    exclude_mask: Path | None = None,
 ) -> PreprocessReport:
     """Preprocess the usable cases of a data set for configurations of a plan.
 
@@ -85,21 +104,27 @@ def preprocess_dataset(
         processes: Number of processes on this machine; up to 1 works in this process.
         dask_address: Address of a Dask scheduler to use instead; None for local processes.
         restart: Whether to preprocess complete cases again.
+        exclude_mask: Folder of masks in which nothing may be learned (``nnssl.data.exclusion``); None for none.
 
     Returns:
         The result of preprocessing.
 
     Raises:
-        UserError: If more than a tenth of the cases failed, a worker was killed, a file cannot be written, or the plan or
-            the cluster cannot be used.
+        UserError: If more than a tenth of the cases failed, a worker was killed, a file cannot be written, the plan or the
+            cluster cannot be used, or a mask does not fit its image.
     """
+    masks = find_exclusion_masks(exclude_mask, dataset)
     targets = plan_targets(plan, folders.preprocessed / dataset.name, configurations)
     cases = [case for case in dataset.cases if case.name in usable]
     for target in targets:
         remove_leftovers(make_writable(target.folder))
         _remove_foreign(target, usable, restart)
-    jobs = [Job(case, dataset.reader, find_outdated(case, dataset.reader, targets)) for case in cases]
+    jobs = [_job_of(case, dataset.reader, targets, masks.get(case.name)) for case in cases]
     jobs = [job for job in jobs if job.targets]
+    for job in jobs:
+        if job.exclude_mask is not None:
+            check_exclusion_mask(job.case, job.exclude_mask, job.reader)
+    _tell_dropped_masks(jobs)
     for job in jobs:
         for target in job.targets:
             remove_case(target.folder, job.case.name)
@@ -120,6 +145,24 @@ def preprocess_dataset(
         )
     done = len(jobs) - len(set_aside)
     return PreprocessReport(tuple(target.folder for target in targets), done, skipped, tuple(set_aside))
+
+
+def _job_of(case: RawCase, reader: str, targets: Sequence[Target], mask: Path | None) -> Job:
+    return Job(case, reader, find_outdated(case, reader, targets, mask), mask)
+
+
+def _tell_dropped_masks(jobs: Sequence[Job]) -> None:
+    """Print how many cases were preprocessed with a mask of the user that is no longer given."""
+    dropped = 0
+    for job in jobs:
+        with contextlib.suppress(UserError):
+            properties = read_properties(job.targets[0].folder, job.case.name)
+            dropped += job.exclude_mask is None and properties.exclude_mask is not None
+    if dropped:
+        logger.info(
+            f"{dropped} cases were preprocessed with an exclusion mask that is no longer given; they are preprocessed again "
+            "without it"
+        )
 
 
 def _remove_foreign(target: Target, usable: Collection[str], restart: bool) -> None:
@@ -145,20 +188,28 @@ def preprocess_case(job: Job) -> SetAside | None:
     try:
         sources = find_sources(case)
         volume, spacing_mm = read_volume(case, job.reader)
-        inside = body_mask(volume)
+        learnable = learnable_mask(volume, spacing_mm)
+        mask_state = find_mask_state(job.exclude_mask)
+        if job.exclude_mask is not None:
+            learnable &= ~read_exclusion_mask(job.exclude_mask, job.reader)
+        inside = body_mask(volume) & learnable
         for target in job.targets:
-            result, foreground, new_spacing_mm = preprocess_volume(volume, inside, spacing_mm, target.recipe)
-            points = draw_foreground(foreground, result.shape[1:], draw_seed("foreground", case.name))
+            done = preprocess_volume(volume, inside, learnable, spacing_mm, target.recipe)
+            shape = done.volume.shape[1:]
+            points = draw_foreground(done.inside, shape, draw_seed("foreground", case.name))
+            resampled = resample_mask(done.learnable, shape)
             properties = CaseProperties(
                 schema_version=SCHEMA_VERSION,
-                shape=result.shape[1:],
-                channels=len(result),
-                spacing_mm=new_spacing_mm,
+                shape=shape,
+                channels=len(done.volume),
+                spacing_mm=done.spacing_mm,
                 sources=sources,
-                digest=digest_case(target.recipe, job.reader, sources),
-                foreground_share=float(foreground.mean()),
+                digest=digest_case(target.recipe, job.reader, sources, mask_state),
+                foreground_share=float(done.inside.mean()),
+                learnable_share=float(resampled.mean()),
+                exclude_mask=mask_state,
             )
-            write_case(target.folder, case.name, result, points, properties, target.patch_size)
+            write_case(target.folder, case.name, done.volume, points, properties, target.patch_size, resampled)
     except CaseError as error:
         return SetAside(case.name, error.file, error.reason)
     except MemoryError as error:
@@ -169,23 +220,37 @@ def preprocess_case(job: Job) -> SetAside | None:
     return None
 
 
+class PreprocessedVolume(NamedTuple):
+    """A preprocessed volume, and masks after transposition and cropping, but without resampling.
+
+    Attributes:
+        volume: Normalised intensities.
+        inside: Mask of the body, before resampling.
+        learnable: Mask of the voxels that a method may learn from, before resampling.
+        spacing_mm: Spacing (z, y, x) of the volume in mm.
+    """
+
+    volume: Float32[np.ndarray, "channel z2 y2 x2"]
+    inside: Bool[np.ndarray, "z3 y3 x3"]
+    learnable: Bool[np.ndarray, "z3 y3 x3"]
+    spacing_mm: tuple[float, float, float]
+
+
 def preprocess_volume(
     volume: Float32[np.ndarray, "channel z y x"],
     inside: Bool[np.ndarray, "z y x"],
+    learnable: Bool[np.ndarray, "z y x"],
     spacing_mm: Sequence[float],
     recipe: Recipe,
-) -> tuple[Float32[np.ndarray, "channel z2 y2 x2"], Bool[np.ndarray, "z3 y3 x3"], tuple[float, float, float]]:
+) -> PreprocessedVolume:
     """Transpose, crop, normalise and resample a volume as nnU-Net's ``DefaultPreprocessor`` does.
 
     Args:
         volume: Volume as read; it is not changed.
         inside: Mask of the body.
+        learnable: Mask of the voxels that a method may learn from.
         spacing_mm: Spacing (z, y, x) as read, in mm.
         recipe: Preprocessing recipe.
-
-    Returns:
-        The preprocessed volume; ``inside`` after transposition and cropping, but without resampling; and the new spacing
-        (z, y, x) in mm.
 
     Raises:
         ValueError: If the number of channels differs from the plan's, or if all voxels are zero.
@@ -206,7 +271,8 @@ def preprocess_volume(
     new_shape = compute_new_shape(volume.shape[1:], old_spacing_mm, (z_mm, y_mm, x_mm))
     resample = recursive_find_resampling_fn_by_name(recipe.resampling)
     result = resample(volume, new_shape, old_spacing_mm, (z_mm, y_mm, x_mm), **recipe.resampling_settings)
-    return np.asarray(result, dtype=np.float32), inside.transpose(order)[box], (z_mm, y_mm, x_mm)
+    inside, learnable = (mask.transpose(order)[box] for mask in (inside, learnable))
+    return PreprocessedVolume(np.asarray(result, dtype=np.float32), inside, learnable, (z_mm, y_mm, x_mm))
 
 
 def _find_nonzero(

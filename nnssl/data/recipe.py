@@ -1,4 +1,4 @@
-"""Everything that determines the voxels of a preprocessed case: settings of the plan, image files, and their digest.
+"""Everything that determines a preprocessed case: settings of the plan, image files, the user's mask, and their digest.
 
 Configurations of a plan that share a spacing share a folder of cases.
 """
@@ -13,6 +13,7 @@ from typing import Any
 from nnssl.data.case_error import CaseError
 from nnssl.data.case_store import SCHEMA_VERSION, SourceFile, read_properties
 from nnssl.data.image_files import find_source_state
+from nnssl.data.learnable import LEARNABLE_VERSION
 from nnssl.data.raw import RawCase
 from nnssl.errors import UserError
 from nnssl.plan import Plan
@@ -142,21 +143,50 @@ def find_sources(case: RawCase) -> tuple[SourceFile, ...]:
     return tuple(sources)
 
 
-def digest_case(recipe: Recipe, reader: str, sources: Iterable[SourceFile]) -> str:
-    """Return a digest of everything that determines the voxels of a case; the folder of its images is not included."""
-    files = [(Path(source.path).name, source.size_bytes, source.mtime_ns) for source in sources]
-    decisive = [SCHEMA_VERSION, FOREGROUND_POINTS, asdict(recipe), reader, files]
+def find_mask_state(mask: Path | None) -> SourceFile | None:
+    """Return the current state of the user's mask of a case; None if it has none.
+
+    Raises:
+        UserError: If the file does not exist.
+    """
+    if mask is None:
+        return None
+    try:
+        return SourceFile(str(mask), *find_source_state(mask))
+    except OSError as error:
+        raise UserError(f"exclusion mask {mask} cannot be found ({error.strerror}); run the command again") from error
+
+
+def digest_case(
+    recipe: Recipe, reader: str, sources: Iterable[SourceFile], exclude_mask: SourceFile | None = None
+) -> str:
+    """Return a digest of everything that determines the voxels and the mask of a case, whatever the folder of its files."""
+    masks = [] if exclude_mask is None else [exclude_mask]
+    files = [[(Path(each.path).name, each.size_bytes, each.mtime_ns) for each in group] for group in (sources, masks)]
+    decisive = [SCHEMA_VERSION, LEARNABLE_VERSION, FOREGROUND_POINTS, asdict(recipe), reader, files]
     return hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def find_outdated(case: RawCase, reader: str, targets: Sequence[Target]) -> tuple[Target, ...]:
-    """Return the targets in which a case is missing, incomplete or outdated."""
+def find_outdated(
+    case: RawCase, reader: str, targets: Sequence[Target], exclude_mask: Path | None = None
+) -> tuple[Target, ...]:
+    """Return the targets in which a case is missing, incomplete or outdated.
+
+    Args:
+        case: The case.
+        reader: Name of the reader class.
+        targets: Folders of preprocessed cases.
+        exclude_mask: The user's mask of the case; None if it has none.
+    """
     try:
         sources = find_sources(case)
     except CaseError:
         return tuple(targets)
+    mask = find_mask_state(exclude_mask)
     return tuple(
-        target for target in targets if not _is_current(case.name, digest_case(target.recipe, reader, sources), target)
+        target
+        for target in targets
+        if not _is_current(case.name, digest_case(target.recipe, reader, sources, mask), target)
     )
 
 

@@ -23,8 +23,9 @@ import numpy as np
 from jaxtyping import Float32, Int32
 from scipy.ndimage import map_coordinates
 
-from nnssl.data.case_store import COMPRESSION, SUPERVOXELS, CaseStore, StoredCase, layout, open_array
+from nnssl.data.case_store import SUPERVOXELS, CaseStore, StoredCase
 from nnssl.data.jobs import follow_jobs, run_list
+from nnssl.data.packed_arrays import COMPRESSION, layout, open_array
 from nnssl.files import write_atomically
 
 VERSION = 1

@@ -14,7 +14,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from nnssl.data.case_store import StoredCase
-from nnssl.data.loader import as_volume, draw_box
+from nnssl.data.patch_boxes import as_volume, draw_box
 from nnssl.draws import make_generator
 from nnssl.networks.primus import PlannedPrimus
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nnssl.collapse import retrieval_top1
 from nnssl.data.case_store import CaseStore
-from nnssl.data.loader import as_volume, draw_box
+from nnssl.data.patch_boxes import as_volume, draw_box
 from nnssl.draws import make_generator
 from nnssl.evaluation.probe import frozen
 from nnssl.networks.dense import decode, maps_up_to

@@ -18,7 +18,7 @@ import torch
 from scipy.stats import spearmanr
 
 from nnssl.data.case_store import CaseStore
-from nnssl.data.loader import draw_box
+from nnssl.data.patch_boxes import draw_box
 from nnssl.draws import make_generator
 from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.embedded import EmbeddingMatcher

@@ -9,14 +9,17 @@ import pytest
 import torch
 
 from nnssl.data import case_store
-from nnssl.data.case_store import CaseProperties, CaseStore, SourceFile, complete_cases, layout, write_case
+from nnssl.data.case_store import CaseProperties, CaseStore, SourceFile, complete_cases, write_case
+from nnssl.data.packed_arrays import layout
 from nnssl.errors import UserError
 from tests.waiting import receive
 
 
 def properties_of(volume, digest="abc") -> CaseProperties:
     source = SourceFile("/images/a_0000.nii.gz", 1234, 1_700_000_000_123_456_789)
-    return CaseProperties(1, volume.shape[1:], len(volume), (3.5, 0.7, 0.9), (source,) * len(volume), digest, 0.25)
+    return CaseProperties(
+        2, volume.shape[1:], len(volume), (3.5, 0.7, 0.9), (source,) * len(volume), digest, 0.25, 1.0, None
+    )
 
 
 def write_random_case(folder, name="a", shape=(2, 7, 133, 90), patch=(5, 64, 48), seed=0) -> np.ndarray:
@@ -170,13 +173,18 @@ def test_the_json_is_written_last_and_removed_first(tmp_path, monkeypatch):
     rename = os.replace
 
     def watch(source, target):
-        written.append((Path(target).name, (tmp_path / "a.json").exists()))
+        written.append((str(Path(target).relative_to(tmp_path)), (tmp_path / "a.json").exists()))
         rename(source, target)
 
     write_random_case(tmp_path)
     monkeypatch.setattr(os, "replace", watch)
     write_random_case(tmp_path, seed=1)
-    assert written == [("a.b2nd", False), ("a_foreground.npy", False), ("a.json", False)]
+    assert written == [
+        ("a.b2nd", False),
+        ("learnable/a.b2nd", False),
+        ("a_foreground.npy", False),
+        ("a.json", False),
+    ]
 
 
 def test_a_half_removed_case_is_not_listed(tmp_path, monkeypatch):

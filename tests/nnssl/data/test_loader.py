@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from nnssl.data.case_store import CaseProperties, CaseStore, write_case
-from nnssl.data.loader import draw_box, draw_case, make_loader
+from nnssl.data.loader import make_loader
+from nnssl.data.patch_boxes import draw_box, draw_case
 from nnssl.draws import make_generator
 from nnssl.errors import UserError
 from tests.waiting import HUNG_S, has_ended, receive, wait_until
@@ -28,7 +29,7 @@ def store(tmp_path) -> CaseStore:
         voxels = np.arange(np.prod(shape), dtype=np.float32).reshape(shape) % 1009 + 1
         volume = np.stack([voxels, -voxels - number])
         foreground = np.argwhere(voxels % 7 == 0)[:40]
-        properties = CaseProperties(1, shape, 2, (2.0, 1.0, 1.0), (), "", 0.1)
+        properties = CaseProperties(2, shape, 2, (2.0, 1.0, 1.0), (), "", 0.1, 1.0, None)
         write_case(tmp_path, name, volume, foreground, properties, PATCH)
     return CaseStore(tmp_path)
 
@@ -97,7 +98,14 @@ def test_samples_of_a_batch_are_drawn_apart(store):
 def test_boxes_of_one_case_differ_between_steps_places_stages_and_seeds(tmp_path):
     """With one case nothing but the box can differ."""
     volume = np.zeros((1, 40, 50, 60), np.float32)
-    write_case(tmp_path, "a", volume, NO_FOREGROUND, CaseProperties(1, (40, 50, 60), 1, (1.0,) * 3, (), "", 0.0), PATCH)
+    write_case(
+        tmp_path,
+        "a",
+        volume,
+        NO_FOREGROUND,
+        CaseProperties(2, (40, 50, 60), 1, (1.0,) * 3, (), "", 0.0, 1.0, None),
+        PATCH,
+    )
     store = CaseStore(tmp_path)
     boxes = [
         tuple(lower)
@@ -159,7 +167,7 @@ def test_air_is_avoided(tmp_path, patch):
     body = np.zeros((40, 50, 45), bool)
     body[4:10, 30:42, 5:14] = True
     volume = np.where(body, 1.0, 0.0).astype(np.float32)[None]
-    properties = CaseProperties(1, body.shape, 1, (1.0, 1.0, 1.0), (), "", float(body.mean()))
+    properties = CaseProperties(2, body.shape, 1, (1.0, 1.0, 1.0), (), "", float(body.mean()), 1.0, None)
     write_case(tmp_path, "a", volume, np.argwhere(body)[::5], properties, patch)
     store = CaseStore(tmp_path)
     shares = {}

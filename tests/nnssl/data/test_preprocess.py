@@ -160,7 +160,7 @@ def scene(nnunet_folders) -> Scene:
 
 
 def read_all(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.*"))}
 
 
 # voxels
@@ -192,7 +192,7 @@ def test_voxels_are_those_of_nnunet(transpose, schemes, masks, spacing):
     )
     recipe = plan_targets(plan, Path(), None)[0].recipe
     inside = volume[0] > 0
-    result, foreground, new_spacing_mm = preprocess_volume(volume, inside, spacing_mm, recipe)
+    result, foreground, learnable, new_spacing_mm = preprocess_volume(volume, inside, ~inside, spacing_mm, recipe)
     assert result.dtype == np.float32
     np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(volume, before)
@@ -201,15 +201,16 @@ def test_voxels_are_those_of_nnunet(transpose, schemes, masks, spacing):
     assert foreground.shape == properties["shape_after_cropping_and_before_resampling"]
     cropped = inside.transpose(transpose)[tuple(slice(*bounds) for bounds in properties["bbox_used_for_cropping"])]
     np.testing.assert_array_equal(foreground, cropped)
+    np.testing.assert_array_equal(learnable, ~cropped)
 
 
 def test_a_volume_of_zeros_and_other_channels_are_refused():
     recipe = plan_targets(make_plan(), Path(), None)[0].recipe
     empty = np.zeros((1, 3, 4, 5), np.float32)
     with pytest.raises(ValueError, match="only zeros"):
-        preprocess_volume(empty, empty[0] > 0, (1.0, 1.0, 1.0), recipe)
+        preprocess_volume(empty, empty[0] > 0, empty[0] > 0, (1.0, 1.0, 1.0), recipe)
     with pytest.raises(ValueError, match="has 2 channels, but the plan has 1"):
-        preprocess_volume(np.ones((2, 3, 4, 5), np.float32), empty[0] > 0, (1.0, 1.0, 1.0), recipe)
+        preprocess_volume(np.ones((2, 3, 4, 5), np.float32), empty[0] > 0, empty[0] > 0, (1.0, 1.0, 1.0), recipe)
 
 
 def test_stored_voxels_are_those_of_nnunet_rounded_to_half(nnunet_folders):
@@ -506,17 +507,17 @@ def test_killed_at_any_moment_and_run_again_ends_alike(nnunet_folders, moment):
     scene = Scene(2)
     scene.run()
     whole = read_all(scene.folder())
-    for count in range(1, 7):
-        for path in scene.folder().iterdir():
+    for count in range(1, 9):
+        for path in scene.folder().rglob("*.*"):
             path.unlink()
         assert run_killed(scene, moment, count) == -signal.SIGKILL
         left = read_all(scene.folder())
         assert any(name.endswith(".tmp") for name in left)
         complete = complete_cases(scene.folder())
-        assert len(complete) == (count - 1) // 3
+        assert len(complete) == (count - 1) // 4
         for name in complete:
-            for ending in (".json", ".b2nd", "_foreground.npy"):
-                assert left[name + ending] == whole[name + ending]
+            for file in (f"{name}.json", f"{name}.b2nd", f"learnable/{name}.b2nd", f"{name}_foreground.npy"):
+                assert left[file] == whole[file]
         report = scene.run()
         assert (report.done, report.skipped) == (2 - len(complete), len(complete))
         assert read_all(scene.folder()) == whole

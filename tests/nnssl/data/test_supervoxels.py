@@ -39,7 +39,7 @@ def make_volume(shape=SHAPE, channels=2) -> np.ndarray:
 def make_store(folder, names=("a", "b"), digest="one") -> CaseStore:
     for name in names:
         volume = make_volume()
-        properties = CaseProperties(1, SHAPE, len(volume), (2.0, 1.0, 1.0), (), digest, 1.0)
+        properties = CaseProperties(2, SHAPE, len(volume), (2.0, 1.0, 1.0), (), digest, 1.0, 1.0, None)
         write_case(folder, name, volume, np.zeros((0, 3), int), properties, SHAPE)
     return CaseStore(folder)
 

@@ -20,7 +20,9 @@ def case(tmp_path):
     rng = np.random.default_rng(0)
     volume = rng.normal(size=(2, *SHAPE)).astype(np.float32)
     body = np.argwhere(np.ones((5, 12, 10), bool)).astype(np.int16)
-    write_case(tmp_path, "a", volume, body, CaseProperties(1, SHAPE, 2, (2.5, 1.5, 1.7), (), "d", 0.1), PATCH[3])
+    write_case(
+        tmp_path, "a", volume, body, CaseProperties(2, SHAPE, 2, (2.5, 1.5, 1.7), (), "d", 0.1, 1.0, None), PATCH[3]
+    )
     return CaseStore(tmp_path).case("a")
 
 

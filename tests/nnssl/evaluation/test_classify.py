@@ -50,7 +50,7 @@ def workspace(tmp_path_factory) -> Path:
     with variables(**{f"nnUNet_{folder.name}": str(folder) for folder in dataclasses.astuple(folders)}):
         plan = plan_toy(folders, cases=CASES, narrow=False)
     inside = np.argwhere(np.ones(SHAPE, bool))[::7].astype(np.int16)
-    properties = CaseProperties(1, SHAPE, 1, SPACING_MM, (), "digest", 1.0)
+    properties = CaseProperties(2, SHAPE, 1, SPACING_MM, (), "digest", 1.0, 1.0, None)
     for folder in (folders.preprocessed / NAME).glob("*_cases_*"):
         for number in range(CASES):
             write_case(folder, f"toy_{number:02}", make_scan(number), inside, properties, SHAPE)

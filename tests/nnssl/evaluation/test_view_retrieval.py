@@ -31,7 +31,7 @@ PATCHES = {2: (16, 20), 3: (4, 12, 20)}
 def make_store(folder, volumes):
     everywhere = np.argwhere(np.ones(SHAPE, bool))[::5].astype(np.int16)
     for number, volume in enumerate(volumes):
-        properties = CaseProperties(1, SHAPE, len(volume), SPACING_MM, (), "digest", 1.0)
+        properties = CaseProperties(2, SHAPE, len(volume), SPACING_MM, (), "digest", 1.0, 1.0, None)
         write_case(folder, f"case_{number}", volume, everywhere, properties, (4, 12, 20))
     return CaseStore(folder)
 

@@ -55,7 +55,7 @@ def make_store(folder, shifts: tuple[int, ...] = (0, 4)) -> CaseStore:
         noise = 0.02 * np.random.default_rng(shift).standard_normal((4, *shape))
         image = (np.stack([z - 3, (y - shift) / 8 - 1, (x - shift) / 12 - 1, pattern]) + noise).astype(np.float32)
         body = np.stack(np.meshgrid(*[np.arange(2, n - 2) for n in shape], indexing="ij"), axis=-1).reshape(-1, 3)
-        properties = CaseProperties(1, shape, 4, SPACING, (SourceFile("a", 1, 1),), "digest", 0.5)
+        properties = CaseProperties(2, shape, 4, SPACING, (SourceFile("a", 1, 1),), "digest", 0.5, 1.0, None)
         write_case(folder, name, image, body, properties, (4, 12, 20))
     return CaseStore(folder)
 
@@ -216,7 +216,7 @@ def test_untrained_embeddings_of_noise_are_not_usable(method, tmp_path):
     for index, name in enumerate("abcd"):
         image = np.random.default_rng(index).standard_normal((4, 6, 24, 40)).astype(np.float32)
         body = np.argwhere(np.ones(image.shape[1:]))
-        properties = CaseProperties(1, image.shape[1:], 4, SPACING, (SourceFile("a", 1, 1),), "digest", 1.0)
+        properties = CaseProperties(2, image.shape[1:], 4, SPACING, (SourceFile("a", 1, 1),), "digest", 1.0, 1.0, None)
         write_case(tmp_path, name, image, body, properties, (4, 12, 20))
     content, _ = examine(method, CaseStore(tmp_path), 0, torch.device("cpu"))
     assert not content["usable"], content
@@ -277,7 +277,7 @@ def test_likeness_is_the_correlation_of_what_both_scans_have(tmp_path):
 
 def test_scans_without_a_body_are_examined_too(method, tmp_path):
     image = np.random.default_rng(0).standard_normal((4, 6, 24, 40)).astype(np.float32)
-    properties = CaseProperties(1, image.shape[1:], 4, SPACING, (SourceFile("a", 1, 1),), "digest", 0.0)
+    properties = CaseProperties(2, image.shape[1:], 4, SPACING, (SourceFile("a", 1, 1),), "digest", 0.0, 1.0, None)
     write_case(tmp_path, "a", image, np.zeros((0, 3), dtype=int), properties, (4, 12, 20))
     content, _ = examine(method, CaseStore(tmp_path), 0, torch.device("cpu"))
     assert not content["usable"]

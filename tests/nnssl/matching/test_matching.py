@@ -38,7 +38,9 @@ def make_image(shape=SHAPE, shift=(0, 0, 0)) -> np.ndarray:
 
 def store_of(folder, **images: np.ndarray) -> CaseStore:
     for name, (image, body) in images.items():
-        properties = CaseProperties(1, image.shape[1:], len(image), SPACING, (SourceFile("a", 1, 1),), "digest", 0.5)
+        properties = CaseProperties(
+            2, image.shape[1:], len(image), SPACING, (SourceFile("a", 1, 1),), "digest", 0.5, 1.0, None
+        )
         write_case(folder, name, image, body, properties, TILE)
     return CaseStore(folder)
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from nnssl.data.case_store import CaseProperties, CaseStore, write_case
-from nnssl.data.loader import make_loader, shared_move
+from nnssl.data.loader import make_loader
+from nnssl.data.patch_boxes import shared_move
 from nnssl.data.patch_pairs import PairTable, read_pairs, write_pairs
 from nnssl.data.patients import patient_in_name
 from nnssl.errors import UserError
@@ -160,7 +161,7 @@ def test_places_are_in_voxels_of_their_own_scan(tmp_path):
     """Two scans of the same body differ in voxel size, so the same position in the box is another voxel."""
     shapes, spacings = {"a": (20, 44, 52), "b": (30, 22, 26)}, {"a": (3.0, 1.0, 1.5), "b": (2.0, 2.0, 3.0)}
     for name, shape in shapes.items():
-        properties = CaseProperties(1, shape, 1, spacings[name], (), "digest", 0.5)
+        properties = CaseProperties(2, shape, 1, spacings[name], (), "digest", 0.5, 1.0, None)
         volume = np.zeros((1, *shape), dtype=np.float32)
         write_case(tmp_path, name, volume, np.zeros((0, 3), dtype=int), properties, (8, 16, 16))
     store = CaseStore(tmp_path)

@@ -289,7 +289,7 @@ def test_a_known_displacement_is_found(tmp_path):
     deformed = map_coordinates(volume, moved, order=1, mode="nearest").astype(np.float32)
     body = np.argwhere(map_coordinates(labels, moved, order=0, mode="nearest") > 0)
     for name, image, inside in (("still", volume, np.argwhere(labels > 0)), ("moved", deformed, body)):
-        properties = CaseProperties(1, shape, 1, spacing, (SourceFile("a", 1, 1),), "digest", 0.5)
+        properties = CaseProperties(2, shape, 1, spacing, (SourceFile("a", 1, 1),), "digest", 0.5, 1.0, None)
         write_case(tmp_path, name, image[None], inside.astype(np.int16), properties, patch)
     store = CaseStore(tmp_path)
     configuration = replace(

@@ -61,7 +61,7 @@ def single_features(volume: np.ndarray) -> np.ndarray:
 def write_cases(folder: Path, volumes: dict[str, np.ndarray], foreground: np.ndarray) -> CaseStore:
     folder.mkdir()
     for name, volume in volumes.items():
-        properties = CaseProperties(1, volume.shape[1:], len(volume), SPACING_MM, (), "digest", 0.5)
+        properties = CaseProperties(2, volume.shape[1:], len(volume), SPACING_MM, (), "digest", 0.5, 1.0, None)
         write_case(folder, name, volume, foreground, properties, (8, 8, 8))
     return CaseStore(folder)
 
