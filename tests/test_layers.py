@@ -225,7 +225,16 @@ def test_index_of_methods_is_light():
 LONGEST_FILE, LONGEST_FUNCTION = 400, 60
 """Lines; of a function without its docstring."""
 LONGER_FILES = {
-    "nnssl.methods.pcrl": (415, "one method is one file: the contrast, and what each model is asked to restore"),
+    "nnssl.methods.pcrl": (430, "one method is one file: the contrast, and what each model is asked to restore"),
+    "nnssl.methods.alice": (415, "one method is one file: masked modelling, and two comparisons with a teacher"),
+    "nnssl.methods.pixelglobal": (
+        410,
+        "one method is one file: two losses, and the weights and targets of the teacher",
+    ),
+    "nnssl.methods.sam": (
+        410,
+        "one method is one file: fine and coarse embeddings, and how their negatives are ranked",
+    ),
 }
 """How long these may be, and why they are one thing."""
 LONGER_FUNCTIONS: dict[tuple[str, str], tuple[int, str]] = {

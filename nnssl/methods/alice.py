@@ -6,7 +6,8 @@ Analysis (Alice), ICCV 2023, and the authors' code (alibaba-damo-academy/alice),
 Patches come in pairs, around the same place of two scans (``nnssl.matching``). A student sees a quarter of the tokens of each
 patch and recovers the voxels of the others. A teacher, its moving average, sees all tokens of a strongly changed view. From
 the mean over its tokens, the student must predict the teacher's mean of the *other* scan. Within a scan, student and teacher
-are compared by how their tokens answer the same visible tokens (CASA). The encoder is exported.
+are compared by how their tokens answer the same visible tokens (CASA). The encoder is exported. Voxels that may not be learned
+from (air, padding, faces that were masked out) are not recovered.
 
 Deviations:
     * The losses are the paper's, with a protection against collapse that it does not state: a predictor on the student's side,
@@ -39,6 +40,7 @@ from nnssl.draws import draw_seed
 from nnssl.errors import UserError
 from nnssl.losses.contrastive import info_nce_with_negatives
 from nnssl.losses.reconstruction import (
+    counted_share,
     masked_token_mse,
     standardise_tokens,
     undo_standardise_tokens,
@@ -70,6 +72,7 @@ from nnssl.networks.tokens import cut_into_tokens, join_tokens, sine_cosine_posi
 from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
+from nnssl.views.learnable import mask_of_patches
 from nnssl.views.masking import check_mask, draw_block_mask, visible_tokens
 from nnssl.views.partners import PairedViews, check_pairs, of_other_pairs, partners_in_batch, show_same_place
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine
@@ -211,7 +214,10 @@ class Alice(PretextMethod):
         return partners_of(self.settings)
 
     def make_views(
-        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
+        self,
+        volumes: Float[Tensor, "batch channel *shape"],
+        generators: Sequence[torch.Generator],
+        learnable: Bool[Tensor, " batch *shape"] | None = None,
     ) -> PairedViews:
         """Return masks for the student and strong views for the teacher."""
         own, spacing_mm, device = self.settings, self.configuration.spacing_mm, volumes.device
@@ -225,6 +231,7 @@ class Alice(PretextMethod):
             visible=visible.to(device),
             strong=apply_affine(apply_intensity(volumes, changes), crop),
             partner=partners_in_batch(len(volumes), device),
+            learnable=mask_of_patches(learnable, volumes),
         )
 
     def placed(self, views: PairedViews, cases: Sequence[str], lower_vox: Int[Tensor, "batch 3"]) -> PairedViews:
@@ -236,11 +243,12 @@ class Alice(PretextMethod):
     def losses(self, views: PairedViews, progress: float) -> StepOutput:
         """Return the error of recovered voxels, and the distances of student and teacher between scans and within a scan."""
         own, losses, monitors = self.settings, {}, {}
-        tensors = [views.patches, views.strong, views.visible, views.mask]
+        tensors = [views.patches, views.strong, views.visible, views.mask, views.learnable]
         found = in_pieces(self._of_piece, tensors, own.training.pieces)
         if own.reconstruction_weight:
-            losses["reconstruction"] = own.reconstruction_weight * found["error"]
-            monitors["reconstruction_of_visible_mean"] = own.reconstruction_weight * found["error_of_mean"]
+            share = self._recovered_share(views)
+            losses["reconstruction"] = own.reconstruction_weight * (found["error"] / share)
+            monitors["reconstruction_of_visible_mean"] = own.reconstruction_weight * (found["error_of_mean"] / share)
         if own.inter_weight:
             said = self.said_statistics(self.inter_predictor(found["whole"]))
             taught = self.taught_statistics(found["taught_whole"]).detach()
@@ -257,15 +265,18 @@ class Alice(PretextMethod):
         embeddings = said.detach() if own.inter_weight else found["whole"].detach() if self.compares else None
         return StepOutput(losses, embeddings, monitors)
 
-    def _of_piece(self, patches: Tensor, strong: Tensor, visible: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def _of_piece(
+        self, patches: Tensor, strong: Tensor, visible: Tensor, mask: Tensor, learnable: Tensor
+    ) -> dict[str, Tensor]:
         """Return the errors of recovered voxels, and the vectors and answers (S, T) of student and teacher."""
         seen = self.student(patches, visible)
         tokens = self.decoder.decode(seen, visible, self.positions)
         found = {}
         if self.settings.reconstruction_weight:
-            target = standardise_tokens(cut_into_tokens(patches, self.student.token_vox))
-            found["error"] = masked_token_mse(self.decoder.predict(tokens), target, mask)
-            found["error_of_mean"] = visible_mean_baseline(target, mask)
+            counted = cut_into_tokens(learnable[:, None].expand_as(patches), self.student.token_vox)
+            target = standardise_tokens(cut_into_tokens(patches, self.student.token_vox), counted)
+            found["error"] = masked_token_mse(self.decoder.predict(tokens), target, mask, counted)
+            found["error_of_mean"] = visible_mean_baseline(target, mask, counted)
         if self.compares:
             projected = self.projection(tokens)  # H
             found["whole"] = projected.mean(dim=1)
@@ -277,6 +288,11 @@ class Alice(PretextMethod):
                 if self.settings.intra_weight:
                     found["wanted"] = self.teacher_alignment(seen, taught)  # T
         return found
+
+    def _recovered_share(self, views: PairedViews) -> Tensor:
+        """Return the share of the voxels of masked tokens that count."""
+        counted = cut_into_tokens(views.learnable[:, None], self.student.token_vox)
+        return counted_share(counted, views.mask[..., None].expand_as(counted))
 
     def recover(self, views: PairedViews) -> Recovered:
         """Return what the student sees and its recovered tokens, with the mean and contrast of the true ones."""

@@ -12,6 +12,9 @@ only these voxels are compared.
 * Primus: a cell is a token. The transformer receives the visible tokens only, and a light decoder of transformer blocks
   predicts the voxels of all tokens. The encoder is exported.
 
+Voxels that may not be learned from (air, padding, faces that were masked out) leave the loss, as anonymised regions do in Wald et
+al., and the mean and deviation of the targets.
+
 Deviations:
     * Targets: MAE standardises the voxels of each token, and the code of Wald et al. takes the voxels as preprocessing left
       them. Here every channel of a patch is standardised as a whole, so that patches of low contrast count as much as others and
@@ -32,7 +35,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from nnssl.losses.reconstruction import masked_token_mse, standardise_tokens
+from nnssl.losses.reconstruction import counted_share, masked_token_mse, standardise_tokens
 from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, split_by_decay
 from nnssl.methods.settings import Count, Share, TrainingSettings
 from nnssl.networks.backbone import input_channels, stage_strides
@@ -46,6 +49,7 @@ from nnssl.networks.visible_convolutions import SkipTokens, enlarge, visible_map
 from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.flips import apply_flips, check_flips, draw_flips
+from nnssl.views.learnable import mask_of_patches
 from nnssl.views.masking import check_mask, draw_block_mask, visible_tokens
 
 
@@ -75,12 +79,14 @@ class MaskedPatches(NamedTuple):
         target: The same patches, every channel standardised.
         mask: Mask that is True for masked cells (batch, cells), in C order of their grid.
         visible: Indices of the visible cells (batch, visible), ascending.
+        learnable: Mask of the voxels that may be learned from (batch, *shape).
     """
 
     patches: Float[Tensor, "batch channel *shape"]
     target: Float[Tensor, "batch channel *shape"]
     mask: Bool[Tensor, "batch cells"]
     visible: Int[Tensor, "batch visible"]
+    learnable: Bool[Tensor, " batch *shape"]
 
 
 class MAE(PretextMethod):
@@ -149,26 +155,38 @@ class MAE(PretextMethod):
         return {"flip_axes": configuration.flip_axes} | ({} if size is None else {"decoder_depth": size.decoder_depth})
 
     def make_views(
-        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
+        self,
+        volumes: Float[Tensor, "batch channel *shape"],
+        generators: Sequence[torch.Generator],
+        learnable: Bool[Tensor, " batch *shape"] | None = None,
     ) -> MaskedPatches:
         """Return the flipped patches, their standardised voxels as targets, and their masks."""
         own, device = self.settings, volumes.device
         flips = draw_flips(generators, volumes.ndim - 2, own.flip_axes, own.flip_probability)
         mask = draw_block_mask(generators, self.grid, (1,) * len(self.grid), own.mask_ratio)
         patches = apply_flips(volumes, flips)
-        target = standardise_tokens(patches.flatten(2)).view(volumes.shape)  # a channel of a patch is one token
-        return MaskedPatches(patches, target, mask.to(device), visible_tokens(mask).to(device))
+        counted = apply_flips(mask_of_patches(learnable, volumes)[:, None], flips).expand_as(patches)
+        # a channel of a patch is one token
+        target = standardise_tokens(patches.flatten(2), counted.flatten(2)).view(volumes.shape)
+        return MaskedPatches(patches, target, mask.to(device), visible_tokens(mask).to(device), counted[:, 0])
 
     def losses(self, views: MaskedPatches, progress: float) -> StepOutput:
-        """Return the mean squared error of the masked voxels, and that of a constant patch as monitor."""
+        """Return the mean squared error of the masked voxels that count, and that of a constant patch as monitor."""
         found = in_pieces(self._of_piece, list(views), self.settings.training.pieces)
-        return StepOutput({"recovery": found["error"]}, None, {"recovery_of_constant": found["error_of_constant"]})
+        counted = cut_into_tokens(views.learnable[:, None], self.cell_vox)
+        share = counted_share(counted, views.mask[..., None].expand_as(counted))
+        return StepOutput(
+            {"recovery": found["error"] / share}, None, {"recovery_of_constant": found["error_of_constant"] / share}
+        )
 
-    def _of_piece(self, patches: Tensor, target: Tensor, mask: Tensor, visible: Tensor) -> dict[str, Tensor]:
+    def _of_piece(
+        self, patches: Tensor, target: Tensor, mask: Tensor, visible: Tensor, learnable: Tensor
+    ) -> dict[str, Tensor]:
         recovered, wanted = self.recover(patches, mask, visible), cut_into_tokens(target, self.cell_vox)
+        counted = cut_into_tokens(learnable[:, None].expand_as(target), self.cell_vox)
         return {
-            "error": masked_token_mse(recovered, wanted, mask),
-            "error_of_constant": masked_token_mse(torch.zeros_like(wanted), wanted, mask),
+            "error": masked_token_mse(recovered, wanted, mask, counted),
+            "error_of_constant": masked_token_mse(torch.zeros_like(wanted), wanted, mask, counted),
         }
 
     def recover(

@@ -6,7 +6,8 @@ Medical Image Analysis 67, 2021, and the authors' code (MrGiovanni/ModelsGenesis
 A patch is corrupted by four transformations, each with its own probability: local voxels are shuffled, intensities follow a
 random monotone curve, and noise fills small boxes (inpainting) or everything outside large
 boxes (outpainting).
-The U-Net restores the patch as it was. Encoder and decoder are exported, the output layer is discarded.
+The U-Net restores the patch as it was. Encoder and decoder are exported, the output layer is discarded. Voxels that may not be
+learned from (air, padding, faces that were masked out) leave the loss.
 
 Deviations:
     * Intensities lie in [0, 1] in the paper, and the output passes a sigmoid. Here voxels are standardised, so that there is
@@ -23,10 +24,10 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nnssl.losses.reconstruction import counted_mse, counted_share
 from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, split_by_decay
 from nnssl.methods.settings import Share, TrainingSettings
 from nnssl.networks.backbone import input_channels
@@ -36,6 +37,7 @@ from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.corruption import CorruptionRange, apply_corruption, draw_corruption
 from nnssl.views.flips import apply_flips, check_flips, draw_flips
+from nnssl.views.learnable import mask_of_patches
 from nnssl.views.tone_curves import apply_tone_curves, draw_tone_curves
 
 
@@ -64,10 +66,12 @@ class Restorations(NamedTuple):
     Attributes:
         seen: Corrupted patches (batch, channel, *shape).
         clean: The same patches as they were.
+        learnable: Mask of the voxels that may be learned from (batch, *shape).
     """
 
     seen: Float[Tensor, "batch channel *shape"]
     clean: Float[Tensor, "batch channel *shape"]
+    learnable: Bool[Tensor, " batch *shape"]
 
 
 class ModelsGenesis(PretextMethod):
@@ -114,7 +118,10 @@ class ModelsGenesis(PretextMethod):
         return {"flip_axes": configuration.flip_axes}
 
     def make_views(
-        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
+        self,
+        volumes: Float[Tensor, "batch channel *shape"],
+        generators: Sequence[torch.Generator],
+        learnable: Bool[Tensor, " batch *shape"] | None = None,
     ) -> Restorations:
         """Return the flipped patches, corrupted and as they were."""
         own, shape = self.settings, volumes.shape[2:]
@@ -123,17 +130,19 @@ class ModelsGenesis(PretextMethod):
         drawn = draw_corruption(generators, corruption_range(own), shape, self.configuration.spacing_mm)
         clean = apply_flips(volumes, flips)
         # Shuffling permutes voxels, so that it may come after the curve, which is the same for all voxels.
-        return Restorations(apply_corruption(apply_tone_curves(clean, curves), drawn), clean)
+        seen = apply_corruption(apply_tone_curves(clean, curves), drawn)
+        return Restorations(seen, clean, apply_flips(mask_of_patches(learnable, volumes)[:, None], flips)[:, 0])
 
     def losses(self, views: Restorations, progress: float) -> StepOutput:
-        """Return the mean squared error of the restored voxels, and that of the corrupted patch as it is as monitor."""
-        found = in_pieces(self._of_piece, [views.seen, views.clean], self.settings.training.pieces)
-        unchanged = F.mse_loss(views.seen.float(), views.clean.float())
-        return StepOutput({"restoration": found["error"]}, None, {"restoration_of_unchanged": unchanged})
+        """Return the mean squared error of the voxels that count, and that of the corrupted patch as it is as monitor."""
+        found = in_pieces(self._of_piece, list(views), self.settings.training.pieces)
+        share = counted_share(views.learnable)
+        unchanged = counted_mse(views.seen, views.clean, views.learnable) / share
+        return StepOutput({"restoration": found["error"] / share}, None, {"restoration_of_unchanged": unchanged})
 
-    def _of_piece(self, seen: Tensor, clean: Tensor) -> dict[str, Tensor]:
+    def _of_piece(self, seen: Tensor, clean: Tensor, learnable: Tensor) -> dict[str, Tensor]:
         restored = self.output(decoder_maps(self.network, seen)[-1])
-        return {"error": F.mse_loss(restored.float(), clean.float())}
+        return {"error": counted_mse(restored, clean, learnable)}
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return encoder, decoder and output layer; biases and norms have no weight decay."""

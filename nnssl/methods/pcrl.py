@@ -7,7 +7,8 @@ Two crops of a patch are corrupted (blur, shuffling, in- or outpainting). The en
 ``m`` the other, and a hybrid ``h`` mixes the features of both at every level (cross-model mixup). From the features of each of
 the three, one decoder must produce a flipped and turned version of the clean crop. A code names the version and gates the
 bottleneck (attention). InfoNCE compares bottleneck features. Encoder and decoder are exported; attention, projection, output
-layer, moving average and queue are discarded.
+layer, moving average and queue are discarded. Reconstructed voxels that may not be learned from (air, padding, faces that were
+masked out, what a rotated crop shows beyond its patch) leave the loss.
 
 Deviations:
     * Equation 7 has no positive in its denominator. Here it is included, as in MoCo. (The code computes a binary contrast with
@@ -39,14 +40,14 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nnssl.collapse import retrieval_top1
 from nnssl.distributed import gather
 from nnssl.errors import UserError
 from nnssl.losses.contrastive import Negatives, momentum_contrast
+from nnssl.losses.reconstruction import counted_mse, counted_share
 from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, trained_parameters
 from nnssl.methods.settings import (
     Count,
@@ -75,6 +76,8 @@ from nnssl.views.contexts import (
     ReconstructionScale,
     clean_crop,
     clean_in_scale,
+    counted_clean,
+    counted_targets,
     draw_mixing,
     mix,
     reconstruction_targets,
@@ -88,6 +91,7 @@ from nnssl.views.intensity import (
     even_blur,
     restrict_to,
 )
+from nnssl.views.learnable import mask_of_patches, mask_of_view
 from nnssl.views.overlap import draw_overlapping
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine
 from nnssl.views.turns import (
@@ -229,14 +233,17 @@ class PCRL(PretextMethod):
         }
 
     def make_views(
-        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
+        self,
+        volumes: Float[Tensor, "batch channel *shape"],
+        generators: Sequence[torch.Generator],
+        learnable: Bool[Tensor, " batch *shape"] | None = None,
     ) -> ContextViews:
         """Return two crops of each patch, clean and corrupted, the requested transformations, and the mixing."""
         own, spacing_mm, shape = self.settings, self.configuration.spacing_mm, volumes.shape[2:]
         crops = draw_overlapping(generators, affine_range(own), shape, spacing_mm, own.least_iou, "iou")
         blur, corruption = intensity_range(own, spacing_mm), corruption_range(own)
         clean, seen = [], []
-        painted = None
+        kept, painted = mask_of_patches(learnable, volumes), None
         for crop in crops:
             blurred = draw_intensity(generators, blur, volumes.shape[1])
             painted = draw_corruption(generators, corruption, shape, spacing_mm, paint_like=painted)
@@ -245,15 +252,18 @@ class PCRL(PretextMethod):
         turns = draw_asked_turns(generators, own, len(shape))
         mixing = draw_mixing(generators, own.mixing_alpha)
         codes = {model: turn_code(each).to(volumes.device, non_blocking=True) for model, each in turns.items()}
-        return ContextViews(clean[0], clean[1], seen[0], seen[1], turns, codes, mixing.to(volumes.device))
+        masks = [mask_of_view(kept, crop) for crop in crops]
+        return ContextViews(*clean, *seen, turns, codes, mixing.to(volumes.device), *masks)
 
     def losses(self, views: ContextViews, progress: float) -> StepOutput:
         """Return InfoNCE of the queries (equation 7) and the mean squared errors of the reconstructions (equation 8)."""
         own = self.settings
         views = clean_in_scale(views, own.reconstruction_scale) if own.reconstruction_weight else views
         targets = reconstruction_targets(views, own.hybrid_target) if own.reconstruction_weight else {}
+        counted = counted_targets(views, own.hybrid_target) if own.reconstruction_weight else {}
+        share = {model: counted_share(each) for model, each in counted.items()}
         codes = [views.codes[model] for model in targets]
-        tensors = [views.seen_o, views.seen_m, views.mixing, *codes, *targets.values()]
+        tensors = [views.seen_o, views.seen_m, views.mixing, *codes, *targets.values(), *counted.values()]
         found = in_pieces(partial(self._of_piece, list(targets)), tensors, own.training.pieces)
         queries = self.head.embed(found["pooled"])
         with torch.no_grad():
@@ -268,15 +278,15 @@ class PCRL(PretextMethod):
         }
         if own.reconstruction_weight:
             for model, errors in errors_untold(views, own).items():
-                monitors[f"untold_{model}"] = own.reconstruction_weight * errors.mean()
+                monitors[f"untold_{model}"] = own.reconstruction_weight * errors.mean() / share[model]
             for model in targets:
-                losses[f"reconstruction_{model}"] = own.reconstruction_weight * found[model]
+                losses[f"reconstruction_{model}"] = own.reconstruction_weight * (found[model] / share[model])
         return StepOutput(losses, queries.detach(), monitors, carry=all_keys)
 
     def _of_piece(
         self, models: Sequence[str], seen_o: Tensor, seen_m: Tensor, mixing: Tensor, *asked: Tensor
     ) -> dict[str, Tensor]:
-        """Return pooled features of both and the mean error of each model's reconstruction; ``asked``: codes, then targets."""
+        """Return pooled features of both and each model's mean error; ``asked``: codes, targets and their voxels that count."""
         features = self.network.encoder(seen_o)
         found = {"pooled": self.head.pool(features[-1])}
         with torch.no_grad():
@@ -285,8 +295,9 @@ class PCRL(PretextMethod):
         if models:
             codes = dict(zip(models, asked[: len(models)], strict=True))
             outputs = self.reconstruct(features, taught, codes, mixing)
-            for (model, output), target in zip(outputs.items(), asked[len(models) :], strict=True):
-                found[model] = F.mse_loss(output.float(), target.float())
+            targets, counted = asked[len(models) : 2 * len(models)], asked[2 * len(models) :]
+            for (model, output), *wanted in zip(outputs.items(), targets, counted, strict=True):
+                found[model] = counted_mse(output, *wanted)
         return found
 
     def reconstruct(
@@ -395,18 +406,22 @@ def errors_untold(views: ContextViews, settings: PCRLSettings) -> dict[str, Floa
     """Return, by model, the smallest mean squared error of an answer that knows the clean crop but not the code.
 
     A decoder that ignores the code cannot be better. Without attention there is no code; the error is then that of answering
-    every channel of an image with its mean.
+    every channel of an image with its mean. Voxels that do not count have an error of 0, as in ``counted_mse``.
     """
 
-    def untold(clean: Tensor) -> Tensor:
-        clean = clean.float()
+    def untold(model: str, counted: Tensor) -> Tensor:
+        clean, kept = clean_crop(model, views).float(), counted[:, None]
         if settings.attention == "none":
-            return clean.flatten(2).var(dim=2, unbiased=False).mean(dim=1)
-        answer = mean_over_turns(clean, settings.turn_plane, settings.asked_turns, settings.asked_flips)
-        return (clean.square() - answer.square()).flatten(1).mean(dim=1)
+            total = torch.where(kept, clean, 0.0).flatten(2).sum(dim=2)
+            mean = total / counted.flatten(1).sum(dim=1, keepdim=True).clamp_min(1)
+            answer = mean.view(*mean.shape, *(1,) * (clean.ndim - 2))
+        else:
+            answer = mean_over_turns(clean, settings.turn_plane, settings.asked_turns, settings.asked_flips)
+        return torch.where(kept, clean - answer, 0.0).square().flatten(1).mean(dim=1)
 
     if "h" in views.turns and settings.hybrid_target == "turned_then_mixed" and settings.attention != "none":
-        first, second = untold(views.clean_o), untold(views.clean_m)  # turned independently, so that the errors add up
-        mixed = views.mixing.square() * first + (1 - views.mixing).square() * second
-        return {"o": first, "m": second, "h": mixed}
-    return {model: untold(clean_crop(model, views)) for model in views.turns}
+        # The crops are turned independently, so that the errors add up.
+        both = counted_clean("h", views)
+        mixed = views.mixing.square() * untold("o", both) + (1 - views.mixing).square() * untold("m", both)
+        return {"o": untold("o", views.learnable_o), "m": untold("m", views.learnable_m), "h": mixed}
+    return {model: untold(model, counted_clean(model, views)) for model in views.turns}

@@ -7,7 +7,8 @@ A patch ``x`` gets two draws of intensity changes, ``t`` and ``t'``, and one dra
 after the network, ``z_a = g(phi . f(t(x)))``, the other before it, ``z_b = g(f(phi . t'(x)))``. At the same point of the
 view both describe the same tissue. v1 contrasts pairs of points (NT-Xent), v2 decorrelates dimensions (Barlow Twins). There
 is no teacher and no stopped gradient: both branches train ``f``, the whole U-Net up to its segmentation layers, and ``g``.
-``f`` is exported, ``g`` is discarded.
+``f`` is exported, ``g`` is discarded. Points are drawn where the view may be learned from (not in air, padding, or faces that
+were masked out); a view with fewer such voxels than points draws them from all valid ones.
 
 Deviations:
     * Order of warp and ``g``: the paper warps the projected map, ``phi . g(f(t(x)))``. Here ``f`` is interpolated at the
@@ -43,7 +44,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from nnssl.collapse import retrieval_top1
@@ -75,6 +76,7 @@ from nnssl.views.intensity import (
     even_blur,
     restrict_to,
 )
+from nnssl.views.learnable import mask_of_patches, mask_of_view, mask_where_enough
 from nnssl.views.points import brighter_part, draw_points
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine, map_points, valid_mask
 
@@ -201,7 +203,10 @@ class DensePoints(PretextMethod):
         }
 
     def make_views(
-        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
+        self,
+        volumes: Float[Tensor, "batch channel *shape"],
+        generators: Sequence[torch.Generator],
+        learnable: Bool[Tensor, " batch *shape"] | None = None,
     ) -> EquivariantViews:
         """Return ``t(x)``, ``phi . t'(x)`` and the points at which they are compared."""
         own, spacing_mm, shape = self.settings, self.configuration.spacing_mm, volumes.shape[2:]
@@ -210,8 +215,9 @@ class DensePoints(PretextMethod):
         phi = draw_affine(generators, affine_range(own), shape, spacing_mm)
         warped = apply_affine(apply_intensity(volumes, draw_intensity(generators, ranges, channels)), phi)
         body = apply_affine(brighter_part(volumes)[:, None].float(), phi, mode="nearest")[:, 0] > 0.5
-        valid = valid_mask(phi, shape, volumes.device)
-        points = draw_points(generators, valid, points_of_image(own, shape), body, own.foreground_share).float()
+        count, kept = points_of_image(own, shape), mask_of_view(mask_of_patches(learnable, volumes), phi)
+        valid = mask_where_enough(valid_mask(phi, shape, volumes.device), kept, count)
+        points = draw_points(generators, valid, count, body, own.foreground_share).float()
         return EquivariantViews(before, warped, map_points(points, phi, "to_input"), points)
 
     def losses(self, views: EquivariantViews, progress: float) -> StepOutput:

@@ -7,7 +7,8 @@ Student and teacher (its moving average) see two crops of a patch. The global lo
 the cross-entropy of their softmaxes. The local loss does the same at every voxel of the student's crop that the teacher's crop
 shows too; correspondences follow from the drawn parameters. The context stabilizer subtracts the same discrepancy measured on
 another image under the same changes. Points where the teacher is uncertain, by the entropy of passes with dropout, get a
-smaller weight. Encoder and decoder of the student are exported; heads and teacher are discarded.
+smaller weight. Encoder and decoder of the student are exported; heads and teacher are discarded. Points lie where the image may
+be learned from (not in air, padding, or faces that were masked out); with a stabilizer, where both images of a pair may.
 
 Deviations:
     * Equation 2 is reversed: as printed, the teacher would be 99.6 % student after one step. Here the teacher is kept.
@@ -39,7 +40,7 @@ from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -75,6 +76,7 @@ from nnssl.networks.uncertainty import normalised_entropy, point_uncertainty
 from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
+from nnssl.views.learnable import mask_of_patches, mask_of_view
 from nnssl.views.overlap import draw_overlapping, map_across, shown_by_both
 from nnssl.views.partners import check_pairs, pair_up
 from nnssl.views.points import corner_points, draw_points, interpolate_at, place_of
@@ -137,8 +139,8 @@ class CorrespondingViews:
         teacher: View of the teacher, of the same shape.
         points_student: Positions of the points in the student's view (batch, points, d): centres of voxels, zyx.
         points_teacher: Positions of the same points in the teacher's view.
-        valid: Validity of the points (batch, points): 1, or 0 for all points of an image whose crops have no voxel in common.
-            If there are fewer shared voxels than points, they are repeated.
+        valid: Validity of the points (batch, points): 1, or 0 for all points of an image whose crops have no voxel in common that
+            may be learned from. If there are fewer such voxels than points, they are repeated.
         partner: Index of the image with the same draws (batch,); the image's own index if it has no partner.
         seeds: Random seed of each image for dropout; partners have the same.
     """
@@ -222,7 +224,10 @@ class PixelGlobal(PretextMethod):
         }
 
     def make_views(
-        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
+        self,
+        volumes: Float[Tensor, "batch channel *shape"],
+        generators: Sequence[torch.Generator],
+        learnable: Bool[Tensor, " batch *shape"] | None = None,
     ) -> CorrespondingViews:
         """Return two crops of each patch, with the same draws for partners, and points that both crops show."""
         own, spacing_mm, shape, device = self.settings, self.configuration.spacing_mm, volumes.shape[2:], volumes.device
@@ -234,7 +239,10 @@ class PixelGlobal(PretextMethod):
             apply_affine(apply_intensity(volumes, draw_intensity(shared, ranges, volumes.shape[1])), crop)
             for crop in crops
         )
-        shown = shown_by_both(*crops, shape, device)
+        kept = mask_of_patches(learnable, volumes)
+        if own.stabilizer != "none":  # the same points for all images of a group
+            kept = kept & kept[partner] & kept[partner][partner]
+        shown = shown_by_both(*crops, shape, device) & mask_of_view(kept, crops[0])
         points = draw_points(shared, shown, points_of_image(own, shape)).float()
         return CorrespondingViews(
             student=student,

@@ -59,9 +59,12 @@ class PretextMethod(nn.Module):
 
     Class attributes:
         defaults: Settings of the stage with the paper's numbers.
+        learns_at_voxels: Whether the loss compares voxels or points, so that ``make_views`` needs the mask of those that may be
+            learned from; false for a method that compares whole patches only.
     """
 
     defaults: ClassVar[Any]
+    learns_at_voxels: ClassVar[bool] = True
 
     @classmethod
     def from_plan(cls, configuration: StageConfiguration) -> dict[str, Any]:
@@ -85,12 +88,16 @@ class PretextMethod(nn.Module):
         """Return the edges in mm of the supervoxels that the method needs of every patch; none by default."""
         return ()
 
-    def make_views(self, volumes: Tensor, generators: Sequence[torch.Generator]) -> Any:
+    def make_views(
+        self, volumes: Tensor, generators: Sequence[torch.Generator], learnable: Tensor | None = None
+    ) -> Any:
         """Return the views of a batch of raw patches, computed on the device of the patches.
 
         Args:
             volumes: Raw patches (batch, channel, *shape).
             generators: One generator per sample, from which all random numbers of the step must come.
+            learnable: Mask (batch, *shape) of the voxels that may be learned from; all others must leave the loss and the
+                drawing of points. None for all; always None if not ``learns_at_voxels``.
         """
         raise NotImplementedError
 

@@ -8,7 +8,8 @@ Cases are partitioned by SLIC into supervoxels of several sizes. The reference v
 it; both change in intensity. The prototype of a supervoxel is the mean of the projected
 features at its reference points. Each
 query point is classified among the prototypes of its own patch and of all others of the batch (cross-entropy and Dice).
-Encoder and decoder are exported; the projection is discarded.
+Encoder and decoder are exported; the projection is discarded. Points are drawn where the patch may be learned from (not in air,
+padding, or faces that were masked out), and supervoxels end there; a patch without such voxels has no regions and no loss.
 
 Deviations:
     * Masks: supervoxels of a size drawn for each patch and step, not SAM2's masks of whole structures.
@@ -24,7 +25,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
@@ -48,6 +49,7 @@ from nnssl.networks.tokens import take_tokens
 from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
+from nnssl.views.learnable import mask_of_patches, mask_of_view
 from nnssl.views.points import brighter_part, draw_points, place_of
 from nnssl.views.regions import RegionPoints, assign_regions
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine, map_points, valid_mask
@@ -104,6 +106,7 @@ class RegionViews:
         in_query: Query points (batch, points, d) in the crop; they are centres of voxels. As above.
         query_in_patch: The same query points in the patch.
         salt: Random number of each sample for the order of the regions.
+        learnable: Mask of the voxels of the patches that may be learned from (batch, *shape).
         regions: Regions of the points; None until the supervoxels are known.
     """
 
@@ -113,6 +116,7 @@ class RegionViews:
     in_query: Float[Tensor, "batch query d"]
     query_in_patch: Float[Tensor, "batch query d"]
     salt: Int[Tensor, " batch"]
+    learnable: Bool[Tensor, " batch *shape"]
     regions: RegionPoints | None = None
 
 
@@ -172,7 +176,10 @@ class Regions(PretextMethod):
         return self.settings.edges_mm
 
     def make_views(
-        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
+        self,
+        volumes: Float[Tensor, "batch channel *shape"],
+        generators: Sequence[torch.Generator],
+        learnable: Bool[Tensor, " batch *shape"] | None = None,
     ) -> RegionViews:
         """Return both views and the points at which they are compared."""
         own, spacing_mm, shape = self.settings, self.configuration.spacing_mm, volumes.shape[2:]
@@ -181,19 +188,21 @@ class Regions(PretextMethod):
         crop = draw_affine(generators, affine_range(own), shape, spacing_mm)
         query = apply_affine(apply_intensity(volumes, draw_intensity(generators, ranges, channels)), crop)
         most = math.prod(shape)
-        everywhere = torch.ones_like(body)
+        kept = mask_of_patches(learnable, volumes)
         count = min(CANDIDATES * own.reference_points, most)
-        in_reference = _mixed(draw_points(generators, everywhere, count, body, own.foreground_share).float())
+        in_reference = _mixed(draw_points(generators, kept, count, body, own.foreground_share).float())
         cropped = apply_affine(body[:, None].float(), crop, mode="nearest")[:, 0] > 0.5
-        valid = valid_mask(crop, shape, volumes.device)
+        valid = valid_mask(crop, shape, volumes.device) & mask_of_view(kept, crop)
         count = min(CANDIDATES * own.query_points, most)
         in_query = _mixed(draw_points(generators, valid, count, cropped, own.foreground_share).float())
         salt = torch.cat([torch.randint(2**30, (1,), generator=each) for each in generators]).to(volumes.device)
-        return RegionViews(reference, query, in_reference, in_query, map_points(in_query, crop, "to_input"), salt)
+        in_patch = map_points(in_query, crop, "to_input")
+        return RegionViews(reference, query, in_reference, in_query, in_patch, salt, kept)
 
     def partitioned(self, views: RegionViews, supervoxels: Int[Tensor, " batch *shape"]) -> RegionViews:
         """Return the views with points in used regions, and their regions; points elsewhere fill up what is missing."""
-        own, shape, flat = self.settings, supervoxels.shape[1:], supervoxels.flatten(1)
+        own, shape = self.settings, supervoxels.shape[1:]
+        flat = (supervoxels * views.learnable).flatten(1)  # 0 is no supervoxel
         last = torch.tensor([length - 1 for length in shape], device=supervoxels.device)
         nearest = views.query_in_patch.round().long().clamp_min(0).minimum(last)
         found = assign_regions(

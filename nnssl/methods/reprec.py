@@ -6,7 +6,8 @@ authors is public. The contrastive stage follows MoCo (He et al., CVPR 2020), to
 Stage 1, contrastive: ``E_c``, the encoder of the plan's U-Net, sees two crops of a patch. The loss is InfoNCE against keys
 from a momentum encoder (section 4.1). Stage 2, generative: ``E_c`` is frozen, and three quarters of the positions of its
 feature map are dropped. ``E_t`` sees the rest, and a small decoder predicts the features of the dropped positions
-(section 4.2). ``E_c`` and ``E_t`` are exported; the decoder of stage 2, the heads and the queue are discarded.
+(section 4.2). ``E_c`` and ``E_t`` are exported; the decoder of stage 2, the heads and the queue are discarded. The loss of stage
+2 leaves out tokens of whose voxels less than half may be learned from (not air, padding, or faces that were masked out).
 
 Deviations:
     * Positive pairs: section 4.1 says elastic transforms, section 5.1.4 crop, jitter and flip. Here the latter.
@@ -42,7 +43,7 @@ from torch import Tensor, nn
 
 from nnssl.distributed import gather
 from nnssl.losses.contrastive import Negatives, momentum_contrast
-from nnssl.losses.reconstruction import masked_token_mse, standardise_tokens, visible_mean_baseline
+from nnssl.losses.reconstruction import counted_share, masked_token_mse, standardise_tokens, visible_mean_baseline
 from nnssl.methods.protocol import (
     Exported,
     ParameterGroup,
@@ -71,6 +72,7 @@ from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.intensity import IntensityRange, check_intensity, restrict_to
 from nnssl.views.jittered_crops import jittered_crop_pair
+from nnssl.views.learnable import mask_of_patches, mask_of_tokens, mask_of_view
 from nnssl.views.masking import check_mask, draw_block_mask, visible_tokens
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine
 
@@ -136,6 +138,7 @@ class RepRecContrastive(PretextMethod):
         UserError: If the crop, the flips or the intensity changes cannot be drawn.
     """
 
+    learns_at_voxels: ClassVar[bool] = False
     defaults: ClassVar[ContrastiveSettings] = ContrastiveSettings(
         training=TrainingSettings(
             epochs=200,  # [P] 5.1.4
@@ -189,7 +192,10 @@ class RepRecContrastive(PretextMethod):
         }
 
     def make_views(
-        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
+        self,
+        volumes: Float[Tensor, "batch channel *shape"],
+        generators: Sequence[torch.Generator],
+        learnable: Bool[Tensor, " batch *shape"] | None = None,
     ) -> tuple[Float[Tensor, "batch channel *shape"], Float[Tensor, "batch channel *shape"]]:
         """Return query and key: two random crops of each patch, zoomed to its size, flipped and jittered."""
         crop, changes = affine_range(self.settings), intensity_range(self.settings)
@@ -244,11 +250,13 @@ class MaskedViews:
         volumes: Crops (batch, channel, *shape).
         mask: Mask (batch, tokens), True for dropped tokens.
         visible: Indices of the visible tokens (batch, visible), ascending.
+        counted: Mask (batch, tokens), True for tokens that may be learned from.
     """
 
     volumes: Float[Tensor, "batch channel *shape"]
     mask: Bool[Tensor, "batch tokens"]
     visible: Int[Tensor, "batch visible"]
+    counted: Bool[Tensor, "batch tokens"]
 
 
 class RepRecGenerative(PretextMethod):
@@ -306,17 +314,23 @@ class RepRecGenerative(PretextMethod):
         }
 
     def make_views(
-        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
+        self,
+        volumes: Float[Tensor, "batch channel *shape"],
+        generators: Sequence[torch.Generator],
+        learnable: Bool[Tensor, " batch *shape"] | None = None,
     ) -> MaskedViews:
         """Return one random crop of each patch and the block mask of its tokens."""
         own, spacing_mm, device = self.settings, self.configuration.spacing_mm, volumes.device
         crop = draw_affine(generators, affine_range(own), volumes.shape[2:], spacing_mm)
         mask = draw_block_mask(generators, self.configuration.token_grid.grid, own.mask_block, own.mask_ratio)
         visible = visible_tokens(mask)
-        return MaskedViews(apply_affine(volumes, crop), mask.to(device), visible.to(device))
+        counted = mask_of_tokens(
+            mask_of_view(mask_of_patches(learnable, volumes), crop), self.configuration.token_grid.grid
+        )
+        return MaskedViews(apply_affine(volumes, crop), mask.to(device), visible.to(device), counted)
 
     def losses(self, views: MaskedViews, progress: float) -> StepOutput:
-        """Return the mean squared error of the recovered features over the masked tokens (section 4.2)."""
+        """Return the mean squared error of the recovered features over the masked tokens that count (section 4.2)."""
         pieces = self.settings.training.pieces
         with torch.no_grad():
             features = in_pieces(
@@ -324,19 +338,23 @@ class RepRecGenerative(PretextMethod):
                 [views.volumes],
                 pieces,
             )
-        found = in_pieces(self._recover, [features, views.visible, views.mask], pieces)
-        losses, monitors = {"recovery": found["error"]}, {"recovery_of_visible_mean": found["error_of_mean"]}
+        found = in_pieces(self._recover, [features, views.visible, views.mask, views.counted], pieces)
+        share = counted_share(views.counted, views.mask)
+        losses, monitors = (
+            {"recovery": found["error"] / share},
+            {"recovery_of_visible_mean": found["error_of_mean"] / share},
+        )
         return StepOutput(losses, found["encoded"].detach(), monitors)
 
-    def _recover(self, features: Tensor, visible: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def _recover(self, features: Tensor, visible: Tensor, mask: Tensor, counted: Tensor) -> dict[str, Tensor]:
         """Return the error of the recovered features, that of the mean of the visible ones, and the mean encoded token."""
-        target = standardise_tokens(features)
+        target, counted = standardise_tokens(features), counted[..., None].expand_as(features)
         positions = sine_cosine_positions(self.configuration.token_grid.grid, self.transformer.width, features.device)
         encoded = self.transformer.encode(take_tokens(features, visible), positions[visible])
         recovered = self.decoder(encoded, visible, positions)
         return {
-            "error": masked_token_mse(recovered, target, mask),
-            "error_of_mean": visible_mean_baseline(target, mask),
+            "error": masked_token_mse(recovered, target, mask, counted),
+            "error_of_mean": visible_mean_baseline(target, mask, counted),
             "encoded": encoded.float().mean(dim=1),
         }
 

@@ -6,7 +6,8 @@ the authors' code (alibaba-damo-academy/self-supervised-anatomical-embedding-v2)
 Two crops of a patch are drawn with independent scales and rotations. The embedding of a voxel in one crop must be more similar
 to that of the same place in the other crop than to those of other places. This holds for a fine embedding, whose negatives are
 hard by both embeddings, and for a coarse one, with negatives from the same scan and from other scans. ``nnssl.matching`` uses
-the embeddings to find corresponding points in other scans.
+the embeddings to find corresponding points in other scans. Queries lie where the patch may be learned from (not in air, padding,
+or faces that were masked out). Other cells remain negatives, because a match is searched among all cells of a scan.
 
 Deviations:
     * The positive of a voxel is the other crop's embedding at the exact place, interpolated. In the code it is the embedding
@@ -56,6 +57,7 @@ from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.cells import PlacedCells, Queries, draw_queries, far_enough, place_cells
 from nnssl.views.intensity import IntensityRange, apply_intensity, check_intensity, draw_intensity, restrict_to
+from nnssl.views.learnable import mask_of_patches
 from nnssl.views.overlap import draw_overlapping
 from nnssl.views.points import interpolate_at
 from nnssl.views.spatial import AffineParams, AffineRange, apply_affine, check_affine, pick
@@ -199,7 +201,10 @@ class SAM(PretextMethod):
         }
 
     def make_views(
-        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
+        self,
+        volumes: Float[Tensor, "batch channel *shape"],
+        generators: Sequence[torch.Generator],
+        learnable: Bool[Tensor, " batch *shape"] | None = None,
     ) -> PlacedViews:
         """Return two crops of each patch and the places to compare: cells of each view that the other view shows too."""
         own, shape, channels = self.settings, volumes.shape[2:], volumes.shape[1]
@@ -211,11 +216,12 @@ class SAM(PretextMethod):
             apply_affine(apply_intensity(volumes, draw_intensity(generators, ranges, channels)), each)
             for each in params
         )
+        kept = mask_of_patches(learnable, volumes)
         grids, counts = self.embedding.grids(shape), {"fine": own.fine_queries, "coarse": own.coarse_queries}
         fine, coarse = (
             (
-                draw_queries(generators, first, *params, grids[kind], counts[kind], own.body_share),
-                draw_queries(generators, second, *params[::-1], grids[kind], counts[kind], own.body_share),
+                draw_queries(generators, first, *params, grids[kind], counts[kind], own.body_share, kept),
+                draw_queries(generators, second, *params[::-1], grids[kind], counts[kind], own.body_share, kept),
             )
             for kind in KINDS
         )

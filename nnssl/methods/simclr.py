@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nnssl.collapse import retrieval_top1
@@ -67,6 +67,7 @@ class SimCLR(PretextMethod):
         UserError: If the crop, the flips or the intensity changes cannot be drawn.
     """
 
+    learns_at_voxels: ClassVar[bool] = False
     defaults: ClassVar[SimCLRSettings] = SimCLRSettings(
         training=TrainingSettings(
             epochs=100,  # [P] section 2.2
@@ -107,7 +108,10 @@ class SimCLR(PretextMethod):
         }
 
     def make_views(
-        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
+        self,
+        volumes: Float[Tensor, "batch channel *shape"],
+        generators: Sequence[torch.Generator],
+        learnable: Bool[Tensor, " batch *shape"] | None = None,
     ) -> tuple[Float[Tensor, "batch channel *shape"], Float[Tensor, "batch channel *shape"]]:
         """Return two views of each patch, which are cropped, flipped and changed in intensity independently."""
         crop, changes = affine_range(self.settings), intensity_range(self.settings)

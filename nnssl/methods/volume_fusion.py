@@ -5,6 +5,7 @@ Dataset, 2023; published as Volume Fusion-based Self-supervised Pretraining for 
 
 Two patches are fused by a map of K + 1 discrete coefficients, constant in random boxes. The U-Net predicts the coefficient of
 every voxel as a class, with the loss of segmentation. Encoder and decoder are exported, the layer of the classes is discarded.
+Voxels that may not be learned from (air, padding, faces that were masked out) in one of the two patches leave both losses.
 
 Deviations:
     * Both patches of a pair are foreground once, so that a batch of N patches gives N fused ones. They are any two patches of
@@ -21,13 +22,14 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.helpers import softmax_helper_dim1
 from torch import Tensor
 
 from nnssl.distributed import world_size
 from nnssl.errors import UserError
+from nnssl.losses.reconstruction import counted_share
 from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, split_by_decay
 from nnssl.methods.settings import Count, PositiveShare, Share, TrainingSettings
 from nnssl.networks.dense import ENCODER_AND_DECODER, decoder_maps, trained_up_to_segmentation
@@ -36,8 +38,11 @@ from nnssl.plan import StageConfiguration
 from nnssl.schema import STRICT
 from nnssl.views.flips import apply_flips, check_flips, draw_flips
 from nnssl.views.fusion import FusionRange, draw_classes, fuse
+from nnssl.views.learnable import mask_of_patches
 from nnssl.views.partners import check_pairs, partners_in_batch
 
+IGNORED = -100
+"""Class of voxels that the cross-entropy leaves out."""
 SMOOTH = 1e-5
 """Number that nnU-Net adds to numerator and denominator of the Dice."""
 
@@ -66,10 +71,12 @@ class FusedPatches(NamedTuple):
     Attributes:
         fused: Fused patches (batch, channel, *shape).
         classes: Class of the coefficient of every voxel (batch, *shape).
+        learnable: Mask of the voxels that may be learned from in both patches (batch, *shape).
     """
 
     fused: Float[Tensor, "batch channel *shape"]
     classes: Int[Tensor, " batch *shape"]
+    learnable: Bool[Tensor, " batch *shape"]
 
 
 class VolumeFusion(PretextMethod):
@@ -121,7 +128,10 @@ class VolumeFusion(PretextMethod):
         return {"flip_axes": configuration.flip_axes}
 
     def make_views(
-        self, volumes: Float[Tensor, "batch channel *shape"], generators: Sequence[torch.Generator]
+        self,
+        volumes: Float[Tensor, "batch channel *shape"],
+        generators: Sequence[torch.Generator],
+        learnable: Bool[Tensor, " batch *shape"] | None = None,
     ) -> FusedPatches:
         """Return every patch fused into its partner, and the classes of the coefficients."""
         own = self.settings
@@ -129,24 +139,28 @@ class VolumeFusion(PretextMethod):
         ranges = FusionRange(own.coefficients, own.boxes, own.box_side)
         classes = draw_classes(generators, ranges, volumes.shape[2:]).to(volumes.device)
         patches = apply_flips(volumes, flips)
-        background = patches[partners_in_batch(len(patches), patches.device)]
-        return FusedPatches(fuse(patches, background, classes, own.coefficients), classes)
+        partner = partners_in_batch(len(patches), patches.device)
+        kept = apply_flips(mask_of_patches(learnable, volumes)[:, None], flips)[:, 0]
+        return FusedPatches(fuse(patches, patches[partner], classes, own.coefficients), classes, kept & kept[partner])
 
     def losses(self, views: FusedPatches, progress: float) -> StepOutput:
         """Return nnU-Net's loss of the predicted classes, and the share of voxels with the right class as monitor."""
         found = in_pieces(self._of_piece, list(views), self.settings.training.pieces)
-        losses = {"dice": found["dice"], "cross_entropy": found["cross_entropy"]}
-        return StepOutput(losses, None, {"head_accuracy": found["accuracy"]})
+        share = counted_share(views.learnable)
+        losses = {"dice": found["dice"], "cross_entropy": found["cross_entropy"] / share}
+        return StepOutput(losses, None, {"head_accuracy": found["accuracy"] / share})
 
-    def _of_piece(self, fused: Tensor, classes: Tensor) -> dict[str, Tensor]:
+    def _of_piece(self, fused: Tensor, classes: Tensor, learnable: Tensor) -> dict[str, Tensor]:
         logits = self.output(decoder_maps(self.network, fused)[-1])
+        counted = torch.where(learnable, classes, IGNORED)
         # Both losses are computed in float32, outside of mixed precision.
         with torch.autocast(logits.device.type, enabled=False):
             logits = logits.float()
             return {
-                "dice": self.dice_loss(logits, classes[:, None]),
-                "cross_entropy": F.cross_entropy(logits, classes),
-                "accuracy": (logits.detach().argmax(dim=1) == classes).float().mean(),
+                "dice": self.dice_loss(logits, classes[:, None], learnable[:, None]),
+                "cross_entropy": F.cross_entropy(logits, counted, ignore_index=IGNORED, reduction="sum")
+                / classes.numel(),
+                "accuracy": (logits.detach().argmax(dim=1) == counted).float().mean(),
             }
 
     def parameter_groups(self) -> list[ParameterGroup]:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 MLP_RATIO = 4
@@ -34,12 +34,12 @@ def take_tokens(
 
 
 def cut_into_tokens(
-    volumes: Float[Tensor, "batch channel *shape"], token_vox: Sequence[int]
-) -> Float[Tensor, "batch tokens values"]:
+    volumes: Shaped[Tensor, "batch channel *shape"], token_vox: Sequence[int]
+) -> Shaped[Tensor, "batch tokens values"]:
     """Return the voxels of every token, channels first; tokens in C order of the grid.
 
     Args:
-        volumes: Patches whose shape is a multiple of the token's.
+        volumes: Patches or masks whose shape is a multiple of the token's.
         token_vox: Number of voxels of a token along each axis.
     """
     cells = volumes

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nnssl.views.learnable import mask_at_points
 from nnssl.views.overlap import map_across
 from nnssl.views.points import are_inside, brighter_part, cell_centres_vox, draw_points, place_of
 from nnssl.views.spatial import AffineParams, map_points
@@ -24,7 +25,7 @@ class Queries(NamedTuple):
     Attributes:
         here: Centres of cells of this crop (batch, query, d).
         there: Positions of the same places in the other crop.
-        valid: Validity of each query (batch, query): 0 if the two crops have no cell in common, otherwise 1.
+        valid: Validity of each query (batch, query): 0 if no cell can be drawn, otherwise 1.
     """
 
     here: Float[Tensor, "batch query d"]
@@ -54,8 +55,9 @@ def draw_queries(
     grid: Sequence[int],
     count: int,
     body_share: float,
+    learnable: Bool[Tensor, " batch *shape"],
 ) -> Queries:
-    """Draw cells of a crop that the other crop shows too.
+    """Draw cells of a crop that the other crop shows too and that may be learned from.
 
     Args:
         generators: One generator per sample.
@@ -65,13 +67,14 @@ def draw_queries(
         grid: Number of cells along each axis.
         count: Number of cells per sample; if fewer are shown, they are repeated.
         body_share: Share of the cells that are drawn from the brighter part, 0 to 1.
+        learnable: Mask of the voxels of the patches that may be learned from; the voxel nearest to a cell's centre decides.
     """
     shape = volumes.shape[2:]
     pool: Any = F.adaptive_avg_pool3d if len(shape) == 3 else F.adaptive_avg_pool2d
     bright = pool(brighter_part(volumes).float()[:, None], tuple(grid))[:, 0] > 0.5
     centres = cell_centres_vox(grid, shape, volumes.device).expand(len(volumes), -1, -1)
     places, there = map_across(centres, own, other)
-    shown = are_inside(places, shape) & are_inside(there, shape)
+    shown = are_inside(places, shape) & are_inside(there, shape) & mask_at_points(learnable, places)
     cells = draw_points(generators, shown.unflatten(1, tuple(grid)), count, bright, body_share)
     chosen = place_of(cells, grid)
     index = chosen[..., None].expand(-1, -1, len(shape))

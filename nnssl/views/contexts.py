@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.special import betaincinv
 from torch import Tensor
 
@@ -38,6 +38,8 @@ class ContextViews:
         turns: Requested transformation, by model; no ``h`` without mixup.
         codes: Code of the requested transformation (batch, bits), by model.
         mixing: Share of ``o`` in the hybrid (batch,), 0 to 1.
+        learnable_o: Mask of the voxels of ``clean_o`` that may be learned from (batch, *shape).
+        learnable_m: The same for ``clean_m``.
     """
 
     clean_o: Float[Tensor, "batch channel *shape"]
@@ -47,6 +49,8 @@ class ContextViews:
     turns: dict[str, TurnParams]
     codes: dict[str, Tensor]
     mixing: Float[Tensor, " batch"]
+    learnable_o: Bool[Tensor, " batch *shape"]
+    learnable_m: Bool[Tensor, " batch *shape"]
 
 
 def draw_mixing(generators: Sequence[torch.Generator], alpha: float) -> Float[Tensor, " batch"]:
@@ -72,6 +76,16 @@ def reconstruction_targets(
     return targets
 
 
+def counted_targets(views: ContextViews, hybrid_target: HybridTarget) -> dict[str, Bool[Tensor, " batch *shape"]]:
+    """Return the voxels of each target that count: those of the clean crops that may be learned from, flipped and turned."""
+    counted = {
+        model: apply_turns(counted_clean(model, views)[:, None], turns)[:, 0] for model, turns in views.turns.items()
+    }
+    if "h" in counted and hybrid_target == "turned_then_mixed":
+        counted["h"] = counted["o"] & counted["m"]
+    return counted
+
+
 def mix(first: Tensor, second: Tensor, share: Float[Tensor, " batch"]) -> Tensor:
     """Return ``share * first + (1 - share) * second`` for every sample."""
     share = share.to(first).view(-1, *(1,) * (first.ndim - 1))
@@ -83,6 +97,13 @@ def clean_crop(model: str, views: ContextViews) -> Float[Tensor, "batch channel 
     if model == "h":
         return mix(views.clean_o, views.clean_m, views.mixing)
     return views.clean_o if model == "o" else views.clean_m
+
+
+def counted_clean(model: str, views: ContextViews) -> Bool[Tensor, " batch *shape"]:
+    """Return the voxels of a model's clean crop that may be learned from; for the hybrid, in both crops."""
+    if model == "h":
+        return views.learnable_o & views.learnable_m
+    return views.learnable_o if model == "o" else views.learnable_m
 
 
 def clean_in_scale(views: ContextViews, scale: ReconstructionScale) -> ContextViews:

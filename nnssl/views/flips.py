@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from nnssl.errors import UserError
@@ -30,12 +30,12 @@ def draw_flips(
 
 
 def apply_flips(
-    volumes: Float[Tensor, "batch channel *shape"], flips: Bool[Tensor, "batch d"]
-) -> Float[Tensor, "batch channel *shape"]:
+    volumes: Shaped[Tensor, "batch channel *shape"], flips: Bool[Tensor, "batch d"]
+) -> Shaped[Tensor, "batch channel *shape"]:
     """Return the volumes, each flipped along its own axes.
 
     Args:
-        volumes: Volumes on any device.
+        volumes: Volumes or masks on any device.
         flips: Drawn flips, on the CPU.
     """
     flipped = [

@@ -19,6 +19,7 @@ class PairedViews:
         visible: Indices of the visible tokens (batch, visible), ascending.
         strong: Views for the teacher (batch, channel, *shape).
         partner: Index of the other patch of the pair (batch,).
+        learnable: Mask of the voxels of the patches that may be learned from (batch, *shape).
         scan: Number of the scan of each patch (batch,), by which scans are distinguished; None if unknown.
         place_mm: First corner (z, y, x) of each patch in its scan in mm (batch, 3); None if unknown.
     """
@@ -28,6 +29,7 @@ class PairedViews:
     visible: Int[Tensor, "batch visible"]
     strong: Float[Tensor, "batch channel *shape"]
     partner: Int[Tensor, " batch"]
+    learnable: Bool[Tensor, " batch *shape"]
     scan: Int[Tensor, " batch"] | None = None
     place_mm: Float[Tensor, "batch 3"] | None = None
 

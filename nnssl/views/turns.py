@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from nnssl.errors import UserError
@@ -172,8 +172,8 @@ def no_turns(batch: int, dimensions: int, plane: tuple[int, int]) -> TurnParams:
 
 
 def apply_turns(
-    volumes: Float[Tensor, "batch channel *shape"], params: TurnParams
-) -> Float[Tensor, "batch channel *shape"]:
+    volumes: Shaped[Tensor, "batch channel *shape"], params: TurnParams
+) -> Shaped[Tensor, "batch channel *shape"]:
     """Return ``turn(flip(x))`` of each sample, bit-exact, as new tensors.
 
     Args:

@@ -27,7 +27,7 @@ def patches_of_run(
     store: CaseStore,
     run: StageRun,
     pairs: PairTable | None,
-    edges_mm: Sequence[float],
+    method: PretextMethod,
     first_step: int,
     workers: int | None,
     device: torch.device,
@@ -38,11 +38,12 @@ def patches_of_run(
         store: The preprocessed cases.
         run: The run, which determines patch size, batch size, seed and number of steps.
         pairs: Pairs of places for stages that compare scans; None for all other stages.
-        edges_mm: Edges in mm of the supervoxels that are read too; none for most stages.
+        method: The method, which says whether supervoxels and the voxels that may be learned from are read too.
         first_step: Step to start or resume from, counted from 0.
         workers: Number of processes that read patches; None for the device's default.
         device: Device that the patches will be moved to.
     """
+    edges_mm = method.supervoxel_edges_mm()
     partition_cases(store, edges_mm)
     training = run.settings.training
     readers = default_workers(device) if workers is None else workers
@@ -64,6 +65,7 @@ def patches_of_run(
             pin_memory=device.type == "cuda",
             pairs=pairs,
             partitions=[folder_of(store.folder, edge) for edge in edges_mm],
+            learnable=method.learns_at_voxels,
         )
     )
 
@@ -94,7 +96,7 @@ def partition_cases(store: CaseStore, edges_mm: Sequence[float]) -> None:
 def views_of_batch(
     method: PretextMethod, batch: PatchBatch, volumes: Tensor, generators: Sequence[torch.Generator]
 ) -> Any:
-    """Return the views of a batch, with the places and supervoxels of its patches for methods that need them.
+    """Return the views of a batch, with the mask, places and supervoxels of its patches for methods that need them.
 
     Args:
         method: The method of the run.
@@ -102,7 +104,8 @@ def views_of_batch(
         volumes: Its patches on the device of the run.
         generators: One generator per sample.
     """
-    views = method.placed(method.make_views(volumes, generators), batch.cases, batch.lower_vox)
+    learnable = None if batch.learnable is None else batch.learnable.to(volumes.device, non_blocking=True)
+    views = method.placed(method.make_views(volumes, generators, learnable), batch.cases, batch.lower_vox)
     if batch.supervoxels is None:
         return views
     return method.partitioned(views, batch.supervoxels.to(volumes.device, non_blocking=True))

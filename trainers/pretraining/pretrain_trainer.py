@@ -173,8 +173,8 @@ class PretrainTrainer(nnUNetTrainer):
                 device=self.device,
                 autocast=self._autocast,
             )
-            edges_mm, workers = self.method.supervoxel_edges_mm(), self.options.workers
-            return patches_of_run(store, self.run, pairs, edges_mm, self.current_step, workers, self.device), None
+            workers = self.options.workers
+            return patches_of_run(store, self.run, pairs, self.method, self.current_step, workers, self.device), None
 
     def _store(self) -> CaseStore:
         """Return the cases to train on, without those that features are measured on."""

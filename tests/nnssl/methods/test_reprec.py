@@ -317,6 +317,6 @@ def test_padding_of_the_views_dataclass_is_checked():
     """The mask must cover exactly the tokens of the plan's grid: another grid is refused, not silently broadcast."""
     _, method = make_stage("generative", 2)
     views = method.make_views(make_batch(2), generators())
-    wrong = replace(views, mask=views.mask[:, :-1])
     with pytest.raises(Exception):  # noqa: B017, PT011  whichever layer notices first
-        method.losses(MaskedViews(wrong.volumes, wrong.mask, wrong.visible), 0.0)
+        wrong = replace(views, mask=views.mask[:, :-1])
+        method.losses(MaskedViews(wrong.volumes, wrong.mask, wrong.visible, wrong.counted), 0.0)

@@ -25,7 +25,9 @@ def make_views() -> ContextViews:
     clean_m = clean_m + factor
     clean_o[0, 0, 0, 0, 0] = 1e3
     turns = {model: draw_turns(generators(step=i), 3, (1, 2), "quarter", (0, 1, 2)) for i, model in enumerate("omh")}
-    return ContextViews(clean_o, clean_m, seen, seen, turns, {}, torch.tensor([0.2, 0.5, 1.0]))
+    return ContextViews(
+        clean_o, clean_m, seen, seen, turns, {}, torch.tensor([0.2, 0.5, 1.0]), clean_o[:, 0] > 0, clean_m[:, 0] > 0
+    )
 
 
 def test_without_alpha_the_share_is_the_random_number():
