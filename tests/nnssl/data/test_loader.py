@@ -30,7 +30,7 @@ def store(tmp_path) -> CaseStore:
         volume = np.stack([voxels, -voxels - number])
         foreground = np.argwhere(voxels % 7 == 0)[:40]
         properties = CaseProperties(2, shape, 2, (2.0, 1.0, 1.0), (), "", 0.1, 1.0, None)
-        write_case(tmp_path, name, volume, foreground, properties, PATCH)
+        write_case(tmp_path, name, volume, foreground, properties, PATCH, voxels % 5 < 3)
     return CaseStore(tmp_path)
 
 
@@ -55,6 +55,20 @@ def test_patches_are_cut_where_the_batch_says(store, patch):
         for volume, name, lower in zip(batch.volumes, batch.cases, batch.lower_vox.tolist(), strict=True):
             expected = crop(store, name, lower, (1, *patch)[-3:])
             np.testing.assert_array_equal(volume, expected.reshape(volume.shape))
+
+
+@pytest.mark.parametrize("patch", [PATCH, (12, 10)])
+def test_masks_are_cut_like_the_voxels_and_false_outside(store, patch):
+    beyond = 0
+    plain, masked = (list(make_loader(store, patch, 3, 1, "m.s", 0, 12, learnable=each)) for each in (False, True))
+    for without, batch in zip(plain, masked, strict=True):
+        assert without.learnable is None
+        assert key(without) == key(batch)
+        assert batch.learnable.dtype == torch.bool
+        voxels = batch.volumes[:, 0]  # 0 outside the image only
+        assert torch.equal(batch.learnable, (voxels % 5 < 3) & (voxels > 0))
+        beyond += int((voxels == 0).sum())
+    assert beyond > 0
 
 
 @pytest.mark.parametrize("patch", [PATCH, (12, 10)])

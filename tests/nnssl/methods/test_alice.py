@@ -347,7 +347,7 @@ def test_the_order_of_a_pair_does_not_matter(name):
     method = make_stage(name)
     views = views_of(method, name)
     swapped = PairedViews(*(getattr(views, field)[views.partner] for field in ("patches", "mask", "visible", "strong")),
-                          views.partner)  # fmt: skip
+                          views.partner, views.learnable[views.partner])  # fmt: skip
     first, second = method.losses(views, 0.0).losses, method.losses(swapped, 0.0).losses
     for part in first:
         torch.testing.assert_close(first[part], second[part], atol=1e-5, rtol=1e-4)

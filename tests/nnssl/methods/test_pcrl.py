@@ -18,7 +18,7 @@ from nnssl.networks.attention import TransformationAttention
 from nnssl.networks.backbone import build_network
 from nnssl.networks.dense import ENCODER, ENCODER_AND_DECODER, decode
 from nnssl.views.boxes import intersection_over_union, to_mm
-from nnssl.views.contexts import MODELS, ContextViews, mix, reconstruction_targets
+from nnssl.views.contexts import MODELS, ContextViews, counted_targets, mix, reconstruction_targets
 from nnssl.views.corruption import painted_mask
 from nnssl.views.overlap import crop_boxes
 from nnssl.views.spatial import map_points
@@ -231,7 +231,8 @@ def test_the_error_of_who_is_not_told_against_a_loop(dim, steps):
 
 
 def test_the_error_of_who_is_not_told_without_a_code_or_turned_apart():
-    views = make_stage(2).make_views(make_batch(2), generators())
+    views = make_stage(2, "rotation_deg=0").make_views(make_batch(2), generators())
+    assert views.learnable_m.all()
     plain = errors_untold(views, make_stage(2, "attention=none").settings)
     expected = [torch.stack([c.var(unbiased=False) for c in image]).mean() for image in views.clean_m]
     torch.testing.assert_close(plain["m"], torch.stack(expected))
@@ -394,11 +395,18 @@ def test_losses_against_loops(dim, negatives):
         logits = [math.exp(float(query @ each) / 0.2) for each in [keys[index], *others]]
         total -= math.log(logits[0] / sum(logits)) / 4
     assert output.losses["contrast"].item() == pytest.approx(0.5 * total, rel=1e-4)
-    targets = reconstruction_targets(views, "mixed_then_turned")
+    targets, counted = (each(views, "mixed_then_turned") for each in (reconstruction_targets, counted_targets))
     for model in MODELS:
+        kept = counted[model][:, None].expand_as(
+            targets[model]
+        )  # crops are rotated, and their corners lie beyond the patch
+        assert 0.5 < kept.float().mean() < 1
         squares = [
             (float(a) - float(b)) ** 2
-            for a, b in zip(reconstructed[model].flatten(), targets[model].flatten(), strict=True)
+            for a, b, counts in zip(
+                *(each.flatten() for each in (reconstructed[model], targets[model], kept)), strict=True
+            )
+            if counts
         ]
         assert output.losses[f"reconstruction_{model}"].item() == pytest.approx(
             0.5 * sum(squares) / len(squares), rel=1e-3
@@ -426,9 +434,10 @@ def test_reconstructions_of_the_unit_range_against_numpy(dim):
     for model in MODELS:
         target = apply_turns(torch.from_numpy(crops[model]), views.turns[model]).numpy()
         answer = 1 / (1 + np.exp(-logits[model].numpy()))
-        expected = 0.5 * float(((answer - target) ** 2).mean())
+        kept = counted_targets(views, "mixed_then_turned")[model][:, None].expand(target.shape).numpy()
+        expected = 0.5 * float(((answer - target)[kept] ** 2).mean())
         assert output.losses[f"reconstruction_{model}"].item() == pytest.approx(expected, rel=1e-3)
-        untold = 0.5 * float(errors_untold(scaled, method.settings)[model].mean())
+        untold = 0.5 * float(errors_untold(scaled, method.settings)[model].mean()) / float(kept.mean())
         assert output.monitors[f"untold_{model}"].item() == pytest.approx(untold, rel=1e-3)
     assert torch.equal(output.losses["contrast"], plain.losses(views, 0.0).losses["contrast"])
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from nnssl.draws import sample_generators
-from nnssl.views.contexts import ContextViews, clean_in_scale, draw_mixing, in_scale, mix, reconstruction_targets
+from nnssl.views.contexts import (
+    ContextViews,
+    clean_in_scale,
+    counted_targets,
+    draw_mixing,
+    in_scale,
+    mix,
+    reconstruction_targets,
+)
 from nnssl.views.turns import draw_turns, undo_turns
 
 BATCH, CHANNELS, SHAPE = 3, 2, (5, 12, 12)
@@ -25,9 +33,8 @@ def make_views() -> ContextViews:
     clean_m = clean_m + factor
     clean_o[0, 0, 0, 0, 0] = 1e3
     turns = {model: draw_turns(generators(step=i), 3, (1, 2), "quarter", (0, 1, 2)) for i, model in enumerate("omh")}
-    return ContextViews(
-        clean_o, clean_m, seen, seen, turns, {}, torch.tensor([0.2, 0.5, 1.0]), clean_o[:, 0] > 0, clean_m[:, 0] > 0
-    )
+    masks = clean_o[:, 0] > 0, clean_m[:, 0] > 0
+    return ContextViews(clean_o, clean_m, seen, seen, turns, {}, torch.tensor([0.2, 0.5, 1.0]), *masks)
 
 
 def test_without_alpha_the_share_is_the_random_number():
@@ -91,3 +98,18 @@ def test_an_empty_channel_is_zero_in_the_unit_range():
     views = replace(views, clean_o=empty, clean_m=empty)
     assert torch.equal(clean_in_scale(views, "unit").clean_o, torch.zeros_like(empty))
     assert torch.isfinite(in_scale(views.seen_o, views, "unit")).all()
+
+
+@pytest.mark.parametrize("hybrid_target", ["mixed_then_turned", "turned_then_mixed"])
+def test_voxels_that_count_move_with_the_targets(hybrid_target):
+    """Crops that are NaN where they do not count make targets that are NaN exactly where these do not count."""
+    views = make_views()
+    hidden = [
+        torch.where(mask[:, None], clean, torch.nan)
+        for clean, mask in ((views.clean_o, views.learnable_o), (views.clean_m, views.learnable_m))
+    ]
+    targets = reconstruction_targets(replace(views, clean_o=hidden[0], clean_m=hidden[1]), hybrid_target)
+    counted = counted_targets(views, hybrid_target)
+    for model, target in targets.items():
+        assert 0 < int(counted[model].sum()) < counted[model].numel()
+        assert torch.equal(~target.isnan(), counted[model][:, None].expand_as(target))
