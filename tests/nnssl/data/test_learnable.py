@@ -58,7 +58,7 @@ def test_a_defaced_region_is_outside_and_a_hole_of_the_same_value_is_not(noise, 
     volume, parts = make_body(noise=noise)
     volume += lowest
     face = np.zeros(SHAPE, bool)
-    face[8:22, :32, 18:50] = True  # enclosed by tissue in slices along y, open to the air in front
+    face[8:22, :24, 18:50] = True  # enclosed by tissue in slices along y, open to the air in front
     hole = np.zeros(SHAPE, bool)
     hole[10:20, 60:70, 30:44] = True
     volume[face | hole] = lowest

@@ -170,8 +170,9 @@ def test_stages_that_compare_whole_patches_read_no_mask():
 
 
 def in_patch(points_vox: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The mask at the voxels nearest to points of the patch."""
-    return mask.flatten(1).gather(1, place_of(points_vox.round().long(), mask.shape[1:]))
+    """The mask at the voxels nearest to points of the patch; unused points may lie outside."""
+    last = torch.tensor(mask.shape[1:]) - 1
+    return mask.flatten(1).gather(1, place_of(points_vox.round().long().clamp_min(0).minimum(last), mask.shape[1:]))
 
 
 def kept_points(name: str, views: Any, mask: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
