@@ -252,8 +252,8 @@ class PCRL(PretextMethod):
         turns = draw_asked_turns(generators, own, len(shape))
         mixing = draw_mixing(generators, own.mixing_alpha)
         codes = {model: turn_code(each).to(volumes.device, non_blocking=True) for model, each in turns.items()}
-        masks = [mask_of_view(kept, crop) for crop in crops]
-        return ContextViews(*clean, *seen, turns, codes, mixing.to(volumes.device), *masks)
+        shares, masks = mixing.to(volumes.device), [mask_of_view(kept, crop) for crop in crops]
+        return ContextViews(clean[0], clean[1], seen[0], seen[1], turns, codes, shares, masks[0], masks[1])
 
     def losses(self, views: ContextViews, progress: float) -> StepOutput:
         """Return InfoNCE of the queries (equation 7) and the mean squared errors of the reconstructions (equation 8)."""

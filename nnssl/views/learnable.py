@@ -7,6 +7,7 @@ the loss).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -72,7 +73,5 @@ def mask_of_tokens(learnable: Bool[Tensor, " batch *shape"], grid: Sequence[int]
         grid: Number of tokens along each axis.
     """
     values = learnable[:, None].float()
-    pooled = (
-        F.adaptive_avg_pool3d(values, tuple(grid)) if len(grid) == 3 else F.adaptive_avg_pool2d(values, tuple(grid))
-    )
-    return pooled.flatten(1) >= TOKEN_SHARE
+    pool: Any = F.adaptive_avg_pool3d if len(grid) == 3 else F.adaptive_avg_pool2d
+    return pool(values, tuple(grid)).flatten(1) >= TOKEN_SHARE
