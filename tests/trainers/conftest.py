@@ -81,10 +81,12 @@ def plan_toy(folders: Folders, channels: int = 1, cases: int = 6, narrow: bool =
             for i, record in enumerate(records):
                 volume = make_volume(i, channels, SHAPE)
                 everywhere = np.argwhere(np.ones(SHAPE, bool))[::7].astype(np.int16)
-                properties = CaseProperties(2, SHAPE, channels, SPACING_MM, (), "digest", 1.0, 1.0, None)
-                write_case(
-                    folder, record.name, volume, everywhere, properties, plan.configuration("3d_fullres").patch_size
-                )
+                learnable = np.ones(SHAPE, bool)
+                learnable[:, : SHAPE[1] * (i % 4) // 6] = False  # another share in every case, up to a half
+                share = float(learnable.mean())
+                properties = CaseProperties(2, SHAPE, channels, SPACING_MM, (), "digest", 1.0, share, None)
+                patch = plan.configuration("3d_fullres").patch_size
+                write_case(folder, record.name, volume, everywhere, properties, patch, learnable)
     path.write_text(json.dumps(content))
     return read_plan(path)
 

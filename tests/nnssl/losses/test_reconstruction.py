@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from nnssl.losses.reconstruction import masked_token_mse, standardise_tokens, visible_mean_baseline
+from nnssl.losses.reconstruction import (
+    counted_mse,
+    counted_share,
+    masked_token_mse,
+    standardise_tokens,
+    visible_mean_baseline,
+)
 
 
 @pytest.fixture
@@ -68,3 +74,67 @@ def test_baseline_predicts_the_mean_of_each_samples_visible_tokens(tokens):
         mean = target[sample][~mask[sample]].mean(dim=0)
         errors += [((token - mean) ** 2).mean() for token in target[sample][mask[sample]]]
     assert visible_mean_baseline(target, mask).item() == pytest.approx(float(sum(errors) / len(errors)), rel=1e-5)
+
+
+def test_values_that_do_not_count_enter_neither_loss_nor_gradient(tokens):
+    prediction, target, mask = tokens
+    counted = torch.rand(prediction.shape, generator=torch.Generator().manual_seed(1)) < 0.6
+    compared = counted & mask[..., None]
+    spoiled = torch.where(compared, prediction, torch.inf).requires_grad_()
+    share = counted_share(counted, mask[..., None].expand_as(counted))
+    loss = masked_token_mse(spoiled, torch.where(counted, target, torch.nan), mask, counted) / share
+    loss.backward()
+    torch.testing.assert_close(loss, (prediction - target)[compared].square().mean())
+    torch.testing.assert_close(spoiled.grad[compared], 2 * (prediction - target)[compared] / int(compared.sum()))
+    assert (spoiled.grad[~compared] == 0).all()
+
+
+def test_voxels_that_do_not_count_enter_neither_loss_nor_gradient():
+    generator = torch.Generator().manual_seed(2)
+    prediction, target = torch.randn(2, 3, 2, 5, 4, generator=generator)
+    counted = torch.rand(3, 5, 4, generator=generator) < 0.5
+    kept = counted[:, None].expand_as(target)
+    spoiled = torch.where(kept, prediction, torch.nan).requires_grad_()
+    loss = counted_mse(spoiled, torch.where(kept, target, torch.inf), counted) / counted_share(counted)
+    loss.backward()
+    torch.testing.assert_close(loss, (prediction - target)[kept].square().mean())
+    assert (spoiled.grad[~kept] == 0).all()
+    assert (spoiled.grad[kept] != 0).all()
+
+
+def test_losses_are_the_same_to_the_bit_where_everything_counts(tokens):
+    prediction, target, mask = tokens
+    everything = torch.ones_like(target, dtype=torch.bool)
+    assert counted_share(everything) == counted_share(everything, mask[..., None].expand_as(everything)) == 1
+    plain, counted = (
+        masked_token_mse(prediction, standardise_tokens(target, each), mask, each) for each in (None, everything)
+    )
+    assert torch.equal(plain, counted)
+    volumes, others = torch.randn(2, 2, 3, 17, 19, generator=torch.Generator().manual_seed(3))
+    mean = torch.nn.functional.mse_loss(volumes, others)
+    assert torch.equal(counted_mse(volumes, others, everything.new_ones(2, 17, 19)), mean)
+
+
+def test_nothing_that_counts_costs_nothing(tokens):
+    prediction, target, mask = tokens
+    prediction.requires_grad_()
+    nothing = torch.zeros_like(target, dtype=torch.bool)
+    (
+        masked_token_mse(prediction, standardise_tokens(target, nothing), mask, nothing) / counted_share(nothing)
+    ).backward()
+    assert torch.equal(prediction.grad, torch.zeros_like(prediction))
+
+
+def test_statistics_of_a_token_are_those_of_the_values_that_count(tokens):
+    _, target, _ = tokens
+    target = 5 + 3 * target.repeat(1, 1, 4)
+    counted = torch.rand(target.shape, generator=torch.Generator().manual_seed(1)) < 0.6
+    counted[0, 0] = False
+    found = standardise_tokens(torch.where(counted, target, torch.inf), counted)
+    for sample in range(2):
+        for token in range(5):
+            kept = counted[sample, token]
+            values = target[sample, token, kept].double()
+            expected = (values - values.mean()) / (values.var(correction=0) + 1e-6 / kept.double().mean()).sqrt()
+            torch.testing.assert_close(found[sample, token, kept].double(), expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(found[0, 0], torch.zeros(12))
