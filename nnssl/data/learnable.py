@@ -34,6 +34,10 @@ AIR_SPREADS = 4.0
 """Number of standard deviations above the median of the air up to which a block counts as air."""
 AIR_MARGIN = 0.02
 """Width that is added to this range, as a fraction of the range of intensities from percentile 0.5 to 99.5."""
+LOWEST_HU = -1100.0
+"""Value below which CT measures nothing (air has -1000), so that a constant region of lower values is padding."""
+PADDING_GAP = 0.1
+"""Smallest distance of such padding from all other values, as a fraction of their range."""
 PART_SHARE = 0.1
 """Smallest size of a connected part of the body, as a share of the largest part."""
 GAP_MM = 20.0
@@ -71,7 +75,8 @@ def _mask_of_box(
 ) -> Bool[np.ndarray, "z y x"]:
     edges = [max(1, int(BLOCK_MM / mm)) for mm in spacing_mm]
     block_mm = [edge * mm for edge, mm in zip(edges, spacing_mm, strict=True)]
-    enclosed = _body_of_blocks(block_means(first, edges), block_mm)
+    blocks = block_means(first, edges)
+    enclosed = _body_of_blocks(blocks, block_mm, _highest_air(_values_above_padding(first, constant, blocks)))
     outside = ~enclosed if not enclosed.all() else _faces(enclosed.shape, range(3))
     body = enclosed | _cut_off_parts(~enclosed, int(np.argmax(block_mm)))
     solid = ~block_means((~constant).astype(np.float32), edges).astype(bool)
@@ -122,8 +127,21 @@ def block_means(
     return values
 
 
-def _body_of_blocks(blocks: Float32[np.ndarray, "z y x"], block_mm: Sequence[float]) -> Bool[np.ndarray, "z y x"]:
-    air = _highest_air(blocks)
+def _values_above_padding(
+    first: Float32[np.ndarray, "z y x"], constant: Bool[np.ndarray, "z y x"], blocks: Float32[np.ndarray, "z y x"]
+) -> Float32[np.ndarray, "..."]:
+    """Return the values that air is found in: of blocks, or of voxels that are not padded far below air, as CT often is."""
+    if constant.any() and first.min() < LOWEST_HU:
+        rest = first[~constant]
+        low, high = np.percentile(spread_sample(rest), (0.5, 99.5))
+        if low - first.min() > PADDING_GAP * (high - low):
+            return rest
+    return blocks
+
+
+def _body_of_blocks(
+    blocks: Float32[np.ndarray, "z y x"], block_mm: Sequence[float], air: float | None
+) -> Bool[np.ndarray, "z y x"]:
     if air is None:
         return np.ones_like(blocks, dtype=bool)
     parts, _ = ndimage.label(blocks > air)
@@ -143,9 +161,9 @@ def _cut_off_parts(outside: Bool[np.ndarray, "z y x"], thick_axis: int) -> Bool[
     return small[parts]
 
 
-def _highest_air(blocks: Float32[np.ndarray, "z y x"]) -> float | None:
-    """Return the intensity up to which blocks are air; None if there is no air, as in a crop around an organ."""
-    values = spread_sample(blocks)
+def _highest_air(values: Float32[np.ndarray, "..."]) -> float | None:
+    """Return the intensity up to which values are air; None if there is no air, as in a crop around an organ."""
+    values = spread_sample(values)
     low, high = np.percentile(values, (0.5, 99.5))
     if high <= low:
         return None

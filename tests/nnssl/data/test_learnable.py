@@ -95,6 +95,18 @@ def test_a_skull_stripped_image_keeps_its_dark_rim():
     assert mask[radius > 1.3].mean() < 0.01
 
 
+def test_padding_far_below_air_is_not_taken_for_the_air():
+    """As in a CT whose round field of view lies in a square of -3024."""
+    volume, parts = make_body()
+    volume = 4 * volume - 1000
+    z, y, x = np.meshgrid(*(np.arange(length) for length in SHAPE), indexing="ij")
+    beyond = ((y - 45) / 45) ** 2 + ((x - 36) / 34) ** 2 > 1
+    volume[beyond] = -3024
+    mask = learnable_mask(volume[None], SPACING_MM)
+    check_body(mask, parts["body"] & ~beyond)
+    assert not mask[beyond].any()
+
+
 def test_a_volume_without_contrast_counts_everywhere():
     assert learnable_mask(np.full((1, 4, 5, 6), 7.0, np.float32), (1.0, 1.0, 1.0)).all()
     assert learnable_mask(np.zeros((2, 4, 5, 6), np.float32), (1.0, 1.0, 1.0)).all()
