@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nnssl.data.case_store import CaseStore
-from nnssl.data.loader import as_volume
+from nnssl.data.patch_boxes import as_volume
 from nnssl.data.supervoxels import folder_of
 from nnssl.draws import make_generator
 from nnssl.evaluation.probe import frozen
