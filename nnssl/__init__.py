@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from nnssl.paths import resolve_folders as resolve_folders
     from nnssl.plan import Plan as Plan
     from nnssl.plan import read_plan as read_plan
+    from nnssl.propagation.propagate import PropagateSettings as PropagateSettings
+    from nnssl.propagation.propagate import propagate as propagate
     from nnssl.study.select import SelectSettings as SelectSettings
     from nnssl.study.select import select as select
     from nnssl.weights.export import export as export
@@ -52,6 +54,7 @@ _MODULES = {
     "Plan": "nnssl.plan",
     "PlanSettings": "planners.settings",
     "PretrainSettings": "trainers.pretraining.settings",
+    "PropagateSettings": "nnssl.propagation.propagate",
     "SelectSettings": "nnssl.study.select",
     "StudySettings": "trainers.benchmark.settings",
     "UserError": "nnssl.errors",
@@ -64,6 +67,7 @@ _MODULES = {
     "plan_and_preprocess": "planners.plan_and_preprocess",
     "pretrain": "trainers.pretraining.pretrain",
     "preview": "trainers.benchmark.benchmark",
+    "propagate": "nnssl.propagation.propagate",
     "read_plan": "nnssl.plan",
     "resolve_folders": "nnssl.paths",
     "select": "nnssl.study.select",

@@ -286,6 +286,17 @@ def positive_number(text: str) -> float:
     return value
 
 
+def natural_number(text: str) -> float:
+    """Read a finite number of at least 0, for ``argparse``."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 0, got {text}")
+    return value
+
+
 def share_or_steps(text: str) -> float:
     """Read a share from 0 to 1, or a whole number of steps, for ``argparse``."""
     try:

@@ -8,6 +8,7 @@ import contextlib
 import gzip
 import io
 import os
+import tempfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 
 from nnssl.data.case_error import CaseError, last_line
 from nnssl.data.dicom_series import DICOM_READER, SERIES_ENDING, find_slices, measure_series, read_series
+from nnssl.errors import UserError
 
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
 """Formats with header and voxels in one file that SimpleITK reads for nnU-Net. Longer endings come first, so that the
@@ -74,6 +76,36 @@ def read_images(files: Sequence[Path], reader: str) -> tuple[np.ndarray, dict[st
         # nnU-Net prints a mismatch of channels and raises an error without a message
         reason = last_line(error) or next((line for line in printed.getvalue().splitlines() if "ERROR" in line), "")
         raise CaseError(str(files[0]), f"cannot be read ({reason or type(error).__name__})") from error
+
+
+def write_segmentation(file: Path, labels: np.ndarray, properties: dict[str, Any], reader: str) -> None:
+    """Write a label map with the writer of nnU-Net that belongs to a reader, with the geometry that the reader returned.
+
+    The file, and the ``.json`` with the spacing that belongs to a TIFF, is complete or absent.
+
+    Args:
+        file: File to write; its folder must exist.
+        labels: Label map (z, y, x) in the order of the reader.
+        properties: Properties of the image that ``read_images`` returned.
+        reader: Name of nnU-Net's reader class.
+
+    Raises:
+        UserError: If the file cannot be written, or nnU-Net has no writer for images with this number of axes.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{file.name}.", suffix=".tmp", dir=file.parent) as folder:
+            with contextlib.redirect_stdout(io.StringIO()):
+                _find_reader(reader)().write_seg(labels, str(Path(folder) / file.name), properties)
+            for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == file.name):  # the file itself last
+                os.replace(path, file.parent / path.name)
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"{file}: cannot be written ({last_line(error)}); free space or choose another folder"
+        ) from error
+    except AssertionError as error:
+        raise UserError(
+            f"{file}: nnU-Net cannot write a segmentation for images with four axes; split the channels"
+        ) from error
 
 
 def _find_reader(reader: str) -> Any:

@@ -5,7 +5,7 @@ from functools import lru_cache
 import numpy as np
 from jaxtyping import Float
 
-from nnssl.data.case_store import CaseStore
+from nnssl.data.case_store import CaseStore, StoredCase
 from nnssl.matching.points import Matches
 
 TAIL = 1.0
@@ -23,7 +23,7 @@ class BodyBoxMatcher:
 
     def __init__(self, store: CaseStore) -> None:
         self.store = store
-        self._box = lru_cache(maxsize=None)(self._measure)
+        self._box = lru_cache(maxsize=None)(lambda name: body_box(store.case(name)))
 
     def match_points(self, query: str, points_mm: Float[np.ndarray, "point 3"], key: str) -> Matches:
         """Match points of a case to another case; scores are NaN."""
@@ -31,12 +31,12 @@ class BodyBoxMatcher:
         found = (points_mm - low) / size * key_size + key_low
         return Matches(found, np.full(len(found), np.nan))
 
-    def _measure(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Return the lower corner and size of the body's box in mm; those of the whole volume if there is no body."""
-        case = self.store.case(name)
-        spacing = np.array(case.spacing_mm)
-        body = case.foreground_vox
-        if not len(body):
-            body = np.array([[0, 0, 0], np.array(case.shape) - 1])
-        low, high = np.percentile(body, [TAIL, 100 - TAIL], axis=0) * spacing
-        return low, np.maximum(high - low, spacing)
+
+def body_box(case: StoredCase) -> tuple[Float[np.ndarray, " 3"], Float[np.ndarray, " 3"]]:
+    """Return the lower corner and the size (z, y, x) of the body's box in mm; those of the whole volume if there is no body."""
+    spacing = np.array(case.spacing_mm)
+    body = case.foreground_vox
+    if not len(body):
+        body = np.array([[0, 0, 0], np.array(case.shape) - 1])
+    low, high = np.percentile(body, [TAIL, 100 - TAIL], axis=0) * spacing
+    return low, np.maximum(high - low, spacing)

@@ -100,7 +100,7 @@ def embed_cases(network: DenseNetwork, cases: Sequence[StoredCase], slice_vox: i
     for case, centre in zip(cases, centres, strict=True):
         lowers = tiles_through(case.shape, network.tile_vox, centre, network.two_dimensional)
         values = average_over_tiles(
-            network, case, lowers, COMPONENTS, lambda maps: project(maps, network.shape, components, standardisation)
+            network, case, lowers, COMPONENTS, lambda maps, _: project(maps, network.shape, components, standardisation)
         )
         scaled = np.clip((values - low) / np.maximum(high - low, CONSTANT), 0, 1)
         shown.append(CaseComponents(case, centre, scaled))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nnssl.data.case_store import CaseStore, StoredCase
 from nnssl.errors import UserError
 from nnssl.log import logger
-from nnssl.networks.dense import DenseKind, dense_maps
+from nnssl.networks.dense import DenseKind, dense_maps, maps_up_to
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 
 NAMED_CASES = 5
@@ -29,6 +29,7 @@ class DenseNetwork:
         tile_vox: Shape (z, y, x) of a tile in voxels; one slice for a 2D network.
         two_dimensional: Whether the network takes slices.
         device: Device of the network.
+        encoder_stages: Encoder stages whose maps are read in place of the decoder's; empty for the decoder.
     """
 
     network: nn.Module
@@ -36,6 +37,7 @@ class DenseNetwork:
     tile_vox: tuple[int, int, int]
     two_dimensional: bool
     device: torch.device
+    encoder_stages: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -47,6 +49,9 @@ class DenseNetwork:
         """Return the feature maps of the tile that starts at a voxel, coarsest first, in float32."""
         box = torch.from_numpy(case.read_box(lower_vox, self.tile_vox)).to(self.device)
         tile = box[None, :, 0] if self.two_dimensional else box[None]
+        if self.encoder_stages:
+            found = maps_up_to(self.network.encoder, tile, max(self.encoder_stages))
+            return [found[stage].float() for stage in sorted(self.encoder_stages, reverse=True)]
         return [each.float() for each in dense_maps(self.network, tile, self.kind)]
 
 

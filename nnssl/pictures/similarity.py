@@ -95,7 +95,7 @@ def compare_cases(
             lowers = [lower for lower in lowers if lower[0] == query_vox[0]]
         logger.info(f"{each.name}: comparing {len(lowers)} tiles")
         cosine = average_over_tiles(
-            network, each, lowers, 1, lambda maps: cosines(maps, network.shape, query, standardisation)
+            network, each, lowers, 1, lambda maps, _: cosines(maps, network.shape, query, standardisation)
         )[0]
         similarities.append(Similarity(each, cosine, find_nearest(cosine)))
     return Comparison(query_vox, tuple(similarities), network.two_dimensional)

@@ -93,7 +93,9 @@ def measure_uncertainty(teacher: Teacher, case: StoredCase, slice_vox: int | Non
     network = teacher.network
     centre = choose_centre(case, slice_vox, network.two_dimensional, "three planes")
     lowers = tiles_through(case.shape, network.tile_vox, centre, network.two_dimensional)
-    values = average_over_tiles(network, case, lowers, 1, lambda maps: tile_uncertainty(teacher, maps[-1], case.name))
+    values = average_over_tiles(
+        network, case, lowers, 1, lambda maps, _: tile_uncertainty(teacher, maps[-1], case.name)
+    )
     return Uncertainty(case, centre, values[0], network.two_dimensional)
 
 

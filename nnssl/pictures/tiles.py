@@ -66,7 +66,7 @@ def average_over_tiles(
     case: StoredCase,
     lowers: Sequence[Voxel],
     channels: int,
-    evaluate: Callable[[list[Tensor]], Float[Tensor, " channel *shape"]],
+    evaluate: Callable[[list[Tensor], Voxel], Float[Tensor, " channel *shape"]],
 ) -> Float32[np.ndarray, "channel z y x"]:
     """Evaluate the feature maps of tiles and average the values where tiles overlap.
 
@@ -75,7 +75,7 @@ def average_over_tiles(
         case: The case.
         lowers: First voxels of the tiles.
         channels: Number of channels that ``evaluate`` returns.
-        evaluate: Function from the maps of a tile to values of its voxels; may modify the maps.
+        evaluate: Function from the maps of a tile and its first voxel to values of its voxels; may modify the maps.
 
     Returns:
         Values by voxel; NaN outside all tiles.
@@ -84,7 +84,7 @@ def average_over_tiles(
     weight = np.zeros(case.shape, np.float32)
     weights = tile_weights(network.tile_vox)
     for lower in lowers:
-        values = evaluate(network.maps(case, lower)).cpu().numpy().reshape(channels, *network.tile_vox)
+        values = evaluate(network.maps(case, lower), lower).cpu().numpy().reshape(channels, *network.tile_vox)
         inside, part = [], []
         for start, length, extent in zip(lower, network.tile_vox, case.shape, strict=True):
             first, last = max(start, 0), min(start + length, extent)

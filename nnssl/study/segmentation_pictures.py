@@ -84,7 +84,7 @@ def segmentation_figure(cases: Sequence[SegmentedCase], labels: Mapping[str, int
         maps = {"image": None, "reference": case.reference, **case.predictions}
         for axes, column in zip(row, columns, strict=True):
             segmentation = maps[column]
-            _draw(axes, case, axis, place, segmentation, colours)
+            draw_slice(axes, case, axis, place, segmentation, colours)
             axes.set_title("" if number else column, fontsize=FONT_SIZE)
             axes.set_xlabel(case.notes.get(column, ""), fontsize=FONT_SIZE)
         row[0].set_ylabel(case.name, fontsize=FONT_SIZE)
@@ -96,7 +96,7 @@ def segmentation_figure(cases: Sequence[SegmentedCase], labels: Mapping[str, int
     return figure
 
 
-def _draw(
+def draw_slice(
     axes: Any,
     case: SegmentedCase,
     axis: int,

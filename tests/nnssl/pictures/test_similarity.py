@@ -125,7 +125,7 @@ def test_tiles_equal_one_big_tile(store, dim):
         assert (len(lowers) > SHAPE[0]) == (tile == TILES[dim])
         shape = network.shape
         results.append(
-            average_over_tiles(network, case, lowers, 1, lambda m, s=shape: cosines(m, s, query, standardisation))
+            average_over_tiles(network, case, lowers, 1, lambda m, _, s=shape: cosines(m, s, query, standardisation))
         )
     for other in results[1:]:
         assert np.allclose(results[0], other, atol=1e-5)
@@ -137,7 +137,7 @@ def test_average_weighs_tiles_by_their_centre(store):
     lowers = tile_corners(SHAPE, tile)
     numbers = iter(range(len(lowers)))
     average = average_over_tiles(
-        make_network(3, tile), store.case("a"), lowers, 1, lambda maps: torch.full((1, *tile), float(next(numbers)))
+        make_network(3, tile), store.case("a"), lowers, 1, lambda *_: torch.full((1, *tile), float(next(numbers)))
     )[0]
     for voxel in np.ndindex(*SHAPE):
         weights, values = [], []
