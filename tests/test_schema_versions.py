@@ -16,6 +16,7 @@ from nnssl.evaluation import classification
 from nnssl.imports import record
 from nnssl.imports.sources import Choices
 from nnssl.matching import anatomical_sanity
+from nnssl.propagation import record as drafts
 from planners import fingerprint
 from tests.nnssl.matching.test_anatomical_sanity import GOOD
 from tests.nnssl.test_checkpoint import make_provenance
@@ -101,6 +102,9 @@ AUTO = auto_record.AutoRecord(
     {},
     (auto_record.Candidate("mae"), auto_record.Candidate("simclr")),
 )
+DRAFTS = drafts.PropagationRecord(
+    drafts.SCHEMA_VERSION, "Dataset501_A", "/a.pth", "0", {"a": "0"}, (0, 1), "pyramid", 16, 0.1, 0.0, 0
+)
 TIMES = cell_times.CellTimes(cell_times.SCHEMA_VERSION, 0.5, 30.0)
 
 
@@ -125,6 +129,7 @@ FILES = {
     "Fingerprint": (writer(FINGERPRINT), lambda path: schema.read(fingerprint.Fingerprint, path, "fingerprint"), 1),
     "ArmResult": (writer(RESULT), result.read_result, 3),
     "Classification": (writer(CLASSIFICATION), classification.read_classification, 1),
+    "PropagationRecord": (writer(DRAFTS), lambda path: schema.read(drafts.PropagationRecord, path, "record"), 1),
     "CellTimes": (writer(TIMES), lambda path: schema.read(cell_times.CellTimes, path, "duration"), 1),
     "AutoRecord": (writer(AUTO), auto_record.read_record, 1),
     "Pretext": (write_plan, plan.read_plan, 8),

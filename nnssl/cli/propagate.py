@@ -59,23 +59,23 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--prototypes",
         type=positive_int,
-        default=8,
+        default=16,
         metavar="N",
-        help="Prototypes of each label; the background has four times as many (default: 8).",
+        help="Prototypes of each label; the background has four times as many (default: 16).",
     )
     parser.add_argument(
         "--position-weight",
         type=natural_number,
-        default=1.0,
+        default=0.1,
         metavar="WEIGHT",
-        help="Weight of the relative position in the body's box; 0 compares features alone (default: 1).",
+        help="Weight of the relative position in the body's box; 0 compares features alone (default: 0.1).",
     )
     parser.add_argument(
         "--smoothing-mm",
         type=natural_number,
-        default=0.0,
         metavar="MM",
-        help="Standard deviation of the Gaussian that smooths the probabilities (default: 0, none).",
+        help="Standard deviation of the Gaussian that smooths the probabilities; 0 for none (default: the finest spacing of the "
+        "plan).",
     )
     add_seed_argument(parser, "Random seed for the drawn voxels and the prototypes")
     add_device_argument(parser)

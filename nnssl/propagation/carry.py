@@ -20,8 +20,6 @@ BACKGROUND_FACTOR = 4
 """Number of voxels and of prototypes of the background, relative to those of a label."""
 TEMPERATURE = 0.1
 """Divisor of squared distances, whose mean over all pairs of points is near 2."""
-PRIOR = 0.0
-"""Weight of the logarithm of the share of each label among the annotated voxels; measured best without it."""
 
 
 class AnnotatedCase(NamedTuple):
@@ -52,17 +50,14 @@ def fit_to_cases(
     factors = [BACKGROUND_FACTOR] + [1] * (len(values) - 1)
     most = [factor * POINTS_PER_LABEL for factor in factors]
     points = [read_points(network, each.case, each.labels, values, most, seed) for each in annotated]
-    counts = np.sum([each.counts for each in points], axis=0)
     fitted = fit_prototypes(
         features=torch.cat([each.features for each in points]),
         positions=torch.cat([each.positions for each in points]),
         labels=torch.cat([each.labels for each in points]),
         widths=points[0].widths,
-        shares=(counts / counts.sum()).tolist(),
         counts=[factor * prototypes for factor in factors],
         position_weight=position_weight,
         temperature=TEMPERATURE,
-        prior=PRIOR,
         seed=seed,
     )
     return fitted.to(network.device)

@@ -27,14 +27,12 @@ class AnnotatedPoints(NamedTuple):
         positions: Relative positions in the body's box.
         labels: Index of the label.
         widths: Number of features of each map.
-        counts: Number of voxels of each label in the whole case.
     """
 
     features: Float[Tensor, "point feature"]
     positions: Float[Tensor, "point 3"]
     labels: Int[Tensor, " point"]
     widths: tuple[int, ...]
-    counts: Int[np.ndarray, " label"]
 
 
 @dataclass(frozen=True)
@@ -82,17 +80,16 @@ def read_points(
         seed: Random seed; the draw otherwise depends only on the case's name and the labels.
     """
     generator = make_generator(seed, "propagate", case.name)
-    chosen, owners, counts = [], [], []
+    chosen, owners = [], []
     for label, (value, limit) in enumerate(zip(values, most, strict=True)):
         places = np.argwhere(labels == value)
-        counts.append(len(places))
         drawn = places[torch.randperm(len(places), generator=generator)[:limit].numpy()]
         chosen.append(drawn)
         owners += [label] * len(drawn)
     points = np.concatenate(chosen)
     features, widths = _features_of_points(network, case, points)
     positions = torch.from_numpy(box_positions(case).of_points(points))
-    return AnnotatedPoints(features, positions, torch.tensor(owners), widths, np.array(counts))
+    return AnnotatedPoints(features, positions, torch.tensor(owners), widths)
 
 
 @torch.inference_mode()
@@ -107,7 +104,7 @@ def label_logits(
         return prototypes.logits_of_maps(maps, where.view(3, *network.shape))
 
     corners = tile_corners(case.shape, network.tile_vox)
-    return average_over_tiles(network, case, corners, len(prototypes.log_share), evaluate)
+    return average_over_tiles(network, case, corners, prototypes.number, evaluate)
 
 
 @torch.inference_mode()

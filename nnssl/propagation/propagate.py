@@ -63,7 +63,8 @@ class PropagateSettings:
         features: Maps of the decoder, ``single`` or ``pyramid``; None for those that were pretrained.
         prototypes: Number of prototypes of each label; the background has four times as many.
         position_weight: Weight of the relative position in the body's box; 0 for features alone.
-        smoothing_mm: Standard deviation of the Gaussian that smooths the probabilities, in mm; 0 for none.
+        smoothing_mm: Standard deviation of the Gaussian that smooths the probabilities, in mm; 0 for none, None for the finest
+            spacing of the plan.
         seed: Random seed of drawn voxels and prototypes.
         device: Device to compute on; None for a GPU if one is available, else the CPU.
         restart: Whether to delete earlier drafts in the folder.
@@ -72,9 +73,9 @@ class PropagateSettings:
     labels: Path | None = None
     cases: Path | None = None
     features: DenseKind | None = None
-    prototypes: int = 8
-    position_weight: float = 1.0
-    smoothing_mm: float = 0.0
+    prototypes: int = 16
+    position_weight: float = 0.1
+    smoothing_mm: float | None = None
     seed: int = 0
     device: torch.device | str | None = None
     restart: bool = False
@@ -90,7 +91,7 @@ def propagate(
 ) -> list[Draft]:
     """Label all cases of a data set after the example of a few annotated ones, and write the drafts in nnU-Net's format.
 
-    Nothing is trained. Voxels are assigned to the label with the nearest prototype, by features of frozen weights and the relative
+    Nothing is trained. Voxels get the label with the nearest prototype, by features of frozen weights and the relative
     position in the body's box. Finished drafts of the same weights, annotated cases and settings are kept.
 
     Args:
@@ -128,9 +129,7 @@ def propagate(
     if targets:
         prototypes = fit_to_cases(job.network, job.annotated(), job.references.values, settings.prototypes,
                                   settings.position_weight, settings.seed)  # fmt: skip
-        for draft in follow_jobs(
-            _label(job, prototypes, targets, folder, settings), "labelling", "labelled", len(targets)
-        ):
+        for draft in follow_jobs(_label(job, prototypes, targets, folder), "labelling", "labelled", len(targets)):
             drafts[draft.case] = draft
             write_drafts(folder, {**finished, **drafts})
     _finish(job, folder, {**finished, **drafts})
@@ -147,6 +146,7 @@ class _Job:
     resampling: LabelResampling
     references: References
     targets: tuple[str, ...]
+    smoothing_mm: float
     raw_cases: dict[str, RawCase] = field(repr=False)
 
     def annotated(self) -> list[AnnotatedCase]:
@@ -164,7 +164,7 @@ def _check(settings: PropagateSettings, cases_from: Sequence[str]) -> None:
         raise ArgumentError(f"prototypes must be at least 1, got {settings.prototypes}", "prototypes")
     for name in ("position_weight", "smoothing_mm"):
         value = getattr(settings, name)
-        if not 0 <= value < float("inf"):
+        if value is not None and not 0 <= value < float("inf"):
             raise ArgumentError(f"{name} must be at least 0 and finite, got {value:g}", name)
     if settings.features not in (None, *get_args(DenseKind)):
         raise ArgumentError(f"features must be {' or '.join(get_args(DenseKind))}, got {settings.features}", "features")
@@ -211,7 +211,11 @@ def _prepare(
     unknown = [case for case in wanted if case not in known]
     if unknown:
         raise UserError(f"{settings.cases}: {name} has no preprocessed case {some(unknown)}; it has {some(known)}")
-    return _Job(network, raw, store, resampling, references, tuple(sorted(set(wanted) - set(cases_from))), raw_cases)
+    targets = tuple(sorted(set(wanted) - set(cases_from)))
+    smoothing_mm = settings.smoothing_mm
+    if smoothing_mm is None:
+        smoothing_mm = min(plan.configuration(provenance.configuration).spacing_mm)
+    return _Job(network, raw, store, resampling, references, targets, float(smoothing_mm), raw_cases)
 
 
 def _record_of(job: _Job, checkpoint: OpenedCheckpoint, settings: PropagateSettings) -> PropagationRecord:
@@ -225,21 +229,19 @@ def _record_of(job: _Job, checkpoint: OpenedCheckpoint, settings: PropagateSetti
         features="encoder" if job.network.encoder_stages else job.network.kind,
         prototypes=settings.prototypes,
         position_weight=float(settings.position_weight),
-        smoothing_mm=float(settings.smoothing_mm),
+        smoothing_mm=job.smoothing_mm,
         seed=settings.seed,
     )
 
 
-def _label(
-    job: _Job, prototypes: LabelPrototypes, targets: Sequence[str], folder: Path, settings: PropagateSettings
-) -> Iterator[Draft]:
+def _label(job: _Job, prototypes: LabelPrototypes, targets: Sequence[str], folder: Path) -> Iterator[Draft]:
     """Label cases, write their segmentations, and yield the drafts."""
     values = np.array(job.references.values)
     for name in targets:
         case = job.store.case(name)
         grid = read_grid(job.raw_cases[name], job.raw.reader, job.resampling)
         check_preprocessed(grid, case, job.resampling)
-        probabilities = probabilities_of(job.network, case, prototypes, settings.smoothing_mm)
+        probabilities = probabilities_of(job.network, case, prototypes, job.smoothing_mm)
         expected = expected_dice(probabilities, probabilities.argmax(axis=0))
         found = values[to_image(probabilities, grid, case, job.resampling)]
         dtype = np.uint8 if values.max() < 255 else np.uint16

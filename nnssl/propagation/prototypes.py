@@ -56,18 +56,16 @@ class LabelPrototypes:
         position_weight: Weight of squared differences in position.
         centres: Prototypes: scaled features and weighted position.
         labels: Index of the label of each prototype.
-        log_share: Logarithm of the share of each label among the annotated voxels.
+        number: Number of labels.
         temperature: Divisor of squared distances.
-        prior: Weight of ``log_share``.
     """
 
     scaling: FeatureScale
     position_weight: float
     centres: Float[Tensor, "prototype dimension"]
     labels: Int[Tensor, " prototype"]
-    log_share: Float[Tensor, " label"]
+    number: int
     temperature: float
-    prior: float
 
     def to(self, device: torch.device) -> "LabelPrototypes":
         """Return the prototypes on a device."""
@@ -76,13 +74,12 @@ class LabelPrototypes:
             scaling=FeatureScale(self.scaling.mean.to(device), self.scaling.scale.to(device)),
             centres=self.centres.to(device),
             labels=self.labels.to(device),
-            log_share=self.log_share.to(device),
         )
 
     def logits(
         self, features: Float[Tensor, "point feature"], positions: Float[Tensor, "point 3"]
     ) -> Float[Tensor, "point label"]:
-        """Return the logits of the labels: the negative squared distance to the nearest prototype of each, and the prior.
+        """Return the logits of the labels: the negative squared distance to the nearest prototype of each.
 
         Args:
             features: Features of points.
@@ -90,13 +87,13 @@ class LabelPrototypes:
         """
         points = join(self.scaling.apply(features), positions, self.position_weight)
         squared = (points[:, None] - self.centres).square().sum(dim=2)
-        nearest = squared.new_full((len(points), len(self.log_share)), math.inf)
+        nearest = squared.new_full((len(points), self.number), math.inf)
         nearest = nearest.scatter_reduce(1, self.labels.expand(len(points), -1), squared, "amin")
-        return self.prior * self.log_share - nearest / self.temperature
+        return -nearest / self.temperature
 
     def logits_of_maps(
-        self, maps: Sequence[Tensor], positions: Float[Tensor, "3 *shape"]
-    ) -> Float[Tensor, "label *shape"]:
+        self, maps: Sequence[Tensor], positions: Float[Tensor, " 3 *shape"]
+    ) -> Float[Tensor, " label *shape"]:
         """Return the logits of all voxels of a tile, up to a number per voxel that is the same for all labels.
 
         Without the square of the point, which no label depends on, a distance is linear in the point. A linear map commutes
@@ -113,13 +110,13 @@ class LabelPrototypes:
         offsets = self.centres.square().sum(dim=1) / 2 + slopes @ self.scaling.mean
         of_maps, of_positions = slopes.split(widths, dim=1), placed * (math.sqrt(self.position_weight) / POSITION_UNIT)
         found = []
-        for label in range(len(self.log_share)):
+        for label in range(self.number):
             own = self.labels == label
             total = torch.einsum("kc,c...->k...", of_positions[own], positions)
             total = total - offsets[own].view(-1, *[1] * len(shape))
             for each, slope in zip(maps, of_maps, strict=True):
                 total += at_full_resolution(torch.einsum("kc,bc...->bk...", slope[own], each), shape)
-            found.append(self.prior * self.log_share[label] + 2 * total.amax(dim=0) / self.temperature)
+            found.append(2 * total.amax(dim=0) / self.temperature)
         return torch.stack(found)
 
 
@@ -128,11 +125,9 @@ def fit_prototypes(
     positions: Float[Tensor, "point 3"],
     labels: Int[Tensor, " point"],
     widths: Sequence[int],
-    shares: Sequence[float],
     counts: Sequence[int],
     position_weight: float,
     temperature: float,
-    prior: float,
     seed: int,
 ) -> LabelPrototypes:
     """Fit the prototypes of all labels to points of annotated cases.
@@ -142,11 +137,9 @@ def fit_prototypes(
         positions: Relative positions of the points in the body's box.
         labels: Index of the label of each point; every label has at least one.
         widths: Number of features of each map, in the order of the features.
-        shares: Share of each label among all annotated voxels.
         counts: Number of prototypes of each label; a label with fewer points has them as prototypes.
         position_weight: Weight of squared differences in position; 0 for features alone.
         temperature: Divisor of squared distances.
-        prior: Weight of the logarithm of the shares.
         seed: Random seed of k-means.
     """
     from sklearn.cluster import KMeans  # slow to import
@@ -166,9 +159,8 @@ def fit_prototypes(
         position_weight,
         torch.cat(centres),
         torch.tensor(owners, device=points.device),
-        torch.tensor(shares, device=points.device, dtype=points.dtype).log(),
+        len(counts),
         temperature,
-        prior,
     )
 
 

@@ -11,6 +11,7 @@ from nnssl.cli.command import flags_of
 from nnssl.errors import ArgumentError
 from nnssl.evaluation.classify import ClassifySettings
 from nnssl.imports.sources import Choices
+from nnssl.propagation.propagate import PropagateSettings
 from nnssl.study.select import SelectSettings
 from nnssl.weights.export_settings import ExportSettings
 from planners.settings import PlanSettings
@@ -80,6 +81,7 @@ def test_a_share_is_named_by_its_flag(capsys, tmp_path):
         ("nnssl_export", ExportSettings, set()),
         ("nnssl_evaluate", ClassifySettings, set()),
         ("nnssl_select", SelectSettings, set()),
+        ("nnssl_propagate", PropagateSettings, set()),
         ("nnssl_benchmark", StudySettings, {"pretrain_overrides"}),  # made of two flags
         ("nnssl_demo", DemoSize, set()),
     ],
