@@ -29,6 +29,7 @@ IN_ORDER = (
     "evaluate",
     "classify",
     "select",
+    "propagate",
     "preview",
     "benchmark",
 )

@@ -109,7 +109,10 @@ def _run(args: argparse.Namespace) -> None:
         restart=args.restart,
     )
     propagate(args.dataset, args.cases_from, weights, args.output, settings, folders)
-    print_next(f"correct the drafts in {args.output}, the least certain first, and use the folder as labelsTr")
+    print_next(
+        f"nnssl_finetune -d LABELLED_ID -w {weights} (once the drafts in {args.output} are corrected, the least certain "
+        "first, and are its labelsTr)"
+    )
 
 
 if __name__ == "__main__":

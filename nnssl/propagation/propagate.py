@@ -110,7 +110,9 @@ def propagate(
             segmentations, or a file cannot be written.
 
     Examples:
-        >>> drafts = nnssl.propagate(4, ["toy_04"], weights, "drafts")
+        >>> settings = nnssl.PlanSettings(preset="cpu", configurations=["3d_fullres"], processes=1)
+        >>> prepared = nnssl.plan_and_preprocess(4, settings)
+        >>> drafts = nnssl.propagate(4, ["phantom_0006"], weights, "drafts", nnssl.PropagateSettings(prototypes=2))
         >>> len(drafts)
         7
     """
