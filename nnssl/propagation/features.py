@@ -112,7 +112,8 @@ def _features_of_points(
     network: DenseNetwork, case: StoredCase, points: Int[np.ndarray, "point 3"]
 ) -> tuple[Float[Tensor, "point feature"], tuple[int, ...]]:
     """Return the features of voxels, averaged with the weights of the tiles that cover them, and their number for each map."""
-    weights, total, widths = tile_weights(network.tile_vox), None, ()
+    weights, total = tile_weights(network.tile_vox), None
+    widths: tuple[int, ...] = ()
     covered = torch.zeros(len(points), 1)
     for lower in tile_corners(case.shape, network.tile_vox):
         places = points - np.array(lower)

@@ -92,9 +92,9 @@ def read_references(
     for name, file in files.items():
         grid = read_grid(raw[name], dataset.reader, resampling)
         check_preprocessed(grid, store.case(name), resampling)
-        annotated = read_labels(file, dataset.reader, grid)
-        labels = to_case(annotated, grid, store.case(name), resampling)
-        values = tuple(int(value) for value in np.unique(annotated))
+        label_map = read_labels(file, dataset.reader, grid)
+        labels = to_case(label_map, grid, store.case(name), resampling)
+        values = tuple(int(value) for value in np.unique(label_map))
         cases.append(Reference(name, file, file_digest(file), values, labels))
     source, content = _label_names(folder, dataset)
     annotated = sorted({value for case in cases for value in case.values})
