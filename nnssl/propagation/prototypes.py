@@ -8,7 +8,7 @@ Features are standardised over the drawn points, and every map of the network ha
 Snell et al., Prototypical networks, NeurIPS 2017, assign by distances to prototypes in the same way.
 
 Whitening by the covariance within labels, as in discriminant analysis, was tried and is not used: with one or three annotated
-cases it magnifies directions in which these happen to differ little, and the Dice fell to a quarter (see the page on
+cases it magnifies directions in which these happen to differ little, and the Dice fell to a quarter or less (page on
 propagation).
 """
 
