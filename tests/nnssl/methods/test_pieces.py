@@ -101,12 +101,14 @@ def test_every_stage_is_tested():
 def test_the_gradient_is_that_of_the_whole_batch(name):
     expected, whole = step_of(name)
     assert all(gradient is not None and gradient.isfinite().all() for gradient in expected.values())
-    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    # CPUs differ in how they round batches of different sizes: with AMX, Alice's gradients differ by 1.6e-5 of the largest one. A
+    # piece that is left out changes them by a quarter.
+    allowed = 1e-4 * max(float(gradient.abs().max()) for gradient in expected.values())
     for overrides in CHANGES:
         found, output = step_of(name, *overrides)
         assert set(found) == set(expected)
         for key, gradient in expected.items():
-            torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=1e-5 * largest, msg=f"{overrides} {key}")
+            torch.testing.assert_close(found[key], gradient, rtol=1e-4, atol=allowed, msg=f"{overrides} {key}")
         for kind in ("losses", "monitors"):
             torch.testing.assert_close(getattr(output, kind), getattr(whole, kind), rtol=1e-4, atol=1e-5)
         # Standardised vectors enlarge the rounding of vectors that hardly differ.
