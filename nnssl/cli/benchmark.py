@@ -76,9 +76,9 @@ def _add_matrix_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         required=True,
         metavar="ARM",
-        help="Arms to compare with training from scratch: a method, a method with settings (pix2rep:temperature=0.2), auto for a "
-        "method that short runs choose without labels (auto:budget=10 for ten minutes of them), a single stage "
-        "(reprec.generative) or a checkpoint (FILE.pth or NAME=FILE.pth).",
+        help="Arms to compare with training from scratch: a method, a method with settings (pix2rep:temperature=0.2), a single "
+        "stage (reprec.generative), a checkpoint (FILE.pth or NAME=FILE.pth), or auto, which chooses a method by short runs "
+        "without labels (auto:budget=10 for ten minutes in total).",
     )
     parser.add_argument(
         "--labels",
@@ -160,8 +160,8 @@ def _add_case_arguments(parser: argparse.ArgumentParser) -> None:
         "--choose",
         choices=("random", "select"),
         default="random",
-        help="How to choose the patients to label: at random, or as nnssl_select does, by features of the first arm's weights, "
-        "which must exist (default: random).",
+        help="Choose the patients to label at random, or as nnssl_select does, by features of the first arm's weights, which "
+        "must exist before the study (default: random).",
     )
 
 

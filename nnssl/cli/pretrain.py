@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = CommandParser(NAME, description="Pretrain on a planned data set. Run the same command again to resume.")
     methods = "Pretext method. " + "; ".join(f"{name}: {method.title}" for name, method in METHODS.items())
-    chosen = "auto: the method whose features are best after short runs of all methods that the plan allows"
+    chosen = "auto: choose the method by short runs of all methods that the plan allows"
     parser.add_argument("-m", "--method", required=True, metavar="METHOD", help=f"{methods}; {chosen}.")
     add_dataset_argument(parser, "Data set, number or name (default: the one planned last).")
     add_configuration_argument(parser, "Configuration of the plan (default: the first one that the method can use).")
@@ -94,7 +94,8 @@ def _add_probe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probe",
         metavar="ID",
-        help="Labelled data set on which a linear probe is scored during pretraining (default: no probe).",
+        help="Labelled data set on which a linear probe is scored during pretraining; with -m auto, its Dice chooses the method "
+        "(default: no probe).",
     )
     parser.add_argument(
         "--probe-cases",
@@ -124,7 +125,7 @@ def _add_auto_arguments(parser: argparse.ArgumentParser) -> None:
         type=positive_number,
         default=30.0,
         metavar="MINUTES",
-        help="For -m auto: wall time of the short runs of all candidates together (default: 30).",
+        help="For -m auto: wall time in minutes of all short runs together (default: 30).",
     )
     parser.add_argument(
         "--candidates",

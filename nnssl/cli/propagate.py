@@ -54,14 +54,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--features",
         choices=("single", "pyramid"),
-        help="Maps of the decoder whose features are compared: the last one, or all (default: those that were pretrained).",
+        help="Maps of the decoder whose features are compared: the last one (single) or all (pyramid) (default: those that were "
+        "pretrained).",
     )
     parser.add_argument(
         "--prototypes",
         type=positive_int,
         default=16,
         metavar="N",
-        help="Prototypes of each label; the background has four times as many (default: 16).",
+        help="Number of prototypes of each label; the background has four times as many (default: 16).",
     )
     parser.add_argument(
         "--position-weight",

@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=positive_int,
         default=16,
         metavar="N",
-        help="Patches inside the body from which the features of a case are averaged (default: 16).",
+        help="Number of patches inside the body over which the features of a case are averaged (default: 16).",
     )
     parser.add_argument(
         "-o",
