@@ -345,7 +345,7 @@ def test_deviations_are_those_of_the_method_pages():
 
 
 def test_methods_are_compared_as_the_index_has_them():
-    rows = table_rows((DOCUMENTATION / "methods.md").read_text())
+    rows = table_rows((DOCUMENTATION / "methods.md").read_text().split("\n## ")[0])
     expected = []
     for method in METHODS.values():
         passes = [

@@ -217,8 +217,17 @@ def test_annotations_are_never_overwritten(files, tmp_path):
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     for restart in (False, True):
         with pytest.raises(UserError, match="holds segmentations that nnssl_propagate did not write"):
-            run(files, folder, labels=folder, restart=restart)
+            run(files, folder, restart=restart)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_corrected_drafts_are_not_read_from_the_folder_that_a_restart_clears(files):
+    run(files)
+    corrected = Path("drafts", f"{NAMES[1]}.nii.gz")
+    before = corrected.read_bytes()
+    with pytest.raises(UserError, match="labels must be another folder than output, drafts"):
+        run(files, cases=NAMES[1:2], labels=Path("drafts"), restart=True)
+    assert corrected.read_bytes() == before
 
 
 def label_folder(files, change, content=None) -> Path:
