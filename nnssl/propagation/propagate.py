@@ -118,17 +118,9 @@ def propagate(
     """
     settings, folders = settings or PropagateSettings(), folders or resolve_folders()
     _check(settings, cases_from)
-    folder = Path(output).expanduser()
-    if settings.labels is not None and settings.labels.expanduser().resolve() == folder.resolve():
-        raise ArgumentError(
-            f"labels must be another folder than output, {folder}, whose drafts may be replaced; copy the corrected label maps "
-            "elsewhere",
-            "labels",
-            "output",
-        )
     checkpoint = open_checkpoint(Path(weights))
     job = _prepare(checkpoint, dataset, tuple(cases_from), settings, folders)
-    make_writable(folder)
+    folder = make_writable(Path(output).expanduser())
     finished = open_record(folder, _record_of(job, checkpoint, settings), job.raw.file_ending, settings.restart)
     targets = [name for name in job.targets if name not in finished]
     logger.info(

@@ -221,15 +221,6 @@ def test_annotations_are_never_overwritten(files, tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_corrected_drafts_are_not_read_from_the_folder_that_a_restart_clears(files):
-    run(files)
-    corrected = Path("drafts", f"{NAMES[1]}.nii.gz")
-    before = corrected.read_bytes()
-    with pytest.raises(UserError, match="labels must be another folder than output, drafts"):
-        run(files, cases=NAMES[1:2], labels=Path("drafts"), restart=True)
-    assert corrected.read_bytes() == before
-
-
 def label_folder(files, change, content=None) -> Path:
     """Return a folder with a changed label map of the first case, and a ``dataset.json`` if there is one."""
     folder = Path("labels")
