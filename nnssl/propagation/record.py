@@ -62,7 +62,7 @@ def open_record(folder: Path, wanted: PropagationRecord, ending: str, restart: b
         folder: Folder of the drafts.
         wanted: What this run would write.
         ending: File ending of the segmentations.
-        restart: Whether to delete earlier drafts.
+        restart: Whether to delete earlier drafts, except those that are annotated cases now.
 
     Raises:
         UserError: If the folder holds drafts of other settings, or segmentations that are no drafts.
@@ -80,7 +80,8 @@ def open_record(folder: Path, wanted: PropagationRecord, ending: str, restart: b
         if changed and not restart:
             raise UserError(f"{folder}: holds drafts with other {changed}; choose another folder, or set restart")
         if restart:
-            for name in [*read_drafts(folder), *found.references]:
+            # The user may have corrected drafts in place that are annotated cases now.
+            for name in {*read_drafts(folder), *found.references} - set(wanted.references):
                 (folder / f"{name}{ending}").unlink(missing_ok=True)
             (folder / TABLE).unlink(missing_ok=True)
     schema.write(path, wanted)

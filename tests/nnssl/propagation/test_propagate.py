@@ -221,6 +221,16 @@ def test_annotations_are_never_overwritten(files, tmp_path):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+def test_drafts_that_were_corrected_in_place_survive_a_restart_with_them(files):
+    run(files)
+    folder = Path("drafts")
+    shutil.copyfile(files / "raw" / NAME / "labelsTr" / f"{NAMES[1]}.nii.gz", folder / f"{NAMES[1]}.nii.gz")
+    before = {name: (folder / f"{name}.nii.gz").read_bytes() for name in NAMES[:2]}
+    run(files, cases=NAMES[:2], labels=folder, restart=True)
+    assert {name: (folder / f"{name}.nii.gz").read_bytes() for name in NAMES[:2]} == before
+    assert {row["case"] for row in read_rows(folder)} == set(NAMES[2:])
+
+
 def label_folder(files, change, content=None) -> Path:
     """Return a folder with a changed label map of the first case, and a ``dataset.json`` if there is one."""
     folder = Path("labels")
