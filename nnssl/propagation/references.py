@@ -83,7 +83,7 @@ def read_references(
 
     Raises:
         UserError: If a case is unknown, not preprocessed or has no label map, a label map does not fit its image or holds an
-            unknown value, or no voxel is annotated.
+            unknown value, or no voxel of a structure or none of the background is annotated.
     """
     folder = folder or dataset.folder / LABELS_FOLDER
     files = {name: _find(name, dataset, store, folder) for name in names}
@@ -114,6 +114,10 @@ def read_references(
     values = tuple(sorted({0, *kept} - {ignore}))
     if len(values) < 2:
         raise UserError(f"{folder}: the label maps of {some(list(names))} hold background only; annotate a structure")
+    if 0 not in kept:
+        raise UserError(
+            f"{folder}: the label maps of {some(list(names))} hold no background (value 0); annotate voxels outside the structures"
+        )
     references = References(tuple(cases), values, ignore, completed)
     lost = [references.name_of(value) for value in annotated if value not in {0, ignore, *kept}]
     if lost:

@@ -279,6 +279,11 @@ def shifted(image):
         (shifted, None, "differs in origin from the image"),
         (lambda image: image * 2, None, "contains the value 6, which is not a label in"),
         (lambda image: image * 0, None, "hold background only; annotate a structure"),
+        (
+            lambda image: image + sitk.Cast(image == 0, image.GetPixelID()) * 5,
+            {"labels": {**LABELS, "ignore": 5}},
+            "hold no background (value 0); annotate voxels outside the structures",
+        ),
         (lambda image: sitk.Cast(image, sitk.sitkFloat32) / 2, None, "is not a label map"),
         (lambda image: image, {"labels": {"background": 0, "a": 1}}, "which is not a label in labels/dataset.json (0, 1)"),
     ],
