@@ -5,6 +5,7 @@ from dataclasses import replace
 from nnssl.errors import ArgumentError
 from nnssl.files import content_digest
 from nnssl.methods import AUTO, find_method
+from nnssl.paths import PROBES_FOLDER
 from trainers.benchmark.arms import OWN_FOLDER, Arm, Source
 from trainers.pretraining.auto import Comparison, choose_method, open_comparison, stored_record
 from trainers.pretraining.auto_record import AutoRecord
@@ -39,7 +40,8 @@ def comparison_of(arm: Arm, source: Source) -> Comparison:
         pass
     asked = shared.asked
     digest = content_digest([asked.budget_minutes, asked.candidates, asked.seed, asked.overrides, asked.plan])
-    return replace(shared, folder=source.folders.results / OWN_FOLDER / f"{AUTO}-{digest}" / shared.folder.name)
+    own = source.folders.results / OWN_FOLDER / f"{AUTO}-{digest}"
+    return replace(shared, folder=own / PROBES_FOLDER / shared.folder.name)
 
 
 def settle(arm: Arm, source: Source) -> Arm:

@@ -14,6 +14,7 @@ from trainers.benchmark.arms import OWN_FOLDER, parse_arm
 from trainers.benchmark.auto_arm import comparison_of
 from trainers.benchmark.benchmark import benchmark, preview
 from trainers.benchmark.report_inputs import _choice_notes
+from trainers.finetuning.pretrained_weights import find_latest
 from trainers.pretraining import auto, candidate_scores
 from trainers.pretraining.auto_record import AUTO_JSON, read_record, write_record
 from trainers.pretraining.pretrain import pretrain
@@ -88,6 +89,8 @@ def test_the_choice_is_made_once_without_labels_and_named(folders, studies):
     seen = {case for final in path.parent.rglob("checkpoint_final.pth") for case in read_checkpoint(final)[1].cases}
     assert seen
     assert not seen & {*study.test}
+    with pytest.raises(UserError, match="no finished pretraining for weights 'latest'"):
+        find_latest(folders)  # weights of short runs are never taken
 
     times = {each: each.stat().st_mtime_ns for each in path.parent.rglob("*.pth")}
     benchmark(settings, device="cpu", processes=1, folders=folders)
