@@ -244,9 +244,8 @@ def _compare(comparison: Comparison, record: AutoRecord) -> AutoRecord:
     for name, reason in record.left_out.items():
         logger.info(f"{name}: not a candidate, {reason}")
     for candidate in record.candidates:
-        if candidate.stages is None:
-            candidate = replace(candidate, stages=_lengths(comparison, find_method(candidate.method), share))
-            record = record.with_candidate(candidate)
+        if candidate.stages is None and not candidate.is_finished:
+            record = record.with_candidate(_time(comparison, candidate, share))
             write_record(comparison.folder, record)
     measures = _open_measures(comparison)
     record = replace(record, random_weights=measures.random_scores(), chance=measures.chance)
@@ -270,6 +269,20 @@ def _open_measures(comparison: Comparison) -> CandidateMeasures:
         probe = prepare_probe_of(settings, plan, configuration, comparison.folders)
     device = find_device(settings.device)
     return CandidateMeasures(plan, configuration, comparison.folders, settings.seed, device, probe)
+
+
+def _time(comparison: Comparison, candidate: Candidate, share_s: float) -> Candidate:
+    """Fix the lengths of a candidate's stages by the duration of their steps; one whose loss is not finite has failed."""
+    try:
+        return replace(candidate, stages=_lengths(comparison, find_method(candidate.method), share_s))
+    except DivergedError as error:
+        shutil.rmtree(comparison.folder / "timing", ignore_errors=True)
+        return _failed(candidate, error)
+
+
+def _failed(candidate: Candidate, error: DivergedError) -> Candidate:
+    logger.info(f"{candidate.method}: {error}; it is not chosen")
+    return replace(candidate, failure=str(error))
 
 
 def _lengths(comparison: Comparison, method: Method, share_s: float) -> tuple[StageLength, ...]:
@@ -310,8 +323,7 @@ def _try(comparison: Comparison, candidate: Candidate, measures: CandidateMeasur
     try:
         final = comparison.run_short(method, lengths, results)
     except DivergedError as error:
-        logger.info(f"{method.name}: {error}; it is not chosen")
-        return replace(candidate, failure=str(error))
+        return _failed(candidate, error)
     tables = [read_metrics(run.folder(results) / METRICS_CSV) for run in comparison.runs(method)]
     minutes = sum(sum(table["epoch_seconds"]) for table in tables) / 60
     return replace(candidate, minutes=minutes, scores=measures.scores(open_checkpoint(final)))

@@ -251,6 +251,24 @@ def test_a_candidate_that_diverges_is_reported_and_not_chosen(folders, pretend, 
     assert "sam: the loss of epoch 0 is nan; it is not chosen" in said
 
 
+def test_a_candidate_that_diverges_while_it_is_timed_is_not_chosen_either(folders, pretend, monkeypatch):
+    given = auto.time_steps
+
+    def diverge(comparison, method):
+        if method.name == "mae":
+            raise DivergedError("the loss of epoch 2 is nan")
+        return given(comparison, method)
+
+    monkeypatch.setattr(auto, "time_steps", diverge)
+    said: list[str] = []
+    run(folders, candidates=THREE, said=said)
+    record = read_record(folder_of(folders) / AUTO_JSON)
+    failed = {each.method: (each.stages, each.failure) for each in record.candidates}["mae"]
+    assert failed == (None, "the loss of epoch 2 is nan")
+    assert record.choice in ("sam", "simclr")
+    assert "mae: the loss of epoch 2 is nan; it is not chosen" in said
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
