@@ -230,6 +230,26 @@ def test_the_error_of_who_is_not_told_against_a_loop(dim, steps):
         torch.testing.assert_close(found[model], expected)
 
 
+@dims
+def test_no_answer_of_who_is_not_told_is_better_where_voxels_do_not_count(dim):
+    """Every version has its own voxels that count; the best common answer is their mean, voxel by voxel."""
+    method = make_stage(dim, "asked_turns=quarter", "asked_flips=" + str(dim - 1), square=True)
+    volumes = make_batch(dim, 3, square=True)
+    learnable = torch.rand(3, *volumes.shape[2:], generator=torch.Generator().manual_seed(1)) < 0.4
+    views = method.make_views(volumes, generators(0, 3), learnable)
+    errors, numbers = [], []
+    for flip, turn in itertools.product([False, True], range(4)):
+        flips = torch.zeros(3, dim, dtype=torch.bool)
+        flips[:, dim - 1] = flip
+        turns = TurnParams(flips, torch.full((3,), turn), views.turns["o"].plane)
+        errors.append(apply_turns(views.clean_o, turns))
+        numbers.append(apply_turns(views.learnable_o[:, None], turns).float())
+    versions, weights = torch.stack(errors), torch.stack(numbers)
+    mean = (weights * versions).sum(dim=0) / weights.sum(dim=0).clamp_min(1)
+    expected = (weights * (versions - mean).square()).mean(dim=0).flatten(1).mean(dim=1)
+    torch.testing.assert_close(errors_untold(views, method.settings)["o"], expected)
+
+
 def test_the_error_of_who_is_not_told_without_a_code_or_turned_apart():
     views = make_stage(2, "rotation_deg=0").make_views(make_batch(2), generators())
     assert views.learnable_m.all()
