@@ -1,5 +1,6 @@
 """Arms whose method is chosen on the pretraining data, without labels, before the study begins."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from nnssl.errors import ArgumentError
@@ -42,6 +43,19 @@ def comparison_of(arm: Arm, source: Source) -> Comparison:
     digest = content_digest([asked.budget_minutes, asked.candidates, asked.seed, asked.overrides, asked.plan])
     own = source.folders.results / OWN_FOLDER / f"{AUTO}-{digest}"
     return replace(shared, folder=own / PROBES_FOLDER / shared.folder.name)
+
+
+def settle_all(arms: Sequence[Arm], source: Source | None) -> tuple[tuple[Arm, ...], tuple[Arm, ...]]:
+    """Return the arms with the chosen methods, and those whose method is not chosen yet, as the user named them.
+
+    Raises:
+        UserError: As ``comparison_of``.
+    """
+    if source is None:
+        return tuple(arms), ()
+    settled = tuple(settle(arm, source) if arm.method == AUTO else arm for arm in arms)
+    pairs = zip(arms, settled, strict=True)
+    return settled, tuple(given for given, arm in pairs if given.method == AUTO and not arm.reason)
 
 
 def settle(arm: Arm, source: Source) -> Arm:

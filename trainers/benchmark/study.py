@@ -21,7 +21,7 @@ from nnssl.study.table import SCRATCH
 from nnssl.weights.opened_checkpoint import open_checkpoint
 from planners.finetune_planner import AdoptedPlan, fit_plan
 from trainers.benchmark.arms import HYBRID, Arm, Pretraining, Source, configuration_for, locate, parse_arms
-from trainers.benchmark.auto_arm import settle
+from trainers.benchmark.auto_arm import settle_all
 from trainers.benchmark.leaks import Seen, seen_by_checkpoint, seen_in_pretraining
 from trainers.benchmark.patients import choose_test, choose_validation, order_patients
 from trainers.benchmark.selection import select_orders, weights_to_select_with
@@ -170,12 +170,7 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
     source = None
     if not pretrains_nothing(settings, arms):
         source = Source(plan, configuration, settings.pretrain_overrides, folders, device)
-    given = {arm.name: arm for arm in arms}
-    if source is not None:
-        arms = tuple(settle(arm, source) if arm.method == AUTO else arm for arm in arms)
-    undecided = tuple(
-        each for each, arm in zip(given.values(), arms, strict=True) if each.method == AUTO and not arm.reason
-    )
+    arms, undecided = settle_all(arms, source)
     pretrainings = {arm.name: locate(arm, source) for arm in arms if arm.method is not None and source is not None}
     for arm in arms:
         if arm.checkpoint is not None:
