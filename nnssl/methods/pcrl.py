@@ -406,8 +406,7 @@ def errors_untold(views: ContextViews, settings: PCRLSettings) -> dict[str, Floa
     """Return, by model, the smallest mean squared error of an answer that knows the clean crop but not the code.
 
     A decoder that ignores the code cannot be better. Without attention there is no code; the error is then that of answering
-    every channel of an image with its mean. Voxels that do not count have an error of 0, as in ``counted_mse``, and
-    no part in the answer.
+    every channel of an image with its mean. Voxels that do not count have an error of 0 and no part in the answer.
     """
 
     def untold(model: str, counted: Tensor) -> Tensor:
@@ -417,11 +416,9 @@ def errors_untold(views: ContextViews, settings: PCRLSettings) -> dict[str, Floa
             mean = total / counted.flatten(1).sum(dim=1, keepdim=True).clamp_min(1)
             answer = mean.view(*mean.shape, *(1,) * (clean.ndim - 2))
         else:
-            total, number = (
-                mean_over_turns(each, settings.turn_plane, settings.asked_turns, settings.asked_flips)
-                for each in (torch.where(kept, clean, 0.0), kept.to(clean))
-            )
-            answer = total / number.clamp_min(torch.finfo(number.dtype).tiny)
+            turns = settings.turn_plane, settings.asked_turns, settings.asked_flips
+            number = mean_over_turns(kept.float(), *turns).clamp_min(torch.finfo().tiny)
+            answer = mean_over_turns(torch.where(kept, clean, 0.0), *turns) / number
         return torch.where(kept, clean - answer, 0.0).square().flatten(1).mean(dim=1)
 
     if "h" in views.turns and settings.hybrid_target == "turned_then_mixed" and settings.attention != "none":
