@@ -116,7 +116,8 @@ def read_references(
         raise UserError(f"{folder}: the label maps of {some(list(names))} hold background only; annotate a structure")
     if 0 not in kept:
         raise UserError(
-            f"{folder}: the label maps of {some(list(names))} hold no background (value 0); annotate voxels outside the structures"
+            f"{folder}: the label maps of {some(list(names))} hold no background (value 0); annotate voxels outside the "
+            "structures"
         )
     references = References(tuple(cases), values, ignore, completed)
     lost = [references.name_of(value) for value in annotated if value not in {0, ignore, *kept}]
