@@ -98,25 +98,26 @@ def standardise_tokens(
     target = target.float()
     if counted is None:
         return F.layer_norm(target, (target.shape[2],), eps=TOKEN_EPSILON)
-    kept = torch.where(counted, target, 0.0)
-    number = counted.sum(dim=2, keepdim=True)
-    # With the mean in place of the values that do not count, the variance over all values is smaller by the share that counts.
-    filled = torch.where(counted, target, kept.sum(dim=2, keepdim=True) / number.clamp_min(1))
-    share = number / target.shape[2]
+    filled, share = _filled_with_mean(target, counted)
     return F.layer_norm(filled, (target.shape[2],), eps=TOKEN_EPSILON) * share.sqrt()
 
 
 def undo_standardise_tokens(
-    made: Float[Tensor, "batch tokens channel"], like: Float[Tensor, "batch tokens channel"]
+    made: Float[Tensor, "batch tokens channel"],
+    like: Float[Tensor, "batch tokens channel"],
+    counted: Bool[Tensor, "batch tokens channel"],
 ) -> Float[Tensor, "batch tokens channel"]:
     """Return standardised tokens with the mean and variance of reference tokens, in float32, to display a recovery.
 
     Args:
         made: Standardised tokens, as ``standardise_tokens`` returns them.
         like: Reference tokens before standardisation.
+        counted: As in ``standardise_tokens``. A token without such values becomes 0.
     """
-    deviation = like.float().var(dim=2, correction=0, keepdim=True).add(TOKEN_EPSILON).sqrt()
-    return made.float() * deviation + like.mean(dim=2, keepdim=True)
+    filled, share = _filled_with_mean(like.float(), counted)
+    variance = filled.var(dim=2, correction=0, keepdim=True).add(TOKEN_EPSILON)
+    deviation = (variance / share.clamp_min(1 / like.shape[2])).sqrt()
+    return torch.where(share > 0, made.float() * deviation + filled.mean(dim=2, keepdim=True), 0.0)
 
 
 def visible_mean_baseline(
@@ -137,3 +138,13 @@ def visible_mean_baseline(
     visible = ~mask[..., None]
     mean = torch.where(visible, target.float(), 0.0).sum(dim=1, keepdim=True) / visible.sum(dim=1, keepdim=True)
     return masked_token_mse(mean.expand_as(target), target, mask, counted)
+
+
+def _filled_with_mean(target: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+    """Return tokens with the mean of their values that count in place of the others, and the share of the values that count.
+
+    The variance over all values of the result is smaller than that over the values that count, by this share.
+    """
+    number = counted.sum(dim=2, keepdim=True)
+    mean = torch.where(counted, target, 0.0).sum(dim=2, keepdim=True) / number.clamp_min(1)
+    return torch.where(counted, target, mean), number / target.shape[2]

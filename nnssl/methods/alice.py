@@ -116,7 +116,7 @@ class Recovered(NamedTuple):
     Attributes:
         seen: Patches with 0 in masked tokens (batch, channel, *shape).
         output: Patches with recovered masked tokens and unchanged visible ones (batch, channel, *shape).
-        error: Mean squared error of the standardised masked tokens.
+        error: Mean squared error of the standardised masked tokens, over the voxels that count.
         error_of_mean: The same error for the mean of the visible tokens as prediction.
     """
 
@@ -298,16 +298,19 @@ class Alice(PretextMethod):
         """Return what the student sees and its recovered tokens, with the mean and contrast of the true ones."""
         student = self.student
         cut = cut_into_tokens(views.patches, student.token_vox)
-        target = standardise_tokens(cut)
+        counted = cut_into_tokens(views.learnable[:, None].expand_as(views.patches), student.token_vox)
+        target = standardise_tokens(cut, counted)
         tokens = self.decoder.decode(student(views.patches, views.visible), views.visible, self.positions)
         made = self.decoder.predict(tokens).float()
         masked = views.mask[..., None]
-        answers = torch.where(masked, undo_standardise_tokens(made, cut), cut)
+        answers = torch.where(masked, undo_standardise_tokens(made, cut, counted), cut)
         seen, recovered = (
             join_tokens(each, student.grid, student.token_vox, views.patches.shape[1])
             for each in (cut.masked_fill(masked, 0), answers)
         )
-        error, mean = masked_token_mse(made, target, views.mask), visible_mean_baseline(target, views.mask)
+        share = self._recovered_share(views)
+        error = masked_token_mse(made, target, views.mask, counted) / share
+        mean = visible_mean_baseline(target, views.mask, counted) / share
         return Recovered(seen, recovered, error, mean)
 
     def _of_other_places(self, views: PairedViews, keys: int) -> Bool[Tensor, "batch key"]:

@@ -13,7 +13,7 @@ from nnssl.errors import UserError
 from nnssl.methods.alice import Alice
 from nnssl.methods.pcrl import errors_untold
 from nnssl.pictures.places import choose_centre
-from nnssl.views.contexts import clean_in_scale, in_scale, mix, reconstruction_targets
+from nnssl.views.contexts import clean_in_scale, counted_targets, in_scale, mix, reconstruction_targets
 from nnssl.views.partners import PairedViews
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from nnssl.weights.restored_method import method_of
@@ -31,7 +31,8 @@ class Reconstruction:
         target: Clean crop (y, x), flipped and turned as the code demands.
         output: Output (y, x) of the decoder; for Alice the masked tokens, with the contrast of the true ones, and the visible
             tokens.
-        error: Mean squared error over the patch and all channels; for Alice over the masked tokens, each standardised.
+        error: Mean squared error over the voxels of the patch that may be learned from and all channels; for Alice over those of
+            the masked tokens, each standardised.
         error_untold: Baseline of the error. PCRL: the smallest error without knowledge of the code, or without attention that
             of the mean. Alice: the error of the mean of the visible tokens.
     """
@@ -82,10 +83,12 @@ def reconstruct_case(
     flat = len(patch) == 2
     centre = choose_centre(case, slice_vox, flat, "the middle of a patch")
     size = (1, *patch) if flat else patch
-    box = case.read_box([place - length // 2 for place, length in zip(centre, size, strict=True)], size)
-    volume = torch.from_numpy(box).to(device)
-    volumes = (volume.squeeze(1) if flat else volume)[None]
-    views = method.make_views(volumes, [make_generator(seed, "reconstructions", case.name)])
+    lower = [place - length // 2 for place, length in zip(centre, size, strict=True)]
+    boxes = (case.read_box(lower, size), case.read_learnable(lower, size)[None])
+    volumes, learnable = (torch.from_numpy(box).to(device)[None] for box in boxes)
+    if flat:
+        volumes, learnable = volumes.squeeze(2), learnable.squeeze(2)
+    views = method.make_views(volumes, [make_generator(seed, "reconstructions", case.name)], learnable[:, 0])
     return _of_tokens(method, views) if isinstance(method, Alice) else _of_contexts(method, views)
 
 
@@ -103,15 +106,21 @@ def _of_contexts(method: Any, views: Any) -> list[Reconstruction]:
     seen = {"o": seen_o, "m": seen_m, "h": mix(seen_o, seen_m, views.mixing)}
     views = clean_in_scale(views, scale)
     targets = reconstruction_targets(views, method.settings.hybrid_target)
-    untold = errors_untold(views, method.settings)
+    counted = counted_targets(views, method.settings.hybrid_target)
+    untold = errors_untold(views, method.settings)  # of voxels that do not count, it is 0
+    share = {model: max(float(each.float().mean()), 1 / each.numel()) for model, each in counted.items()}
+    wrong = {
+        model: torch.where(counted[model][:, None], output.float() - targets[model], 0.0)
+        for model, output in outputs.items()
+    }
     return [
         Reconstruction(
             model,
             _middle(seen[model]),
             _middle(targets[model]),
             _middle(output),
-            float((output.float() - targets[model]).square().mean()),
-            float(untold[model]),
+            float(wrong[model].square().mean()) / share[model],
+            float(untold[model]) / share[model],
         )
         for model, output in outputs.items()
     ]

@@ -253,14 +253,15 @@ def test_reconstruction(files, drawn, capsys):
 
 @pytest.mark.parametrize("name", ["primus", "alice"])
 def test_recovered_tokens(files, drawn, capsys, name):
-    """Visible tokens are unchanged; masked ones are outputs with the true mean and standard deviation."""
+    """Visible tokens are unchanged; masked ones are outputs with the mean and deviation of the true voxels that count."""
     run("reconstruction", "-w", files[name], "--case", "toy_02", "-o", "a.png")
     assert "s: mean squared error" in capsys.readouterr().out
     assert len(drawn[0].axes) == 3
     method, provenance = restore_method(files[name], torch.device("cpu"))
     case = open_cases(provenance, NAME, resolve_folders()).case("toy_02")
     patch = torch.from_numpy(case.read_box((0, 0, 0), method.configuration.patch_size))[None]
-    views = method.make_views(patch, sample_generators(0, "test", 0, [0]))
+    learnable = torch.rand(patch[:, 0].shape, generator=torch.Generator().manual_seed(0)) < 0.6
+    views = method.make_views(patch, sample_generators(0, "test", 0, [0]), learnable)
     made = method.recover(views)
     token, grid = method.student.token_vox, method.student.grid
     answers = method.decoder(method.student(patch, views.visible), views.visible, method.positions)
@@ -273,10 +274,20 @@ def test_recovered_tokens(files, drawn, capsys, name):
             assert torch.equal(made.output[where], truth)
             continue
         assert not made.seen[where].any()
-        answer = answers[0, index].reshape(truth.shape)
-        assert torch.allclose(made.output[where], answer * truth.std(correction=0) + truth.mean(), atol=1e-3)
-        errors.append((answer - (truth - truth.mean()) / truth.std(correction=0)).square().mean())
-    assert float(made.error) == pytest.approx(float(torch.stack(errors).mean()), rel=1e-3)
+        answer, counts = answers[0, index].reshape(truth.shape), learnable[(0, *where[2:])]
+        mean, deviation = truth[counts].mean(), truth[counts].std(correction=0)
+        assert torch.allclose(made.output[where], answer * deviation + mean, atol=1e-3)
+        errors.append((answer - (truth - mean) / deviation)[counts].square())
+    assert float(made.error) == pytest.approx(float(torch.cat(errors).mean()), rel=1e-3)
+
+
+def test_an_error_of_a_reconstruction_is_over_the_voxels_that_count(files, monkeypatch):
+    method, provenance = restore_method(files["pcrl"], torch.device("cpu"))
+    case = open_cases(provenance, NAME, resolve_folders()).case("toy_01")
+    with monkeypatch.context() as patched:
+        patched.setattr(type(case), "read_learnable", lambda self, lower, size: np.zeros(size, dtype=bool))
+        assert {each.error for each in reconstruct_case(method, case, 4, 3, torch.device("cpu"))} == {0.0}
+    assert all(each.error > 0 for each in reconstruct_case(method, case, 4, 3, torch.device("cpu")))
 
 
 def test_matches(files, drawn, capsys):
@@ -334,10 +345,11 @@ def test_a_state_with_other_parts_is_refused(files, tmp_path):
         restore_method(tmp_path / "part.pth", torch.device("cpu"))
 
 
-def test_a_reconstruction_is_what_the_decoder_makes(files):
+def test_a_reconstruction_is_what_the_decoder_makes(files, monkeypatch):
     """Recomputed from the restored method with the same draws: error and picture of every model."""
     method, provenance = restore_method(files["pcrl"], torch.device("cpu"))
     case = open_cases(provenance, NAME, resolve_folders()).case("toy_01")
+    monkeypatch.setattr(type(case), "read_learnable", lambda self, lower, size: np.ones(size, dtype=bool))
     made = reconstruct_case(method, case, 4, 3, torch.device("cpu"))
     again = reconstruct_case(method, case, 4, 4, torch.device("cpu"))
     assert [each.model for each in made] == ["o", "m", "h"]
