@@ -12,7 +12,7 @@ from jaxtyping import Bool
 
 from nnssl.data.case_error import CaseError
 from nnssl.data.dicom_series import DICOM_READER
-from nnssl.data.image_files import Header, read_file_header, read_images
+from nnssl.data.image_files import Header, read_file_header, read_segmentation
 from nnssl.data.raw import RawCase, RawDataset
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import some
@@ -78,7 +78,7 @@ def check_exclusion_mask(case: RawCase, mask: Path, reader: str) -> None:
     except CaseError:
         return  # preprocessing sets the case aside
     try:
-        found = read_file_header(mask, mask_format(reader)[1])
+        found = read_file_header(mask, mask_format(reader)[1], is_segmentation=True)
     except CaseError as error:
         raise UserError(f"exclusion mask {error}; replace it") from error
     for what, wanted, got in _differences(image, found):
@@ -99,7 +99,7 @@ def read_exclusion_mask(mask: Path, reader: str) -> Bool[np.ndarray, "z y x"]:
         UserError: If the mask cannot be read.
     """
     try:
-        values, _ = read_images((mask,), mask_format(reader)[1])
+        values, _ = read_segmentation(mask, mask_format(reader)[1])
     except CaseError as error:
         raise UserError(f"exclusion mask {error}; replace it") from error
     return values[0] != 0

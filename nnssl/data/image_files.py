@@ -10,7 +10,7 @@ import io
 import os
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,12 +64,29 @@ def read_images(files: Sequence[Path], reader: str) -> tuple[np.ndarray, dict[st
     Raises:
         CaseError: If a file is missing, truncated, damaged or unreadable, or if the files do not fit together.
     """
+    return _read(files, reader, lambda own: own.read_images([str(file) for file in files]))
+
+
+def read_segmentation(file: Path, reader: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """Read a label map or mask as ``read_images`` does; a TIFF finds the ``.json`` with its spacing by another rule than an image.
+
+    Args:
+        file: The label map.
+        reader: Name of nnU-Net's reader class.
+
+    Raises:
+        CaseError: If the file is missing, truncated, damaged or unreadable.
+    """
+    return _read((file,), reader, lambda own: own.read_seg(str(file)))
+
+
+def _read(files: Sequence[Path], reader: str, read: Callable[[Any], Any]) -> Any:
     for file in files:
         check_whole(file)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(io.StringIO()):
-            return _find_reader(reader)().read_images([str(file) for file in files])
+            return read(_find_reader(reader)())
     except (MemoryError, CaseError):
         raise
     except Exception as error:  # the readers pass on any error of ITK, nibabel, tifffile and PIL
@@ -239,8 +256,8 @@ def find_source_state(file: Path) -> tuple[int, int]:
     return sum(each.st_size for each in status), max(each.st_mtime_ns for each in status)
 
 
-def read_file_header(file: Path, reader: str) -> Header:
-    """Return the geometry of one image file as given by nnU-Net's reader.
+def read_file_header(file: Path, reader: str, is_segmentation: bool = False) -> Header:
+    """Return the geometry of one image file, or of one label map or mask, as given by nnU-Net's reader.
 
     Formats whose geometry nnU-Net does not take from a header (tif, png, bmp) are read completely.
 
@@ -256,7 +273,7 @@ def read_file_header(file: Path, reader: str) -> Header:
     elif reader.startswith("NibabelIO"):
         header = _read_nibabel_header(file)
     else:
-        volume, properties = read_images((file,), reader)
+        volume, properties = read_segmentation(file, reader) if is_segmentation else read_images((file,), reader)
         return Header(volume.shape[0], volume.shape[1:], tuple(float(mm) for mm in properties["spacing"]), "")
     if reader.endswith("WithReorient") and header.orientation:
         axes = [_axis_along(pair, header.orientation) for pair in ("SI", "AP", "RL")]

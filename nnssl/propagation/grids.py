@@ -17,7 +17,7 @@ from jaxtyping import Float, Int, Integer, UInt16
 from nnssl.data.bounding_box import find_box
 from nnssl.data.case_error import CaseError
 from nnssl.data.case_store import StoredCase
-from nnssl.data.image_files import read_images
+from nnssl.data.image_files import read_images, read_segmentation
 from nnssl.data.raw import RawCase
 from nnssl.errors import UserError
 from nnssl.plan import Plan
@@ -101,7 +101,7 @@ def read_labels(file: Path, reader: str, grid: ImageGrid) -> Int[np.ndarray, "z 
         UserError: If the file cannot be read, holds fractions, or has another geometry.
     """
     try:
-        values, properties = read_images((file,), reader)
+        values, properties = read_segmentation(file, reader)
     except CaseError as error:
         raise UserError(f"{error}; repair the label map") from error
     if len(values) != 1 or not np.array_equal(values, np.rint(values)):

@@ -1,16 +1,19 @@
 """Masks of the user: found by name, refused with another geometry, and followed by preprocessing."""
 
+import json
 import os
 
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+import tifffile
 
 from nnssl.cli.plan_and_preprocess import make_parser
 from nnssl.data.case_store import LEARNABLE, CaseStore, read_properties
+from nnssl.data.exclusion import check_exclusion_mask, read_exclusion_mask
 from nnssl.data.learnable import learnable_mask, resample_mask
 from nnssl.data.preprocess import preprocess_dataset
-from nnssl.data.raw import read_volume
+from nnssl.data.raw import RawCase, read_volume
 from nnssl.data.recipe import plan_targets
 from nnssl.errors import ArgumentError, UserError
 from nnssl.log import lines_to
@@ -52,6 +55,21 @@ def run(scene, folder, plan=None):
             exclude_mask=folder,
         )
     return report, "\n".join(lines)
+
+
+def test_masks_of_tiff_images_have_the_spacing_that_lies_beside_them(tmp_path):
+    values = np.zeros((4, 6, 5), np.uint8)
+    values[1, 2:, :3] = 1
+    for name, spacing_mm in (("case01", (3.0, 1.5, 2.0)), ("masks/case01", (3.0, 1.5, 2.0)), ("wrong", (3.0, 1.5, 1.0))):
+        path = tmp_path / f"{name}{'_0000' * (name == 'case01')}.tif"
+        path.parent.mkdir(exist_ok=True)
+        tifffile.imwrite(path, values)
+        (tmp_path / f"{name}.json").write_text(json.dumps({"spacing": spacing_mm}))
+    case = RawCase("case01", (tmp_path / "case01_0000.tif",))
+    check_exclusion_mask(case, tmp_path / "masks" / "case01.tif", "Tiff3DIO")
+    assert (read_exclusion_mask(tmp_path / "masks" / "case01.tif", "Tiff3DIO") == (values > 0)).all()
+    with pytest.raises(UserError, match=r"spacing .* must be \(3.0, 1.5, 2.0\), .* got \(3.0, 1.5, 1.0\)"):
+        check_exclusion_mask(case, tmp_path / "wrong.tif", "Tiff3DIO")
 
 
 @pytest.mark.parametrize("transpose", [(0, 1, 2), (1, 0, 2)])
