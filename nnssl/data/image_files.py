@@ -68,7 +68,7 @@ def read_images(files: Sequence[Path], reader: str) -> tuple[np.ndarray, dict[st
 
 
 def read_segmentation(file: Path, reader: str) -> tuple[np.ndarray, dict[str, Any]]:
-    """Read a label map or mask as ``read_images`` does; a TIFF finds the ``.json`` with its spacing by another rule than an image.
+    """Read a label map or mask, for which a TIFF finds the ``.json`` with its spacing by another rule than for an image.
 
     Args:
         file: The label map.
@@ -78,6 +78,12 @@ def read_segmentation(file: Path, reader: str) -> tuple[np.ndarray, dict[str, An
         CaseError: If the file is missing, truncated, damaged or unreadable.
     """
     return _read((file,), reader, lambda own: own.read_seg(str(file)))
+
+
+def files_of_segmentation(file: Path) -> list[Path]:
+    """Return the files of a label map: itself, and the ``.json`` with the spacing of a TIFF if there is one."""
+    spacing = file.with_suffix(".json")
+    return [spacing, file] if file.suffix in (".tif", ".tiff") and spacing.is_file() else [file]
 
 
 def _read(files: Sequence[Path], reader: str, read: Callable[[Any], Any]) -> Any:

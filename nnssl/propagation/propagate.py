@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from nnssl.data.case_store import CaseStore
 from nnssl.data.dicom_series import SERIES_ENDING
-from nnssl.data.image_files import write_segmentation
+from nnssl.data.image_files import files_of_segmentation, write_segmentation
 from nnssl.data.jobs import follow_jobs
 from nnssl.data.raw import RawCase, RawDataset, find_dataset, read_dataset
 from nnssl.devices import find_device
@@ -257,10 +257,7 @@ def _label(job: _Job, prototypes: LabelPrototypes, targets: Sequence[str], folde
 def _finish(job: _Job, folder: Path, drafts: dict[str, Draft]) -> None:
     """Complete the folder with the annotated cases, ``dataset.json`` and the picture, and print the least certain drafts."""
     for each in job.references.cases:
-        copy = folder / each.file.name
-        if copy.absolute() != each.file.absolute():
-            with open(each.file, "rb") as source:
-                write_atomically(copy, lambda file, source=source: shutil.copyfileobj(source, file))  # type: ignore[misc]
+        copy_segmentation(each.file, folder)
     content = {key: value for key, value in job.references.dataset_json.items() if key != "dataset"}
     write_json(folder / DATASET_JSON, {**content, "numTraining": len(drafts) + len(job.references.cases)})
     write_drafts(folder, drafts)
@@ -272,6 +269,15 @@ def _finish(job: _Job, folder: Path, drafts: dict[str, Draft]) -> None:
     logger.info(
         f"{len(drafts)} drafts: {folder}; confidence: {folder / TABLE}; pictures: {folder / PICTURE}; settings: {folder / RECORD}"
     )
+
+
+def copy_segmentation(segmentation: Path, folder: Path) -> None:
+    """Copy a label map to a folder, unless it lies there, with the spacing that belongs to a TIFF."""
+    for path in files_of_segmentation(segmentation):
+        copy = folder / path.name
+        if copy.absolute() != path.absolute():
+            with open(path, "rb") as source:
+                write_atomically(copy, lambda file, source=source: shutil.copyfileobj(source, file))  # type: ignore[misc]
 
 
 def _picture(job: _Job, folder: Path, ordered: Sequence[Draft]) -> Figure:

@@ -60,7 +60,11 @@ def run(scene, folder, plan=None):
 def test_masks_of_tiff_images_have_the_spacing_that_lies_beside_them(tmp_path):
     values = np.zeros((4, 6, 5), np.uint8)
     values[1, 2:, :3] = 1
-    for name, spacing_mm in (("case01", (3.0, 1.5, 2.0)), ("masks/case01", (3.0, 1.5, 2.0)), ("wrong", (3.0, 1.5, 1.0))):
+    for name, spacing_mm in (
+        ("case01", (3.0, 1.5, 2.0)),
+        ("masks/case01", (3.0, 1.5, 2.0)),
+        ("wrong", (3.0, 1.5, 1.0)),
+    ):
         path = tmp_path / f"{name}{'_0000' * (name == 'case01')}.tif"
         path.parent.mkdir(exist_ok=True)
         tifffile.imwrite(path, values)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -25,7 +26,7 @@ from nnssl.networks.dense import ENCODER_AND_DECODER
 from nnssl.paths import Folders
 from nnssl.plan import read_plan
 from nnssl.propagation.grids import read_grid, resampling_of, to_case, to_image
-from nnssl.propagation.propagate import PropagateSettings, propagate
+from nnssl.propagation.propagate import PropagateSettings, copy_segmentation, propagate
 from tests.trainers.phantom_study import narrow_unet
 
 NAME, CASES = "Dataset004_Phantoms", 4
@@ -229,6 +230,21 @@ def test_drafts_that_were_corrected_in_place_survive_a_restart_with_them(files):
     run(files, cases=NAMES[:2], labels=folder, restart=True)
     assert {name: (folder / f"{name}.nii.gz").read_bytes() for name in NAMES[:2]} == before
     assert {row["case"] for row in read_rows(folder)} == set(NAMES[2:])
+
+
+def test_an_annotated_tiff_keeps_its_spacing(tmp_path):
+    """As nnU-Net reads it, which looks for the spacing beside the label map."""
+    labels, copies = tmp_path / "labels", tmp_path / "copies"
+    labels.mkdir()
+    copies.mkdir()
+    values = np.zeros((1, 4, 6, 5), np.uint8)
+    values[0, 1, 2:] = 2
+    Tiff3DIO().write_seg(values[0], str(labels / "case.tif"), {"spacing": (3.0, 1.5, 2.0)})
+    copy_segmentation(labels / "case.tif", copies)
+    copy_segmentation(copies / "case.tif", copies)
+    found, properties = Tiff3DIO().read_seg(str(copies / "case.tif"))
+    assert (found == values).all()
+    assert properties["spacing"] == [3.0, 1.5, 2.0]
 
 
 def label_folder(files, change, content=None) -> Path:
