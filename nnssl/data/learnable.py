@@ -30,6 +30,8 @@ LEARNABLE_VERSION = 1
 """Version of this computation; cases whose masks another version computed are preprocessed again."""
 BLOCK_MM = 3.0
 """Largest edge of the blocks on which the mask is computed; voxels that are larger are blocks of their own."""
+LEAST_VOXELS = 4
+"""Number of voxels of a block below which neighbouring blocks are averaged, not counting those along much thicker axes."""
 AIR_SPREADS = 4.0
 """Number of standard deviations above the median of the air up to which a block counts as air."""
 AIR_MARGIN = 0.02
@@ -75,7 +77,7 @@ def _mask_of_box(
 ) -> Bool[np.ndarray, "z y x"]:
     edges = [max(1, int(BLOCK_MM / mm)) for mm in spacing_mm]
     block_mm = [edge * mm for edge, mm in zip(edges, spacing_mm, strict=True)]
-    blocks = block_means(first, edges)
+    blocks = _smoothed(block_means(first, edges), edges, block_mm)
     enclosed = _body_of_blocks(blocks, block_mm, _highest_air(_values_above_padding(first, constant, blocks)))
     outside = ~enclosed if not enclosed.all() else _faces(enclosed.shape, range(3))
     body = enclosed | _cut_off_parts(~enclosed, int(np.argmax(block_mm)))
@@ -125,6 +127,16 @@ def block_means(
             sums = np.add.reduceat(values, starts, axis=axis)
             values = sums / sizes.reshape([-1 if other == axis else 1 for other in range(3)])
     return values
+
+
+def _smoothed(
+    blocks: Float32[np.ndarray, "z y x"], edges: Sequence[int], block_mm: Sequence[float]
+) -> Float32[np.ndarray, "z y x"]:
+    """Return the means of neighbouring blocks if a block has fewer than four voxels, whose noise would pass for dim tissue."""
+    if np.prod(edges) >= LEAST_VOXELS:
+        return blocks
+    near = [3 if mm <= 2 * min(block_mm) else 1 for mm in block_mm]
+    return ndimage.uniform_filter(blocks, near, mode="nearest")
 
 
 def _values_above_padding(

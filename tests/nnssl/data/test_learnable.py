@@ -52,6 +52,23 @@ def test_air_at_one_value_is_filled_within_the_body_too():
     assert not mask[-2:].any()
 
 
+@pytest.mark.parametrize("spacing_mm", [(1.0, 1.5, 1.0), (2.0, 2.0, 2.0), (10.0, 2.5, 2.0), (4.0, 3.5, 4.0)])
+@pytest.mark.parametrize("kind", ["CT", "MR"])
+def test_noisy_air_is_outside_at_every_spacing(spacing_mm, kind):
+    """Large voxels are blocks of their own, whose noise is not averaged; without dim tissue nothing separates its upper half."""
+    shape = tuple(round(length / mm) for length, mm in zip((110, 120, 130), spacing_mm, strict=True))
+    rng, places = np.random.default_rng(0), np.indices(shape)
+    radii = [(place - length / 2) / (0.3 * length) for place, length in zip(places, shape, strict=True)]
+    body = sum(radius**2 for radius in radii) < 1
+    if kind == "CT":
+        volume = np.where(body, 40, -1000) + rng.normal(0, 20, shape)
+    else:
+        volume = np.hypot(np.where(body, 100, 0) + rng.normal(0, 5, shape), rng.normal(0, 5, shape))
+    mask = learnable_mask(volume[None].astype(np.float32), spacing_mm)
+    assert (mask & ~body).sum() < 0.1 * (~body).sum()
+    assert (~mask & body).sum() < 0.01 * body.sum()
+
+
 @pytest.mark.parametrize("lowest", [0.0, -1000.0])
 @pytest.mark.parametrize("noise", [0.0, 8.0])
 def test_a_defaced_region_is_outside_and_a_hole_of_the_same_value_is_not(noise, lowest):

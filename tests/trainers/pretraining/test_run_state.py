@@ -49,7 +49,7 @@ def test_network_method_and_epoch_come_back(tmp_path):
         assert torch.equal(value, again), name
     assert epoch.records == [{"loss": 1.5, "grad_norm": 2.0}, {"loss": 0.25, "grad_norm": 3.0}]
     assert all(torch.equal(a, b) for a, b in zip(epoch.embeddings, embeddings, strict=True))
-    assert measured == {"probe": {"dataset_name": "Labelled"}, "retrieval": None}
+    assert measured == {"probe": {"dataset_name": "Labelled"}, "retrieval": None, "chosen": None}
 
 
 def test_heads_of_another_size_or_number_are_refused(tmp_path):
