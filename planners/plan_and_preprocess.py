@@ -76,6 +76,12 @@ def plan_and_preprocess(
 
 
 def _plan_and_preprocess(dataset: str | int, settings: PlanSettings, folders: Folders) -> PreparedDataset:
+    if settings.exclude_mask is not None and not settings.preprocess:
+        raise ArgumentError(
+            "exclude_mask must not be given without preprocessing, which applies it; leave one of them out",
+            "exclude_mask",
+            "no_preprocessing",
+        )
     processes = default_processes() if settings.processes is None else settings.processes
     channels = settings.channel_names
     raw = read_dataset(dataset, folders, None if channels is None else tuple(channels))

@@ -122,6 +122,12 @@ FAULTS = {
 }
 
 
+def test_masks_without_preprocessing_would_have_no_effect(raw, tmp_path, capsys):
+    assert plan("--no-preprocessing", "--exclude-mask", str(tmp_path)) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "--exclude-mask must not be given without preprocessing, which applies it; leave one of them out" in message
+
+
 @pytest.mark.parametrize("fault", sorted(FAULTS))
 def test_one_bad_case_is_set_aside_and_named_again_at_the_end(raw, capsys, fault):
     spoil, word = FAULTS[fault]

@@ -54,6 +54,8 @@ from trainers.pretraining.stage_run import StageRun
 
 TRIAL_EPOCHS, TRIAL_ITERATIONS = 4, 4
 """Length of the run that times the steps of a stage. The fastest epoch counts, since other work on the machine only adds time."""
+LOCK = "auto.lock"
+"""File that the process that works on a comparison holds locked."""
 FEW_STEPS = 100
 """Number of steps below which a short run is announced as too short to say much."""
 
@@ -196,11 +198,11 @@ def choose_method(comparison: Comparison) -> AutoRecord:
     Raises:
         UserError: If no candidate is above random weights, if the record there was made with other arguments, or if a run fails.
     """
-    if comparison.settings.restart and comparison.folder.exists():
-        logger.info(f"Deleting earlier short runs in {comparison.folder}")
-        shutil.rmtree(comparison.folder)
     path = make_writable(comparison.folder) / AUTO_JSON
     with _only_process(comparison.folder):
+        if comparison.settings.restart and path.exists():
+            logger.info(f"Deleting earlier short runs in {comparison.folder}")
+            _clear(comparison.folder)
         record = stored_record(comparison)
         if record is not None and record.reason is not None:
             logger.info(f"Keeping the choice in {path}; use --restart to choose again")
@@ -329,10 +331,20 @@ def _try(comparison: Comparison, candidate: Candidate, measures: CandidateMeasur
     return replace(candidate, minutes=minutes, scores=measures.scores(open_checkpoint(final)))
 
 
+def _clear(folder: Path) -> None:
+    """Delete everything in a folder except the lock that this process holds; the record goes first."""
+    (folder / AUTO_JSON).unlink()
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
 @contextmanager
 def _only_process(folder: Path) -> Iterator[None]:
     """Keep other processes from working on the same comparison inside a ``with`` block."""
-    lock = FileLock(folder / "auto.lock")
+    lock = FileLock(folder / LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:

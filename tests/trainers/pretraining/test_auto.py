@@ -4,6 +4,7 @@ No test depends on how fast the machine is: ``time_steps`` is replaced, so budge
 """
 
 import json
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -222,8 +223,25 @@ def test_restart_chooses_again(folders, pretend):
     assert run(folders, candidates=THREE) == "sam"
     assert pretend == ["all of sam"]
     pretend.clear()
+    leftover = folder_of(folders) / "candidates" / "sam" / "leftover"
+    leftover.mkdir(parents=True)
     assert run(folders, candidates=THREE, restart=True) == "mae"
     assert pretend == ["sam", "mae", "simclr", "all of mae"]
+    assert not leftover.exists()
+
+
+def test_restart_waits_for_the_process_that_works_on_the_comparison(folders, pretend, monkeypatch):
+    run(folders, candidates=THREE)
+    path, seen = folder_of(folders) / AUTO_JSON, []
+
+    @contextmanager
+    def lock(folder):
+        seen.append(path.exists())
+        yield
+
+    monkeypatch.setattr(auto, "_only_process", lock)
+    run(folders, candidates=THREE, restart=True)
+    assert seen == [True]
 
 
 def test_nothing_above_random_weights_ends_in_one_line(folders, pretend):
