@@ -12,6 +12,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from nnssl.data.case_store import complete_cases
 from nnssl.data.raw import find_dataset
 from nnssl.devices import find_device
 from nnssl.errors import ArgumentError, UserError
@@ -169,7 +170,7 @@ def open_comparison(
         overrides=tuple(each for each in settings.overrides if not _is_length(each)),
         probe=probe,
         probe_cases=None if probe is None else settings.probe_cases,
-        plan=_digest(plan, configuration),
+        plan=_digest(plan, configuration, folders),
     )
     folder = folder or folders.results / plan.dataset_name / PROBES_FOLDER / f"{plan.name}__{configuration}"
     comparison = Comparison(plan, configuration, methods, left_out, asked, settings, folders, folder)
@@ -361,7 +362,9 @@ def _is_length(override: str) -> bool:
     return override.partition("=")[0].rpartition(".")[2] in ("epochs", "iterations_per_epoch")
 
 
-def _digest(plan: Plan, configuration: str) -> str:
-    """Return a digest of what the short runs read from a plan."""
+def _digest(plan: Plan, configuration: str, folders: Folders) -> str:
+    """Return a digest of what the short runs read: parts of the plan, and which cases were preprocessed from which images."""
     pretext = plan.nnunet["pretext"]["configurations"]
-    return content_digest([pretext[configuration], pretext.get("3d_fullres"), plan.nnunet["configurations"]])
+    folder = folders.preprocessed / plan.dataset_name / plan.configuration(configuration).case_folder
+    cases = [(name, (folder / f"{name}.json").read_text()) for name in complete_cases(folder)]
+    return content_digest([pretext[configuration], pretext.get("3d_fullres"), plan.nnunet["configurations"], cases])

@@ -30,7 +30,7 @@ class Asked:
         overrides: Settings of the runs as ``key=value``, without their lengths.
         probe: Labelled data set of the linear probe; None without one.
         probe_cases: Number of labelled cases that the probe learns from; None without a probe.
-        plan: Digest of the plan's configurations.
+        plan: Digest of the plan's configurations and of the preprocessed cases.
     """
 
     __pydantic_config__: ClassVar = STRICT
@@ -151,7 +151,10 @@ def check_asked(path: Path, found: Asked, asked: Asked) -> None:
         before, now = getattr(found, field.name), getattr(asked, field.name)
         if before != now:
             if field.name == "plan":
-                raise ArgumentError(f"{path}: made with an earlier plan; use restart to choose again", "restart")
+                raise ArgumentError(
+                    f"{path}: made with an earlier plan or other preprocessed cases; use restart to choose again",
+                    "restart",
+                )
             raise ArgumentError(
                 f"{path}: made with {field.name} {_shown(before)}, but this run has {_shown(now)}; use restart to choose again",
                 field.name,

@@ -4,6 +4,7 @@ No test depends on how fast the machine is: ``time_steps`` is replaced, so budge
 """
 
 import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -11,6 +12,7 @@ import pytest
 
 from nnssl.checkpoint import load_tensors, read_checkpoint
 from nnssl.cli.info import explain_checkpoint
+from nnssl.data.case_store import complete_cases, remove_case
 from nnssl.errors import UserError
 from nnssl.log import lines_to
 from nnssl.methods import METHODS
@@ -242,6 +244,16 @@ def test_restart_waits_for_the_process_that_works_on_the_comparison(folders, pre
     monkeypatch.setattr(auto, "_only_process", lock)
     run(folders, candidates=THREE, restart=True)
     assert seen == [True]
+
+
+def test_other_cases_make_another_comparison(folders, pretend, tmp_path):
+    run(folders, candidates=THREE)
+    preprocessed = tmp_path / "preprocessed"
+    shutil.copytree(folders.preprocessed, preprocessed)
+    cases = next((preprocessed / SOURCE).glob("*_cases_*"))
+    remove_case(cases, complete_cases(cases)[0])
+    with pytest.raises(UserError, match="made with an earlier plan or other preprocessed cases; use restart"):
+        run(replace(folders, preprocessed=preprocessed), candidates=THREE)
 
 
 def test_nothing_above_random_weights_ends_in_one_line(folders, pretend):

@@ -146,7 +146,7 @@ def test_files_keep_everything(tmp_path):
         ({"overrides": ()}, "made with overrides batch_size=2, but this run has none"),
         ({"probe": "Dataset004_A"}, "made with probe none, but this run has Dataset004_A"),
         ({"probe_cases": 4}, "made with probe_cases none, but this run has 4"),
-        ({"plan": "other"}, "made with an earlier plan; use restart to choose again"),
+        ({"plan": "other"}, "made with an earlier plan or other preprocessed cases; use restart to choose again"),
     ],
 )
 def test_contradicting_arguments_are_named(tmp_path, change, message):
