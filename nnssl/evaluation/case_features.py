@@ -72,14 +72,12 @@ def reading_of(checkpoint: OpenedCheckpoint, network: Any, patches: int, seed: i
     if isinstance(network, PlannedPrimus):
         return CaseReading(checkpoint.patch_vox, (), patches, seed)
     provenance = checkpoint.own_provenance
-    patch = tuple(provenance.settings.get("patch_size") or ())
-    patch = patch or checkpoint.plan.configuration(provenance.configuration).patch_size
     every = range(len(network.encoder.stages))
     trained = [stage for stage in every if provenance.pretrains(f"encoder.stages.{stage}.")] or list(every)
     stages = set(trained[-LAST_STAGES:])
     if hasattr(network, "transformer"):
         stages.add(network.token_stage)
-    return CaseReading(patch, tuple(sorted(stages)), patches, seed)
+    return CaseReading(checkpoint.trained_patch_vox, tuple(sorted(stages)), patches, seed)
 
 
 def pooled_features(

@@ -75,15 +75,34 @@ def dense_network_of(pretrained: OpenedCheckpoint, kind: DenseKind | None, devic
             f"Warning: {provenance.method} does not pretrain the decoder, so its features are those of the random "
             f"initialisation; only {', '.join(provenance.pretrained_parts)} are pretrained"
         )
-    patch = tuple(provenance.settings.get("patch_size") or ())
-    patch = patch or pretrained.plan.configuration(provenance.configuration).patch_size
+    return freeze(network, pretrained, kind, device)
+
+
+def freeze(
+    network: Any,
+    pretrained: OpenedCheckpoint,
+    kind: DenseKind | None,
+    device: torch.device,
+    encoder_stages: tuple[int, ...] = (),
+) -> DenseNetwork:
+    """Return a network with loaded weights, frozen, with tiles of the patch that it was pretrained on.
+
+    Args:
+        network: The network.
+        pretrained: The checkpoint of its weights.
+        kind: As in ``dense_network_of``.
+        device: As in ``dense_network_of``.
+        encoder_stages: As in ``DenseNetwork``.
+    """
+    patch = pretrained.trained_patch_vox
     tile = (1,) * (3 - len(patch)) + patch
     return DenseNetwork(
         network=network.eval().requires_grad_(False).to(device),
-        kind=kind or pretrained_kind(provenance.settings),
+        kind=kind or pretrained_kind(pretrained.own_provenance.settings),
         tile_vox=(tile[0], tile[1], tile[2]),
         two_dimensional=len(patch) == 2,
         device=device,
+        encoder_stages=encoder_stages,
     )
 
 

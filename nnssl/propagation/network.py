@@ -7,7 +7,7 @@ import torch
 from nnssl.errors import ArgumentError, UserError
 from nnssl.log import logger
 from nnssl.networks.dense import DenseKind
-from nnssl.pictures.dense_network import DenseNetwork, check_decoder, pretrained_kind
+from nnssl.pictures.dense_network import DenseNetwork, check_decoder, freeze
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 
 
@@ -44,17 +44,7 @@ def frozen_network(checkpoint: OpenedCheckpoint, kind: DenseKind | None, device:
             f"{provenance.method} does not pretrain the decoder: labels are carried by the maps of encoder stages "
             f"{', '.join(map(str, stages))}"
         )
-    patch = tuple(provenance.settings.get("patch_size") or ())
-    patch = patch or checkpoint.plan.configuration(provenance.configuration).patch_size
-    tile = (1,) * (3 - len(patch)) + patch
-    return DenseNetwork(
-        network=network.eval().requires_grad_(False).to(device),
-        kind=kind or pretrained_kind(provenance.settings),
-        tile_vox=(tile[0], tile[1], tile[2]),
-        two_dimensional=len(patch) == 2,
-        device=device,
-        encoder_stages=stages,
-    )
+    return freeze(network, checkpoint, kind, device, stages)
 
 
 def _pretrained_stages(network: Any, checkpoint: OpenedCheckpoint) -> tuple[int, ...]:

@@ -231,6 +231,13 @@ class OpenedCheckpoint:
         return tuple(self._planned["patch_size"]) if self.adaptation is None else self.adaptation.patch_vox
 
     @property
+    def trained_patch_vox(self) -> tuple[int, ...]:
+        """Patch of the last stage of pretraining, (z, y, x) or (y, x): that of its settings, or else the plan's."""
+        provenance = self.own_provenance
+        own = tuple(provenance.settings.get("patch_size") or ())
+        return own or self.plan.configuration(provenance.configuration).patch_size
+
+    @property
     def pretraining(self) -> dict[str, Any]:
         """``spacing_mm``, ``patch_vox``, ``channel_names``, ``plans_name`` and ``configuration`` of the pretraining.
 
