@@ -135,7 +135,8 @@ def share_of_run(seconds: float, runs: Sequence[StageRun], seconds_per_step: Seq
 def shorten(run: StageRun, share: float, seconds_per_step: float) -> StageLength:
     """Return the length of a stage that is shortened to a share of its steps, at least one step.
 
-    It has at most ``EPOCHS`` epochs, so that the warm-up, which is counted in epochs, keeps its share of the run.
+    It has ``EPOCHS`` epochs or somewhat fewer, but at least half of them if the full run has as many. Thus the warm-up, which is
+    counted in epochs, keeps its share of the run. Of these numbers, the one that leaves the fewest steps over is taken.
 
     Args:
         run: The stage with its full length.
@@ -146,7 +147,8 @@ def shorten(run: StageRun, share: float, seconds_per_step: float) -> StageLength
     if share >= 1:
         return StageLength(run.stage.name, seconds_per_step, training.epochs, training.iterations_per_epoch)
     steps = max(1, int(share * training.total_steps))
-    epochs = min(EPOCHS, training.epochs, steps)
+    most = min(EPOCHS, training.epochs, steps)
+    epochs = max(range((most + 1) // 2, most + 1), key=lambda number: (steps // number * number, number))
     return StageLength(run.stage.name, seconds_per_step, epochs, steps // epochs)
 
 

@@ -75,10 +75,10 @@ def test_the_best_of_two_methods_is_pretrained_and_the_choice_is_kept(folders):
     record = read_record(folder_of(folders) / AUTO_JSON)
     assert [each.method for each in record.candidates] == ["mae", "simclr"]
     for each in record.candidates:
-        assert [(stage.epochs, stage.iterations_per_epoch) for stage in each.stages] == [(4, 1)]
+        assert [(stage.epochs, stage.iterations_per_epoch) for stage in each.stages] == [(3, 2)]
         (checkpoint,) = (folder_of(folders) / "candidates" / each.method).rglob("checkpoint_final.pth")
         weights, provenance = read_checkpoint(checkpoint)[0]["network_weights"], read_checkpoint(checkpoint)[1]
-        assert (provenance.step, provenance.method) == (4, each.method)
+        assert (provenance.step, provenance.method) == (6, each.method)
         assert set(each.scores) == {"patches", "points", "regions"}
         for score in each.scores.values():
             assert score.value == pytest.approx(sum(score.stages.values()) / len(score.stages))
@@ -141,7 +141,7 @@ def test_stopped_within_a_candidate_it_ends_in_the_same_choice(folders, monkeypa
     monkeypatch.setattr(auto, "time_steps", lambda comparison, method: pytest.fail("timed again"))
     said: list[str] = []
     assert without_minutes(choose(other, said)) == without_minutes(whole)
-    assert any(line.startswith("Resuming at step 3 of 4") for line in said)
+    assert any(line.startswith("Resuming at step 3 of 6") for line in said)
     assert read_record(folder_of(other) / AUTO_JSON).choice == whole.choice is not None
 
 

@@ -140,6 +140,10 @@ def test_the_least_run_is_one_step_and_the_warm_up_keeps_its_share(plan):
     (run,) = long_runs(plan, "mae", "epochs=200", "iterations_per_epoch=50")
     assert (shorten(run, 1e-9, 1.0).epochs, shorten(run, 1e-9, 1.0).iterations_per_epoch) == (1, 1)
     assert shorten(run, 7.9 / 10_000, 1.0).steps == 7
+    # 20 epochs of 38 steps would leave 18 of them over
+    for steps, epochs, used in ((38, 19, 38), (59, 19, 57), (23, 11, 22), (101, 20, 100), (4_321, 20, 4_320)):
+        length = shorten(run, (steps + 0.5) / 10_000, 1.0)
+        assert (length.epochs, length.steps) == (epochs, used)
     content = plan.nnunet["pretext"]["configurations"]["3d_fullres"]["stages"]["mae.recovery"]["schedule"]
     assert json.loads(json.dumps(content))["warmup_epochs"] == 0
     schedule = replace(
