@@ -1,4 +1,4 @@
-"""Errors that the user can fix."""
+"""Errors that the user can fix, and that of a training whose loss is not finite."""
 
 import re
 from collections.abc import Mapping
@@ -32,3 +32,7 @@ class ArgumentError(UserError):
         for name in self.arguments:
             text = re.sub(rf"(?<![\w./-]){re.escape(name)}(?![\w/-]|\.\w)", flags.get(name, name), text)
         return text
+
+
+class DivergedError(RuntimeError):
+    """The loss of an epoch is not finite."""

@@ -11,10 +11,14 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from nnssl.errors import UserError
+from nnssl.errors import DivergedError, UserError
 
 LONGEST_WAIT = timedelta(hours=24)
 """Timeout of the process group: all processes wait while the first one pairs or examines whole scans."""
+
+
+FORWARDED: tuple[type[Exception], ...] = (UserError, DivergedError)
+"""Errors that a new process passes on to the one that started it; others arrive with their traceback."""
 
 
 class Job(Protocol):
@@ -38,6 +42,7 @@ def launch(work: Callable[[J], Any], job: J, processes: int) -> None:
 
     Raises:
         UserError: If one of the new processes raises it.
+        DivergedError: If one of the new processes raises it.
     """
     if _launched():
         _run_in_group(work, job, *(int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
@@ -51,7 +56,8 @@ def launch(work: Callable[[J], Any], job: J, processes: int) -> None:
         except (ProcessRaisedException, ProcessExitedException) as error:
             if errors.empty():
                 raise
-            raise UserError(errors.get()) from error
+            kind, text = errors.get()
+            raise FORWARDED[kind](text) from error
     else:
         work(job)
 
@@ -72,12 +78,12 @@ def _launched() -> bool:
 
 
 def _run_rank(rank: int, work: Callable[[J], Any], job: J, processes: int, port: int, errors: Any) -> None:
-    """Work as one process; the text of an error of the user is put into the queue ``errors``."""
+    """Work as one process; the kind and the text of an error to pass on are put into the queue ``errors``."""
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     try:
         _run_in_group(work, job, rank, rank, processes)
-    except UserError as error:
-        errors.put(str(error))
+    except FORWARDED as error:
+        errors.put((next(kind for kind, each in enumerate(FORWARDED) if isinstance(error, each)), str(error)))
         raise
 
 

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from nnssl.data.case_store import complete_cases
 from nnssl.data.raw import find_dataset
 from nnssl.devices import find_device
-from nnssl.errors import ArgumentError, UserError
+from nnssl.errors import ArgumentError, DivergedError, UserError
 from nnssl.files import content_digest
 from nnssl.log import logger
 from nnssl.methods import Method, find_method
@@ -47,7 +47,6 @@ from trainers.pretraining.candidates import (
     share_of_run,
     shorten,
 )
-from trainers.pretraining.epoch import DivergedError
 from trainers.pretraining.pretrain import find_plan, needed_runs, prepare_probe_of, pretrain_method
 from trainers.pretraining.progress import METRICS_CSV, read_metrics
 from trainers.pretraining.settings import PretrainSettings

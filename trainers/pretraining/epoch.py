@@ -13,10 +13,6 @@ EMBEDDINGS_KEPT = 1024
 """Number of embeddings, from an epoch's last steps, that the collapse monitors use."""
 
 
-class DivergedError(RuntimeError):
-    """The loss of an epoch is not finite."""
-
-
 class Epoch:
     """Records of the current epoch.
 

@@ -26,7 +26,7 @@ from nnssl.data.case_store import CaseStore
 from nnssl.data.loader import PatchBatch
 from nnssl.distributed import average_gradients
 from nnssl.draws import sample_generators
-from nnssl.errors import ArgumentError
+from nnssl.errors import ArgumentError, DivergedError
 from nnssl.files import write_json
 from nnssl.methods import find_stage
 from nnssl.methods.protocol import PretextMethod, StepOutput
@@ -36,7 +36,7 @@ from nnssl.networks.primus import architecture_of_patch
 from nnssl.plan import StageConfiguration, plan_from_dict
 from trainers.pace import RunProgress
 from trainers.precision import choose_precision
-from trainers.pretraining.epoch import DivergedError, Epoch, mean_of_steps
+from trainers.pretraining.epoch import Epoch, mean_of_steps
 from trainers.pretraining.initial_weights import load_initial_weights
 from trainers.pretraining.measurements import Measurements
 from trainers.pretraining.nnunet_state import nnunet_state, restore_nnunet_state

@@ -13,7 +13,7 @@ import pytest
 from nnssl.checkpoint import load_tensors, read_checkpoint
 from nnssl.cli.info import explain_checkpoint
 from nnssl.data.case_store import complete_cases, remove_case
-from nnssl.errors import UserError
+from nnssl.errors import DivergedError, UserError
 from nnssl.log import lines_to
 from nnssl.methods import METHODS
 from nnssl.paths import use_folders
@@ -24,7 +24,6 @@ from trainers.finetuning.pretrained_weights import find_latest
 from trainers.pretraining import auto, candidate_scores
 from trainers.pretraining.auto_record import AUTO_CSV, AUTO_JSON, read_record
 from trainers.pretraining.candidate_scores import Score
-from trainers.pretraining.epoch import DivergedError
 from trainers.pretraining.pretrain import pretrain
 from trainers.pretraining.pretrain_trainer import PretrainTrainer
 from trainers.pretraining.settings import PretrainSettings
