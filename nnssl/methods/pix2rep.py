@@ -8,7 +8,7 @@ after the network, ``z_a = g(phi . f(t(x)))``, the other before it, ``z_b = g(f(
 view both describe the same tissue. v1 contrasts pairs of points (NT-Xent), v2 decorrelates dimensions (Barlow Twins). There
 is no teacher and no stopped gradient: both branches train ``f``, the whole U-Net up to its segmentation layers, and ``g``.
 ``f`` is exported, ``g`` is discarded. Points are drawn where the view may be learned from (not in air, padding, or faces that
-were masked out); a view with fewer such voxels than points draws them from all valid ones.
+were masked out). If there are fewer such voxels than points, they are repeated; a view without any draws from all valid voxels.
 
 Deviations:
     * Order of warp and ``g``: the paper warps the projected map, ``phi . g(f(t(x)))``. Here ``f`` is interpolated at the
@@ -76,7 +76,7 @@ from nnssl.views.intensity import (
     even_blur,
     restrict_to,
 )
-from nnssl.views.learnable import mask_of_patches, mask_of_view, mask_where_enough
+from nnssl.views.learnable import mask_of_patches, mask_of_view, mask_where_any
 from nnssl.views.points import brighter_part, draw_points
 from nnssl.views.spatial import AffineRange, apply_affine, check_affine, draw_affine, map_points, valid_mask
 
@@ -216,7 +216,7 @@ class DensePoints(PretextMethod):
         warped = apply_affine(apply_intensity(volumes, draw_intensity(generators, ranges, channels)), phi)
         body = apply_affine(brighter_part(volumes)[:, None].float(), phi, mode="nearest")[:, 0] > 0.5
         count, kept = points_of_image(own, shape), mask_of_view(mask_of_patches(learnable, volumes), phi)
-        valid = mask_where_enough(valid_mask(phi, shape, volumes.device), kept, count)
+        valid = mask_where_any(valid_mask(phi, shape, volumes.device), kept)
         points = draw_points(generators, valid, count, body, own.foreground_share).float()
         return EquivariantViews(before, warped, map_points(points, phi, "to_input"), points)
 

@@ -50,19 +50,17 @@ def mask_at_points(
     return learnable.flatten(1).gather(1, place_of(nearest, shape))
 
 
-def mask_where_enough(
-    valid: Bool[Tensor, " batch *shape"], learnable: Bool[Tensor, " batch *shape"], count: int
+def mask_where_any(
+    valid: Bool[Tensor, " batch *shape"], learnable: Bool[Tensor, " batch *shape"]
 ) -> Bool[Tensor, " batch *shape"]:
-    """Return the valid voxels that a method may learn from; all valid voxels for a sample that has too few of them.
+    """Return the valid voxels that a method may learn from; all valid voxels for a sample that has none of them.
 
     Args:
         valid: Voxels that may be drawn.
         learnable: Mask of the same view.
-        count: Number of points that will be drawn from each sample without replacement.
     """
     within = valid & learnable
-    enough = within.flatten(1).sum(dim=1) >= count
-    return torch.where(enough.view(-1, *(1,) * (valid.ndim - 1)), within, valid)
+    return torch.where(within.flatten(1).any(dim=1).view(-1, *(1,) * (valid.ndim - 1)), within, valid)
 
 
 def mask_of_tokens(learnable: Bool[Tensor, " batch *shape"], grid: Sequence[int]) -> Bool[Tensor, "batch tokens"]:

@@ -208,14 +208,17 @@ def test_points_lie_where_the_patch_may_be_learned_from(name):
             assert not used[3].any()
 
 
-def test_pix2rep_draws_from_all_valid_voxels_where_too_few_may_be_learned_from():
-    method, batch = make("pix2rep.dense", "points_per_image=40")
+def test_pix2rep_repeats_points_where_few_voxels_may_be_learned_from():
+    """A view without any such voxel, which has no points to repeat, keeps all valid ones."""
+    method, batch = make("pix2rep.dense", "points_per_image=40", "crop_fraction=1,1", "rotation_deg=0,0,0")
     mask = make_mask(batch)
     mask[2] = False
     mask[2, 0, 0, :20] = True
     free, bound = (views_of(method, batch, each) for each in (None, mask))
-    for sample, same in enumerate((True, False, True, True)):
+    for sample, same in enumerate((True, False, False, True)):
         assert torch.equal(free.points_warped[sample], bound.points_warped[sample]) == same
+    assert in_patch(bound.points_before, mask)[:3].all()
+    assert len(bound.points_before[2].unique(dim=0)) == 20
 
 
 @pytest.mark.parametrize("stabilizer", ["none", "literal"])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nnssl.draws import sample_generators
-from nnssl.views.learnable import mask_at_points, mask_of_patches, mask_of_tokens, mask_of_view, mask_where_enough
+from nnssl.views.learnable import mask_at_points, mask_of_patches, mask_of_tokens, mask_of_view, mask_where_any
 from nnssl.views.spatial import AffineRange, draw_affine, map_points
 
 SHAPES = {2: (11, 18), 3: (5, 11, 8)}
@@ -48,15 +48,16 @@ def test_the_mask_at_points_is_that_of_the_nearest_voxel(dim):
             assert found[sample, index] == mask[(sample, *nearest)]
 
 
-def test_too_few_voxels_leave_all_valid_ones():
+def test_a_view_without_voxels_that_count_keeps_all_valid_ones():
     valid = torch.ones(3, 4, 5, dtype=torch.bool)
     valid[:, 0] = False
     mask = torch.zeros_like(valid)
     mask[0, :2] = True  # five of them valid
-    mask[1, 1, :4] = True
-    found = mask_where_enough(valid, mask, 5)
-    assert torch.equal(found[0], valid[0] & mask[0])
-    assert torch.equal(found[1:], valid[1:])
+    mask[1, 1, 3] = True
+    mask[2, 0] = True  # none of them valid
+    found = mask_where_any(valid, mask)
+    assert torch.equal(found[:2], (valid & mask)[:2])
+    assert torch.equal(found[2], valid[2])
 
 
 @dims
