@@ -3,14 +3,17 @@
 import copy
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from nnunetv2.training.dataloading import data_loader
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from threadpoolctl import ThreadpoolController
 from torch.utils.data import DataLoader, Dataset
 
 from nnssl.data.loader import start_of_readers
@@ -31,6 +34,30 @@ def global_seed(*key: int | str) -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(legacy)  # noqa: NPY002
+
+
+@contextmanager
+def thread_pools_searched_once() -> Iterator[None]:
+    """Let nnU-Net's loader limit the threads of the libraries that the first call in this process has found.
+
+    The loader searches all loaded libraries anew for every batch, which takes as long as drawing a small patch.
+    """
+    original = data_loader.threadpool_limits
+    data_loader.threadpool_limits = _limit_threads
+    try:
+        yield
+    finally:
+        data_loader.threadpool_limits = original
+
+
+def _limit_threads(limits: int, user_api: str | None) -> AbstractContextManager[Any]:
+    limiter: AbstractContextManager[Any] = _thread_pools().limit(limits=limits, user_api=user_api)
+    return limiter
+
+
+@cache
+def _thread_pools() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 class KeyedBatches(Dataset):
@@ -64,7 +91,7 @@ class KeyedBatches(Dataset):
         }
 
     def _sample(self, step: int, row: int) -> dict[str, Any]:
-        with global_seed(*self.key, step, row):
+        with global_seed(*self.key, step, row), thread_pools_searched_once():
             self.loader.get_do_oversample = lambda _: self._is_foreground(row)
             sample: dict[str, Any] = self.loader.generate_train_batch()
         return sample

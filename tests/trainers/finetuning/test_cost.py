@@ -1,4 +1,5 @@
-"""What makes a short fine-tuning cheap: no worker processes, fewer figures, no mirroring on request, only the needed cases."""
+"""What makes a short fine-tuning cheap: no worker processes, fewer figures, no mirroring on request, only the needed cases,
+one search for thread pools."""
 
 import json
 import math
@@ -9,7 +10,9 @@ import numpy as np
 import SimpleITK as sitk  # noqa: N813
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.training.dataloading import data_loader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from threadpoolctl import ThreadpoolController, threadpool_info, threadpool_limits
 
 from nnssl.data import jobs
 from nnssl.files import read_json
@@ -17,7 +20,8 @@ from nnssl.paths import resolve_folders
 from planners.finetune_planner import adopt_plan
 from tests.trainers.finetuning.runs import CASES, CPU, DATASET, TEST_CASES, folders_set, trainer_of
 from tests.trainers.tiny_plan import tiny_plan
-from trainers.finetuning import finetune_trainer
+from trainers.finetuning import finetune_trainer, keyed_batches
+from trainers.finetuning.keyed_batches import KeyedBatches
 from trainers.finetuning.labelled_data import prepare_data
 
 MIRRORED = (0, 1, 2)
@@ -119,3 +123,32 @@ def test_processes_are_started_only_where_they_save_time(monkeypatch):
     assert list(jobs.run_list(math.sqrt, [1, 4, 9], 8)) == [1, 2, 3]  # half a minute: the other two in two processes
     assert started == [1, 2]
     assert list(jobs.run_list(math.sqrt, [], 8)) == []
+
+
+def test_libraries_are_searched_once_and_limited_to_one_thread_while_a_sample_is_drawn(monkeypatch):
+    searches: list[int] = []
+    during: list[int] = []
+
+    class Controller(ThreadpoolController):
+        def __init__(self) -> None:
+            searches.append(1)
+            super().__init__()
+
+    class Draws:
+        get_do_oversample = staticmethod(lambda row: False)
+
+        def generate_train_batch(self):
+            with data_loader.threadpool_limits(limits=1, user_api=None):
+                during.extend(library["num_threads"] for library in threadpool_info())
+            return {"data": torch.zeros(1), "target": torch.zeros(1), "keys": ["case"]}
+
+    monkeypatch.setattr(keyed_batches, "ThreadpoolController", Controller)
+    keyed_batches._thread_pools.cache_clear()
+    batches = KeyedBatches(Draws(), 0, "test", range(2))
+    with threadpool_limits(limits=2):
+        batches[0], batches[1]
+        assert {library["num_threads"] for library in threadpool_info()} == {2}
+    assert searches == [1]
+    assert set(during) == {1}
+    assert data_loader.threadpool_limits is threadpool_limits
+    keyed_batches._thread_pools.cache_clear()
