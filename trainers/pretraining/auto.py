@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 
 from nnssl.data.case_store import complete_cases
@@ -56,6 +57,8 @@ TRIAL_EPOCHS, TRIAL_ITERATIONS = 4, 4
 """Length of the run that times the steps of a stage. The fastest epoch counts, since other work on the machine only adds time."""
 LOCK = "auto.lock"
 """File that the process that works on a comparison holds locked."""
+FAILURES = (DivergedError, torch.cuda.OutOfMemoryError)
+"""Errors of a short run that exclude its method and do not end the comparison."""
 FEW_STEPS = 100
 """Number of steps below which a short run is announced as too short to say much."""
 
@@ -274,17 +277,18 @@ def _open_measures(comparison: Comparison) -> CandidateMeasures:
 
 
 def _time(comparison: Comparison, candidate: Candidate, share_s: float) -> Candidate:
-    """Fix the lengths of a candidate's stages by the duration of their steps; one whose loss is not finite has failed."""
+    """Fix the lengths of a candidate's stages by the duration of their steps; the candidate has failed if a step does."""
     try:
         return replace(candidate, stages=_lengths(comparison, find_method(candidate.method), share_s))
-    except DivergedError as error:
+    except FAILURES as error:
         shutil.rmtree(comparison.folder / "timing", ignore_errors=True)
         return _failed(candidate, error)
 
 
-def _failed(candidate: Candidate, error: DivergedError) -> Candidate:
-    logger.info(f"{candidate.method}: {error}; it is not chosen")
-    return replace(candidate, failure=str(error))
+def _failed(candidate: Candidate, error: Exception) -> Candidate:
+    reason = str(error).partition("\n")[0]
+    logger.info(f"{candidate.method}: {reason}; it is not chosen")
+    return replace(candidate, failure=reason)
 
 
 def _lengths(comparison: Comparison, method: Method, share_s: float) -> tuple[StageLength, ...]:
@@ -324,7 +328,7 @@ def _try(comparison: Comparison, candidate: Candidate, measures: CandidateMeasur
     lengths = [override for each in candidate.stages for override in each.overrides]
     try:
         final = comparison.run_short(method, lengths, results)
-    except DivergedError as error:
+    except FAILURES as error:
         return _failed(candidate, error)
     tables = [read_metrics(run.folder(results) / METRICS_CSV) for run in comparison.runs(method)]
     minutes = sum(sum(table["epoch_seconds"]) for table in tables) / 60

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+import torch
 
 from nnssl.checkpoint import load_tensors, read_checkpoint
 from nnssl.cli.info import explain_checkpoint
@@ -263,21 +264,28 @@ def test_nothing_above_random_weights_ends_in_one_line(folders, pretend):
     assert pretend == ["sam", "mae", "simclr"]
 
 
-def test_a_candidate_that_diverges_is_reported_and_not_chosen(folders, pretend, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (DivergedError("the loss of epoch 0 is nan"), "the loss of epoch 0 is nan"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory.\nTry less."), "CUDA out of memory."),
+    ],
+)
+def test_a_candidate_that_fails_is_reported_and_not_chosen(folders, pretend, monkeypatch, error, reason):
     short = auto.Comparison.run_short
 
-    def diverge(self, method, *rest):
+    def fail(self, method, *rest):
         if method.name == "sam":
-            raise DivergedError("the loss of epoch 0 is nan")
+            raise error
         return short(self, method, *rest)
 
-    monkeypatch.setattr(auto.Comparison, "run_short", diverge)
+    monkeypatch.setattr(auto.Comparison, "run_short", fail)
     said: list[str] = []
     run(folders, candidates=THREE, said=said)
     record = read_record(folder_of(folders) / AUTO_JSON)
-    assert record.candidates[0].failure == "the loss of epoch 0 is nan"
+    assert record.candidates[0].failure == reason
     assert record.choice in ("mae", "simclr")
-    assert "sam: the loss of epoch 0 is nan; it is not chosen" in said
+    assert f"sam: {reason}; it is not chosen" in said
 
 
 def test_a_candidate_that_diverges_while_it_is_timed_is_not_chosen_either(folders, pretend, monkeypatch):
