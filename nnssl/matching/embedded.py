@@ -70,6 +70,32 @@ class EmbeddedCase(NamedTuple):
         )
         return sampled[0, :, :, 0, 0]
 
+    def spread(self, coarse_map: Float[Tensor, "value cz cy cx"], part: slice) -> Float[Tensor, "value cell"]:
+        """Interpolate values of the coarse grid linearly at all fine cells of some slices, faster than ``interpolate``.
+
+        Args:
+            coarse_map: Values on the coarse grid.
+            part: Fine slices along z, from ``start`` to ``stop``.
+        """
+        ratio = [f / c for f, c in zip(self.cell_vox, self.coarse_vox, strict=True)]
+        y, x = self.fine.shape[2:]
+        last = coarse_map.shape[1] - 1
+        planes = ((torch.arange(part.start, part.stop) + 0.5) * ratio[0] - 0.5).clamp(0, last)
+        below = planes.floor().long()
+        above = (below + 1).clamp(max=last)
+        needed = slice(int(below[0]), int(above[-1]) + 1)
+        wide = F.interpolate(
+            coarse_map[:, needed].float(),
+            scale_factor=(1 / ratio[1], 1 / ratio[2]),
+            mode="bilinear",
+            align_corners=False,
+            recompute_scale_factor=False,
+        )[..., :y, :x]
+        share = (planes - below)[:, None, None].float()
+        if not share.any():  # fine and coarse slices are the same
+            return wide[:, below - needed.start].flatten(1)
+        return torch.lerp(wide[:, below - needed.start], wide[:, above - needed.start], share).flatten(1)
+
 
 class EmbeddingMatcher:
     """Matcher by fine and coarse embeddings.
@@ -169,14 +195,13 @@ def best_cells(
     cells = torch.zeros(vectors.shape[1], dtype=torch.int64)
     for first in range(0, z, slices):
         part = slice(first, min(first + slices, z))
-        places = torch.cartesian_prod(torch.arange(part.start, part.stop), torch.arange(y), torch.arange(x))
         fine = other.fine[:, part].to(device).flatten(1).float()
-        length = other.interpolate(other.coarse, places).norm(dim=0)
+        length = other.spread(other.coarse, part).norm(dim=0)
         outside = ~other.inside[part].flatten()
         for start in range(0, vectors.shape[1], POINTS_AT_ONCE):
             sharp, broad = vectors[:, start : start + POINTS_AT_ONCE]
             similar = (broad @ other.coarse.flatten(1).float()).unflatten(1, other.coarse.shape[1:])
-            coarse = other.interpolate(similar, places) / length.clamp(min=1e-6)
+            coarse = other.spread(similar, part) / length.clamp(min=1e-6)
             similarity = ((sharp.to(device) @ fine).cpu() + coarse) / 2
             found = similarity.masked_fill(outside, -torch.inf).max(dim=1)
             chosen = slice(start, start + len(sharp))

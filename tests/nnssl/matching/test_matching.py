@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from nnssl.data.case_store import CaseProperties, CaseStore, SourceFile, write_case
 from nnssl.matching import embedded
 from nnssl.matching.body_box import BodyBoxMatcher
-from nnssl.matching.embedded import EmbeddingMatcher, best_cells, corners_on_cells
+from nnssl.matching.embedded import EmbeddedCase, EmbeddingMatcher, best_cells, corners_on_cells
 from nnssl.matching.points import Matches, cycle_error_mm
 from nnssl.networks.anatomical_embedding import Embeddings
 
@@ -126,6 +126,19 @@ def test_coarse_vectors_are_interpolated_and_brought_back_to_unit_norm(tmp_path,
     own = F.interpolate(matcher.embedded("a").coarse[None].float(), case.fine.shape[1:], mode="trilinear")[0]
     z, y, x = np.floor((points / np.array(SPACING) + 0.5) / [1, 2, 2]).astype(int).T
     torch.testing.assert_close(vectors[1], F.normalize(own[:, z, y, x], dim=0).T, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("fine_vox", "coarse_vox"), [((1.0, 2.0, 2.0), (1.0, 8.0, 4.0)), ((2.0, 2.0, 1.0), (8.0, 2.0, 4.0))]
+)
+def test_values_spread_over_all_cells_are_those_of_each_cell(fine_vox, coarse_vox):
+    shape = (4, 8, 12)
+    coarse = [int(n * f / c) for n, f, c in zip(shape, fine_vox, coarse_vox, strict=True)]
+    case = EmbeddedCase(torch.zeros(1, *shape), torch.zeros(1, *coarse), fine_vox, coarse_vox, torch.ones(shape).bool())
+    values = torch.rand(3, *coarse, generator=torch.Generator().manual_seed(0))
+    for part in (slice(0, 4), slice(1, 3), slice(3, 4)):
+        cells = torch.cartesian_prod(torch.arange(part.start, part.stop), torch.arange(8), torch.arange(12))
+        torch.testing.assert_close(case.spread(values, part), case.interpolate(values, cells), atol=1e-6, rtol=0)
 
 
 def test_a_point_is_in_the_cell_that_its_voxel_lies_in(tmp_path):
