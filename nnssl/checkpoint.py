@@ -8,11 +8,13 @@ Files are written atomically, and nothing in them is executed when they are load
 import pickle
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from nnssl.errors import UserError
@@ -22,6 +24,15 @@ from nnssl.schema import STRICT, check_version, parse
 SCHEMA_VERSION = 2
 LATEST, FINAL = "checkpoint_latest.pth", "checkpoint_final.pth"
 """nnU-Net's names of the checkpoint that an unfinished run resumes from, and of the one that a finished run writes."""
+
+ACCEPTED = (
+    "accepted are checkpoints of nnssl_pretrain, files of nnssl_export, checkpoints of nnUNetv2_train, and checkpoints with an "
+    "nnssl_adaptation_plan such as OpenMind's, each as a path, https://... or hf://OWNER/REPO/FILE"
+)
+"""Formats of weights, for the end of every message that refuses a file."""
+
+NUMBER_KINDS = "?bBhHiIlLqQefd"
+"""NumPy's types of the numbers that nnU-Net's logger leaves in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +143,50 @@ def write_checkpoint(path: Path, content: dict[str, Any], provenance: Provenance
     write_atomically(path, lambda file: torch.save(plain, file))
 
 
+CONVERSION = (
+    "c = torch.load(FILE, weights_only=False); torch.save({k: c[k] for k in ('network_weights', 'init_args')}, NEW_FILE)"
+)
+"""Python that leaves tensors and plans only, for a file that nnU-Net's training wrote."""
+
+
+def _scalar(dtype: np.dtype, data: bytes | None = None) -> Any:
+    """Return the number in a pickled NumPy scalar as a plain Python number."""
+    if not isinstance(dtype, np.dtype) or dtype.char not in NUMBER_KINDS or not isinstance(data, bytes):
+        raise pickle.UnpicklingError(f"GLOBAL numpy.{dtype} scalar is not a number")
+    return np.frombuffer(data, dtype, 1)[0].item()
+
+
+def _named(module: str) -> Any:
+    """Return the function for scalars under a name that pickled files call it by."""
+
+    def scalar(dtype: np.dtype, data: bytes | None = None) -> Any:
+        return _scalar(dtype, data)
+
+    scalar.__module__, scalar.__qualname__ = module, "scalar"
+    return scalar
+
+
+SAFE = (
+    _named("numpy.core.multiarray"),  # NumPy 1
+    _named("numpy._core.multiarray"),  # NumPy 2
+    np.dtype,
+    *{type(np.dtype(kind)) for kind in NUMBER_KINDS},
+)
+"""What a file may name besides tensors and plain values: NumPy's numbers. They arrive as Python's."""
+
+
+@contextmanager
+def _numbers_are_safe() -> Iterator[None]:
+    """Let torch's safe loader read NumPy's numbers."""
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals(list(SAFE))
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
 def load_tensors(path: Path) -> dict[str, Any]:
     """Load any checkpoint file without executing anything in it.
 
@@ -145,26 +200,28 @@ def load_tensors(path: Path) -> dict[str, Any]:
         UserError: If the file is missing, truncated, not a checkpoint, or holds code instead of tensors.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with _numbers_are_safe():
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such checkpoint; check the path") from error
+        raise UserError(f"{path}: there is no such checkpoint; check the path; {ACCEPTED}") from error
     except pickle.UnpicklingError as error:
-        if not zipfile.is_zipfile(path):
+        named = re.search(r"(?:GLOBAL|class|function) ([\w.]+\.\w+)", str(error))
+        if not zipfile.is_zipfile(path) and named is None:
             raise UserError(
-                f"{path}: is not a checkpoint, or has an old format that could run code, so it was not loaded; take a checkpoint "
-                "that torch.save wrote"
+                f"{path}: is not a checkpoint, or has an old format that could run code, so it was not loaded; {ACCEPTED}"
             ) from error
+        what = named[1] if named else "Python objects"
         raise UserError(
-            f"{path}: holds Python objects that could run code, so it was not loaded; "
-            "take a checkpoint that holds only tensors and plain Python values"
+            f"{path}: holds {what}, which could run code, so it was not loaded; if you trust the file, convert it by "
+            f"{CONVERSION}; {ACCEPTED}"
         ) from error
     except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path}: cannot be read as a checkpoint ({reason}); write or copy the file again") from error
-    if not isinstance(content, dict):
         raise UserError(
-            f"{path}: must hold the dictionary of a checkpoint, got {type(content).__name__}; take another file"
-        )
+            f"{path}: cannot be read as a checkpoint ({reason}); write or copy the file again; {ACCEPTED}"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold the dictionary of a checkpoint, got {type(content).__name__}; {ACCEPTED}")
     return content
 
 

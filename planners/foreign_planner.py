@@ -31,6 +31,7 @@ def plan_for_network(
     dataset_name: str,
     plans_name: str,
     folders: Folders,
+    batch_size: int = BATCH_SIZE,
 ) -> dict[str, Any]:
     """Plan a labelled data set around a given network, with nnU-Net's own planner.
 
@@ -44,6 +45,7 @@ def plan_for_network(
         dataset_name: Name of the data set, whose preprocessed folder contains ``dataset_fingerprint.json``.
         plans_name: Name of the new plan.
         folders: nnU-Net's folders.
+        batch_size: Batch size of the plan.
 
     Returns:
         The content of a plans file with the single configuration ``3d_fullres``.
@@ -87,7 +89,7 @@ def plan_for_network(
         raise UserError(
             f"{dataset_name}: a patch of {in_voxels(patch_vox)} voxels is smaller than the network's strides, {in_voxels(steps)}"
         )
-    configuration |= {"patch_size": patch, "batch_size": BATCH_SIZE, "architecture": _planned(architecture, patch)}
+    configuration |= {"patch_size": patch, "batch_size": batch_size, "architecture": _planned(architecture, patch)}
     plan["configurations"] = {CONFIGURATION: configuration}
     return plan
 

@@ -99,11 +99,13 @@ def explain_checkpoint(path: Path) -> list[str]:
     """Return lines that describe where the weights of a checkpoint come from and which network they fit.
 
     Args:
-        path: Checkpoint of nnssl, checkpoint with an adaptation plan, or file or folder of ``nnssl_export``.
+        path: Checkpoint of nnssl or of nnU-Net's training, checkpoint with an adaptation plan, or file or folder of
+            ``nnssl_export``.
 
     Raises:
         UserError: If the path is none of these.
     """
+    from nnssl.weights.nnunet_training import SUPERVISED
     from nnssl.weights.opened_checkpoint import EXPORT_KEY, open_checkpoint
 
     if path.is_dir() and (path / CHECKPOINT).exists():
@@ -118,7 +120,10 @@ def explain_checkpoint(path: Path) -> list[str]:
             f"  exported for nnU-Net's {spec['trainer']}, configuration {spec['configuration']} of plans {spec['plans']}, from",
             f"  {spec['checkpoint']} ({spec['stage']}, pretrained on {spec['pretraining_data']})",
         ]
-    return [str(path), *(_explain_elsewhere(source) if source.provenance is None else _explain_own(source))]
+    if source.provenance is None:
+        return [str(path), *_explain_elsewhere(source)]
+    trained = source.provenance.method == SUPERVISED
+    return [str(path), *(_explain_nnunet(source) if trained else _explain_own(source))]
 
 
 def _explain_encoder(path: Path) -> list[str]:
@@ -153,6 +158,21 @@ def _explain_elsewhere(source: "OpenedCheckpoint") -> list[str]:
     return [
         "  made elsewhere: a checkpoint in the adaptation-plan format",
         *_explain_network(source),
+        f"next: nnssl_finetune -d LABELLED_ID -w {source.path}, nnssl_pretrain --init {source.path}, or",
+        f"      nnssl_export {source.path} --for-plans PLANS.json",
+    ]
+
+
+def _explain_nnunet(source: "OpenedCheckpoint") -> list[str]:
+    made = source.own_provenance
+    settings = made.settings
+    labels = ", ".join(map(str, made.dataset_json["labels"])) if "labels" in made.dataset_json else "not named"
+    return [
+        f"  trained by nnU-Net with labels: {settings['trainer'] or 'unknown trainer'}, fold {settings['fold']}, "
+        f"{settings['epochs']} epochs",
+        f"  trained on {made.dataset_name}; {'plan' if made.origin is None else 'made for plan'} {made.plans_name}, configuration {made.configuration}",
+        *_explain_network(source),
+        f"  labels {labels}",
         f"next: nnssl_finetune -d LABELLED_ID -w {source.path}, nnssl_pretrain --init {source.path}, or",
         f"      nnssl_export {source.path} --for-plans PLANS.json",
     ]

@@ -6,6 +6,7 @@ from typing import Any
 from nnssl.methods import METHODS
 from nnssl.version import __version__
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint
+from nnssl.weights.nnunet_training import SUPERVISED
 from nnssl.weights.target import TargetNetwork
 
 ELSEWHERE = "elsewhere"
@@ -21,7 +22,7 @@ def describe(source: OpenedCheckpoint, target: TargetNetwork, licence: str) -> d
         "library": f"nnssl {__version__}",
         "method": made.method if made else ELSEWHERE,
         "stage": made.stage if made else ELSEWHERE,
-        "steps": made.step if made and made.method != ELSEWHERE else None,
+        "steps": made.step if made and made.method not in (ELSEWHERE, SUPERVISED) else None,
         "settings": made.settings if made else {},
         "pretraining_data": made.dataset_name if made else ELSEWHERE,
         "pretraining_cases": len(made.cases) if made and made.cases is not None else None,

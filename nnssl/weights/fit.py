@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nnssl.errors import ArgumentError
 from nnssl.networks.primus import POSITIONS, resample_positions
-from nnssl.weights.fit_report import FitReport, Fitted
+from nnssl.weights.fit_report import KEPT, FitReport, Fitted
 from nnssl.weights.kernels import CHANNEL_POLICIES, ChannelPolicy, fit_input_channels, fit_kernel
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from nnssl.weights.target import TargetNetwork
@@ -49,10 +49,15 @@ def fit_weights(source: OpenedCheckpoint, target: TargetNetwork, policy: Channel
     state = network.state_dict(keep_vars=True)
     fitted = []
     taken: set[str] = set()
+    head = source.head_for(target.dataset_json) if stages[0] == stages[1] else {}
     for names in names_by_tensor(state):
         value = state[names[0]]
         if any(SEGMENTATION in f".{name}" for name in names):
-            fitted.append(Fitted(names[0], "segmentation", value.numel(), "initialised by nnU-Net"))
+            kept = head.get(names[0])
+            keeps = kept is not None and kept.shape == value.shape
+            if keeps:
+                value.copy_(kept)
+            fitted.append(Fitted(names[0], "segmentation", value.numel(), KEPT if keeps else "initialised by nnU-Net"))
             continue
         there = [name for name in (_source_name(each, *stages) for each in names) if name in source.tensors]
         if not there:

@@ -21,6 +21,9 @@ is transferred, it has no effect at the start of training."""
 LEAST_SHARE = 0.5
 """Default share of the target encoder's parameters that must come from the checkpoint."""
 
+KEPT = "trained with the same labels; nnssl_finetune keeps them, nnU-Net initialises them"
+"""Reason of segmentation layers that were transferred."""
+
 
 @dataclass(frozen=True)
 class Fitted:

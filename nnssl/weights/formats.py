@@ -21,7 +21,7 @@ from nnssl.files import whole_folder, write_atomically, write_json
 from nnssl.version import __version__
 from nnssl.weights.adaptation_plan import KEY, write_adaptation_plan
 from nnssl.weights.description import ELSEWHERE, citations, describe
-from nnssl.weights.fit_report import ENCODER_PARTS, FitReport
+from nnssl.weights.fit_report import ENCODER_PARTS, KEPT, FitReport
 from nnssl.weights.model_card import write_model_card
 from nnssl.weights.opened_checkpoint import EXPORT_KEY, OpenedCheckpoint
 from nnssl.weights.target import TargetNetwork
@@ -255,7 +255,9 @@ def _without_pretext(plans: Mapping[str, Any]) -> dict[str, Any]:
 
 def _provenance(source: OpenedCheckpoint, target: TargetNetwork, report: FitReport) -> Provenance:
     """Return the provenance of an exported file: that of the weights, with the network that they were fitted to."""
-    taken = tuple(each.name for each in report.tensors if each.status in ("transferred", "adapted"))
+    taken = tuple(
+        each.name for each in report.tensors if each.status in ("transferred", "adapted") or each.reason == KEPT
+    )
     plans = _without_pretext(target.plans)
     if source.provenance is not None:
         return replace(

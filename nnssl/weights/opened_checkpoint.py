@@ -1,7 +1,7 @@
 """A checkpoint, opened once without executing anything in it, and everything that follows from its content.
 
-``open_checkpoint`` reads checkpoints of nnssl and checkpoints made elsewhere in the adaptation-plan format. A property that
-a file cannot provide raises an error that says which file can.
+``open_checkpoint`` reads checkpoints of nnssl, of nnU-Net's training with labels, and those made elsewhere in the
+adaptation-plan format. A property that a file cannot provide raises an error that says which file can.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,23 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nnssl.checkpoint import Provenance, load_tensors, parse_provenance
+from nnssl.checkpoint import ACCEPTED, Provenance, load_tensors, parse_provenance
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import file_digest
 from nnssl.networks.backbone import build_network, planned_configuration
 from nnssl.networks.primus import architecture_of_patch
 from nnssl.plan import Plan, plan_from_dict
 from nnssl.weights.adaptation_plan import KEY, KEYS, AdaptationPlan, network_kind, read_adaptation_plan
-from nnssl.weights.tensor_names import GATE, SEGMENTATION, count_values, names_by_tensor
+from nnssl.weights.nnunet_training import SUPERVISED, is_training, read_training
+from nnssl.weights.tensor_names import GATE, HEAD, SEGMENTATION, WRAPPERS, count_values, names_by_tensor
 
 EXPORT_KEY = "nnssl_export"
 """Key of a file that was exported for a trainer with a network of its own. Its value describes the file for people."""
 
 FIRST_OUTPUTS = "decoder.seg_layers.0.weight"
 """Name of a segmentation layer, from which the number of outputs is read."""
-
-WRAPPERS = ("module.", "_orig_mod.")
-"""Prefixes that DistributedDataParallel and torch.compile put before names."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,16 +37,22 @@ class OpenedCheckpoint:
     Attributes:
         path: The file.
         content: The file's content, tensors on the CPU.
-        provenance: Where the weights come from; None for a file that nnssl did not write.
+        provenance: Where the weights come from; None for a file in the adaptation-plan format.
+        by_nnunet: Whether nnU-Net's training wrote the file.
     """
 
     path: Path
     content: dict[str, Any] = field(repr=False)
     provenance: Provenance | None = field(repr=False)
+    by_nnunet: bool = False
 
     def without_content(self) -> "OpenedCheckpoint":
         """Return the checkpoint with an empty content, to keep its provenance in memory but not its tensors."""
         return replace(self, content={})
+
+    def reopened(self) -> "OpenedCheckpoint":
+        """Return the checkpoint with its content, which is read again if it was dropped."""
+        return self if self.content else open_checkpoint(self.path)
 
     @cached_property
     def digest(self) -> str:
@@ -59,7 +63,8 @@ class OpenedCheckpoint:
     def label(self) -> str:
         """Description of the weights within a sentence."""
         if self.provenance is not None:
-            return f"{self.provenance.stage}, pretrained on {self.provenance.dataset_name}"
+            done = "trained with labels" if self.provenance.method == SUPERVISED else "pretrained"
+            return f"{self.provenance.stage}, {done} on {self.provenance.dataset_name}"
         return "a checkpoint made elsewhere"
 
     @property
@@ -72,21 +77,29 @@ class OpenedCheckpoint:
         """Where the weights come from.
 
         Raises:
-            UserError: If the file is not a checkpoint of nnssl.
+            UserError: If the file is neither a checkpoint of nnssl nor one of nnU-Net's training.
         """
         return self.provenance or parse_provenance(self.path, self.content)
 
     @property
+    def _state(self) -> dict[str, Any]:
+        """State beside nnU-Net's keys that a checkpoint of nnssl holds; empty for other files."""
+        if self.provenance is None or self.by_nnunet:
+            return {}
+        state: dict[str, Any] = self.content["nnssl"]["state"]
+        return state
+
+    @property
     def choosing_probe(self) -> dict[str, Any] | None:
         """Online probe by whose Dice these weights were chosen, with the names of its cases; None if there is none."""
-        state = self.content["nnssl"]["state"] if self.provenance is not None else {}
+        state = self._state
         probe: dict[str, Any] | None = state.get("probe")
         return probe if probe is not None and probe["chose_weights"] else None
 
     @property
     def chosen(self) -> dict[str, Any] | None:
         """How short runs chose the method, with ``reason`` and ``scores``; None if the user named it."""
-        state = self.content["nnssl"]["state"] if self.provenance is not None else {}
+        state = self._state
         chosen: dict[str, Any] | None = state.get("chosen")
         return chosen
 
@@ -162,10 +175,7 @@ class OpenedCheckpoint:
                 f"{self.path}: was exported for nnU-Net's {made['trainer']}, whose network no plan describes; take the "
                 f"checkpoint that it was made from, {made['checkpoint']}"
             )
-        raise UserError(
-            f"{self.path}: is neither a checkpoint of nnssl nor one with an {KEY}; take checkpoint_final.pth of "
-            "nnssl_pretrain, or a file from a model hub that has one"
-        )
+        raise UserError(f"{self.path}: holds no weights of a known kind; {ACCEPTED}")
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -186,6 +196,20 @@ class OpenedCheckpoint:
                 "the author of the file for a correct one"
             )
         return trained
+
+    def keeps_head(self, dataset_json: Mapping[str, Any]) -> bool:
+        """Return whether the segmentation layers can be kept for a data set: they were trained with the same labels."""
+        made = self.provenance
+        if made is None or made.method != SUPERVISED or not (self.by_nnunet or made.pretrains(HEAD)):
+            return False
+        keys = ("labels", "regions_class_order")
+        return all(made.dataset_json.get(key) == dataset_json.get(key) for key in keys)
+
+    def head_for(self, dataset_json: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the segmentation layers if they can be kept for a data set, else an empty dictionary."""
+        if not self.keeps_head(dataset_json):
+            return {}
+        return {name: value for name, value in self.content["network_weights"].items() if SEGMENTATION in f".{name}"}
 
     def check_tensors(self) -> None:
         """Check that the file has pretrained tensors to transfer.
@@ -229,6 +253,11 @@ class OpenedCheckpoint:
     def patch_vox(self) -> tuple[int, ...]:
         """Patch that learned positions are for, (z, y, x) or (y, x)."""
         return tuple(self._planned["patch_size"]) if self.adaptation is None else self.adaptation.patch_vox
+
+    @property
+    def batch_size(self) -> int:
+        """Batch size of fine-tuning in the plan."""
+        return int(self._planned["batch_size"])
 
     @property
     def trained_patch_vox(self) -> tuple[int, ...]:
@@ -275,13 +304,18 @@ class OpenedCheckpoint:
 
 
 def open_checkpoint(path: Path) -> OpenedCheckpoint:
-    """Open a checkpoint of nnssl, or one made elsewhere, without executing anything in it.
+    """Open a checkpoint of nnssl, of nnU-Net's training, or one made elsewhere, without executing anything in it.
 
     Raises:
-        UserError: If the file is missing, unsafe or damaged, or a checkpoint of another version of nnssl.
+        UserError: If the file is missing, unsafe or damaged, a checkpoint of another version of nnssl, or a checkpoint of
+            nnU-Net's training without plans or with another network than theirs.
     """
     content = load_tensors(path)
-    return OpenedCheckpoint(path, content, parse_provenance(path, content) if "nnssl" in content else None)
+    if "nnssl" in content:
+        return OpenedCheckpoint(path, content, parse_provenance(path, content))
+    if KEY in content or EXPORT_KEY in content or not is_training(content):
+        return OpenedCheckpoint(path, content, None)
+    return OpenedCheckpoint(path, *read_training(path, content), by_nnunet=True)
 
 
 def plan_of_pretraining(provenance: Provenance, what: str) -> Plan:
@@ -292,9 +326,14 @@ def plan_of_pretraining(provenance: Provenance, what: str) -> Plan:
         what: Description of the weights for an error message.
 
     Raises:
-        UserError: If the weights were exported, so that their plan is that of another network; or if the plan is of another
-            version.
+        UserError: If the weights were trained with labels, or exported, so that their plan is that of another network; or if
+            the plan is of another version.
     """
+    if provenance.method == SUPERVISED:
+        raise UserError(
+            f"{what}: trained by nnU-Net with labels, and this needs a plan of nnssl; pretrain from these weights by "
+            "nnssl_pretrain --init, and use that checkpoint"
+        )
     if provenance.origin is not None:
         raise UserError(
             f"{what}: exported for {provenance.configuration} of {provenance.plans_name}, without the plan of the "

@@ -8,6 +8,12 @@ from torch import Tensor
 SEGMENTATION = ".seg_layers."
 """Part of the names of the segmentation layers, which nnU-Net's loader skips and initialises randomly."""
 
+HEAD = "decoder.seg_layers."
+"""Prefix of the segmentation layers, in nnU-Net's U-Nets and in the networks of ``nnssl.networks``."""
+
+WRAPPERS = ("module.", "_orig_mod.")
+"""Prefixes that DistributedDataParallel and torch.compile put before names."""
+
 GATE = "transformer.gate"
 """Weight of the transformer in a hybrid network; 0 in a random initialisation."""
 

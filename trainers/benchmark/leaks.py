@@ -9,15 +9,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnssl.checkpoint import Provenance
 from nnssl.data.patients import patient_in_name, read_patients
+from nnssl.data.raw import read_dataset
 from nnssl.errors import ArgumentError, UserError
-from nnssl.files import some
-from nnssl.log import logger
+from nnssl.files import read_json, some
+from nnssl.log import logger, silence
 from nnssl.paths import Folders
 from nnssl.schema import read
 from nnssl.weights.description import ELSEWHERE
+from nnssl.weights.nnunet_training import SUPERVISED
 from nnssl.weights.opened_checkpoint import open_checkpoint
 from planners.fingerprint import FILE_NAME, Fingerprint
+
+SPLITS = "splits_final.json"
+"""nnU-Net's file with the cases of its folds."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,8 @@ def seen_by_checkpoint(path: Path, folders: Folders, patients: Path | None) -> l
     """Return the cases that the weights of a checkpoint, and the weights that they started from, have seen.
 
     Labelled cases of an online probe count if the weights were chosen by their Dice, which an export records too. For
-    weights that were made elsewhere the cases are unknown, and a message is logged.
+    weights that were made elsewhere the cases are unknown, and a message is logged. Weights of nnU-Net's training have seen the
+    training cases of their fold, if nnU-Net's splits are here, or else all cases of their data set.
 
     Raises:
         UserError: If a checkpoint or a fingerprint does not exist.
@@ -80,6 +87,9 @@ def seen_by_checkpoint(path: Path, folders: Folders, patients: Path | None) -> l
         if provenance is None or provenance.dataset_name == ELSEWHERE:
             logger.info(f"{source}: made elsewhere, so it cannot be checked whether it has seen held-out cases")
             break
+        if provenance.method == SUPERVISED:
+            found += _seen_by_nnunet(source, provenance, folders, patients)
+            break
         probe = checkpoint.choosing_probe
         if probe is not None:
             table = read_patients(patients) if patients else {}
@@ -88,6 +98,22 @@ def seen_by_checkpoint(path: Path, folders: Folders, patients: Path | None) -> l
         found.append(seen_in_pretraining(provenance.dataset_name, folders, patients, provenance.cases or ()))
         source = Path(provenance.init) if provenance.init else None
     return found
+
+
+def _seen_by_nnunet(path: Path, provenance: Provenance, folders: Folders, patients: Path | None) -> list[Seen]:
+    """Return the cases on which nnU-Net trained weights with labels; none, with a message, if its data set is not here."""
+    name, fold = provenance.dataset_name, provenance.settings["fold"]
+    if not (folders.raw / name).is_dir():
+        logger.info(f"{path}: {name} is not in {folders.raw}, so it cannot be checked whether it has seen held-out cases")
+        return []
+    with silence():
+        cases = [case.name for case in read_dataset(name, folders).cases]
+    splits = folders.preprocessed / name / SPLITS
+    if isinstance(fold, int) and splits.exists():
+        listed = read_json(splits, "splits of nnU-Net")
+        cases = listed[fold]["train"] if fold < len(listed) else cases
+    table = read_patients(patients) if patients else {}
+    return [Seen(name, {}, {table.get(case, patient_in_name(case)): case for case in sorted(cases, reverse=True)})]
 
 
 def find_leaks(digests: Mapping[str, str], patients: Mapping[str, str], seen: Sequence[Seen]) -> dict[str, str]:

@@ -97,7 +97,7 @@ def gather_report(cells: StudyCells, table: StudyTable, command: str) -> Report:
         pictures=tuple(_segmentation_pictures(cells)),
         method_pictures=pictures_by_arm,
         curves=tuple(_curves(study)),
-        decisions=study.plan.pretext.decisions,
+        decisions=study.plan.decisions,
         facts={"Versions": _versions(), "Hardware": _hardware(study.device), "Time": _times(cells)},
         commands=(*_pretraining_commands(study), command),
         notes=tuple(notes),

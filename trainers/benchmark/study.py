@@ -16,7 +16,7 @@ from nnssl.log import silence
 from nnssl.methods import AUTO, find_method
 from nnssl.networks.backbone import build_network, planned_configuration
 from nnssl.paths import Folders
-from nnssl.plan import Plan, plan_from_dict, read_plan
+from nnssl.plan import read_plan
 from nnssl.study.table import SCRATCH
 from nnssl.weights.opened_checkpoint import open_checkpoint
 from planners.finetune_planner import AdoptedPlan, fit_plan
@@ -26,6 +26,7 @@ from trainers.benchmark.leaks import Seen, seen_by_checkpoint, seen_in_pretraini
 from trainers.benchmark.patients import choose_test, choose_validation, order_patients
 from trainers.benchmark.selection import select_orders, weights_to_select_with
 from trainers.benchmark.settings import StudySettings, check_settings
+from trainers.benchmark.shared_plan import SharedPlan, plan_of_checkpoint
 from trainers.finetuning.arm import Task
 from trainers.finetuning.labelled_cases import Split, choose_unlabelled, find_labelled_cases
 from trainers.finetuning.recipes import make_schedule, network_kind
@@ -67,7 +68,7 @@ class Study:
     """Pretrainings by the name of their arm; arms that are checkpoints have none."""
     source: Source | None
     """Data and settings of pretraining; None if all arms are checkpoints."""
-    plan: Plan
+    plan: SharedPlan
     adopted: AdoptedPlan
     """The same plan for the labelled data set; its file is written when the study runs."""
     configuration: str
@@ -168,8 +169,8 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
     plan = find_source_plan(settings, arms, folders)
     configuration = choose_finetuning(settings, arms, plan)
     source = None
-    if not pretrains_nothing(settings, arms):
-        source = Source(plan, configuration, settings.pretrain_overrides, folders, device)
+    if plan.pretraining is not None and not pretrains_nothing(settings, arms):
+        source = Source(plan.pretraining, configuration, settings.pretrain_overrides, folders, device)
     arms, undecided = settle_all(arms, source)
     pretrainings = {arm.name: locate(arm, source) for arm in arms if arm.method is not None and source is not None}
     for arm in arms:
@@ -224,7 +225,7 @@ def pretrains_nothing(settings: StudySettings, arms: Sequence[Arm]) -> bool:
     return settings.source is None and all(arm.checkpoint is not None for arm in arms)
 
 
-def find_source_plan(settings: StudySettings, arms: Sequence[Arm], folders: Folders) -> Plan:
+def find_source_plan(settings: StudySettings, arms: Sequence[Arm], folders: Folders) -> SharedPlan:
     """Return the plan that all arms share: that of the data set to pretrain on, or else that of the first checkpoint.
 
     Raises:
@@ -233,11 +234,12 @@ def find_source_plan(settings: StudySettings, arms: Sequence[Arm], folders: Fold
     if pretrains_nothing(settings, arms):
         checkpoint = arms[0].checkpoint
         assert checkpoint is not None
-        return plan_from_dict(open_checkpoint(checkpoint).own_provenance.plans, str(checkpoint))
-    return read_plan(find_plan(folders, settings.source, settings.plans_name))
+        return plan_of_checkpoint(checkpoint)
+    plan = read_plan(find_plan(folders, settings.source, settings.plans_name))
+    return SharedPlan(plan.nnunet, plan)
 
 
-def choose_finetuning(settings: StudySettings, arms: Sequence[Arm], plan: Plan) -> str:
+def choose_finetuning(settings: StudySettings, arms: Sequence[Arm], shared: SharedPlan) -> str:
     """Return the configuration to fine-tune, the same for all arms and for scratch.
 
     This is the configuration that all methods pretrain. If they differ, it is the plain one, because weights of a hybrid
@@ -247,14 +249,16 @@ def choose_finetuning(settings: StudySettings, arms: Sequence[Arm], plan: Plan) 
         UserError: If the plan has no such configuration.
     """
     if settings.configuration is not None:
-        plan.configuration(settings.configuration)
+        shared.check_configuration(settings.configuration)
         return settings.configuration
     wanted = []
     for arm in arms:
         if arm.checkpoint is not None:
             wanted.append(open_checkpoint(arm.checkpoint).own_provenance.configuration)
             continue
+        plan = shared.pretraining
         assert arm.method is not None
+        assert plan is not None
         if arm.method == AUTO:
             wanted.append(configuration_to_probe(plan, None))
             continue
@@ -264,11 +268,11 @@ def choose_finetuning(settings: StudySettings, arms: Sequence[Arm], plan: Plan) 
         return wanted[0]
     # A method that supports several networks is fine-tuned with the one that the other arms support, too.
     plain = min((name.removesuffix(HYBRID) for name in wanted), key=len)
-    plan.configuration(plain)
+    shared.check_configuration(plain)
     return plain
 
 
-def check_plan(checkpoint: Path, plan: Plan, configuration: str) -> None:
+def check_plan(checkpoint: Path, plan: SharedPlan, configuration: str) -> None:
     """Check that the weights of a checkpoint were made with the plan of the study.
 
     Raises:
@@ -278,14 +282,15 @@ def check_plan(checkpoint: Path, plan: Plan, configuration: str) -> None:
     if theirs != plan.nnunet["configurations"][configuration]:
         raise UserError(
             f"{checkpoint}: pretrained with another plan than {plan.name} of {plan.dataset_name} ({configuration} differs), "
-            "so the comparison would not be fair; compare it in a separate study"
+            "so the comparison would not be fair; compare it in a separate study, or fit it to this plan by nnssl_export "
+            f"{checkpoint} --for-plans {plan.dataset_name} -p {plan.name}"
         )
 
 
 def find_seen(
     arms: Sequence[Arm],
     pretrainings: Mapping[str, Pretraining],
-    plan: Plan,
+    plan: SharedPlan,
     source: Source | None,
     settings: StudySettings,
     folders: Folders,

@@ -1,4 +1,4 @@
-"""Weights that were made elsewhere, adapted to a labelled data set or to a network before pretraining."""
+"""Weights that were made elsewhere, or trained with other channels, adapted to a labelled data set or to a network before pretraining."""
 
 import re
 from pathlib import Path
@@ -25,35 +25,43 @@ def adapt_if_made_elsewhere(
 ) -> OpenedCheckpoint:
     """Plan a labelled data set around weights that were made elsewhere, and write them for that plan.
 
+    Weights of nnU-Net's training have a plan of their own and are used as they are, unless the data set has another number of
+    channels; then they are treated alike.
+
     The plan and the weights are written to the data set's preprocessed folder; a second call reuses them.
 
     Args:
-        source: A checkpoint; one that was not made elsewhere is returned as it is.
+        source: A checkpoint; one of nnssl is returned as it is.
         dataset_name: Name of the labelled data set.
         folders: nnU-Net's folders.
         processes: Number of worker processes for the fingerprint.
 
     Returns:
-        A checkpoint of nnssl whose plan is that of the data set.
+        A checkpoint whose plan is for as many channels as the data set has.
 
     Raises:
         UserError: If the file cannot be read, the data set cannot be planned, or too few weights fit.
     """
-    if not source.made_elsewhere:
+    if not source.made_elsewhere and not source.by_nnunet:
         return source
-    source.check_tensors()
     path = source.path
-    assert source.adaptation is not None
     raw = folders.raw / dataset_name / "dataset.json"
     dataset_json = read_json(raw, "dataset.json of a labelled data set")
     check_described(dataset_name, dataset_json)
+    if source.by_nnunet and len(dataset_json["channel_names"]) == source.num_channels:
+        return source
+    source.check_tensors()
     name = f"nnsslPlansOf{re.sub(r'[^A-Za-z0-9]+', '', path.stem)[:24]}{source.digest[:6]}"
     folder = folders.preprocessed / dataset_name
     plans_file, out = folder / f"{name}.json", folder / f"{name}_weights.pth"
-    logger.info(f"{path}: made elsewhere; {dataset_name} is planned around its network")
+    why = f"for {source.num_channels} channel(s)" if source.by_nnunet else "made elsewhere"
+    logger.info(f"{path}: {why}; {dataset_name} is planned around its network")
     make_fingerprint(dataset_name, folders, processes)
-    patch = source.adaptation.recommended_patch_vox or source.patch_vox
-    plan = plan_for_network(source.architecture, patch, source.adaptation.spacing_mm, dataset_name, name, folders)
+    described = source.adaptation
+    patch = (described.recommended_patch_vox if described else None) or source.patch_vox
+    spacing_mm = source.pretraining["spacing_mm"]
+    batch = {} if described else {"batch_size": source.batch_size}
+    plan = plan_for_network(source.architecture, patch, spacing_mm, dataset_name, name, folders, **batch)
     if plans_file.exists() and read_json(plans_file, "plan") != plan:
         raise UserError(
             f"{plans_file}: is not the plan that these weights need now; delete it and the cases that were preprocessed with it"
@@ -78,7 +86,7 @@ def start_network(
     """Initialise a network before pretraining with the weights of a checkpoint that fit, and log which these are.
 
     Args:
-        path: A checkpoint of nnssl, or one in the adaptation-plan format.
+        path: A checkpoint of nnssl or of nnU-Net's training, or one in the adaptation-plan format.
         network: The network; changed in place.
         plans: Content of the network's plans file.
         configuration: Name of the network's configuration.

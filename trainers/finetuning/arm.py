@@ -25,6 +25,7 @@ from nnssl.paths import Folders
 from nnssl.study.table import SCRATCH
 from nnssl.version import __version__
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint
+from nnssl.weights.tensor_names import HEAD
 from planners.finetune_planner import AdoptedPlan
 from trainers.finetuning.arm_settings import ArmSettings
 from trainers.finetuning.curves import final_dice
@@ -62,6 +63,9 @@ class Task:
     mirroring: bool = True
     """Whether a prediction of the held-out cases is the mean over all mirrored images, as in nnU-Net."""
 
+    keeps_head: bool = False
+    """Whether pretrained segmentation layers are kept, because they were trained with the same labels."""
+
     num_gpus: int = 1
     """Number of training processes, one per GPU; they are no part of what an arm is."""
     save_probabilities: bool = False
@@ -95,6 +99,7 @@ def arm_folder(task: Task, weights: OpenedCheckpoint | None, folders: Folders) -
         "schedule": asdict(task.schedule),
         "mode": task.mode,
         **({} if task.mirroring else {"mirroring": False}),
+        **({"keeps_head": True} if task.keeps_head and weights else {}),
         **({"unlabelled": sorted(task.unlabelled_pool or task.unlabelled)} if task.unlabelled else {}),
         **({"consistency": "labelled and unlabelled"} if task.mode == "mean_teacher" else {}),
         **({"unlabelled_in": task.unlabelled_folder.name} if task.unlabelled_folder else {}),
@@ -177,7 +182,7 @@ def _has_probabilities(task: Task, fold: Path) -> bool:
 
 def _settings(task: Task, folder: Path, weights: OpenedCheckpoint | None) -> ArmSettings:
     return ArmSettings(
-        pretrained=weights.own_provenance.pretrained if weights else (),
+        pretrained=_pretrained(task, weights),
         schedule=task.schedule,
         validation_iterations=task.schedule.held_out_batches,
         seed=task.seed,
@@ -191,6 +196,14 @@ def _settings(task: Task, folder: Path, weights: OpenedCheckpoint | None) -> Arm
         track=task.track,
         mirroring=task.mirroring,
     )
+
+
+def _pretrained(task: Task, weights: OpenedCheckpoint | None) -> tuple[str, ...]:
+    """Return the prefixes of pretrained parameters, with the segmentation layers only if they are kept."""
+    if weights is None:
+        return ()
+    listed = tuple(prefix for prefix in weights.own_provenance.pretrained if not prefix.startswith(HEAD))
+    return (*listed, HEAD) if task.keeps_head else listed
 
 
 def _result(task: Task, weights: OpenedCheckpoint | None, folder: Path, num_parameters: int) -> ArmResult:

@@ -55,8 +55,8 @@ def finetune(
 
     Args:
         dataset: Number or name of a labelled data set in nnU-Net's raw format.
-        weights: A checkpoint of nnssl; a checkpoint made elsewhere in the adaptation-plan format, around which the data set is
-            then planned; or ``"latest"`` for the newest finished pretraining.
+        weights: A checkpoint of nnssl or of nnU-Net's training; a checkpoint made elsewhere in the adaptation-plan format, around
+            which the data set is then planned; or ``"latest"`` for the newest finished pretraining.
         settings: How to fine-tune; None for the defaults.
         folders: nnU-Net's folders; None for those of the environment.
 
@@ -175,7 +175,11 @@ def _make_task(
         else ((), None)
     )
     of_this_dataset = others if source is None else ()
-    schedule = schedule_from(settings, network_kind(network), pretrained=True)
+    labels = read_json(folders.raw / dataset_name / "dataset.json", "dataset.json of a labelled data set")
+    keeps_head = settings.mode != "linear" and origin.keeps_head(labels)
+    if keeps_head:
+        logger.info(f"The segmentation layers are kept, because the weights were trained with the labels of {dataset_name}")
+    schedule = schedule_from(settings, network_kind(network), pretrained=True, head=keeps_head)
     _check_processes(settings, schedule.batch_size or planned["batch_size"], dataset_name, folders)
     prepare_data(dataset_name, plan, configuration, (*split.cases, *of_this_dataset), folders, processes)
     others_folder = None
@@ -201,6 +205,7 @@ def _make_task(
         unlabelled_folder=others_folder,
         track=tuple(settings.track),
         mirroring=settings.mirroring,
+        keeps_head=keeps_head,
         num_gpus=settings.num_gpus,
         save_probabilities=settings.save_probabilities,
     )

@@ -7,10 +7,9 @@ import torch
 from torch import nn
 
 from nnssl.errors import ArgumentError
+from nnssl.weights.tensor_names import HEAD
 from trainers.finetuning.schedule import FinetuneSchedule, Trained, rate_share
 
-HEAD = "decoder.seg_layers."
-"""Prefix of the segmentation layers, in nnU-Net's U-Nets and in the networks of ``nnssl.networks``."""
 DECODERS = ("decoder.", "up_projection.")
 """Prefixes of the decoders of U-Nets and Primus; ``decoder.encoder.`` is nnU-Net's second name for the encoder."""
 GRADIENT_NORM = 12  # nnU-Net's
@@ -35,8 +34,8 @@ def choose_parameters(network: nn.Module, prefixes: Sequence[str], trained: Trai
 
     Args:
         network: The network.
-        prefixes: Prefixes of the names of pretrained parameters; empty for random weights. Segmentation layers are never
-            pretrained, because nnU-Net's loader skips them.
+        prefixes: Prefixes of the names of pretrained parameters; empty for random weights. Segmentation layers count as
+            pretrained only if a prefix names them alone, because nnU-Net's loader skips them.
         trained: What is trained.
 
     Raises:
@@ -47,8 +46,9 @@ def choose_parameters(network: nn.Module, prefixes: Sequence[str], trained: Trai
         names.setdefault(parameter, []).append(name)
     pretrained: list[nn.Parameter] = []
     new: list[nn.Parameter] = []
+    keeps_head = any(prefix.startswith(HEAD) for prefix in prefixes)
     for parameter, own in names.items():
-        is_new = own[0].startswith(HEAD) or not any(name.startswith(tuple(prefixes)) for name in own)
+        is_new = (own[0].startswith(HEAD) and not keeps_head) or not any(name.startswith(tuple(prefixes)) for name in own)
         chosen = {
             "everything": True,
             "new": is_new,

@@ -2,18 +2,21 @@
 
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
+from torch import Tensor
 
 from nnssl.checkpoint import FINAL, load_tensors
 from nnssl.errors import UserError
 from nnssl.log import logger
 from nnssl.paths import PROBES_FOLDER, Folders
+from nnssl.weights.nnunet_training import SUPERVISED
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint, open_checkpoint
+from nnssl.weights.tensor_names import HEAD, SEGMENTATION
 from trainers.finetuning.finetune_trainer import FinetuneTrainer
 from trainers.finetuning.result import FILE_NAME
 
@@ -45,9 +48,12 @@ def log_weights(checkpoint: OpenedCheckpoint) -> None:
     """Log where the weights of a checkpoint come from.
 
     Raises:
-        UserError: If the file is not a checkpoint of nnssl.
+        UserError: If the file is neither a checkpoint of nnssl nor one of nnU-Net's training.
     """
     provenance = checkpoint.own_provenance
+    if provenance.method == SUPERVISED:
+        logger.info(f"Weights: {checkpoint.path} ({checkpoint.label}, {provenance.configuration})")
+        return
     state = "" if provenance.finished else f", unfinished: step {provenance.step} of {provenance.total_steps}"
     logger.info(
         f"Weights: {checkpoint.path} ({provenance.method}, stage {provenance.stage}, pretrained on "
@@ -112,17 +118,48 @@ def _alone() -> Iterator[None]:
 
 
 def load_weights(trainer: FinetuneTrainer, weights: OpenedCheckpoint) -> None:
-    """Load pretrained weights into a trainer's network with nnU-Net's own loader.
+    """Load pretrained weights into a trainer's network, files of nnssl by nnU-Net's own loader.
+
+    Segmentation layers are loaded only if the settings of the trainer list them as pretrained.
 
     Args:
         trainer: The trainer; initialised here if it is not yet.
-        weights: A checkpoint of nnssl. nnU-Net's loader executes code in a file, so the file must have been opened safely.
+        weights: A checkpoint of nnssl or of nnU-Net's training. nnU-Net's loader executes code in a file, so it reads only files
+            of nnssl that have been opened safely; files of nnU-Net are read without it.
 
     Raises:
         UserError: If a weight is missing or has another shape.
     """
     if not trainer.was_initialized:
         trainer.initialize()
+    if weights.by_nnunet:
+        tensors = weights.reopened().content["network_weights"]
+        _copy(trainer, weights, {name: value for name, value in tensors.items() if SEGMENTATION not in f".{name}"})
+    else:
+        _load_by_nnunet(trainer, weights)
+    if HEAD in trainer.settings.pretrained:
+        _copy(trainer, weights, weights.reopened().head_for(trainer.dataset_json))
+
+
+def _copy(trainer: FinetuneTrainer, weights: OpenedCheckpoint, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors into a trainer's network, which must have them and whose segmentation layers may be others.
+
+    Raises:
+        UserError: If a tensor is missing or has another shape.
+    """
+    state = trainer.bare_network.state_dict()
+    only_head = all(SEGMENTATION in f".{name}" for name in tensors)
+    for name, value in state.items():
+        found = tensors.get(name)
+        if (SEGMENTATION in f".{name}") == only_head and (found is None or found.shape != value.shape):
+            raise UserError(
+                f"{weights.path}: does not fit configuration {trainer.configuration_name} ({name} differs); use "
+                f"{weights.own_provenance.configuration}, which the weights were trained with"
+            )
+    trainer.bare_network.load_state_dict({**state, **{name: tensors[name] for name in set(tensors) & set(state)}})
+
+
+def _load_by_nnunet(trainer: FinetuneTrainer, weights: OpenedCheckpoint) -> None:
     try:
         with _alone():
             load_pretrained_weights(trainer.network, str(weights.path), verbose=True)

@@ -108,7 +108,9 @@ def check_mode(mode: str) -> None:
         raise ArgumentError(f"mode must be one of {', '.join(MODES)}, got {mode}", "mode")
 
 
-def make_schedule(mode: str, choices: Choices, kind: NetworkKind = "unet", pretrained: bool = True) -> FinetuneSchedule:
+def make_schedule(
+    mode: str, choices: Choices, kind: NetworkKind = "unet", pretrained: bool = True, head: bool = False
+) -> FinetuneSchedule:
     """Return the schedule of an arm.
 
     A linear probe has the same optimizer, rate and recipe in both arms, because it trains the same new layer in both. The arm
@@ -119,6 +121,8 @@ def make_schedule(mode: str, choices: Choices, kind: NetworkKind = "unet", pretr
         choices: What the user chose.
         kind: Kind of the network.
         pretrained: Whether the arm starts from pretrained weights.
+        head: Whether the segmentation layers are pretrained as well, so that no layer is new; the default is then ``warmup``
+            where it would be ``sawtooth``.
 
     Raises:
         ArgumentError: If a number is out of range, or mode, optimizer, recipe and warm-up do not fit one another.
@@ -126,6 +130,8 @@ def make_schedule(mode: str, choices: Choices, kind: NetworkKind = "unet", pretr
     check_mode(mode)
     _check_words(choices)
     _check_numbers(choices)
+    if head:
+        _check_without_new(choices)
     optimizer = _optimizer(mode, choices, kind)
     if mode == "linear":
         _check_probe(choices)
@@ -134,7 +140,8 @@ def make_schedule(mode: str, choices: Choices, kind: NetworkKind = "unet", pretr
     else:
         rates = (RATES if kind == "unet" else TRANSFORMER_RATES)[optimizer]
         rate = choices.learning_rate or (rates.pretrained if pretrained else rates.scratch)
-        recipe = (choices.recipe or OWN_RECIPE[kind]) if pretrained else choices.scratch_recipe
+        own: Recipe = "warmup" if head else OWN_RECIPE[kind]
+        recipe = (choices.recipe or own) if pretrained else choices.scratch_recipe
     total = choices.epochs * choices.iterations_per_epoch
     if choices.warmup and choices.recipe == "nnunet" == choices.scratch_recipe:
         raise ArgumentError(
@@ -191,6 +198,17 @@ def _check_probe(choices: Choices) -> None:
         if value != default:
             raise ArgumentError(
                 f"{name} cannot be given with mode linear, which trains one new layer; leave it out", name, "mode"
+            )
+
+
+def _check_without_new(choices: Choices) -> None:
+    """Check that nothing is asked of new layers where all layers are pretrained."""
+    for name, value, wrong in (("recipe", choices.recipe, "sawtooth"), ("trained", choices.trained, "new")):
+        if value == wrong:
+            raise ArgumentError(
+                f"{name} must not be {wrong} with these weights, got {wrong}: they were trained with the labels of this data set, so "
+                "their segmentation layers are kept and no layer is new",
+                name,
             )
 
 

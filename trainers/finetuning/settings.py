@@ -87,16 +87,19 @@ class FinetuneSettings:
     track: Sequence[str] = ()
 
 
-def schedule_from(settings: FinetuneSettings, kind: NetworkKind, pretrained: bool) -> FinetuneSchedule:
+def schedule_from(
+    settings: FinetuneSettings, kind: NetworkKind, pretrained: bool, head: bool = False
+) -> FinetuneSchedule:
     """Return the schedule of an arm, with the defaults of mode, network and start.
 
     Args:
         settings: How to fine-tune.
         kind: Kind of the network.
         pretrained: Whether the arm starts from pretrained weights.
+        head: Whether the segmentation layers are kept, too.
 
     Raises:
         ArgumentError: If the mode is unknown, a number is out of range, or mode, optimizer and recipe do not fit.
     """
     choices = Choices(**{each.name: getattr(settings, each.name) for each in fields(Choices)})
-    return make_schedule(settings.mode, choices, kind, pretrained)
+    return make_schedule(settings.mode, choices, kind, pretrained, head)
