@@ -143,9 +143,7 @@ def write_checkpoint(path: Path, content: dict[str, Any], provenance: Provenance
     write_atomically(path, lambda file: torch.save(plain, file))
 
 
-CONVERSION = (
-    "c = torch.load(FILE, weights_only=False); torch.save({k: c[k] for k in ('network_weights', 'init_args')}, NEW_FILE)"
-)
+CONVERSION = "c = torch.load(FILE, weights_only=False); torch.save({k: c[k] for k in ('network_weights', 'init_args')}, NEW_FILE)"
 """Python that leaves tensors and plans only, for a file that nnU-Net's training wrote."""
 
 

@@ -77,8 +77,8 @@ def _add_matrix_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="ARM",
         help="Arms to compare with training from scratch: a method, a method with settings (pix2rep:temperature=0.2), a single "
-        "stage (reprec.generative), a checkpoint (FILE.pth or NAME=FILE.pth), or auto, which chooses a method by short runs "
-        "without labels (auto:budget=10 for ten minutes in total).",
+        "stage (reprec.generative), a checkpoint (FILE.pth or NAME=FILE.pth, the file as a path or an address), or auto, which "
+        "chooses a method by short runs without labels (auto:budget=10 for ten minutes in total).",
     )
     parser.add_argument(
         "--labels",

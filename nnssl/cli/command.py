@@ -9,6 +9,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from nnssl.errors import ArgumentError, UserError
@@ -138,8 +139,8 @@ def add_weights_argument(parser: argparse.ArgumentParser) -> None:
         "--weights",
         default="latest",
         metavar="CHECKPOINT",
-        help="Checkpoint of nnssl_pretrain, or 'latest' for the newest checkpoint_final.pth below nnUNet_results "
-        "(default: latest).",
+        help="Checkpoint: a path, https://... or hf://OWNER/REPO/FILE; or 'latest' for the newest checkpoint_final.pth of "
+        "nnssl_pretrain below nnUNet_results (default: latest).",
     )
 
 
@@ -255,6 +256,11 @@ def print_loading() -> None:
 def add_verbose_argument(parser: argparse.ArgumentParser, text: str = "Print the traceback of errors.") -> None:
     """Add ``--verbose``, which ``run_command`` reads; ``text`` is its help."""
     parser.add_argument("--verbose", action="store_true", help=text)
+
+
+def path_or_address(text: str) -> Path | str:
+    """Read the path of a file with weights, or its address, which a path would change; for ``argparse``."""
+    return text if "://" in text else Path(text).expanduser()
 
 
 def positive_int(text: str) -> int:

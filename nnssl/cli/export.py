@@ -11,6 +11,7 @@ from nnssl.cli.command import (
     add_seed_argument,
     add_verbose_argument,
     number,
+    path_or_address,
     print_next,
     run_command,
 )
@@ -29,7 +30,10 @@ def make_parser() -> argparse.ArgumentParser:
         "Files for nnU-Net are tested with nnU-Net's own loader first.",
     )
     parser.add_argument(
-        "checkpoint", type=Path, help="Checkpoint of nnssl, or one from elsewhere with an adaptation plan."
+        "checkpoint",
+        type=path_or_address,
+        help="Checkpoint of nnssl or nnUNetv2_train, or one from elsewhere with an adaptation plan: a path, https://... or "
+        "hf://OWNER/REPO/FILE.",
     )
     _add_target_arguments(parser)
     parser.add_argument(
@@ -108,7 +112,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.results and args.form != "hub":
         raise UserError(f"--results needs --format hub, which writes a model card, got --format {args.form}")
     exported = export(
-        args.checkpoint.expanduser(),
+        args.checkpoint,
         ExportSettings(
             for_plans=args.for_plans,
             plans_name=args.plans,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnssl.cli.command import PLANS_NAME, CommandParser, add_verbose_argument, print_next, run_command
+from nnssl.cli.command import PLANS_NAME, CommandParser, add_verbose_argument, path_or_address, print_next, run_command
 from nnssl.log import print_line
 from nnssl.sizes import in_mm, in_voxels
 
@@ -24,7 +24,10 @@ def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
     parser = CommandParser(NAME, description="Show methods, folders and versions, or describe a checkpoint.")
     parser.add_argument(
-        "checkpoint", nargs="?", type=Path, help="Checkpoint to describe, or a file or folder written by nnssl_export."
+        "checkpoint",
+        nargs="?",
+        type=path_or_address,
+        help="Checkpoint to describe, or a file or folder written by nnssl_export: a path, https://... or hf://OWNER/REPO/FILE.",
     )
     parser.add_argument(
         "--ext-trainer",
@@ -57,7 +60,10 @@ def _run(args: argparse.Namespace) -> None:
             to_stderr=True,
         )
     elif args.checkpoint is not None:
-        for line in explain_checkpoint(args.checkpoint):
+        from nnssl.weights.download import is_address, local_weights
+
+        path = local_weights(args.checkpoint) if is_address(args.checkpoint) else Path(args.checkpoint)
+        for line in explain_checkpoint(path):
             print_line(line)
     else:
         for line in explain_installation():
@@ -170,7 +176,8 @@ def _explain_nnunet(source: "OpenedCheckpoint") -> list[str]:
     return [
         f"  trained by nnU-Net with labels: {settings['trainer'] or 'unknown trainer'}, fold {settings['fold']}, "
         f"{settings['epochs']} epochs",
-        f"  trained on {made.dataset_name}; {'plan' if made.origin is None else 'made for plan'} {made.plans_name}, configuration {made.configuration}",
+        f"  trained on {made.dataset_name}; {'plan' if made.origin is None else 'made for plan'} {made.plans_name}, "
+        f"configuration {made.configuration}",
         *_explain_network(source),
         f"  labels {labels}",
         f"next: nnssl_finetune -d LABELLED_ID -w {source.path}, nnssl_pretrain --init {source.path}, or",

@@ -3,7 +3,6 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from nnssl.cli.command import (
     CommandParser,
@@ -16,6 +15,7 @@ from nnssl.cli.command import (
     add_track_argument,
     add_verbose_argument,
     natural_int,
+    path_or_address,
     positive_int,
     positive_number,
     print_loading,
@@ -83,9 +83,10 @@ def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--init",
-        type=Path,
+        type=path_or_address,
         metavar="FILE",
-        help="Checkpoint whose weights the first stage starts from (default: random weights).",
+        help="Checkpoint whose weights the first stage starts from: a path, https://... or hf://OWNER/REPO/FILE (default: random "
+        "weights).",
     )
     add_seed_argument(parser, "Random seed for weights and views")
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from nnssl.methods import METHODS
 from nnssl.version import __version__
-from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from nnssl.weights.nnunet_training import SUPERVISED
+from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from nnssl.weights.target import TargetNetwork
 
 ELSEWHERE = "elsewhere"

@@ -6,6 +6,7 @@ from pathlib import Path
 from nnssl.errors import ArgumentError
 from nnssl.log import logger
 from nnssl.paths import Folders, resolve_folders
+from nnssl.weights.download import is_address, local_weights
 from nnssl.weights.export_settings import FORMATS, ExportSettings, Format
 from nnssl.weights.fit import check_policy, fit_weights
 from nnssl.weights.fit_report import FitReport, refuse_below
@@ -35,7 +36,8 @@ def export(checkpoint: Path | str, settings: ExportSettings | None = None, folde
     """Fit pretrained weights to a network and write them in a form that others load.
 
     Args:
-        checkpoint: A checkpoint of nnssl, or one made elsewhere in the adaptation-plan format.
+        checkpoint: A checkpoint of nnssl or of nnU-Net's training, or one made elsewhere in the adaptation-plan format; as a
+            path, or as an address from which it is downloaded.
         settings: The target and the form; None for the network that the weights were pretrained in, for nnU-Net.
         folders: nnU-Net's folders; None for those of the environment.
 
@@ -47,9 +49,10 @@ def export(checkpoint: Path | str, settings: ExportSettings | None = None, folde
         >>> exported.path.name
         'weights_for_nnunet.pth'
     """
-    checkpoint, settings = Path(checkpoint), settings or ExportSettings()
+    settings = settings or ExportSettings()
     folders = folders or resolve_folders()
     _check_settings(settings)
+    checkpoint = local_weights(checkpoint, folders) if is_address(checkpoint) else Path(checkpoint)
     form = settings.form
     source = open_checkpoint(checkpoint)
     source.check_tensors()

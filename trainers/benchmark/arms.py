@@ -19,6 +19,7 @@ from nnssl.methods import AUTO, METHODS, Method, find_method, find_stage
 from nnssl.paths import Folders
 from nnssl.plan import Plan
 from nnssl.study.table import SCRATCH
+from nnssl.weights.download import local_weights
 from trainers.pretraining.pretrain import choose_configuration, is_finished, needed_runs, pretrain
 from trainers.pretraining.settings import PretrainSettings
 from trainers.pretraining.stage_run import StageRun, stage_folder
@@ -142,6 +143,15 @@ def parse_arm(text: str) -> Arm:
     return Arm(text, head, tuple(stage.name for stage in find_method(head).stages), tuple(overrides))
 
 
+def _with_path(text: str, folders: Folders | None) -> str:
+    """Return an arm with the path of its file in place of the file's address."""
+    match = re.fullmatch(r"(?:([^:/=]+)=)?((?:https?|hf)://.+)", text)
+    if match is None:
+        return text
+    path = local_weights(match[2], folders)
+    return f"{match[1] or path.stem}={path}"
+
+
 def _parse_auto(text: str, options: Sequence[str]) -> Arm:
     """Read ``auto``, ``auto:budget=MINUTES`` and ``auto:candidates=METHOD,METHOD``; other settings are those of the runs."""
     arm = Arm(text, AUTO)
@@ -164,13 +174,18 @@ def _parse_auto(text: str, options: Sequence[str]) -> Arm:
     return arm
 
 
-def parse_arms(texts: Sequence[str]) -> tuple[Arm, ...]:
-    """Read the arms of a study.
+def parse_arms(texts: Sequence[str], folders: Folders | None = None) -> tuple[Arm, ...]:
+    """Read the arms of a study. A checkpoint at an address is downloaded.
+
+    Args:
+        texts: Arms as in ``parse_arm``, whose files may also be ``https://...`` or ``hf://OWNER/REPO/FILE``.
+        folders: nnU-Net's folders; None for those of the environment.
 
     Raises:
         ArgumentError: If an arm is wrong, or if two have the same name.
+        UserError: If a checkpoint cannot be downloaded.
     """
-    arms = tuple(map(parse_arm, texts))
+    arms = tuple(parse_arm(_with_path(text, folders)) for text in texts)
     names = [arm.name for arm in arms]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:

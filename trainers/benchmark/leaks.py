@@ -104,7 +104,9 @@ def _seen_by_nnunet(path: Path, provenance: Provenance, folders: Folders, patien
     """Return the cases on which nnU-Net trained weights with labels; none, with a message, if its data set is not here."""
     name, fold = provenance.dataset_name, provenance.settings["fold"]
     if not (folders.raw / name).is_dir():
-        logger.info(f"{path}: {name} is not in {folders.raw}, so it cannot be checked whether it has seen held-out cases")
+        logger.info(
+            f"{path}: {name} is not in {folders.raw}, so it cannot be checked whether it has seen held-out cases"
+        )
         return []
     with silence():
         cases = [case.name for case in read_dataset(name, folders).cases]

@@ -160,7 +160,7 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
             in pretraining or its patient is trained on, or if there are too few patients for the numbers of labels.
     """
     check_settings(settings)
-    arms = parse_arms(settings.arms)
+    arms = parse_arms(settings.arms, folders)
     dataset_name = find_dataset(settings.dataset, folders)
     labelled = find_labelled_cases(dataset_name, folders)
     with silence():

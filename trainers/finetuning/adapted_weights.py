@@ -1,4 +1,4 @@
-"""Weights that were made elsewhere, or trained with other channels, adapted to a labelled data set or to a network before pretraining."""
+"""Weights made elsewhere or trained with other channels, adapted to a labelled data set or to a network before pretraining."""
 
 import re
 from pathlib import Path

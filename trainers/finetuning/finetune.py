@@ -178,7 +178,9 @@ def _make_task(
     labels = read_json(folders.raw / dataset_name / "dataset.json", "dataset.json of a labelled data set")
     keeps_head = settings.mode != "linear" and origin.keeps_head(labels)
     if keeps_head:
-        logger.info(f"The segmentation layers are kept, because the weights were trained with the labels of {dataset_name}")
+        logger.info(
+            f"The segmentation layers are kept, because the weights were trained with the labels of {dataset_name}"
+        )
     schedule = schedule_from(settings, network_kind(network), pretrained=True, head=keeps_head)
     _check_processes(settings, schedule.batch_size or planned["batch_size"], dataset_name, folders)
     prepare_data(dataset_name, plan, configuration, (*split.cases, *of_this_dataset), folders, processes)

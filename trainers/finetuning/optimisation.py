@@ -48,7 +48,9 @@ def choose_parameters(network: nn.Module, prefixes: Sequence[str], trained: Trai
     new: list[nn.Parameter] = []
     keeps_head = any(prefix.startswith(HEAD) for prefix in prefixes)
     for parameter, own in names.items():
-        is_new = (own[0].startswith(HEAD) and not keeps_head) or not any(name.startswith(tuple(prefixes)) for name in own)
+        is_new = (own[0].startswith(HEAD) and not keeps_head) or not any(
+            name.startswith(tuple(prefixes)) for name in own
+        )
         chosen = {
             "everything": True,
             "new": is_new,

@@ -14,6 +14,7 @@ from nnssl.checkpoint import FINAL, load_tensors
 from nnssl.errors import UserError
 from nnssl.log import logger
 from nnssl.paths import PROBES_FOLDER, Folders
+from nnssl.weights.download import local_weights
 from nnssl.weights.nnunet_training import SUPERVISED
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint, open_checkpoint
 from nnssl.weights.tensor_names import HEAD, SEGMENTATION
@@ -27,10 +28,12 @@ NEWEST = "latest"
 def find_weights(weights: str | Path, folders: Folders) -> Path:
     """Return the absolute path of a checkpoint, or of the newest finished pretraining for ``"latest"``.
 
+    A checkpoint at an address is downloaded first (``nnssl.weights.download``).
+
     Raises:
-        UserError: If no pretraining is finished.
+        UserError: If no pretraining is finished, or nothing can be downloaded.
     """
-    return find_latest(folders) if str(weights) == NEWEST else Path(weights).expanduser().absolute()
+    return find_latest(folders) if str(weights) == NEWEST else local_weights(weights, folders)
 
 
 def open_weights(weights: str | Path, folders: Folders) -> OpenedCheckpoint:

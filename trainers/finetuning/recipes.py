@@ -206,8 +206,8 @@ def _check_without_new(choices: Choices) -> None:
     for name, value, wrong in (("recipe", choices.recipe, "sawtooth"), ("trained", choices.trained, "new")):
         if value == wrong:
             raise ArgumentError(
-                f"{name} must not be {wrong} with these weights, got {wrong}: they were trained with the labels of this data set, so "
-                "their segmentation layers are kept and no layer is new",
+                f"{name} must not be {wrong} with weights that were trained with the labels of this data set, got {wrong}: their "
+                "segmentation layers are kept, so no layer is new",
                 name,
             )
 

@@ -17,6 +17,7 @@ from nnssl.methods.settings import split_overrides
 from nnssl.networks.pieces import check_pieces
 from nnssl.paths import Folders, use_folders
 from nnssl.plan import Plan, existing_plan, read_plan
+from nnssl.weights.download import is_address, local_weights
 from nnssl.weights.opened_checkpoint import open_checkpoint
 from trainers.launch import is_first_process, launch, number_of_processes
 from trainers.pretraining.probe_run import ProbeOptions, prepare_probe
@@ -99,8 +100,7 @@ def pretrain_method(
         asked = settings.stages is None or stage.name in settings.stages
         if asked and stage not in [run.stage for run in runs]:
             logger.info(f"{stage.name}: skipped, these settings do not need it")
-    if settings.init is not None:
-        open_checkpoint(settings.init).check_tensors()
+    init = None if settings.init is None else _open_init(settings.init, folders)
     if settings.restart and is_first_process():
         _remove([run.folder(folders.results) for run in runs])
     probed = None if settings.probe is None else prepare_probe_of(settings, plan, configuration, folders)
@@ -114,7 +114,7 @@ def pretrain_method(
         logger.info(f"{run.stage.name}: {folder}")
         options = RunOptions(
             run.overrides,
-            settings.init if run is begun else None,
+            init if run is begun else None,
             settings.seed,
             settings.workers,
             alone=run is runs[0] and run.stage != method.stages[0],
@@ -128,6 +128,17 @@ def pretrain_method(
             check_batch(run, count)
         launch(run_stage, StageJob(path, run.stage.trainer, run.configuration, options, device), count)
     return runs[-1].folder(folders.results) / FINAL
+
+
+def _open_init(init: Path | str, folders: Folders) -> Path:
+    """Return the path of the weights that a pretraining starts from, once they are here and can be read.
+
+    Raises:
+        UserError: If they cannot be downloaded or read.
+    """
+    path = local_weights(init, folders) if is_address(init) else Path(init)
+    open_checkpoint(path).check_tensors()
+    return path
 
 
 def _remove(results: Sequence[Path]) -> None:

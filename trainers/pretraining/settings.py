@@ -25,7 +25,8 @@ class PretrainSettings:
         epochs: Epochs of every stage, or one number per stage; None for the plan's.
         iterations_per_epoch: Optimizer steps per epoch; None for the plan's.
         overrides: Method settings as ``key=value``, or ``stage.key=value`` for one stage.
-        init: Checkpoint whose weights the first stage that hands on its weights starts from.
+        init: Checkpoint whose weights the first stage that hands on its weights starts from: a path, or an address from which
+            it is downloaded.
         seed: Random seed for weights and views.
         workers: Processes that read patches; None to choose automatically.
         device: Device to train on; None for a GPU if one is available, else the CPU.
@@ -48,7 +49,7 @@ class PretrainSettings:
     epochs: int | Sequence[int] | None = None
     iterations_per_epoch: int | None = None
     overrides: Sequence[str] = ()
-    init: Path | None = None
+    init: Path | str | None = None
     seed: int = 0
     workers: int | None = None
     device: torch.device | str | None = None

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nnssl.checkpoint import Provenance, write_checkpoint
@@ -139,3 +140,34 @@ def write_source(
     weights = built.state_dict()
     write_checkpoint(path, {"network_weights": weights}, provenance, {})
     return {name: copy.copy(value) for name, value in weights.items()}
+
+
+def write_trained(
+    path: Path, network: dict[str, Any], dim: int, channel_names: list[str], classes: int = 3, **changes: Any
+) -> dict[str, torch.Tensor]:
+    """Write a checkpoint as nnU-Net's trainer does, NumPy's numbers included, and return its weights."""
+    built = build_network(network, len(channel_names), classes, 5)
+    generator = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for parameter in built.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    arguments = {
+        "plans": plans(network, dim, len(channel_names)) | {"dataset_name": "Dataset291_Supervised"},
+        "configuration": "2d" if dim == 2 else "3d_fullres",
+        "fold": 1,
+        "dataset_json": dataset_json(channel_names, classes),
+        "device": torch.device("cuda", 0),
+    }
+    content = {
+        "network_weights": built.state_dict(),
+        "optimizer_state": {"state": {}, "param_groups": [{"lr": 0.01, "momentum": 0.99, "params": [0]}]},
+        "grad_scaler_state": None,
+        "logging": {"mean_fg_dice": [np.float64(0.5)], "dice_per_class_or_region": [[np.float32(0.25), np.nan]]},
+        "_best_ema": np.float64(0.5),
+        "current_epoch": 2,
+        "init_args": arguments,
+        "trainer_name": "nnUNetTrainer",
+        "inference_allowed_mirroring_axes": (0, 1, 2),
+    }
+    torch.save({key: value for key, value in (content | changes).items() if value is not None}, path)
+    return built.state_dict()

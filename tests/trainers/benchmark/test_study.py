@@ -12,6 +12,7 @@ from nnssl.log import lines_to
 from nnssl.methods import find_method
 from nnssl.plan import read_plan
 from nnssl.study.select import SelectSettings, select
+from tests.nnssl.weights.tiny_networks import write_trained
 from tests.trainers.phantom_study import LABELLED, SOURCE
 from trainers.benchmark.arms import (
     OWN_FOLDER,
@@ -22,7 +23,7 @@ from trainers.benchmark.arms import (
     parse_arm,
     parse_arms,
 )
-from trainers.benchmark.leaks import seen_in_pretraining
+from trainers.benchmark.leaks import seen_by_checkpoint, seen_in_pretraining
 from trainers.benchmark.patients import check_disjoint
 from trainers.benchmark.settings import StudySettings
 from trainers.benchmark.study import prepare_study
@@ -362,3 +363,43 @@ def test_arms_must_share_the_plan(folders, tmp_path):
     write_json(preprocessed / SOURCE / "nnsslPlans.json", content)
     with pytest.raises(UserError, match=": pretrained with another plan than nnsslPlans"):
         prepare(replace(folders, preprocessed=preprocessed), arms=("pix2rep_v2", checkpoint))
+
+
+def supervised(folders, path, dataset_name):
+    """Write a checkpoint of nnU-Net's training with the plan of the study's configuration."""
+    plan = read_json(folders.preprocessed / SOURCE / "nnsslPlans.json", "plan")
+    plan = {key: value for key, value in plan.items() if key != "pretext"} | {"dataset_name": dataset_name}
+    described = read_json(folders.raw / LABELLED / "dataset.json", "dataset.json")
+    names, labels = list(described["channel_names"].values()), len(described["labels"])
+    network = plan["configurations"]["3d_fullres"]["architecture"]
+    arguments = {"plans": plan, "configuration": "3d_fullres", "fold": 0, "dataset_json": described}
+    write_trained(path, network, 3, names, labels, init_args=arguments)
+    return path
+
+
+def test_weights_of_nnunet_alone_and_beside_others(folders, tmp_path):
+    path, said = supervised(folders, tmp_path / "a.pth", "Dataset291_Other"), []
+    study = prepare(folders, said, arms=(f"sup={path}",), source=None, configuration=None)
+    assert study.configuration == "3d_fullres"
+    assert study.plan.pretraining is None
+    assert study.plan.decisions == ()
+    assert any("so it cannot be checked whether it has seen held-out cases" in line for line in said)
+    both = prepare(folders, arms=("pix2rep", f"sup={path}"))  # the same plan
+    assert both.weights_path("sup") == path
+    with pytest.raises(UserError, match="has no configuration '3d_wide'"):
+        prepare(folders, arms=(f"sup={path}",), source=None, configuration="3d_wide")
+
+
+def test_cases_that_nnunet_was_trained_on_are_not_held_out(folders, tmp_path):
+    path = supervised(folders, tmp_path / "a.pth", LABELLED)
+    with pytest.raises(UserError, match="seen in pretraining"):
+        prepare(folders, arms=(f"sup={path}",), source=None)
+    cases = cases_of(4, 12)
+    splits = folders.preprocessed / LABELLED / "splits_final.json"
+    splits.parent.mkdir(exist_ok=True)
+    write_json(splits, [{"train": cases[:4], "val": cases[4:]}])
+    try:
+        (seen,) = seen_by_checkpoint(path, folders, None)
+        assert sorted(seen.patients.values()) == cases[:4]
+    finally:
+        splits.unlink()
