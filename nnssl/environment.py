@@ -1,8 +1,14 @@
-"""Temporary environment variables; nnU-Net reads some of its settings only from there."""
+"""The environment of a process: variables, which nnU-Net reads some of its settings from, and another package of this name."""
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
+
+OTHER_FOLDERS = ("adaptation_planning", "experiment_planning", "training")
+"""Folders of MIC-DKFZ's package ``nnssl``, none of which this package has."""
 
 
 @contextmanager
@@ -18,3 +24,19 @@ def variables(**values: str) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def other_nnssl() -> list[str]:
+    """Return where MIC-DKFZ's package ``nnssl`` is found in this environment, as text for the user; empty if it is not.
+
+    Both import as ``nnssl`` and have a command ``nnssl_plan_and_preprocess``, so one hides the other.
+    """
+    own = Path(__file__).parent
+    folders = {Path(entry or ".").absolute() / "nnssl" for entry in sys.path}
+    found = {folder for folder in folders | {own} if any((folder / name).is_dir() for name in OTHER_FOLDERS)}
+    commands = {
+        f"command {command.name} ({command.value})"
+        for command in entry_points(group="console_scripts")
+        if command.value.startswith("nnssl.") and not command.value.startswith("nnssl.cli.")
+    }
+    return [*sorted(map(str, found)), *sorted(commands)]

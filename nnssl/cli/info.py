@@ -76,6 +76,7 @@ def explain_installation() -> list[str]:
     import os
     from importlib.metadata import PackageNotFoundError, version
 
+    from nnssl.environment import other_nnssl
     from nnssl.methods import METHODS
     from nnssl.paths import VARIABLES
     from nnssl.version import __version__
@@ -86,6 +87,12 @@ def explain_installation() -> list[str]:
             lines.append(f"  {package} {version(package)}")
         except PackageNotFoundError:
             lines.append(f"  {package} is missing; install nnssl again")
+    others = other_nnssl()
+    if others:
+        lines.append(
+            f"  Warning: MIC-DKFZ's package, also called nnssl, is in this environment ({', '.join(others)}); one hides the "
+            "other, so install them in two environments"
+        )
     lines.append("folders:")
     for name, variable in VARIABLES.items():
         fallback = f"not set; would be {Path.cwd() / 'nnssl_workspace' / name}"

@@ -44,6 +44,10 @@ class SegmentationLayer(nn.Module):
         return [logits] if self.deep_supervision else logits
 
 
+INIT_VALUES, SCALE_ATTN_INNER = 0.1, True
+"""Scale of a block's output at the start, and whether attention is normalised within; those of nnU-Net's trainers of Primus."""
+
+
 class PlannedPrimus(Primus):
     """Primus with the constructor that nnU-Net calls for a plan's network.
 
@@ -89,8 +93,8 @@ class PlannedPrimus(Primus):
             eva_numheads,
             tuple(input_shape),
             drop_path_rate=drop_path_rate,
-            init_values=0.1,  # this and the next value are those of nnU-Net's own trainers of Primus
-            scale_attn_inner=True,
+            init_values=INIT_VALUES,
+            scale_attn_inner=SCALE_ATTN_INNER,
         )
         self.token_vox = tuple(patch_embed_size)
         self.grid = tuple(n // token for n, token in zip(input_shape, patch_embed_size, strict=True))

@@ -1,7 +1,9 @@
 """The adaptation plan: how nnU-Net's own loader of pretrained weights, and model hubs, describe a checkpoint.
 
 Source: nnU-Net's main branch (``nnUNetv2_preprocess_like_nnssl``, ``nnUNetv2_train_pretrained``) and the checkpoints of
-OpenMind (Wald et al., An OpenMind for 3D medical vision self-supervised learning, 2024), whose files are read here too.
+OpenMind (Wald et al., An OpenMind for 3D medical vision self-supervised learning, 2024), whose files are read here too. The
+fields of ``pretrain_plan`` are those that ``AdaptationPlan.from_dict`` of MIC-DKFZ's package demands: it accepts neither fewer
+nor others. It has no arguments of ``PlainConvUNet`` and none of Primus, of which it therefore knows the named sizes only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl.errors import UserError
+from nnssl.networks.primus import INIT_VALUES, SCALE_ATTN_INNER
 
 KEY = "nnssl_adaptation_plan"
 
@@ -38,6 +41,12 @@ RESENC_L: dict[str, Any] = {
     "nonlin_kwargs": {"inplace": True},
 }
 """Arguments of the network with the name ResEncL."""
+
+PRIMUS_CONSTANTS = {"init_values": INIT_VALUES, "scale_attn_inner": SCALE_ATTN_INNER}
+"""Arguments of Primus that nnU-Net's trainers read and that are alike in all plans of nnssl."""
+
+PRIMUS_NAMES = {"encoder_eva_depth": "eva_depth", "encoder_eva_numheads": "eva_numheads"}
+"""Names of arguments of Primus in nnU-Net's trainers of pretrained weights, and in the class."""
 
 CLASSES = ("conv_op", "norm_op", "dropout_op", "nonlin")
 """Arguments of a U-Net whose values are classes, written as strings."""
@@ -127,11 +136,14 @@ def write_adaptation_plan(
     patch_vox: Sequence[int],
     spacing_mm: Sequence[float],
     channels: int,
+    plans: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Return the adaptation plan of a network, in types that a safe load accepts, and a remark.
 
-    A network with a transformer at its bottleneck is described as the U-Net around it, whose names it keeps. nnU-Net knows
-    Primus by name in four sizes only. Another size is described by its arguments, which nnssl reads and nnU-Net does not.
+    A network with a transformer at its bottleneck is described as the U-Net around it, whose names it keeps. Primus has a name
+    in four sizes only. Another size is described by its arguments, under the names of the class and under those that nnU-Net's
+    trainers read.
 
     Args:
         architecture: The network, in the form of a plan's configuration.
@@ -139,6 +151,8 @@ def write_adaptation_plan(
         patch_vox: Patch size.
         spacing_mm: Spacing of the pretraining.
         channels: Number of input channels of the network.
+        plans: Content of the plans file; None to leave out what only MIC-DKFZ's package demands.
+        settings: Settings of the configuration, including inherited ones; needed with ``plans``.
 
     Returns:
         The plan, and a remark on its limits; the remark is empty if there are none.
@@ -157,7 +171,15 @@ def write_adaptation_plan(
         if named and tuple(kwargs["patch_embed_size"]) == (8, 8, 8):
             name, written, requires = named[0], None, None
         else:
-            remark = "nnU-Net knows Primus in four sizes only; this one is described by its arguments, which only nnssl reads"
+            written = {
+                **(written or {}),
+                **{key: kwargs[name] for key, name in PRIMUS_NAMES.items()},
+                **PRIMUS_CONSTANTS,
+            }
+            remark = (
+                "Primus has a name in four sizes only; this one is described by its arguments, which nnssl and nnU-Net read, but "
+                "not MIC-DKFZ's package"
+            )
     else:
         own = [key for key in kwargs if key.startswith("transformer_") or key == "token_stage"]
         if own:
@@ -166,15 +188,18 @@ def write_adaptation_plan(
                 "the transformer of the hybrid network is omitted, because nnU-Net's adaptation plan cannot describe it"
             )
     patch = [int(n) for n in patch_vox]
+    spacing = [float(mm) for mm in spacing_mm]
+    if plans is not None and settings is not None:
+        pretraining = _pretrain_plan(configuration, patch, spacing, plans, settings)
+    else:
+        pretraining = {"configurations": {configuration: {"patch_size": patch, "spacing": spacing}}}
     plan = {
         "architecture_plans": {
             "arch_class_name": name,
             "arch_kwargs": written,
             "arch_kwargs_requiring_import": requires,
         },
-        "pretrain_plan": {
-            "configurations": {configuration: {"patch_size": patch, "spacing": [float(mm) for mm in spacing_mm]}}
-        },
+        "pretrain_plan": pretraining,
         "pretrain_num_input_channels": int(channels),
         "recommended_downstream_patchsize": patch,
         "pretrain_patch_size": patch,
@@ -182,6 +207,31 @@ def write_adaptation_plan(
         **KEYS[kind],
     }
     return plan, remark
+
+
+def _pretrain_plan(
+    configuration: str, patch: list[int], spacing_mm: list[float], plans: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the plan of a pretraining with exactly the fields of MIC-DKFZ's ``Plan`` and ``ConfigurationPlan``."""
+    described = {
+        "data_identifier": settings["data_identifier"],
+        "preprocessor_name": settings["preprocessor_name"],
+        "spacing_style": "median",  # one of onemmiso, median and noresample; the spacing itself is given
+        "normalization_schemes": settings["normalization_schemes"],
+        "use_mask_for_norm": settings["use_mask_for_norm"],
+        "resampling_fn_data": settings["resampling_fn_data"],
+        "resampling_fn_data_kwargs": settings["resampling_fn_data_kwargs"],
+        "resampling_fn_mask": settings["resampling_fn_seg"],
+        "resampling_fn_mask_kwargs": settings["resampling_fn_seg_kwargs"],
+        "spacing": spacing_mm,
+        "patch_size": patch,
+    }
+    own = (
+        "dataset_name", "plans_name", "original_median_spacing_after_transp", "image_reader_writer", "transpose_forward",
+        "transpose_backward", "experiment_planner_used",
+    )  # fmt: skip
+    whole = {key: plans[key] for key in own}
+    return {key: _plain(value) for key, value in (whole | {"configurations": {configuration: described}}).items()}
 
 
 def read_adaptation_plan(path: Path, content: Mapping[str, Any]) -> AdaptationPlan:
@@ -247,6 +297,7 @@ def _network(
         raise ValueError(f"{name} without arch_kwargs has no known size")
     kwargs = {key: _plain(value) for key, value in kwargs.items()}
     if kind == PRIMUS:
+        kwargs = {PRIMUS_NAMES[key]: kwargs[key] for key in PRIMUS_NAMES if key in kwargs} | kwargs
         for key in ("embed_dim", "eva_depth", "eva_numheads", "patch_embed_size"):
             if key not in kwargs:
                 raise KeyError(key)
@@ -256,6 +307,8 @@ def _network(
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(entry) for entry in value]
     return value

@@ -63,6 +63,8 @@ def write_for_nnunet(path: Path, source: OpenedCheckpoint, target: TargetNetwork
                 target.patch_vox,
                 _spacing_mm(source, target),
                 target.num_inputs,
+                target.plans,
+                target.settings,
             )
         except ValueError as error:
             remark = f"none, because {error}"

@@ -6,6 +6,9 @@ import torch
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 from torch import Tensor
 
+from nnssl.networks.backbone import planned_configuration
+from nnssl.weights.adaptation_plan import KEY, write_adaptation_plan
+
 
 def nnunet_state(
     weights: dict[str, Tensor],
@@ -14,6 +17,7 @@ def nnunet_state(
     logger: MetaLogger,
     finished_epochs: int,
     configuration: str,
+    plans: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the keys that stock nnU-Net expects in a checkpoint.
 
@@ -24,7 +28,10 @@ def nnunet_state(
         logger: nnU-Net's logger.
         finished_epochs: Number of complete epochs.
         configuration: Configuration of the plan that is pretrained.
+        plans: Content of the plans file, if the weights are those that leave the pretraining; the state then has an adaptation
+            plan too, which nnU-Net's newer commands and MIC-DKFZ's package read. None for other weights.
     """
+    adaptation = {} if plans is None else {KEY: _adaptation_plan(plans, configuration)}
     return {
         "network_weights": weights,
         "optimizer_state": optimizer.state_dict(),
@@ -36,7 +43,15 @@ def nnunet_state(
         # Stock nnU-Net looks this name up when it predicts.
         "trainer_name": "nnUNetTrainer",
         "inference_allowed_mirroring_axes": None,
+        **adaptation,
     }
+
+
+def _adaptation_plan(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+    planned = planned_configuration(plans, configuration)
+    channels = len(planned["normalization_schemes"])
+    architecture, patch = planned["architecture"], planned["patch_size"]
+    return write_adaptation_plan(architecture, configuration, patch, planned["spacing"], channels, plans, planned)[0]
 
 
 def restore_nnunet_state(

@@ -356,18 +356,18 @@ class PretrainTrainer(nnUNetTrainer):
         provenance = provenance_of(
             self.run, self.dataset_json, self.init, self.current_step, exported.pretrained, self.cases
         )
+        leaving = exported if provenance.finished or leaves else None
         content = nnunet_state(
-            network_weights(self.network, exported if provenance.finished or leaves else None, patches),
+            network_weights(self.network, leaving, patches),
             self.optimizer,
             self.grad_scaler,
             self.logger,
             self.current_step // self.num_iterations_per_epoch,
             self.configuration_name,
+            None if leaving is None else self.run.plan.nnunet,
         )
-        measured = self.measurements.state(leaves)
-        write_checkpoint(
-            Path(filename), content, provenance, run_state(self.network, self.method, self.epoch, measured)
-        )
+        state = run_state(self.network, self.method, self.epoch, self.measurements.state(leaves))
+        write_checkpoint(Path(filename), content, provenance, state)
         if not leaves:
             self._cadence.saved(started)
 

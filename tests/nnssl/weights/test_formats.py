@@ -65,10 +65,35 @@ def test_adaptation_plan_key_by_key(tmp_path, folders, kind, dim):
     assert len(weights) == 1
     assert plan["key_to_lpe"] is None or plan["key_to_lpe"] in content["network_weights"]
     assert (plan["key_to_lpe"] == "eva.pos_embed") == (kind == "primus")
+    assert_mic_dkfz_reads(plan, kind)
     assert set(plan) == {
         "architecture_plans", "pretrain_plan", "pretrain_num_input_channels", "recommended_downstream_patchsize",
         "key_to_encoder", "key_to_stem", "keys_to_in_proj", "key_to_lpe", "pretrain_patch_size", "architecture_kwargs",
     }  # fmt: skip
+
+
+def assert_mic_dkfz_reads(plan, kind):
+    """``AdaptationPlan.from_dict`` of MIC-DKFZ's package passes these keys to dataclasses, which accept no others."""
+    pretraining = plan["pretrain_plan"]
+    assert set(pretraining) == {
+        "dataset_name", "plans_name", "original_median_spacing_after_transp", "image_reader_writer", "transpose_forward",
+        "transpose_backward", "configurations", "experiment_planner_used",
+    }  # fmt: skip
+    for configuration in pretraining["configurations"].values():
+        assert set(configuration) == {
+            "data_identifier", "preprocessor_name", "spacing_style", "normalization_schemes", "use_mask_for_norm",
+            "resampling_fn_data", "resampling_fn_data_kwargs", "resampling_fn_mask", "resampling_fn_mask_kwargs", "spacing",
+            "patch_size",
+        }  # fmt: skip
+        assert configuration["spacing_style"] in ("onemmiso", "median", "noresample")
+        assert None not in configuration.values()
+        assert set(configuration["resampling_fn_mask_kwargs"]) == set(configuration["resampling_fn_data_kwargs"])
+    if kind == "residual":
+        assert set(plan["architecture_plans"]["arch_kwargs"]) == {
+            "n_stages", "features_per_stage", "conv_op", "kernel_sizes", "strides", "n_blocks_per_stage",
+            "n_conv_per_stage_decoder", "conv_bias", "norm_op", "norm_op_kwargs", "dropout_op", "dropout_op_kwargs", "nonlin",
+            "nonlin_kwargs",
+        }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", ["plain", "residual", "hybrid"])
@@ -99,8 +124,39 @@ def test_sizes_with_a_name():
         "arch_class_name": "PrimusM", "arch_kwargs": None, "arch_kwargs_requiring_import": None,
     }  # fmt: skip
     assert remark == ""
-    assert "four sizes" in write_adaptation_plan(primus(), "3d", [8, 24, 16], [1, 1, 1], 1)[1]
+    plan, remark = write_adaptation_plan(primus(), "3d", [8, 24, 16], [1, 1, 1], 1)
+    assert "four sizes" in remark
+    written = plan["architecture_plans"]["arch_kwargs"]
+    assert written["encoder_eva_depth"] == written["eva_depth"] == 2
+    assert written["encoder_eva_numheads"] == written["eva_numheads"] == 3
+    network = build_network(primus(), 1, 2, 0)
+    scale = network.state_dict()["eva.blocks.0.gamma_1"]
+    assert (scale == written["init_values"]).all()
+    assert written["scale_attn_inner"] is any("attn.norm" in name for name in network.state_dict())
     assert "transformer" in write_adaptation_plan(unet("hybrid", 3), "3d", [8, 24, 16], [1, 1, 1], 1)[1]
+
+
+@pytest.mark.parametrize("names", ["of nnU-Net", "of nnssl", "both"])
+def test_arguments_of_primus_under_the_names_of_others(tmp_path, folders, names):
+    path, weights = elsewhere(tmp_path, folders, "primus")
+    content = torch.load(path, weights_only=True)
+    arguments = content[KEY]["architecture_plans"]["arch_kwargs"]
+    removed = {
+        "of nnU-Net": ("eva_depth", "eva_numheads", "strides", "decoder_features"),
+        "of nnssl": ("encoder_eva_depth", "encoder_eva_numheads", "init_values", "scale_attn_inner"),
+        "both": (),
+    }[names]
+    for name in removed:
+        del arguments[name]
+    arguments |= {"init_values": [0.1]} if names == "of nnU-Net" else {}
+    torch.save(content, path)
+    read = open_checkpoint(path).architecture["arch_kwargs"]
+    assert (read["embed_dim"], read["eva_depth"], read["eva_numheads"]) == (36, 2, 3)
+    target = write_plans(tmp_path / "third", plans(primus(), 3, 2), ["CT", "PET"])
+    done = export(path, ExportSettings(for_plans=str(target), out=tmp_path / "third.pth"), folders)
+    state = torch.load(done.path, weights_only=True)["network_weights"]
+    for name in ("eva.blocks.1.mlp.fc2.weight", "eva.pos_embed"):
+        assert torch.equal(state[name], weights[name])
 
 
 def elsewhere(tmp_path, folders, kind="residual"):
