@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nnssl.checkpoint import ACCEPTED
 from nnssl.errors import UserError
 from nnssl.networks.primus import INIT_VALUES, SCALE_ATTN_INNER
 
@@ -248,7 +249,9 @@ def read_adaptation_plan(path: Path, content: Mapping[str, Any]) -> AdaptationPl
     """
     plan = content[KEY]
     if not isinstance(content.get("network_weights"), Mapping):
-        raise UserError(f"{path}: has an {KEY} but no network_weights; download the complete checkpoint again")
+        raise UserError(
+            f"{path}: has an {KEY} but no network_weights; download the complete checkpoint again; {ACCEPTED}"
+        )
     try:
         architecture = plan["architecture_plans"]
         name = architecture["arch_class_name"]
@@ -272,11 +275,11 @@ def read_adaptation_plan(path: Path, content: Mapping[str, Any]) -> AdaptationPl
         )
     except KeyError as error:
         raise UserError(
-            f"{path}: the {KEY} lacks the key {error}; ask the author of the file for a complete one"
+            f"{path}: the {KEY} lacks the key {error}; ask the author of the file for a complete one; {ACCEPTED}"
         ) from error
     except (TypeError, ValueError, AttributeError, StopIteration) as error:
         raise UserError(
-            f"{path}: the {KEY} cannot be read ({error}); ask the author of the file for a correct one"
+            f"{path}: the {KEY} cannot be read ({error}); ask the author of the file for a correct one; {ACCEPTED}"
         ) from error
 
 

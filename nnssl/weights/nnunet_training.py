@@ -25,6 +25,9 @@ from nnssl.weights.tensor_names import SEGMENTATION, WRAPPERS
 SUPERVISED = "supervised"
 """Method and stage of weights that nnU-Net trained with labels."""
 
+ARGUMENTS = ("plans", "configuration", "fold", "dataset_json")
+"""Arguments of nnU-Net's trainer that are read from a checkpoint."""
+
 NETWORKS = ("dynamic_network_architectures.", "nnssl.networks.")
 """Packages whose networks are built."""
 
@@ -71,7 +74,11 @@ def read_training(path: Path, content: Mapping[str, Any]) -> tuple[dict[str, Any
     if weights is None or not all(isinstance(each, Tensor) for each in weights.values()):
         raise UserError(f"{path}: has no network_weights that map names to tensors; {ACCEPTED}")
     given = content.get("init_args")
-    arguments: dict[str, Any] = to_plain(dict(given)) if isinstance(given, Mapping) else {}
+    arguments = {key: given[key] for key in ARGUMENTS if key in given} if isinstance(given, Mapping) else {}
+    try:
+        arguments = to_plain(arguments)
+    except TypeError as error:
+        raise UserError(f"{path}: its init_args cannot be read ({error}); {ACCEPTED}") from error
     plans = _current(path, _find(path, arguments, "plans", "plans.json"))
     dataset_json = _with_channel_names(path, _find(path, arguments, "dataset_json", "dataset.json"))
     configuration = _configuration(path, arguments, plans)

@@ -173,7 +173,7 @@ class OpenedCheckpoint:
             made = self.content[EXPORT_KEY]
             raise UserError(
                 f"{self.path}: was exported for nnU-Net's {made['trainer']}, whose network no plan describes; take the "
-                f"checkpoint that it was made from, {made['checkpoint']}"
+                f"checkpoint that it was made from, {made['checkpoint']}; {ACCEPTED}"
             )
         raise UserError(f"{self.path}: holds no weights of a known kind; {ACCEPTED}")
 
@@ -373,7 +373,9 @@ def _usual_name(name: str, plan: AdaptationPlan) -> str | None:
 
 def _checked_weights(path: Path, weights: Any) -> dict[str, Tensor]:
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UserError(f"{path}: network_weights must map names to tensors; download or copy the file again")
+        raise UserError(
+            f"{path}: network_weights must map names to tensors; download or copy the file again; {ACCEPTED}"
+        )
     broken = next((name for name, value in weights.items() if not torch.isfinite(value).all()), None)
     if broken is not None:
         raise UserError(f"{path}: {broken} holds NaN or infinite values; take an earlier checkpoint")

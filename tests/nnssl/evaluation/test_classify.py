@@ -241,7 +241,7 @@ def test_weights_that_do_not_fit_or_were_made_elsewhere(files, capsys, tmp_path)
     import torch
 
     torch.save({"network_weights": {}}, tmp_path / "bare.pth")
-    assert "bare.pth: is not a checkpoint of nnssl" in fails(capsys, files, "-w", "bare.pth")
+    assert "bare.pth: has weights of a training but no plans" in fails(capsys, files, "-w", "bare.pth")
 
 
 def test_cases_of_another_modality_are_refused(files, capsys, tmp_path, monkeypatch):

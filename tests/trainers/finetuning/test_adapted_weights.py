@@ -113,7 +113,7 @@ def test_files_that_are_no_weights(nnunet_folders, capsys):
     torch.save({"network_weights": {}}, nnunet_folders / "other.pth")
     (nnunet_folders / "raw" / DATASET).mkdir()
     assert main(["-d", "4", "-w", str(nnunet_folders / "other.pth"), "--device", "cpu"]) == 2
-    assert "other.pth: is not a checkpoint of nnssl" in capsys.readouterr().err
+    assert "other.pth: has weights of a training but no plans" in capsys.readouterr().err
 
 
 def test_pretraining_goes_on_from_weights_made_elsewhere(toy, tmp_path, monkeypatch):

@@ -19,8 +19,11 @@ from nnssl.cli.info import explain_checkpoint, explain_installation
 from nnssl.errors import UserError
 from nnssl.log import lines_to
 from nnssl.methods import METHODS
+from nnssl.networks.backbone import build_network
 from nnssl.paths import resolve_folders
 from nnssl.plan import read_plan
+from nnssl.weights.adaptation_plan import KEY
+from tests.nnssl.weights.test_formats import assert_mic_dkfz_reads
 from tests.trainers.conftest import NAME, plan_toy
 from trainers.pretraining import patches, pretrain_trainer
 from trainers.pretraining.pretext import RepRecContrastiveTrainer
@@ -129,6 +132,27 @@ def test_final_checkpoint_is_what_stock_nnunet_takes(toy):
         kept = [key for key in state if ".seg_layers." not in key]
         assert all(torch.equal(state[key], weights[key]) for key in kept)
         assert any("transformer" in key for key in kept) == (configuration == CONFIGURATION)
+
+
+def test_final_checkpoint_is_what_readers_of_adaptation_plans_take(toy):
+    """Opened as they do: encoder and stem load strictly into the network that the plan alone describes."""
+    content = torch.load(run(toy), weights_only=True)
+    plan = content[KEY]
+    assert_mic_dkfz_reads(plan, "hybrid")
+    named = plan["architecture_plans"]
+    described = {
+        "network_class_name": named["arch_class_name"],
+        "arch_kwargs": named["arch_kwargs"],
+        "_kw_requires_import": named["arch_kwargs_requiring_import"],
+    }
+    network = build_network(described, plan["pretrain_num_input_channels"], 3, 1)
+    for part in (plan["key_to_encoder"], plan["key_to_stem"]):
+        weights = {
+            name.removeprefix(f"{part}."): value
+            for name, value in content["network_weights"].items()
+            if name.startswith(f"{part}.")
+        }
+        network.get_submodule(part).load_state_dict(weights, strict=True)
 
 
 def test_finished_stages_are_skipped_and_other_settings_are_refused(toy):
