@@ -17,6 +17,7 @@ from nnssl.imports import record
 from nnssl.imports.sources import Choices
 from nnssl.matching import anatomical_sanity
 from nnssl.propagation import record as drafts
+from nnssl.weights import download
 from planners import fingerprint
 from tests.nnssl.matching.test_anatomical_sanity import GOOD
 from tests.nnssl.test_checkpoint import make_provenance
@@ -105,6 +106,7 @@ AUTO = auto_record.AutoRecord(
 DRAFTS = drafts.PropagationRecord(
     drafts.SCHEMA_VERSION, "Dataset501_A", "/a.pth", "0", {"a": "0"}, (0, 1), "pyramid", 16, 0.1, 0.0, 0
 )
+DOWNLOAD = download.Download(download.SCHEMA_VERSION, "https://a/b.pth", None, None)
 TIMES = cell_times.CellTimes(cell_times.SCHEMA_VERSION, 0.5, 30.0)
 
 
@@ -131,6 +133,7 @@ FILES = {
     "Classification": (writer(CLASSIFICATION), classification.read_classification, 1),
     "PropagationRecord": (writer(DRAFTS), lambda path: schema.read(drafts.PropagationRecord, path, "record"), 1),
     "CellTimes": (writer(TIMES), lambda path: schema.read(cell_times.CellTimes, path, "duration"), 1),
+    "Download": (writer(DOWNLOAD), download.read_record, 1),
     "AutoRecord": (writer(AUTO), auto_record.read_record, 1),
     "Pretext": (write_plan, plan.read_plan, 8),
     "checkpoint": (write_checkpoint, checkpoint.read_checkpoint, 2),

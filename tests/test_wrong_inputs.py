@@ -248,7 +248,7 @@ def test_malicious_checkpoint_does_not_run(planned, capsys, monkeypatch, tmp_pat
 def test_truncated_missing_and_foreign_checkpoints(planned, capsys, tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({"network_weights": {"a": torch.zeros(1000)}}, path)
-    assert "is neither a checkpoint of nnssl nor" in fails(capsys, info, str(path))
+    assert "has weights of a training but no plans" in fails(capsys, info, str(path))
     path.write_bytes(path.read_bytes()[:800])
     assert "weights.pth" in fails(capsys, info, str(path))
     assert "there is no such checkpoint" in fails(capsys, info, str(tmp_path / "none.pth"))

@@ -38,6 +38,7 @@ from nnssl.paths import Folders, make_writable, resolve_folders
 from nnssl.schema import STRICT, read, write
 from nnssl.version import __version__
 
+SCHEMA_VERSION = 1
 FOLDER = "nnssl_downloads"
 """Folder below nnU-Net's results."""
 
@@ -78,7 +79,7 @@ class Download:
     """Record beside a downloaded file; beside an unfinished one, without checksum."""
 
     __pydantic_config__: ClassVar = STRICT
-    __schema_version__: ClassVar = 1
+    __schema_version__: ClassVar = SCHEMA_VERSION
 
     schema_version: int
     url: str
@@ -163,7 +164,7 @@ def download(address: Address, folder: Path) -> Path:
     record = own / f"{address.name}.json"
     with FileLock(own / "download.lock"):
         if path.exists() and record.exists():
-            found = read(Download, record, "record of a download").sha256
+            found = read_record(record).sha256
             logger.info(f"{address.given}: downloaded already, {path}")
         else:
             found = _download(address, path, record)
@@ -175,6 +176,11 @@ def download(address: Address, folder: Path) -> Path:
         if address.sha256 is None:
             logger.info(f"sha256 of {path.name}: {found} (append #sha256={found} to the address to have it checked)")
     return path
+
+
+def read_record(path: Path) -> Download:
+    """Read the record of a download; see ``nnssl.schema.read``."""
+    return read(Download, path, "record of a download", "delete it to download the file again")
 
 
 def _download(address: Address, path: Path, record: Path) -> str:
@@ -202,7 +208,7 @@ def _download(address: Address, path: Path, record: Path) -> str:
     with open(part, "rb") as file:
         while block := file.read(BLOCK):
             digest.update(block)
-    write(record, Download(1, address.url, tag, digest.hexdigest()))
+    write(record, Download(SCHEMA_VERSION, address.url, tag, digest.hexdigest()))
     os.replace(part, path)
     return digest.hexdigest()
 
@@ -211,7 +217,7 @@ def _kept(part: Path, record: Path) -> tuple[int, str | None]:
     """Return how many bytes of an interrupted download can be continued after, and the version that they belong to."""
     if not part.exists() or not record.exists():
         return 0, None
-    tag = read(Download, record, "record of a download").tag
+    tag = read_record(record).tag
     return (0 if tag is None else part.stat().st_size), tag
 
 
@@ -239,7 +245,7 @@ def _receive(address: Address, part: Path, record: Path) -> str | None:
         length = answer.headers.get("Content-Length")
         total = None if length is None else start + int(length)
         _check_size(address, total, part.parent, start)
-        write(record, Download(1, address.url, tag, None))
+        write(record, Download(SCHEMA_VERSION, address.url, tag, None))
         with open(part, "ab" if start else "wb") as file, _progress(start, total) as show:
             received = start
             while block := answer.read(BLOCK):
@@ -274,8 +280,10 @@ def _check_size(address: Address, size: int | None, folder: Path | None, receive
     text = os.environ.get("NNSSL_LARGEST_DOWNLOAD_GB") or str(LARGEST_GB)
     try:
         limit = float(text) * 1e9
-    except ValueError as error:
-        raise UserError(f"NNSSL_LARGEST_DOWNLOAD_GB must be a number, got {text}") from error
+    except ValueError:
+        limit = 0.0
+    if not limit > 0:
+        raise UserError(f"NNSSL_LARGEST_DOWNLOAD_GB must be a number above 0, got {text}")
     if size > limit:
         raise UserError(
             f"{address.given}: has {size / 1e9:.3g} GB or more, and the limit is {limit / 1e9:g}; set NNSSL_LARGEST_DOWNLOAD_GB "

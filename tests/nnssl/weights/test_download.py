@@ -199,9 +199,10 @@ def test_the_largest_size(server, folders, monkeypatch, length):
     monkeypatch.setenv("NNSSL_LARGEST_DOWNLOAD_GB", "0.0005")
     message = refusal(server.address, folders)
     assert "the limit is 0.0005; set NNSSL_LARGEST_DOWNLOAD_GB" in message
-    monkeypatch.setenv("NNSSL_LARGEST_DOWNLOAD_GB", "much")
-    with pytest.raises(UserError, match="must be a number, got much"):
-        local_weights(server.address, folders)
+    for wrong in ("much", "nan", "-1"):
+        monkeypatch.setenv("NNSSL_LARGEST_DOWNLOAD_GB", wrong)
+        with pytest.raises(UserError, match=f"must be a number above 0, got {wrong}"), lines_to(lambda line: None):
+            local_weights(server.address, folders)
     monkeypatch.delenv("NNSSL_LARGEST_DOWNLOAD_GB")
     assert fetch(server.address, folders)[0].read_bytes() == BODY
 

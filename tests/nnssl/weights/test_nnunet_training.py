@@ -12,7 +12,7 @@ import torch
 from nnssl.checkpoint import ACCEPTED, load_tensors, write_checkpoint
 from nnssl.cli.info import explain_checkpoint
 from nnssl.errors import UserError
-from nnssl.files import write_json
+from nnssl.files import read_json, write_json
 from nnssl.networks.backbone import build_network
 from nnssl.paths import Folders
 from nnssl.plan import plan_from_dict
@@ -125,6 +125,18 @@ def test_segmentation_layers_are_kept_for_the_same_labels_only(tmp_path, folders
     path = write_plans(tmp_path / "user", plans(unet(kind, 3), 3, 1), ["CT"], classes=4)
     other = export(tmp_path / "a.pth", ExportSettings(for_plans=str(path), out=tmp_path / "other.pth"), folders).path
     assert open_checkpoint(other).head_for(dataset_json(["CT"], 4)) == {}
+
+
+def test_the_card_of_a_model_hub_claims_no_self_supervision(tmp_path, folders):
+    write_trained(tmp_path / "a.pth", unet("plain", 2), 2, ["CT"])
+    path = export(tmp_path / "a.pth", ExportSettings(form="hub", out=tmp_path / "hub"), folders).path
+    card = (path / "README.md").read_text()
+    assert "# nnU-Net, trained on Dataset291_Supervised" in card
+    assert "nnUNetTrainer, fold 1, 2 epochs" in card
+    assert "without labels" not in card
+    assert "self-supervised" not in card
+    assert "- nnU-Net\n---\n" in card
+    assert read_json(path / "config.json", "description")["steps"] is None
 
 
 def test_plans_two_folders_up(tmp_path):
