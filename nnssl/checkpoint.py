@@ -63,6 +63,8 @@ class Provenance:
     """Checkpoint that the stage started from; None for random weights."""
     cases: tuple[str, ...] | None = None
     """Names of the cases that the stage was shown; None for weights that were made elsewhere."""
+    case_contents: dict[str, str] | None = None
+    """Digests of the images and masks that these cases were preprocessed from; None in files of earlier versions."""
     origin: dict[str, Any] | None = None
     """``spacing_mm``, ``patch_vox``, ``channel_names``, ``plans_name`` and ``configuration`` of the pretraining, for an exported
     file, whose ``plans`` are those of its target; None for other files."""

@@ -9,6 +9,8 @@ labels; at most ``SAMPLED_INTENSITIES`` intensities are kept, whereas nnU-Net ke
 """
 
 import hashlib
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from nnssl.data.case_error import MOST_SET_ASIDE, CaseError, SetAside
+from nnssl.data.contents import digest_files
 from nnssl.data.image_files import find_source_state
 from nnssl.data.jobs import follow_jobs, run_jobs
 from nnssl.data.raw import UNKNOWN_CHANNEL, RawDataset
@@ -65,7 +68,7 @@ class Fingerprint:
     schema_version: int
     dataset_name: str
     sources: str
-    """Digest of names, sizes and times of all image files, and of how they are read."""
+    """Digest of the names and bytes of all image files, and of how they are read."""
     channel_names: tuple[str, ...]
     """Names from ``dataset.json`` or the user, otherwise the modality detected from intensities."""
     modalities: tuple[str, ...]
@@ -83,7 +86,7 @@ class Fingerprint:
         return frozenset(case.name for case in self.cases)
 
 
-def extract_fingerprint(dataset: RawDataset, processes: int) -> Fingerprint:
+def extract_fingerprint(dataset: RawDataset, processes: int, sources: str | None = None) -> Fingerprint:
     """Measure every case of a data set.
 
     The result depends only on the data, not on the number of processes.
@@ -91,6 +94,7 @@ def extract_fingerprint(dataset: RawDataset, processes: int) -> Fingerprint:
     Args:
         dataset: Raw data set.
         processes: Number of worker processes; with 1 or fewer, this process does the work.
+        sources: Digest of the files, from ``digest_sources``; None to take their sizes and times.
 
     Returns:
         The fingerprint.
@@ -123,7 +127,7 @@ def extract_fingerprint(dataset: RawDataset, processes: int) -> Fingerprint:
     return Fingerprint(
         schema_version=SCHEMA_VERSION,
         dataset_name=dataset.name,
-        sources=digest_sources(dataset),
+        sources=digest_sources(dataset) if sources is None else sources,
         channel_names=tuple(modality if name == UNKNOWN_CHANNEL else name for name, modality in names),
         modalities=modalities,
         cases=tuple(entry.record for entry in measured),
@@ -153,17 +157,19 @@ def read_or_extract(dataset: RawDataset, folders: Folders, processes: int) -> Fi
         UserError: If the folder cannot be written, or as in ``extract_fingerprint``.
     """
     path = make_writable(folders.preprocessed / dataset.name) / FILE_NAME
+    digests = digest_files([file for case in dataset.cases for file in case.images], dataset.name, folders, processes)
+    sources = digest_sources(dataset, digests)
     if path.exists():
         try:
             stored = read(Fingerprint, path, "fingerprint")
         except UserError:
             logger.info(f"{path} is damaged or was written by another version of nnssl: measuring the data set again")
         else:
-            if stored.sources == digest_sources(dataset):
+            if stored.sources in (sources, digest_sources(dataset)):  # earlier versions compared sizes and times
                 logger.info(f"fingerprint of {dataset.name} read from {path}: the images have not changed")
                 return stored
             logger.info(f"{path} does not match the images of {dataset.name}: measuring them again")
-    fingerprint = extract_fingerprint(dataset, processes)
+    fingerprint = extract_fingerprint(dataset, processes, sources)
     write(path, fingerprint)
     return fingerprint
 
@@ -191,18 +197,25 @@ def nnunet_fingerprint(fingerprint: Fingerprint) -> dict[str, Any]:
     }
 
 
-def digest_sources(dataset: RawDataset) -> str:
-    """Return a digest of how images are read and of the names, sizes and modification times of all images."""
+def digest_sources(dataset: RawDataset, digests: Mapping[Path, str] | None = None) -> str:
+    """Return a digest of how images are read and of the names and bytes of all images.
+
+    Args:
+        dataset: Raw data set.
+        digests: Digests of the images, from ``nnssl.data.contents``; None to take their sizes and modification times instead, as
+            in fingerprints of earlier versions.
+    """
     digest = hashlib.blake2b(digest_size=16)
     digest.update(repr((dataset.name, dataset.reader, dataset.channel_names, dataset.set_aside)).encode())
     for case in dataset.cases:
         for file in case.images:
-            try:
-                size_bytes, mtime_ns = find_source_state(file)
-            except (OSError, CaseError):
-                digest.update(repr((case.name, file.name, "missing")).encode())
+            state: tuple[str | int, ...] = ("missing",)
+            if digests is not None:
+                state = (digests.get(file, "missing"),)
             else:
-                digest.update(repr((case.name, file.name, size_bytes, mtime_ns)).encode())
+                with suppress(OSError, CaseError):
+                    state = find_source_state(file)
+            digest.update(repr((case.name, file.name, *state)).encode())
     return digest.hexdigest()
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from nnssl.data.jobs import default_processes
 from nnssl.data.preprocess import PreprocessReport, preprocess_dataset
-from nnssl.data.raw import find_dataset, leave_out, read_dataset
+from nnssl.data.raw import RawDataset, find_dataset, leave_out, read_dataset
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import write_atomically
+from nnssl.locks import only_process
 from nnssl.log import logger
 from nnssl.methods import METHODS
-from nnssl.paths import Folders, use_folders
+from nnssl.paths import Folders, make_writable, use_folders
 from nnssl.plan import Plan, plan_path
 from planners.fingerprint import Fingerprint, read_or_extract
 from planners.machine_speed import measure_speed
@@ -87,6 +88,13 @@ def _plan_and_preprocess(dataset: str | int, settings: PlanSettings, folders: Fo
     raw = read_dataset(dataset, folders, None if channels is None else tuple(channels))
     if settings.exclude is not None:
         raw = leave_out(raw, settings.exclude)
+    with only_process(make_writable(folders.preprocessed / raw.name), "planning and preprocessing"):
+        return _plan_and_preprocess_raw(raw, settings, folders, processes)
+
+
+def _plan_and_preprocess_raw(
+    raw: RawDataset, settings: PlanSettings, folders: Folders, processes: int
+) -> PreparedDataset:
     preset = choose_preset(settings.preset)
     around = None if settings.like is None else _find_nnunet_plan(settings.like, settings.like_plans, folders)
     fingerprint = read_or_extract(raw, folders, processes)

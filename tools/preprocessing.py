@@ -48,7 +48,7 @@ def main() -> None:
         seconds = {"nnssl": 0.0, "nnunet": 0.0}
         for case in dataset.cases[: args.cases]:
             started = perf_counter()
-            wanted = find_outdated(case, dataset.reader, targets)
+            wanted = find_outdated(case, dataset.reader, targets, {})
             assert preprocess_case(Job(case, dataset.reader, tuple(wanted))) is None
             seconds["nnssl"] += perf_counter() - started
             started = perf_counter()

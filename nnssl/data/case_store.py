@@ -42,6 +42,8 @@ class SourceFile:
     path: str
     size_bytes: int
     mtime_ns: int
+    digest: str = ""
+    """Digest of the bytes; empty in cases of earlier versions, of which size and time are compared."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ A case is read once for all folders that need it. Each folder serves all configu
 """
 
 import contextlib
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,7 @@ from nnssl.data.case_store import (
     remove_leftovers,
     write_case,
 )
+from nnssl.data.contents import digest_files
 from nnssl.data.exclusion import check_exclusion_mask, find_exclusion_masks, read_exclusion_mask
 from nnssl.data.jobs import follow_jobs, run_jobs
 from nnssl.data.learnable import learnable_mask, resample_mask
@@ -62,6 +63,8 @@ class Job:
     targets: tuple[Target, ...]
     exclude_mask: Path | None = None
     """The user's mask of the case; None if it has none."""
+    digests: Mapping[Path, str] = field(default_factory=dict)
+    """Digests of the files of the case."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +94,9 @@ def preprocess_dataset(
 ) -> PreprocessReport:
     """Preprocess the usable cases of a data set for configurations of a plan.
 
-    Cases are written to ``<nnUNet_preprocessed>/<data set>/<case_folder>``. Complete cases whose images and recipe have
-    not changed are skipped. Outdated cases, and cases that the data set no longer has, are deleted first, so that a
-    folder never mixes plans. A killed run resumes where it stopped. Two simultaneous runs must not share a data set.
+    Cases are written to ``<nnUNet_preprocessed>/<data set>/<case_folder>``. Complete cases whose images, masks and recipe
+    have not changed are skipped. Outdated cases, and cases that the data set no longer has, are deleted first, so that a
+    folder never mixes plans. A killed run resumes where it stopped.
 
     Args:
         dataset: Raw data set.
@@ -119,7 +122,9 @@ def preprocess_dataset(
     for target in targets:
         remove_leftovers(make_writable(target.folder))
         _remove_foreign(target, usable, restart)
-    jobs = [_job_of(case, dataset.reader, targets, masks.get(case.name)) for case in cases]
+    files = [file for case in cases for file in case.images]
+    digests = digest_files([*files, *masks.values()], dataset.name, folders, processes)
+    jobs = [_job_of(case, dataset.reader, targets, masks.get(case.name), digests) for case in cases]
     jobs = [job for job in jobs if job.targets]
     for job in jobs:
         if job.exclude_mask is not None:
@@ -147,8 +152,11 @@ def preprocess_dataset(
     return PreprocessReport(tuple(target.folder for target in targets), done, skipped, tuple(set_aside))
 
 
-def _job_of(case: RawCase, reader: str, targets: Sequence[Target], mask: Path | None) -> Job:
-    return Job(case, reader, find_outdated(case, reader, targets, mask), mask)
+def _job_of(
+    case: RawCase, reader: str, targets: Sequence[Target], mask: Path | None, digests: Mapping[Path, str]
+) -> Job:
+    own = {file: digests[file] for file in (*case.images, mask) if file is not None and file in digests}
+    return Job(case, reader, find_outdated(case, reader, targets, own, mask), mask, own)
 
 
 def _tell_dropped_masks(jobs: Sequence[Job]) -> None:
@@ -186,10 +194,10 @@ def preprocess_case(job: Job) -> SetAside | None:
     """
     case = job.case
     try:
-        sources = find_sources(case)
+        sources = find_sources(case, job.digests)
         volume, spacing_mm = read_volume(case, job.reader)
         learnable = learnable_mask(volume, spacing_mm)
-        mask_state = find_mask_state(job.exclude_mask)
+        mask_state = find_mask_state(job.exclude_mask, job.digests)
         if job.exclude_mask is not None:
             learnable &= ~read_exclusion_mask(job.exclude_mask, job.reader)
         inside = body_mask(volume) & learnable

@@ -5,13 +5,13 @@ Configurations of a plan that share a spacing share a folder of cases.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nnssl.data.case_error import CaseError
-from nnssl.data.case_store import SCHEMA_VERSION, SourceFile, read_properties
+from nnssl.data.case_store import SCHEMA_VERSION, CaseProperties, SourceFile, read_properties
 from nnssl.data.image_files import find_source_state
 from nnssl.data.learnable import LEARNABLE_VERSION
 from nnssl.data.raw import RawCase
@@ -127,8 +127,12 @@ def _join(first: Target, second: Target, plan_name: str) -> Target:
     return first
 
 
-def find_sources(case: RawCase) -> tuple[SourceFile, ...]:
+def find_sources(case: RawCase, digests: Mapping[Path, str]) -> tuple[SourceFile, ...]:
     """Return the current state of the image files of a case.
+
+    Args:
+        case: The case.
+        digests: Digests of its files, from ``nnssl.data.contents``.
 
     Raises:
         CaseError: If a file or a slice of a series does not exist.
@@ -139,12 +143,16 @@ def find_sources(case: RawCase) -> tuple[SourceFile, ...]:
             state = find_source_state(image)
         except OSError as error:
             raise CaseError(str(image), f"cannot be found ({error.strerror})") from error
-        sources.append(SourceFile(str(image), *state))
+        sources.append(SourceFile(str(image), *state, digests.get(image, "")))
     return tuple(sources)
 
 
-def find_mask_state(mask: Path | None) -> SourceFile | None:
+def find_mask_state(mask: Path | None, digests: Mapping[Path, str]) -> SourceFile | None:
     """Return the current state of the user's mask of a case; None if it has none.
+
+    Args:
+        mask: File of the mask.
+        digests: Digests of files, from ``nnssl.data.contents``.
 
     Raises:
         UserError: If the file does not exist.
@@ -152,7 +160,7 @@ def find_mask_state(mask: Path | None) -> SourceFile | None:
     if mask is None:
         return None
     try:
-        return SourceFile(str(mask), *find_source_state(mask))
+        return SourceFile(str(mask), *find_source_state(mask), digests.get(mask, ""))
     except OSError as error:
         raise UserError(f"exclusion mask {mask} cannot be found ({error.strerror}); run the command again") from error
 
@@ -162,13 +170,32 @@ def digest_case(
 ) -> str:
     """Return a digest of everything that determines the voxels and the mask of a case, whatever the folder of its files."""
     masks = [] if exclude_mask is None else [exclude_mask]
-    files = [[(Path(each.path).name, each.size_bytes, each.mtime_ns) for each in group] for group in (sources, masks)]
+    files = [[_identity(each) for each in group] for group in (sources, masks)]
     decisive = [SCHEMA_VERSION, LEARNABLE_VERSION, FOREGROUND_POINTS, asdict(recipe), reader, files]
     return hashlib.blake2b(json.dumps(decisive, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
+def _identity(file: SourceFile) -> tuple[Any, ...]:
+    """Return what two states of a file differ in."""
+    name = Path(file.path).name
+    return (name, file.digest) if file.digest else (name, file.size_bytes, file.mtime_ns)
+
+
+def content_of(properties: CaseProperties) -> str | None:
+    """Return a digest of the images and the mask that a case was preprocessed from; None if only their times are known."""
+    files = [*properties.sources, *([] if properties.exclude_mask is None else [properties.exclude_mask])]
+    if not files or not all(file.digest for file in files):
+        return None
+    content = [len(properties.sources), [_identity(file) for file in files]]
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
 def find_outdated(
-    case: RawCase, reader: str, targets: Sequence[Target], exclude_mask: Path | None = None
+    case: RawCase,
+    reader: str,
+    targets: Sequence[Target],
+    digests: Mapping[Path, str],
+    exclude_mask: Path | None = None,
 ) -> tuple[Target, ...]:
     """Return the targets in which a case is missing, incomplete or outdated.
 
@@ -176,22 +203,23 @@ def find_outdated(
         case: The case.
         reader: Name of the reader class.
         targets: Folders of preprocessed cases.
+        digests: Digests of its files, from ``nnssl.data.contents``.
         exclude_mask: The user's mask of the case; None if it has none.
     """
     try:
-        sources = find_sources(case)
+        sources = find_sources(case, digests)
     except CaseError:
         return tuple(targets)
-    mask = find_mask_state(exclude_mask)
-    return tuple(
-        target
-        for target in targets
-        if not _is_current(case.name, digest_case(target.recipe, reader, sources, mask), target)
-    )
+    mask = find_mask_state(exclude_mask, digests)
+    return tuple(target for target in targets if not _is_current(case.name, reader, sources, mask, target))
 
 
-def _is_current(name: str, digest: str, target: Target) -> bool:
+def _is_current(name: str, reader: str, sources: Sequence[SourceFile], mask: SourceFile | None, target: Target) -> bool:
     try:
-        return read_properties(target.folder, name).digest == digest
+        stored = read_properties(target.folder, name)
     except UserError:
         return False
+    if not any(source.digest for source in stored.sources):  # earlier versions compared sizes and times
+        sources = [replace(source, digest="") for source in sources]
+        mask = None if mask is None else replace(mask, digest="")
+    return stored.digest == digest_case(target.recipe, reader, sources, mask)

@@ -11,14 +11,16 @@ import torch
 from matplotlib.figure import Figure
 
 from nnssl.data.case_store import CaseStore
+from nnssl.data.changed_cases import contents_of, preprocess_changed_cases
 from nnssl.data.dicom_series import SERIES_ENDING
 from nnssl.data.image_files import files_of_segmentation, write_segmentation
-from nnssl.data.jobs import follow_jobs
+from nnssl.data.jobs import default_processes, follow_jobs
 from nnssl.data.raw import RawCase, RawDataset, find_dataset, read_dataset
 from nnssl.devices import find_device
 from nnssl.errors import ArgumentError, UserError
 from nnssl.evaluation.labels import DATASET_JSON
 from nnssl.files import read_names, some, write_atomically, write_json
+from nnssl.locks import only_process
 from nnssl.log import logger
 from nnssl.networks.backbone import planned_configuration
 from nnssl.networks.dense import DenseKind
@@ -28,6 +30,7 @@ from nnssl.pictures.figures import write_picture
 from nnssl.plan import existing_plan, read_plan
 from nnssl.propagation.carry import AnnotatedCase, fit_to_cases, probabilities_of
 from nnssl.propagation.confidence import expected_dice
+from nnssl.propagation.draft_contents import DraftContents
 from nnssl.propagation.grids import (
     LabelResampling,
     check_preprocessed,
@@ -121,7 +124,19 @@ def propagate(
     checkpoint = open_checkpoint(Path(weights))
     job = _prepare(checkpoint, dataset, tuple(cases_from), settings, folders)
     folder = make_writable(Path(output).expanduser())
+    with only_process(folder, "labelling", wait=not settings.restart):
+        return _propagate(job, checkpoint, folder, cases_from, settings)
+
+
+def _propagate(
+    job: "_Job", checkpoint: OpenedCheckpoint, folder: Path, cases_from: Sequence[str], settings: PropagateSettings
+) -> list[Draft]:
     finished = open_record(folder, _record_of(job, checkpoint, settings), job.raw.file_ending, settings.restart)
+    now = contents_of(job.store.folder, job.store.names)
+    contents = DraftContents(folder, job.raw.file_ending, now, settings.restart)
+    contents.check_references(cases_from)
+    finished = contents.current(finished)
+    contents.write()
     targets = [name for name in job.targets if name not in finished]
     logger.info(
         f"Weights: {checkpoint.path} ({checkpoint.label}); labels of {some(list(cases_from))}; {len(targets)} cases to label, "
@@ -133,6 +148,7 @@ def propagate(
                                   settings.position_weight, settings.seed)  # fmt: skip
         for draft in follow_jobs(_label(job, prototypes, targets, folder), "labelling", "labelled", len(targets)):
             drafts[draft.case] = draft
+            contents.add(draft.case)
             write_drafts(folder, {**finished, **drafts})
     _finish(job, folder, {**finished, **drafts})
     return sorted(drafts.values(), key=lambda draft: (draft.confidence, draft.case))
@@ -202,6 +218,8 @@ def _prepare(
     network = frozen_network(checkpoint, settings.features, find_device(settings.device))
     store = open_cases(provenance, name, folders)
     plan = read_plan(existing_plan(folders, name, provenance.plans_name))
+    if preprocess_changed_cases(plan, [provenance.configuration], folders, default_processes()):
+        store = CaseStore(store.folder)
     resampling = resampling_of(plan, provenance.configuration)
     references = read_references(cases_from, raw, store, resampling, settings.labels)
     raw_cases = {case.name: case for case in raw.cases}

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nnssl.errors import ArgumentError
+from nnssl.locks import only_process
 from nnssl.log import logger
-from nnssl.paths import Folders, resolve_folders
+from nnssl.paths import Folders, make_writable, resolve_folders
 from nnssl.weights.download import is_address, local_weights
 from nnssl.weights.export_settings import FORMATS, ExportSettings, Format
 from nnssl.weights.fit import check_policy, fit_weights
@@ -65,7 +66,16 @@ def export(checkpoint: Path | str, settings: ExportSettings | None = None, folde
         check_output(path, source)
     report = fit_weights(source, target, settings.policy)
     refuse_below(report, settings.least_share, str(checkpoint), ADVICE)
-    remark = ""
+    make_writable(path.parent)
+    with only_process(path, "exporting"):
+        _write(path, source, target, report, settings)
+    return Exported(path, target, report)
+
+
+def _write(
+    path: Path, source: OpenedCheckpoint, target: TargetNetwork, report: FitReport, settings: ExportSettings
+) -> None:
+    form, remark = settings.form, ""
     if form == "nnunet":
         remark = write_for_nnunet(path, source, target, report)
         logger.info(f"Written and read back by nnU-Net's own loader: {path} (table: {table_of(path).name})")
@@ -77,7 +87,6 @@ def export(checkpoint: Path | str, settings: ExportSettings | None = None, folde
         logger.info(f"Written: {path}, {count:,} parameters; python {path / 'load_encoder.py'} loads them")
     if remark:
         logger.info(f"Adaptation plan: {remark}")
-    return Exported(path, target, report)
 
 
 def _check_settings(settings: ExportSettings) -> None:

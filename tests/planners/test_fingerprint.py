@@ -331,6 +331,9 @@ def test_a_stored_fingerprint_is_reused_until_the_images_change(folders, monkeyp
         assert read_or_extract(read_dataset(610, folders), folders, 1) == first
     assert not runs
     assert "have not changed" in said[0]
+    os.utime(folder / "imagesTr" / "phantom_0001_0000.nii.gz", ns=(0, 0))  # only touched
+    assert read_or_extract(read_dataset(610, folders), folders, 1) == first
+    assert not runs
     write_case(folder, "phantom_0000", tissue(0))
     assert read_or_extract(read_dataset(610, folders), folders, 1).cases[0].shape == SHAPE
     assert len(runs) == 1

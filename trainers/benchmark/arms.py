@@ -8,21 +8,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from nnssl.checkpoint import FINAL
 from nnssl.environment import variables
 from nnssl.errors import ArgumentError, UserError
-from nnssl.files import content_digest
+from nnssl.files import content_digest, some
+from nnssl.locks import only_process
 from nnssl.log import logger
 from nnssl.methods import AUTO, METHODS, Method, find_method, find_stage
 from nnssl.paths import Folders
-from nnssl.plan import Plan
+from nnssl.plan import Plan, plan_from_dict
 from nnssl.study.table import SCRATCH
 from nnssl.weights.download import local_weights
+from nnssl.weights.opened_checkpoint import open_checkpoint
 from trainers.pretraining.pretrain import choose_configuration, is_finished, needed_runs, pretrain
 from trainers.pretraining.settings import PretrainSettings
-from trainers.pretraining.stage_run import StageRun, stage_folder
+from trainers.pretraining.stage_run import StageRun, replaced_cases, stage_folder
 
 OWN_FOLDER = "nnssl_arms"
 """Folder below nnU-Net's results for arms with settings of their own or single stages, which must not use the method's folder."""
@@ -246,6 +247,27 @@ def make_weights(pretraining: Pretraining, source: Source) -> None:
         )
 
 
+def check_up_to_date(arm: str, pretraining: Pretraining, folders: Folders) -> None:
+    """Check that the images and masks of finished weights are still those that they were pretrained on.
+
+    Raises:
+        UserError: If some were replaced; the message names their cases.
+    """
+    if not pretraining.finished:
+        return
+    made = open_checkpoint(pretraining.final).own_provenance
+    plan = plan_from_dict(made.plans, f"{pretraining.final}: plan")
+    replaced = replaced_cases(
+        made, folders.preprocessed / made.dataset_name / plan.configuration(made.configuration).case_folder
+    )
+    if replaced:
+        raise UserError(
+            f"{pretraining.final}: the weights of {arm} were trained on images or masks that were replaced since "
+            f"({some(replaced)}); delete {pretraining.final.parent} to pretrain again, or name the file as an arm to compare "
+            "them as they are"
+        )
+
+
 def _share_stage(pretraining: Pretraining, run: StageRun, source: Source) -> None:
     """Run a preparing stage once for all arms that need it with the same settings."""
     own = run.folder(pretraining.results)
@@ -255,7 +277,7 @@ def _share_stage(pretraining: Pretraining, run: StageRun, source: Source) -> Non
     digest = content_digest([name, run.overrides, source.plan.name, source.seed])
     root = source.folders.results / OWN_FOLDER / f"{name}-{digest}"
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / "preparing.lock"), variables(nnUNet_results=str(root)):
+    with only_process(root, "pretraining a shared stage"), variables(nnUNet_results=str(root)):
         pretrain(
             find_stage(name)[0].name,
             source.plan.dataset_name,
@@ -294,7 +316,7 @@ def configuration_for(method: Method, plan: Plan, wanted: str) -> str:
 def _same_run(arm: Arm, method: Method, source: Source, overrides: tuple[str, ...]) -> bool:
     """Return whether the method's own results folder contains finished stages with exactly these settings."""
     try:
-        return all(is_finished(source.folders.results, run) for run in runs_of(method, arm.stages, overrides, source))
+        return all(is_finished(source.folders, run) for run in runs_of(method, arm.stages, overrides, source))
     except UserError:
         return False
 

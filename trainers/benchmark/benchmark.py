@@ -10,7 +10,7 @@ from nnssl.study.table import StudyTable
 from trainers.benchmark.auto_arm import choose, describe_open
 from trainers.benchmark.cells import StudyCells
 from trainers.benchmark.estimate import describe_estimate
-from trainers.benchmark.run import describe_matrix, parse_part, run_study, study_folder
+from trainers.benchmark.run import describe_matrix, parse_part, prepare_source, run_study, study_folder
 from trainers.benchmark.settings import StudySettings
 from trainers.benchmark.study import Study, prepare_study
 
@@ -55,6 +55,8 @@ def benchmark(
     share = parse_part(part)
     with use_folders(folders) as used:
         study = open_study(settings, device, processes, used)
+        if prepare_source(study):
+            study = open_study(settings, device, processes, used)
         for arm in study.undecided:
             assert study.source is not None
             choose(arm, study.source)

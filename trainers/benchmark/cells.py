@@ -1,5 +1,6 @@
 """The cells of a study on disk: their folders, initial weights, state and metrics."""
 
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from nnssl.weights.tensor_names import SEGMENTATION
 from trainers.benchmark.rates import with_chosen_rates
 from trainers.benchmark.study import CellKey, Study
-from trainers.finetuning.arm import arm_folder
+from trainers.finetuning.arm import Task, arm_folder, changes_of_arm
+from trainers.finetuning.case_contents import Changes
 from trainers.finetuning.pretrained_weights import open_weights, start_digest
 from trainers.finetuning.result import FILE_NAME
 
@@ -83,14 +85,23 @@ class StudyCells:
         """Return the file with the metrics of a cell's validation cases."""
         return self.folder(cell) / f"metrics_validation_{self.study.settings.tolerance_mm:g}mm.csv"
 
+    def task(self, cell: CellKey) -> Task:
+        """Return the fine-tuning task of a cell with the present state of its cases."""
+        return replace(self.study.task(cell), contents=self.study.contents)
+
+    def changes(self, cell: CellKey) -> Changes:
+        """Return what has changed in the cases of a cell since it was trained and scored."""
+        return changes_of_arm(self.task(cell), self.folder(cell))
+
     def is_finished(self, cell: CellKey) -> bool:
-        """Return whether a cell was trained and evaluated."""
+        """Return whether a cell was trained and evaluated, on images and labels that have not changed since."""
         # the metrics of the held-out cases are written last
-        return self.has_weights(cell.arm) and self.metrics_path(cell).exists()
+        return self.has_weights(cell.arm) and self.metrics_path(cell).exists() and not self.changes(cell)
 
     def is_trained(self, cell: CellKey) -> bool:
         """Return whether the network of a cell was trained, evaluated with this tolerance or not."""
-        return self.has_weights(cell.arm) and (self.folder(cell) / FILE_NAME).exists()
+        trained = self.has_weights(cell.arm) and (self.folder(cell) / FILE_NAME).exists()
+        return trained and not self.changes(cell).trained
 
     def read(self, cell: CellKey, validation: bool = False) -> Cell:
         """Read a finished cell, with the metrics of its held-out or of its validation cases."""

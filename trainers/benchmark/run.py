@@ -11,12 +11,11 @@ from pathlib import Path
 from time import perf_counter, time
 from typing import Any, TextIO
 
-from filelock import FileLock
-
 from nnssl.errors import ArgumentError, UserError
 from nnssl.evaluation.labels import ignore_label
 from nnssl.evaluation.metrics import evaluate_folders, write_metrics_csv
 from nnssl.files import write_json
+from nnssl.locks import only_process
 from nnssl.log import lines_to, logger, silence
 from nnssl.paths import make_writable
 from nnssl.study.table import SCRATCH, StudyTable
@@ -24,16 +23,17 @@ from nnssl.study.words import count
 from nnssl.tables import align, points
 from nnssl.version import __version__
 from planners.finetune_planner import adopt_plan
-from trainers.benchmark.arms import make_weights
+from trainers.benchmark.arms import check_up_to_date, make_weights
 from trainers.benchmark.cell_times import record_times
 from trainers.benchmark.cells import StudyCells
 from trainers.benchmark.estimate import estimate_seconds
 from trainers.benchmark.patients import check_disjoint
 from trainers.benchmark.study import CellKey, Study
-from trainers.finetuning.arm import run_arm
+from trainers.finetuning.arm import Task, run_arm
 from trainers.finetuning.labelled_data import prepare_data
 from trainers.finetuning.result import FILE_NAME, read_result
 from trainers.pace import format_duration
+from trainers.pretraining.pretrain import prepare_cases
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def run_study(study: Study, folder: Path, part: Part, command: str) -> StudyTabl
     cells = StudyCells(study)
     write_json(make_writable(folder) / "study.json", describe_study(study, command))
     pretrain_arms(study, part)
-    prepare_cells(study, folder)
+    prepare_cells(study)
     waiting = run_cells(cells, folder, part)
     missing = [cell for cell in study.cells if not cells.is_finished(cell)]
     if waiting:
@@ -94,11 +94,26 @@ def run_study(study: Study, folder: Path, part: Part, command: str) -> StudyTabl
         return None
     from trainers.benchmark.report_inputs import write_results  # slow to import
 
-    return write_results(cells, folder, command)
+    with only_process(folder, "writing the report"):  # parts may finish at the same time
+        return write_results(cells, folder, command)
+
+
+def prepare_source(study: Study) -> list[str]:
+    """Preprocess cases of the pretraining data again whose images or masks were replaced, and return their names."""
+    if study.source is None:
+        return []
+    used = {each.configuration for each in study.pretrainings.values()} | {study.configuration}
+    return prepare_cases(study.plan, used, study.folders)
 
 
 def pretrain_arms(study: Study, part: Part) -> None:
-    """Pretrain those arms of a part that have no weights yet."""
+    """Pretrain those arms of a part that have no weights yet.
+
+    Raises:
+        UserError: If weights of an arm were pretrained on images or masks that were replaced since.
+    """
+    for arm, pretraining in study.pretrainings.items():
+        check_up_to_date(arm, pretraining, study.folders)
     for index, (arm, pretraining) in enumerate(study.pretrainings.items()):
         if pretraining.finished or not part.has(index):
             continue
@@ -107,13 +122,13 @@ def pretrain_arms(study: Study, part: Part) -> None:
         make_weights(pretraining, study.source)
 
 
-def prepare_cells(study: Study, folder: Path) -> None:
+def prepare_cells(study: Study) -> None:
     """Write the plan of the labelled cases and preprocess them, in one process at a time.
 
     Raises:
         UserError: If nnU-Net cannot preprocess them, or if the study's plan was overwritten by another one meanwhile.
     """
-    with FileLock(folder / "preparing.lock"):
+    with only_process(make_writable(study.folders.preprocessed / study.dataset.name), "preparing labelled cases"):
         adopted = adopt_plan(study.plan.nnunet, study.dataset.name, study.folders)
         if adopted != study.adopted:
             raise UserError(
@@ -153,9 +168,17 @@ def run_cell(cells: StudyCells, cell: CellKey, log: Path) -> None:
     Raises:
         UserError: If a finished network of this cell was trained with other labels.
     """
-    study, task = cells.study, cells.study.task(cell)
-    check_disjoint(task.split.train, (*task.split.test, *task.split.validation), study.patients)
-    weights = cells.weights(cell.arm)
+    task = cells.task(cell)
+    check_disjoint(task.split.train, (*task.split.test, *task.split.validation), cells.study.patients)
+    folder = cells.folder(cell)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with only_process(folder, "filling a cell of a study"):  # studies share cells
+        if not cells.is_finished(cell):
+            _run_cell_alone(cells, cell, task, log)
+
+
+def _run_cell_alone(cells: StudyCells, cell: CellKey, task: Task, log: Path) -> None:
+    study, weights = cells.study, cells.weights(cell.arm)
     is_new, began, started = not cells.is_trained(cell), time(), perf_counter()
     with open(log, "a", buffering=1) as file, lines_to(lambda line: _write_line(file, line)):
         result = run_arm(task, weights, study.folders, False)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from nnssl.data.contents import Content
 from nnssl.data.patients import find_patients
 from nnssl.data.raw import RawDataset, find_dataset, read_dataset
 from nnssl.errors import UserError
@@ -28,6 +29,7 @@ from trainers.benchmark.selection import select_orders, weights_to_select_with
 from trainers.benchmark.settings import StudySettings, check_settings
 from trainers.benchmark.shared_plan import SharedPlan, plan_of_checkpoint
 from trainers.finetuning.arm import Task
+from trainers.finetuning.case_contents import find_contents, labelled_files
 from trainers.finetuning.labelled_cases import Split, choose_unlabelled, find_labelled_cases
 from trainers.finetuning.recipes import make_schedule, network_kind
 from trainers.finetuning.schedule import FinetuneSchedule
@@ -120,6 +122,13 @@ class Study:
         """Cases that any cell needs, sorted."""
         tasks = [self.task(cell) for cell in self.cells if cell.arm == SCRATCH]
         return tuple(sorted({case for task in tasks for case in (*task.split.cases, *task.unlabelled)}))
+
+    @cached_property
+    def contents(self) -> dict[str, Content]:
+        """Present state of the cases that any cell needs, by which cells are found whose cases have changed since."""
+        known = labelled_files(self.dataset.name, self.folders)
+        files = {case: known[case] for case in self.used}
+        return find_contents(self.dataset.name, files, self.folders, self.processes)
 
     @property
     def pool(self) -> tuple[str, ...]:

@@ -8,8 +8,9 @@ import os
 import re
 import shlex
 import shutil
+from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
 from nnssl import schema
 from nnssl.checkpoint import FINAL
+from nnssl.data.contents import Content, describe_changes, read_contents, write_contents
 from nnssl.files import content_digest
+from nnssl.locks import only_process
 from nnssl.log import logger, printed_output_to
 from nnssl.networks.backbone import planned_configuration
 from nnssl.paths import Folders
@@ -28,6 +31,8 @@ from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 from nnssl.weights.tensor_names import HEAD
 from planners.finetune_planner import AdoptedPlan
 from trainers.finetuning.arm_settings import ArmSettings
+from trainers.finetuning.case_contents import FILE_NAME as CONTENTS_NAME
+from trainers.finetuning.case_contents import Changes, find_changes
 from trainers.finetuning.curves import final_dice
 from trainers.finetuning.labelled_cases import Fold, Split
 from trainers.finetuning.recipes import NetworkKind, network_kind
@@ -37,6 +42,8 @@ from trainers.finetuning.training import TrainingJob, train, train_in_group, tra
 from trainers.launch import launch
 
 ARM_PREFIX = "nnssl_"
+OUTDATED = "outdated_"
+"""Prefix of the folder in which a fold is kept that was trained on cases that have changed since."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,8 @@ class Task:
     """Number of training processes, one per GPU; they are no part of what an arm is."""
     save_probabilities: bool = False
     """Whether the probabilities of the held-out cases are kept, as nnU-Net's ensembles of configurations need."""
+    contents: Mapping[str, Content] = field(default_factory=dict)
+    """Present state of the cases; it does not belong to what an arm is, but decides whether a finished one is up to date."""
 
     @property
     def fold(self) -> Fold:
@@ -121,8 +130,52 @@ def result_file(task: Task, folder: Path) -> Path:
     return folder / FILE_NAME if task.split.fold is None else folder / f"fold_{task.fold}" / FILE_NAME
 
 
+def changes_of_arm(task: Task, folder: Path) -> Changes:
+    """Return what has changed in the cases of an arm since it was trained and scored."""
+    held_out = (*task.split.test, *task.split.validation)
+    fold = folder / f"fold_{task.fold}"
+    return find_changes(fold, task.contents, task.split.train, task.unlabelled, held_out)
+
+
+def _settle_changes(task: Task, arm: str, folder: Path) -> None:
+    """Set aside a training on cases that have changed since, or the scores of held-out cases that have, and say so."""
+    fold, result = folder / f"fold_{task.fold}", result_file(task, folder)
+    changes = changes_of_arm(task, folder)
+    if changes.trained:
+        kept = folder / f"{OUTDATED}fold_{task.fold}"
+        logger.info(
+            f"Arm {arm}: cases that it was trained on have changed since ({describe_changes(changes.trained)}); it is trained "
+            f"again, and the earlier training is kept in {kept}"
+        )
+    elif changes.held_out:
+        logger.info(
+            f"Arm {arm}: {task.split.what} have changed since they were scored ({describe_changes(changes.held_out)}); they are "
+            "predicted and scored again"
+        )
+    if changes:
+        outdated = [result, fold / "validation" / "summary.json"]
+        if task.split.fold is None:
+            outdated += folder.glob("metrics_*.csv")  # of a study
+        for path in outdated:
+            path.unlink(missing_ok=True)
+    if changes.trained:
+        shutil.rmtree(kept, ignore_errors=True)
+        fold.rename(kept)
+
+
+def _remember(task: Task, fold: Path) -> None:
+    """Write the state of the cases of an arm, unless it is written already."""
+    unlabelled = set(task.unlabelled)
+    cases = {case: task.contents[case] for case in {*task.split.cases, *unlabelled} if case in task.contents}
+    if cases and read_contents(fold / CONTENTS_NAME) != cases:
+        write_contents(fold / CONTENTS_NAME, cases)
+
+
 def run_arm(task: Task, weights: OpenedCheckpoint | None, folders: Folders, restart: bool) -> ArmResult:
     """Train, predict and evaluate one arm, or one of its folds, except for the steps that an earlier call finished.
+
+    An arm is trained again if images or labels that it was trained on have changed since, and scored again if those of held-out
+    cases have.
 
     Args:
         task: Data, plan and settings.
@@ -135,18 +188,28 @@ def run_arm(task: Task, weights: OpenedCheckpoint | None, folders: Folders, rest
 
     Raises:
         UserError: If nnU-Net's loader rejects the weights.
+        ArgumentError: If another process works on this arm, for a restart; otherwise this one waits.
     """
     folder = arm_folder(task, weights, folders)
+    own = folder if task.split.fold is None else folder / f"fold_{task.fold}"
+    own.parent.mkdir(parents=True, exist_ok=True)
+    with only_process(own, "fine-tuning", wait=not restart):
+        if restart and own.exists():
+            shutil.rmtree(own)
+        return _run_arm_alone(task, weights, folder)
+
+
+def _run_arm_alone(task: Task, weights: OpenedCheckpoint | None, folder: Path) -> ArmResult:
     arm = _arm_name(weights, task.mode)
-    old = folder if task.split.fold is None else folder / f"fold_{task.fold}"
-    if restart and old.exists():
-        shutil.rmtree(old)
     fold = folder / f"fold_{task.fold}"
     file = result_file(task, folder)
+    _settle_changes(task, arm, folder)
     if file.exists() and (fold / FINAL).exists() and _has_probabilities(task, fold):
         logger.info(f"Arm {arm}: finished already ({fold})")
+        _remember(task, fold)
         return read_result(file)
     fold.mkdir(parents=True, exist_ok=True)
+    _remember(task, fold)
     job = TrainingJob(
         arm,
         task.plan.content,

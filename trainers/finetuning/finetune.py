@@ -18,9 +18,10 @@ from nnssl.devices import find_device
 from nnssl.errors import ArgumentError
 from nnssl.evaluation.labels import ignore_label
 from nnssl.files import read_json, read_names
+from nnssl.locks import only_process
 from nnssl.log import logger
 from nnssl.networks.backbone import planned_configuration
-from nnssl.paths import Folders, use_folders
+from nnssl.paths import Folders, make_writable, use_folders
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint, open_checkpoint
 from planners.finetune_planner import AdoptedPlan, adopt_plan, with_pyramid_segmentation
 from trainers.finetuning.adapted_weights import adapt_if_made_elsewhere
@@ -146,7 +147,8 @@ def _finetune(
 def _open_origin(weights: str | Path, dataset_name: str, folders: Folders, processes: int) -> OpenedCheckpoint:
     """Open the weights that a fine-tuning starts from, adapted to the data set if they were made elsewhere."""
     found = open_checkpoint(find_weights(weights, folders))
-    origin = adapt_if_made_elsewhere(found, dataset_name, folders, processes)
+    with only_process(make_writable(folders.preprocessed / dataset_name), "planning labelled cases"):
+        origin = adapt_if_made_elsewhere(found, dataset_name, folders, processes)
     log_weights(origin)
     # nnU-Net's loader reads the file again, so the content need not stay in memory during the training
     return origin.without_content()
@@ -160,7 +162,19 @@ def _make_task(
     processes: int,
     fold: Fold | None,
 ) -> Task:
-    """Choose the cases, network and schedule of a fine-tuning, and preprocess the cases."""
+    """Choose the cases, network and schedule of a fine-tuning, and preprocess the cases; other processes wait meanwhile."""
+    with only_process(make_writable(folders.preprocessed / dataset_name), "preparing labelled cases"):
+        return _make_task_alone(settings, origin, dataset_name, folders, processes, fold)
+
+
+def _make_task_alone(
+    settings: FinetuneSettings,
+    origin: OpenedCheckpoint,
+    dataset_name: str,
+    folders: Folders,
+    processes: int,
+    fold: Fold | None,
+) -> Task:
     labelled = find_labelled_cases(dataset_name, folders)
     split = split_cases(labelled, settings.seed, settings.labels, settings.cases, settings.test_cases)
     configuration = origin.choose_configuration(settings.configuration)
@@ -183,10 +197,12 @@ def _make_task(
         )
     schedule = schedule_from(settings, network_kind(network), pretrained=True, head=keeps_head)
     _check_processes(settings, schedule.batch_size or planned["batch_size"], dataset_name, folders)
-    prepare_data(dataset_name, plan, configuration, (*split.cases, *of_this_dataset), folders, processes)
+    needed = (*split.cases, *of_this_dataset)
+    contents = prepare_data(dataset_name, plan, configuration, needed, folders, processes)
     others_folder = None
     if source is not None:
-        others_folder = prepare_unlabelled(source, dataset_name, plan, configuration, folders, processes)
+        others_folder, more = prepare_unlabelled(source, dataset_name, plan, configuration, folders, processes)
+        contents = {**more, **contents}
     if settings.mode == "linear":
         plan = _plan_of_probe(plan, configuration, origin)
     return Task(
@@ -210,6 +226,7 @@ def _make_task(
         keeps_head=keeps_head,
         num_gpus=settings.num_gpus,
         save_probabilities=settings.save_probabilities,
+        contents=contents,
     )
 
 

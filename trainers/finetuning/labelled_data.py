@@ -2,28 +2,43 @@
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 
+from nnssl.data.contents import Content, changed_cases, describe_changes, read_contents, write_contents
 from nnssl.data.jobs import follow_jobs, run_list
 from nnssl.data.raw import RawDataset
 from nnssl.errors import ArgumentError, UserError
 from nnssl.evaluation.segmentation_files import case_name
-from nnssl.files import read_json, write_json
+from nnssl.files import read_json, some, write_json
+from nnssl.locks import only_process
 from nnssl.log import logger, printed_output_to
 from nnssl.paths import Folders, make_writable
 from planners.finetune_planner import AdoptedPlan
+from trainers.finetuning.case_contents import (
+    RECORDS,
+    LabelledFiles,
+    find_contents,
+    find_image_contents,
+    find_outdated,
+    labelled_files,
+    write_record,
+)
+
+REFERENCES = "gt_segmentations"
+"""nnU-Net's name of the folder with copies of the labels, to which predictions are compared."""
 
 
 def prepare_data(
     dataset_name: str, plan: AdoptedPlan, configuration: str, cases: Sequence[str], folders: Folders, processes: int
-) -> None:
+) -> dict[str, Content]:
     """Write the dataset.json, fingerprint and preprocessed cases that nnU-Net's training needs, unless they exist.
+
+    Cases whose images or labels were replaced since they were preprocessed are listed and preprocessed again.
 
     Args:
         dataset_name: Name of the labelled data set.
@@ -33,17 +48,20 @@ def prepare_data(
         folders: nnU-Net's folders.
         processes: Number of worker processes.
 
+    Returns:
+        The state of the images and the label of every case, by name.
+
     Raises:
         UserError: If nnU-Net fails; the message names the log.
     """
-    folder = make_writable(folders.preprocessed / dataset_name)
-    with FileLock(folder / "nnssl_finetune.lock"):  # runs of other folds or arms may prepare the same cases
-        _prepare(dataset_name, plan, configuration, cases, folders, processes)
+    # runs of other folds or arms may prepare the same cases
+    with only_process(make_writable(folders.preprocessed / dataset_name), "preparing labelled cases"):
+        return _prepare(dataset_name, plan, configuration, cases, folders, processes)
 
 
 def _prepare(
     dataset_name: str, plan: AdoptedPlan, configuration: str, cases: Sequence[str], folders: Folders, processes: int
-) -> None:
+) -> dict[str, Content]:
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     folder = folders.preprocessed / dataset_name
@@ -53,20 +71,41 @@ def _prepare(
     make_fingerprint(dataset_name, folders, processes)
     if labels_changed and data.exists():
         shutil.rmtree(data)
-    missing = missing_cases(data, folder / "gt_segmentations", cases)
-    if not missing:
+    known = labelled_files(dataset_name, folders)
+    files = {case: known[case] for case in cases}
+    contents = find_contents(dataset_name, files, folders, processes)
+    missing = missing_cases(data, folder / REFERENCES, cases)
+    records = _records(data, folder / REFERENCES)
+    complete = {case: content for case, content in contents.items() if case not in missing}
+    outdated = find_outdated(records, data, complete, files)
+    if outdated:
+        logger.info(
+            f"{dataset_name}: {len(outdated)} cases have changed since they were preprocessed "
+            f"({describe_changes(outdated)}) and are preprocessed again"
+        )
+    made = [case for case in dict.fromkeys(cases) if case in missing or case in outdated]
+    if not made:
         logger.info(f"Preprocessed cases: all {len(cases)} exist already ({data})")
-        return
-    logger.info(f"Preprocessing {len(missing)} cases for {configuration} ...")
+        return contents
+    logger.info(f"Preprocessing {len(made)} cases for {configuration} ...")
     try:
         with printed_output_to(log):
-            _preprocess(dataset_name, plan, configuration, data, missing, folders, processes)
+            chosen = {case: (files[case], contents[case]) for case in made}
+            _preprocess(folder, plan, configuration, data, chosen, processes)
     except RuntimeError as error:
         raise _failed(dataset_name, error, log) from error
+    return contents
+
+
+def _records(data: Path, references: Path) -> tuple[Path, Path]:
+    """Return the folders with the state that preprocessed cases and copied labels were made from."""
+    return data.parent / RECORDS / data.name, data.parent / RECORDS / references.name
 
 
 def make_fingerprint(dataset_name: str, folders: Folders, processes: int) -> Path:
     """Return the fingerprint file of a labelled data set, which nnU-Net writes if it does not exist.
+
+    One that this function made is made again if images or labels have changed since.
 
     Raises:
         UserError: If nnU-Net fails; the message names the log.
@@ -74,10 +113,18 @@ def make_fingerprint(dataset_name: str, folders: Folders, processes: int) -> Pat
     from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 
     folder = folders.preprocessed / dataset_name
-    path = folder / "dataset_fingerprint.json"
-    if path.exists():
+    path, record = folder / "dataset_fingerprint.json", folder / RECORDS / "dataset_fingerprint.json"
+    before = read_contents(record)
+    if path.exists() and before is None:
         return path
-    folder.mkdir(parents=True, exist_ok=True)
+    contents = find_contents(dataset_name, labelled_files(dataset_name, folders), folders, processes)
+    if path.exists() and before is not None:
+        changes = changed_cases(before, contents)
+        if not changes:
+            return path
+        logger.info(f"{path}: made before {describe_changes(changes)} changed")
+        path.unlink()
+    record.parent.mkdir(parents=True, exist_ok=True)
     logger.info(f"Extracting the fingerprint of {dataset_name} ...")
     log = folder / "nnssl_finetune_log.txt"
     try:
@@ -87,6 +134,7 @@ def make_fingerprint(dataset_name: str, folders: Folders, processes: int) -> Pat
             extractor.run()
     except RuntimeError as error:
         raise _failed(dataset_name, error, log) from error
+    write_contents(record, contents)
     return path
 
 
@@ -108,12 +156,17 @@ class UnlabelledJob:
     plan: dict[str, Any]
     configuration: str
     dataset_json: dict[str, Any]
+    records: Path
+    """Folder for the record of the content."""
+    content: Content
 
 
 def prepare_unlabelled(
     source: RawDataset, dataset_name: str, plan: AdoptedPlan, configuration: str, folders: Folders, processes: int
-) -> Path:
+) -> tuple[Path, dict[str, Content]]:
     """Preprocess the images of an unlabelled data set as those of the labelled data set, unless that is done already.
+
+    Images that were replaced since are preprocessed again.
 
     Args:
         source: Data set of the images.
@@ -124,7 +177,7 @@ def prepare_unlabelled(
         processes: Number of worker processes.
 
     Returns:
-        The folder of the preprocessed images, below that of the labelled data set.
+        The folder of the preprocessed images, below that of the labelled data set, and the state of the images by case.
 
     Raises:
         ArgumentError: If the data sets have different numbers of channels.
@@ -142,17 +195,35 @@ def prepare_unlabelled(
         )
     data = PlansManager(plan.content).get_configuration(configuration).data_identifier
     folder = make_writable(folders.preprocessed / dataset_name / f"{data}_unlabelled" / source.name)
+    records = folders.preprocessed / dataset_name / RECORDS / folder.parent.name / source.name
+    contents = find_image_contents(source, folders, processes)
+    # nnU-Net writes this file last
+    complete = {case: content for case, content in contents.items() if (folder / f"{case}.pkl").exists()}
+    outdated = find_outdated([records], folder, complete, {c.name: LabelledFiles(c.images) for c in source.cases})
+    if outdated:
+        logger.info(
+            f"{source.name}: {len(outdated)} images have changed since they were preprocessed "
+            f"({some(sorted(outdated))}) and are preprocessed again"
+        )
     jobs = [
-        UnlabelledJob(tuple(map(str, case.images)), folder / case.name, plan.content, configuration, dataset_json)
+        UnlabelledJob(
+            tuple(map(str, case.images)),
+            folder / case.name,
+            plan.content,
+            configuration,
+            dataset_json,
+            records,
+            contents[case.name],
+        )
         for case in source.cases
-        if not (folder / f"{case.name}.pkl").exists()  # nnU-Net writes this file last
+        if case.name not in complete or case.name in outdated
     ]
     if jobs:
         logger.info(f"Preprocessing {len(jobs)} images of {source.name} for {configuration} ...")
         with printed_output_to(folders.preprocessed / dataset_name / "nnssl_finetune_log.txt"):
             for _ in run_list(preprocess_unlabelled, jobs, processes):
                 pass
-    return folder
+    return folder, contents
 
 
 def preprocess_unlabelled(job: UnlabelledJob) -> None:
@@ -164,6 +235,7 @@ def preprocess_unlabelled(job: UnlabelledJob) -> None:
     from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+    _remove_case(job.output)
     plan = PlansManager(job.plan)
     configuration = plan.get_configuration(job.configuration)
     preprocessor = configuration.preprocessor_class(verbose=False)
@@ -189,6 +261,7 @@ def preprocess_unlabelled(job: UnlabelledJob) -> None:
         chunks_seg=label_chunks,
         blocks_seg=label_blocks,
     )
+    write_record(job.records, job.output.name, job.content)
 
 
 def missing_cases(data: Path, references: Path, cases: Sequence[str]) -> list[str]:
@@ -220,36 +293,36 @@ class LabelledJob:
     plan: dict[str, Any]
     configuration: str
     dataset_json: dict[str, Any]
+    records: tuple[Path, ...]
+    """Folders for the record of the content."""
+    content: Content
 
 
 def _preprocess(
-    dataset_name: str,
+    folder: Path,
     plan: AdoptedPlan,
     configuration: str,
     data: Path,
-    cases: Sequence[str],
-    folders: Folders,
+    cases: Mapping[str, tuple[LabelledFiles, Content]],
     processes: int,
 ) -> None:
     """Preprocess some cases with nnU-Net and copy their labels, as nnU-Net's command does for all."""
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-
-    raw, folder = folders.raw / dataset_name, folders.preprocessed / dataset_name
     dataset_json = read_json(folder / "dataset.json", "dataset.json")
-    files = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
-    for made in (data, folder / "gt_segmentations"):
+    for made in (data, folder / REFERENCES):
         made.mkdir(parents=True, exist_ok=True)
     jobs = [
         LabelledJob(
-            images=tuple(files[case]["images"]),
-            label=files[case]["label"],
+            images=tuple(map(str, files.images)),
+            label=str(files.label),
             output=data / case,
-            reference=folder / "gt_segmentations" / f"{case}{dataset_json['file_ending']}",
+            reference=folder / REFERENCES / f"{case}{dataset_json['file_ending']}",
             plan=plan.content,
             configuration=configuration,
             dataset_json=dataset_json,
+            records=_records(data, folder / REFERENCES),
+            content=content,
         )
-        for case in cases
+        for case, (files, content) in cases.items()
     ]
     for _ in follow_jobs(run_list(preprocess_labelled, jobs, processes), "preprocessing", "preprocessed", len(jobs)):
         pass
@@ -259,14 +332,20 @@ def preprocess_labelled(job: LabelledJob) -> None:
     """Preprocess one labelled case with nnU-Net and copy its label, after deleting what an interrupted run left."""
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    for ending in (".pkl", ".b2nd", "_seg.b2nd"):
-        job.output.with_name(f"{job.output.name}{ending}").unlink(missing_ok=True)
+    _remove_case(job.output)
     plan = PlansManager(job.plan)
     configuration = plan.get_configuration(job.configuration)
     shutil.copy(job.label, job.reference)
     configuration.preprocessor_class(verbose=False).run_case_save(
         str(job.output), list(job.images), job.label, plan, configuration, job.dataset_json
     )
+    for folder in job.records:
+        write_record(folder, job.output.name, job.content)
+
+
+def _remove_case(output: Path) -> None:
+    for ending in (".pkl", ".b2nd", "_seg.b2nd"):
+        output.with_name(f"{output.name}{ending}").unlink(missing_ok=True)
 
 
 def _copy_dataset_json(raw: Path, copy: Path) -> bool:

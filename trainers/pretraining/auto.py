@@ -5,19 +5,18 @@ each of them, so that an interrupted comparison ends in the same choice.
 """
 
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from filelock import FileLock, Timeout
 
 from nnssl.data.case_store import complete_cases
 from nnssl.data.raw import find_dataset
 from nnssl.devices import find_device
 from nnssl.errors import ArgumentError, DivergedError, UserError
 from nnssl.files import content_digest
+from nnssl.locks import only_process
 from nnssl.log import logger
 from nnssl.methods import Method, find_method
 from nnssl.paths import PROBES_FOLDER, Folders, make_writable, use_folders
@@ -48,15 +47,13 @@ from trainers.pretraining.candidates import (
     share_of_run,
     shorten,
 )
-from trainers.pretraining.pretrain import find_plan, needed_runs, prepare_probe_of, pretrain_method
+from trainers.pretraining.pretrain import find_plan, needed_runs, prepare_cases, prepare_probe_of, pretrain_method
 from trainers.pretraining.progress import METRICS_CSV, read_metrics
 from trainers.pretraining.settings import PretrainSettings
 from trainers.pretraining.stage_run import StageRun
 
 TRIAL_EPOCHS, TRIAL_ITERATIONS = 4, 4
 """Length of the run that times the steps of a stage. The fastest epoch counts, since other work on the machine only adds time."""
-LOCK = "auto.lock"
-"""File that the process that works on a comparison holds locked."""
 FAILURES = (DivergedError, torch.cuda.OutOfMemoryError)
 """Errors of a short run that exclude its method and do not end the comparison."""
 FEW_STEPS = 100
@@ -124,7 +121,9 @@ def pretrain_auto(dataset: str | int | None, settings: PretrainSettings, folders
     Raises:
         UserError: As ``open_comparison`` and ``choose_method``.
     """
-    comparison = open_comparison(dataset, settings, folders)
+    plan = read_plan(find_plan(folders, dataset, settings.plans_name))
+    prepare_cases(plan, [configuration_to_probe(plan, settings.configuration)], folders)
+    comparison = open_comparison(plan.dataset_name, settings, folders)
     record = choose_method(comparison)
     assert record.choice is not None
     chosen = describe_choice(record, comparison.folder / AUTO_JSON)
@@ -202,7 +201,7 @@ def choose_method(comparison: Comparison) -> AutoRecord:
         UserError: If no candidate is above random weights, if the record there was made with other arguments, or if a run fails.
     """
     path = make_writable(comparison.folder) / AUTO_JSON
-    with _only_process(comparison.folder):
+    with only_process(comparison.folder, "choosing a method", wait=not comparison.settings.restart):
         if comparison.settings.restart and path.exists():
             logger.info(f"Deleting earlier short runs in {comparison.folder}")
             _clear(comparison.folder)
@@ -336,28 +335,13 @@ def _try(comparison: Comparison, candidate: Candidate, measures: CandidateMeasur
 
 
 def _clear(folder: Path) -> None:
-    """Delete everything in a folder except the lock that this process holds; the record goes first."""
+    """Delete everything in a folder; the record goes first."""
     (folder / AUTO_JSON).unlink()
     for path in folder.iterdir():
         if path.is_dir():
             shutil.rmtree(path)
-        elif path.name != LOCK:
+        else:
             path.unlink()
-
-
-@contextmanager
-def _only_process(folder: Path) -> Iterator[None]:
-    """Keep other processes from working on the same comparison inside a ``with`` block."""
-    lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        logger.info(f"Waiting for another process that chooses a method in {folder} ...")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _is_length(override: str) -> bool:

@@ -1,16 +1,19 @@
 """Runs the stages of a pretext method in order and resumes where an earlier run stopped."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from nnssl.checkpoint import FINAL
+from nnssl.data.changed_cases import preprocess_changed_cases
 from nnssl.data.jobs import default_processes
 from nnssl.data.raw import find_dataset
 from nnssl.devices import find_device
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json
+from nnssl.locks import only_process
 from nnssl.log import logger
 from nnssl.methods import AUTO, Method, find_method
 from nnssl.methods.settings import split_overrides
@@ -101,17 +104,13 @@ def pretrain_method(
         if asked and stage not in [run.stage for run in runs]:
             logger.info(f"{stage.name}: skipped, these settings do not need it")
     init = None if settings.init is None else _open_init(settings.init, folders)
+    prepare_cases(plan, {run.configuration for run in runs}, folders)
     if settings.restart and is_first_process():
         _remove([run.folder(folders.results) for run in runs])
     probed = None if settings.probe is None else prepare_probe_of(settings, plan, configuration, folders)
     # A stage that only prepares another one does not hand on its weights.
     begun = next((run for run in reversed(runs) if run.stage.fresh), runs[0])
     for run in runs:
-        folder = run.folder(folders.results)
-        if is_finished(folders.results, run):
-            logger.info(f"{run.stage.name}: already finished, {folder / FINAL}")
-            continue
-        logger.info(f"{run.stage.name}: {folder}")
         options = RunOptions(
             run.overrides,
             init if run is begun else None,
@@ -123,10 +122,8 @@ def pretrain_method(
             track=tuple(settings.track),
             chosen=chosen,
         )
-        count = number_of_processes(settings.num_gpus)
-        if count > 1:
-            check_batch(run, count)
-        launch(run_stage, StageJob(path, run.stage.trainer, run.configuration, options, device), count)
+        with _only_run(run.folder(folders.results)):
+            _run(run, StageJob(path, run.stage.trainer, run.configuration, options, device), settings.num_gpus, folders)
     return runs[-1].folder(folders.results) / FINAL
 
 
@@ -141,11 +138,36 @@ def _open_init(init: Path | str, folders: Folders) -> Path:
     return path
 
 
+def _run(run: StageRun, job: StageJob, num_gpus: int, folders: Folders) -> None:
+    """Run a stage, or the part of it that is not finished."""
+    folder = run.folder(folders.results)
+    if is_finished(folders, run):
+        logger.info(f"{run.stage.name}: already finished, {folder / FINAL}")
+        return
+    logger.info(f"{run.stage.name}: {folder}")
+    count = number_of_processes(num_gpus)
+    if count > 1:
+        check_batch(run, count)
+    launch(run_stage, job, count)
+
+
 def _remove(results: Sequence[Path]) -> None:
     for folder in results:
         if folder.exists():
-            logger.info(f"Deleting earlier results in {folder}")
-            shutil.rmtree(folder)
+            with only_process(folder, "deleting earlier results", wait=False):
+                logger.info(f"Deleting earlier results in {folder}")
+                shutil.rmtree(folder)
+
+
+def _only_run(folder: Path) -> AbstractContextManager[None]:
+    """Return a context in which no other run writes to the results folder of a stage.
+
+    A run that torchrun started does not wait for another one, because its other processes do not see that it waits.
+    """
+    if not is_first_process():
+        return nullcontext()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return only_process(folder, "pretraining", wait=number_of_processes(1) == 1)
 
 
 def prepare_probe_of(settings: PretrainSettings, plan: Plan, configuration: str, folders: Folders) -> ProbeOptions:
@@ -238,16 +260,22 @@ def needed_runs(
     return [run for run in runs if run.stage.name not in spared]
 
 
-def is_finished(results: Path, run: StageRun) -> bool:
+def prepare_cases(plan: Plan, configurations: Collection[str], folders: Folders) -> list[str]:
+    """Preprocess cases again whose images or masks were replaced, and return their names."""
+    return preprocess_changed_cases(plan, configurations, folders, default_processes())
+
+
+def is_finished(folders: Folders, run: StageRun) -> bool:
     """Return whether nnU-Net's results folder contains the final checkpoint of a run.
 
     Raises:
-        UserError: If the checkpoint there was made with another plan or other settings.
+        UserError: If the checkpoint there was made with another plan, with other settings, or from images or masks that were
+            replaced since.
     """
-    final = run.folder(results) / FINAL
+    final = run.folder(folders.results) / FINAL
     if not final.exists():
         return False
-    check_same_run(final, open_checkpoint(final).own_provenance, run)
+    check_same_run(final, open_checkpoint(final).own_provenance, run, run.cases_folder(folders))
     return True
 
 

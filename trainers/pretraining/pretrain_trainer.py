@@ -23,6 +23,7 @@ from torch import Tensor
 
 from nnssl.checkpoint import FINAL, LATEST, read_checkpoint, to_plain, write_checkpoint
 from nnssl.data.case_store import CaseStore
+from nnssl.data.changed_cases import contents_of
 from nnssl.data.loader import PatchBatch
 from nnssl.distributed import average_gradients
 from nnssl.draws import sample_generators
@@ -108,7 +109,7 @@ class PretrainTrainer(nnUNetTrainer):
         self.dataloader_train: Iterator[PatchBatch] | None = None
         self.current_step = 0
         self.epoch = Epoch()
-        self.cases: tuple[str, ...] = ()
+        self.cases, self.contents = tuple[str, ...](), dict[str, str]()
         self.measurements = Measurements()
         self._warning: str | None = None
         self._cadence = SavingCadence()
@@ -163,6 +164,7 @@ class PretrainTrainer(nnUNetTrainer):
         """Return the batches from the current step to the end of the stage; there are none for validation."""
         store = self._store()
         self.cases = tuple(sorted({*self.cases, *store.names}))
+        self.contents |= contents_of(store.folder, store.names)
         with self.run_log.including_others():
             pairs = pairs_of_run(
                 self.folder,
@@ -354,7 +356,7 @@ class PretrainTrainer(nnUNetTrainer):
         started = time()
         exported, patches = self.method.exported(), (self.configuration.patch_size, self.planned.patch_size)
         provenance = provenance_of(
-            self.run, self.dataset_json, self.init, self.current_step, exported.pretrained, self.cases
+            self.run, self.dataset_json, self.init, self.current_step, exported.pretrained, self.cases, self.contents
         )
         leaving = exported if provenance.finished or leaves else None
         content = nnunet_state(
@@ -381,13 +383,13 @@ class PretrainTrainer(nnUNetTrainer):
             self.initialize()
         path = Path(str(filename_or_checkpoint))
         content, provenance = read_checkpoint(path)
-        check_same_run(path, provenance, self.run)
+        check_same_run(path, provenance, self.run, self._cases_folder())
         self.epoch, measured = read_state(path, content, self.network, self.method, self.device)
         self.measurements = Measurements(measured)
         restore_nnunet_state(content, self.optimizer, self.grad_scaler, self.logger)
         self.current_step = provenance.step
         self.current_epoch = content["current_epoch"]
-        self.cases = provenance.cases or ()
+        self.cases, self.contents = provenance.cases or (), dict(provenance.case_contents or {})
 
     # ---------------------------------------------------------------- what needs labels in nnU-Net
 

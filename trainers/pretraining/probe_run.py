@@ -5,14 +5,13 @@ preprocesses them. The training does not depend on the probe.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
-from filelock import FileLock
 
 from nnssl.data.patients import patient_in_name
 from nnssl.draws import make_generator
@@ -20,6 +19,7 @@ from nnssl.errors import ArgumentError
 from nnssl.evaluation.labels import foreground_labels, ignore_label
 from nnssl.evaluation.probe import IGNORED, LabelledTile, fit_probe, mean_dice, score_probe
 from nnssl.files import read_json
+from nnssl.locks import only_process
 from nnssl.log import logger
 from nnssl.paths import Folders, make_writable
 from nnssl.plan import Plan
@@ -55,6 +55,7 @@ class ProbeOptions:
         train: Cases that the probe learns from.
         test: Cases that it is scored on.
         every: Epochs between two probes; None for about twenty probes per stage.
+        contents: Digests of the images and labels of these cases.
     """
 
     dataset_name: str
@@ -64,6 +65,7 @@ class ProbeOptions:
     train: tuple[str, ...]
     test: tuple[str, ...]
     every: int | None = None
+    contents: dict[str, str] = field(default_factory=dict)
 
 
 def prepare_probe(
@@ -104,10 +106,10 @@ def prepare_probe(
             "probe",
         )
     order = label_order(sorted(one_each.values()), seed=0)
-    lock = make_writable(folders.preprocessed / dataset_name) / "nnssl_probe.lock"
-    with FileLock(lock):  # every process of torchrun gets here
+    # every process of torchrun gets here
+    with only_process(make_writable(folders.preprocessed / dataset_name), "preparing labelled cases of a probe"):
         adopted = adopt_plan(plan.nnunet, dataset_name, folders)
-        prepare_data(dataset_name, adopted, configuration, sorted(order[: 2 * cases]), folders, processes)
+        found = prepare_data(dataset_name, adopted, configuration, sorted(order[: 2 * cases]), folders, processes)
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     data = PlansManager(adopted.content).get_configuration(configuration).data_identifier
@@ -116,8 +118,16 @@ def prepare_probe(
         f"Probe on {dataset_name}: trained on {', '.join(train)}; scored on {', '.join(test)}. Do not use these as test cases"
     )
     values = {name: value for name, value in labels.items() if isinstance(value, int)}
+    contents = {case: f"{own.images} {own.label}" for case, own in sorted(found.items())}
     return ProbeOptions(
-        dataset_name, folders.preprocessed / dataset_name / data, values, ignore_label(content), train, test, every
+        dataset_name,
+        folders.preprocessed / dataset_name / data,
+        values,
+        ignore_label(content),
+        train,
+        test,
+        every,
+        contents,
     )
 
 
@@ -179,15 +189,22 @@ class ProbeRun:
             "dataset_name": self.options.dataset_name,
             "train": list(self.options.train),
             "test": list(self.options.test),
+            "contents": self.options.contents,
             "chose_weights": chose_weights,
             "history": self.history,
         }
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        """Restore the results of a checkpoint if they were measured on the same cases."""
+        """Restore the results of a checkpoint if they were measured on the same cases, and these have not changed since."""
         own = self.state()
-        if state is not None and all(state[key] == own[key] for key in ("dataset_name", "train", "test")):
-            self.history = list(state["history"])
+        if state is None or any(state[key] != own[key] for key in ("dataset_name", "train", "test")):
+            return
+        if state.get("contents", own["contents"]) != own["contents"]:  # files of earlier versions lack it
+            logger.info(
+                f"Cases of the probe on {self.options.dataset_name} have changed; its earlier results are dropped"
+            )
+            return
+        self.history = list(state["history"])
 
 
 def trend(values: Sequence[float]) -> str:

@@ -101,6 +101,7 @@ def provenance_of(
     step: int,
     pretrained: tuple[str, ...],
     cases: tuple[str, ...],
+    contents: dict[str, str],
 ) -> Provenance:
     """Return the provenance of a run's weights.
 
@@ -111,6 +112,7 @@ def provenance_of(
         step: Optimizer steps so far.
         pretrained: Prefixes of the parameters that the stage pretrains.
         cases: Names of the cases that the run was shown.
+        contents: Digests of the images and masks that these were preprocessed from.
     """
     total = run.settings.training.total_steps
     return Provenance(
@@ -130,4 +132,5 @@ def provenance_of(
         pretrained=pretrained,
         init=init,
         cases=cases,
+        case_contents=contents,
     )

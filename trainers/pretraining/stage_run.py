@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from nnssl.checkpoint import Provenance, to_plain
+from nnssl.data.changed_cases import contents_of
 from nnssl.errors import ArgumentError, UserError
+from nnssl.files import some
 from nnssl.methods import Method, Stage
 from nnssl.methods.settings import resolve_stage, values_by_key
 from nnssl.networks.backbone import encoder_strides, planned_configuration
+from nnssl.paths import Folders
 from nnssl.plan import Plan, StageConfiguration, plan_from_dict
 from nnssl.sizes import in_voxels
 from trainers.pretraining.probe_run import ProbeOptions
@@ -75,6 +78,10 @@ class StageRun:
         """Return the results folder of the run, below nnU-Net's results folder."""
         return stage_folder(results, self.plan, self.stage, self.configuration)
 
+    def cases_folder(self, folders: Folders) -> Path:
+        """Return the folder of the preprocessed cases that the run reads."""
+        return folders.preprocessed / self.plan.dataset_name / self.plan.configuration(self.configuration).case_folder
+
 
 def resolve_run(plan: Plan, stage: Stage, configuration: str, overrides: Sequence[str], seed: int) -> StageRun:
     """Resolve the settings of a stage for the configuration that its method is run in.
@@ -136,16 +143,18 @@ def plain_settings(settings: Any) -> dict[str, Any]:
     return json.loads(json.dumps(to_plain(values_by_key(settings))))
 
 
-def check_same_run(path: Path, found: Provenance, run: StageRun) -> None:
+def check_same_run(path: Path, found: Provenance, run: StageRun, cases_folder: Path) -> None:
     """Check that a checkpoint belongs to the run that is about to start.
 
     Args:
         path: Path of the checkpoint.
         found: Provenance of its weights.
         run: The run that is about to start.
+        cases_folder: Folder of the preprocessed cases that it reads.
 
     Raises:
-        UserError: If it belongs to another stage, data set, plan, configuration or seed, or was made with other settings.
+        UserError: If it belongs to another stage, data set, plan, configuration or seed, was made with other settings, or was
+            trained on images or masks that were replaced since.
     """
     expected = {
         "stage": run.stage.name,
@@ -175,6 +184,26 @@ def check_same_run(path: Path, found: Provenance, run: StageRun) -> None:
         raise ArgumentError(
             f"{path}: made with an earlier plan {run.plan.name}; use restart to start over with the new one", "restart"
         )
+    replaced = replaced_cases(found, cases_folder)
+    if replaced:
+        raise ArgumentError(
+            f"{path}: trained on images or masks that were replaced since ({some(replaced)}); use restart to delete it and "
+            "pretrain on the new ones, after copying the file if its weights are still needed",
+            "restart",
+        )
+
+
+def replaced_cases(found: Provenance, folder: Path) -> list[str]:
+    """Return the cases that weights were trained on and whose images or mask were replaced since, sorted.
+
+    Cases that have been added or removed since, and checkpoints of earlier versions, are not compared.
+
+    Args:
+        found: Provenance of the weights.
+        folder: Folder of the preprocessed cases.
+    """
+    before = found.case_contents or {}
+    return sorted(case for case, content in contents_of(folder, list(before)).items() if content != before[case])
 
 
 def _decisive(plan: Plan, run: StageRun) -> tuple[Any, Any]:

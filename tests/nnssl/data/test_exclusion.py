@@ -116,6 +116,9 @@ def test_a_case_is_preprocessed_again_if_its_mask_changed_or_went(scene, tmp_pat
     assert run(scene, folder)[0].done == 0
     path = folder / "case02.nii.gz"
     os.utime(path, ns=(path.stat().st_atime_ns, path.stat().st_mtime_ns + 1_000_000_000))
+    assert run(scene, folder)[0].done == 0  # its bytes are the same
+    mask = sitk.ReadImage(str(path))
+    sitk.WriteImage(1 - (mask != 0), str(path))
     assert run(scene, folder)[0].done == 1
     report, said = run(scene, None)
     assert report.done == 2

@@ -1,8 +1,10 @@
+import gzip
+import json
 import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,7 @@ import SimpleITK as sitk  # noqa: N813
 
 from nnssl.data import jobs, preprocess
 from nnssl.data.case_store import CaseStore, complete_cases, read_properties
+from nnssl.data.contents import digest_files
 from nnssl.data.preprocess import Job, draw_foreground, preprocess_dataset, preprocess_volume
 from nnssl.data.raw import read_dataset
 from nnssl.data.recipe import Recipe, digest_case, find_sources, plan_targets
@@ -345,7 +348,7 @@ def test_statistics_matter_only_to_schemes_that_read_them():
 def test_the_digest_covers_the_recipe(scene, change):
     recipe = plan_targets(make_plan(), Path(), None)[0].recipe
     assert set(Recipe.__dataclass_fields__) == set(recipe.__dict__)
-    sources = find_sources(scene.dataset.cases[0])
+    sources = find_sources(scene.dataset.cases[0], {})
     assert digest_case(recipe, "SimpleITKIO", sources) == digest_case(replace(recipe), "SimpleITKIO", sources)
     assert digest_case(recipe, "SimpleITKIO", sources) != digest_case(replace(recipe, **change), "SimpleITKIO", sources)
     assert digest_case(recipe, "SimpleITKIO", sources) != digest_case(recipe, "NibabelIO", sources)
@@ -379,13 +382,46 @@ def test_a_changed_image_is_preprocessed_again(scene):
     after = read_all(scene.folder())
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {"case01.b2nd", "case01.json"}  # its outline is the same
-    assert find_sources(scene.dataset.cases[1]) == read_properties(scene.folder(), "case01").sources
+    case = scene.dataset.cases[1]
+    digests = digest_files(case.images, NAME, scene.folders)
+    assert find_sources(case, digests) == read_properties(scene.folder(), "case01").sources
 
 
-def test_a_file_of_another_time_is_preprocessed_again(scene):
+def test_a_file_that_was_only_touched_is_read_but_not_preprocessed_again(scene):
     scene.run()
     os.utime(scene.images / "case02_0000.nii.gz", ns=(0, 0))
+    assert (scene.run().done, scene.run().skipped) == (0, 3)
+
+
+def test_a_replaced_image_of_the_same_size_and_time_is_preprocessed_again(scene):
+    image = scene.images / "case02_0000.nii.gz"
+    content = bytearray(gzip.decompress(image.read_bytes()))
+    image.write_bytes(gzip.compress(content, 0, mtime=0))
+    scene.run()
+    before = image.stat()
+    content[-2000:] = np.full(500, 3, np.float32).tobytes()
+    image.write_bytes(gzip.compress(content, 0, mtime=0))
+    os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (image.stat().st_size, image.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     assert (scene.run().done, scene.run().skipped) == (1, 3)
+
+
+def test_cases_of_earlier_versions_are_compared_by_size_and_time(scene):
+    scene.run()
+    for name in ("case00", "case01", "case02"):  # as such a version wrote it
+        path = scene.folder() / f"{name}.json"
+        properties = read_properties(scene.folder(), name)
+        sources = tuple(replace(source, digest="") for source in properties.sources)
+        digest = digest_case(
+            plan_targets(scene.plan, scene.folder().parent, None)[0].recipe, scene.dataset.reader, sources
+        )
+        content = asdict(replace(properties, sources=sources, digest=digest))
+        for source in content["sources"]:
+            del source["digest"]
+        path.write_text(json.dumps(content))
+    assert scene.run().skipped == 3
+    os.utime(scene.images / "case02_0000.nii.gz", ns=(0, 0))
+    assert scene.run().done == 1
 
 
 def test_outdated_cases_leave_before_the_first_new_one_is_made(scene, monkeypatch):

@@ -21,6 +21,7 @@ from nnssl.data.phantoms import LABELS, write_phantom_dataset
 from nnssl.data.raw import read_dataset
 from nnssl.environment import variables
 from nnssl.errors import UserError
+from nnssl.log import lines_to
 from nnssl.networks.backbone import build_network, planned_configuration
 from nnssl.networks.dense import ENCODER_AND_DECODER
 from nnssl.paths import Folders
@@ -195,6 +196,46 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(files, monkeypatch):
         assert np.array_equal(read_all(Path("parts"))[name], values)
     for name in ("confidence.csv", "dataset.json", "propagate.json"):
         assert Path("whole", name).read_bytes() == Path("parts", name).read_bytes()
+
+
+def test_drafts_of_replaced_images_are_made_again_unless_they_were_corrected(files, monkeypatch, tmp_path):
+    copy = tmp_path / "own"
+    shutil.copytree(files, copy)
+    for name in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{name}", str(copy / name))
+    # the copy has other paths, under which the cases are now known
+    for path in (copy / "preprocessed" / NAME).rglob("phantom_*.json"):
+        path.write_text(path.read_text().replace(str(files), str(copy)))
+    run(copy, "drafts")
+    before = read_all(Path("drafts"))
+    for name in NAMES[1:3]:  # other images under the same names
+        path = copy / "raw" / NAME / "imagesTr" / f"{name}_0000.nii.gz"
+        old = sitk.ReadImage(str(path))
+        turned = sitk.GetImageFromArray(np.ascontiguousarray(sitk.GetArrayFromImage(old)[:, ::-1] + 5))
+        turned.CopyInformation(old)
+        sitk.WriteImage(turned, str(path))
+    draft = Path("drafts", f"{NAMES[2]}.nii.gz")
+    corrected = sitk.ReadImage(str(draft))
+    sitk.WriteImage(corrected * 0 + 1, str(draft))
+    said: list[str] = []
+    with lines_to(said.append):
+        run(copy, "drafts")
+    assert any(
+        f"images or masks of 2 cases have changed since they were preprocessed ({NAMES[1]}, " in line for line in said
+    )
+    assert any(f"Images of 1 cases were replaced ({NAMES[1]}); they are labelled again" in line for line in said)
+    assert any(f"images of {NAMES[2]} were replaced, but their drafts were corrected by hand" in line for line in said)
+    after = read_all(Path("drafts"))
+    assert [np.array_equal(after[f"{name}.nii.gz"], before[f"{name}.nii.gz"]) for name in (NAMES[1], NAMES[3])] == [
+        False,
+        True,
+    ]
+    assert (after[f"{NAMES[2]}.nii.gz"] == 1).all()
+    reference = copy / "raw" / NAME / "imagesTr" / f"{NAMES[0]}_0000.nii.gz"
+    sitk.WriteImage(sitk.ReadImage(str(reference)) + 5, str(reference))
+    with pytest.raises(UserError, match=f"before the images of the annotated cases {NAMES[0]} were replaced"):
+        run(copy, "drafts")
+    assert len(run(copy, "drafts", restart=True)) == 3
 
 
 def test_other_settings_are_refused_unless_restarted(files):

@@ -5,7 +5,6 @@ No test depends on how fast the machine is: ``time_steps`` is replaced, so budge
 
 import json
 import shutil
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -19,6 +18,7 @@ from nnssl.log import lines_to
 from nnssl.methods import METHODS
 from nnssl.paths import use_folders
 from nnssl.weights.opened_checkpoint import open_checkpoint
+from tests.holding import held_elsewhere, waits_for
 from tests.trainers.phantom_study import LABELLED, SOURCE
 from tests.trainers.pretraining.stopping import stopped_at
 from trainers.finetuning.pretrained_weights import find_latest
@@ -109,7 +109,7 @@ def test_the_best_of_two_methods_is_pretrained_and_the_choice_is_kept(folders):
     said.clear()
     assert run(folders, said=said) == final
     after = {path: path.stat().st_mtime_ns for path in folders.results.rglob("*") if path.is_file()}
-    assert {path for path in times if after[path] != times[path]} <= {folder_of(folders) / "auto.lock"}
+    assert after == times
     assert any(line.startswith("Keeping the choice in ") for line in said)
     assert not any(line.startswith("Candidate ") for line in said)
 
@@ -232,18 +232,12 @@ def test_restart_chooses_again(folders, pretend):
     assert not leftover.exists()
 
 
-def test_restart_waits_for_the_process_that_works_on_the_comparison(folders, pretend, monkeypatch):
+def test_restart_deletes_no_comparison_that_another_process_works_on(folders, pretend):
     run(folders, candidates=THREE)
-    path, seen = folder_of(folders) / AUTO_JSON, []
-
-    @contextmanager
-    def lock(folder):
-        seen.append(path.exists())
-        yield
-
-    monkeypatch.setattr(auto, "_only_process", lock)
-    run(folders, candidates=THREE, restart=True)
-    assert seen == [True]
+    with held_elsewhere(folder_of(folders)), pytest.raises(UserError, match=r"process \d+ on .* works there"):
+        run(folders, candidates=THREE, restart=True)
+    assert (folder_of(folders) / AUTO_JSON).exists()
+    waits_for(folder_of(folders), lambda: run(folders, candidates=THREE))
 
 
 def test_other_cases_make_another_comparison(folders, pretend, tmp_path):

@@ -39,7 +39,7 @@ def make_content() -> dict:
 def check(found, content=None) -> None:
     plan = plan_from_dict(content or make_content(), "plan")
     run = StageRun(plan, find_stage(STAGE)[1], CONFIGURATION, (), 0, Settings(), {})
-    check_same_run(Path("checkpoint.pth"), found, run)
+    check_same_run(Path("checkpoint.pth"), found, run, Path("nowhere"))
 
 
 FOUND = make_provenance(plans=make_content(), settings=SETTINGS)
