@@ -5,6 +5,7 @@ them; a handler that is added to that logger receives them too.
 """
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -25,9 +26,15 @@ class LineHandler(logging.Handler):
         self.receive(self.format(record))
 
 
+def prints() -> bool:
+    """Return whether this process prints: the only one, or the first one that torchrun started."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK") == "0"
+
+
 def print_line(line: str) -> None:
-    """Print one line and flush, so that pipes and log files receive it immediately."""
-    print(line, file=sys.stdout, flush=True)  # noqa: T201
+    """Print one line and flush, so that pipes and log files receive it immediately; in the first process of torchrun only."""
+    if prints():
+        print(line, file=sys.stdout, flush=True)  # noqa: T201
 
 
 _handler = LineHandler()

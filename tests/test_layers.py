@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 FOUNDATION = {
     "nnssl.version",
     "nnssl.errors",
+    "nnssl.interrupts",
     "nnssl.locks",
     "nnssl.log",
     "nnssl.devices",

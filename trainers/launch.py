@@ -1,10 +1,14 @@
 """Does work in this process, in the processes that torchrun started, or in new processes of one group."""
 
 import os
+import signal
 import socket
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -12,6 +16,8 @@ import torch.distributed as dist
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
 from nnssl.errors import DivergedError, UserError
+from nnssl.interrupts import INTERRUPTED, TERMINATED, interrupts_blocked, receive_interrupts
+from nnssl.log import prints
 
 LONGEST_WAIT = timedelta(hours=24)
 """Timeout of the process group: all processes wait while the first one pairs or examines whole scans."""
@@ -51,15 +57,43 @@ def launch(work: Callable[[J], Any], job: J, processes: int) -> None:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         errors = torch.multiprocessing.get_context("spawn").SimpleQueue()
-        try:
-            torch.multiprocessing.spawn(_run_rank, args=(work, job, processes, port, errors), nprocs=processes)
-        except (ProcessRaisedException, ProcessExitedException) as error:
-            if errors.empty():
-                raise
-            kind, text = errors.get()
-            raise FORWARDED[kind](text) from error
+        with interrupts_blocked():
+            started: Any = torch.multiprocessing.spawn(
+                _run_rank, args=(work, job, processes, port, errors), nprocs=processes, join=False
+            )
+        _wait_for(started, errors)
     else:
         work(job)
+
+
+def _wait_for(started: Any, errors: Any) -> None:
+    """Wait for the processes of a group, pass on signals to them, and raise what ended them."""
+    received: list[int] = []
+
+    def pass_on(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
+        for process in started.processes:
+            if process.is_alive():
+                os.kill(process.pid, signum)
+
+    in_main = threading.current_thread() is threading.main_thread()  # only there can handlers be set
+    signals = (signal.SIGINT, signal.SIGTERM) if in_main else ()
+    before = {signum: signal.signal(signum, pass_on) for signum in signals}
+    try:
+        while not started.join():
+            pass
+    except (ProcessRaisedException, ProcessExitedException) as error:
+        if not errors.empty():
+            kind, text = errors.get()
+            raise FORWARDED[kind](text) from error
+        if not received and getattr(error, "exit_code", None) not in (INTERRUPTED, TERMINATED):
+            raise
+        received.append(signal.SIGINT if getattr(error, "exit_code", None) == INTERRUPTED else signal.SIGTERM)
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    if received:
+        raise KeyboardInterrupt if received[0] == signal.SIGINT else SystemExit(TERMINATED)
 
 
 def number_of_processes(wanted: int) -> int:
@@ -69,7 +103,7 @@ def number_of_processes(wanted: int) -> int:
 
 def is_first_process() -> bool:
     """Return whether this is the only process so far, or the first one that torchrun started."""
-    return not _launched() or os.environ["RANK"] == "0"
+    return prints()
 
 
 def _launched() -> bool:
@@ -81,10 +115,13 @@ def _run_rank(rank: int, work: Callable[[J], Any], job: J, processes: int, port:
     """Work as one process; the kind and the text of an error to pass on are put into the queue ``errors``."""
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     try:
+        receive_interrupts()
         _run_in_group(work, job, rank, rank, processes)
     except FORWARDED as error:
         errors.put((next(kind for kind, each in enumerate(FORWARDED) if isinstance(error, each)), str(error)))
         raise
+    except KeyboardInterrupt:
+        raise SystemExit(INTERRUPTED) from None
 
 
 def _run_in_group(work: Callable[[J], Any], job: J, rank: int, local_rank: int, processes: int) -> None:
@@ -98,5 +135,9 @@ def _run_in_group(work: Callable[[J], Any], job: J, rank: int, local_rank: int, 
         work(job)
         # The first process writes the files that others read next.
         dist.barrier()
+    except UserError as error:
+        if _launched() and rank:  # commands print errors in the first process only
+            print(f"process {rank}: {error}", file=sys.stderr, flush=True)  # noqa: T201
+        raise
     finally:
         dist.destroy_process_group()

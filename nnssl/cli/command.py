@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nnssl.errors import ArgumentError, UserError
-from nnssl.log import print_line
+from nnssl.interrupts import INTERRUPTED, ends_on_sigterm
+from nnssl.log import print_line, prints
 
 USER_ERROR = 2
-INTERRUPTED = 130  # the exit code that shells use for Ctrl-C
 DEVICES = ("cpu", "cuda", "mps")
 PLANS_NAME = "nnsslPlans"
 MODES = ("finetune", "linear", "mean_teacher")
@@ -66,20 +66,30 @@ def run_command(
 
     Returns:
         The exit code: 0, 2 after a ``UserError``, 130 after Ctrl-C. Every other exception is a bug and is raised.
+
+    Raises:
+        SystemExit: After SIGTERM, with exit code 143.
     """
     args = parser.parse_args(argv)
     try:
-        function(args)
+        with ends_on_sigterm(parser.prog):
+            function(args)
     except UserError as error:
         if args.verbose:
             traceback.print_exc()
         message = error.with_flags(flags_of(parser)) if isinstance(error, ArgumentError) else str(error)
-        print(f"{parser.prog}: error: {message}", file=sys.stderr, flush=True)
+        _print_end(f"{parser.prog}: error: {message}")
         return USER_ERROR
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; run the same command again to resume", file=sys.stderr, flush=True)
+        _print_end(f"{parser.prog}: interrupted; run the same command again to resume")
         return INTERRUPTED
     return 0
+
+
+def _print_end(line: str) -> None:
+    """Print why a command ends, in the first process of torchrun only."""
+    if prints():
+        print(line, file=sys.stderr, flush=True)
 
 
 PYTHON_NAMES = {

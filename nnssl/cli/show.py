@@ -158,6 +158,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _similarity(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "CaseStore") -> None:
     from nnssl.pictures.figures import similarity_figure, write_picture
+    from nnssl.pictures.orientation import describe_views
     from nnssl.pictures.similarity import compare_cases
 
     network, described = _open_network(args, weights, store)
@@ -166,6 +167,7 @@ def _similarity(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "C
     point = None if args.point is None else tuple(args.point)
     comparison = compare_cases(network, store, case, point, others, args.seed)
     write_picture(args.output, similarity_figure(comparison, described))
+    print_line(describe_views(store.case(case).orientation))
     for similarity in comparison.similarities:
         nearest = " ".join(map(str, similarity.nearest_vox))
         print_line(f"{similarity.case.name}: nearest {nearest}, cosine {similarity.nearest_cosine:.3f}")
@@ -178,6 +180,7 @@ def _embedding(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "Ca
     from nnssl.pictures.components import embed_cases
     from nnssl.pictures.dense_network import find_case
     from nnssl.pictures.figures import embedding_figure, write_picture
+    from nnssl.pictures.orientation import describe_views
 
     network, described = _open_network(args, weights, store)
     case = find_case(store, args.case or store.names[0]).name
@@ -187,11 +190,13 @@ def _embedding(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "Ca
     cases = [find_case(store, name) for name in dict.fromkeys([case, *others])]
     embedding = embed_cases(network, cases, args.slice, args.seed)
     write_picture(args.output, embedding_figure(embedding, described))
+    print_line(describe_views(cases[0].orientation))
 
 
 def _uncertainty(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "CaseStore") -> None:
     from nnssl.pictures.dense_network import find_case
     from nnssl.pictures.figures import uncertainty_figure, write_picture
+    from nnssl.pictures.orientation import describe_views
     from nnssl.pictures.teacher_uncertainty import measure_uncertainty, teacher_of
 
     teacher = teacher_of(weights, args.passes, find_device(args.device))
@@ -199,11 +204,13 @@ def _uncertainty(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "
     uncertainty = measure_uncertainty(teacher, case, args.slice)
     described = _describe(weights, f"{teacher.passes} passes", store)
     write_picture(args.output, uncertainty_figure(uncertainty, described))
+    print_line(describe_views(case.orientation))
 
 
 def _reconstruction(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "CaseStore") -> None:
     from nnssl.pictures.dense_network import find_case
     from nnssl.pictures.figures import reconstruction_figure, write_picture
+    from nnssl.pictures.orientation import describe_views
     from nnssl.pictures.reconstructions import reconstruct_case, reconstructor_of
 
     device = find_device(args.device)
@@ -211,7 +218,9 @@ def _reconstruction(args: argparse.Namespace, weights: "OpenedCheckpoint", store
     case = find_case(store, args.case or store.names[0])
     made = reconstruct_case(method, case, args.slice, args.seed, device)
     described = _describe(weights, case.name, store)
-    write_picture(args.output, reconstruction_figure(made, method.configuration.spacing_mm, described))
+    figure = reconstruction_figure(made, method.configuration.spacing_mm, described, case.orientation)
+    write_picture(args.output, figure)
+    print_line(describe_views(case.orientation))
     for each in made:
         print_line(f"{each.model}: mean squared error {each.error:.3f}, {UNTOLD[each.model]} {each.error_untold:.3f}")
 
@@ -221,6 +230,7 @@ def _matches(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "Case
     from nnssl.pictures.dense_network import find_case
     from nnssl.pictures.figures import matches_figure, write_picture
     from nnssl.pictures.matches import find_matches, matcher_of
+    from nnssl.pictures.orientation import describe_views
 
     matcher, method = matcher_of(weights, store, find_device(args.device))
     if len(store.names) < 2:
@@ -232,7 +242,9 @@ def _matches(args: argparse.Namespace, weights: "OpenedCheckpoint", store: "Case
     other = find_case(store, args.other or following).name
     found = find_matches(matcher, store, case, other, args.points, args.seed, method.configuration.patch_size)
     described = _describe(weights, f"{case}, found in {other}", store)
-    write_picture(args.output, matches_figure(found, method.configuration.spacing_mm, described))
+    orientations = store.case(case).orientation, store.case(other).orientation
+    write_picture(args.output, matches_figure(found, method.configuration.spacing_mm, described, orientations))
+    print_line(describe_views(orientations[0]))
     for each in found:
         place, by_embedding, by_box = (
             " ".join(map(str, vox)) for vox in (each.query_vox, each.found_vox, each.box_vox)

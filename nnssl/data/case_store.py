@@ -69,6 +69,8 @@ class CaseProperties:
     """Fraction of the volume that a method may learn from, between 0 and 1."""
     exclude_mask: SourceFile | None
     """The user's mask of what is excluded; None if there was none."""
+    orientation: str = ""
+    """Directions in which z, y and x of the volume increase, such as ``SPL``; empty if unknown, as in older cases."""
 
 
 def write_case(
@@ -210,6 +212,11 @@ class StoredCase:
     def spacing_mm(self) -> tuple[float, float, float]:
         """Spacing (z, y, x) in mm."""
         return self.properties.spacing_mm
+
+    @property
+    def orientation(self) -> str:
+        """Directions in which z, y and x increase, such as ``SPL``; empty if unknown."""
+        return self.properties.orientation
 
     @cached_property
     def foreground_vox(self) -> Int[np.ndarray, "point 3"]:

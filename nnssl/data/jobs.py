@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from nnssl.errors import UserError
-from nnssl.log import logger
+from nnssl.interrupts import interrupts_blocked
+from nnssl.log import logger, prints
 
 J = TypeVar("J")
 R = TypeVar("R")
@@ -76,6 +77,10 @@ def run_jobs(work: Callable[[J], R], jobs: Iterable[J], processes: int, dask_add
             raise UserError(
                 f"one of {processes} processes was killed, most likely because memory ran out; use fewer processes"
             ) from error
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):  # files are written completely or not at all
+            for process in list((executor._processes or {}).values()):
+                process.terminate()
+            raise
         finally:
             executor.shutdown(cancel_futures=True)
 
@@ -112,24 +117,66 @@ def follow_jobs(results: Iterable[R], doing: str, done: str, total: int) -> Iter
         done: Participle for the messages: "preprocessed".
         total: Number of jobs; each is a case.
     """
-    if sys.stderr.isatty():
-        from tqdm import tqdm
+    with CaseProgress(doing, done, total) as progress:
+        for result in results:
+            progress.step()
+            yield result
 
-        yield from tqdm(results, doing, total, unit="case")
-        return
-    last = time.monotonic()
-    for number, result in enumerate(results, start=1):
-        if time.monotonic() - last >= SECONDS_PER_LINE or number == total:
-            logger.info(f"{done} {number} of {total} cases")
-            last = time.monotonic()
-        yield result
+
+class CaseProgress:
+    """Progress of work on cases: a bar on a terminal, otherwise a message from time to time and at the end.
+
+    Args:
+        doing: Verb for the bar: "preprocessing".
+        done: Participle for the messages: "preprocessed".
+        total: Number of cases.
+    """
+
+    def __init__(self, doing: str, done: str, total: int) -> None:
+        self.doing, self.done, self.total = doing, done, total
+        self._number, self._last = 0, time.monotonic()
+        self._begun = False
+        self._bar: Any = None
+
+    def __enter__(self) -> "CaseProgress":
+        if sys.stderr.isatty() and prints():
+            from tqdm import tqdm
+
+            self._bar = tqdm(desc=self.doing, total=self.total, unit="case")
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def begin(self) -> None:
+        """Note that the next case begins, and count the one before it as done."""
+        if self._begun:
+            self.step()
+        self._begun = True
+
+    def end(self) -> None:
+        """Count the last case that began as done."""
+        if self._begun:
+            self.step()
+        self._begun = False
+
+    def step(self) -> None:
+        """Count one more case as done."""
+        self._number += 1
+        if self._bar is not None:
+            self._bar.update()
+        elif time.monotonic() - self._last >= SECONDS_PER_LINE or self._number == self.total:
+            logger.info(f"{self.done} {self._number} of {self.total} cases")
+            self._last = time.monotonic()
 
 
 def _run_some_at_a_time(executor: Executor, limit: int, work: Callable[[J], R], jobs: Iterable[J]) -> Iterator[R]:
     """Keep at most ``limit`` jobs submitted to an executor and yield results as they finish."""
     waiting: set[Future[R]] = set()
     for job in jobs:
-        waiting.add(executor.submit(work, job))
+        with interrupts_blocked():  # submitting starts processes
+            waiting.add(executor.submit(work, job))
         if len(waiting) >= limit:
             ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in ready)

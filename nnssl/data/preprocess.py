@@ -33,6 +33,7 @@ from nnssl.data.case_store import (
 )
 from nnssl.data.contents import digest_files
 from nnssl.data.exclusion import check_exclusion_mask, find_exclusion_masks, read_exclusion_mask
+from nnssl.data.image_files import PICTURE_ENDINGS, ending_of, read_file_header
 from nnssl.data.jobs import follow_jobs, run_jobs
 from nnssl.data.learnable import learnable_mask, resample_mask
 from nnssl.data.raw import RawCase, RawDataset, read_volume
@@ -201,6 +202,7 @@ def preprocess_case(job: Job) -> SetAside | None:
         if job.exclude_mask is not None:
             learnable &= ~read_exclusion_mask(job.exclude_mask, job.reader)
         inside = body_mask(volume) & learnable
+        letters = _directions(case, job.reader)
         for target in job.targets:
             done = preprocess_volume(volume, inside, learnable, spacing_mm, target.recipe)
             shape = done.volume.shape[1:]
@@ -216,6 +218,7 @@ def preprocess_case(job: Job) -> SetAside | None:
                 foreground_share=float(done.inside.mean()),
                 learnable_share=float(resampled.mean()),
                 exclude_mask=mask_state,
+                orientation="".join(letters[axis] for axis in target.recipe.transpose_forward) if letters else "",
             )
             write_case(target.folder, case.name, done.volume, points, properties, target.patch_size, resampled)
     except CaseError as error:
@@ -226,6 +229,14 @@ def preprocess_case(job: Job) -> SetAside | None:
         lines = str(error).splitlines() or [type(error).__name__]
         return SetAside(case.name, str(case.images[0]), f"cannot be preprocessed ({lines[-1]})")
     return None
+
+
+def _directions(case: RawCase, reader: str) -> str:
+    """Return the directions in which z, y and x of an image as read increase; empty if its format has none."""
+    if ending_of(case.images[0], PICTURE_ENDINGS):
+        return ""
+    letters = read_file_header(case.images[0], reader).orientation[::-1]
+    return letters if len(letters) == 3 and set(letters) <= set("LRAPSI") else ""
 
 
 class PreprocessedVolume(NamedTuple):

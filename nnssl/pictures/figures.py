@@ -21,6 +21,7 @@ from nnssl.files import write_atomically
 from nnssl.palette import BLUISH_GREEN, ORANGE, SKY_BLUE
 from nnssl.pictures.components import CaseComponents, Embedding
 from nnssl.pictures.matches import PlaceMatch
+from nnssl.pictures.orientation import PlaneView, view_plane
 from nnssl.pictures.places import Voxel
 from nnssl.pictures.reconstructions import Reconstruction
 from nnssl.pictures.similarity import Comparison
@@ -63,11 +64,19 @@ def similarity_figure(comparison: Comparison, title: str) -> Figure:
             overlay = row[place + len(planes)]
             if own:
                 for axes in (row[place], overlay):
-                    _mark(axes, axis, comparison.query_vox, "+", QUERY_COLOUR)
-            _draw_values(overlay, similarity.cosine, axis, centre, similarity.case.spacing_mm, scale)
+                    _mark(
+                        axes,
+                        view_plane(similarity.case.orientation, axis),
+                        axis,
+                        comparison.query_vox,
+                        "+",
+                        QUERY_COLOUR,
+                    )
+            _draw_values(overlay, similarity.cosine, axis, centre, similarity.case, scale)
             if similarity.nearest_vox[axis] == centre[axis]:
                 for axes in (row[place], overlay) if not own else (overlay,):
-                    _mark(axes, axis, similarity.nearest_vox, "o", NEAREST_COLOUR)
+                    view = view_plane(similarity.case.orientation, axis)
+                    _mark(axes, view, axis, similarity.nearest_vox, "o", NEAREST_COLOUR)
         _head(row[0], f"{similarity.case.name}{': query ' + _name(centre) if own else ''}")
         _head(row[len(planes)], f"nearest {_name(similarity.nearest_vox)}, cosine {similarity.nearest_cosine:.3f}")
     bar = figure.colorbar(
@@ -117,7 +126,7 @@ def uncertainty_figure(uncertainty: Uncertainty, title: str) -> Figure:
     shown = np.concatenate([uncertainty.values.take(centre[axis], axis).ravel() for axis in planes])
     scale = Normalize(*np.nanpercentile(shown, (1, 99)))
     for axes, axis in zip(panels[0, len(planes) :], planes, strict=True):
-        _draw_values(axes, uncertainty.values, axis, centre, case.spacing_mm, scale)
+        _draw_values(axes, uncertainty.values, axis, centre, case, scale)
     _head(panels[0, 0], case.name)
     _head(panels[0, len(planes)], f"mean uncertainty {np.nanmean(shown):.3f}")
     bar = figure.colorbar(
@@ -128,44 +137,55 @@ def uncertainty_figure(uncertainty: Uncertainty, title: str) -> Figure:
     return figure
 
 
-def reconstruction_figure(reconstructions: Sequence[Reconstruction], spacing_mm: Sequence[float], title: str) -> Figure:
+def reconstruction_figure(
+    reconstructions: Sequence[Reconstruction], spacing_mm: Sequence[float], title: str, orientation: str = ""
+) -> Figure:
     """Draw input, target and output of each model, one row per model.
 
     Args:
         reconstructions: Reconstructions of one patch.
         spacing_mm: Spacing of the patch in mm.
         title: Title of the figure.
+        orientation: Directions in which z, y and x of the patch increase; empty if unknown.
     """
-    down, across = spacing_mm[-2:]
-    figure, panels = _rows_of_three(len(reconstructions), reconstructions[0].seen.shape, spacing_mm, title)
+    view = view_plane(orientation, 0)
+    shape, sides_mm = view.pair(*reconstructions[0].seen.shape), view.pair(*spacing_mm[-2:])
+    figure, panels = _rows_of_three(len(reconstructions), shape, sides_mm, title)
     low, high = np.percentile(np.stack([each.target for each in reconstructions]), (1, 99))
     for row, each in zip(panels, reconstructions, strict=True):
         for axes, image in zip(row, (each.seen, each.target, each.output), strict=True):
-            axes.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=down / across, interpolation="nearest")
+            _show(
+                axes, image, view, sides_mm[0] / sides_mm[1], cmap="gray", vmin=low, vmax=high, interpolation="nearest"
+            )
         _head(row[0], f"{MODEL_NAMES[each.model]}: input")
         _head(row[1], "target")
         _head(row[2], f"output: error {each.error:.2f}, baseline {each.error_untold:.2f}")
     return figure
 
 
-def matches_figure(matches: Sequence[PlaceMatch], spacing_mm: Sequence[float], title: str) -> Figure:
+def matches_figure(
+    matches: Sequence[PlaceMatch], spacing_mm: Sequence[float], title: str, orientations: tuple[str, str] = ("", "")
+) -> Figure:
     """Draw each place in its case and its matches in the other case, by embeddings and by the body's box.
 
     Args:
         matches: Matches, one row each.
         spacing_mm: Spacing of the crops in mm.
         title: Title of the figure.
+        orientations: Directions in which z, y and x of the case and of the other case increase; empty if unknown.
     """
-    down, across = spacing_mm[-2:]
     rows, columns = matches[0].query.shape
-    figure, panels = _rows_of_three(len(matches), (rows, columns), spacing_mm, title)
+    own, other = (view_plane(each, 0) for each in orientations)
+    sides = [(view.pair(rows, columns), view.pair(*spacing_mm[-2:])) for view in (own, other)]
+    figure, panels = _rows_of_three(len(matches), *max(sides, key=lambda each: each[0][0] * each[1][0]), title)
     shown = np.stack([image for each in matches for image in (each.query, each.found, each.box)])
     low, high = np.percentile(shown, (1, 99))
     for row, each in zip(panels, matches, strict=True):
         crops = ((each.query, "+", QUERY_COLOUR), (each.found, "o", NEAREST_COLOUR), (each.box, "s", BOX_COLOUR))
-        for axes, (image, marker, colour) in zip(row, crops, strict=True):
-            axes.imshow(image, cmap="gray", vmin=low, vmax=high, aspect=down / across, interpolation="nearest")
-            _mark(axes, 0, (0, rows // 2, columns // 2), marker, colour)
+        for axes, view, (image, marker, colour) in zip(row, (own, other, other), crops, strict=True):
+            down_mm, across_mm = view.pair(*spacing_mm[-2:])
+            _show(axes, image, view, down_mm / across_mm, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
+            _mark(axes, view, 0, (0, rows // 2, columns // 2), marker, colour)
         _head(row[0], f"place {_name(each.query_vox)}")
         _head(row[1], f"embeddings: similarity {each.score:.2f}, cycle error {each.cycle_mm:.0f} mm")
         _head(row[2], "same place in the body's box")
@@ -210,10 +230,9 @@ def _planes(two_dimensional: bool) -> tuple[int, ...]:
 
 def _make_panels(cases: Sequence[Any], two_dimensional: bool, title: str) -> tuple[Figure, Any]:
     """Return a figure and its axes (case; planes of the image, then of the overlay), with widths proportional to mm."""
-    extents_mm = np.max([np.multiply(case.shape, case.spacing_mm) for case in cases], axis=0)
-    planes = _planes(two_dimensional)
-    widths = [extents_mm[1] if axis == 2 else extents_mm[2] for axis in planes] * 2
-    tall_mm = max(extents_mm[1] if axis == 0 else extents_mm[0] for axis in planes)
+    sides_mm = [_sides_mm(cases, axis) for axis in _planes(two_dimensional)]
+    widths = [wide for _, wide in sides_mm] * 2
+    tall_mm = max(tall for tall, _ in sides_mm)
     inches = PANEL_INCHES / tall_mm
     width = max(sum(widths) * inches * 1.1 + 1.2, LEAST_INCHES)
     figure = Figure(figsize=(width, (PANEL_INCHES + 0.55) * len(cases) + 0.6), layout="constrained")
@@ -225,12 +244,21 @@ def _make_panels(cases: Sequence[Any], two_dimensional: bool, title: str) -> tup
     return figure, panels
 
 
+def _sides_mm(cases: Sequence[Any], axis: int) -> tuple[float, float]:
+    """Return the largest height and width in mm at which the planes of cases perpendicular to an axis are shown."""
+    sides = []
+    for case in cases:
+        extents_mm = np.multiply(case.shape, case.spacing_mm)
+        sides.append(view_plane(case.orientation, axis).pair(*np.delete(extents_mm, axis)))
+    tall, wide = np.max(sides, axis=0)
+    return float(tall), float(wide)
+
+
 def _make_columns(cases: Sequence[Any], two_dimensional: bool, title: str, legend: str) -> tuple[Figure, Any]:
     """Return a figure and its axes for cases side by side, (image and colours, case) or (plane, image and colours)."""
-    extents_mm = np.max([np.multiply(case.shape, case.spacing_mm) for case in cases], axis=0)
-    planes = _planes(two_dimensional)
-    heights = [extents_mm[1] if axis == 0 else extents_mm[0] for axis in planes]
-    wide_mm = max(extents_mm[1] if axis == 2 else extents_mm[2] for axis in planes)
+    sides_mm = [_sides_mm(cases, axis) for axis in _planes(two_dimensional)]
+    heights = [tall for tall, _ in sides_mm]
+    wide_mm = max(wide for _, wide in sides_mm)
     rows, columns = (heights * 2, len(cases)) if two_dimensional else (heights, 2 * len(cases))
     inches = PANEL_INCHES / max(*heights, wide_mm)
     width = max(columns * (wide_mm * inches + 0.15) + 0.2, LEAST_INCHES)
@@ -243,7 +271,7 @@ def _make_columns(cases: Sequence[Any], two_dimensional: bool, title: str, legen
     return figure, panels
 
 
-def _rows_of_three(count: int, shape: Sequence[int], spacing_mm: Sequence[float], title: str) -> tuple[Figure, Any]:
+def _rows_of_three(count: int, shape: Sequence[float], spacing_mm: Sequence[float], title: str) -> tuple[Figure, Any]:
     """Return a figure and its axes (row, 3) without ticks for crops of one shape, with proportions as in mm."""
     down, across = spacing_mm[-2:]
     width = PANEL_INCHES * shape[1] * across / (shape[0] * down)
@@ -269,15 +297,17 @@ def _draw_case(panels: Sequence[Any], case: StoredCase, centre: Voxel, planes: S
     volume = case.read_box((0, 0, 0), case.shape)[0]
     bounds = _window(volume, centre, planes)
     for place, axes in enumerate(panels):
-        _draw_plane(axes, volume, planes[place % len(planes)], centre, case.spacing_mm, bounds)
+        axis = planes[place % len(planes)]
+        plane = volume.take(centre[axis], axis)
+        _show_plane(axes, plane, case, axis, cmap="gray", vmin=bounds[0], vmax=bounds[1], interpolation="nearest")
+        axes.set_xlabel(f"{AXES[axis]} = {centre[axis]}", fontsize=FONT_SIZE)
 
 
 def _draw_components(axes: Any, shown: CaseComponents, axis: int) -> None:
     """Draw the components in a plane of a case as red, green and blue."""
     place = shown.centre_vox[axis]
     colour = np.moveaxis(shown.components.take(place, axis + 1), 0, -1)
-    axes.imshow(colour, aspect=_aspect(axis, shown.case.spacing_mm), origin="lower", interpolation="nearest")
-    _orient(axes, axis)
+    _show_plane(axes, colour, shown.case, axis, interpolation="nearest")
     axes.set_xlabel(f"{AXES[axis]} = {place}", fontsize=FONT_SIZE)
 
 
@@ -286,52 +316,32 @@ def _draw_values(
     values: Float32[np.ndarray, "z y x"],
     axis: int,
     centre: Voxel,
-    spacing_mm: Sequence[float],
+    case: StoredCase,
     scale: Normalize,
 ) -> None:
     """Draw values over a plane of a case."""
-    aspect = _aspect(axis, spacing_mm)
-    shown = values.take(centre[axis], axis)
-    axes.imshow(shown, norm=scale, cmap=COLOUR_MAP, alpha=OVERLAY, aspect=aspect, origin="lower")
-    _orient(axes, axis)
+    _show_plane(axes, values.take(centre[axis], axis), case, axis, norm=scale, cmap=COLOUR_MAP, alpha=OVERLAY)
 
 
-def _draw_plane(
-    axes: Any,
-    volume: Float32[np.ndarray, "z y x"],
-    axis: int,
-    centre: Voxel,
-    spacing_mm: Sequence[float],
-    bounds: tuple[float, float],
-) -> None:
-    axes.imshow(
-        volume.take(centre[axis], axis),
-        cmap="gray",
-        vmin=bounds[0],
-        vmax=bounds[1],
-        aspect=_aspect(axis, spacing_mm),
-        origin="lower",
-        interpolation="nearest",
-    )
-    _orient(axes, axis)
-    axes.set_xlabel(f"{AXES[axis]} = {centre[axis]}", fontsize=FONT_SIZE)
+def _show_plane(axes: Any, plane: np.ndarray, case: StoredCase, axis: int, **options: Any) -> None:
+    """Show a plane of a case in its proportions."""
+    view = view_plane(case.orientation, axis)
+    down_mm, across_mm = view.pair(*(length for other, length in enumerate(case.spacing_mm) if other != axis))
+    _show(axes, plane, view, down_mm / across_mm, **options)
 
 
-def _orient(axes: Any, axis: int) -> None:
-    """Put the first row of a slice at the top and the first slice at the bottom, as is usual."""
-    if axis == 0 and not axes.yaxis_inverted():
+def _show(axes: Any, plane: np.ndarray, view: PlaneView, aspect: float, **options: Any) -> None:
+    """Show a plane, whose pixels have this ratio of height to width, in a view."""
+    axes.imshow(view.image(plane), aspect=aspect, origin="lower", **options)
+    if axes.yaxis_inverted() != view.first_on_top:
         axes.invert_yaxis()
+    if axes.xaxis_inverted() == view.first_on_left:
+        axes.invert_xaxis()
 
 
-def _aspect(axis: int, spacing_mm: Sequence[float]) -> float:
-    """Return the ratio of height to width of a pixel in a plane."""
-    down, across = (length for other, length in enumerate(spacing_mm) if other != axis)
-    return down / across
-
-
-def _mark(axes: Any, axis: int, point: Voxel, marker: str, colour: str) -> None:
+def _mark(axes: Any, view: PlaneView, axis: int, point: Voxel, marker: str, colour: str) -> None:
     """Mark a point in a plane; the black rim keeps it visible on white."""
-    down, across = (place for other, place in enumerate(point) if other != axis)
+    down, across = view.pair(*(place for other, place in enumerate(point) if other != axis))
     rim = [patheffects.Stroke(linewidth=3, foreground="black"), patheffects.Normal()]
     axes.plot(
         across, down, marker, markersize=10, markeredgewidth=1.6, fillstyle="none", color=colour, path_effects=rim

@@ -114,7 +114,9 @@ def reconstruction_pictures(
     name = store.names[0]
     made = reconstruct_case(method, store.case(name), None, 0, device)
     picture = picture_of(
-        reconstruction_figure(made, method.configuration.spacing_mm, f"{provenance.method}: reconstructions"),
+        reconstruction_figure(
+            made, method.configuration.spacing_mm, f"{provenance.method}: reconstructions", store.case(name).orientation
+        ),
         f"For each encoder, the corrupted crop of {name}, the transformed clean crop as target, and the output of the decoder; "
         + "; ".join(f"{each.model}: mean squared error {each.error:.2f}" for each in made),
         "Input, target and output for the encoder, its moving average and the hybrid of both.",
@@ -136,7 +138,12 @@ def recovery_pictures(pretrained: OpenedCheckpoint, folders: Folders, device: to
     made = reconstruct_case(method, store.case(name), None, 0, device)
     return (
         picture_of(
-            reconstruction_figure(made, method.configuration.spacing_mm, f"{provenance.method}: recovered tokens"),
+            reconstruction_figure(
+                made,
+                method.configuration.spacing_mm,
+                f"{provenance.method}: recovered tokens",
+                store.case(name).orientation,
+            ),
             f"The visible tokens of a patch of {name}, the patch, and the patch with its masked tokens recovered; mean squared "
             f"error {made[0].error:.2f}, of the mean of the visible tokens {made[0].error_untold:.2f}",
             "The visible tokens, the patch, and the recovered masked tokens together with the visible ones.",

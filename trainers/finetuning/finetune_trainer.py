@@ -49,6 +49,7 @@ from trainers.finetuning.optimisation import (
     choose_parameters,
     make_optimizer,
 )
+from trainers.finetuning.predictions import predictions_followed
 from trainers.pace import RunProgress
 from trainers.precision import FullPrecisionLoss, choose_precision, clip_and_step
 from trainers.tracking import Tracking
@@ -336,11 +337,11 @@ class FinetuneTrainer(nnUNetTrainer):
         nnunet_module.default_num_processes = self.settings.processes
         if not self.settings.mirroring:
             self.inference_allowed_mirroring_axes = None
-        on_cpu = self.device.type == "cpu"
+        workers = without_workers(nnunet_module, evaluate_predictions) if self.device.type == "cpu" else nullcontext()
         planned = self.configuration_manager.configuration
         next_stage = planned.pop("next_stage", None)  # nnU-Net would look for the cascade's cases and predict them
         try:
-            with without_workers(nnunet_module, evaluate_predictions) if on_cpu else nullcontext():
+            with workers, predictions_followed(self, len(self.settings.test_cases)):
                 super().perform_actual_validation(save_probabilities)
         finally:
             nnunet_module.default_num_processes = before

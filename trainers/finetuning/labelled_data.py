@@ -221,7 +221,8 @@ def prepare_unlabelled(
     if jobs:
         logger.info(f"Preprocessing {len(jobs)} images of {source.name} for {configuration} ...")
         with printed_output_to(folders.preprocessed / dataset_name / "nnssl_finetune_log.txt"):
-            for _ in run_list(preprocess_unlabelled, jobs, processes):
+            made = run_list(preprocess_unlabelled, jobs, processes)
+            for _ in follow_jobs(made, "preprocessing", "preprocessed", len(jobs)):
                 pass
     return folder, contents
 

@@ -33,7 +33,11 @@ def find_weights(weights: str | Path, folders: Folders) -> Path:
     Raises:
         UserError: If no pretraining is finished, or nothing can be downloaded.
     """
-    return find_latest(folders) if str(weights) == NEWEST else local_weights(weights, folders)
+    if str(weights) != NEWEST:
+        return local_weights(weights, folders)
+    path = find_latest(folders)
+    logger.info(f"Newest finished pretraining: {path}")
+    return path
 
 
 def open_weights(weights: str | Path, folders: Folders) -> OpenedCheckpoint:

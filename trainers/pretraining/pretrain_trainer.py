@@ -65,7 +65,7 @@ from trainers.pretraining.run_record import describe_run, opening_lines, provena
 from trainers.pretraining.run_state import network_weights, read_state, run_state
 from trainers.pretraining.saving import SavingCadence
 from trainers.pretraining.stage_run import RunOptions, check_configuration, check_same_run, plain_settings, resolve_run
-from trainers.pretraining.stopping import TERMINATED, StopRequest
+from trainers.pretraining.stopping import StopRequest
 from trainers.tracking import Tracking
 
 
@@ -192,6 +192,7 @@ class PretrainTrainer(nnUNetTrainer):
 
         Raises:
             SystemExit: After SIGTERM, once a checkpoint is written.
+            KeyboardInterrupt: After Ctrl-C, likewise.
         """
         self.tracking = Tracking(self.options.track if self.local_rank == 0 else (), self.folder)
         with closing(self.tracking):
@@ -221,7 +222,10 @@ class PretrainTrainer(nnUNetTrainer):
                     self.on_train_epoch_end(self.epoch.records)
                     self.on_epoch_end()
                 if stop.agreed(self.current_step, self.device):
-                    self._save_and_exit()
+                    self.save_checkpoint(str(self.folder / LATEST))
+                    saved = f"saved at step {self.current_step}; run the same command again to resume"
+                    self.run_log.tell(f"Received {stop.name}: {saved}")
+                    stop.end()
 
     def train_step(self, batch: PatchBatch) -> dict[str, Tensor]:
         """Run one step: views, losses, backward, optimizer, moving average, queue.
@@ -249,11 +253,6 @@ class PretrainTrainer(nnUNetTrainer):
             self.epoch.keep(output.embeddings)
         parts = {f"loss_{name}": loss.detach() for name, loss in output.losses.items()}
         return {"loss": total.detach(), **parts, **output.monitors, "gradient_norm": norm}
-
-    def _save_and_exit(self) -> None:
-        self.save_checkpoint(str(self.folder / LATEST))
-        self.run_log.tell(f"Received SIGTERM: saved at step {self.current_step}; run the same command again to resume")
-        raise SystemExit(TERMINATED)
 
     # ---------------------------------------------------------------- before, between and after the epochs
 

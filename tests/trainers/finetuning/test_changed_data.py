@@ -78,6 +78,7 @@ def test_a_replaced_label_of_a_held_out_case_is_scored_again_without_training(ow
     turn(raw(own_run, case, label=True))
     before = preprocessed(own_run, case)
     results, said = repeat(own_run)
+    assert sum(line == "predicted 2 of 2 cases" for line in said) == 2
     assert any(f"1 cases have changed since they were preprocessed ({case} (label))" in line for line in said)
     assert sum(f"changed since they were scored ({case} (label))" in line for line in said) == 2
     assert [result.dice for result in results] != [result.dice for result in own_run.results]

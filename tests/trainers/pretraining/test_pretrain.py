@@ -25,10 +25,11 @@ from nnssl.plan import read_plan
 from nnssl.weights.adaptation_plan import KEY
 from tests.nnssl.weights.test_formats import assert_mic_dkfz_reads
 from tests.trainers.conftest import NAME, plan_toy
-from trainers.pretraining import patches, pretrain_trainer
+from trainers.pretraining import patches, pretrain_trainer, stopping
 from trainers.pretraining.pretext import RepRecContrastiveTrainer
 from trainers.pretraining.pretrain import pretrain
 from trainers.pretraining.settings import PretrainSettings
+from trainers.pretraining.stopping import StopRequest
 
 CONFIGURATION = "3d_fullres_hybrid"
 
@@ -167,6 +168,34 @@ def test_finished_stages_are_skipped_and_other_settings_are_refused(toy):
         run(toy, "temperature=0.1")
     run(toy, "temperature=0.1", restart=True)
     assert final.stat().st_mtime_ns != before
+
+
+def test_ctrl_c_saves_at_the_step_and_then_interrupts(toy, monkeypatch):
+    original = pretrain_trainer.PretrainTrainer.train_step
+
+    def interrupted(self, batch):
+        if self.current_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)  # it may arrive twice, from the terminal and from a parent
+        return original(self, batch)
+
+    monkeypatch.setattr(pretrain_trainer.PretrainTrainer, "train_step", interrupted)
+    said: list[str] = []
+    with lines_to(said.append), pytest.raises(KeyboardInterrupt):
+        run(toy)
+    assert read_checkpoint(folder_of(toy, "Contrastive") / "checkpoint_latest.pth")[1].step == 2
+    assert "Received Ctrl-C: saved at step 2; run the same command again to resume" in said
+    assert not list(folder_of(toy, "Contrastive").parent.glob(".*.lock"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_step(monkeypatch):
+    monkeypatch.setattr(stopping, "IMPATIENT_S", -1.0)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize("stage", ["Contrastive", "Generative"])

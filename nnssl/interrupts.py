@@ -1,0 +1,64 @@
+"""Ctrl-C and SIGTERM: how processes end when the user or a batch scheduler stops them."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from nnssl.log import prints
+
+INTERRUPTED, TERMINATED = 130, 143
+"""Exit codes after Ctrl-C and after SIGTERM, as shells report them."""
+
+
+@contextmanager
+def interrupts_blocked() -> Iterator[None]:
+    """Start processes inside a ``with`` block that Ctrl-C does not reach, not even while they import packages.
+
+    A terminal sends Ctrl-C to all processes of a command; this one receives it after the block.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def receive_interrupts() -> None:
+    """Let Ctrl-C reach this process, which was started inside ``interrupts_blocked``."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+@contextmanager
+def ends_on_sigterm(name: str) -> Iterator[None]:
+    """End this process on SIGTERM with one line, exit code 143 and what ``finally`` blocks do, inside a ``with`` block.
+
+    Processes that it forks end at once instead. A handler that was set before remains.
+
+    Args:
+        name: Name of the command, for the line.
+    """
+    process = os.getpid()
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != process:
+            os._exit(TERMINATED)
+        if prints():
+            print(f"{name}: terminated; run the same command again to resume", file=sys.stderr, flush=True)  # noqa: T201
+        raise SystemExit(TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
