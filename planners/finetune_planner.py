@@ -13,6 +13,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from nnssl.data.dataset_json import read_labelled_json
 from nnssl.environment import variables
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json, write_json
@@ -80,7 +81,7 @@ def fit_plan(
         UserError: If the numbers of channels differ, or the target has no ``dataset.json``.
         ArgumentError: If other plans have these names.
     """
-    dataset_json = read_json(folders.raw / target_dataset / "dataset.json", "dataset.json of a labelled data set")
+    dataset_json = read_labelled_json(folders.raw / target_dataset / "dataset.json")
     check_channels(plan, target_dataset, dataset_json)
     names = [plans_name] if plans_name else [plan["plans_name"], _name_by_source(plan)]
     for name in dict.fromkeys(names):
@@ -154,9 +155,8 @@ def check_channels(plan: Mapping[str, Any], target_dataset: str, dataset_json: M
     """Check that a data set has the number of channels that a plan normalises.
 
     Raises:
-        UserError: If the number differs, or ``dataset.json`` names no channels or labels.
+        UserError: If the number differs.
     """
-    check_described(target_dataset, dataset_json)
     found = len(dataset_json["channel_names"])
     # a configuration that inherits from another one has no schemes of its own
     planned = {
@@ -172,19 +172,6 @@ def check_channels(plan: Mapping[str, Any], target_dataset: str, dataset_json: M
             f"({plan['dataset_name']}); use weights pretrained on {found} channel(s), or fit these weights to the data set's "
             "own plans with nnssl_export --for-plans"
         )
-
-
-def check_described(dataset_name: str, dataset_json: Mapping[str, Any]) -> None:
-    """Check that a ``dataset.json`` has all keys that nnU-Net needs for training.
-
-    Raises:
-        UserError: If a key is missing.
-    """
-    for key in ("channel_names", "labels", "file_ending"):
-        if key not in dataset_json:
-            raise UserError(
-                f"{dataset_name}: dataset.json has no key {key!r}, which nnU-Net needs for training; add it"
-            )
 
 
 def _name_by_source(plan: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from nnssl.data.dataset_json import read_labelled_json
 from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
@@ -60,6 +61,7 @@ def plan_for_network(
         raise UserError(
             f"{dataset_name}: cannot be planned around weights for {len(patch_vox)}D images; use weights for 3D images"
         )
+    dataset_json = read_labelled_json(folders.raw / dataset_name / "dataset.json")
     # the planner overwrites existing files without asking, so it works in a temporary folder
     with tempfile.TemporaryDirectory(prefix="nnssl_plan_") as folder:
         target = Path(folder, dataset_name)
@@ -68,7 +70,9 @@ def plan_for_network(
         write_json(target / fingerprint.name, read_json(fingerprint, "fingerprint"))
         # the planner builds networks only to read their sizes
         with variables(nnUNet_preprocessed=folder), redirect_stdout(StringIO()), weightless():
-            ExperimentPlanner(dataset_name, plans_name=plans_name).plan_experiment()
+            planner = ExperimentPlanner(dataset_name, plans_name=plans_name)
+            planner.dataset_json = {"numTraining": len(planner.dataset), **dataset_json}
+            planner.plan_experiment()
         plan: dict[str, Any] = read_json(target / f"{plans_name}.json", "plan")
     if CONFIGURATION not in plan["configurations"]:
         raise UserError(

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nnssl import checkpoint, plan, schema
-from nnssl.data import case_store, dicom_series
+from nnssl.data import case_store, dicom_series, label_files
 from nnssl.data.case_error import CaseError
 from nnssl.errors import UserError
 from nnssl.evaluation import classification
@@ -107,6 +107,9 @@ DRAFTS = drafts.PropagationRecord(
     drafts.SCHEMA_VERSION, "Dataset501_A", "/a.pth", "0", {"a": "0"}, (0, 1), "pyramid", 16, 0.1, 0.0, 0
 )
 DOWNLOAD = download.Download(download.SCHEMA_VERSION, "https://a/b.pth", None, None)
+LABELS = label_files.CheckedLabels(
+    label_files.SCHEMA_VERSION, "SimpleITKIO", {"a": label_files.CheckedLabel(((1, 2),), 1, (0, 1), ())}
+)
 TIMES = cell_times.CellTimes(cell_times.SCHEMA_VERSION, 0.5, 30.0)
 
 
@@ -132,6 +135,7 @@ FILES = {
     "ArmResult": (writer(RESULT), result.read_result, 3),
     "Classification": (writer(CLASSIFICATION), classification.read_classification, 1),
     "PropagationRecord": (writer(DRAFTS), lambda path: schema.read(drafts.PropagationRecord, path, "record"), 1),
+    "CheckedLabels": (writer(LABELS), lambda path: schema.read(label_files.CheckedLabels, path, "labels"), 1),
     "CellTimes": (writer(TIMES), lambda path: schema.read(cell_times.CellTimes, path, "duration"), 1),
     "Download": (writer(DOWNLOAD), download.read_record, 1),
     "AutoRecord": (writer(AUTO), auto_record.read_record, 1),

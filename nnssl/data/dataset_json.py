@@ -1,14 +1,16 @@
 """Reading ``dataset.json`` of a raw data set and completing it as nnU-Net requires."""
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nnssl.data.dataset_labels import Labels, check_trainable, is_whole, read_class_order, read_labels
 from nnssl.errors import UserError
 from nnssl.files import read_json
 from nnssl.log import logger
 
-NO_LABELS = {"background": 0, "foreground": 1}
+NO_LABELS: Labels = {"background": 0, "foreground": 1}
 """nnU-Net requires at least two labels in a dataset.json, even if the data set has no labels."""
 
 
@@ -28,12 +30,70 @@ def read_dataset_json(folder: Path) -> dict[str, Any]:
     return content
 
 
-def channel_names_in(content: dict[str, Any]) -> tuple[str, ...] | None:
-    """Return the channel names of a dataset.json in channel order, or None if it names no channels."""
-    names = content.get("channel_names") or content.get("modality")
+def channel_names_in(content: Mapping[str, Any], source: str = "dataset.json") -> tuple[str, ...] | None:
+    """Return the channel names of a dataset.json in channel order, or None if it names no channels.
+
+    They are called ``channel_names``, in nnU-Net v1 ``modality``. Besides ``{"0": "T1", "1": "T2"}``, a list of names, one name
+    for a single channel, and names as keys (``{"T1": 0, "T2": 1}``) are read.
+
+    Args:
+        content: Content of the file.
+        source: What is being read (a path), for the error message.
+
+    Raises:
+        UserError: If there are names, but which channel has which name is not plain.
+    """
+    key = "channel_names" if content.get("channel_names") else "modality"
+    names = content.get(key)
     if not names:
         return None
-    return tuple(str(names[channel]) for channel in sorted(names, key=int))
+    if isinstance(names, str):
+        names = [names]
+    if isinstance(names, list):
+        names = dict(enumerate(names))
+    if isinstance(names, dict) and not all(map(_is_channel, names)) and all(map(_is_channel, names.values())):
+        swapped = {int(channel): name for name, channel in names.items()}
+        names = swapped if len(swapped) == len(names) else None
+    if isinstance(names, dict) and all(map(_is_channel, names)) and all(map(_is_name, names.values())):
+        order = sorted(names, key=int)
+        if [int(channel) - int(order[0]) for channel in order] == list(range(len(order))) and int(order[0]) in (0, 1):
+            return tuple(str(names[channel]) for channel in order)
+    raise UserError(
+        f'{source}: {key} must have the form {{"0": NAME, "1": NAME, ...}}, one name for each channel, got {content[key]!r}; '
+        "correct the file"
+    )
+
+
+def read_labelled_json(path: Path) -> dict[str, Any]:
+    """Read the dataset.json of a labelled data set, with channel names and labels spelt as nnU-Net requires.
+
+    Args:
+        path: File of the raw data set.
+
+    Raises:
+        UserError: If the file is missing or no dataset.json, lacks what nnU-Net needs for training, or names labels on which it
+            cannot be trained.
+    """
+    content = read_json(path, "dataset.json of a labelled data set")
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must contain a JSON object ({{...}}), got {type(content).__name__}")
+    for key in ("channel_names", "labels", "file_ending"):
+        if not content.get(key) and not (key == "channel_names" and content.get("modality")):
+            raise UserError(f"{path}: has no key {key!r}, which nnU-Net needs for training; add it")
+    ending = content["file_ending"]
+    if not isinstance(ending, str) or not ending.startswith("."):
+        raise UserError(f'{path}: file_ending must be a text such as ".nii.gz", got {ending!r}; correct the file')
+    names = channel_names_in(content, str(path)) or ()
+    labels = read_labels(content, str(path))
+    check_trainable(labels, str(path))
+    spelt = {
+        **content,
+        "channel_names": {str(channel): name for channel, name in enumerate(names)},
+        "labels": labels,
+    }
+    spelt.pop("modality", None)
+    order = read_class_order(content, labels, str(path))
+    return spelt if order is None else {**spelt, "regions_class_order": order}
 
 
 def complete_dataset_json(
@@ -43,12 +103,13 @@ def complete_dataset_json(
     completed = copy.deepcopy(content)
     completed.pop("modality", None)
     completed["channel_names"] = {str(channel): name for channel, name in enumerate(names)}
-    labels = completed.get("labels")
-    if isinstance(labels, dict) and "background" not in labels and all(str(key).isdecimal() for key in labels):
-        completed["labels"] = labels = {
-            str(name): int(value) for value, name in labels.items()
-        }  # the Decathlon's format
-    if not isinstance(labels, dict) or "background" not in labels:
+    try:
+        labels = read_labels(content, "dataset.json") if "labels" in content else dict(NO_LABELS)
+        check_trainable(labels, "dataset.json")
+        order = read_class_order(content, labels, "dataset.json")
+        completed |= {"labels": labels} if order is None else {"labels": labels, "regions_class_order": order}
+    except UserError as error:
+        logger.info(f"{dataset}: {error}. Images are used without the labels")
         completed["labels"] = dict(NO_LABELS)
     if completed.get("numTraining", cases) != cases:
         logger.info(
@@ -57,3 +118,11 @@ def complete_dataset_json(
     completed["numTraining"] = cases
     completed["file_ending"] = ending
     return completed
+
+
+def _is_channel(value: Any) -> bool:
+    return is_whole(value) and int(value) >= 0
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, (str, int)) and not isinstance(value, bool) and bool(str(value).strip())

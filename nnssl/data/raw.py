@@ -118,7 +118,7 @@ def read_dataset(dataset: str | int, folders: Folders, channel_names: tuple[str,
     else:
         ending, groups, set_aside = group_folder_files(content, folder)
     reader = _choose_reader(content, ending, groups)
-    given = channel_names or channel_names_in(content)
+    given = channel_names or channel_names_in(content, str(folder / "dataset.json"))
     if channel_names is not None:
         logger.info(f"{name}: using the given channel names {', '.join(channel_names)}")
     files_per_case, channels_per_file = _count_channels(groups, reader, given, name)

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from nnssl.errors import ArgumentError
+from nnssl.data.dataset_labels import read_labels
+from nnssl.errors import ArgumentError, UserError
 from nnssl.evaluation.segmentation_files import find_segmentations, read_segmentation
 from nnssl.files import read_json
 from nnssl.log import logger
@@ -76,16 +77,13 @@ def _parse_labels(content: Any, path: Path) -> tuple[dict[str, Any], int | None]
     Raises:
         UserError: If it has no labels, or not in the format of nnU-Net v2.
     """
-    if not isinstance(content, dict) or not isinstance(content.get("labels"), dict):
+    if not isinstance(content, dict) or not content.get("labels"):
         raise ArgumentError(f"{path}: has no 'labels', which name the classes; give another labels_file", "labels_file")
     try:
-        labels, ignore = foreground_labels(content), ignore_label(content)
-    except (TypeError, ValueError) as error:
-        raise ArgumentError(
-            f'{path}: its labels are not in the format of nnU-Net v2, {{"background": 0, "liver": 1}}; '
-            "convert them, or give another labels_file",
-            "labels_file",
-        ) from error
+        spelt = {"labels": read_labels(content, str(path))}
+    except UserError as error:
+        raise ArgumentError(f"{error}, or give another labels_file", "labels_file") from error
+    labels, ignore = foreground_labels(spelt), ignore_label(spelt)
     if not labels:
         raise ArgumentError(
             f"{path}: its 'labels' name no class but the background; give another labels_file", "labels_file"

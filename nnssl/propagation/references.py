@@ -10,6 +10,8 @@ from jaxtyping import Int
 
 from nnssl.data.case_store import CaseStore
 from nnssl.data.dataset_json import complete_dataset_json
+from nnssl.data.dataset_labels import label_values
+from nnssl.data.dataset_labels import read_labels as read_label_names
 from nnssl.data.raw import RawDataset
 from nnssl.errors import ArgumentError, UserError
 from nnssl.evaluation.labels import DATASET_JSON, ignore_label
@@ -101,6 +103,7 @@ def read_references(
     if content is None:
         content = {"labels": {"background": 0, **{f"label_{value}": value for value in annotated if value != 0}}}
         logger.info(f"No dataset.json names the labels; they are named {some(list(content['labels']))}")
+    label_names = read_label_names(content, str(source or dataset.folder / DATASET_JSON))
     completed = complete_dataset_json(
         {**content, "numTraining": len(dataset.cases)},
         dataset.file_ending,
@@ -108,6 +111,7 @@ def read_references(
         len(dataset.cases),
         dataset.name,
     )
+    completed["labels"] = label_names
     _check_values(cases, completed, source or dataset.folder / DATASET_JSON)
     ignore = ignore_label(completed)
     kept = {int(value) for case in cases for value in np.unique(case.labels)}
@@ -151,7 +155,7 @@ def _label_names(folder: Path, dataset: RawDataset) -> tuple[Path | None, dict[s
     for path in dict.fromkeys(each / DATASET_JSON for each in (folder, folder.absolute().parent, dataset.folder)):
         if path.is_file():
             content = read_json(path, "dataset.json")
-            if isinstance(content, dict) and isinstance(content.get("labels"), dict):
+            if isinstance(content, dict) and content.get("labels"):
                 return path, content
     return None, None
 
@@ -162,9 +166,7 @@ def _check_values(cases: Sequence[Reference], content: dict[str, Any], path: Pat
     Raises:
         UserError: If one is not.
     """
-    known: set[int] = set()
-    for value in content["labels"].values():
-        known |= {int(each) for each in (value if isinstance(value, (list, tuple)) else [value])}
+    known = label_values(content["labels"])
     for case in cases:
         unknown = sorted(set(case.values) - known)
         if unknown:

@@ -30,9 +30,8 @@ from urllib.request import (
     UnknownHandler,
 )
 
-from filelock import FileLock
-
 from nnssl.errors import UserError
+from nnssl.locks import only_process
 from nnssl.log import logger
 from nnssl.paths import Folders, make_writable, resolve_folders
 from nnssl.schema import STRICT, read, write
@@ -162,7 +161,7 @@ def download(address: Address, folder: Path) -> Path:
     own = make_writable(folder / hashlib.blake2b(address.url.encode(), digest_size=6).hexdigest())
     path = own / address.name
     record = own / f"{address.name}.json"
-    with FileLock(own / "download.lock"):
+    with only_process(own, "downloading"):
         if path.exists() and record.exists():
             found = read_record(record).sha256
             logger.info(f"{address.given}: downloaded already, {path}")

@@ -91,9 +91,11 @@ def test_other_channels_are_refused(target):
 
 
 def test_a_data_set_that_nobody_labelled_is_refused(target, nnunet_folders):
+    path = nnunet_folders / "raw" / TARGET / "dataset.json"
+    path.write_text('{"channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}')
     with pytest.raises(UserError, match="'labels'"):
-        check_channels(tiny_plan(), TARGET, {"channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"})
-    (nnunet_folders / "raw" / TARGET / "dataset.json").unlink()
+        adopt_plan(tiny_plan(), TARGET, resolve_folders())
+    path.unlink()
     with pytest.raises(UserError, match="dataset.json"):
         adopt_plan(tiny_plan(), TARGET, resolve_folders())
 

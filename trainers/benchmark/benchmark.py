@@ -13,6 +13,7 @@ from trainers.benchmark.estimate import describe_estimate
 from trainers.benchmark.run import describe_matrix, parse_part, prepare_source, run_study, study_folder
 from trainers.benchmark.settings import StudySettings
 from trainers.benchmark.study import Study, prepare_study
+from trainers.finetuning.labelled_data import check_labels_of
 
 if TYPE_CHECKING:
     import torch
@@ -57,6 +58,8 @@ def benchmark(
         study = open_study(settings, device, processes, used)
         if prepare_source(study):
             study = open_study(settings, device, processes, used)
+        reader = study.adopted.content["image_reader_writer"]
+        check_labels_of(study.used, study.dataset.name, reader, used, study.processes)  # before any arm is pretrained
         for arm in study.undecided:
             assert study.source is not None
             choose(arm, study.source)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from nnssl.data.contents import Content
+from nnssl.data.dataset_json import read_labelled_json
 from nnssl.data.patients import find_patients
 from nnssl.data.raw import RawDataset, find_dataset, read_dataset
 from nnssl.errors import UserError
-from nnssl.files import read_json
 from nnssl.log import silence
 from nnssl.methods import AUTO, find_method
 from nnssl.networks.backbone import build_network, planned_configuration
@@ -207,7 +207,7 @@ def prepare_study(settings: StudySettings, folders: Folders, device: torch.devic
         settings=settings,
         folders=folders,
         dataset=dataset,
-        dataset_json=read_json(folders.raw / dataset_name / "dataset.json", "dataset.json"),
+        dataset_json=read_labelled_json(folders.raw / dataset_name / "dataset.json"),
         labelled=labelled,
         patients=patients,
         test=test,

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from nnssl.data.dataset_json import read_labelled_json
 from nnssl.errors import UserError
 from nnssl.files import read_json, write_json
 from nnssl.log import logger
@@ -15,7 +16,6 @@ from nnssl.weights.fit_report import LEAST_SHARE, refuse_below
 from nnssl.weights.formats import write_for_nnunet
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint, open_checkpoint
 from nnssl.weights.target import build_target
-from planners.finetune_planner import check_described
 from planners.foreign_planner import CONFIGURATION, plan_for_network
 from trainers.finetuning.labelled_data import make_fingerprint
 
@@ -46,8 +46,7 @@ def adapt_if_made_elsewhere(
         return source
     path = source.path
     raw = folders.raw / dataset_name / "dataset.json"
-    dataset_json = read_json(raw, "dataset.json of a labelled data set")
-    check_described(dataset_name, dataset_json)
+    dataset_json = read_labelled_json(raw)
     if source.by_nnunet and len(dataset_json["channel_names"]) == source.num_channels:
         return source
     source.check_tensors()

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nnssl.data.dataset_json import read_labelled_json
 from nnssl.data.jobs import default_processes
 from nnssl.data.raw import RawDataset, find_dataset, read_dataset
 from nnssl.devices import find_device
@@ -293,7 +294,7 @@ def _check_processes(settings: FinetuneSettings, batch: int, dataset_name: str, 
             "batch_size",
             "num_gpus",
         )
-    labels = read_json(folders.raw / dataset_name / "dataset.json", "dataset.json of a labelled data set")["labels"]
+    labels = read_labelled_json(folders.raw / dataset_name / "dataset.json")["labels"]
     if settings.num_gpus > 1 and ignore_label({"labels": labels}) is not None:
         raise ArgumentError(
             f"num_gpus must be 1 for {dataset_name}, which has an ignore label, got {settings.num_gpus}: the processes would "

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from nnssl.data.dataset_json import read_labelled_json
 from nnssl.data.patients import patient_in_name
 from nnssl.draws import make_generator
 from nnssl.errors import ArgumentError, UserError
@@ -225,7 +226,7 @@ def find_labelled_cases(dataset_name: str, folders: Folders) -> tuple[str, ...]:
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
     folder = folders.raw / dataset_name
-    content = read_json(folder / "dataset.json", "dataset.json of a labelled data set")
+    content = read_labelled_json(folder / "dataset.json")
     try:
         with redirect_stdout(StringIO()):
             files = get_filenames_of_train_images_and_targets(str(folder), content)

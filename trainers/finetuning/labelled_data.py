@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from nnssl.data.case_error import last_line
 from nnssl.data.contents import Content, changed_cases, describe_changes, read_contents, write_contents
+from nnssl.data.dataset_json import read_labelled_json
 from nnssl.data.jobs import follow_jobs, run_list
+from nnssl.data.label_files import LabelFile, check_labels
 from nnssl.data.raw import RawDataset
 from nnssl.errors import ArgumentError, UserError
 from nnssl.evaluation.segmentation_files import case_name
@@ -68,6 +71,7 @@ def _prepare(
     labels_changed = _copy_dataset_json(folders.raw / dataset_name / "dataset.json", folder / "dataset.json")
     data = folder / PlansManager(plan.content).get_configuration(configuration).data_identifier
     log = folder / "nnssl_finetune_log.txt"
+    check_labels_of(cases, dataset_name, plan.content["image_reader_writer"], folders, processes)
     make_fingerprint(dataset_name, folders, processes)
     if labels_changed and data.exists():
         shutil.rmtree(data)
@@ -125,23 +129,69 @@ def make_fingerprint(dataset_name: str, folders: Folders, processes: int) -> Pat
         logger.info(f"{path}: made before {describe_changes(changes)} changed")
         path.unlink()
     record.parent.mkdir(parents=True, exist_ok=True)
+    dataset_json = read_labelled_json(folders.raw / dataset_name / "dataset.json")
     logger.info(f"Extracting the fingerprint of {dataset_name} ...")
     log = folder / "nnssl_finetune_log.txt"
     try:
         with printed_output_to(log):
             extractor = DatasetFingerprintExtractor(dataset_name, processes)
+            extractor.dataset_json = dataset_json
             extractor.show_progress_bar = sys.stderr.isatty()
             extractor.run()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, IndexError, ValueError, OSError) as error:  # as nnU-Net's readers raise them
+        # only now, because a run may need few of the cases, all of which are read here
+        check_labels_of(None, dataset_name, _choose_reader(dataset_name, folders), folders, processes)
         raise _failed(dataset_name, error, log) from error
     write_contents(record, contents)
     return path
 
 
-def _failed(dataset_name: str, error: RuntimeError, log: Path) -> ArgumentError:
+def check_labels_of(
+    cases: Sequence[str] | None, dataset_name: str, reader: str, folders: Folders, processes: int
+) -> None:
+    """Check that some cases of a labelled data set can be trained on; a file that has not changed is not read again.
+
+    Args:
+        cases: Names of the cases; None for all.
+        dataset_name: Name of the labelled data set.
+        reader: Name of nnU-Net's reader class.
+        folders: nnU-Net's folders.
+        processes: Number of worker processes.
+
+    Raises:
+        UserError: As ``nnssl.data.label_files.check_labels``.
+    """
+    content = read_labelled_json(folders.raw / dataset_name / "dataset.json")
+    files = [file for file in label_files(dataset_name, folders) if cases is None or file.case in set(cases)]
+    folder = make_writable(folders.preprocessed / dataset_name)
+    check_labels(files, content, dataset_name, reader, folder, processes)
+
+
+def label_files(dataset_name: str, folders: Folders) -> list[LabelFile]:
+    """Return the label files of a labelled data set with the images of their cases, sorted by case."""
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    raw = folders.raw / dataset_name
+    found = get_filenames_of_train_images_and_targets(str(raw), read_labelled_json(raw / "dataset.json"))
+    return [
+        LabelFile(str(case), Path(files["label"]), tuple(map(Path, files["images"])))
+        for case, files in sorted(found.items())
+    ]
+
+
+def _choose_reader(dataset_name: str, folders: Folders) -> str:
+    """Return the name of the reader class that nnU-Net chooses for a labelled data set."""
+    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+
+    content = read_labelled_json(folders.raw / dataset_name / "dataset.json")
+    example = label_files(dataset_name, folders)[0].images[0]
+    return determine_reader_writer_from_dataset_json(content, str(example), verbose=False).__name__
+
+
+def _failed(dataset_name: str, error: Exception, log: Path) -> ArgumentError:
     return ArgumentError(
-        f"{dataset_name}: nnU-Net cannot prepare the data set ({str(error).splitlines()[0]}); see {log}, and lower processes if "
-        "memory ran out",
+        f"{dataset_name}: nnU-Net cannot prepare the data set ({last_line(error) or type(error).__name__}); see {log}, and "
+        "lower processes if memory ran out",
         "processes",
     )
 
@@ -185,7 +235,7 @@ def prepare_unlabelled(
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-    dataset_json = read_json(folders.raw / dataset_name / "dataset.json", "dataset.json of a labelled data set")
+    dataset_json = read_labelled_json(folders.raw / dataset_name / "dataset.json")
     wanted = len(dataset_json["channel_names"])
     if len(source.channel_names) != wanted:
         raise ArgumentError(
@@ -351,7 +401,7 @@ def _remove_case(output: Path) -> None:
 
 def _copy_dataset_json(raw: Path, copy: Path) -> bool:
     """Copy dataset.json as nnU-Net's planning does; return whether data preprocessed with the old one are outdated."""
-    content = read_json(raw, "dataset.json of a labelled data set")
+    content = read_labelled_json(raw)
     before = read_json(copy, "dataset.json") if copy.exists() else None
     if content != before:
         write_json(copy, content)

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 
+from nnssl.data.dataset_json import read_labelled_json
 from nnssl.data.patients import patient_in_name
 from nnssl.draws import make_generator
 from nnssl.errors import ArgumentError
 from nnssl.evaluation.labels import foreground_labels, ignore_label
 from nnssl.evaluation.probe import IGNORED, LabelledTile, fit_probe, mean_dice, score_probe
-from nnssl.files import read_json
 from nnssl.locks import only_process
 from nnssl.log import logger
 from nnssl.paths import Folders, make_writable
@@ -97,7 +97,7 @@ def prepare_probe(
             "probe",
             "probe_cases",
         )
-    content = read_json(folders.raw / dataset_name / "dataset.json", "dataset.json of a labelled data set")
+    content = read_labelled_json(folders.raw / dataset_name / "dataset.json")
     labels = foreground_labels(content)
     regions = [name for name, value in labels.items() if not isinstance(value, int)]
     if regions:
