@@ -9,8 +9,8 @@ from jaxtyping import Float32
 
 from nnssl.data.body import body_mask, spread_sample
 from nnssl.data.bounding_box import find_box
-from nnssl.data.case_error import CaseError, SetAside
-from nnssl.data.image_files import check_finite, check_spacing
+from nnssl.data.case_error import TOO_LARGE, CaseError, SetAside, describe
+from nnssl.data.image_files import check_finite, check_size, check_spacing
 from nnssl.data.raw import RawCase, read_header, read_volume
 from nnssl.draws import draw_seed
 from nnssl.schema import STRICT
@@ -86,8 +86,23 @@ def measure_case(case: RawCase, reader: str, channels: int, samples: int) -> Mea
         _check_volume(case, volume, spacing_mm, channels)
         for file in case.images:
             check_finite(file)
+        return _measure(case, volume, spacing_mm, orientation, samples)
     except CaseError as error:
         return SetAside(case.name, error.file, error.reason)
+    except MemoryError:
+        return SetAside(case.name, str(case.images[0]), TOO_LARGE)
+    except Exception as error:  # whatever an unusual image makes a library raise must not end the other cases
+        return SetAside(case.name, str(case.images[0]), f"cannot be measured ({describe(error)})")
+
+
+def _measure(
+    case: RawCase,
+    volume: Float32[np.ndarray, "channel z y x"],
+    spacing_mm: tuple[float, ...],
+    orientation: str,
+    samples: int,
+) -> MeasuredCase:
+    """Return the measurements of a case that can be used."""
     mask = body_mask(volume)
     crop = _shape_after_crop(volume)
     generator = np.random.default_rng(draw_seed("fingerprint", case.name))
@@ -119,6 +134,7 @@ def _check_volume(case: RawCase, volume: np.ndarray, spacing_mm: tuple[float, ..
     if volume.shape[0] != channels:
         raise CaseError(str(case.images[0]), f"has {volume.shape[0]} channel(s), but the data set has {channels}")
     check_spacing(case.images[0], spacing_mm)
+    check_size(case.images[0], volume.shape[1:], spacing_mm)
     files = case.images if len(case.images) == channels else case.images[:1] * channels
     for file, values in zip(files, volume, strict=True):
         if not np.isfinite(values).all():

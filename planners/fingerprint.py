@@ -20,7 +20,7 @@ import numpy as np
 
 from nnssl.data.case_error import MOST_SET_ASIDE, CaseError, SetAside
 from nnssl.data.contents import digest_files
-from nnssl.data.image_files import find_source_state
+from nnssl.data.image_files import PICTURE_ENDINGS, ending_of, find_source_state, longest_side_mm
 from nnssl.data.jobs import follow_jobs, run_jobs
 from nnssl.data.raw import UNKNOWN_CHANNEL, RawDataset
 from nnssl.errors import UserError
@@ -42,6 +42,9 @@ FILE_NAME = "nnssl_fingerprint.json"
 
 SAMPLED_INTENSITIES = 4_000_000
 """Number of foreground intensities kept over all cases and channels (16 MB)."""
+MOST_TIMES_AS_LONG = 300.0
+"""Largest ratio of the longest sides of a case and of the median case. A header in m instead of mm gives a thousand; a whole body
+is 60 times as long as a hippocampus."""
 CT_AIR_SHARE = 0.01
 """Smallest share of voxels below ``CT_AIR_HU`` (air, also if clipped) with which a case looks like CT."""
 CT_CASES = 0.95
@@ -115,7 +118,8 @@ def extract_fingerprint(dataset: RawDataset, processes: int, sources: str | None
             first_with[outcome.record.digest] = outcome.record.name
             measured.append(outcome)
     measured, odd = _split_dimensions(dataset, measured)
-    set_aside = sorted(set_aside + odd, key=lambda entry: (entry.case, entry.file))
+    measured, wrong = _split_sizes(dataset, measured)
+    set_aside = sorted(set_aside + odd + wrong, key=lambda entry: (entry.case, entry.file))
     for entry in set_aside:
         logger.info(f"skipped {entry.case}: {entry.reason} ({entry.file})")
     for duplicate in duplicates:
@@ -242,6 +246,26 @@ def _split_dimensions(dataset: RawDataset, measured: list[MeasuredCase]) -> tupl
     odd = [entry for entry in measured if (entry.record.shape[0] == 1) != mostly_flat]
     kept = [entry for entry in measured if (entry.record.shape[0] == 1) == mostly_flat]
     return kept, [SetAside(entry.record.name, files[entry.record.name], reason) for entry in odd]
+
+
+def _split_sizes(dataset: RawDataset, measured: list[MeasuredCase]) -> tuple[list[MeasuredCase], list[SetAside]]:
+    """Reject cases whose size in mm is so far from the others' that their spacing must have another unit."""
+    if not measured or ending_of(dataset.cases[0].images[0], PICTURE_ENDINGS):
+        return measured, []
+    lengths = [longest_side_mm(entry.record.shape, entry.record.spacing_mm) for entry in measured]
+    usual = float(np.median(lengths))
+    files = {case.name: str(case.images[0]) for case in dataset.cases}
+    kept, wrong = [], []
+    for entry, length in zip(measured, lengths, strict=True):
+        if 1 / MOST_TIMES_AS_LONG < length / usual < MOST_TIMES_AS_LONG:
+            kept.append(entry)
+            continue
+        reason = (
+            f"is {length:,.4g} mm long, but half of the cases are {usual:,.4g} mm or more; correct the spacing in its header or, "
+            "in a NIfTI file, the unit (xyzt_units)"
+        )
+        wrong.append(SetAside(entry.record.name, files[entry.record.name], reason))
+    return kept, wrong
 
 
 def _judge_modalities(dataset: RawDataset, records: list[CaseRecord]) -> tuple[str, ...]:

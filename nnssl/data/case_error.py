@@ -37,6 +37,21 @@ class CaseError(Exception):
         return f"{self.file} {self.reason}"
 
 
+TOO_LARGE = "does not fit into memory; use fewer processes, or remove the case"
+"""Reason for a case that needs more memory than there is."""
+
+
+def describe(error: Exception) -> str:
+    """Return the last line of an error's message, after its type unless the type says no more than that it is an error."""
+    name = type(error).__name__
+    line = last_line(error)
+    return (
+        line
+        if line and isinstance(error, (RuntimeError, ValueError, AssertionError))
+        else f"{name}: {line}".rstrip(": ")
+    )
+
+
 def last_line(error: Exception) -> str:
     """Return the last line of an error's message, which contains the reason for errors of ITK."""
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "")

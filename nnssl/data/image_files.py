@@ -1,11 +1,10 @@
-"""Image files: reading headers, reading voxels through nnU-Net's readers, and checks that files are complete.
+"""Image files: reading headers, and voxels through nnU-Net's readers after files were checked (``nnssl.data.whole_files``).
 
-ITK reports no error for a truncated or damaged NIfTI or GIPL file: it returns zeros or stale memory for the missing
-voxels (SimpleITK 2.5 reads half of a ``.nii.gz`` without an error). These files are therefore checked before reading.
+Spacings are in mm, whatever the unit in the header of a NIfTI file (m, mm, um). ITK converts them; nnU-Net's readers that use
+nibabel do not.
 """
 
 import contextlib
-import gzip
 import io
 import os
 import tempfile
@@ -18,6 +17,7 @@ import numpy as np
 
 from nnssl.data.case_error import CaseError, last_line
 from nnssl.data.dicom_series import DICOM_READER, SERIES_ENDING, find_slices, measure_series, read_series
+from nnssl.data.whole_files import check_whole, open_itk_header
 from nnssl.errors import UserError
 
 VOLUME_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
@@ -26,9 +26,10 @@ first match is the right one."""
 PICTURE_ENDINGS = (".tiff", ".tif", ".png", ".bmp")
 ENDINGS = (*VOLUME_ENDINGS, *PICTURE_ENDINGS)
 """All formats that nnU-Net's readers accept."""
-
-CHUNK_BYTES = 1 << 20
-GIPL_HEADER_BYTES = 256
+UNITS_MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001}
+"""Units of lengths in a NIfTI header, in mm."""
+LONGEST_MM, SHORTEST_MM = 5000.0, 0.01
+"""Length of the longest side of an image outside which its spacing must be wrong; whole bodies take 2000 mm."""
 
 
 class Header(NamedTuple):
@@ -64,7 +65,7 @@ def read_images(files: Sequence[Path], reader: str) -> tuple[np.ndarray, dict[st
     Raises:
         CaseError: If a file is missing, truncated, damaged or unreadable, or if the files do not fit together.
     """
-    return _read(files, reader, lambda own: own.read_images([str(file) for file in files]))
+    return _in_mm(files[0], reader, _read(files, reader, lambda own: own.read_images([str(file) for file in files])))
 
 
 def read_segmentation(file: Path, reader: str) -> tuple[np.ndarray, dict[str, Any]]:
@@ -77,7 +78,24 @@ def read_segmentation(file: Path, reader: str) -> tuple[np.ndarray, dict[str, An
     Raises:
         CaseError: If the file is missing, truncated, damaged or unreadable.
     """
-    return _read((file,), reader, lambda own: own.read_seg(str(file)))
+    return _in_mm(file, reader, _read((file,), reader, lambda own: own.read_seg(str(file))))
+
+
+def _in_mm(file: Path, reader: str, read: tuple[np.ndarray, dict[str, Any]]) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return what was read, with the spacing in mm."""
+    if not reader.startswith("NibabelIO"):
+        return read
+    volume, properties = read
+    return volume, {**properties, "spacing": [mm * unit_mm(file) for mm in properties["spacing"]]}
+
+
+def unit_mm(file: Path) -> float:
+    """Return the unit of lengths in a NIfTI file in mm; 1 if the header names none or is of another format."""
+    import nibabel
+
+    if not file.name.lower().endswith((".nii", ".nii.gz")):
+        return 1.0
+    return UNITS_MM.get(nibabel.load(file).header.get_xyzt_units()[0], 1.0)  # type: ignore[attr-defined]
 
 
 def files_of_segmentation(file: Path) -> list[Path]:
@@ -142,46 +160,6 @@ def _find_reader(reader: str) -> Any:
     return recursive_find_reader_writer_by_name(reader)
 
 
-def check_whole(file: Path, trust_length: bool = False) -> None:
-    """Check that a NIfTI or GIPL file contains all voxels that its header announces, or a DICOM series all its slices.
-
-    A compressed file is decompressed once in small pieces, which also verifies its checksum.
-
-    Args:
-        file: Image file.
-        trust_length: Whether to accept a compressed file, without decompressing it, if the length stored at its end by
-            gzip is the expected one. Damage in the middle is then detected only when the file is read.
-
-    Raises:
-        CaseError: If the file is missing, truncated or damaged.
-    """
-    if not file.is_file():
-        raise CaseError(str(file), "does not exist")
-    name = file.name.lower()
-    try:
-        if name.endswith((".nii", ".nii.gz")):
-            expected = _nifti_bytes(file)
-            if trust_length and _noted_bytes(file) == expected % 2**32:
-                return
-            present = _unpacked_bytes(file)
-        elif name.endswith(SERIES_ENDING):
-            find_slices(file)
-            return
-        elif name.endswith(".gipl"):
-            expected = _gipl_bytes(file)
-            present = file.stat().st_size
-        else:
-            return
-    except EOFError as error:
-        raise CaseError(str(file), "is truncated (the compressed stream ends early)") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise CaseError(str(file), f"is damaged ({error})") from error
-    except OSError as error:
-        raise CaseError(str(file), f"cannot be read ({last_line(error)})") from error
-    if present < expected:
-        raise CaseError(str(file), f"is truncated (has {present} of {expected} bytes)")
-
-
 def check_spacing(file: Path, spacing_mm: Sequence[float]) -> None:
     """Check that the spacing of a file is finite and above 0.
 
@@ -192,6 +170,34 @@ def check_spacing(file: Path, spacing_mm: Sequence[float]) -> None:
         raise CaseError(
             str(file), f"has an invalid spacing: every value must be finite and above 0, got {tuple(spacing_mm)}"
         )
+
+
+def check_size(file: Path, shape: Sequence[int], spacing_mm: Sequence[float]) -> None:
+    """Check that the size of an image is possible for a scan; pictures, whose files have no spacing, are not checked.
+
+    Args:
+        file: Image file.
+        shape: Shape (z, y, x) in voxels.
+        spacing_mm: Spacing (z, y, x) in mm.
+
+    Raises:
+        CaseError: If it is not.
+    """
+    if ending_of(file, PICTURE_ENDINGS):
+        return
+    longest_mm = longest_side_mm(shape, spacing_mm)
+    if not SHORTEST_MM <= longest_mm <= LONGEST_MM:
+        spacing = tuple(float(f"{mm:.6g}") for mm in spacing_mm)
+        raise CaseError(
+            str(file),
+            f"is {longest_mm:,.6g} mm long, which no scan is, with {tuple(shape)} voxels of {spacing} mm (z, y, x); correct the "
+            "spacing in its header or, in a NIfTI file, the unit (xyzt_units)",
+        )
+
+
+def longest_side_mm(shape: Sequence[int], spacing_mm: Sequence[float]) -> float:
+    """Return the length of the longest side of an image in mm; a single slice has no thickness."""
+    return max(size * mm for size, mm in zip(shape, spacing_mm, strict=True) if size > 1 or len(set(shape)) == 1)
 
 
 def check_finite(file: Path) -> None:
@@ -208,45 +214,6 @@ def check_finite(file: Path) -> None:
         proxy = nibabel.load(file).dataobj  # type: ignore[attr-defined]
         if proxy.dtype.kind in "fc" and not np.isfinite(proxy.get_unscaled()).all():
             raise CaseError(str(file), "contains NaN or infinite intensities")
-
-
-def _unpacked_bytes(file: Path) -> int:
-    """Return the length of a file in bytes, after decompression if it is compressed."""
-    with open(file, "rb") as raw:
-        if raw.read(2) != b"\x1f\x8b":
-            return file.stat().st_size
-    length = 0
-    with gzip.open(file) as unpacked:
-        while piece := unpacked.read(CHUNK_BYTES):
-            length += len(piece)
-    return length
-
-
-def _noted_bytes(file: Path) -> int | None:
-    """Return the decompressed length, modulo 2^32, from the last 4 bytes of a gzip file; None for other files."""
-    with open(file, "rb") as raw:
-        if raw.read(2) != b"\x1f\x8b":
-            return None
-        raw.seek(-4, os.SEEK_END)
-        return int.from_bytes(raw.read(4), "little")
-
-
-def _nifti_bytes(file: Path) -> int:
-    import nibabel  # slow to import
-
-    try:
-        proxy = nibabel.load(file).dataobj  # type: ignore[attr-defined]  # the offset is missing from a loaded header
-        return int(proxy.offset) + int(np.prod(proxy.shape, dtype=np.int64)) * proxy.dtype.itemsize
-    except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError) as error:
-        raise CaseError(str(file), f"has an unreadable header ({last_line(error)})") from error
-
-
-def _gipl_bytes(file: Path) -> int:
-    import SimpleITK as sitk  # noqa: N813  the usual name; slow to import
-
-    header = _open_itk_header(file)
-    bytes_per_value = sitk.GetArrayViewFromImage(sitk.Image([1] * len(header.GetSize()), header.GetPixelID())).itemsize
-    return GIPL_HEADER_BYTES + int(np.prod(header.GetSize(), dtype=np.int64)) * bytes_per_value
 
 
 def find_source_state(file: Path) -> tuple[int, int]:
@@ -294,22 +261,10 @@ def _axis_along(pair: str, orientation: str) -> int:
     return 2 - next(x for x, letter in enumerate(orientation) if letter in pair)
 
 
-def _open_itk_header(file: Path) -> Any:
-    import SimpleITK as sitk  # noqa: N813
-
-    header = sitk.ImageFileReader()
-    header.SetFileName(str(file))
-    try:
-        header.ReadImageInformation()
-    except RuntimeError as error:
-        raise CaseError(str(file), f"has an unreadable header ({last_line(error)})") from error
-    return header
-
-
 def _read_itk_header(file: Path) -> Header:
     import SimpleITK as sitk  # noqa: N813
 
-    header = _open_itk_header(file)
+    header = open_itk_header(file)
     size, spacing = header.GetSize()[::-1], [abs(mm) for mm in header.GetSpacing()[::-1]]
     if header.GetNumberOfComponents() > 1 or len(size) not in (2, 3, 4):
         raise CaseError(str(file), "has vector voxels or more than four axes; write one file per channel")
@@ -330,7 +285,8 @@ def _read_nibabel_header(file: Path) -> Header:
         raise CaseError(str(file), f"has an unreadable header ({last_line(error)})") from error
     if image.ndim != 3:
         raise CaseError(str(file), f"must have 3 axes for nnU-Net's nibabel reader, got {image.ndim}")
-    spacing_mm = tuple(float(mm) for mm in image.header.get_zooms()[::-1])
+    unit = unit_mm(file)
+    spacing_mm = tuple(float(length) * unit for length in image.header.get_zooms()[::-1])
     orientation = "".join(map(str, nibabel.aff2axcodes(image.affine)))
-    origin_mm = tuple(float(mm) for mm in image.affine[:3, 3])
+    origin_mm = tuple(float(length) * unit for length in image.affine[:3, 3])
     return Header(1, tuple(image.shape[::-1]), spacing_mm, orientation, origin_mm)

@@ -17,7 +17,7 @@ import numpy as np
 
 from nnssl.data.case_error import CaseError
 from nnssl.data.dataset_labels import IGNORE, Labels, label_values
-from nnssl.data.image_files import Header, check_finite, find_source_state, read_file_header, read_segmentation
+from nnssl.data.image_files import Header, check_finite, find_source_state, read_file_header, read_segmentation, unit_mm
 from nnssl.data.jobs import follow_jobs, run_list
 from nnssl.errors import UserError
 from nnssl.files import some
@@ -145,6 +145,11 @@ def examine_label(job: CheckJob) -> CheckedLabel | str:
         return f"{error}; replace the file"
     except OSError as error:
         return f"{error.filename} cannot be found ({error.strerror}); check the path"
+    if job.reader.startswith("NibabelIO") and unit_mm(first) != 1:
+        return (
+            f"{first} has a header in another unit than mm, which nnU-Net's {job.reader} ignores; write it in mm, or remove "
+            "overwrite_image_reader_writer from dataset.json"
+        )
     if len(segmentation) != 1:
         return f"{label} has {len(segmentation)} values per voxel; write one label per voxel"
     if segmentation.shape[1:] != tuple(image.shape):

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float32, Int
 
 from nnssl.data.body import body_mask
 from nnssl.data.bounding_box import find_box
-from nnssl.data.case_error import MOST_SET_ASIDE, CaseError, SetAside
+from nnssl.data.case_error import MOST_SET_ASIDE, TOO_LARGE, CaseError, SetAside, describe
 from nnssl.data.case_store import (
     SCHEMA_VERSION,
     CaseProperties,
@@ -191,7 +191,7 @@ def preprocess_case(job: Job) -> SetAside | None:
         None, or the reason why the case cannot be used.
 
     Raises:
-        UserError: If the result cannot be written or memory is insufficient.
+        UserError: If the result cannot be written.
     """
     case = job.case
     try:
@@ -223,11 +223,12 @@ def preprocess_case(job: Job) -> SetAside | None:
             write_case(target.folder, case.name, done.volume, points, properties, target.patch_size, resampled)
     except CaseError as error:
         return SetAside(case.name, error.file, error.reason)
-    except MemoryError as error:
-        raise UserError(f"{case.images[0]} does not fit into memory; use fewer processes") from error
-    except (ValueError, AssertionError, RuntimeError) as error:  # raised by nnU-Net's functions for unusual images
-        lines = str(error).splitlines() or [type(error).__name__]
-        return SetAside(case.name, str(case.images[0]), f"cannot be preprocessed ({lines[-1]})")
+    except MemoryError:
+        return SetAside(case.name, str(case.images[0]), TOO_LARGE)
+    except UserError:
+        raise
+    except Exception as error:  # whatever an unusual image makes a library raise must not end the other cases
+        return SetAside(case.name, str(case.images[0]), f"cannot be preprocessed ({describe(error)})")
     return None
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Integer
 
 from nnssl.data.case_error import CaseError
-from nnssl.data.image_files import ENDINGS, PICTURE_ENDINGS, check_finite, check_whole, ending_of
+from nnssl.data.image_files import ENDINGS, PICTURE_ENDINGS, check_finite, ending_of
+from nnssl.data.whole_files import check_whole
 from nnssl.errors import UserError
 from nnssl.files import read_json
 

@@ -13,7 +13,8 @@ import numpy as np
 from nnssl.data.case_error import CaseError
 from nnssl.data.dataset_json import NO_LABELS
 from nnssl.data.dicom_series import SERIES_ENDING, measure_series
-from nnssl.data.image_files import Header, check_spacing, check_whole, read_file_header
+from nnssl.data.image_files import Header, check_spacing, read_file_header
+from nnssl.data.whole_files import check_whole
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json, some, whole_folder, write_json
 from nnssl.imports.case_names import number_equal_names
@@ -182,8 +183,8 @@ def _check_files(files: tuple[Path, ...], channels: int) -> Header:
     for file in files:
         if file.is_symlink() and not file.exists():
             raise CaseError(str(file), "is a link to a file that does not exist (for git-annex, run git annex get)")
-        header = read_file_header(file, VOLUME_READER)
         check_whole(file, trust_length=True)
+        header = read_file_header(file, VOLUME_READER)
         if header.channels * len(files) != channels:
             reason = f"has {header.channels} volume(s), but {channels // len(files)} per file are expected"
             raise CaseError(str(file), f"{reason}; split the file, or name a channel for each volume")

@@ -369,3 +369,61 @@ def test_real_images_have_the_foreground_and_modality_that_they_show(real_data, 
         found = extract_fingerprint(read_dataset(number, folders), 1)
         assert found.modalities == (modality,)
         assert all(least <= case.foreground_share <= most for case in found.cases)
+
+
+# units and sizes
+
+
+def with_unit(folder, name, unit, spacing_xyz):
+    """Rewrite a case with a unit and a spacing in its header."""
+    import nibabel
+
+    path = folder / "imagesTr" / f"{name}_0000.nii.gz"
+    image = nibabel.Nifti1Image(np.asarray(nibabel.load(path).dataobj), np.diag([*spacing_xyz, 1.0]))
+    image.header.set_xyzt_units(unit)
+    nibabel.save(image, path)
+
+
+def test_a_header_in_metres_with_lengths_in_mm_is_set_aside(folders):
+    folder = folders.raw / "Dataset501_Units"
+    for number in range(5):
+        write_case(folder, f"c{number}", tissue(number))
+    in_metres = tuple(length / 1000 for length in SPACING_XYZ)
+    with_unit(folder, "c0", "meter", in_metres)
+    with_unit(folder, "c1", "meter", (2.5, 1.5, 1.5))
+    with_unit(folder, "c2", "micron", SPACING_XYZ)
+    with lines_to(hush):
+        found = extract_fingerprint(read_dataset(501, folders), 1)
+    assert [case.name for case in found.cases] == ["c0", "c3", "c4"]
+    assert found.cases[0].spacing_mm == pytest.approx(SPACING_XYZ[::-1], rel=1e-5)
+    impossible, unusual = found.set_aside
+    assert impossible.case == "c1"
+    assert impossible.file.endswith("c1_0000.nii.gz")
+    assert impossible.reason.startswith(
+        "is 27,500 mm long, which no scan is, with (9, 14, 11) voxels of (1500.0, 1500.0, 2500.0) mm"
+    )
+    assert unusual.case == "c2"
+    assert unusual.reason.startswith("is 0.036 mm long, but half of the cases are 36 mm or more")
+
+
+def test_what_one_image_makes_a_library_raise_does_not_end_the_others(folders, monkeypatch):
+    folder = folders.raw / "Dataset501_Errors"
+    for number in range(4):
+        write_case(folder, f"c{number}", tissue(number))
+    errors = iter([MemoryError(), KeyError("odd"), ZeroDivisionError("float division by zero")])
+
+    def fail(volume):
+        error = next(errors, None)
+        if error is not None:
+            raise error
+        return body_mask(volume)
+
+    monkeypatch.setattr("planners.case_record.body_mask", fail)
+    with lines_to(hush):
+        found = extract_fingerprint(read_dataset(501, folders), 1)
+    assert [case.name for case in found.cases] == ["c3"]
+    assert [entry.reason for entry in found.set_aside] == [
+        "does not fit into memory; use fewer processes, or remove the case",
+        "cannot be measured (KeyError: 'odd')",
+        "cannot be measured (ZeroDivisionError: float division by zero)",
+    ]

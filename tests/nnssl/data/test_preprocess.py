@@ -507,6 +507,28 @@ def test_lack_of_memory_is_said(scene, monkeypatch):
         scene.run()
 
 
+@pytest.mark.parametrize("error", [MemoryError(), IndexError("odd"), np.linalg.LinAlgError("singular")])
+def test_a_case_that_cannot_be_done_does_not_end_the_others(error, nnunet_folders, monkeypatch):
+    scene = Scene(11)
+    real = preprocess.preprocess_volume
+    errors = iter([None, error])
+
+    def fail_once(*arguments):
+        now = next(errors, None)
+        if now is not None:
+            raise now
+        return real(*arguments)
+
+    monkeypatch.setattr(preprocess, "preprocess_volume", fail_once)
+    report = scene.run()
+    assert report.done == 10
+    (entry,) = report.set_aside
+    assert entry.case == "case01"
+    assert ("does not fit into memory" in entry.reason) == isinstance(error, MemoryError)
+    assert str(error) in entry.reason
+    assert len(complete_cases(scene.folder())) == 10
+
+
 def test_progress_is_said_in_lines_where_there_is_no_terminal(scene, monkeypatch):
     monkeypatch.setattr(jobs, "SECONDS_PER_LINE", 0.0)
     lines = []

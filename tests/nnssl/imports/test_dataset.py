@@ -10,9 +10,9 @@ import SimpleITK as sitk  # noqa: N813
 from nnssl.cli.import_data import KIND_NAMES, main, make_parser
 from nnssl.data.case_error import CaseError
 from nnssl.data.dicom_series import stock_reader
-from nnssl.data.image_files import check_whole
 from nnssl.data.patients import patient_in_name
 from nnssl.data.raw import UNKNOWN_CHANNEL, read_dataset, read_header, read_volume
+from nnssl.data.whole_files import check_whole
 from nnssl.errors import ArgumentError, UserError
 from nnssl.imports.case_names import clean_name, common_stem, name_by_path, number_equal_names, subject_labels
 from nnssl.imports.dataset import FINDERS, import_dataset
@@ -255,7 +255,7 @@ def test_a_trusted_length_finds_what_is_cut_without_decompressing(tmp_path, monk
     with pytest.raises(CaseError, match="truncated"):
         check_whole(cut, trust_length=True)
     check_whole(two_members, trust_length=True)  # says another length at its end, so it is decompressed
-    monkeypatch.setattr("nnssl.data.image_files._unpacked_bytes", lambda file: pytest.fail("decompressed"))
+    monkeypatch.setattr("nnssl.data.whole_files.unpacked_bytes", lambda file: pytest.fail("decompressed"))
     check_whole(whole, trust_length=True)
 
 
