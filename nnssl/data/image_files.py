@@ -5,8 +5,10 @@ nibabel do not.
 """
 
 import contextlib
+import gzip
 import io
 import os
+import struct
 import tempfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -26,10 +28,13 @@ first match is the right one."""
 PICTURE_ENDINGS = (".tiff", ".tif", ".png", ".bmp")
 ENDINGS = (*VOLUME_ENDINGS, *PICTURE_ENDINGS)
 """All formats that nnU-Net's readers accept."""
+NIFTI_HEADER_BYTES = 348
 UNITS_MM = {"meter": 1000.0, "mm": 1.0, "micron": 0.001}
 """Units of lengths in a NIfTI header, in mm."""
 LONGEST_MM, SHORTEST_MM = 5000.0, 0.01
 """Length of the longest side of an image outside which its spacing must be wrong; whole bodies take 2000 mm."""
+THINNEST_MM = 1e-6
+"""Smallest side of a voxel, below which its spacing must be wrong."""
 
 
 class Header(NamedTuple):
@@ -163,12 +168,41 @@ def _find_reader(reader: str) -> Any:
 def check_spacing(file: Path, spacing_mm: Sequence[float]) -> None:
     """Check that the spacing of a file is finite and above 0.
 
+    ITK and nibabel replace a spacing in a NIfTI header that is 0, NaN or infinite by 1 mm or by that of another axis. The header
+    itself is therefore read too.
+
     Raises:
         CaseError: If it is not.
     """
+    _check_pixdim(file)
     if not all(np.isfinite(spacing_mm)) or min(spacing_mm) <= 0:
         raise CaseError(
             str(file), f"has an invalid spacing: every value must be finite and above 0, got {tuple(spacing_mm)}"
+        )
+
+
+def _check_pixdim(file: Path) -> None:
+    """Check the spacing in a NIfTI header of all axes that are longer than one voxel.
+
+    Raises:
+        CaseError: If one is 0, NaN or infinite.
+    """
+    if not file.name.lower().endswith((".nii", ".nii.gz")):
+        return
+    with open(file, "rb") as raw:
+        packed = raw.read(2) == b"\x1f\x8b"
+    with gzip.open(file) if packed else open(file, "rb") as raw:
+        header = raw.read(NIFTI_HEADER_BYTES)
+    order = next((each for each in "<>" if struct.unpack_from(f"{each}i", header)[0] == NIFTI_HEADER_BYTES), None)
+    if order is None:
+        return  # NIfTI-2, or Analyze in disguise
+    axes, *sizes = struct.unpack_from(f"{order}8h", header, 40)
+    lengths = struct.unpack_from(f"{order}8f", header, 76)[1:]
+    used = [length for length, size in zip(lengths[: min(axes, 3)], sizes, strict=False) if size > 1]
+    if not all(np.isfinite(used)) or 0 in used:
+        wrong = tuple(float(f"{length:.6g}") for length in lengths[: min(axes, 3)])
+        raise CaseError(
+            str(file), f"has an invalid spacing in its header: pixdim (x, y, z) must be finite and not 0, got {wrong}"
         )
 
 
@@ -186,7 +220,7 @@ def check_size(file: Path, shape: Sequence[int], spacing_mm: Sequence[float]) ->
     if ending_of(file, PICTURE_ENDINGS):
         return
     longest_mm = longest_side_mm(shape, spacing_mm)
-    if not SHORTEST_MM <= longest_mm <= LONGEST_MM:
+    if not SHORTEST_MM <= longest_mm <= LONGEST_MM or min(spacing_mm) < THINNEST_MM:
         spacing = tuple(float(f"{mm:.6g}") for mm in spacing_mm)
         raise CaseError(
             str(file),

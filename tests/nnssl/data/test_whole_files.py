@@ -1,6 +1,7 @@
 """Truncated and damaged files are named, also where ITK returns wrong voxels without an error."""
 
 import gzip
+import struct
 import zlib
 
 import nibabel
@@ -9,7 +10,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 
 from nnssl.data.case_error import CaseError
-from nnssl.data.image_files import check_size, read_file_header, read_images, read_segmentation
+from nnssl.data.image_files import check_size, check_spacing, read_file_header, read_images, read_segmentation
 from nnssl.data.whole_files import check_whole
 
 SHAPE = (9, 14, 11)
@@ -156,6 +157,7 @@ def test_spacings_are_in_mm_whatever_the_unit_of_the_header(unit, length, reader
         ((1, 512, 512), (1.0, 1.0, 12.0), False),
         ((40, 512, 512), (1.0, 1.0, 12.0), False),
         ((40, 30, 20), (1e-5, 1e-5, 1e-5), False),
+        ((40, 30, 20), (3.0, 1e-30, 1.0), False),
         ((1, 1, 1), (3.0, 1.0, 1.0), True),
     ],
 )
@@ -168,3 +170,25 @@ def test_sizes_that_no_scan_has_are_refused(shape, spacing_mm, possible, tmp_pat
         check_size(path, shape, spacing_mm)
     assert error.value.file == str(path)
     check_size(tmp_path / "a.png", shape, spacing_mm)
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("length", [0.0, float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_a_spacing_that_readers_replace_is_refused(ending, length, order, tmp_path):
+    path = tmp_path / "a.nii"
+    nibabel.save(
+        nibabel.Nifti1Image(labels(), np.diag([1.2, 1.5, 3.0, 1]), nibabel.Nifti1Header(endianness=order)), path
+    )
+    content = bytearray(path.read_bytes())
+    struct.pack_into(f"{order}f", content, 84, length)
+    path = tmp_path / f"b{ending}"
+    path.write_bytes(gzip.compress(content) if ending == ".nii.gz" else content)
+    spacing_mm = read_images((path,), "SimpleITKIO")[1]["spacing"]
+    assert all(np.isfinite(spacing_mm))
+    assert min(spacing_mm) > 0  # without a word
+    with pytest.raises(CaseError, match=r"pixdim \(x, y, z\) must be finite and not 0, got \(1.2, "):
+        check_spacing(path, spacing_mm)
+    struct.pack_into(f"{order}f", content, 84, -1.5)  # a sign is no harm
+    path.write_bytes(gzip.compress(content) if ending == ".nii.gz" else content)
+    check_spacing(path, spacing_mm)
