@@ -6,12 +6,25 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from nnssl.errors import UserError
+
+MOST_NAME_BYTES = 255
+"""Largest length of a file name on all usual file systems, in bytes."""
+
+
+def temporary_path(path: Path) -> Path:
+    """Return the hidden name beside a file or folder under which this process writes it; no longer than a name may be."""
+    ending = f".{os.getpid()}.tmp"
+    name = f".{path.name}{ending}"
+    if len(bytes_of(name)) > MOST_NAME_BYTES:
+        name = f".{hashlib.blake2b(bytes_of(path.name), digest_size=16).hexdigest()}{ending}"
+    return path.with_name(name)
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -24,7 +37,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     Raises:
         UserError: If the file cannot be written (no space, no permission).
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(path)
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -53,7 +66,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: If the folder or a file in it cannot be written.
     """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary = temporary_path(folder)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
@@ -134,6 +147,29 @@ def read_names(path: Path) -> list[str]:
 def some(names: Sequence[str]) -> str:
     """Return the first three of a list of names, for a message."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def printable(path: Path | str) -> str:
+    r"""Return a path as text of one line that can be printed and written: other bytes than UTF-8 become ``\xe9``."""
+    text = bytes_of(path).decode("utf-8", "backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f]", lambda found: repr(found[0])[1:-1], text)
+
+
+def is_utf8(path: Path | str) -> bool:
+    """Return whether a path is UTF-8; ITK ends the process on any other."""
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def bytes_of(path: Path | str) -> bytes:
+    """Return a path as the file system has it."""
+    try:
+        return os.fsencode(path)
+    except UnicodeEncodeError:  # half a surrogate pair, as only JSON can contain
+        return str(path).encode("utf-8", "surrogatepass")
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -33,8 +33,13 @@ def prints() -> bool:
 
 def print_line(line: str) -> None:
     """Print one line and flush, so that pipes and log files receive it immediately; in the first process of torchrun only."""
-    if prints():
+    if not prints():
+        return
+    try:
         print(line, file=sys.stdout, flush=True)  # noqa: T201
+    except UnicodeEncodeError:  # a path that is not UTF-8, or any other than ASCII on an old terminal
+        encoding = sys.stdout.encoding or "ascii"
+        print(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout, flush=True)  # noqa: T201
 
 
 _handler = LineHandler()

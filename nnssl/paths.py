@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nnssl.environment import variables
 from nnssl.errors import UserError
+from nnssl.files import is_utf8, printable
 from nnssl.log import logger
 
 VARIABLES = {"raw": "nnUNet_raw", "preprocessed": "nnUNet_preprocessed", "results": "nnUNet_results"}
@@ -47,6 +48,10 @@ def resolve_folders() -> Folders:
             logger.info(f"{variable} is not set: using {folder}")
         else:
             folder = Path(value).expanduser().absolute()
+        if not is_utf8(folder):
+            raise UserError(
+                f"{variable}: {printable(folder)} has a path that is not UTF-8, which ITK cannot open; rename it"
+            )
         if name != "raw" or not value:
             make_writable(folder)
         folders[name] = folder

@@ -18,11 +18,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from nnssl.data.case_error import MOST_SET_ASIDE, CaseError, SetAside
+from nnssl.data.case_error import MOST_SET_ASIDE, CaseError, SetAside, ended_process
 from nnssl.data.contents import digest_files
 from nnssl.data.image_files import PICTURE_ENDINGS, ending_of, find_source_state, longest_side_mm
 from nnssl.data.jobs import follow_jobs, run_jobs
-from nnssl.data.raw import UNKNOWN_CHANNEL, RawDataset
+from nnssl.data.raw import UNKNOWN_CHANNEL, RawCase, RawDataset
+from nnssl.data.worker_pool import Death
 from nnssl.errors import UserError
 from nnssl.log import logger
 from nnssl.paths import Folders, make_writable
@@ -232,9 +233,13 @@ def _measure_cases(dataset: RawDataset, processes: int) -> list[MeasuredCase | S
         samples=max(1, SAMPLED_INTENSITIES // (len(dataset.cases) * len(dataset.channel_names))),
     )
     total = len(dataset.cases)
-    outcomes = run_jobs(work, dataset.cases, min(processes, total), None)
+    outcomes = run_jobs(work, dataset.cases, min(processes, total), None, _set_aside_dead)
     found = list(follow_jobs(outcomes, "measuring", "measured", total))
     return sorted(found, key=lambda each: each.case if isinstance(each, SetAside) else each.record.name)
+
+
+def _set_aside_dead(case: RawCase, death: Death) -> SetAside:
+    return SetAside(case.name, str(case.images[0]), ended_process(str(death)))
 
 
 def _split_dimensions(dataset: RawDataset, measured: list[MeasuredCase]) -> tuple[list[MeasuredCase], list[SetAside]]:

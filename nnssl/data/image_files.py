@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nnssl.data.case_error import CaseError, last_line
+from nnssl.data.case_error import CaseError, check_file, last_line
 from nnssl.data.dicom_series import DICOM_READER, SERIES_ENDING, find_slices, measure_series, read_series
 from nnssl.data.whole_files import check_whole, open_itk_header
 from nnssl.errors import UserError
@@ -139,7 +139,7 @@ def write_segmentation(file: Path, labels: np.ndarray, properties: dict[str, Any
         UserError: If the file cannot be written, or nnU-Net has no writer for images with this number of axes.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{file.name}.", suffix=".tmp", dir=file.parent) as folder:
+        with tempfile.TemporaryDirectory(prefix=".segmentation.", suffix=".tmp", dir=file.parent) as folder:
             with contextlib.redirect_stdout(io.StringIO()):
                 _find_reader(reader)().write_seg(labels, str(Path(folder) / file.name), properties)
             for path in sorted(Path(folder).iterdir(), key=lambda path: path.name == file.name):  # the file itself last
@@ -271,8 +271,7 @@ def read_file_header(file: Path, reader: str, is_segmentation: bool = False) -> 
     Raises:
         CaseError: If the header cannot be read.
     """
-    if not file.is_file():
-        raise CaseError(str(file), "does not exist")
+    check_file(file)
     if reader == DICOM_READER:
         return Header(1, *measure_series(read_series(file)))
     if reader.startswith("SimpleITKIO"):

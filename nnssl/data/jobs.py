@@ -11,20 +11,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from nnssl.data.case_error import last_line
+from nnssl.data.worker_pool import Death, run_in_workers
 from nnssl.errors import UserError
-from nnssl.interrupts import interrupts_blocked
 from nnssl.log import logger, prints
 
 J = TypeVar("J")
 R = TypeVar("R")
 
-JOBS_PER_PROCESS = 2
-"""Jobs submitted for each process: one that runs and one that waits."""
+JOBS_PER_THREAD = 2
+"""Jobs submitted for each thread of a cluster: one that runs and one that waits."""
 
 MOST_PROCESSES = 8
 """Default upper limit of processes. With more, memory usually runs out before cores do, so users must ask for them."""
@@ -48,7 +48,13 @@ def default_processes() -> int:
     return min(MOST_PROCESSES, usable_cores())
 
 
-def run_jobs(work: Callable[[J], R], jobs: Iterable[J], processes: int, dask_address: str | None) -> Iterator[R]:
+def run_jobs(
+    work: Callable[[J], R],
+    jobs: Iterable[J],
+    processes: int,
+    dask_address: str | None,
+    lost: Callable[[J, Death], R] | None = None,
+) -> Iterator[R]:
     """Yield the results of jobs in the order in which they finish.
 
     Args:
@@ -58,9 +64,10 @@ def run_jobs(work: Callable[[J], R], jobs: Iterable[J], processes: int, dask_add
         dask_address: Address of a Dask scheduler, such as ``tcp://host:8786``, to use instead of ``processes``; None for
             local processes. The workers of the cluster must have nnssl installed, see the same folders, and run one
             thread each.
+        lost: Returns the result of a job that ended the process that worked on it; None if such a job ends all.
 
     Raises:
-        UserError: If a process was killed, if no cluster answers, or if Dask is not installed.
+        UserError: If a job ended its process and ``lost`` is None, if no cluster answers, or if Dask is not installed.
         Exception: If ``work`` raises an exception; jobs that have not started are then dropped.
     """
     if dask_address is not None:
@@ -69,20 +76,7 @@ def run_jobs(work: Callable[[J], R], jobs: Iterable[J], processes: int, dask_add
     elif processes <= 1:
         yield from map(work, jobs)
     else:
-        context = multiprocessing.get_context("spawn")
-        executor = ProcessPoolExecutor(processes, mp_context=context, initializer=_start_process)
-        try:
-            yield from _run_some_at_a_time(executor, JOBS_PER_PROCESS * processes, work, jobs)
-        except BrokenProcessPool as error:
-            raise UserError(
-                f"one of {processes} processes was killed, most likely because memory ran out; use fewer processes"
-            ) from error
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):  # files are written completely or not at all
-            for process in list((executor._processes or {}).values()):
-                process.terminate()
-            raise
-        finally:
-            executor.shutdown(cancel_futures=True)
+        yield from run_in_workers(work, jobs, processes, _start_process, lost)
 
 
 def run_list(work: Callable[[J], R], jobs: Sequence[J], processes: int) -> Iterator[R]:
@@ -175,8 +169,7 @@ def _run_some_at_a_time(executor: Executor, limit: int, work: Callable[[J], R], 
     """Keep at most ``limit`` jobs submitted to an executor and yield results as they finish."""
     waiting: set[Future[R]] = set()
     for job in jobs:
-        with interrupts_blocked():  # submitting starts processes
-            waiting.add(executor.submit(work, job))
+        waiting.add(executor.submit(work, job))
         if len(waiting) >= limit:
             ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
             yield from (future.result() for future in ready)
@@ -219,11 +212,11 @@ def _open_cluster(address: str) -> Iterator[tuple[Executor, int]]:
             raise UserError(f"{address}: the Dask cluster has no workers; start some (dask worker {address})")
         executor = client.get_executor(pure=False)
         try:
-            yield executor, JOBS_PER_PROCESS * threads
+            yield executor, JOBS_PER_THREAD * threads
         except KilledWorker as error:
             raise UserError(
-                f"{address}: workers of the Dask cluster were killed, most likely because memory ran out; "
-                "run fewer of them on each machine"
+                f"{address}: workers of the Dask cluster died one after another ({last_line(error)}); see their logs, and run "
+                "fewer of them on each machine if memory ran out there"
             ) from error
         finally:
             executor.shutdown(wait=False)

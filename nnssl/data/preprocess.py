@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float32, Int
 
 from nnssl.data.body import body_mask
 from nnssl.data.bounding_box import find_box
-from nnssl.data.case_error import MOST_SET_ASIDE, TOO_LARGE, CaseError, SetAside, describe
+from nnssl.data.case_error import MOST_SET_ASIDE, TOO_LARGE, CaseError, SetAside, describe, ended_process
 from nnssl.data.case_store import (
     SCHEMA_VERSION,
     CaseProperties,
@@ -47,6 +47,7 @@ from nnssl.data.recipe import (
     find_sources,
     plan_targets,
 )
+from nnssl.data.worker_pool import Death
 from nnssl.draws import draw_seed
 from nnssl.errors import UserError
 from nnssl.files import some
@@ -139,7 +140,7 @@ def preprocess_dataset(
     processes = min(processes, len(jobs))
     outcomes: Iterable[SetAside | None] = ()
     if jobs:
-        outcomes = run_jobs(preprocess_case, jobs, processes, dask_address)
+        outcomes = run_jobs(preprocess_case, jobs, processes, dask_address, _set_aside_dead)
         outcomes = follow_jobs(outcomes, "preprocessing", "preprocessed", len(jobs))
     set_aside = sorted((outcome for outcome in outcomes if outcome is not None), key=lambda entry: entry.case)
     for entry in set_aside:
@@ -238,6 +239,10 @@ def _directions(case: RawCase, reader: str) -> str:
         return ""
     letters = read_file_header(case.images[0], reader).orientation[::-1]
     return letters if len(letters) == 3 and set(letters) <= set("LRAPSI") else ""
+
+
+def _set_aside_dead(job: Job, death: Death) -> SetAside:
+    return SetAside(job.case.name, str(job.case.images[0]), ended_process(str(death)))
 
 
 class PreprocessedVolume(NamedTuple):

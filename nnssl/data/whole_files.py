@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from nnssl.data.case_error import CaseError, last_line
+from nnssl.data.case_error import CaseError, check_file, last_line
 from nnssl.data.dicom_series import SERIES_ENDING, find_slices
 
 CHUNK_BYTES = 1 << 20
@@ -55,8 +55,7 @@ def check_whole(file: Path, trust_length: bool = False) -> None:
     Raises:
         CaseError: If the file is missing, truncated or damaged.
     """
-    if not file.is_file():
-        raise CaseError(str(file), "does not exist")
+    check_file(file)
     name = file.name.lower()
     try:
         if name.endswith((".nii", ".nii.gz")):

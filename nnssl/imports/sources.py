@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar
 
+from nnssl.data.case_error import NOT_UTF8
 from nnssl.data.dicom_series import DicomSeries
 from nnssl.data.image_files import VOLUME_ENDINGS, ending_of
 from nnssl.errors import ArgumentError, UserError
-from nnssl.files import some
+from nnssl.files import is_utf8, printable, some
 from nnssl.imports.dicom_slices import is_dicom
 from nnssl.schema import STRICT
 
@@ -92,16 +93,13 @@ class Found:
 
     def refuse(self, file: Path | str, reason: str) -> None:
         """Record a rejected file; the reason is worded so that the file is its subject."""
-        self.refused.append(Refusal(os.fsencode(file).decode("utf-8", "replace"), reason))
+        self.refused.append(Refusal(printable(file), reason))
 
     def refuse_name(self, file: Path) -> bool:
         """Reject a file if its path is not UTF-8, on which ITK would end the process; return whether it was rejected."""
-        try:
-            str(file).encode("utf-8")
-        except UnicodeEncodeError:
-            self.refuse(file, "has a path that is not UTF-8, so SimpleITK cannot open it; rename it")
-            return True
-        return False
+        if not is_utf8(file):
+            self.refuse(file, NOT_UTF8)
+        return not is_utf8(file)
 
 
 def check_choices(kind: str, choices: Choices) -> None:

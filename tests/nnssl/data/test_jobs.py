@@ -49,8 +49,10 @@ def test_an_error_of_a_job_comes_through(processes):
         list(run_jobs(fail_at_three, range(1000), processes, None))
 
 
-def test_a_killed_process_gives_one_clear_error():
-    with pytest.raises(UserError, match="one of 2 processes was killed, .* use fewer processes"):
+def test_a_killed_process_gives_one_error_that_names_job_and_signal():
+    with pytest.raises(
+        UserError, match=r"^3: the process that worked on it ended by signal 9 \(SIGKILL\); run the command"
+    ):
         list(run_jobs(die_at_three, range(10), 2, None))
 
 

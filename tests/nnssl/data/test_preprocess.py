@@ -529,6 +529,37 @@ def test_a_case_that_cannot_be_done_does_not_end_the_others(error, nnunet_folder
     assert len(complete_cases(scene.folder())) == 10
 
 
+def end_or_preprocess(job):
+    """Stands for a reader that ends the process on one image."""
+    if job.case.name == "case01":
+        os.abort()
+    return preprocess.preprocess_case(job)
+
+
+def test_a_case_that_ends_its_process_is_set_aside(nnunet_folders, monkeypatch):
+    scene = Scene(11)
+    outcomes = jobs.run_jobs
+    monkeypatch.setattr(preprocess, "run_jobs", lambda work, *others: outcomes(end_or_preprocess, *others))
+    report = scene.run(processes=2)
+    assert report.done == 10
+    (entry,) = report.set_aside
+    assert (entry.case, entry.reason) == ("case01", "ended the process that worked on it by signal 6 (SIGABRT)")
+    assert "memory" not in entry.reason
+    assert len(complete_cases(scene.folder())) == 10
+
+
+def test_a_name_of_240_bytes_is_stored(nnunet_folders):
+    """Temporary names and those of the files of a case are longer than that of the image, which has 252 bytes."""
+    scene = Scene(2)
+    long = "ä" * 100 + "n" * 40
+    (scene.images / "case00_0000.nii.gz").rename(scene.images / f"{long}_0000.nii.gz")
+    scene.measure()
+    assert scene.run().done == 2
+    assert complete_cases(scene.folder()) == ["case01", long]
+    assert max(len(os.fsencode(path.name)) for path in scene.folder().iterdir()) == 255
+    assert scene.run().skipped == 2
+
+
 def test_progress_is_said_in_lines_where_there_is_no_terminal(scene, monkeypatch):
     monkeypatch.setattr(jobs, "SECONDS_PER_LINE", 0.0)
     lines = []
