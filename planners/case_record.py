@@ -156,7 +156,7 @@ def digest_volume(volume: Float32[np.ndarray, "channel z y x"]) -> str:
 
 def summarise_intensities(values: np.ndarray) -> IntensityStatistics:
     """Return nnU-Net's statistics of intensities; percentiles of large arrays are computed on an even sample."""
-    low, median, high = np.percentile(spread_sample(values), (0.5, 50.0, 99.5))
+    low, median, high = np.percentile(spread_sample(values).astype(np.float64), (0.5, 50.0, 99.5))
     return IntensityStatistics(
         mean=float(values.mean(dtype=np.float64)),
         median=float(median),

@@ -9,7 +9,7 @@ labels; at most ``SAMPLED_INTENSITIES`` intensities are kept, whereas nnU-Net ke
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -46,6 +46,8 @@ SAMPLED_INTENSITIES = 4_000_000
 MOST_TIMES_AS_LONG = 300.0
 """Largest ratio of the longest sides of a case and of the median case. A header in m instead of mm gives a thousand; a whole body
 is 60 times as long as a hippocampus."""
+MOST_HU = 1e6
+"""Highest intensity of a CT image; metal is at 30,000, and 16 bits end at 65,535."""
 CT_AIR_SHARE = 0.01
 """Smallest share of voxels below ``CT_AIR_HU`` (air, also if clipped) with which a case looks like CT."""
 CT_CASES = 0.95
@@ -120,14 +122,15 @@ def extract_fingerprint(dataset: RawDataset, processes: int, sources: str | None
             measured.append(outcome)
     measured, odd = _split_dimensions(dataset, measured)
     measured, wrong = _split_sizes(dataset, measured)
-    set_aside = sorted(set_aside + odd + wrong, key=lambda entry: (entry.case, entry.file))
+    modalities = _judge_modalities(dataset, [entry.record for entry in measured]) if measured else ()
+    measured, impossible = _split_intensities(dataset, measured, modalities)
+    set_aside = sorted(set_aside + odd + wrong + impossible, key=lambda entry: (entry.case, entry.file))
     for entry in set_aside:
         logger.info(f"skipped {entry.case}: {entry.reason} ({entry.file})")
     for duplicate in duplicates:
         logger.info(f"skipped {duplicate.case}: it has the same voxels as {duplicate.same_as}")
     if not measured:
         raise UserError(_too_many(dataset.name, set_aside, len(set_aside) + len(duplicates)))
-    modalities = _judge_modalities(dataset, [entry.record for entry in measured])
     names = zip(dataset.channel_names, modalities, strict=True)
     return Fingerprint(
         schema_version=SCHEMA_VERSION,
@@ -271,6 +274,27 @@ def _split_sizes(dataset: RawDataset, measured: list[MeasuredCase]) -> tuple[lis
         )
         wrong.append(SetAside(entry.record.name, files[entry.record.name], reason))
     return kept, wrong
+
+
+def _split_intensities(
+    dataset: RawDataset, measured: list[MeasuredCase], modalities: Sequence[str]
+) -> tuple[list[MeasuredCase], list[SetAside]]:
+    """Reject CT images with intensities that are no Hounsfield units, since one would spoil the statistics for all."""
+    images = {case.name: case.images for case in dataset.cases}
+    kept, impossible = [], []
+    for entry in measured:
+        record = entry.record
+        highest = {
+            channel: record.intensities[channel].max for channel, modality in enumerate(modalities) if modality == CT
+        }
+        wrong = next((channel for channel, value in highest.items() if value > MOST_HU), None)
+        if wrong is None:
+            kept.append(entry)
+            continue
+        files = images[record.name]
+        reason = f"has intensities up to {highest[wrong]:.4g}, which are no Hounsfield units; correct them"
+        impossible.append(SetAside(record.name, str(files[min(wrong, len(files) - 1)]), reason))
+    return kept, impossible
 
 
 def _judge_modalities(dataset: RawDataset, records: list[CaseRecord]) -> tuple[str, ...]:

@@ -1,5 +1,7 @@
 """Separation of body and air in an image, from intensities only."""
 
+import math
+
 import numpy as np
 from jaxtyping import Bool, Float32
 from skimage.filters import threshold_otsu
@@ -9,6 +11,8 @@ HISTOGRAM_VOXELS = 1_000_000
 
 AIR_LEVEL = 0.2
 """Largest median of the dark class that still counts as air, as a fraction of the range from percentile 0.5 to 99.5."""
+CALCULABLE = (1e-12, 1e12)
+"""Largest absolute values of a channel, between which a thousand million squares can be added in float32."""
 MIXED_SPREAD = 0.06
 """Standard deviation of the dark class, as a fraction of the same range, above which the class is taken to contain both
 air and dim tissue."""
@@ -34,8 +38,9 @@ def body_mask(volume: Float32[np.ndarray, "channel z y x"]) -> Bool[np.ndarray, 
     Returns:
         Mask (z, y, x). It is never empty: for a volume without contrast, it is True everywhere.
     """
+    volume = scale_by_power_of_two(volume)
     first = volume[0]
-    values = spread_sample(first)
+    values = spread_sample(first).astype(np.float64)
     low, high = np.percentile(values, (0.5, 99.5))
     if high > low:
         values = np.clip(values, low, high)
@@ -47,6 +52,29 @@ def body_mask(volume: Float32[np.ndarray, "channel z y x"]) -> Bool[np.ndarray, 
             return first > threshold
     nonzero = np.any(volume != 0, axis=0)
     return nonzero if nonzero.any() else np.ones_like(nonzero)
+
+
+def scale_by_power_of_two(
+    volume: Float32[np.ndarray, "channel z y x"], largest_only: bool = False
+) -> Float32[np.ndarray, "channel z y x"]:
+    """Return a volume in which no channel is so extreme that its squares or differences leave the range of float32.
+
+    A channel whose largest absolute value lies outside ``CALCULABLE`` is multiplied by the power of two that brings this value
+    to between 0.5 and 1, which changes no digit. All others are returned as they are, and a volume without such channels is not
+    copied.
+
+    Args:
+        volume: Finite intensities (channel, z, y, x).
+        largest_only: Whether to leave small channels as they are.
+    """
+    result = volume
+    for channel, values in enumerate(volume):
+        largest = max(float(values.max()), -float(values.min()))
+        if largest > CALCULABLE[1] or (0 < largest < CALCULABLE[0] and not largest_only):
+            if result is volume:
+                result = volume.copy()
+            result[channel] = np.ldexp(values, -math.frexp(largest)[1])
+    return result
 
 
 def spread_sample(values: np.ndarray) -> np.ndarray:

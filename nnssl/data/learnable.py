@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float32
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
-from nnssl.data.body import AIR_LEVEL, spread_sample
+from nnssl.data.body import AIR_LEVEL, scale_by_power_of_two, spread_sample
 from nnssl.data.bounding_box import find_box
 
 LEARNABLE_VERSION = 1
@@ -63,6 +63,7 @@ def learnable_mask(
     Returns:
         Mask that is true inside the body. For a volume without contrast, it is true everywhere.
     """
+    volume = scale_by_power_of_two(volume)
     whole = np.zeros(volume.shape[1:], dtype=bool)
     constant = _constant_voxels(volume)
     if constant.all():

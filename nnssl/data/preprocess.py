@@ -36,6 +36,7 @@ from nnssl.data.exclusion import check_exclusion_mask, find_exclusion_masks, rea
 from nnssl.data.image_files import PICTURE_ENDINGS, ending_of, read_file_header
 from nnssl.data.jobs import follow_jobs, run_jobs
 from nnssl.data.learnable import learnable_mask, resample_mask
+from nnssl.data.normalise import normalise
 from nnssl.data.raw import RawCase, RawDataset, read_volume
 from nnssl.data.recipe import (
     FOREGROUND_POINTS,
@@ -292,7 +293,7 @@ def preprocess_volume(
     z_mm, y_mm, x_mm = [*old_spacing_mm[: 3 - len(recipe.spacing_mm)], *recipe.spacing_mm]
     box, nonzero = _find_nonzero(volume, any(recipe.use_mask_for_norm))
     volume = volume[(slice(None), *box)].astype(np.float32, order="C")
-    _normalise(volume, nonzero, recipe)
+    normalise(volume, nonzero, recipe)
     new_shape = compute_new_shape(volume.shape[1:], old_spacing_mm, (z_mm, y_mm, x_mm))
     resample = recursive_find_resampling_fn_by_name(recipe.resampling)
     result = resample(volume, new_shape, old_spacing_mm, (z_mm, y_mm, x_mm), **recipe.resampling_settings)
@@ -316,25 +317,6 @@ def _find_nonzero(
         _, mask, bounds = crop_to_nonzero(volume)
         return tuple(slice(*each) for each in bounds), mask[0]
     return find_box(mask), None
-
-
-def _normalise(
-    volume: Float32[np.ndarray, "channel z y x"], nonzero: Int[np.ndarray, "z y x"] | None, recipe: Recipe
-) -> None:
-    """Normalise each channel in place with the plan's scheme."""
-    import nnunetv2.preprocessing.normalization
-    from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
-
-    package = nnunetv2.preprocessing.normalization
-    for channel, scheme in enumerate(recipe.normalization_schemes):
-        cls = recursive_find_python_class(str(package.__path__[0]), scheme, package.__name__)
-        if cls is None:
-            raise UserError(f"nnU-Net has no normalisation scheme {scheme}; fix normalization_schemes in the plan")
-        normalization = cls(
-            use_mask_for_norm=recipe.use_mask_for_norm[channel],
-            intensityproperties=recipe.intensity_statistics[channel],
-        )
-        volume[channel] = normalization.run(volume[channel], nonzero)
 
 
 def draw_foreground(

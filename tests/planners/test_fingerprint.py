@@ -427,3 +427,54 @@ def test_what_one_image_makes_a_library_raise_does_not_end_the_others(folders, m
         "cannot be measured (KeyError: 'odd')",
         "cannot be measured (ZeroDivisionError: float division by zero)",
     ]
+
+
+# numbers
+
+
+@pytest.mark.parametrize("exponent", [40, 70, 110, -60, -110])
+def test_measurements_of_extreme_intensities_scale_with_them(folders, exponent):
+    """A power of two changes no digit, so the masks are the same and the statistics differ by that factor."""
+    folder = folders.raw / "Dataset501_Extreme"
+    volumes = [make_phantom(number, (16, 24, 20), (3.0, 1.5, 2.0))[0] for number in range(2)]
+    for number, volume in enumerate(volumes):
+        write_case(folder, f"a{number}", volume)
+        write_case(folder, f"b{number}", np.ldexp(volume, exponent))
+    with np.errstate(over="raise", invalid="raise"), lines_to(hush):
+        found = extract_fingerprint(read_dataset(501, folders, ("MRI",)), 1)
+    plain, extreme = found.cases[:2], found.cases[2:]
+    for one, other in zip(plain, extreme, strict=True):
+        assert other.foreground_share == one.foreground_share
+        for key in ("mean", "median", "std", "min", "max", "percentile_00_5", "percentile_99_5"):
+            expected = getattr(one.intensities[0], key) * 2.0**exponent
+            assert getattr(other.intensities[0], key) == pytest.approx(expected, rel=1e-9)
+
+
+def test_intensities_over_the_whole_range_of_float32_are_measured(folders):
+    folder = folders.raw / "Dataset501_Range"
+    volume = tissue(0)
+    write_case(folder, "a", np.where(volume > 500, np.float32(3e38), np.float32(-3e38)))
+    with np.errstate(over="raise", invalid="raise"), lines_to(hush):
+        (record,) = extract_fingerprint(read_dataset(501, folders, ("MRI",)), 1).cases
+    assert record.foreground_share == pytest.approx((volume > 500).mean())
+    assert record.intensities[0].mean == pytest.approx(3e38)
+
+
+def test_a_ct_image_with_impossible_intensities_is_set_aside(folders):
+    """Its one voxel would make the standard deviation of the data set, by which all cases are normalised, infinite."""
+    folder = folders.raw / "Dataset501_CT"
+    for number in range(4):
+        volume = make_phantom(number, (16, 24, 20), (3.0, 1.5, 2.0), "CT")[0]
+        if number == 2:
+            volume[8, 12, 10] = 1e30
+        write_case(folder, f"c{number}", volume)
+    with lines_to(hush):
+        found = extract_fingerprint(read_dataset(501, folders, ("CT",)), 1)
+        mri = extract_fingerprint(read_dataset(501, folders, ("MRI",)), 1)
+    assert [case.name for case in found.cases] == ["c0", "c1", "c3"]
+    (entry,) = found.set_aside
+    assert entry.case == "c2"
+    assert entry.file.endswith("c2_0000.nii.gz")
+    assert entry.reason == "has intensities up to 1e+30, which are no Hounsfield units; correct them"
+    assert found.foreground_intensity_properties_per_channel["0"].std < 2000
+    assert len(mri.cases) == 4  # where each case is normalised by itself

@@ -529,6 +529,87 @@ def test_a_case_that_cannot_be_done_does_not_end_the_others(error, nnunet_folder
     assert len(complete_cases(scene.folder())) == 10
 
 
+# numbers
+
+
+def cropped(volume):
+    """The box of voxels that are not 0."""
+    places = np.argwhere(volume.any(axis=0))
+    box = tuple(slice(low, high + 1) for low, high in zip(places.min(axis=0), places.max(axis=0), strict=True))
+    return volume[(slice(None), *box)]
+
+
+def expected_zscore(volume):
+    """Standardisation of the box of voxels that are not 0, in extended precision."""
+    values = cropped(volume).astype(np.longdouble)
+    return ((values - values.mean()) / values.std()).astype(np.float64)
+
+
+def normalised(volume, scheme="ZScoreNormalization", statistics=None):
+    """Normalise a volume at its own spacing, so that nothing is resampled."""
+    recipe = Recipe(
+        (0, 1, 2), (2.5, 0.9, 1.0), (scheme,), (False,), (statistics or {},), "resample_data_or_seg_to_shape",
+        {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None},
+    )  # fmt: skip
+    all_voxels = np.ones(volume.shape[1:], bool)
+    return preprocess.preprocess_volume(volume, all_voxels, all_voxels, (2.5, 0.9, 1.0), recipe).volume
+
+
+@pytest.mark.parametrize("factor", [1e-5, 1.0, 1e11, 1e15, 1e19, -1e30])
+@pytest.mark.parametrize("offset", [0.0, 1e4, 1e6])
+def test_standardisation_of_extreme_intensities(factor, offset):
+    """In float32, squares of 1e19 and more are infinite, and the mean of values near 1e6 is inexact."""
+    volume = ((make_phantom((9, 25, 31), 3) + offset) * factor).astype(np.float32)
+    with np.errstate(all="raise", under="ignore"):
+        found = normalised(volume)
+    np.testing.assert_allclose(found, expected_zscore(volume), atol=1e-3)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e19, 1e35])
+def test_rescaling_of_extreme_intensities(factor):
+    volume = make_phantom((9, 25, 31), 3).astype(np.float64) * factor
+    volume -= volume.max() / 2
+    found = normalised(volume.astype(np.float32), "RescaleTo01Normalization")
+    np.testing.assert_allclose(found, (volume - volume.min()) / (volume.max() - volume.min()), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "change", "reason"),
+    [
+        ("ZScoreNormalization", lambda volume: volume * 1e-18, "are all alike: nearly all lie within"),
+        ("ZScoreNormalization", "hot", "channel 0 after ZScoreNormalization has voxels that are all alike"),
+        ("RescaleTo01Normalization", "hot", "are all alike"),
+        ("CTNormalization", lambda volume: volume + 1e5, "are all alike: nearly all lie within 0;"),
+        ("NoNormalization", lambda volume: volume * 1e-9, "are all alike"),
+        ("NoNormalization", lambda volume: volume * 1e6, "float16 cannot represent"),
+    ],
+)
+def test_a_case_whose_normalised_voxels_are_alike_is_set_aside(scheme, change, reason, scene):
+    volume = make_phantom((9, 25, 31), 3).astype(np.float32)
+    if change == "hot":
+        volume[0, 4, 12, 15] = 1e30
+    else:
+        volume = change(volume)
+    statistics = {"mean": 300.0, "std": 100.0, "percentile_00_5": 0.0, "percentile_99_5": 900.0}
+    (target,) = plan_targets(scene.plan, scene.folders.preprocessed / NAME, ["3d_fullres"])
+    recipe = replace(target.recipe, normalization_schemes=(scheme,), intensity_statistics=(statistics,))
+    write_image(scene.images / "case00_0000.nii.gz", volume[0], (2.5, 0.9, 1.0))
+    case = next(case for case in scene.dataset.cases if case.name == "case00")
+    target.folder.mkdir(parents=True)
+    entry = preprocess.preprocess_case(preprocess.Job(case, scene.dataset.reader, (replace(target, recipe=recipe),)))
+    assert (entry.case, entry.file) == ("case00", str(case.images[0]))
+    assert reason in entry.reason
+    assert complete_cases(target.folder) == []
+
+
+def test_an_image_of_few_voxels_is_kept(scene):
+    """Nearly all voxels are 0, before as after, and standardisation changes that as little as nnU-Net's."""
+    volume = np.zeros((1, 9, 25, 31), np.float32)
+    volume[0, 0, 0, 0], volume[0, -1, -1, -1], volume[0, 4, 5, 6] = 3, 7, 5
+    found = normalised(volume)
+    np.testing.assert_allclose(found, expected_zscore(volume), atol=1e-4)
+
+
 def end_or_preprocess(job):
     """Stands for a reader that ends the process on one image."""
     if job.case.name == "case01":
