@@ -103,7 +103,7 @@ def prepare_source(study: Study) -> list[str]:
     if study.source is None:
         return []
     used = {each.configuration for each in study.pretrainings.values()} | {study.configuration}
-    return prepare_cases(study.plan, used, study.folders)
+    return prepare_cases(study.source.plan, used, study.folders)
 
 
 def pretrain_arms(study: Study, part: Part) -> None:
