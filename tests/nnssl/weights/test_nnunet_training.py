@@ -134,7 +134,7 @@ def test_the_card_of_a_model_hub_claims_no_self_supervision(tmp_path, folders):
     assert "# nnU-Net, trained on Dataset291_Supervised" in card
     assert "nnUNetTrainer, fold 1, 2 epochs" in card
     assert "without labels" not in card
-    assert "self-supervised" not in card
+    assert "- self-supervised-learning" not in card
     assert "- nnU-Net\n---\n" in card
     assert read_json(path / "config.json", "description")["steps"] is None
 
