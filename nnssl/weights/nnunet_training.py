@@ -211,9 +211,8 @@ def _check_network(path: Path, weights: Mapping[str, Tensor], plans: dict[str, A
             with weightless():
                 network = build_network(_allowed(path, architecture), 1, 2, seed=0, initialise=False)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"{path}: nnU-Net cannot build the network of its plans ({type(error).__name__}: {error}); {ACCEPTED}"
-        ) from error
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        raise UserError(f"{path}: nnU-Net cannot build the network of its plans ({reason}); {ACCEPTED}") from error
     layers = dict(network.named_modules(remove_duplicate=False))
     first = next(each for each in network.modules() if isinstance(each, (nn.Conv2d, nn.Conv3d)))
     inputs = {f"{name}.weight" for name, layer in layers.items() if layer is first}

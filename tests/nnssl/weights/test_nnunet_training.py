@@ -267,6 +267,14 @@ def test_a_file_does_not_choose_what_is_called(tmp_path, key, value):
     refused(path, value, "must not choose what is imported")
 
 
+def test_a_network_that_cannot_be_built(tmp_path):
+    """The error of torch has several lines, the refusal one."""
+    path = tmp_path / "a.pth"
+    write_trained(path, unet("plain", 3), 3, ["CT"])
+    change_plans(path, lambda configuration, _: configuration["architecture"]["arch_kwargs"].update(n_stages=7))
+    refused(path, "nnU-Net cannot build the network of its plans")
+
+
 class Trap:
     """Makes a folder when it is unpickled by an unsafe reader."""
 
