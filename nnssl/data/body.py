@@ -38,7 +38,6 @@ def body_mask(volume: Float32[np.ndarray, "channel z y x"]) -> Bool[np.ndarray, 
     Returns:
         Mask (z, y, x). It is never empty: for a volume without contrast, it is True everywhere.
     """
-    volume = scale_by_power_of_two(volume)
     first = volume[0]
     values = spread_sample(first).astype(np.float64)
     low, high = np.percentile(values, (0.5, 99.5))

@@ -13,7 +13,7 @@ import numpy as np
 from nnssl.data.case_error import CaseError
 from nnssl.data.dataset_json import NO_LABELS
 from nnssl.data.dicom_series import SERIES_ENDING, measure_series
-from nnssl.data.image_files import Header, check_spacing, read_file_header
+from nnssl.data.image_files import Header, check_size, check_spacing, read_file_header
 from nnssl.data.whole_files import check_whole
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json, some, whole_folder, write_json
@@ -189,6 +189,7 @@ def _check_files(files: tuple[Path, ...], channels: int) -> Header:
             reason = f"has {header.channels} volume(s), but {channels // len(files)} per file are expected"
             raise CaseError(str(file), f"{reason}; split the file, or name a channel for each volume")
         check_spacing(file, header.spacing_mm)
+        check_size(file, header.shape, header.spacing_mm)
         headers.append(header)
     for file, header in zip(files, headers, strict=True):
         if header.shape != headers[0].shape or not np.allclose(header.spacing_mm, headers[0].spacing_mm):

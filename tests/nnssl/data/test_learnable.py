@@ -170,3 +170,14 @@ def test_resampling_takes_the_nearest_voxel(shape):
             centre = (place + 0.5) / wanted * length  # of the voxel, from the border of the field of view
             nearest.append(min(range(length), key=lambda voxel: (abs(voxel + 0.5 - centre), -voxel)))
         assert found[index] == mask[tuple(nearest)]
+
+
+@pytest.mark.parametrize("exponent", [70, 119, -110])
+def test_the_mask_does_not_depend_on_the_unit_of_intensities(exponent):
+    """Sums of blocks of extreme intensities would leave the range of float32."""
+    volume = make_body()[0][None]
+    with np.errstate(over="raise", invalid="raise"):
+        found = learnable_mask(np.ldexp(volume, exponent), (1.0, 1.0, 1.0))
+    expected = learnable_mask(volume, (1.0, 1.0, 1.0))
+    assert 0 < expected.mean() < 1
+    np.testing.assert_array_equal(found, expected)
