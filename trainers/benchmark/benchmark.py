@@ -13,7 +13,7 @@ from trainers.benchmark.estimate import describe_estimate
 from trainers.benchmark.run import describe_matrix, parse_part, prepare_source, run_study, study_folder
 from trainers.benchmark.settings import StudySettings
 from trainers.benchmark.study import Study, prepare_study
-from trainers.finetuning.labelled_data import check_labels_of
+from trainers.finetuning.label_checks import check_labels_of
 
 if TYPE_CHECKING:
     import torch

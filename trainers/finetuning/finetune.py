@@ -190,12 +190,7 @@ def _make_task_alone(
         else ((), None)
     )
     of_this_dataset = others if source is None else ()
-    labels = read_json(folders.raw / dataset_name / "dataset.json", "dataset.json of a labelled data set")
-    keeps_head = settings.mode != "linear" and origin.keeps_head(labels)
-    if keeps_head:
-        logger.info(
-            f"The segmentation layers are kept, because the weights were trained with the labels of {dataset_name}"
-        )
+    keeps_head = settings.mode != "linear" and _keeps_head(origin, dataset_name, folders)
     schedule = schedule_from(settings, network_kind(network), pretrained=True, head=keeps_head)
     _check_processes(settings, schedule.batch_size or planned["batch_size"], dataset_name, folders)
     needed = (*split.cases, *of_this_dataset)
@@ -229,6 +224,16 @@ def _make_task_alone(
         save_probabilities=settings.save_probabilities,
         contents=contents,
     )
+
+
+def _keeps_head(origin: OpenedCheckpoint, dataset_name: str, folders: Folders) -> bool:
+    """Return whether the segmentation layers of supervised weights are kept, and say so."""
+    keeps = origin.keeps_head(read_labelled_json(folders.raw / dataset_name / "dataset.json"))
+    if keeps:
+        logger.info(
+            f"The segmentation layers are kept, because the weights were trained with the labels of {dataset_name}"
+        )
+    return keeps
 
 
 def _check_no_cascade(

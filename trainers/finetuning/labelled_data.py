@@ -13,7 +13,6 @@ from nnssl.data.case_error import last_line
 from nnssl.data.contents import Content, changed_cases, describe_changes, read_contents, write_contents
 from nnssl.data.dataset_json import read_labelled_json
 from nnssl.data.jobs import follow_jobs, run_list
-from nnssl.data.label_files import LabelFile, check_labels
 from nnssl.data.raw import RawDataset
 from nnssl.errors import ArgumentError, UserError
 from nnssl.evaluation.segmentation_files import case_name
@@ -31,6 +30,7 @@ from trainers.finetuning.case_contents import (
     labelled_files,
     write_record,
 )
+from trainers.finetuning.label_checks import check_labels_of, choose_reader
 
 REFERENCES = "gt_segmentations"
 """nnU-Net's name of the folder with copies of the labels, to which predictions are compared."""
@@ -140,52 +140,10 @@ def make_fingerprint(dataset_name: str, folders: Folders, processes: int) -> Pat
             extractor.run()
     except (RuntimeError, AssertionError, IndexError, ValueError, OSError) as error:  # as nnU-Net's readers raise them
         # only now, because a run may need few of the cases, all of which are read here
-        check_labels_of(None, dataset_name, _choose_reader(dataset_name, folders), folders, processes)
+        check_labels_of(None, dataset_name, choose_reader(dataset_name, folders), folders, processes)
         raise _failed(dataset_name, error, log) from error
     write_contents(record, contents)
     return path
-
-
-def check_labels_of(
-    cases: Sequence[str] | None, dataset_name: str, reader: str, folders: Folders, processes: int
-) -> None:
-    """Check that some cases of a labelled data set can be trained on; a file that has not changed is not read again.
-
-    Args:
-        cases: Names of the cases; None for all.
-        dataset_name: Name of the labelled data set.
-        reader: Name of nnU-Net's reader class.
-        folders: nnU-Net's folders.
-        processes: Number of worker processes.
-
-    Raises:
-        UserError: As ``nnssl.data.label_files.check_labels``.
-    """
-    content = read_labelled_json(folders.raw / dataset_name / "dataset.json")
-    files = [file for file in label_files(dataset_name, folders) if cases is None or file.case in set(cases)]
-    folder = make_writable(folders.preprocessed / dataset_name)
-    check_labels(files, content, dataset_name, reader, folder, processes)
-
-
-def label_files(dataset_name: str, folders: Folders) -> list[LabelFile]:
-    """Return the label files of a labelled data set with the images of their cases, sorted by case."""
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-
-    raw = folders.raw / dataset_name
-    found = get_filenames_of_train_images_and_targets(str(raw), read_labelled_json(raw / "dataset.json"))
-    return [
-        LabelFile(str(case), Path(files["label"]), tuple(map(Path, files["images"])))
-        for case, files in sorted(found.items())
-    ]
-
-
-def _choose_reader(dataset_name: str, folders: Folders) -> str:
-    """Return the name of the reader class that nnU-Net chooses for a labelled data set."""
-    from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-
-    content = read_labelled_json(folders.raw / dataset_name / "dataset.json")
-    example = label_files(dataset_name, folders)[0].images[0]
-    return determine_reader_writer_from_dataset_json(content, str(example), verbose=False).__name__
 
 
 def _failed(dataset_name: str, error: Exception, log: Path) -> ArgumentError:
