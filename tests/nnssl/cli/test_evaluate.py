@@ -128,9 +128,9 @@ def break_labels(folders):
             "contains the value 2, which is not a label",
         ),
         (
-            lambda f: (f / "dataset.json").write_text('{"labels": {"0": "background", "1": "liver"}}'),
+            lambda f: (f / "dataset.json").write_text('{"labels": {"background": 0, "liver": 1.5}}'),
             (),
-            "dataset.json: its labels are not in the format of nnU-Net v2",
+            'dataset.json: the label "liver" must have a whole number of at least 0 as its value, got 1.5',
         ),
         (lambda f: (f / "dataset.json").write_text('{"labels": {"background": 0}}'), (), "name no class but the"),
         (lambda f: None, ("--labels", "nowhere.json"), "nowhere.json: there is no such dataset.json"),

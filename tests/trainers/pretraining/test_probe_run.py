@@ -220,7 +220,7 @@ def test_wrong_probes_end_before_training(folders, tmp_path):
     for name in ("imagesTr", "labelsTr"):
         (folder / name).symlink_to(folders.raw / LABELLED / name)
     content = json.loads((folders.raw / LABELLED / "dataset.json").read_text())
-    content["labels"] = {"background": 0, "organs": [1, 2, 3, 4], "aorta": 4}
+    content |= {"labels": {"background": 0, "organs": [1, 2, 3, 4], "aorta": 4}, "regions_class_order": [1, 4]}
     (folder / "dataset.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"without regions, got .*, whose region organs"):
         prepare(raw=raw)
