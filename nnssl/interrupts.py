@@ -6,7 +6,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from multiprocessing.pool import Pool
 from types import FrameType
+from typing import Any
 
 from nnssl.log import prints
 
@@ -23,11 +26,31 @@ def interrupts_blocked() -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
+    resource_tracker.ensure_running()  # it would unblock the signal when it starts
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def pools_without_interrupts() -> Iterator[None]:
+    """Let pools that other libraries start inside a ``with`` block have workers that Ctrl-C does not reach.
+
+    Their processes then end with the pool, without a traceback of each.
+    """
+    start = Pool.__init__
+
+    def start_blocked(self: Any, *args: Any, **options: Any) -> None:
+        with interrupts_blocked():
+            start(self, *args, **options)
+
+    Pool.__init__ = start_blocked  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Pool.__init__ = start  # type: ignore[method-assign]
 
 
 def receive_interrupts() -> None:

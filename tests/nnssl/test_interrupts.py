@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,23 +13,30 @@ from nnssl.log import print_line
 from tests.waiting import HUNG_S, has_ended, wait_until
 
 ENDS = [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
-WORK = """
-import os, sys, time
+SCRIPT = """
+import os, multiprocessing, sys, time
 from pathlib import Path
 from nnssl.cli.command import CommandParser, add_verbose_argument, run_command
 from nnssl.data.jobs import run_jobs
+from nnssl.interrupts import pools_without_interrupts
 
 def work(job):
     Path(sys.argv[1], f"{os.getpid()}").touch()
     time.sleep(1800)
 
-def run(args):
+def run_in_jobs(args):
     list(run_jobs(work, range(100), 2, None))
+
+def run_in_pool(args):
+    with pools_without_interrupts(), multiprocessing.get_context("spawn").Pool(2) as pool:
+        pool.map(work, range(100))
 
 if __name__ == "__main__":
     parser = CommandParser("work")
     add_verbose_argument(parser)
-    sys.exit(run_command(parser, run, []))
+    sys.exit(run_command(parser, globals()[sys.argv[2]], []))
+elif sys.argv[3] == "starting":
+    work(0)  # a worker that takes long to import
 """
 
 
@@ -51,39 +57,24 @@ def test_a_command_that_is_stopped_while_it_imports_ends_with_one_line(tmp_path,
         assert ends(process) == (code, [f"nnssl_pretrain: {word}; run the same command again to resume"])
 
 
-def children_of(process: int) -> list[int]:
-    """Return the processes that were spawned by a process to do jobs."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == process and "spawn_main" in (path / "cmdline").read_text():
-                found.append(int(path.name))
-        except OSError:
-            continue
-    return found
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
+@pytest.mark.parametrize("function", ["run_in_jobs", "run_in_pool"])
 @pytest.mark.parametrize(
     ("moment", "signum", "code", "word"), [("starting", *ENDS[0]), ("working", *ENDS[0]), ("starting", *ENDS[1])]
 )
-def test_workers_end_without_a_word_when_their_command_is_stopped(tmp_path, moment, signum, code, word):
-    (tmp_path / "work.py").write_text(WORK)
-    (tmp_path / "begun").mkdir()
-    command = [sys.executable, str(tmp_path / "work.py"), str(tmp_path / "begun")]
+def test_workers_end_without_a_word_when_their_command_is_stopped(tmp_path, function, moment, signum, code, word):
+    (tmp_path / "work.py").write_text(SCRIPT)
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    command = [sys.executable, str(tmp_path / "work.py"), str(begun), function, moment]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
-        if moment == "working":
-            wait_until(lambda: len(list((tmp_path / "begun").iterdir())) == 2)
-        else:
-            wait_until(lambda: len(children_of(process.pid)) == 2)
-        workers = children_of(process.pid)
+        wait_until(lambda: len(list(begun.iterdir())) == 2 or process.poll() is not None)
         if signum == signal.SIGINT:
             os.killpg(process.pid, signum)  # as a terminal does
         else:
             process.send_signal(signum)
         assert ends(process) == (code, [f"work: {word}; run the same command again to resume"])
-        wait_until(lambda: all(map(has_ended, workers)))
+    wait_until(lambda: all(has_ended(int(path.name)) for path in begun.iterdir()))
 
 
 @pytest.mark.parametrize(("rank", "printed"), [("0", True), ("1", False)])

@@ -36,6 +36,7 @@ from nnssl.draws import draw_seed
 from nnssl.environment import variables
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import write_atomically
+from nnssl.interrupts import pools_without_interrupts
 from nnssl.log import logger
 from nnssl.tables import points
 from trainers.finetuning.arm_settings import ArmSettings
@@ -341,7 +342,7 @@ class FinetuneTrainer(nnUNetTrainer):
         planned = self.configuration_manager.configuration
         next_stage = planned.pop("next_stage", None)  # nnU-Net would look for the cascade's cases and predict them
         try:
-            with workers, predictions_followed(self, len(self.settings.test_cases)):
+            with workers, pools_without_interrupts(), predictions_followed(self, len(self.settings.test_cases)):
                 super().perform_actual_validation(save_probabilities)
         finally:
             nnunet_module.default_num_processes = before

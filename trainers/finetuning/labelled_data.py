@@ -17,6 +17,7 @@ from nnssl.data.raw import RawDataset
 from nnssl.errors import ArgumentError, UserError
 from nnssl.evaluation.segmentation_files import case_name
 from nnssl.files import read_json, some, write_json
+from nnssl.interrupts import pools_without_interrupts
 from nnssl.locks import only_process
 from nnssl.log import logger, printed_output_to
 from nnssl.paths import Folders, make_writable
@@ -137,7 +138,8 @@ def make_fingerprint(dataset_name: str, folders: Folders, processes: int) -> Pat
             extractor = DatasetFingerprintExtractor(dataset_name, processes)
             extractor.dataset_json = dataset_json
             extractor.show_progress_bar = sys.stderr.isatty()
-            extractor.run()
+            with pools_without_interrupts():
+                extractor.run()
     except (RuntimeError, AssertionError, IndexError, ValueError, OSError) as error:  # as nnU-Net's readers raise them
         # only now, because a run may need few of the cases, all of which are read here
         check_labels_of(None, dataset_name, choose_reader(dataset_name, folders), folders, processes)

@@ -386,7 +386,11 @@ def test_latest_weights(files, capsys, tmp_path, monkeypatch):
     folder = tmp_path / NAME / "model" / "fold_all"
     folder.mkdir(parents=True)
     shutil.copy(files["2d"], folder / "checkpoint_final.pth")
+    capsys.readouterr()
     run("embedding")
+    printed = capsys.readouterr().out.splitlines()
+    assert f"Newest finished pretraining: {folder / 'checkpoint_final.pth'}" in printed
+    assert "Slices are shown as stored, because the orientation of the images is not known" in printed
 
 
 def test_cases_and_points_that_are_not_there(files, capsys):

@@ -198,7 +198,7 @@ def test_when_a_probe_is_due(folders):
 def test_a_patient_is_on_one_side_only(folders, monkeypatch):
     names = ("p1_frame1", "p1_frame2", "p2_frame1", "p2_frame2", "p3_frame1")
     monkeypatch.setattr("trainers.pretraining.probe_run.find_labelled_cases", lambda *arguments: names)
-    monkeypatch.setattr("trainers.pretraining.probe_run.prepare_data", lambda *arguments: None)
+    monkeypatch.setattr("trainers.pretraining.probe_run.prepare_data", lambda *arguments: {})
     plan = read_plan(folders.preprocessed / SOURCE / "nnsslPlans.json")
     probe = prepare_probe(LABELLED, plan, "3d_fullres", folders, 1, None, 1)
     assert len({name.split("_")[0] for name in (*probe.train, *probe.test)}) == 2
