@@ -340,7 +340,7 @@ def test_nothing_of_the_users_is_replaced(tmp_path, folders):
         (tmp_path / "w.json", "a name that ends in .pth"),
         (tmp_path / "a.pth", "exists already and is not an earlier export"),
         (tmp_path / "user.pth", "exists already"),
-        (tmp_path / "a.pth" / "x.pth", "cannot be created"),
+        (tmp_path / "a.pth" / "x.pth", "not writable"),
     ]:
         (tmp_path / "user.pth").mkdir(exist_ok=True)
         with pytest.raises(UserError, match=message):
