@@ -63,16 +63,14 @@ def receive_interrupts() -> None:
 def ends_on_sigterm(name: str) -> Iterator[None]:
     """End this process on SIGTERM with one line, exit code 143 and what ``finally`` blocks do, inside a ``with`` block.
 
-    Processes that it forks end at once instead. A handler that was set before remains.
+    Processes that it forks have the system's default instead and end at once: a pool that terminates its workers would otherwise
+    wait forever for one whose signal came just before it blocked. A handler that was set before remains.
 
     Args:
         name: Name of the command, for the line.
     """
-    process = os.getpid()
 
     def end(signum: int, frame: FrameType | None) -> None:
-        if os.getpid() != process:
-            os._exit(TERMINATED)
         if prints():
             print(f"{name}: terminated; run the same command again to resume", file=sys.stderr, flush=True)  # noqa: T201
         raise SystemExit(TERMINATED)
@@ -81,7 +79,22 @@ def ends_on_sigterm(name: str) -> Iterator[None]:
         yield
         return
     signal.signal(signal.SIGTERM, end)
+    _of_this_process.append(end)
     try:
         yield
     finally:
+        _of_this_process.remove(end)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+_of_this_process: list[object] = []
+"""Handlers of SIGTERM that forked processes must not keep."""
+
+
+def _forget_handlers() -> None:
+    if signal.getsignal(signal.SIGTERM) in _of_this_process:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_handlers)

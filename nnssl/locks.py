@@ -29,6 +29,10 @@ RENEW_S = 20.0
 """Interval at which the holder of a lock renews it, far below the time for which network file systems cache times of files."""
 DEAD_S = 300.0
 """Time without renewal after which the holder on another machine counts as dead."""
+HIDDEN = "hidden"
+"""Start of a process that exists, but belongs to another user, and whose start the system hides."""
+UNREADABLE_S = 5.0
+"""Time after which a lock without content is told of, which a killed process may leave."""
 POLL_S = 0.5
 """Interval at which a waiting process looks again."""
 
@@ -105,12 +109,19 @@ def lock_of(folder: Path) -> Path:
 
 def _acquire(path: Path, folder: Path, me: Owner, wait: bool) -> None:
     told: Owner | None = None
+    unreadable_s = 0.0
     while not _create(path, me):
         holder = _read(path)
         if _is_dead(path, holder, me):
             _remove_dead(path, holder, me)
             continue
         if holder is None:  # being written, or deleted meanwhile
+            if unreadable_s < UNREADABLE_S <= unreadable_s + POLL_S:
+                text = f"{path}: is a lock that does not name its process; delete it if no other run works on {folder}"
+                if not wait:
+                    raise ArgumentError(text, "restart")
+                logger.info(text)
+            unreadable_s += POLL_S
             time.sleep(POLL_S)
             continue
         if not wait:
@@ -131,8 +142,12 @@ def _create(path: Path, me: Owner) -> bool:
         return False
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
-    with os.fdopen(descriptor, "w") as file:
-        json.dump(asdict(me), file)
+    try:
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(asdict(me), file)
+    except OSError as error:  # a full disk
+        path.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from error
     return True
 
 
@@ -147,7 +162,9 @@ def _read(path: Path) -> Owner | None:
 def _is_dead(path: Path, holder: Owner | None, me: Owner) -> bool:
     """Return whether the holder of a lock has ended, or has not renewed it for so long that it counts as dead."""
     if holder is not None and holder.machine and holder.machine == me.machine:
-        return _start_of(holder.process) != holder.started
+        started = _start_of(holder.process)
+        if started != HIDDEN:
+            return started != holder.started
     return _seconds_since_renewal(path) > DEAD_S
 
 
@@ -210,17 +227,22 @@ def _machine() -> str:
 
 
 def _start_of(process: int) -> str:
-    """Return the start of a process in ticks of the system, "running" where that is unknown; "ended" if it has ended."""
+    """Return the start of a process in ticks of the system, "running" on other systems than Linux; "ended" if it has ended."""
     if sys.platform == "linux":
         try:
             fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
         except OSError:
-            return "ended"
+            return HIDDEN if _exists(process) else "ended"
         return "ended" if fields[0] in ("Z", "X") else fields[19]
+    return "running" if _exists(process) else "ended"
+
+
+def _exists(process: int) -> bool:
+    """Return whether a process exists, also where /proc hides those of other users."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
-        return "ended"
-    except OSError:
-        return "running"
-    return "running"
+        return False
+    except OSError:  # of another user
+        return True
+    return True

@@ -108,7 +108,7 @@ DRAFTS = drafts.PropagationRecord(
 )
 DOWNLOAD = download.Download(download.SCHEMA_VERSION, "https://a/b.pth", None, None)
 LABELS = label_files.CheckedLabels(
-    label_files.SCHEMA_VERSION, "SimpleITKIO", {"a": label_files.CheckedLabel(((1, 2),), 1, (0, 1), ())}
+    label_files.SCHEMA_VERSION, "SimpleITKIO", {"a": label_files.CheckedLabel(((1, 2, 3),), 1, (0, 1), ())}
 )
 TIMES = cell_times.CellTimes(cell_times.SCHEMA_VERSION, 0.5, 30.0)
 

@@ -6,6 +6,7 @@ repeated here; a test compares them with the originals.
 
 import argparse
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -78,12 +79,18 @@ def run_command(
         if args.verbose:
             traceback.print_exc()
         message = error.with_flags(flags_of(parser)) if isinstance(error, ArgumentError) else str(error)
-        _print_end(f"{parser.prog}: error: {message}")
+        _print_error(f"{parser.prog}: error: {message}")
         return USER_ERROR
     except KeyboardInterrupt:
         _print_end(f"{parser.prog}: interrupted; run the same command again to resume")
         return INTERRUPTED
     return 0
+
+
+def _print_error(line: str) -> None:
+    """Print an error, in the first process of each machine, because data may be missing on one machine only."""
+    if prints() or os.environ.get("LOCAL_RANK") == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 def _print_end(line: str) -> None:

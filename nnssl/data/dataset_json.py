@@ -74,7 +74,19 @@ def read_labelled_json(path: Path) -> dict[str, Any]:
         UserError: If the file is missing or no dataset.json, lacks what nnU-Net needs for training, or names labels on which it
             cannot be trained.
     """
-    content = read_json(path, "dataset.json of a labelled data set")
+    return spell_labelled_json(read_json(path, "dataset.json of a labelled data set"), str(path))
+
+
+def spell_labelled_json(content: Any, path: str) -> dict[str, Any]:
+    """Return the content of the dataset.json of a labelled data set, spelt as nnU-Net requires.
+
+    Args:
+        content: Content of the file.
+        path: What is being read, for the error message.
+
+    Raises:
+        UserError: As ``read_labelled_json``.
+    """
     if not isinstance(content, dict):
         raise UserError(f"{path} must contain a JSON object ({{...}}), got {type(content).__name__}")
     for key in ("channel_names", "labels", "file_ending"):
@@ -83,16 +95,16 @@ def read_labelled_json(path: Path) -> dict[str, Any]:
     ending = content["file_ending"]
     if not isinstance(ending, str) or not ending.startswith("."):
         raise UserError(f'{path}: file_ending must be a text such as ".nii.gz", got {ending!r}; correct the file')
-    names = channel_names_in(content, str(path)) or ()
-    labels = read_labels(content, str(path))
-    check_trainable(labels, str(path))
+    names = channel_names_in(content, path) or ()
+    labels = read_labels(content, path)
+    check_trainable(labels, path)
     spelt = {
         **content,
         "channel_names": {str(channel): name for channel, name in enumerate(names)},
         "labels": labels,
     }
     spelt.pop("modality", None)
-    order = read_class_order(content, labels, str(path))
+    order = read_class_order(content, labels, path)
     return spelt if order is None else {**spelt, "regions_class_order": order}
 
 

@@ -6,6 +6,7 @@ Deviations: nnU-Net requires names as keys and whole numbers as values. Here, va
 names, numbers in quotation marks, a region of one value and a missing background are read too, and written as nnU-Net requires.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ BACKGROUND, IGNORE = "background", "ignore"
 def is_whole(value: Any) -> bool:
     """Return whether a value of a JSON file is a whole number, possibly in quotation marks."""
     if isinstance(value, str):
-        return value.strip().lstrip("+-").isdecimal()
+        return re.fullmatch(r"\s*[+-]?[0-9]+\s*", value) is not None
     return not isinstance(value, bool) and isinstance(value, (int, float)) and float(value).is_integer()
 
 

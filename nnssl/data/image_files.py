@@ -172,7 +172,7 @@ def check_spacing(file: Path, spacing_mm: Sequence[float]) -> None:
     itself is therefore read too.
 
     Raises:
-        CaseError: If it is not.
+        CaseError: If the spacing is impossible.
     """
     _check_pixdim(file)
     if not all(np.isfinite(spacing_mm)) or min(spacing_mm) <= 0:
@@ -215,7 +215,7 @@ def check_size(file: Path, shape: Sequence[int], spacing_mm: Sequence[float]) ->
         spacing_mm: Spacing (z, y, x) in mm.
 
     Raises:
-        CaseError: If it is not.
+        CaseError: If the size is impossible.
     """
     if ending_of(file, PICTURE_ENDINGS):
         return

@@ -47,8 +47,8 @@ class CheckedLabel:
 
     __pydantic_config__: ClassVar = STRICT
 
-    states: tuple[tuple[int, int], ...]
-    """Size in bytes and time of the last change in ns of the label file and of each image file."""
+    states: tuple[tuple[int, int, int], ...]
+    """Size in bytes, modification time and time of the last change in ns, of the label file and of each image file."""
     channels: int
     """Number of channels of the case."""
     values: tuple[int, ...]
@@ -127,6 +127,14 @@ def check_labels(
     _tell_absent(labels, {value for file in files for value in found[file.case].values}, dataset_name, len(files))
 
 
+def _states(file: LabelFile) -> tuple[tuple[int, int, int], ...]:
+    """Return size, modification time and time of the last change of a label file and its images.
+
+    The last one tells a file that was replaced by another of the same size and modification time.
+    """
+    return tuple((*find_source_state(each), each.stat().st_ctime_ns) for each in (file.label, *file.images))
+
+
 def examine_label(job: CheckJob) -> CheckedLabel | str:
     """Read one label file and compare it with its image.
 
@@ -135,7 +143,7 @@ def examine_label(job: CheckJob) -> CheckedLabel | str:
     """
     label, first = job.file.label, job.file.images[0]
     try:
-        states = tuple(find_source_state(each) for each in (label, *job.file.images))
+        states = _states(job.file)
         image = read_file_header(first, job.reader)
         segmentation, properties = read_segmentation(label, job.reader)
         own = read_file_header(label, job.reader, is_segmentation=True)
@@ -211,7 +219,7 @@ def _read_kept(path: Path, reader: str) -> CheckedLabels:
 
 def _is_current(kept: CheckedLabel | None, file: LabelFile) -> bool:
     try:
-        return kept is not None and kept.states == tuple(find_source_state(each) for each in (file.label, *file.images))
+        return kept is not None and kept.states == _states(file)
     except (OSError, CaseError):
         return False
 

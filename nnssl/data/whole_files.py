@@ -157,12 +157,12 @@ def _check_meta_image(file: Path, trust_length: bool) -> None:
         size = META_BYTES.get(kind) or META_BYTES.get(kind.removeprefix("U"))
         if size is None or fields.get("binarydata", "True").lower() == "false" or "headersize" in fields:
             return
-        values = _product(file, fields["dimsize"]) * int(fields.get("elementnumberofchannels", "1"))
+        values = _product(file, f"{fields['dimsize']} {fields.get('elementnumberofchannels', '1')}")
         if fields.get("compresseddata", "False").lower() != "true":
             _check_length(file, file.stat().st_size - raw.tell(), values * size)
             return
         packed = file.stat().st_size - raw.tell()
-        noted = int(fields.get("compresseddatasize", "0"))
+        noted = _product(file, fields.get("compresseddatasize", "0"))
         if packed < noted:
             raise CaseError(str(file), f"is truncated (has {packed} of {noted} compressed bytes)")
         if not (trust_length and noted):
@@ -258,7 +258,7 @@ def _product(file: Path, sizes: str) -> int:
     """Return the product of whole numbers that are separated by spaces.
 
     Raises:
-        CaseError: If one is none.
+        CaseError: If an entry is not a whole number.
     """
     if not re.fullmatch(r"\s*\d+(\s+\d+)*\s*", sizes):
         raise CaseError(str(file), f"has an unreadable header (sizes must be whole numbers, got {sizes!r})")

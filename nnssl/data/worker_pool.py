@@ -22,7 +22,7 @@ from nnssl.log import logger
 J = TypeVar("J")
 R = TypeVar("R")
 
-READY, RESULT, ERROR = "ready", "result", "error"
+READY, BEGUN, RESULT, ERROR = "ready", "begun", "result", "error"
 SECONDS_TO_END = 5.0
 
 
@@ -59,7 +59,9 @@ class _Worker(Generic[J]):
     connection: Any
     job: J
     is_ready: bool = False
-    """Whether the process has started, so that its end is the job's doing."""
+    """Whether the process has started."""
+    has_begun: bool = False
+    """Whether the process has received its job, so that its end is the job's doing."""
 
 
 @dataclass
@@ -72,6 +74,8 @@ class _Pool(Generic[J, R]):
     record: MemoryRecord
     workers: list[_Worker[J]] = field(default_factory=list)
     again: list[J] = field(default_factory=list)
+    was_ready: bool = False
+    """Whether any worker has started, so that starting is possible."""
 
     def begin(self, job: J) -> None:
         """Start a worker with its first job."""
@@ -102,7 +106,9 @@ class _Pool(Generic[J, R]):
                 yield from self._bury(worker, alone)
                 continue
             if kind == READY:
-                worker.is_ready = True
+                worker.is_ready = self.was_ready = True
+            elif kind == BEGUN:
+                worker.has_begun = True
             elif kind == ERROR:
                 raise value
             else:
@@ -113,14 +119,20 @@ class _Pool(Generic[J, R]):
         self.workers.remove(worker)
         worker.connection.close()
         worker.process.join()
-        death = Death(worker.process.exitcode, self.record.lack_of_memory(len(self.workers) + 1))
+        code = worker.process.exitcode
+        # only a kill from outside is what the system does where memory runs out
+        evidence = self.record.lack_of_memory(len(self.workers) + 1) if code == -signal.SIGKILL else ""
+        death = Death(code, evidence)
         name = name_of(worker.job)
-        if not worker.is_ready:
+        if not worker.is_ready and not (death.killed and self.was_ready and not alone):
             raise UserError(
                 f"a worker process could not start (it ended by {death}); a script that starts processes needs "
                 'if __name__ == "__main__"'
             )
-        if death.killed and not alone:
+        if not worker.has_begun and not alone:
+            logger.info(f"a process ended by {death} before it began {name}, which is done at the end")
+            self.again.append(worker.job)
+        elif death.killed and not alone:
             logger.info(f"{name}: the process that worked on it ended by {death}; it is repeated alone at the end")
             self.again.append(worker.job)
         elif self.lost is None:
@@ -189,7 +201,7 @@ def _run(pool: _Pool[J, R], jobs: Iterator[J], processes: int, alone: bool) -> I
                 more = False
                 pool.end(worker)
             elif worker is not None:
-                worker.job = job
+                worker.job, worker.has_begun = job, False
                 with contextlib.suppress(OSError):
                     worker.connection.send(job)
             yield result
@@ -204,6 +216,7 @@ def _serve(work: Callable[[J], R], start: Callable[[], None], connection: Any) -
             job = connection.recv()
         except EOFError:
             return
+        connection.send((BEGUN, None))
         try:
             answer: tuple[str, Any] = (RESULT, work(job))
         except Exception as error:

@@ -14,6 +14,7 @@ from typing import Any
 from nnssl.checkpoint import ACCEPTED
 from nnssl.errors import UserError
 from nnssl.networks.primus import INIT_VALUES, SCALE_ATTN_INNER
+from nnssl.weights.importable import check_architecture
 
 KEY = "nnssl_adaptation_plan"
 
@@ -261,6 +262,9 @@ def read_adaptation_plan(path: Path, content: Mapping[str, Any]) -> AdaptationPl
         spacing = first.get("spacing")
         recommended = plan.get("recommended_downstream_patchsize")
         network, kwargs, requires = _network(name, architecture, patch)
+        check_architecture(
+            path, {"network_class_name": network, "arch_kwargs": kwargs, "_kw_requires_import": requires}
+        )
         return AdaptationPlan(
             network_class=network,
             arch_kwargs=kwargs,

@@ -111,7 +111,7 @@ def parse_address(text: str) -> Address:
     """Read an address.
 
     Raises:
-        UserError: If it names no file, its checksum is none, or it is not encrypted and has no checksum.
+        UserError: If it names no file, its checksum is malformed, or it is not encrypted and has no checksum.
     """
     place, _, fragment = text.partition("#")
     checksum = re.fullmatch(r"sha256=([0-9a-fA-F]{64})", fragment)
@@ -162,8 +162,9 @@ def download(address: Address, folder: Path) -> Path:
     path = own / address.name
     record = own / f"{address.name}.json"
     with only_process(own, "downloading"):
-        if path.exists() and record.exists():
-            found = read_record(record).sha256
+        known = read_record(record).sha256 if path.exists() and record.exists() else None
+        if known is not None:
+            found = known
             logger.info(f"{address.given}: downloaded already, {path}")
         else:
             found = _download(address, path, record)
@@ -244,6 +245,13 @@ def _receive(address: Address, part: Path, record: Path) -> str | None:
         length = answer.headers.get("Content-Length")
         total = None if length is None else start + int(length)
         _check_size(address, total, part.parent, start)
+        if total is None and address.sha256 is None and answer.headers.get("Transfer-Encoding") != "chunked":
+            raise UserError(
+                f"{address.given}: the server does not say how large the file is, so a lost connection would not be noticed; "
+                f"append #sha256=CHECKSUM, or {STAND_IN}"
+            )
+        if not start:
+            part.unlink(missing_ok=True)  # bytes of another version must never follow the new record
         write(record, Download(SCHEMA_VERSION, address.url, tag, None))
         with open(part, "ab" if start else "wb") as file, _progress(start, total) as show:
             received = start

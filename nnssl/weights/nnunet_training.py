@@ -5,7 +5,6 @@ and decoder of such a file count as pretrained. Its network is built only from c
 names its classes, and a file from elsewhere must not choose what is imported.
 """
 
-import pydoc
 import re
 import warnings
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from nnssl.files import read_json
 from nnssl.networks.backbone import build_network, planned_configuration, weightless
 from nnssl.version import __version__
 from nnssl.weights.adaptation_plan import PLAIN, RESIDUAL
+from nnssl.weights.importable import check_architecture
 from nnssl.weights.tensor_names import SEGMENTATION, WRAPPERS
 
 SUPERVISED = "supervised"
@@ -27,12 +27,6 @@ SUPERVISED = "supervised"
 
 ARGUMENTS = ("plans", "configuration", "fold", "dataset_json")
 """Arguments of nnU-Net's trainer that are read from a checkpoint."""
-
-NETWORKS = ("dynamic_network_architectures.", "nnssl.networks.")
-"""Packages whose networks are built."""
-
-LAYERS = ("torch.nn.", "dynamic_network_architectures.")
-"""Packages whose layers a plan may name."""
 
 MOVED = {"PlainConvUNet": PLAIN, "ResidualEncoderUNet": RESIDUAL}
 """Present names of nnU-Net's networks, whose modules were called otherwise in earlier versions."""
@@ -151,29 +145,12 @@ def _current(path: Path, plans: dict[str, Any]) -> dict[str, Any]:
 
 def _allowed(path: Path, architecture: Any) -> dict[str, Any]:
     """Return an architecture with the present name of its network, of which nothing but nnU-Net and torch is imported."""
-    try:
+    named = architecture
+    if isinstance(architecture, dict) and "network_class_name" in architecture:
         name = str(architecture["network_class_name"])
-        arguments = architecture["arch_kwargs"]
-        layers = [arguments[key] for key in architecture["_kw_requires_import"] if arguments.get(key) is not None]
-    except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: its plans describe no network ({error!r}); {ACCEPTED}") from error
-    name = MOVED.get(name.rpartition(".")[2], name)
-    for each, packages in ((name, NETWORKS), *((str(layer), LAYERS) for layer in layers)):
-        if not _is_module_of(each, packages):
-            raise UserError(
-                f"{path}: was trained with {each}, which is not a network or layer of "
-                f"{' or '.join(package.rstrip('.') for package in packages)}, from which alone it may come, because a file must "
-                f"not choose what is imported; {ACCEPTED}"
-            )
-    return {**architecture, "network_class_name": name}
-
-
-def _is_module_of(name: str, packages: tuple[str, ...]) -> bool:
-    """Return whether a dotted name is that of a class of torch modules which one of the packages defines."""
-    if not name.startswith(packages):
-        return False
-    found = pydoc.locate(name)
-    return isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith(packages)
+        named = {**architecture, "network_class_name": MOVED.get(name.rpartition(".")[2], name)}
+    check_architecture(path, named)
+    return dict(named)
 
 
 def _with_channel_names(path: Path, dataset_json: dict[str, Any]) -> dict[str, Any]:

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from nnssl.checkpoint import ACCEPTED, Provenance, load_tensors, parse_provenance
+from nnssl.data.dataset_labels import Labels, read_class_order, read_labels
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import file_digest
 from nnssl.networks.backbone import build_network, planned_configuration
 from nnssl.networks.primus import architecture_of_patch
 from nnssl.plan import Plan, plan_from_dict
 from nnssl.weights.adaptation_plan import KEY, KEYS, AdaptationPlan, network_kind, read_adaptation_plan
+from nnssl.weights.importable import check_plans
 from nnssl.weights.nnunet_training import SUPERVISED, is_training, read_training
 from nnssl.weights.tensor_names import GATE, HEAD, SEGMENTATION, WRAPPERS, count_values, names_by_tensor
 
@@ -202,8 +204,11 @@ class OpenedCheckpoint:
         made = self.provenance
         if made is None or made.method != SUPERVISED or not (self.by_nnunet or made.pretrains(HEAD)):
             return False
-        keys = ("labels", "regions_class_order")
-        return all(made.dataset_json.get(key) == dataset_json.get(key) for key in keys)
+        try:
+            own, other = (_labels_of(each, str(self.path)) for each in (made.dataset_json, dataset_json))
+        except UserError:
+            return False
+        return own == other
 
     def head_for(self, dataset_json: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the segmentation layers if they can be kept for a data set, else an empty dictionary."""
@@ -307,12 +312,15 @@ def open_checkpoint(path: Path) -> OpenedCheckpoint:
     """Open a checkpoint of nnssl, of nnU-Net's training, or one made elsewhere, without executing anything in it.
 
     Raises:
-        UserError: If the file is missing, unsafe or damaged, a checkpoint of another version of nnssl, or a checkpoint of
-            nnU-Net's training without plans or with another network than theirs.
+        UserError: If the file is missing, unsafe or damaged, a checkpoint of another version of nnssl, a checkpoint of nnU-Net's
+            training without plans or with another network than theirs, or if its plans name other classes than networks and
+            layers (``nnssl.weights.importable``).
     """
     content = load_tensors(path)
     if "nnssl" in content:
-        return OpenedCheckpoint(path, content, parse_provenance(path, content))
+        provenance = parse_provenance(path, content)
+        check_plans(path, provenance.plans)
+        return OpenedCheckpoint(path, content, provenance)
     if KEY in content or EXPORT_KEY in content or not is_training(content):
         return OpenedCheckpoint(path, content, None)
     return OpenedCheckpoint(path, *read_training(path, content), by_nnunet=True)
@@ -380,3 +388,9 @@ def _checked_weights(path: Path, weights: Any) -> dict[str, Tensor]:
     if broken is not None:
         raise UserError(f"{path}: {broken} holds NaN or infinite values; take an earlier checkpoint")
     return dict(weights)
+
+
+def _labels_of(dataset_json: Mapping[str, Any], source: str) -> tuple[Labels, list[int] | None]:
+    """Return the labels of a dataset.json and the order of its regions, however they are spelt."""
+    labels = read_labels(dataset_json, source)
+    return labels, read_class_order(dataset_json, labels, source)

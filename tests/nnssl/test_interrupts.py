@@ -9,6 +9,7 @@ import pytest
 
 from nnssl.cli.command import CommandParser, add_verbose_argument, run_command
 from nnssl.errors import UserError
+from nnssl.interrupts import ends_on_sigterm
 from nnssl.log import print_line
 from tests.waiting import HUNG_S, has_ended, wait_until
 
@@ -90,3 +91,15 @@ def test_only_the_first_process_of_torchrun_prints(monkeypatch, capsys, rank, pr
     assert run_command(parser, fail, []) == 2
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == (("a line\n", "work: error: an error\n") if printed else ("", ""))
+
+
+def test_forked_processes_have_the_default_of_sigterm():
+    """nnU-Net's pools fork; a Python handler in a worker is not called while it waits for a lock, and its pool would hang."""
+    with ends_on_sigterm("command"):
+        assert callable(signal.getsignal(signal.SIGTERM))
+        child = os.fork()
+        if child == 0:
+            os._exit(signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL)
+        assert os.waitpid(child, 0)[1] == 0
+        assert callable(signal.getsignal(signal.SIGTERM))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

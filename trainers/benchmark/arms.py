@@ -144,13 +144,13 @@ def parse_arm(text: str) -> Arm:
     return Arm(text, head, tuple(stage.name for stage in find_method(head).stages), tuple(overrides))
 
 
-def _with_path(text: str, folders: Folders | None) -> str:
-    """Return an arm with the path of its file in place of the file's address."""
+def _parse_or_download(text: str, folders: Folders | None) -> Arm:
+    """Read an arm; weights that are given as an address are downloaded."""
     match = re.fullmatch(r"(?:([^:/=]+)=)?((?:https?|hf)://.+)", text)
     if match is None:
-        return text
+        return parse_arm(text)
     path = local_weights(match[2], folders)
-    return f"{match[1] or path.stem}={path}"
+    return Arm(name=match[1] or path.stem, checkpoint=path)
 
 
 def _parse_auto(text: str, options: Sequence[str]) -> Arm:
@@ -186,7 +186,7 @@ def parse_arms(texts: Sequence[str], folders: Folders | None = None) -> tuple[Ar
         ArgumentError: If an arm is wrong, or if two have the same name.
         UserError: If a checkpoint cannot be downloaded.
     """
-    arms = tuple(parse_arm(_with_path(text, folders)) for text in texts)
+    arms = tuple(_parse_or_download(text, folders) for text in texts)
     names = [arm.name for arm in arms]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice:

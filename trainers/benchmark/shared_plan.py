@@ -40,7 +40,7 @@ class SharedPlan:
         """Check that the plan has a configuration.
 
         Raises:
-            UserError: If it has not.
+            UserError: If the plan has no such configuration.
         """
         if self.pretraining is not None:
             self.pretraining.configuration(name)

@@ -3,6 +3,7 @@
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from nnssl.data.case_error import last_line
 from nnssl.data.contents import Content, changed_cases, describe_changes, read_contents, write_contents
-from nnssl.data.dataset_json import read_labelled_json
+from nnssl.data.dataset_json import read_labelled_json, spell_labelled_json
 from nnssl.data.jobs import follow_jobs, run_list
 from nnssl.data.raw import RawDataset
 from nnssl.errors import ArgumentError, UserError
@@ -69,13 +70,11 @@ def _prepare(
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     folder = folders.preprocessed / dataset_name
-    labels_changed = _copy_dataset_json(folders.raw / dataset_name / "dataset.json", folder / "dataset.json")
     data = folder / PlansManager(plan.content).get_configuration(configuration).data_identifier
     log = folder / "nnssl_finetune_log.txt"
     check_labels_of(cases, dataset_name, plan.content["image_reader_writer"], folders, processes)
+    _copy_dataset_json(folders.raw / dataset_name / "dataset.json", folder / "dataset.json", plan)
     make_fingerprint(dataset_name, folders, processes)
-    if labels_changed and data.exists():
-        shutil.rmtree(data)
     known = labelled_files(dataset_name, folders)
     files = {case: known[case] for case in cases}
     contents = find_contents(dataset_name, files, folders, processes)
@@ -359,11 +358,23 @@ def _remove_case(output: Path) -> None:
         output.with_name(f"{output.name}{ending}").unlink(missing_ok=True)
 
 
-def _copy_dataset_json(raw: Path, copy: Path) -> bool:
-    """Copy dataset.json as nnU-Net's planning does; return whether data preprocessed with the old one are outdated."""
+def _copy_dataset_json(raw: Path, copy: Path, plan: AdoptedPlan) -> None:
+    """Copy dataset.json as nnU-Net's planning does, after deleting data of the plan that were preprocessed with other labels.
+
+    What the keys mean is compared, not how they are spelt, because nnU-Net copies the file as it is.
+    """
     content = read_labelled_json(raw)
     before = read_json(copy, "dataset.json") if copy.exists() else None
+    if before is not None and _meaning(before, copy) != _meaning(content, raw):
+        for configuration in plan.content["configurations"].values():
+            if "data_identifier" in configuration:
+                shutil.rmtree(copy.parent / configuration["data_identifier"], ignore_errors=True)
     if content != before:
         write_json(copy, content)
-    keys = ("labels", "channel_names", "regions_class_order")
-    return before is not None and any(content.get(key) != before.get(key) for key in keys)
+
+
+def _meaning(content: dict[str, Any], path: Path) -> list[Any]:
+    """Return what preprocessed cases depend on of a dataset.json."""
+    with suppress(UserError):  # what nnU-Net accepted before, but nnssl does not, counts as different
+        content = spell_labelled_json(content, str(path))
+    return [content.get(key) for key in ("labels", "channel_names", "regions_class_order")]

@@ -498,3 +498,22 @@ def test_command(tmp_path, nnunet_folders, capsys, monkeypatch):
         (tmp_path / "broken.pth").write_bytes(b"PK not a checkpoint")
         assert main([str(tmp_path / file)]) == 2
         assert file in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["adaptation plan", "nnssl"])
+def test_a_file_does_not_choose_what_is_called_when_its_network_is_built(tmp_path, folders, kind):
+    """A layer that is a function would be called with arguments from the file."""
+    path = exported(tmp_path, folders, "residual", out=tmp_path / "out.pth")
+    content = torch.load(path, weights_only=True)
+    if kind == "nnssl":
+        plan = content["nnssl"]["provenance"]["plans"]
+        architectures = [each["architecture"] for each in plan["configurations"].values() if "architecture" in each]
+    else:
+        del content["nnssl"]
+        architectures = [content[KEY]["architecture_plans"]]
+    for architecture in architectures:
+        architecture["arch_kwargs"] |= {"nonlin": "os.system", "nonlin_kwargs": {"command": f"touch {tmp_path}/called"}}
+    torch.save(content, path)
+    with pytest.raises(UserError, match="os.system, which is not a network or layer"):
+        open_checkpoint(path).check_tensors()
+    assert not (tmp_path / "called").exists()
