@@ -511,8 +511,8 @@ def test_a_file_does_not_choose_what_is_called_when_its_network_is_built(tmp_pat
     else:
         del content["nnssl"]
         architectures = [content[KEY]["architecture_plans"]]
-    for architecture in architectures:
-        architecture["arch_kwargs"] |= {"nonlin": "os.system", "nonlin_kwargs": {"command": f"touch {tmp_path}/called"}}
+    for each in architectures:
+        each["arch_kwargs"] |= {"nonlin": "os.system", "nonlin_kwargs": {"command": f"touch {tmp_path}/called"}}
     torch.save(content, path)
     with pytest.raises(UserError, match="os.system, which is not a network or layer"):
         open_checkpoint(path).check_tensors()
