@@ -161,8 +161,16 @@ def test_what_cannot_be_continued_is_received_again(server, folders, change):
     if change == "file":
         server.body, server.tag = BODY[::-1], '"two"'
     server.ranges, server.length = change != "no ranges", change != "no length"
-    path, _ = fetch(server.address, folders)
+    # without a length, a lost connection is only noticed by the checksum
+    checksum = f"#sha256={hashlib.sha256(server.body).hexdigest()}" if change == "no length" else ""
+    path, _ = fetch(f"{server.address}{checksum}", folders)
     assert path.read_bytes() == server.body
+
+
+def test_a_server_that_does_not_say_the_length_needs_a_checksum(server, folders):
+    server.length = False
+    assert "a lost connection would not be noticed; append #sha256=CHECKSUM" in refusal(server.address, folders)
+    assert not list(folders.results.rglob("weights.pth"))
 
 
 def test_a_partial_file_that_the_server_cannot_continue(server, folders):
@@ -196,15 +204,16 @@ def test_without_a_network(server, folders):
 @pytest.mark.parametrize("length", [True, False])
 def test_the_largest_size(server, folders, monkeypatch, length):
     server.length = length
+    address = f"{server.address}#sha256={hashlib.sha256(BODY).hexdigest()}"
     monkeypatch.setenv("NNSSL_LARGEST_DOWNLOAD_GB", "0.0005")
-    message = refusal(server.address, folders)
+    message = refusal(address, folders)
     assert "the limit is 0.0005; set NNSSL_LARGEST_DOWNLOAD_GB" in message
     for wrong in ("much", "nan", "-1"):
         monkeypatch.setenv("NNSSL_LARGEST_DOWNLOAD_GB", wrong)
         with pytest.raises(UserError, match=f"must be a number above 0, got {wrong}"), lines_to(lambda line: None):
-            local_weights(server.address, folders)
+            local_weights(address, folders)
     monkeypatch.delenv("NNSSL_LARGEST_DOWNLOAD_GB")
-    assert fetch(server.address, folders)[0].read_bytes() == BODY
+    assert fetch(address, folders)[0].read_bytes() == BODY
 
 
 def test_no_space(server, folders, monkeypatch):

@@ -91,7 +91,7 @@ def test_probabilities_are_added_to_a_finished_fold(run, monkeypatch):
 def test_an_ignore_label_needs_one_process(run, monkeypatch):
     content = read_json(run.folder / "raw" / DATASET / "dataset.json", "dataset.json")
     labels = {**content["labels"], "ignore": 9}
-    monkeypatch.setattr("trainers.finetuning.finetune.read_json", lambda path, what: {**content, "labels": labels})
+    monkeypatch.setattr("trainers.finetuning.finetune.read_labelled_json", lambda path: {**content, "labels": labels})
     with folders_set(run.folder), pytest.raises(ArgumentError, match="num_gpus must be 1 for Dataset004_Phantoms"):
         finetune(4, run.weights, replace(SETTINGS, folds=(0,), num_gpus=2, batch_size=2))
 
