@@ -78,7 +78,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "planners": {"nnssl.data", "nnssl.methods", "nnssl.momentum", "nnssl.networks", "nnssl.views"},
     "trainers": set(),
-    "trainers.precision": set(),
+    "trainers.precision": {"nnssl.networks"},
     "trainers.launch": set(),
     "trainers.pace": set(),
     "trainers.tracking": set(),

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nnssl.errors import UserError
+from nnssl.networks.strided import guard_strided
 
 VARIABLE = "NNSSL_PRECISION"
 FORMATS: dict[str, torch.dtype | None] = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,8 +48,11 @@ class Precision:
             spatial_dimensions: 2 or 3.
 
         Returns:
-            The same values; a module is changed in place.
+            The same values; a module is changed in place. In bfloat16 on the CPU, strided convolutions are guarded
+            (``nnssl.networks.strided``).
         """
+        if isinstance(value, nn.Module) and self.dtype is torch.bfloat16:
+            guard_strided(value)
         if not self.memory_format_channels_last:
             return value
         return value.to(memory_format=torch.channels_last if spatial_dimensions == 2 else torch.channels_last_3d)
