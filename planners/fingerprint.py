@@ -18,12 +18,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from nnssl.data.case_error import MOST_SET_ASIDE, CaseError, SetAside, ended_process
+from nnssl.data.case_error import MOST_SET_ASIDE, CaseError, SetAside
 from nnssl.data.contents import digest_files
 from nnssl.data.image_files import PICTURE_ENDINGS, ending_of, find_source_state, longest_side_mm
 from nnssl.data.jobs import follow_jobs, run_jobs
 from nnssl.data.raw import UNKNOWN_CHANNEL, RawCase, RawDataset
-from nnssl.data.worker_pool import Death
 from nnssl.errors import UserError
 from nnssl.log import logger
 from nnssl.paths import Folders, make_writable
@@ -92,7 +91,9 @@ class Fingerprint:
         return frozenset(case.name for case in self.cases)
 
 
-def extract_fingerprint(dataset: RawDataset, processes: int, sources: str | None = None) -> Fingerprint:
+def extract_fingerprint(
+    dataset: RawDataset, processes: int, sources: str | None = None, dask_address: str | None = None
+) -> Fingerprint:
     """Measure every case of a data set.
 
     The result depends only on the data, not on the number of processes.
@@ -101,18 +102,19 @@ def extract_fingerprint(dataset: RawDataset, processes: int, sources: str | None
         dataset: Raw data set.
         processes: Number of worker processes; with 1 or fewer, this process does the work.
         sources: Digest of the files, from ``digest_sources``; None to take their sizes and times.
+        dask_address: Address of a Dask scheduler to use instead of ``processes``; None for local processes.
 
     Returns:
         The fingerprint.
 
     Raises:
-        UserError: If no case is usable, or a worker was killed.
+        UserError: If no case is usable, a worker was killed, or the cluster cannot be used.
     """
     measured: list[MeasuredCase] = []
     set_aside = list(dataset.set_aside)
     duplicates = []
     first_with: dict[str, str] = {}
-    for outcome in _measure_cases(dataset, processes):
+    for outcome in _measure_cases(dataset, processes, dask_address):
         if isinstance(outcome, SetAside):
             set_aside.append(outcome)
         elif outcome.record.digest in first_with:
@@ -148,7 +150,9 @@ def extract_fingerprint(dataset: RawDataset, processes: int, sources: str | None
     )
 
 
-def read_or_extract(dataset: RawDataset, folders: Folders, processes: int) -> Fingerprint:
+def read_or_extract(
+    dataset: RawDataset, folders: Folders, processes: int, dask_address: str | None = None
+) -> Fingerprint:
     """Return the stored fingerprint if it was made from the same files; otherwise extract and store it.
 
     It is stored as ``<nnUNet_preprocessed>/<data set>/nnssl_fingerprint.json``.
@@ -157,6 +161,7 @@ def read_or_extract(dataset: RawDataset, folders: Folders, processes: int) -> Fi
         dataset: Raw data set.
         folders: nnU-Net's folders.
         processes: See ``extract_fingerprint``.
+        dask_address: See ``extract_fingerprint``.
 
     Returns:
         The fingerprint.
@@ -177,7 +182,7 @@ def read_or_extract(dataset: RawDataset, folders: Folders, processes: int) -> Fi
                 logger.info(f"fingerprint of {dataset.name} read from {path}: the images have not changed")
                 return stored
             logger.info(f"{path} does not match the images of {dataset.name}: measuring them again")
-    fingerprint = extract_fingerprint(dataset, processes, sources)
+    fingerprint = extract_fingerprint(dataset, processes, sources, dask_address)
     write(path, fingerprint)
     return fingerprint
 
@@ -227,7 +232,7 @@ def digest_sources(dataset: RawDataset, digests: Mapping[Path, str] | None = Non
     return digest.hexdigest()
 
 
-def _measure_cases(dataset: RawDataset, processes: int) -> list[MeasuredCase | SetAside]:
+def _measure_cases(dataset: RawDataset, processes: int, dask_address: str | None) -> list[MeasuredCase | SetAside]:
     """Return the measurements of all cases, sorted by name."""
     work = partial(
         measure_case,
@@ -236,13 +241,13 @@ def _measure_cases(dataset: RawDataset, processes: int) -> list[MeasuredCase | S
         samples=max(1, SAMPLED_INTENSITIES // (len(dataset.cases) * len(dataset.channel_names))),
     )
     total = len(dataset.cases)
-    outcomes = run_jobs(work, dataset.cases, min(processes, total), None, _set_aside_dead)
+    outcomes = run_jobs(work, dataset.cases, min(processes, total), dask_address, _set_aside_dead)
     found = list(follow_jobs(outcomes, "measuring", "measured", total))
     return sorted(found, key=lambda each: each.case if isinstance(each, SetAside) else each.record.name)
 
 
-def _set_aside_dead(case: RawCase, death: Death) -> SetAside:
-    return SetAside(case.name, str(case.images[0]), ended_process(str(death)))
+def _set_aside_dead(case: RawCase, reason: str) -> SetAside:
+    return SetAside(case.name, str(case.images[0]), reason)
 
 
 def _split_dimensions(dataset: RawDataset, measured: list[MeasuredCase]) -> tuple[list[MeasuredCase], list[SetAside]]:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnssl.data.cluster import check_cluster
 from nnssl.data.jobs import default_processes
 from nnssl.data.preprocess import PreprocessReport, preprocess_dataset
 from nnssl.data.raw import RawDataset, find_dataset, leave_out, read_dataset
@@ -83,6 +84,8 @@ def _plan_and_preprocess(dataset: str | int, settings: PlanSettings, folders: Fo
             "exclude_mask",
             "no_preprocessing",
         )
+    if settings.dask_address is not None:
+        check_cluster(settings.dask_address)
     processes = default_processes() if settings.processes is None else settings.processes
     channels = settings.channel_names
     raw = read_dataset(dataset, folders, None if channels is None else tuple(channels))
@@ -97,7 +100,7 @@ def _plan_and_preprocess_raw(
 ) -> PreparedDataset:
     preset = choose_preset(settings.preset)
     around = None if settings.like is None else _find_nnunet_plan(settings.like, settings.like_plans, folders)
-    fingerprint = read_or_extract(raw, folders, processes)
+    fingerprint = read_or_extract(raw, folders, processes, settings.dask_address)
     plan = plan_pretraining(
         raw,
         fingerprint,

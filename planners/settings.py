@@ -28,7 +28,7 @@ class PlanSettings:
         exclude: File that lists cases to leave out, one name per line.
         exclude_mask: Folder of masks, one for each case, in whose nonzero voxels nothing may be learned; None for none.
         processes: Worker processes for reading and preprocessing; None for one per core, at most 8.
-        dask_address: Address of a Dask scheduler that preprocesses in place of local processes.
+        dask_address: Address of a Dask scheduler whose workers read and preprocess cases in place of local processes.
         methods: Methods whose stages are printed; None for all.
         preprocess: Whether to preprocess after planning.
         restart: Whether to repeat preprocessing that is already complete.

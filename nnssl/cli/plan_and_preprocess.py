@@ -101,7 +101,9 @@ def _add_data_arguments(parser: argparse.ArgumentParser) -> None:
         help="Folder of masks named <case> with the images' file ending; pretraining learns nothing from nonzero voxels.",
     )
     add_processes_argument(parser, "Worker processes for reading and preprocessing")
-    parser.add_argument("--dask", metavar="ADDRESS", help="Scheduler address of a Dask cluster to preprocess on.")
+    parser.add_argument(
+        "--dask", metavar="ADDRESS", help="Scheduler address of a Dask cluster to read and preprocess cases on."
+    )
     parser.add_argument("--no-preprocessing", action="store_true", help="Plan only; do not preprocess.")
 
 

@@ -11,28 +11,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from nnssl.data.case_error import last_line
-from nnssl.data.worker_pool import Death, run_in_workers
-from nnssl.errors import UserError
+from nnssl.data.cluster import run_on_cluster
+from nnssl.data.worker_pool import run_in_workers
 from nnssl.log import logger, prints
 
 J = TypeVar("J")
 R = TypeVar("R")
-
-JOBS_PER_THREAD = 2
-"""Jobs submitted for each thread of a cluster: one that runs and one that waits."""
 
 MOST_PROCESSES = 8
 """Default upper limit of processes. With more, memory usually runs out before cores do, so users must ask for them."""
 
 SECONDS_TO_START = 10.0
 """Approximate time in which worker processes import torch and nnU-Net."""
-
-DASK_TIMEOUT_S = 30
 
 SECONDS_PER_LINE = 30.0
 """Interval between progress messages if there is no terminal."""
@@ -53,7 +45,7 @@ def run_jobs(
     jobs: Iterable[J],
     processes: int,
     dask_address: str | None,
-    lost: Callable[[J, Death], R] | None = None,
+    lost: Callable[[J, str], R] | None = None,
 ) -> Iterator[R]:
     """Yield the results of jobs in the order in which they finish.
 
@@ -64,15 +56,15 @@ def run_jobs(
         dask_address: Address of a Dask scheduler, such as ``tcp://host:8786``, to use instead of ``processes``; None for
             local processes. The workers of the cluster must have nnssl installed, see the same folders, and run one
             thread each.
-        lost: Returns the result of a job that ended the process that worked on it; None if such a job ends all.
+        lost: Returns the result of a job that ended the process that worked on it, from the job and that reason; None if such a
+            job ends all.
 
     Raises:
         UserError: If a job ended its process and ``lost`` is None, if no cluster answers, or if Dask is not installed.
         Exception: If ``work`` raises an exception; jobs that have not started are then dropped.
     """
     if dask_address is not None:
-        with _open_cluster(dask_address) as (executor, limit):
-            yield from _run_some_at_a_time(executor, limit, work, jobs)
+        yield from run_on_cluster(work, jobs, dask_address, lost)
     elif processes <= 1:
         yield from map(work, jobs)
     else:
@@ -165,19 +157,6 @@ class CaseProgress:
             self._last = time.monotonic()
 
 
-def _run_some_at_a_time(executor: Executor, limit: int, work: Callable[[J], R], jobs: Iterable[J]) -> Iterator[R]:
-    """Keep at most ``limit`` jobs submitted to an executor and yield results as they finish."""
-    waiting: set[Future[R]] = set()
-    for job in jobs:
-        waiting.add(executor.submit(work, job))
-        if len(waiting) >= limit:
-            ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            yield from (future.result() for future in ready)
-    while waiting:
-        ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-        yield from (future.result() for future in ready)
-
-
 def _start_process() -> None:
     """Set up a worker process: use one thread, leave Ctrl-C to the parent, and end when the parent ends."""
     import torch
@@ -192,31 +171,3 @@ def _start_process() -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-@contextmanager
-def _open_cluster(address: str) -> Iterator[tuple[Executor, int]]:
-    """Connect to a Dask cluster and yield an executor and the number of jobs to keep submitted."""
-    try:
-        from distributed import Client, KilledWorker
-    except ImportError as error:
-        raise UserError("Dask is not installed; run pip install 'nnssl[dask]' or use local processes") from error
-    try:
-        client = Client(address, timeout=DASK_TIMEOUT_S)
-    except (OSError, ValueError, TimeoutError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{address}: no Dask scheduler answers ({reason}); start one or check the address") from error
-    with client:
-        threads = sum(client.nthreads().values())
-        if threads == 0:
-            raise UserError(f"{address}: the Dask cluster has no workers; start some (dask worker {address})")
-        executor = client.get_executor(pure=False)
-        try:
-            yield executor, JOBS_PER_THREAD * threads
-        except KilledWorker as error:
-            raise UserError(
-                f"{address}: workers of the Dask cluster died one after another ({last_line(error)}); see their logs, and run "
-                "fewer of them on each machine if memory ran out there"
-            ) from error
-        finally:
-            executor.shutdown(wait=False)

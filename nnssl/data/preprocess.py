@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float32, Int
 
 from nnssl.data.body import body_mask
 from nnssl.data.bounding_box import find_box
-from nnssl.data.case_error import MOST_SET_ASIDE, TOO_LARGE, CaseError, SetAside, describe, ended_process
+from nnssl.data.case_error import MOST_SET_ASIDE, TOO_LARGE, CaseError, SetAside, describe
 from nnssl.data.case_store import (
     SCHEMA_VERSION,
     CaseProperties,
@@ -48,7 +48,6 @@ from nnssl.data.recipe import (
     find_sources,
     plan_targets,
 )
-from nnssl.data.worker_pool import Death
 from nnssl.draws import draw_seed
 from nnssl.errors import UserError
 from nnssl.files import some
@@ -144,6 +143,8 @@ def preprocess_dataset(
         outcomes = run_jobs(preprocess_case, jobs, processes, dask_address, _set_aside_dead)
         outcomes = follow_jobs(outcomes, "preprocessing", "preprocessed", len(jobs))
     set_aside = sorted((outcome for outcome in outcomes if outcome is not None), key=lambda entry: entry.case)
+    for target in targets:
+        remove_leftovers(target.folder)  # of workers that were killed
     for entry in set_aside:
         logger.info(f"set aside {entry.case}: {entry.file} {entry.reason}")
     if len(set_aside) > MOST_SET_ASIDE * len(cases):
@@ -242,8 +243,8 @@ def _directions(case: RawCase, reader: str) -> str:
     return letters if len(letters) == 3 and set(letters) <= set("LRAPSI") else ""
 
 
-def _set_aside_dead(job: Job, death: Death) -> SetAside:
-    return SetAside(job.case.name, str(job.case.images[0]), ended_process(str(death)))
+def _set_aside_dead(job: Job, reason: str) -> SetAside:
+    return SetAside(job.case.name, str(job.case.images[0]), reason)
 
 
 class PreprocessedVolume(NamedTuple):

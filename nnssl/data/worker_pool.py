@@ -14,6 +14,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from nnssl.data.case_error import ended_process
 from nnssl.data.memory_record import MemoryRecord
 from nnssl.errors import UserError
 from nnssl.interrupts import interrupts_blocked
@@ -70,7 +71,7 @@ class _Pool(Generic[J, R]):
 
     work: Callable[[J], R]
     start: Callable[[], None]
-    lost: Callable[[J, Death], R] | None
+    lost: Callable[[J, str], R] | None
     record: MemoryRecord
     workers: list[_Worker[J]] = field(default_factory=list)
     again: list[J] = field(default_factory=list)
@@ -138,7 +139,7 @@ class _Pool(Generic[J, R]):
         elif self.lost is None:
             raise UserError(f"{name}: the process that worked on it ended by {death}; run the command again")
         else:
-            yield None, self.lost(worker.job, death)
+            yield None, self.lost(worker.job, ended_process(str(death)))
 
     def close(self) -> None:
         """End all workers at once."""
@@ -158,7 +159,7 @@ def run_in_workers(
     jobs: Iterable[J],
     processes: int,
     start: Callable[[], None],
-    lost: Callable[[J, Death], R] | None = None,
+    lost: Callable[[J, str], R] | None = None,
 ) -> Iterator[R]:
     """Yield the results of jobs in the order in which worker processes finish them.
 
@@ -170,7 +171,7 @@ def run_in_workers(
         jobs: Jobs, consumed as they are needed.
         processes: Number of workers, at least 1.
         start: Importable function that sets up a worker.
-        lost: Returns the result of a job that ended its worker; None if such a job ends all.
+        lost: Returns the result of a job that ended its worker, from the job and that reason; None if such a job ends all.
 
     Raises:
         UserError: If no worker can start, or if a job ended its worker and ``lost`` is None.

@@ -1,12 +1,10 @@
 import os
 import signal
-import sys
 
 import pytest
 
 from nnssl.data.jobs import run_jobs
 from nnssl.errors import UserError
-from tests.waiting import HUNG_S
 
 
 def double(job):
@@ -54,45 +52,3 @@ def test_a_killed_process_gives_one_error_that_names_job_and_signal():
         UserError, match=r"^3: the process that worked on it ended by signal 9 \(SIGKILL\); run the command"
     ):
         list(run_jobs(die_at_three, range(10), 2, None))
-
-
-@pytest.fixture
-def distributed(monkeypatch):
-    """Dask with timeouts that a busy machine does not reach."""
-    module = pytest.importorskip("distributed")
-    import dask
-
-    monkeypatch.setattr("nnssl.data.jobs.DASK_TIMEOUT_S", HUNG_S)
-    timeouts = {f"distributed.comm.timeouts.{name}": f"{HUNG_S}s" for name in ("connect", "tcp")}
-    with dask.config.set(timeouts):
-        yield module
-
-
-def test_a_dask_cluster_does_the_same(distributed):
-    with distributed.LocalCluster(
-        n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None
-    ) as cluster:
-        assert sorted(run_jobs(double, range(20), 1, cluster.scheduler_address)) == list(range(0, 40, 2))
-        with pytest.raises(UserError, match="three: is not wanted"):
-            list(run_jobs(fail_at_three, range(20), 1, cluster.scheduler_address))
-
-
-def test_a_cluster_without_workers_is_said(distributed):
-    with (
-        distributed.LocalCluster(n_workers=0, processes=False, dashboard_address=None) as cluster,
-        pytest.raises(UserError, match="the Dask cluster has no workers"),
-    ):
-        list(run_jobs(double, range(3), 1, cluster.scheduler_address))
-
-
-def test_a_wrong_address_is_said(monkeypatch):
-    pytest.importorskip("distributed")
-    monkeypatch.setattr("nnssl.data.jobs.DASK_TIMEOUT_S", 1)
-    with pytest.raises(UserError, match="tcp://127.0.0.1:9: no Dask scheduler answers"):
-        list(run_jobs(double, range(3), 1, "tcp://127.0.0.1:9"))
-
-
-def test_a_missing_dask_is_said(monkeypatch):
-    monkeypatch.setitem(sys.modules, "distributed", None)
-    with pytest.raises(UserError, match=r"pip install 'nnssl\[dask\]'"):
-        list(run_jobs(double, range(3), 1, "tcp://127.0.0.1:9"))

@@ -42,8 +42,8 @@ def die_if_not_alone(job, folder):
     return str(job)
 
 
-def note(job, death):
-    return f"{job} lost by {death}"
+def note(job, reason):
+    return f"{job} {reason}"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,10 @@ def test_only_the_job_that_ends_its_worker_is_lost(by, how, times, tmp_path):
     with lines_to(said.append):
         found = sorted(run_jobs(work, range(12), 2, None, note))
     assert found == sorted(
-        [*(str(job) for job in range(12) if job not in (3, 7)), f"3 lost by {how}", f"7 lost by {how}"]
+        [
+            *(str(job) for job in range(12) if job not in (3, 7)),
+            *(f"{job} ended the process that worked on it by {how}" for job in (3, 7)),
+        ]
     )
     starts = {int(path.name): len(path.read_text()) for path in tmp_path.iterdir()}
     assert starts == {job: times if job in (3, 7) else 1 for job in range(12)}
