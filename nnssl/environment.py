@@ -26,17 +26,20 @@ def variables(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def other_folders() -> list[Path]:
+    """Return the sorted folders in which MIC-DKFZ's package ``nnssl`` is found in this environment."""
+    folders = {Path(entry or ".").absolute() / "nnssl" for entry in sys.path} | {Path(__file__).parent}
+    return sorted(folder for folder in folders if any((folder / name).is_dir() for name in OTHER_FOLDERS))
+
+
 def other_nnssl() -> list[str]:
     """Return where MIC-DKFZ's package ``nnssl`` is found in this environment, as text for the user; empty if it is not.
 
     Both import as ``nnssl`` and have a command ``nnssl_plan_and_preprocess``, so one hides the other.
     """
-    own = Path(__file__).parent
-    folders = {Path(entry or ".").absolute() / "nnssl" for entry in sys.path}
-    found = {folder for folder in folders | {own} if any((folder / name).is_dir() for name in OTHER_FOLDERS)}
     commands = {
         f"command {command.name} ({command.value})"
         for command in entry_points(group="console_scripts")
         if command.value.startswith("nnssl.") and not command.value.startswith("nnssl.cli.")
     }
-    return [*sorted(map(str, found)), *sorted(commands)]
+    return [*map(str, other_folders()), *sorted(commands)]

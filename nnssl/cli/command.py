@@ -72,6 +72,7 @@ def run_command(
         SystemExit: After SIGTERM, with exit code 143.
     """
     args = parser.parse_args(argv)
+    _warn_of_other_package()
     try:
         with ends_on_sigterm(parser.prog):
             function(args)
@@ -82,9 +83,20 @@ def run_command(
         _print_error(f"{parser.prog}: error: {message}")
         return USER_ERROR
     except KeyboardInterrupt:
-        _print_end(f"{parser.prog}: interrupted; run the same command again to resume")
+        _print_once(f"{parser.prog}: interrupted; run the same command again to resume")
         return INTERRUPTED
     return 0
+
+
+def _warn_of_other_package() -> None:
+    """Print a warning if MIC-DKFZ's package is in the same environment. Only folders are looked for, which takes no time."""
+    from nnssl.environment import other_folders
+
+    for folder in other_folders():
+        _print_once(
+            f"Warning: MIC-DKFZ's package, also called nnssl, is in this environment ({folder}); one hides the other, so install "
+            "them in two environments"
+        )
 
 
 def _print_error(line: str) -> None:
@@ -93,8 +105,8 @@ def _print_error(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _print_end(line: str) -> None:
-    """Print why a command ends, in the first process of torchrun only."""
+def _print_once(line: str) -> None:
+    """Print a line to standard error, in the first process of torchrun only."""
     if prints():
         print(line, file=sys.stderr, flush=True)
 

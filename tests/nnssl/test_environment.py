@@ -4,6 +4,7 @@ import sys
 from importlib.metadata import EntryPoint
 
 from nnssl import environment
+from nnssl.cli.command import CommandParser, run_command
 from nnssl.cli.info import explain_installation
 from nnssl.environment import other_nnssl
 
@@ -17,6 +18,18 @@ def test_another_package_of_this_name_is_noticed(tmp_path, monkeypatch):
     (tmp_path / "nnssl" / "adaptation_planning").mkdir()
     assert str(tmp_path / "nnssl") in other_nnssl()
     assert any("Warning: MIC-DKFZ's package" in line and str(tmp_path) in line for line in explain_installation())
+
+
+def test_every_command_warns(tmp_path, monkeypatch, capsys):
+    parser = CommandParser("nnssl_any")
+    assert run_command(parser, lambda args: None, []) == 0
+    assert "MIC-DKFZ" not in capsys.readouterr().err
+    (tmp_path / "nnssl" / "training").mkdir(parents=True)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    assert run_command(parser, lambda args: None, []) == 0
+    shown = capsys.readouterr()
+    assert f"Warning: MIC-DKFZ's package, also called nnssl, is in this environment ({tmp_path / 'nnssl'})" in shown.err
+    assert shown.out == ""
 
 
 def test_its_commands_are_noticed(monkeypatch):
