@@ -187,8 +187,8 @@ def matches_figure(
             _show(axes, image, view, down_mm / across_mm, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
             _mark(axes, view, 0, (0, rows // 2, columns // 2), marker, colour)
         _head(row[0], f"place {_name(each.query_vox)}")
-        _head(row[1], f"embeddings: similarity {each.score:.2f}, cycle error {each.cycle_mm:.0f} mm")
-        _head(row[2], "same place in the body's box")
+        _head(row[1], f"by embeddings, similarity {each.score:.2f},\ncycle error {each.cycle_mm:.0f} mm")
+        _head(row[2], "by the place\nin the body's box")
     return figure
 
 
