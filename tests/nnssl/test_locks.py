@@ -1,5 +1,6 @@
 """Locks on folders: one process at a time, also after processes that were killed, on this machine and on others."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -114,6 +115,26 @@ def test_locks_of_one_process_can_be_nested(folder):
 def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot be written"), only_process(tmp_path / "none" / "results", "testing"):
         pass
+
+
+def test_a_lock_that_was_taken_over_meanwhile_is_not_deleted(folder):
+    """Between reading the lock of a dead process and deleting it, another process may have taken over."""
+    dead = leave_lock(folder, age_s=10 * locks.DEAD_S, host="node7", machine="other")
+    alive = leave_lock(folder, host="node8", machine="other")
+    locks._remove_dead(lock_of(folder), dead, locks._this_process("testing"))
+    assert locks._read(lock_of(folder)) == alive
+
+
+def test_a_full_disk_leaves_no_half_lock_behind(folder, monkeypatch):
+    def fill(content, file):
+        file.write("{")
+        file.flush()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(locks.json, "dump", fill)
+    with pytest.raises(UserError, match="No space left on device.*free space"), only_process(folder, "testing"):
+        pass
+    assert not list(folder.parent.iterdir())
 
 
 def count(folder: Path, times: int) -> None:

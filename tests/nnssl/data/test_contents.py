@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from nnssl import schema
 from nnssl.data import contents
 from nnssl.data.contents import (
     Content,
@@ -15,6 +16,7 @@ from nnssl.data.contents import (
     read_contents,
     write_contents,
 )
+from nnssl.data.dicom_series import SERIES_ENDING, DicomSeries, Slice
 from nnssl.paths import Folders, resolve_folders
 
 NAME = "Dataset007_Files"
@@ -78,13 +80,46 @@ def test_the_spacing_of_a_tiff_belongs_to_it(folders, tmp_path):
     assert (after[image] == middle[image], after[label] != middle[label]) == (True, True)
 
 
+def make_series(folder: Path, *slices: str) -> Path:
+    """Write slices and the series file that lists them."""
+    for number, content in enumerate(slices):
+        write(folder / f"slice{number}.dcm", content)
+    entries = tuple(Slice(f"slice{number}.dcm", len(content)) for number, content in enumerate(slices))
+    file = folder / f"a_0000{SERIES_ENDING}"
+    schema.write(file, DicomSeries(DicomSeries.__schema_version__, "1.2", "CT", "", str(folder), entries))
+    return file
+
+
+def test_slices_belong_to_their_series_and_a_byte_belongs_to_its_slice(folders, tmp_path):
+    series = make_series(tmp_path, "ab", "cd")
+    before = digest_files([series], NAME, folders)[series]
+    write(tmp_path / "slice1.dcm", "cX")
+    changed = digest_files([series], NAME, folders)[series]
+    assert changed != before
+    parts = [tmp_path / "one", tmp_path / "two"]
+    both = []
+    for first, second in (("ab", "c"), ("a", "bc")):
+        write(parts[0], first)
+        write(parts[1], second)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(contents, "_parts_of", lambda file: parts)
+            both.append(contents._digest_of(parts[0]))
+    assert both[0] != both[1]
+
+
 def test_the_digest_of_a_case_covers_names_bytes_and_order():
     first, second = Path("x/a_0000.nii"), Path("x/a_0001.nii")
     digests = {first: "1", second: "2"}
     whole = digest_together([first, second], digests)
     assert whole == digest_together([Path("y") / first.name, Path("y") / second.name],
                                     {Path("y") / first.name: "1", Path("y") / second.name: "2"})  # fmt: skip
-    others = (([second, first], digests), ([first, second], {**digests, second: "3"}), ([first, second], {first: "1"}))
+    renamed = Path("x/b_0001.nii")
+    others = (
+        ([first, renamed], {first: "1", renamed: "2"}),
+        ([second, first], digests),
+        ([first, second], {**digests, second: "3"}),
+        ([first, second], {first: "1"}),
+    )
     assert all(digest_together(*other) != whole for other in others)
 
 
