@@ -7,7 +7,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 COLLAPSED_RANK = 1.5
@@ -78,7 +78,9 @@ def effective_rank(embeddings: Float[Tensor, "sample d"]) -> Float[Tensor, ""]:
 
 
 @torch.no_grad()
-def retrieval_top1(a: Float[Tensor, "sample d"], b: Float[Tensor, "sample d"]) -> Float[Tensor, ""]:
+def retrieval_top1(
+    a: Float[Tensor, "sample d"], b: Float[Tensor, "sample d"], valid: Bool[Tensor, " sample"] | None = None
+) -> Float[Tensor, ""]:
     """Return the share of rows of ``a`` whose nearest row of ``b`` by cosine has the same index.
 
     It is ``1 / sample`` if all embeddings are equal, and 0 if there are none.
@@ -86,10 +88,14 @@ def retrieval_top1(a: Float[Tensor, "sample d"], b: Float[Tensor, "sample d"]) -
     Args:
         a: Embeddings in one view.
         b: Embeddings of the same voxels or patches in another view, in the same order.
+        valid: Which rows there are; the others neither ask nor answer. None for all.
     """
-    with torch.autocast(a.device.type, enabled=False):
-        similarity = F.normalize(a.float(), dim=1) @ F.normalize(b.float(), dim=1).T
     if not len(a):
         return torch.zeros((), device=a.device)
-    nearest = similarity.argmax(dim=1)
-    return (nearest == torch.arange(len(a), device=a.device)).float().mean()
+    with torch.autocast(a.device.type, enabled=False):
+        similarity = F.normalize(a.float(), dim=1) @ F.normalize(b.float(), dim=1).T
+    if valid is None:
+        valid = torch.ones(len(a), dtype=torch.bool, device=a.device)
+    nearest = similarity.masked_fill(~valid, -torch.inf).argmax(dim=1)
+    found = (nearest == torch.arange(len(a), device=a.device)) & valid
+    return found.sum() / valid.sum().clamp_min(1)

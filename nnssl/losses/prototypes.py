@@ -77,7 +77,8 @@ def prototype_loss(
     right = ((chances.argmax(dim=2) == target) & valid).sum(dim=1) / points.clamp_min(1)
     shares = chances.exp().unflatten(2, (-1, count))
     within = shares[torch.arange(batch, device=regions.device), :, own] * valid[..., None]
-    wanted = F.one_hot(regions.clamp_min(0), count) * valid[..., None]
+    # not one_hot, which reads the largest region and so waits for the device
+    wanted = (regions[..., None] == torch.arange(count, device=regions.device)) & valid[..., None]
     hits, sizes = (within * wanted).sum(dim=1), wanted.sum(dim=1)
     dice = 2 * hits / (within.sum(dim=1) + sizes).clamp_min(1e-6)
     present = sizes > 0

@@ -328,13 +328,13 @@ class PixelGlobal(PretextMethod):
         """Return monitors that show whether views are aligned, independently of the stabilizer."""
         every = self._every(answers)
         chosen = views.valid.flatten()[::every] > 0
-        first, second = ((side.flatten(0, 1)[::every][chosen] + 1e-6).log() for side in (answers, target))
+        first, second = ((side.flatten(0, 1)[::every] + 1e-6).log() for side in (answers, target))
         return {
             "voxel_cross_entropy": weighted_mean(per_point, views.valid),
             "target_entropy": weighted_mean(normalised_entropy(target), views.valid) * math.log(target.shape[-1]),
             "uncertainty": weighted_mean(uncertainty, views.valid),
             "valid_share": views.valid.mean(),
-            "head_retrieval": retrieval_top1(first, second),
+            "head_retrieval": retrieval_top1(first, second, chosen),
         }
 
     def parameter_groups(self) -> list[ParameterGroup]:

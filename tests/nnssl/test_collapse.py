@@ -42,6 +42,10 @@ def test_retrieval():
     assert retrieval_top1(a, half).item() == 0.5
     same = normal(1, 8).expand(40, -1)
     assert retrieval_top1(same, same).item() == pytest.approx(1 / 40)
+    valid = torch.arange(40) % 3 != 1
+    assert retrieval_top1(a, half, valid) == retrieval_top1(a[valid], half[valid])
+    assert retrieval_top1(same, same, valid).item() == pytest.approx(1 / int(valid.sum()))
+    assert retrieval_top1(a, a, torch.zeros(40, dtype=torch.bool)) == 0
 
 
 def test_warning_of_equal_and_of_all_but_equal_embeddings():
