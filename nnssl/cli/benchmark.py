@@ -196,6 +196,11 @@ def _add_study_arguments(parser: argparse.ArgumentParser) -> None:
         help="Do only part I of N, to share the work among jobs of a cluster (default: 1/1, everything).",
     )
     parser.add_argument(
+        "--dask",
+        metavar="ADDRESS",
+        help="Scheduler address of a Dask cluster whose workers pretrain the arms and fill the cells.",
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="Print the runs of the study, which of them are finished, and how long the rest takes.",
@@ -249,7 +254,13 @@ def _run(command: str, args: argparse.Namespace) -> None:
         print_next("the same command without --dry-run")
         return
     table = benchmark(
-        settings, name=args.name, part=args.part, device=args.device, processes=args.processes, command=command
+        settings,
+        name=args.name,
+        part=args.part,
+        dask_address=args.dask,
+        device=args.device,
+        processes=args.processes,
+        command=command,
     )
     if table is None:
         print_next(command)

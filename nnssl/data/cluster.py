@@ -19,6 +19,9 @@ R = TypeVar("R")
 JOBS_PER_THREAD = 2
 """Jobs submitted for each thread of a cluster: one that runs and one that waits."""
 
+GPU = "GPU"
+"""Name of the resource that workers declare."""
+
 TIMEOUT_S = 30
 """Time in which a scheduler must answer."""
 
@@ -40,7 +43,12 @@ def check_cluster(address: str) -> None:
 
 
 def run_on_cluster(
-    work: Callable[[J], R], jobs: Iterable[J], address: str, lost: Callable[[J, str], R] | None = None
+    work: Callable[[J], R],
+    jobs: Iterable[J],
+    address: str,
+    lost: Callable[[J, str], R] | None = None,
+    jobs_per_thread: int = JOBS_PER_THREAD,
+    gpus: int = 0,
 ) -> Iterator[R]:
     """Yield the results of jobs in the order in which the workers of a Dask cluster finish them.
 
@@ -50,6 +58,9 @@ def run_on_cluster(
         address: Address of a Dask scheduler, such as ``tcp://host:8786``. Its workers must have nnssl installed, see the same
             folders, and run one thread each.
         lost: Returns the result of a job that ended several workers, from the job and that reason; None if such a job ends all.
+        jobs_per_thread: Jobs submitted for each thread: 1 for few and long jobs.
+        gpus: Number of GPUs that a job needs. Where workers declare theirs (``dask worker --resources GPU=1``), jobs wait for
+            them; otherwise each thread of a worker is taken to have what a job needs.
 
     Raises:
         UserError: If no cluster answers, if the scheduler ends, if a job ended several workers and ``lost`` is None, or if Dask
@@ -58,7 +69,8 @@ def run_on_cluster(
     """
     with _connect(address) as (client, threads):
         again: list[J] = []
-        for job, result, error in _run(client, address, JOBS_PER_THREAD * threads, work, jobs):
+        needs = {GPU: gpus} if gpus and _declare_gpus(client) else None
+        for job, result, error in _run(client, address, jobs_per_thread * threads, work, jobs, needs):
             if error is None:
                 yield result
             else:
@@ -66,7 +78,7 @@ def run_on_cluster(
                     f"{name_of(job)}: {error.allowed_failures + 1} Dask workers died; it is repeated alone at the end"
                 )
                 again.append(job)
-        for job, result, error in _run(client, address, 1, work, again):
+        for job, result, error in _run(client, address, 1, work, again, needs):
             if error is None:
                 yield result
                 continue
@@ -95,8 +107,19 @@ def _connect(address: str) -> Iterator[tuple[Any, int]]:
         yield client, threads
 
 
+def _declare_gpus(client: Any) -> bool:
+    """Return whether a worker of the cluster says how many GPUs it has."""
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    return any(GPU in (worker.get("resources") or {}) for worker in workers)
+
+
 def _run(
-    client: Any, address: str, limit: int, work: Callable[[J], R], jobs: Iterable[J]
+    client: Any,
+    address: str,
+    limit: int,
+    work: Callable[[J], R],
+    jobs: Iterable[J],
+    needs: dict[str, int] | None = None,
 ) -> Iterator[tuple[J, Any, Any]]:
     """Keep at most ``limit`` jobs submitted; yield each with its result, or with the error that says that workers died."""
     from distributed import KilledWorker
@@ -107,7 +130,7 @@ def _run(
     try:
         while True:
             while len(waiting) < limit and (job := next(left, none)) is not none:
-                waiting[client.submit(work, job, pure=False)] = job  # type: ignore[assignment]
+                waiting[client.submit(work, job, pure=False, resources=needs)] = job  # type: ignore[assignment]
             if not waiting:
                 return
             for future in _wait_for_some(client, address, waiting):

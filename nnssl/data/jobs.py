@@ -4,17 +4,15 @@ Only a few jobs are submitted at a time and results are yielded as they finish, 
 number of jobs.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 from nnssl.data.cluster import run_on_cluster
-from nnssl.data.worker_pool import run_in_workers
+from nnssl.data.worker_pool import end_with_parent, run_in_workers
 from nnssl.log import logger, prints
 
 J = TypeVar("J")
@@ -163,11 +161,4 @@ def _start_process() -> None:
 
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent: Any = multiprocessing.parent_process()
-
-    def end_with_parent() -> None:
-        # otherwise a worker whose parent was killed would wait for jobs forever, after finishing one that a new run repeats
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()

@@ -5,8 +5,10 @@
 
 import contextlib
 import multiprocessing
+import os
 import pickle
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -73,6 +75,7 @@ class _Pool(Generic[J, R]):
     start: Callable[[], None]
     lost: Callable[[J, str], R] | None
     record: MemoryRecord
+    with_children: bool = False
     workers: list[_Worker[J]] = field(default_factory=list)
     again: list[J] = field(default_factory=list)
     was_ready: bool = False
@@ -82,8 +85,8 @@ class _Pool(Generic[J, R]):
         """Start a worker with its first job."""
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(self.work, self.start, theirs), daemon=True)
-        with interrupts_blocked():
+        process = context.Process(target=_serve, args=(self.work, self.start, theirs), daemon=not self.with_children)
+        with interrupts_blocked(), _may_start_processes():
             process.start()
         theirs.close()
         self.workers.append(_Worker(process, ours, job))
@@ -160,6 +163,7 @@ def run_in_workers(
     processes: int,
     start: Callable[[], None],
     lost: Callable[[J, str], R] | None = None,
+    with_children: bool = False,
 ) -> Iterator[R]:
     """Yield the results of jobs in the order in which worker processes finish them.
 
@@ -172,18 +176,43 @@ def run_in_workers(
         processes: Number of workers, at least 1.
         start: Importable function that sets up a worker.
         lost: Returns the result of a job that ended its worker, from the job and that reason; None if such a job ends all.
+        with_children: Whether workers start processes themselves; ``start`` should then call ``end_with_parent``.
 
     Raises:
         UserError: If no worker can start, or if a job ended its worker and ``lost`` is None.
         Exception: If ``work`` raises an exception; jobs that have not started are then dropped.
     """
-    pool: _Pool[J, R] = _Pool(work, start, lost, MemoryRecord())
+    pool: _Pool[J, R] = _Pool(work, start, lost, MemoryRecord(), with_children)
     try:
         yield from _run(pool, iter(jobs), processes, alone=processes == 1)
         again, pool.again = pool.again, []
         yield from _run(pool, iter(again), 1, alone=True)
     finally:
         pool.close()
+
+
+def end_with_parent() -> None:
+    """Have this worker process end when its parent ends, even if that is killed."""
+    parent: Any = multiprocessing.parent_process()
+
+    def wait_for_parent() -> None:
+        # otherwise a worker whose parent was killed would wait for jobs forever, after finishing one that a new run repeats
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _may_start_processes() -> Iterator[None]:
+    """Let a daemonic process, as workers of Dask are, start processes inside a ``with`` block; Python refuses this to them."""
+    settings: Any = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    before = settings.get("daemon")
+    settings["daemon"] = False
+    try:
+        yield
+    finally:
+        settings["daemon"] = before
 
 
 def _run(pool: _Pool[J, R], jobs: Iterator[J], processes: int, alone: bool) -> Iterator[R]:

@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from nnssl.data.cluster import check_cluster
 from nnssl.data.jobs import default_processes
 from nnssl.devices import find_device
+from nnssl.errors import ArgumentError
 from nnssl.log import logger
 from nnssl.paths import Folders, resolve_folders, use_folders
 from nnssl.study.table import StudyTable
@@ -24,6 +26,7 @@ def benchmark(
     *,
     name: str = "study",
     part: str = "1/1",
+    dask_address: str | None = None,
     device: "torch.device | str | None" = None,
     processes: int | None = None,
     folders: Folders | None = None,
@@ -37,6 +40,7 @@ def benchmark(
         settings: What to compare on which data.
         name: Name of the study's folder.
         part: ``"i/n"`` to run only the i-th of n parts, for example on a cluster.
+        dask_address: Address of a Dask scheduler whose workers pretrain the arms and fill the cells; None for this process.
         device: Device to train on; None for a GPU if one is available, else the CPU.
         processes: Worker processes for preprocessing and evaluation; None for one per core, at most 8.
         folders: nnU-Net's folders; None for those of the environment.
@@ -46,7 +50,8 @@ def benchmark(
         The table; None if cells of other parts are missing.
 
     Raises:
-        UserError: If settings, data, weights or plan do not fit one another, or a held-out case was seen in pretraining.
+        UserError: If settings, data, weights or plan do not fit one another, if a held-out case was seen in pretraining, or if
+            the cluster cannot be used.
 
     Examples:
         >>> table = nnssl.benchmark(settings, processes=1)
@@ -54,6 +59,14 @@ def benchmark(
         ['scratch', 'mine']
     """
     share = parse_part(part)
+    if dask_address is not None:
+        if share.count > 1:
+            raise ArgumentError(
+                f"part must not be given together with dask_address, whose workers do all parts, got {part}",
+                "part",
+                "dask_address",
+            )
+        check_cluster(dask_address)
     with use_folders(folders) as used:
         study = open_study(settings, device, processes, used)
         if prepare_source(study):
@@ -65,7 +78,9 @@ def benchmark(
             choose(arm, study.source)
         if study.undecided:
             study = open_study(settings, device, processes, used)
-        return run_study(study, study_folder(study, name), share, command or f"nnssl.benchmark({settings!r})")
+        return run_study(
+            study, study_folder(study, name), share, command or f"nnssl.benchmark({settings!r})", dask_address
+        )
 
 
 def preview(

@@ -35,6 +35,9 @@ from trainers.finetuning.result import FILE_NAME, read_result
 from trainers.pace import format_duration
 from trainers.pretraining.pretrain import prepare_cases
 
+LOG = "log.txt"
+"""Name of the file in a study's folder that receives the messages of fine-tuning."""
+
 
 @dataclass(frozen=True)
 class Part:
@@ -61,7 +64,9 @@ def parse_part(text: str) -> Part:
     return part
 
 
-def run_study(study: Study, folder: Path, part: Part, command: str) -> StudyTable | None:
+def run_study(
+    study: Study, folder: Path, part: Part, command: str, dask_address: str | None = None
+) -> StudyTable | None:
     """Run the unfinished rest of a study, or of a part of it, and write table and report once all cells are finished.
 
     Args:
@@ -69,18 +74,30 @@ def run_study(study: Study, folder: Path, part: Part, command: str) -> StudyTabl
         folder: Folder for ``study.json``, ``results.csv`` and ``report.html``.
         part: Part that this process runs.
         command: Command that repeats the study, printed in the report.
+        dask_address: Address of a Dask scheduler whose workers do all parts; None for this process.
 
     Returns:
         The table; None if cells of other parts are missing.
 
     Raises:
-        UserError: If weights, cases or finished cells do not fit.
+        UserError: If weights, cases or finished cells do not fit, if images or masks of finished weights were replaced, or if the
+            cluster cannot be used.
     """
     cells = StudyCells(study)
     write_json(make_writable(folder) / "study.json", describe_study(study, command))
-    pretrain_arms(study, part)
-    prepare_cells(study)
-    waiting = run_cells(cells, folder, part)
+    for arm, pretraining in study.pretrainings.items():
+        check_up_to_date(arm, pretraining, study.folders)
+    if dask_address is not None:
+        from trainers.benchmark.on_cluster import fill_on_cluster, pretrain_on_cluster
+
+        pretrain_on_cluster(study, dask_address)
+        prepare_cells(study)
+        fill_on_cluster(cells, folder / LOG, dask_address)
+        waiting = []
+    else:
+        pretrain_arms(study, part)
+        prepare_cells(study)
+        waiting = run_cells(cells, folder, part)
     missing = [cell for cell in study.cells if not cells.is_finished(cell)]
     if waiting:
         arms = ", ".join(sorted({cell.arm for cell in waiting}))
@@ -107,13 +124,7 @@ def prepare_source(study: Study) -> list[str]:
 
 
 def pretrain_arms(study: Study, part: Part) -> None:
-    """Pretrain those arms of a part that have no weights yet.
-
-    Raises:
-        UserError: If weights of an arm were pretrained on images or masks that were replaced since.
-    """
-    for arm, pretraining in study.pretrainings.items():
-        check_up_to_date(arm, pretraining, study.folders)
+    """Pretrain those arms of a part that have no weights yet."""
     for index, (arm, pretraining) in enumerate(study.pretrainings.items()):
         if pretraining.finished or not part.has(index):
             continue
@@ -142,7 +153,7 @@ def run_cells(cells: StudyCells, folder: Path, part: Part) -> list[CellKey]:
 
     Args:
         cells: Cells of the study.
-        folder: Folder for ``log.txt``, which receives the messages of fine-tuning.
+        folder: Folder for ``LOG``, which receives the messages of fine-tuning.
         part: Part that this process runs.
     """
     waiting = []
@@ -152,8 +163,8 @@ def run_cells(cells: StudyCells, folder: Path, part: Part) -> list[CellKey]:
             waiting.append(cell)
         elif not cells.is_finished(cell):
             started = perf_counter()
-            run_cell(cells, cell, folder / "log.txt")
-            logger.info(_describe_cell(cells, cell, perf_counter() - started, own))
+            run_cell(cells, cell, folder / LOG)
+            logger.info(describe_cell(cells, cell, perf_counter() - started, own))
     return waiting
 
 
@@ -216,7 +227,7 @@ def _write_line(file: TextIO, line: str) -> None:
     file.write(f"{line}\n")
 
 
-def _describe_cell(cells: StudyCells, cell: CellKey, seconds: float, own: Sequence[CellKey]) -> str:
+def describe_cell(cells: StudyCells, cell: CellKey, seconds: float, own: Sequence[CellKey]) -> str:
     """Return the line about a cell that was just filled: its Dice, that of scratch, and the duration of the rest."""
     done = sum(map(cells.is_finished, own))
     left = estimate_seconds(cells, [each for each in own if not cells.is_trained(each)])
