@@ -42,14 +42,18 @@ class Segmentation:
 def find_segmentations(folder: Path) -> dict[str, Path]:
     """Return the segmentations of a folder by case; hidden files and files of other kinds are skipped.
 
+    If the folder has a ``dataset.json``, as nnU-Net and ``nnssl_propagate`` write it beside segmentations, only files with the
+    file ending that it names count, so that a picture beside them is none.
+
     Raises:
         UserError: If the folder does not exist, contains no segmentation, or has two files for one case.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: this folder does not exist; check the path")
     found: dict[str, Path] = {}
+    ending = _named_ending(folder)
     for path in sorted(folder.iterdir()):
-        if path.name.startswith(".") or not path.name.lower().endswith(ENDINGS):
+        if path.name.startswith(".") or not path.name.lower().endswith(ENDINGS if ending is None else ending):
             continue
         name = case_name(path)
         if name in found:
@@ -58,6 +62,16 @@ def find_segmentations(folder: Path) -> dict[str, Path]:
     if not found:
         raise UserError(f"{folder}: contains no segmentation ({', '.join(ENDINGS)}); give another folder")
     return found
+
+
+def _named_ending(folder: Path) -> str | None:
+    """Return the file ending that the ``dataset.json`` of a folder names, in lower case; None if it names no known one."""
+    try:
+        content = read_json(folder / "dataset.json", "dataset.json")
+    except UserError:
+        return None  # its labels are read elsewhere, with an error if they cannot be
+    ending = content.get("file_ending") if isinstance(content, Mapping) else None
+    return ending.lower() if isinstance(ending, str) and ending.lower() in ENDINGS else None
 
 
 def case_name(path: Path) -> str:

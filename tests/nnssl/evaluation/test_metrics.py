@@ -285,6 +285,25 @@ def test_tiffs_of_nnunet_have_their_spacing_beside_them(tmp_path):
             evaluate_case(*files, LABELS, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ('{"file_ending": ".nii.gz"}', ["a"]),
+        ('{"file_ending": ".PNG"}', ["propagate"]),
+        ('{"file_ending": ".b2nd"}', ["a", "propagate"]),
+        ('{"labels": {}}', ["a", "propagate"]),
+        ('{"file_end', ["a", "propagate"]),
+        ("[1]", ["a", "propagate"]),
+    ],
+)
+def test_a_picture_beside_segmentations_is_none_if_dataset_json_names_their_ending(tmp_path, content, expected):
+    for name in ("a.nii.gz", "propagate.png"):
+        (tmp_path / name).touch()
+    assert list(find_segmentations(tmp_path)) == ["a", "propagate"]
+    (tmp_path / "dataset.json").write_text(content)
+    assert list(find_segmentations(tmp_path)) == expected
+
+
 def cut(path):
     """Truncate a file, which ITK would read with zeros for the missing part."""
     path.write_bytes(path.read_bytes()[:-30])
