@@ -141,6 +141,8 @@ def _create(path: Path, me: Owner) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
+        if _can_create_beside(path):  # then the file exists, which sshfs reports as "Operation not permitted"
+            return False
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another folder") from error
     try:
         with os.fdopen(descriptor, "w") as file:
@@ -148,6 +150,18 @@ def _create(path: Path, me: Owner) -> bool:
     except OSError as error:  # a full disk
         path.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another folder") from error
+    return True
+
+
+def _can_create_beside(path: Path) -> bool:
+    """Return whether another file can be created in the folder of a lock."""
+    probe = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        probe.touch(exist_ok=False)
+    except OSError:
+        return False
+    with contextlib.suppress(OSError):
+        probe.unlink()
     return True
 
 

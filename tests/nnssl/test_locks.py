@@ -117,6 +117,22 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_one_line(tmp_path):
         pass
 
 
+def test_a_file_system_that_reports_existing_files_as_another_error_is_waited_for(folder, monkeypatch):
+    """sshfs does so; a lock that cannot be written at all is still an error."""
+    original = os.open
+
+    def open_as_on_sshfs(path, flags, *mode, **options):
+        if flags & os.O_EXCL and Path(path).exists():
+            raise OSError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        return original(path, flags, *mode, **options)
+
+    monkeypatch.setattr(locks.os, "open", open_as_on_sshfs)
+    _, said = waits_for(folder, lambda: enter(folder))
+    assert said[0].startswith("Waiting for process")
+    with held_elsewhere(folder), pytest.raises(ArgumentError, match="works there"):
+        enter(folder, wait=False)
+
+
 def test_a_lock_that_was_taken_over_meanwhile_is_not_deleted(folder):
     """Between reading the lock of a dead process and deleting it, another process may have taken over."""
     dead = leave_lock(folder, age_s=10 * locks.DEAD_S, host="node7", machine="other")
