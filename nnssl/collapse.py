@@ -88,7 +88,7 @@ def retrieval_top1(
     Args:
         a: Embeddings in one view.
         b: Embeddings of the same voxels or patches in another view, in the same order.
-        valid: Which rows there are; the others neither ask nor answer. None for all.
+        valid: Rows to include; the others are neither queries nor candidates. None for all.
     """
     if not len(a):
         return torch.zeros((), device=a.device)

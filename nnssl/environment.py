@@ -29,7 +29,7 @@ def variables(**values: str) -> Iterator[None]:
 def other_folders() -> list[Path]:
     """Return the sorted folders in which MIC-DKFZ's package ``nnssl`` is found in this environment."""
     folders = {Path(entry or ".").absolute() / "nnssl" for entry in sys.path} | {Path(__file__).parent}
-    return sorted(folder for folder in folders if any((folder / name).is_dir() for name in OTHER_FOLDERS))
+    return sorted(folder for folder in folders if any(os.path.isdir(folder / name) for name in OTHER_FOLDERS))
 
 
 def other_nnssl() -> list[str]:

@@ -1,5 +1,7 @@
 """Counts where a step would have to wait for a GPU: values that leave it, and sizes that depend on values.
 
+Copies by ``to`` are not counted, because on the CPU one cannot see where they lead.
+
 On a GPU, such an operation holds up the launch of all that follow. On the CPU it costs nothing, so no test of the results notices
 it. Tensors that descend from given ones (volumes, weights) count as lying on the device; random draws that are made on the CPU do
 not.
@@ -25,6 +27,8 @@ WAITING = (
     "unique_consecutive",
     "equal",
     "bincount",
+    "repeat_interleave",
+    "_linalg_check_errors",
 )
 """Operations that return a value to the CPU, or whose result has a size that depends on values; ``x[mask]`` calls ``nonzero``."""
 OWN = ("nnssl", "trainers")
@@ -43,6 +47,26 @@ class WaitsFor(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         for tensor in tensors:
             self.on_device[tensor] = True
+
+    def __enter__(self) -> "WaitsFor":
+        """Count ``cpu``, ``numpy`` and ``tolist`` too, which are no operations on the CPU."""
+        self._methods = {name: getattr(torch.Tensor, name) for name in ("cpu", "numpy", "tolist")}
+        for name, method in self._methods.items():
+            setattr(torch.Tensor, name, self._counting(name, method))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for name, method in self._methods.items():
+            setattr(torch.Tensor, name, method)
+
+    def _counting(self, name: str, method: Any) -> Any:
+        def call(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
+            if tensor in self.on_device:
+                self.waits[f"{name} at {_own_place()}"] += 1
+            return method(tensor, *args, **options)
+
+        return call
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]

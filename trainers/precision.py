@@ -48,8 +48,8 @@ class Precision:
             spatial_dimensions: 2 or 3.
 
         Returns:
-            The same values; a module is changed in place. In bfloat16 on the CPU, strided convolutions are guarded
-            (``nnssl.networks.strided``).
+            The same values; a module is changed in place. In bfloat16, strided convolutions are guarded, which has an
+            effect on the CPU only (``nnssl.networks.strided``).
         """
         if isinstance(value, nn.Module) and self.dtype is torch.bfloat16:
             guard_strided(value)

@@ -1,12 +1,14 @@
-"""Jobs on a Dask cluster. What the death of a worker costs is the job that ended it, and no other.
+"""Jobs on a Dask cluster. If a job kills its worker, only that job is lost.
 
 Dask repeats the jobs of a dead worker on others. It blames all jobs that a dead worker held, those that only waited there too,
 and gives up a job after four workers. Such a job is therefore repeated alone here before it is blamed.
 """
 
+import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from nnssl.data.worker_pool import name_of
@@ -26,20 +28,27 @@ TIMEOUT_S = 30
 """Time in which a scheduler must answer."""
 
 SECONDS_PER_LINE = 60.0
-"""Interval between messages that say that a cluster has no workers."""
+"""Interval at which workers are counted again, and a message says if there are none."""
 
 
-def check_cluster(address: str) -> None:
+TIMEOUTS = (TimeoutError, asyncio.TimeoutError)
+"""Errors by which Dask says that time has run out; the two are one since Python 3.11."""
+
+
+def check_cluster(address: str) -> bool:
     """Check that a cluster answers and has workers, before work begins that only prepares its jobs.
 
     Args:
         address: Address of a Dask scheduler, such as ``tcp://host:8786``.
 
+    Returns:
+        Whether a worker declares GPUs (``dask worker --resources GPU=1``).
+
     Raises:
         UserError: If no scheduler answers, if it has no workers, or if Dask is not installed.
     """
-    with _connect(address):
-        pass
+    with _connect(address) as client:
+        return _threads(client, {GPU: 1}) > 0
 
 
 def run_on_cluster(
@@ -67,95 +76,133 @@ def run_on_cluster(
             is not installed.
         Exception: If ``work`` raises an exception; jobs that have not started are then dropped.
     """
-    with _connect(address) as (client, threads):
+    with _connect(address) as client:
+        needs = {GPU: gpus} if gpus and _threads(client, {GPU: gpus}) else None
+        queue = _Queue(client, address, needs, _threads(client, needs))
         again: list[J] = []
-        needs = {GPU: gpus} if gpus and _declare_gpus(client) else None
-        for job, result, error in _run(client, address, jobs_per_thread * threads, work, jobs, needs):
+        for job, result, error in queue.run(work, jobs, jobs_per_thread):
             if error is None:
                 yield result
             else:
-                logger.info(
-                    f"{name_of(job)}: {error.allowed_failures + 1} Dask workers died; it is repeated alone at the end"
-                )
+                logger.info(f"{name_of(job)}: {_workers(error)} died; it is repeated alone at the end")
                 again.append(job)
-        for job, result, error in _run(client, address, 1, work, again, needs):
+        for job, result, error in queue.run(work, again, None):
             if error is None:
                 yield result
                 continue
-            reason = f"ended {error.allowed_failures + 1} Dask workers, one after another (the last: {error.last_worker.address})"
+            reason = f"ended {_workers(error)}, one after another (the last: {error.last_worker.address})"
+            if error.allowed_failures == 0:
+                reason = f"ended {_workers(error)} ({error.last_worker.address})"
             if lost is None:
                 raise UserError(f"{name_of(job)}: {reason}; see their logs")
             yield lost(job, reason)
 
 
 @contextmanager
-def _connect(address: str) -> Iterator[tuple[Any, int]]:
-    """Connect to a cluster and yield a client and the number of threads of all workers."""
+def _connect(address: str) -> Iterator[Any]:
+    """Connect to a cluster with workers and yield a client."""
     try:
         from distributed import Client
     except ImportError as error:
         raise UserError("Dask is not installed; run pip install 'nnssl[dask]' or use local processes") from error
     try:
         client = Client(address, timeout=TIMEOUT_S, set_as_default=False)
-    except (OSError, ValueError, TimeoutError) as error:
+    except (OSError, ValueError, *TIMEOUTS) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{address}: no Dask scheduler answers ({reason}); start one or check the address") from error
     with client:
-        threads = sum(client.nthreads().values())
-        if threads == 0:
+        if not _threads(client, None):
             raise UserError(f"{address}: the Dask cluster has no workers; start some (dask worker {address})")
-        yield client, threads
+        yield client
 
 
-def _declare_gpus(client: Any) -> bool:
-    """Return whether a worker of the cluster says how many GPUs it has."""
+def _workers(error: Any) -> str:
+    """Return how many workers died, in words."""
+    count = error.allowed_failures + 1
+    return f"{count} Dask worker{'s' if count > 1 else ''}"
+
+
+def _threads(client: Any, needs: dict[str, int] | None) -> int:
+    """Return the number of threads of the workers that have what a job needs."""
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
-    return any(GPU in (worker.get("resources") or {}) for worker in workers)
+    fitting = [
+        worker
+        for worker in workers
+        if all((worker.get("resources") or {}).get(name, 0) >= n for name, n in (needs or {}).items())
+    ]
+    return sum(worker["nthreads"] for worker in fitting)
 
 
-def _run(
-    client: Any,
-    address: str,
-    limit: int,
-    work: Callable[[J], R],
-    jobs: Iterable[J],
-    needs: dict[str, int] | None = None,
-) -> Iterator[tuple[J, Any, Any]]:
-    """Keep at most ``limit`` jobs submitted; yield each with its result, or with the error that says that workers died."""
-    from distributed import KilledWorker
+@dataclass
+class _Queue:
+    """Submits jobs to a cluster, a few at a time.
 
-    waiting: dict[Any, J] = {}
-    left = iter(jobs)
-    none = object()
-    try:
-        while True:
-            while len(waiting) < limit and (job := next(left, none)) is not none:
-                waiting[client.submit(work, job, pure=False, resources=needs)] = job  # type: ignore[assignment]
-            if not waiting:
-                return
-            for future in _wait_for_some(client, address, waiting):
-                job_done = waiting.pop(future)
-                try:
-                    result = future.result()
-                except KilledWorker as error:  # also if the worker that held the result died
-                    yield job_done, None, error
-                else:
-                    yield job_done, result, None
-    except CancelledError as error:
-        raise UserError(f"{address}: the Dask scheduler ended or lost its jobs; run the command again") from error
-    finally:
-        for future in waiting:
-            future.cancel()
+    Attributes:
+        client: Client of the cluster.
+        address: Address of its scheduler.
+        needs: Resources that a job needs; None for none.
+        threads: Number of threads of the workers that have them, as last counted.
+    """
 
+    client: Any
+    address: str
+    needs: dict[str, int] | None
+    threads: int
 
-def _wait_for_some(client: Any, address: str, futures: Iterable[Any]) -> list[Any]:
-    """Wait until some of the futures are done and return them; say meanwhile if the cluster has lost its workers."""
-    from distributed import wait
+    def run(
+        self, work: Callable[[J], R], jobs: Iterable[J], jobs_per_thread: int | None
+    ) -> Iterator[tuple[J, Any, Any]]:
+        """Yield each job with its result, or with the error that says that workers died.
 
-    while True:
+        Args:
+            work: Function that is called with each job.
+            jobs: Jobs, consumed as they are needed.
+            jobs_per_thread: Number of jobs to keep submitted for each thread of the workers that there are at the time; None for
+                one job at a time.
+        """
+        from distributed import KilledWorker
+
+        waiting: dict[Any, J] = {}
+        left = iter(jobs)
+        none: Any = object()
         try:
-            with client.as_current():
+            while True:
+                limit = 1 if jobs_per_thread is None else max(1, jobs_per_thread * self.threads)
+                while len(waiting) < limit and (job := next(left, none)) is not none:
+                    waiting[self.client.submit(work, job, pure=False, resources=self.needs)] = job
+                if not waiting:
+                    return
+                for future in self.wait_for_some(waiting):
+                    job_done = waiting.pop(future)
+                    try:
+                        result = future.result()
+                    except KilledWorker as error:  # also if the worker that held the result died
+                        yield job_done, None, error
+                    else:
+                        yield job_done, result, None
+        except CancelledError as error:
+            raise UserError(
+                f"{self.address}: the Dask scheduler ended or lost its jobs; run the command again"
+            ) from error
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def wait_for_some(self, futures: Iterable[Any]) -> list[Any]:
+        """Wait until some of the futures are done and return them; return none after a while, as workers may have come.
+
+        If no worker is left, a message says so.
+        """
+        from distributed import wait
+
+        try:
+            with self.client.as_current():
                 return list(wait(list(futures), timeout=SECONDS_PER_LINE, return_when="FIRST_COMPLETED").done)
-        except TimeoutError:
-            if not client.nthreads():
-                logger.info(f"{address}: the Dask cluster has no workers left; start some (dask worker {address})")
+        except TIMEOUTS:
+            self.threads = _threads(self.client, self.needs)
+            if not self.threads:
+                what = "with a GPU " if self.needs else ""
+                logger.info(
+                    f"{self.address}: the Dask cluster has no workers {what}left; start some (dask worker {self.address})"
+                )
+            return []

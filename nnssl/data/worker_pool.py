@@ -27,6 +27,7 @@ R = TypeVar("R")
 
 READY, BEGUN, RESULT, ERROR = "ready", "begun", "result", "error"
 SECONDS_TO_END = 5.0
+_STARTING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -207,12 +208,13 @@ def end_with_parent() -> None:
 def _may_start_processes() -> Iterator[None]:
     """Let a daemonic process, as workers of Dask are, start processes inside a ``with`` block; Python refuses this to them."""
     settings: Any = multiprocessing.current_process()._config  # type: ignore[attr-defined]
-    before = settings.get("daemon")
-    settings["daemon"] = False
-    try:
-        yield
-    finally:
-        settings["daemon"] = before
+    with _STARTING:
+        before = settings.pop("daemon", None)
+        try:
+            yield
+        finally:
+            if before is not None:
+                settings["daemon"] = before
 
 
 def _run(pool: _Pool[J, R], jobs: Iterator[J], processes: int, alone: bool) -> Iterator[R]:

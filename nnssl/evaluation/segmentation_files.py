@@ -43,7 +43,7 @@ def find_segmentations(folder: Path) -> dict[str, Path]:
     """Return the segmentations of a folder by case; hidden files and files of other kinds are skipped.
 
     If the folder has a ``dataset.json``, as nnU-Net and ``nnssl_propagate`` write it beside segmentations, only files with the
-    file ending that it names count, so that a picture beside them is none.
+    file ending that it names count, so that a picture beside them is not taken for a segmentation.
 
     Raises:
         UserError: If the folder does not exist, contains no segmentation, or has two files for one case.
@@ -59,6 +59,10 @@ def find_segmentations(folder: Path) -> dict[str, Path]:
         if name in found:
             raise UserError(f"{folder}: has two files for {name}, {found[name].name} and {path.name}; keep one")
         found[name] = path
+    if not found and ending is not None:
+        raise UserError(
+            f"{folder}: contains no file ending in {ending}, which its dataset.json names; correct file_ending there"
+        )
     if not found:
         raise UserError(f"{folder}: contains no segmentation ({', '.join(ENDINGS)}); give another folder")
     return found

@@ -1,7 +1,7 @@
-"""Strided convolutions in bfloat16 on CPUs, some of which come out wrong.
+"""Strided convolutions in bfloat16 on CPUs, some of which are computed incorrectly.
 
-On CPUs with AMX, oneDNN computes a few shapes of convolutions from memory that it has not set, so that a network gives other
-values at every call, and now and then NaN. Measured here with torch 2.14.1, 2D and 3D, against float32 (the error of all other
+On CPUs with AMX, oneDNN computes a few shapes of convolutions from memory that it has not set, so that a network returns
+different values at every call and sometimes NaN. Measured with torch 2.14.1, 2D and 3D, against float32 (the error of all other
 shapes is that of the format, 0.4 %):
 
 - Output of one voxel along the last axis by a stride along it: the output is wrong, or the gradient of the weights if the input
@@ -9,7 +9,8 @@ shapes is that of the format, 0.4 %):
   times.
 - Transposed with a stride of 8 and few output channels: the gradient of the input is wrong.
 
-These layers are therefore computed in float32. They are small, so this costs hardly any time.
+These layers are therefore computed in float32. The first kind is small, so that this costs hardly any time; no network of a plan
+has one of the second kind.
 """
 
 from typing import Any
@@ -22,7 +23,7 @@ LARGEST_TRANSPOSED_STRIDE = 4
 
 
 class _Guarded:
-    """Computes a layer in float32, inside autocast on the CPU, if it would come out wrong; its class is the next base."""
+    """Computes a layer in float32, inside autocast on the CPU, if it would be wrong; the layer's class must be the next base."""
 
     def forward(self, volumes: Tensor, *others: Any) -> Tensor:
         """Return what the layer computes, in the format of the autocast region.
@@ -80,7 +81,7 @@ def comes_out_wrong(layer: Any, volumes: Tensor) -> bool:
 
 
 def guard_strided(module: nn.Module) -> None:
-    """Have the strided convolutions of a module computed right in bfloat16 on the CPU. Weights, names and strides do not change.
+    """Make the strided convolutions of a module compute correct results in bfloat16 on the CPU. Weights and names do not change.
 
     Args:
         module: Network or method; changed in place.

@@ -41,7 +41,8 @@ def benchmark(
         name: Name of the study's folder.
         part: ``"i/n"`` to run only the i-th of n parts, for example on a cluster.
         dask_address: Address of a Dask scheduler whose workers pretrain the arms and fill the cells; None for this process.
-        device: Device to train on; None for a GPU if one is available, else the CPU.
+        device: Device to train on; None for a GPU if one is available, else the CPU. On a Dask cluster, the device of its
+            workers, by default a GPU if a worker declares one.
         processes: Worker processes for preprocessing and evaluation; None for one per core, at most 8.
         folders: nnU-Net's folders; None for those of the environment.
         command: Command that repeats the study, printed in the report; None for the call of this function.
@@ -66,7 +67,7 @@ def benchmark(
                 "part",
                 "dask_address",
             )
-        check_cluster(dask_address)
+        device = _device_of_workers(device, check_cluster(dask_address))
     with use_folders(folders) as used:
         study = open_study(settings, device, processes, used)
         if prepare_source(study):
@@ -114,5 +115,24 @@ def open_study(
     settings: StudySettings, device: "torch.device | str | None", processes: int | None, folders: Folders | None
 ) -> Study:
     """Find and check everything that a study needs; the arguments are those of ``benchmark``."""
+    import torch
+
     folders = folders or resolve_folders()
-    return prepare_study(settings, folders, find_device(device), processes or default_processes())
+    found = device if isinstance(device, torch.device) else find_device(device)
+    return prepare_study(settings, folders, found, processes or default_processes())
+
+
+def _device_of_workers(device: "torch.device | str | None", gpus: bool) -> "torch.device":
+    """Return the device that the workers of a cluster train on, which this machine need not have.
+
+    Raises:
+        ArgumentError: If PyTorch does not know the device.
+    """
+    import torch
+
+    if device is None:
+        logger.info(f"Device: {'cuda (workers declare GPUs)' if gpus else 'cpu (no worker declares a GPU)'}")
+    try:
+        return torch.device(device or ("cuda" if gpus else "cpu"))
+    except RuntimeError as error:
+        raise ArgumentError(f"device must be cpu, cuda or mps, got {device}", "device") from error

@@ -227,10 +227,12 @@ def _write_line(file: TextIO, line: str) -> None:
     file.write(f"{line}\n")
 
 
-def describe_cell(cells: StudyCells, cell: CellKey, seconds: float, own: Sequence[CellKey]) -> str:
-    """Return the line about a cell that was just filled: its Dice, that of scratch, and the duration of the rest."""
+def describe_cell(
+    cells: StudyCells, cell: CellKey, seconds: float, own: Sequence[CellKey], with_rest: bool = True
+) -> str:
+    """Return the line about a cell that was just filled: its Dice, that of scratch, and how long the rest takes."""
     done = sum(map(cells.is_finished, own))
-    left = estimate_seconds(cells, [each for each in own if not cells.is_trained(each)])
+    left = estimate_seconds(cells, [each for each in own if not cells.is_trained(each)]) if with_rest else None
     dice = read_result(cells.folder(cell) / FILE_NAME).mean_dice
     scratch = replace(cell, arm=SCRATCH)
     beside = ""

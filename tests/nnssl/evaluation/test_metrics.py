@@ -296,12 +296,17 @@ def test_tiffs_of_nnunet_have_their_spacing_beside_them(tmp_path):
         ("[1]", ["a", "propagate"]),
     ],
 )
-def test_a_picture_beside_segmentations_is_none_if_dataset_json_names_their_ending(tmp_path, content, expected):
+def test_a_picture_beside_segmentations_is_not_taken_for_one_if_dataset_json_names_their_ending(
+    tmp_path, content, expected
+):
     for name in ("a.nii.gz", "propagate.png"):
         (tmp_path / name).touch()
     assert list(find_segmentations(tmp_path)) == ["a", "propagate"]
     (tmp_path / "dataset.json").write_text(content)
     assert list(find_segmentations(tmp_path)) == expected
+    (tmp_path / "dataset.json").write_text('{"file_ending": ".nrrd"}')
+    with pytest.raises(UserError, match=r"contains no file ending in \.nrrd, which its dataset\.json names"):
+        find_segmentations(tmp_path)
 
 
 def cut(path):

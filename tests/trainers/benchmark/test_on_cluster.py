@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,25 @@ from tests.trainers.benchmark.test_study import prepare
 from tests.trainers.phantom_study import LABELLED
 from tests.waiting import HUNG_S, wait_until
 from trainers.benchmark import on_cluster
-from trainers.benchmark.benchmark import benchmark
+from trainers.benchmark.benchmark import _device_of_workers, benchmark
 from trainers.benchmark.on_cluster import CellJob, Outcome
 from trainers.benchmark.settings import StudySettings
 
 
 def fill_all_but_the_second(job: CellJob) -> Outcome:
     if job.cell == job.study.cells[1]:
-        return Outcome(job, 1.0, "case_3: cannot be read")
+        return Outcome(job.key, job.name, 1.0, "case_3: cannot be read")
     job.log.with_name(f"{job.study.cells.index(job.cell)}.done").touch()
-    return Outcome(job, 1.0)
+    return Outcome(job.key, job.name, 1.0)
+
+
+def fail(job: CellJob) -> Outcome:
+    raise RuntimeError("CUDA out of memory")
+
+
+def die(job: CellJob) -> Outcome:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
 
 
 @pytest.fixture
@@ -50,6 +60,57 @@ def test_a_cell_that_cannot_be_filled_does_not_end_the_others(folders, threads, 
     assert str(error.value) == f"{name}: case_3: cannot be read; the other jobs are done, run the command again"
     assert said == [f"{name}: case_3: cannot be read"]
     assert len(list(tmp_path.glob("*.done"))) == len(jobs) - 1
+
+
+@pytest.mark.parametrize(
+    ("work", "reason"),
+    [
+        (fail, "CUDA out of memory"),
+        (die, "ended the process that worked on it by signal 9 (SIGKILL)"),
+    ],
+)
+def test_any_end_of_a_job_is_told_once(folders, tmp_path, work, reason):
+    study = prepare(folders)
+    job = CellJob(study, study.cells[0], tmp_path / "log.txt")
+    outcome = on_cluster._apart(work, job)
+    assert (outcome.job, outcome.name, outcome.error) == (job.cell, job.name, reason)
+
+
+def test_the_device_is_that_of_the_workers():
+    assert str(_device_of_workers(None, gpus=True)) == "cuda"
+    assert str(_device_of_workers(None, gpus=False)) == "cpu"
+    assert str(_device_of_workers("cuda", gpus=False)) == "cuda"
+    with pytest.raises(ArgumentError, match="device must be cpu, cuda or mps, got gpu"):
+        _device_of_workers("gpu", gpus=True)
+
+
+def test_workers_that_come_later_get_jobs(threads):
+    """One worker holds its job until another one, which joins meanwhile, has begun its own."""
+    threads.scale(1)
+    wait_until(lambda: len(threads.scheduler.workers) == 1)
+    MEETING.clear()
+
+    def join() -> None:
+        wait_until(lambda: bool(MEETING))
+        threads.scale(2)
+
+    joining = threading.Thread(target=join)
+    joining.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster_module, "SECONDS_PER_LINE", 0.1)
+        results = cluster_module.run_on_cluster(meet, range(3), threads.scheduler_address, jobs_per_thread=1)
+        assert sorted(results) == [0, 1, 2]
+    joining.join()
+
+
+MEETING: set[int] = set()
+
+
+def meet(job: int) -> int:
+    """Wait until another job has begun too; the third does not wait."""
+    MEETING.add(job)
+    wait_until(lambda: len(MEETING) > 1)
+    return job
 
 
 def test_gpus_are_asked_for_where_workers_declare_them(monkeypatch):
@@ -106,8 +167,6 @@ def test_a_study_with_a_killed_worker_is_that_of_one_process(phantoms, tmp_path,
 
 def run_with_a_kill(distributed, study: Path) -> int:
     """Run the study on two workers, and kill one of them as soon as the first cell is being trained."""
-    import threading
-
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         killed = []
 
