@@ -85,11 +85,10 @@ def run_study(
     """
     cells = StudyCells(study)
     write_json(make_writable(folder) / "study.json", describe_study(study, command))
-    for arm, pretraining in study.pretrainings.items():
-        check_up_to_date(arm, pretraining, study.folders)
     if dask_address is not None:
         from trainers.benchmark.on_cluster import fill_on_cluster, pretrain_on_cluster
 
+        _check_arms(study)
         pretrain_on_cluster(study, dask_address)
         prepare_cells(study)
         fill_on_cluster(cells, folder / LOG, dask_address)
@@ -124,13 +123,23 @@ def prepare_source(study: Study) -> list[str]:
 
 
 def pretrain_arms(study: Study, part: Part) -> None:
-    """Pretrain those arms of a part that have no weights yet."""
+    """Pretrain those arms of a part that have no weights yet.
+
+    Raises:
+        UserError: If weights of an arm were pretrained on images or masks that were replaced since.
+    """
+    _check_arms(study)
     for index, (arm, pretraining) in enumerate(study.pretrainings.items()):
         if pretraining.finished or not part.has(index):
             continue
         logger.info(f"Pretraining {arm} on {study.plan.dataset_name}, {pretraining.configuration} ...")
         assert study.source is not None
         make_weights(pretraining, study.source)
+
+
+def _check_arms(study: Study) -> None:
+    for arm, pretraining in study.pretrainings.items():
+        check_up_to_date(arm, pretraining, study.folders)
 
 
 def prepare_cells(study: Study) -> None:
