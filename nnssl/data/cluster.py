@@ -5,10 +5,11 @@ and gives up a job after four workers. Such a job is therefore repeated alone he
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from nnssl.data.worker_pool import name_of
@@ -142,12 +143,14 @@ class _Queue:
         address: Address of its scheduler.
         needs: Resources that a job needs; None for none.
         threads: Number of threads of the workers that have them, as last counted.
+        counted: When they were counted.
     """
 
     client: Any
     address: str
     needs: dict[str, int] | None
     threads: int
+    counted: float = field(default_factory=time.monotonic)
 
     def run(
         self, work: Callable[[J], R], jobs: Iterable[J], jobs_per_thread: int | None
@@ -167,6 +170,8 @@ class _Queue:
         none: Any = object()
         try:
             while True:
+                if time.monotonic() - self.counted >= SECONDS_PER_LINE:
+                    self.count()
                 limit = 1 if jobs_per_thread is None else max(1, jobs_per_thread * self.threads)
                 while len(waiting) < limit and (job := next(left, none)) is not none:
                     waiting[self.client.submit(work, job, pure=False, resources=self.needs)] = job
@@ -199,10 +204,14 @@ class _Queue:
             with self.client.as_current():
                 return list(wait(list(futures), timeout=SECONDS_PER_LINE, return_when="FIRST_COMPLETED").done)
         except TIMEOUTS:
-            self.threads = _threads(self.client, self.needs)
+            self.count()
             if not self.threads:
                 what = "with a GPU " if self.needs else ""
                 logger.info(
                     f"{self.address}: the Dask cluster has no workers {what}left; start some (dask worker {self.address})"
                 )
             return []
+
+    def count(self) -> None:
+        """Count the threads again, since workers come and go."""
+        self.threads, self.counted = _threads(self.client, self.needs), time.monotonic()
