@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nnssl.errors import UserError
+from nnssl.networks.fused_norm import fuse_norms
 from nnssl.networks.strided import guard_strided
 
 VARIABLE = "NNSSL_PRECISION"
@@ -48,11 +49,14 @@ class Precision:
             spatial_dimensions: 2 or 3.
 
         Returns:
-            The same values; a module is changed in place. In bfloat16, strided convolutions are guarded, which has an
-            effect on the CPU only (``nnssl.networks.strided``).
+            The same values; a module is changed in place. In bfloat16 on the CPU, strided convolutions are guarded
+            (``nnssl.networks.strided``), and in channels-last, norms and activations become one operation
+            (``nnssl.networks.fused_norm``).
         """
         if isinstance(value, nn.Module) and self.dtype is torch.bfloat16:
             guard_strided(value)
+            if self.memory_format_channels_last and all(each.device.type == "cpu" for each in value.parameters()):
+                fuse_norms(value)
         if not self.memory_format_channels_last:
             return value
         return value.to(memory_format=torch.channels_last if spatial_dimensions == 2 else torch.channels_last_3d)

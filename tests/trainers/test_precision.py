@@ -1,8 +1,10 @@
 import pytest
 import torch
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
 from torch import Tensor, nn
 
 from nnssl.errors import UserError
+from nnssl.networks import fused_norm
 from trainers.precision import VARIABLE, FullPrecisionLoss, choose_precision, clip_and_step
 
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
@@ -106,3 +108,23 @@ def test_a_gradient_that_overflows_is_left_out_and_scaled_less():
     weight, _ = stepped(scaler, largest_norm=12, factor=1e38)
     assert weight.tolist() == [1, 2]
     assert scaler.get_scale() == 512
+
+
+@pytest.mark.parametrize(("amx", "calls"), [(True, 1), (False, 0)])
+def test_norm_and_activation_are_one_operation_in_channels_last(monkeypatch, amx, calls):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    apply = fused_norm._NormAndActivation.apply
+    called = []
+    monkeypatch.setattr(fused_norm._NormAndActivation, "apply", lambda *args: called.append(1) or apply(*args))
+    block = ConvDropoutNormReLU(
+        *(nn.Conv2d, 1, 32, [3, 3], [1, 1], True, nn.InstanceNorm2d, {"affine": True}),
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={},
+    )
+    precision = choose_precision(CPU)
+    precision.lay_out(block, 2)
+    with precision.autocast(CPU):
+        block(precision.lay_out(torch.randn(2, 1, 32, 32), 2))
+    assert len(called) == calls
