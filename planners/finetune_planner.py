@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nnssl.data.dataset_json import read_labelled_json
+from nnssl.data.inline_pool import without_workers
 from nnssl.environment import variables
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import read_json, write_json
@@ -111,6 +112,7 @@ def moved_plan(plan: Mapping[str, Any], target_dataset: str, name: str) -> dict[
     from nnunetv2.experiment_planning.plans_for_pretraining.move_plans_between_datasets import (
         move_plans_between_datasets,
     )
+    from nnunetv2.utilities import utils
 
     # nnU-Net overwrites existing files without asking, so it works in a temporary folder. The source gets a name of its own,
     # because source and target may be the same data set.
@@ -121,7 +123,7 @@ def moved_plan(plan: Mapping[str, Any], target_dataset: str, name: str) -> dict[
         target.mkdir()
         write_json(source / f"{plan['plans_name']}.json", _without_pretext(plan))
         try:
-            with variables(nnUNet_preprocessed=folder), redirect_stdout(StringIO()):
+            with variables(nnUNet_preprocessed=folder), redirect_stdout(StringIO()), without_workers(utils):
                 move_plans_between_datasets(source.name, target_dataset, plan["plans_name"], name)
         except (RuntimeError, StopIteration, OSError) as error:
             raise UserError(

@@ -5,10 +5,12 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from jaxtyping import install_import_hook
+from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 
 from tests.warm_start import COLD, warm_start
 
@@ -28,6 +30,20 @@ def pytest_collection_finish() -> None:
 def processes_start_warm() -> Iterator[None]:
     """Processes are forked from one that has torch and nnU-Net imported, where the code spawns them."""
     with warm_start():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fingerprints_take_few_samples() -> Iterator[None]:
+    """nnU-Net's fingerprint draws 10,000 voxels instead of 100 million, with replacement, from volumes that have fewer."""
+    own = DatasetFingerprintExtractor.__init__
+
+    def initialize(extractor: DatasetFingerprintExtractor, *arguments: Any, **options: Any) -> None:
+        own(extractor, *arguments, **options)
+        extractor.num_foreground_voxels_for_intensitystats = 10_000
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DatasetFingerprintExtractor, "__init__", initialize)
         yield
 
 

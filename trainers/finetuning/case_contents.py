@@ -1,8 +1,9 @@
 """The state of the labelled cases that preprocessed data and trained networks were made from, and what has changed since."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 from nnssl.data.contents import (
@@ -13,8 +14,10 @@ from nnssl.data.contents import (
     read_contents,
     write_contents,
 )
+from nnssl.data.dataset_json import read_labelled_json
+from nnssl.data.inline_pool import without_workers
 from nnssl.data.raw import RawDataset
-from nnssl.files import read_json
+from nnssl.errors import UserError
 from nnssl.paths import Folders
 
 RECORDS = "nnssl_contents"
@@ -46,12 +49,22 @@ class Changes:
 
 
 def labelled_files(dataset_name: str, folders: Folders) -> dict[str, LabelledFiles]:
-    """Return the files of all labelled cases, as nnU-Net finds them."""
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+    """Return the files of all images of a labelled data set by case, as nnU-Net finds them; labels need not exist.
+
+    Raises:
+        UserError: If nnU-Net finds no folder of images, or ``dataset.json`` is not that of a labelled data set.
+    """
+    from nnunetv2.utilities import utils
 
     raw = folders.raw / dataset_name
-    content = read_json(raw / "dataset.json", "dataset.json of a labelled data set")
-    found = get_filenames_of_train_images_and_targets(str(raw), content)
+    content = read_labelled_json(raw / "dataset.json")
+    try:
+        with redirect_stdout(StringIO()), without_workers(utils):
+            found = utils.get_filenames_of_train_images_and_targets(str(raw), content)
+    except (OSError, KeyError) as error:
+        raise UserError(
+            f"{raw}: nnU-Net finds no images ({error}); the folder needs imagesTr and dataset.json"
+        ) from error
     return {
         str(case): LabelledFiles(tuple(map(Path, files["images"])), Path(files["label"]))
         for case, files in found.items()

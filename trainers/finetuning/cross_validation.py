@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
+from nnssl.data.inline_pool import without_workers
 from nnssl.log import logger, printed_output_to
 from nnssl.tables import points
 from trainers.finetuning.arm import Task
-from trainers.finetuning.inline_pool import without_workers
 from trainers.finetuning.labelled_cases import FOLDS
 from trainers.finetuning.result import FILE_NAME, ArmResult, read_dice
 

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from nnssl.checkpoint import to_plain
+from nnssl.data.inline_pool import without_workers
 from nnssl.distributed import average_over_ranks, mean_over_ranks, rank, world_size
 from nnssl.draws import draw_seed
 from nnssl.environment import variables
@@ -41,7 +42,6 @@ from nnssl.log import logger
 from nnssl.tables import points
 from trainers.finetuning.arm_settings import ArmSettings
 from trainers.finetuning.curves import class_names, curves_of
-from trainers.finetuning.inline_pool import without_workers
 from trainers.finetuning.keyed_batches import KeyedBatches, fix_transforms, global_seed
 from trainers.finetuning.optimisation import (
     GRADIENT_NORM,

@@ -1,11 +1,11 @@
 """Checks of the label files of a labelled data set before anything is trained on them."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from nnssl.data.dataset_json import read_labelled_json
 from nnssl.data.label_files import LabelFile, check_labels
 from nnssl.paths import Folders, make_writable
+from trainers.finetuning.case_contents import labelled_files
 
 
 def check_labels_of(
@@ -31,14 +31,8 @@ def check_labels_of(
 
 def label_files(dataset_name: str, folders: Folders) -> list[LabelFile]:
     """Return the label files of a labelled data set with the images of their cases, sorted by case."""
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-
-    raw = folders.raw / dataset_name
-    found = get_filenames_of_train_images_and_targets(str(raw), read_labelled_json(raw / "dataset.json"))
-    return [
-        LabelFile(str(case), Path(files["label"]), tuple(map(Path, files["images"])))
-        for case, files in sorted(found.items())
-    ]
+    found = labelled_files(dataset_name, folders)
+    return [LabelFile(case, own.label, own.images) for case, own in sorted(found.items()) if own.label is not None]
 
 
 def choose_reader(dataset_name: str, folders: Folders) -> str:

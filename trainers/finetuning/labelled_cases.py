@@ -1,9 +1,7 @@
 """The choice of training cases and held-out cases among the labelled cases."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import Literal
 
@@ -16,6 +14,7 @@ from nnssl.errors import ArgumentError, UserError
 from nnssl.files import content_digest, read_json, read_names, some, write_json
 from nnssl.log import logger
 from nnssl.paths import Folders
+from trainers.finetuning.case_contents import labelled_files
 
 FOLDS = 5  # nnU-Net's cross-validation
 Fold = int | Literal["all"]
@@ -223,27 +222,19 @@ def find_labelled_cases(dataset_name: str, folders: Folders) -> tuple[str, ...]:
     Raises:
         UserError: If there are no images, or images without a label, which nnU-Net cannot preprocess.
     """
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
-
     folder = folders.raw / dataset_name
-    content = read_labelled_json(folder / "dataset.json")
-    try:
-        with redirect_stdout(StringIO()):
-            files = get_filenames_of_train_images_and_targets(str(folder), content)
-    except (OSError, KeyError) as error:
-        raise UserError(
-            f"{folder}: nnU-Net finds no images ({error}); the folder needs imagesTr and dataset.json"
-        ) from error
+    files = labelled_files(dataset_name, folders)
     if not files:
+        content = read_labelled_json(folder / "dataset.json")
         raise UserError(
             f"{folder / 'imagesTr'}: no image has the ending {content['file_ending']}; add images or correct file_ending in "
             "dataset.json"
         )
-    unlabelled = sorted(str(name) for name, case in files.items() if not Path(case["label"]).is_file())
+    unlabelled = sorted(name for name, own in files.items() if own.label is None or not own.label.is_file())
     if unlabelled:
         raise UserError(
             f"{dataset_name}: {len(unlabelled)} of {len(files)} images have no label ({some(unlabelled)}); "
             "fine-tuning needs a data set of labelled images only, so move the others to another data set, which mode "
             "mean_teacher can use as unlabelled images"
         )
-    return tuple(sorted(str(name) for name in files))
+    return tuple(sorted(files))

@@ -13,6 +13,7 @@ import numpy as np
 from nnssl.data.case_error import last_line
 from nnssl.data.contents import Content, changed_cases, describe_changes, read_contents, write_contents
 from nnssl.data.dataset_json import read_labelled_json, spell_labelled_json
+from nnssl.data.inline_pool import without_workers
 from nnssl.data.jobs import follow_jobs, run_list
 from nnssl.data.raw import RawDataset
 from nnssl.errors import ArgumentError, UserError
@@ -114,7 +115,8 @@ def make_fingerprint(dataset_name: str, folders: Folders, processes: int) -> Pat
     Raises:
         UserError: If nnU-Net fails; the message names the log.
     """
-    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+    from nnunetv2.experiment_planning.dataset_fingerprint import fingerprint_extractor
+    from nnunetv2.utilities import utils
 
     folder = folders.preprocessed / dataset_name
     path, record = folder / "dataset_fingerprint.json", folder / RECORDS / "dataset_fingerprint.json"
@@ -134,10 +136,11 @@ def make_fingerprint(dataset_name: str, folders: Folders, processes: int) -> Pat
     log = folder / "nnssl_finetune_log.txt"
     try:
         with printed_output_to(log):
-            extractor = DatasetFingerprintExtractor(dataset_name, processes)
+            with without_workers(utils):
+                extractor = fingerprint_extractor.DatasetFingerprintExtractor(dataset_name, processes)
             extractor.dataset_json = dataset_json
             extractor.show_progress_bar = sys.stderr.isatty()
-            with pools_without_interrupts():
+            with pools_without_interrupts() if processes > 1 else without_workers(fingerprint_extractor):
                 extractor.run()
     except (RuntimeError, AssertionError, IndexError, ValueError, OSError) as error:  # as nnU-Net's readers raise them
         # only now, because a run may need few of the cases, all of which are read here

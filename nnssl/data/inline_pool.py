@@ -1,7 +1,7 @@
-"""nnU-Net's export and evaluation of predictions without worker processes.
+"""Functions of nnU-Net without the worker processes that they start.
 
-On a CPU the cores are busy with the prediction itself, and every worker imports torch and nnU-Net again, which takes longer than
-the few files of a short training.
+nnU-Net starts twelve processes to put together the names of files. It exports and evaluates predictions in workers, while on a
+CPU the cores are busy with the prediction itself. Starting a worker takes longer than the few files of a short training.
 """
 
 import multiprocessing
@@ -66,16 +66,18 @@ class _InlineMultiprocessing:
 
 @contextmanager
 def without_workers(*modules: ModuleType) -> Iterator[None]:
-    """Let modules that start pools by ``multiprocessing.get_context(...).Pool(...)`` work in this process.
+    """Let modules that start pools work in this process.
 
     Args:
-        *modules: Modules that import ``multiprocessing`` by that name.
+        *modules: Modules that import ``multiprocessing``, or its ``Pool``, by that name.
     """
-    before = [vars(module)["multiprocessing"] for module in modules]
-    for module in modules:
-        vars(module)["multiprocessing"] = _InlineMultiprocessing()
+    inline = _InlineMultiprocessing()
+    names = [next(name for name in ("multiprocessing", "Pool") if name in vars(module)) for module in modules]
+    before = [vars(module)[name] for module, name in zip(modules, names, strict=True)]
+    for module, name in zip(modules, names, strict=True):
+        vars(module)[name] = inline if name == "multiprocessing" else inline.Pool
     try:
         yield
     finally:
-        for module, original in zip(modules, before, strict=True):
-            vars(module)["multiprocessing"] = original
+        for module, name, original in zip(modules, names, before, strict=True):
+            vars(module)[name] = original
