@@ -130,9 +130,9 @@ def _start_peak(device: torch.device) -> float:
 
 
 def _peak(device: torch.device, base: float) -> float:
-    """Return the peak in GB since ``_start_peak``."""
+    """Return the peak in GB since ``_start_peak``; 0 if other memory was freed meanwhile and no more was needed."""
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM") - base
-    return peak / 1e9
+    return max(0.0, peak) / 1e9
 
 
 def _status(key: str) -> float:
