@@ -89,11 +89,23 @@ def mean_over_ranks(tensor: Tensor) -> Tensor:
     return total / world_size()
 
 
-def standardise_over_ranks(rows: Tensor, epsilon: float = 1e-5) -> Tensor:
+def standardise_over_ranks(
+    rows: Tensor, epsilon: float = 1e-5, scale: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor:
     """Return rows (sample, d) with mean 0 and variance 1 in every dimension over the rows of all ranks, with gradient.
 
-    This equals batch normalisation without scale and shift over the batch of all processes.
+    This is batch normalisation over the batch of all processes, without running statistics.
+
+    Args:
+        rows: Rows of this process; every process must have equally many.
+        epsilon: Number that is added to the variance.
+        scale: Factor of every dimension afterwards, as in batch normalisation; None for 1.
+        shift: What is added to every dimension at the end; None for nothing.
     """
+    if world_size() == 1 and len(rows) > 1:  # one operation, which does not accept a single row
+        return nn.functional.batch_norm(rows, None, None, scale, shift, training=True, eps=epsilon)
     centred = rows - gather_with_gradient(rows.mean(dim=0, keepdim=True)).mean(dim=0)
     variance = gather_with_gradient(centred.square().mean(dim=0, keepdim=True)).mean(dim=0)
-    return centred / (variance + epsilon).sqrt()
+    standardised = centred / (variance + epsilon).sqrt()
+    scaled = standardised if scale is None else standardised * scale
+    return scaled if shift is None else scaled + shift

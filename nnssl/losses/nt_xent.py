@@ -32,8 +32,8 @@ def nt_xent(first: Float[Tensor, "pairs d"], second: Float[Tensor, "pairs d"], t
     with torch.autocast(first.device.type, enabled=False):
         own = F.normalize(torch.cat([first.float(), second.float()]), dim=1)  # (2 pairs, d)
         everyone = gather_with_gradient(own)
-        logits = own @ everyone.T / temperature
+        logits = (own / temperature) @ everyone.T
         row = torch.arange(len(own), device=own.device)
         start = rank() * len(own)
-        logits = logits.scatter(1, (start + row)[:, None], -torch.inf)
+        logits = logits.scatter_(1, (start + row)[:, None], -torch.inf)
         return F.cross_entropy(logits, start + row.roll(len(first)))

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nnssl.distributed import standardise_over_ranks
+from nnssl.distributed import mean_over_ranks, standardise_over_ranks
 from nnssl.networks.recent_statistics import RecentStatistics
 from nnssl.networks.tokens import initialise_linear, map_to_tokens, transformer_blocks
 
@@ -183,13 +183,15 @@ class PointProjection(nn.Module):
         self.project = nn.Linear(hidden, dimensions)
 
     def forward(self, features: Float[Tensor, "points channel"]) -> Float[Tensor, "points dimension"]:
-        """Return the embeddings of points, of any scale, in float32 throughout.
+        """Return the embeddings of points, of any scale, in float32.
 
-        In half precision, the differences of a feature from its mean over the points would be lost.
+        The mean of a feature over the points, which the normalisation removes anyway, is subtracted in float32, because in half
+        precision the differences from it would be lost.
         """
-        with torch.autocast(features.device.type, enabled=False):
-            hidden = standardise_over_ranks(self.hidden(features.float())) * self.scale + self.shift
-            return self.project(nn.functional.relu(hidden))
+        features = features.float()
+        centred = features - mean_over_ranks(features.mean(dim=0))
+        hidden = standardise_over_ranks(self.hidden(centred), scale=self.scale, shift=self.shift)
+        return self.project(nn.functional.relu(hidden)).float()
 
 
 class TokenDecoder(nn.Module):

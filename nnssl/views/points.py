@@ -9,13 +9,16 @@ Source: Seince et al., Pix2Rep, MIDL 2024 (sampled pixels).
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag
 
 FEW_CELLS = 512
-"""Largest number of cells of a map that is interpolated by a product of matrices."""
+"""Largest number of cells of a map that is interpolated by a product of matrices on a GPU."""
 
 
 def brighter_part(volumes: Float[Tensor, "batch channel *shape"]) -> Bool[Tensor, " batch *shape"]:
@@ -108,7 +111,8 @@ def interpolate_at(
 ) -> Float[Tensor, "batch points channel"]:
     """Return the features at points, linearly interpolated between the centres of the map's cells.
 
-    Beyond the outer centres, features are constant. Memory grows with the number of points, not with the number of voxels.
+    Beyond the outer centres, features are constant. Memory that is kept for the backward pass grows with the number of points,
+    not with the number of voxels.
 
     Args:
         feature_map: Map of any resolution that covers the patch.
@@ -120,6 +124,11 @@ def interpolate_at(
     """
     index, weight = _surrounding_cells(points_vox, feature_map.shape[2:], shape)
     cells = math.prod(feature_map.shape[2:])
+    if feature_map.device.type == "cpu":
+        first = cells * torch.arange(len(index)).view(-1, 1, 1)
+        rows = feature_map.movedim(1, -1).flatten(0, -2)  # no copy in channels-last
+        sums = _WeightedRows.apply(rows, (first + index).transpose(1, 2).flatten(0, 1), weight.mT.flatten(0, 1))
+        return sums.unflatten(0, points_vox.shape[:2])
     if cells <= FEW_CELLS:
         # A product of matrices: a gather of all corners would copy every cell many times.
         parts = torch.zeros(*points_vox.shape[:2], cells, device=points_vox.device)
@@ -130,6 +139,34 @@ def interpolate_at(
     chosen = index.flatten(1)[:, None].expand(-1, feature_map.shape[1], -1)
     values = feature_map.flatten(2).gather(2, chosen).float().unflatten(2, index.shape[1:])
     return (values * weight[:, None]).sum(dim=2).transpose(1, 2)
+
+
+class _WeightedRows(torch.autograd.Function):
+    """Weighted sums of a table's rows, in float32: (sum, feature) from rows (row, feature), indices and weights (sum, term).
+
+    On the CPU, both passes are several times faster than a gather and its scatter: the backward pass is the same sum, of the
+    gradients that belong to each row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(index, weight)
+        ctx.count, ctx.dtype = len(rows), rows.dtype
+        return embedding_bag(index, rows.float(), per_sample_weights=weight, mode="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        index, weight = ctx.saved_tensors
+        owned = index.flatten()
+        _, order = torch.sort(owned.int())
+        terms = owned.new_zeros(ctx.count).scatter_add_(0, owned, torch.ones_like(owned))
+        starts = terms.cumsum(0) - terms
+        owner = order.div(index.shape[1], rounding_mode="floor")
+        sums = embedding_bag(
+            owner, gradient.float().contiguous(), starts, per_sample_weights=weight.flatten()[order], mode="sum"
+        )
+        return sums.to(ctx.dtype), None, None
 
 
 def _surrounding_cells(
