@@ -196,14 +196,13 @@ def best_cells(
     for first in range(0, z, slices):
         part = slice(first, min(first + slices, z))
         fine = other.fine[:, part].to(device).flatten(1).float()
-        length = other.spread(other.coarse, part).norm(dim=0)
+        wide = other.spread(other.coarse, part)
+        wide = (wide / wide.norm(dim=0).clamp(min=1e-6)).to(device)
         outside = ~other.inside[part].flatten()
         for start in range(0, vectors.shape[1], POINTS_AT_ONCE):
-            sharp, broad = vectors[:, start : start + POINTS_AT_ONCE]
-            similar = (broad @ other.coarse.flatten(1).float()).unflatten(1, other.coarse.shape[1:])
-            coarse = other.spread(similar, part) / length.clamp(min=1e-6)
-            similarity = ((sharp.to(device) @ fine).cpu() + coarse) / 2
-            found = similarity.masked_fill(outside, -torch.inf).max(dim=1)
+            sharp, broad = vectors[:, start : start + POINTS_AT_ONCE].to(device) / 2
+            similarity = torch.addmm(broad @ wide, sharp, fine).cpu()
+            found = similarity.masked_fill_(outside, -torch.inf).max(dim=1)
             chosen = slice(start, start + len(sharp))
             better = found.values > best[chosen]
             cells[chosen] = torch.where(better, found.indices + first * y * x, cells[chosen])

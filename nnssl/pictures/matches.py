@@ -1,5 +1,7 @@
 """Matches of places of one case in another, by the embeddings of SAM and by the body's box."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,8 +47,19 @@ class PlaceMatch:
     box: Float32[np.ndarray, "y x"]
 
 
-def matcher_of(pretrained: OpenedCheckpoint, store: CaseStore, device: torch.device) -> tuple[EmbeddingMatcher, Any]:
+def matcher_of(
+    pretrained: OpenedCheckpoint,
+    store: CaseStore,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> tuple[EmbeddingMatcher, Any]:
     """Return the matcher by SAM's embeddings for the cases of a store, and the method.
+
+    Args:
+        pretrained: Checkpoint of SAM.
+        store: Store of the preprocessed cases.
+        device: Device for the computation.
+        autocast: Function that returns the context of mixed precision.
 
     Raises:
         UserError: If the checkpoint is of another method, or ``method_of`` rejects it.
@@ -57,7 +70,7 @@ def matcher_of(pretrained: OpenedCheckpoint, store: CaseStore, device: torch.dev
             f"{pretrained.path}: is of {found} and has no embeddings of places; use a checkpoint of {METHOD}"
         )
     method = method_of(pretrained, device)
-    return EmbeddingMatcher(method.embedding, store, method.configuration.patch_size, device), method
+    return EmbeddingMatcher(method.embedding, store, method.configuration.patch_size, device, autocast), method
 
 
 def find_matches(
