@@ -134,7 +134,31 @@ def info_nce_with_negatives(
     """
     with torch.autocast(queries.device.type, enabled=False):
         queries = queries.float()
-        positive = (queries * positives.float()).sum(dim=1, keepdim=True)
-        negative = (negatives.float() @ queries[:, :, None])[..., 0].masked_fill(~present, -torch.inf * temperature)
-        logits = torch.cat([positive, negative], dim=1) / temperature
-        return logits.logsumexp(dim=1) - logits[:, 0]
+        positive = (queries * positives.float()).sum(dim=1)
+        return info_nce_of_similarities(
+            positive, (negatives.float() @ queries[:, :, None])[..., 0], present, temperature
+        )
+
+
+def info_nce_of_similarities(
+    positive: Float[Tensor, " query"],
+    negative: Float[Tensor, "query negative"],
+    present: Bool[Tensor, "query negative"],
+    temperature: float,
+) -> Float[Tensor, " query"]:
+    """Return ``-log exp(p/t) / (exp(p/t) + sum_j exp(n_j/t))`` of every query.
+
+    Source: as ``info_nce_with_negatives``.
+    Deviations: none.
+
+    Args:
+        positive: Similarity ``p`` of each query to its positive, in float32.
+        negative: Similarities ``n_j`` to its negatives, in float32.
+        present: Whether each negative is included.
+        temperature: Temperature ``t``, above 0.
+
+    Returns:
+        Loss of each query; 0 for a query without negatives.
+    """
+    logits = torch.cat([positive[:, None], negative.masked_fill(~present, -torch.inf)], dim=1) / temperature
+    return logits.logsumexp(dim=1) - logits[:, 0]

@@ -31,8 +31,8 @@ def draw_hard_negatives(
         ``count``. There are no more columns than candidates.
     """
     pool = min(pool, ranking.shape[1])
-    values, hardest = ranking.float().masked_fill(~allowed, -torch.inf).topk(pool, dim=1)
+    values, hardest = ranking.float().masked_fill(~allowed, -torch.inf).topk(pool, dim=1, sorted=False)
     drawn = torch.rand(values.shape, generator=generator, device=values.device)
     # Random numbers lie below 1, so candidates that are not allowed come last.
-    chosen = drawn.masked_fill(values == -torch.inf, 2.0).argsort(dim=1)[:, : min(count, pool)]
+    chosen = drawn.masked_fill_(values == -torch.inf, 2.0).topk(min(count, pool), dim=1, largest=False).indices
     return hardest.gather(1, chosen), values.gather(1, chosen) > -torch.inf

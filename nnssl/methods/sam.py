@@ -34,7 +34,7 @@ from torch import Tensor
 
 from nnssl.distributed import gather_with_gradient, rank
 from nnssl.errors import UserError
-from nnssl.losses.contrastive import info_nce_with_negatives
+from nnssl.losses.contrastive import info_nce_of_similarities
 from nnssl.losses.negatives import draw_hard_negatives
 from nnssl.methods.protocol import Exported, ParameterGroup, PretextMethod, StepOutput, trained_parameters
 from nnssl.methods.settings import (
@@ -281,7 +281,7 @@ class SAM(PretextMethod):
         for place, sample in enumerate(samples.tolist()):
             own = {each: (one[place : place + 1], other[place : place + 1]) for each, (one, other) in maps.items()}
             pair = self._pair(sample, own, views)
-            cells = torch.cat([each[0].flatten(1) for each in pair.maps[kind]], dim=1).T
+            cells = torch.cat([each[0].movedim(0, -1).flatten(0, -2) for each in pair.maps[kind]])
             compared += [self._compare(kind, view, pair, cells, all_cells) for view in (0, 1)]
         return compared
 
@@ -322,25 +322,25 @@ class SAM(PretextMethod):
         positive = read_unit_vectors(pair.maps[kind][1 - view], there, shape)
         generator = torch.Generator(cells.device).manual_seed(pair.seed + 2 * view + (kind == "coarse"))
         allowed = far_enough(here[0], pair.params[view], pair.cells[kind])
-        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-            ranking = query.float() @ cells.float().T
-        if kind == "fine":
-            ranking += coarse_ranking(here, view, pair)
-            chosen, present = draw_hard_negatives(ranking, allowed, own.fine_pool, own.fine_negatives, generator)
-            negatives = cells[chosen]
-        else:
-            assert all_cells is not None
-            chosen, present = draw_hard_negatives(ranking, allowed, own.coarse_pool, own.coarse_negatives, generator)
-            foreign = torch.cat([all_cells[: pair.place], all_cells[pair.place + 1 :]]).flatten(0, 1)
-            drawn = torch.rand(len(foreign), generator=generator, device=cells.device).argsort()[: own.other_negatives]
-            negatives = torch.cat([cells[chosen], foreign[drawn].expand(len(query), -1, -1)], dim=1)
-            present = torch.cat([present, present.new_ones(len(query), len(drawn))], dim=1)
-        losses = info_nce_with_negatives(query, positive, negatives, present, own.temperature)
-        with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
-            asked = query.float()
-            best = (negatives.float() @ asked[:, :, None])[..., 0].masked_fill(~present, -torch.inf).amax(dim=1)
-            hits = (asked * positive.float()).sum(dim=1) > best
-        return Compared(losses * valid[0], hits, query)
+        with torch.autocast(query.device.type, enabled=False):
+            # one product with all cells: copies of the chosen ones for every query would cost far more
+            similarity, right = query.float() @ cells.float().T, (query.float() * positive.float()).sum(dim=1)
+            if kind == "fine":
+                ranking = similarity.detach() + coarse_ranking(here, view, pair)
+                chosen, present = draw_hard_negatives(ranking, allowed, own.fine_pool, own.fine_negatives, generator)
+                wrong = similarity.gather(1, chosen)
+            else:
+                assert all_cells is not None
+                pool, count = own.coarse_pool, own.coarse_negatives
+                chosen, present = draw_hard_negatives(similarity.detach(), allowed, pool, count, generator)
+                foreign = torch.cat([all_cells[: pair.place], all_cells[pair.place + 1 :]]).flatten(0, 1)
+                numbers = torch.rand(len(foreign), generator=generator, device=cells.device)
+                drawn = numbers.argsort()[: own.other_negatives]
+                wrong = torch.cat([similarity.gather(1, chosen), query.float() @ foreign[drawn].float().T], dim=1)
+                present = torch.cat([present, present.new_ones(len(query), len(drawn))], dim=1)
+        losses = info_nce_of_similarities(right, wrong, present, own.temperature)
+        best = wrong.detach().masked_fill(~present, -torch.inf).amax(dim=1)
+        return Compared(losses * valid[0], right.detach() > best, query)
 
     def parameter_groups(self) -> list[ParameterGroup]:
         """Return encoder, the decoder up to the fine embeddings, and both heads; all have weight decay."""
