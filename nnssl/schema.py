@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, fields
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,12 +39,17 @@ def parse(cls: type[T], content: Any, source: str, advice: str = WRITE_AGAIN) ->
     if any(field.name == "schema_version" for field in fields(cls)):  # type: ignore[arg-type]
         check_version(content, cls.__schema_version__, source, advice)  # type: ignore[attr-defined]
     try:
-        return TypeAdapter(cls).validate_json(json.dumps(content))
+        return _adapter_of(cls).validate_json(json.dumps(content))
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}" for problem in error.errors()[:3]
         )
         raise UserError(f"{source}: {problems}; {advice}") from error
+
+
+@cache
+def _adapter_of(cls: type) -> TypeAdapter[Any]:
+    return TypeAdapter(cls)  # takes some twenty times as long as reading a small file with it
 
 
 def check_version(content: Any, expected: int, source: str, advice: str = WRITE_AGAIN) -> None:
