@@ -39,7 +39,7 @@ def parse(cls: type[T], content: Any, source: str, advice: str = WRITE_AGAIN) ->
     if any(field.name == "schema_version" for field in fields(cls)):  # type: ignore[arg-type]
         check_version(content, cls.__schema_version__, source, advice)  # type: ignore[attr-defined]
     try:
-        return _adapter_of(cls).validate_json(json.dumps(content))
+        return _adapter_of(cls).validate_json(json.dumps(content))  # type: ignore[arg-type]
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}" for problem in error.errors()[:3]

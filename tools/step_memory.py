@@ -27,7 +27,7 @@ from nnssl.methods import Stage, find_stage
 from nnssl.methods.settings import resolve_stage
 from nnssl.momentum import update_teacher
 from nnssl.networks.backbone import build_network, planned_configuration, seeded
-from nnssl.networks.primus import architecture_of_patch
+from nnssl.networks.primus_positions import architecture_of_patch
 from nnssl.plan import Plan
 from planners import presets
 from planners.presets import PRESETS, PRIMUS_SIZES, VIT_SIZES, Preset

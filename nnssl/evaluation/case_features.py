@@ -16,7 +16,7 @@ from torch import Tensor
 from nnssl.data.case_store import StoredCase
 from nnssl.data.patch_boxes import as_volume, draw_box
 from nnssl.draws import make_generator
-from nnssl.networks.primus import PlannedPrimus
+from nnssl.networks.primus_positions import is_primus
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 
 LAST_STAGES = 3
@@ -69,7 +69,7 @@ def reading_of(checkpoint: OpenedCheckpoint, network: Any, patches: int, seed: i
         patches: Number of patches of a case.
         seed: Random seed of their places.
     """
-    if isinstance(network, PlannedPrimus):
+    if is_primus(network):
         return CaseReading(checkpoint.patch_vox, (), patches, seed)
     provenance = checkpoint.own_provenance
     every = range(len(network.encoder.stages))
@@ -90,7 +90,7 @@ def pooled_features(
         patches: Patches on the device of the network.
         stages: As in ``CaseReading``.
     """
-    if isinstance(network, PlannedPrimus):
+    if is_primus(network):
         maps = [network.encode(patches).transpose(1, 2)]
     else:
         every = network.transformed_maps(patches) if hasattr(network, "transformer") else network.encoder(patches)

@@ -24,7 +24,7 @@ from nnssl.data.patch_boxes import as_volume, draw_box
 from nnssl.draws import make_generator
 from nnssl.evaluation.probe import frozen
 from nnssl.networks.dense import decode, maps_up_to
-from nnssl.networks.primus import PlannedPrimus
+from nnssl.networks.primus_positions import is_primus
 from nnssl.networks.tokens import tokens_to_map
 from nnssl.plan import DataChoices, PretextConfiguration
 from nnssl.views.intensity import IntensityRange, apply_intensity, draw_intensity, restrict_to
@@ -179,7 +179,7 @@ def stage_maps(network: Any, volumes: Tensor, pretrained: Sequence[str]) -> dict
     def trained(part: str) -> bool:
         return any(part.startswith(prefix) for prefix in pretrained)
 
-    if isinstance(network, PlannedPrimus):
+    if is_primus(network):
         return {"encoder_0": tokens_to_map(network.encode(volumes), network.grid)}
     has_transformer = hasattr(network, "transformer")
     skips = list(network.transformed_maps(volumes) if has_transformer else network.encoder(volumes))

@@ -42,7 +42,7 @@ from nnssl.networks.backbone import input_channels, stage_strides
 from nnssl.networks.dense import ENCODER_AND_DECODER, decode, decoder_maps, trained_up_to_segmentation
 from nnssl.networks.heads import TokenDecoder
 from nnssl.networks.pieces import in_pieces, recompute_stages
-from nnssl.networks.primus import PlannedPrimus
+from nnssl.networks.primus_positions import is_primus
 from nnssl.networks.token_encoders import PrimusTokens
 from nnssl.networks.tokens import cut_into_tokens, sine_cosine_positions
 from nnssl.networks.visible_convolutions import SkipTokens, enlarge, visible_maps
@@ -123,7 +123,7 @@ class MAE(PretextMethod):
         self.settings = settings
         self.configuration = configuration
         recomputes = settings.training.checkpointing
-        if isinstance(network, PlannedPrimus):
+        if is_primus(network):
             network.requires_grad_(False)
             self.tokens = PrimusTokens(network).requires_grad_(True)
             self.cell_vox, self.grid, width = self.tokens.token_vox, self.tokens.grid, self.tokens.width

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nnssl.errors import UserError
-from nnssl.networks.primus import fit_positions
+from nnssl.networks.primus_positions import fit_positions
 
 
 def method_state(network: nn.Module, method: nn.Module) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nnssl.networks.backbone import stage_strides
 from nnssl.networks.dense import ENCODER
-from nnssl.networks.primus import PlannedPrimus, encode_tokens
+from nnssl.networks.primus_positions import encode_tokens, is_primus
 from nnssl.networks.tokens import map_to_tokens, take_tokens
 
 
@@ -58,7 +58,7 @@ class PrimusTokens(TokenEncoder):
 
     exported = ("down_projection.", "eva.")
 
-    def __init__(self, network: PlannedPrimus) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
         self.down_projection, self.eva = network.down_projection, network.eva
         self.token_vox, self.grid, self.width = network.token_vox, network.grid, network.embed_dim
@@ -123,7 +123,7 @@ def token_encoder(network: Any, stage: int | None, shape: Sequence[int]) -> Toke
         stage: Stage of the U-Net whose positions are the tokens; None for Primus.
         shape: Number of voxels of a patch along each axis.
     """
-    if isinstance(network, PlannedPrimus):
+    if is_primus(network):
         return PrimusTokens(network)
     assert stage is not None
     return UNetTokens(network.encoder, stage, shape)

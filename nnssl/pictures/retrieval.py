@@ -17,7 +17,7 @@ from nnssl.evaluation.view_retrieval import (
     measure_retrieval,
     smallest_patch,
 )
-from nnssl.networks.primus import PlannedPrimus
+from nnssl.networks.primus_positions import is_primus
 from nnssl.palette import BLUE, ORANGE
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 
@@ -62,7 +62,7 @@ def measure_weights(weights: OpenedCheckpoint, store: CaseStore, device: torch.d
     # A finished stage hands its weights on for the patch of the plan, on which only Primus depends.
     built_for = configuration.patch_size if provenance.finished else own
     network = weights.build_network(provenance.seed, built_for)
-    patch = built_for if isinstance(network, PlannedPrimus) else smallest_patch(configuration)
+    patch = built_for if is_primus(network) else smallest_patch(configuration)
     aside = set_aside(store.names)
     cases = aside or tuple(store.names)
     pairs = draw_view_pairs(store, cases, patch, configuration, PATCHES)

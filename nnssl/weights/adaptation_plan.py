@@ -13,7 +13,7 @@ from typing import Any
 
 from nnssl.checkpoint import ACCEPTED
 from nnssl.errors import UserError
-from nnssl.networks.primus import INIT_VALUES, SCALE_ATTN_INNER
+from nnssl.networks.primus_positions import INIT_VALUES, SCALE_ATTN_INNER
 from nnssl.weights.importable import check_architecture
 
 KEY = "nnssl_adaptation_plan"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nnssl.errors import ArgumentError
-from nnssl.networks.primus import POSITIONS, resample_positions
+from nnssl.networks.primus_positions import POSITIONS, resample_positions
 from nnssl.weights.fit_report import KEPT, FitReport, Fitted
 from nnssl.weights.kernels import CHANNEL_POLICIES, ChannelPolicy, fit_input_channels, fit_kernel
 from nnssl.weights.opened_checkpoint import OpenedCheckpoint

@@ -18,7 +18,7 @@ from nnssl.data.dataset_labels import Labels, read_class_order, read_labels
 from nnssl.errors import ArgumentError, UserError
 from nnssl.files import file_digest
 from nnssl.networks.backbone import build_network, planned_configuration
-from nnssl.networks.primus import architecture_of_patch
+from nnssl.networks.primus_positions import architecture_of_patch
 from nnssl.plan import Plan, plan_from_dict
 from nnssl.weights.adaptation_plan import KEY, KEYS, AdaptationPlan, network_kind, read_adaptation_plan
 from nnssl.weights.importable import check_plans

@@ -15,7 +15,7 @@ from nnssl.data.raw import RawCase, RawDataset, SetAside
 from nnssl.environment import variables
 from nnssl.errors import ArgumentError, UserError
 from nnssl.networks.backbone import build_network
-from nnssl.networks.primus import architecture_of_patch
+from nnssl.networks.primus_positions import architecture_of_patch
 from nnssl.paths import resolve_folders
 from nnssl.plan import read_plan
 from nnssl.views.overlap import common_share

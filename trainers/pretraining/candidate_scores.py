@@ -17,7 +17,7 @@ from nnssl.evaluation.view_retrieval import PATCHES, draw_view_pairs, measure_re
 from nnssl.log import logger
 from nnssl.methods.regions import edges_of_patch
 from nnssl.networks.backbone import build_network, planned_configuration
-from nnssl.networks.primus import architecture_of_patch
+from nnssl.networks.primus_positions import architecture_of_patch
 from nnssl.paths import Folders
 from nnssl.plan import Plan
 from nnssl.schema import STRICT

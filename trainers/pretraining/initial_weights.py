@@ -9,7 +9,7 @@ from nnssl.checkpoint import FINAL, read_checkpoint
 from nnssl.errors import ArgumentError
 from nnssl.methods import Method, find_stage
 from nnssl.networks.backbone import planned_configuration
-from nnssl.networks.primus import architecture_of_patch
+from nnssl.networks.primus_positions import architecture_of_patch
 from trainers.finetuning.adapted_weights import start_network
 from trainers.pretraining.stage_run import RunOptions, StageRun, stage_folder
 

@@ -33,7 +33,7 @@ from nnssl.methods import find_stage
 from nnssl.methods.protocol import PretextMethod, StepOutput
 from nnssl.momentum import update_teacher
 from nnssl.networks.backbone import build_network, compile_parts, seeded
-from nnssl.networks.primus import architecture_of_patch
+from nnssl.networks.primus_positions import architecture_of_patch
 from nnssl.plan import StageConfiguration, plan_from_dict
 from trainers.pace import RunProgress
 from trainers.precision import choose_precision

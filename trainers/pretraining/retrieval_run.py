@@ -16,7 +16,7 @@ from nnssl.data.patients import FEWEST_PATIENTS, set_aside
 from nnssl.evaluation.view_retrieval import PATCHES, Retrieval, draw_view_pairs, measure_retrieval, smallest_patch
 from nnssl.methods.protocol import Exported
 from nnssl.networks.backbone import build_network
-from nnssl.networks.primus import architecture_of_patch
+from nnssl.networks.primus_positions import architecture_of_patch
 from trainers.pretraining.stage_run import StageRun
 
 RETRIEVAL_JSON = "retrieval.json"

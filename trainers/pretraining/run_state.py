@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nnssl.methods.protocol import Exported, PretextMethod
 from nnssl.methods.state import load_method_state, method_state
-from nnssl.networks.primus import fit_positions
+from nnssl.networks.primus_positions import fit_positions
 from trainers.pretraining.epoch import Epoch
 
 

@@ -18,7 +18,7 @@ from nnssl.methods import METHODS
 from nnssl.methods.settings import resolve_stage
 from nnssl.methods.state import method_state
 from nnssl.networks.backbone import build_network, planned_configuration, seeded
-from nnssl.networks.primus import architecture_of_patch
+from nnssl.networks.primus_positions import architecture_of_patch
 from nnssl.networks.uncertainty import normalised_entropy
 from nnssl.paths import Folders, resolve_folders
 from nnssl.pictures import figures as pictures

@@ -1,6 +1,8 @@
 """Primus as a plan's network: what nnU-Net builds and loads, visible tokens, what cannot be built."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from dynamic_network_architectures.architectures.primus import Primus
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 
 from nnssl.networks.backbone import build_network
-from nnssl.networks.primus import PlannedPrimus, check_size, resample_positions
+from nnssl.networks.primus import PlannedPrimus, check_size
+from nnssl.networks.primus_positions import resample_positions
 
 SHAPE, TOKEN, GRID = (8, 24, 16), (2, 8, 8), (4, 3, 2)
 
@@ -136,3 +139,9 @@ def test_positions_for_another_grid():
     expected = (torch.arange(8).float() + 0.5) / 2 - 0.5
     torch.testing.assert_close(finer[1:-1, 2, 3, 0], expected[1:-1])
     torch.testing.assert_close(finer[3, :, 3, 1], torch.arange(6).float())
+
+
+@pytest.mark.nightly
+def test_commands_import_timm_only_for_primus():
+    code = "import sys, trainers.finetuning.finetune, trainers.pretraining.pretext; assert 'timm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -8,7 +8,7 @@ from nnssl.checkpoint import load_tensors, write_checkpoint
 from nnssl.errors import UserError
 from nnssl.methods.protocol import Exported
 from nnssl.networks.backbone import build_network
-from nnssl.networks.primus import POSITIONS, architecture_of_patch, fit_positions
+from nnssl.networks.primus_positions import POSITIONS, architecture_of_patch, fit_positions
 from planners.presets import PRIMUS_SIZES
 from planners.primus_rules import primus_architecture
 from tests.nnssl.test_checkpoint import make_provenance
