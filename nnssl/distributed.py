@@ -104,8 +104,14 @@ def standardise_over_ranks(
     """
     if world_size() == 1 and len(rows) > 1:  # one operation, which does not accept a single row
         return nn.functional.batch_norm(rows, None, None, scale, shift, training=True, eps=epsilon)
-    centred = rows - gather_with_gradient(rows.mean(dim=0, keepdim=True)).mean(dim=0)
+    return _standardise_by_exchange(rows, epsilon, scale, shift)
+
+
+def _standardise_by_exchange(rows: Tensor, epsilon: float, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    """Do what ``standardise_over_ranks`` does by exchanging means, in at least float32 because squares of half precision overflow."""
+    own = rows if rows.dtype is torch.float64 else rows.float()
+    centred = own - gather_with_gradient(own.mean(dim=0, keepdim=True)).mean(dim=0)
     variance = gather_with_gradient(centred.square().mean(dim=0, keepdim=True)).mean(dim=0)
     standardised = centred / (variance + epsilon).sqrt()
     scaled = standardised if scale is None else standardised * scale
-    return scaled if shift is None else scaled + shift
+    return (scaled if shift is None else scaled + shift).to(rows.dtype)

@@ -35,7 +35,7 @@ def processes_start_warm() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def fingerprints_take_few_samples() -> Iterator[None]:
-    """nnU-Net's fingerprint draws 10,000 voxels instead of 100 million, with replacement, from volumes that have fewer."""
+    """nnU-Net's fingerprint draws 10,000 voxels instead of 100 million; it draws with replacement, and volumes here are small."""
     own = DatasetFingerprintExtractor.__init__
 
     def initialize(extractor: DatasetFingerprintExtractor, *arguments: Any, **options: Any) -> None:

@@ -79,7 +79,7 @@ def smoothed(labels: Int[np.ndarray, "z y x"], values: Sequence[int], case: Stor
 
 
 def matcher_in_mixed_precision(weights: OpenedCheckpoint, store: CaseStore) -> PointMatcher:
-    """Return SAM's matcher on the CPU, computed as in training: four times as fast on AMX as in float32, with equal vectors."""
+    """Return SAM's matcher on the CPU, computed as in training: four times as fast on AMX as in float32."""
     device = torch.device("cpu")
     precision = choose_precision(device)
     matcher, _ = matcher_of(weights, store, device, partial(precision.autocast, device))

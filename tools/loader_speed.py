@@ -21,7 +21,7 @@ from scipy.ndimage import gaussian_filter
 from nnssl.data.case_store import CaseProperties, CaseStore, write_case
 from nnssl.data.loader import make_loader
 from nnssl.data.patch_boxes import as_volume
-from nnssl.plan import StageConfiguration
+from nnssl.plan import PretextConfiguration
 from nnssl.sizes import in_voxels
 from planners.presets import PRESETS
 from tools.machine import describe
@@ -32,7 +32,7 @@ GRAIN = 0.1
 """Standard deviation of the noise between neighbouring voxels, relative to that of the image; scans have about as much."""
 
 
-def write_cases(folder: Path, kind: Kind, stage: StageConfiguration, patch: tuple[int, ...], cases: int) -> None:
+def write_cases(folder: Path, kind: Kind, stage: PretextConfiguration, patch: tuple[int, ...], cases: int) -> None:
     """Write cases of a kind at a plan's spacing."""
     shape, spacing = kind.shapes[0], kind.spacings_mm[0]
     size = tuple(round(n * mm / new) for n, mm, new in zip(shape, spacing, as_spacing(stage, spacing), strict=True))
@@ -47,7 +47,7 @@ def write_cases(folder: Path, kind: Kind, stage: StageConfiguration, patch: tupl
         write_case(folder, f"case_{index}", volume, everywhere, properties, patch)
 
 
-def as_spacing(stage: StageConfiguration, own: tuple[float, ...]) -> tuple[float, ...]:
+def as_spacing(stage: PretextConfiguration, own: tuple[float, ...]) -> tuple[float, ...]:
     """Return the plan's spacing (z, y, x); that of the scan along axes which the plan does not have."""
     return (*own[: 3 - len(stage.spacing_mm)], *stage.spacing_mm)
 

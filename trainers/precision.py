@@ -49,9 +49,9 @@ class Precision:
             spatial_dimensions: 2 or 3.
 
         Returns:
-            The same values; a module is changed in place. In bfloat16 on the CPU, strided convolutions are guarded
-            (``nnssl.networks.strided``), and in channels-last, norms and activations become one operation
-            (``nnssl.networks.fused_norm``).
+            The same values; a module is changed in place. In bfloat16, strided convolutions are guarded, which has an
+            effect on the CPU only (``nnssl.networks.strided``). On the CPU in channels-last, norms and activations become one
+            operation (``nnssl.networks.fused_norm``).
         """
         if isinstance(value, nn.Module) and self.dtype is torch.bfloat16:
             guard_strided(value)

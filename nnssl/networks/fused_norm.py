@@ -89,7 +89,7 @@ class _FusedBlock(ConvDropoutNormReLU):
 def fuse_norms(module: nn.Module) -> None:
     """Let the blocks of nnU-Net's networks normalise and activate in one operation, which changes neither weights nor names.
 
-    It takes effect for bfloat16 on the CPU, in maps that are not small, and pays in channels-last.
+    It takes effect for bfloat16 on the CPU, in maps that are not small, and is worthwhile only in channels-last.
 
     Args:
         module: Network or method; changed in place. Blocks with other norms or other activations after the norm stay as they are.
@@ -114,5 +114,6 @@ def _is_faster(volumes: Tensor) -> bool:
         volumes.device.type == "cpu"
         and volumes.dtype is torch.bfloat16
         and volumes.ndim in CHANNELS_LAST
-        and volumes[0].numel() >= SMALLEST_SAMPLE
+        and len(volumes) > 0
+        and volumes.shape[1:].numel() >= SMALLEST_SAMPLE
     )

@@ -1,4 +1,4 @@
-"""What is known of Primus without building one: its position embeddings, and the patch in its architecture.
+"""What of Primus needs no class of it: position embeddings, the patch in an architecture, and encoding by its two parts.
 
 ``nnssl.networks.primus`` builds it and imports timm and torchvision for that, which takes longer than all else that a command
 imports besides PyTorch and nnU-Net.

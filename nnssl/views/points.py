@@ -145,7 +145,7 @@ class _WeightedRows(torch.autograd.Function):
     """Weighted sums of a table's rows, in float32: (sum, feature) from rows (row, feature), indices and weights (sum, term).
 
     On the CPU, both passes are several times faster than a gather and its scatter: the backward pass is the same sum, of the
-    gradients that belong to each row.
+    gradients that belong to each row. There is no gradient with respect to the weights, and thus to the points.
     """
 
     @staticmethod

@@ -9,6 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
+from nnssl import distributed
 from nnssl.distributed import (
     gather,
     gather_with_gradient,
@@ -33,6 +34,12 @@ def standardised(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     return (standardise_over_ranks(first) ** 3 * second.tanh()).mean()
 
 
+def scaled(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    """The same with a factor and a shift of each dimension, which get a gradient, too."""
+    scale, shift = first.new_tensor([0.5, 1.0, 2.0, -1.0, 3.0]), first.new_tensor([0.0, 1.0, -1.0, 0.5, 0.2])
+    return (standardise_over_ranks(first, scale=scale, shift=shift) ** 3 * second.tanh()).mean()
+
+
 def remembered(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """A loss of the second call of a standardisation that remembers the first one."""
     layer = RecentStatistics(first.shape[1], RANKS * PER_RANK)
@@ -45,8 +52,26 @@ PAIR_LOSSES = {
     "nt_xent": lambda first, second: nt_xent(first, second, 0.5),
     "barlow_twins": lambda first, second: barlow_twins(first, second, 0.1),
     "standardise": standardised,
+    "standardise, scale and shift": scaled,
     "remembered": remembered,
 }
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("factor", "mean"), [(1.0, 0.0), (1e-2, 0.0), (300.0, 1500.0)])
+def test_statistics_of_half_precision_are_those_of_float32_for_several_processes_too(dtype, factor, mean):
+    rows = (mean + factor * torch.randn(64, 5, generator=torch.Generator().manual_seed(0))).to(dtype)
+    scale, shift = torch.linspace(0.5, 2, 5), torch.linspace(-1, 1, 5)
+    found = []
+    for way in (standardise_over_ranks, distributed._standardise_by_exchange):
+        own = rows.clone().requires_grad_()
+        output = way(own, 1e-5, scale, shift)
+        (output.float() ** 3).mean().backward()
+        assert output.dtype is own.grad.dtype is dtype
+        found.append((output.detach().float(), own.grad.float()))
+    for one, other in zip(*found, strict=True):
+        assert torch.isfinite(one).all()
+        torch.testing.assert_close(one, other, rtol=0.03, atol=0.02 * float(other.abs().max()))
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:

@@ -32,7 +32,11 @@ def check_labels_of(
 def label_files(dataset_name: str, folders: Folders) -> list[LabelFile]:
     """Return the label files of a labelled data set with the images of their cases, sorted by case."""
     found = labelled_files(dataset_name, folders)
-    return [LabelFile(case, own.label, own.images) for case, own in sorted(found.items()) if own.label is not None]
+    files = []
+    for case, own in sorted(found.items()):
+        assert own.label is not None  # a labelled data set
+        files.append(LabelFile(case, own.label, own.images))
+    return files
 
 
 def choose_reader(dataset_name: str, folders: Folders) -> str:

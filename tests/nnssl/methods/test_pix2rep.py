@@ -480,7 +480,7 @@ def test_one_process_two_channels_half_precision(dim):
     assert half.item() == pytest.approx(exact.item(), rel=0.02)
 
 
-def test_the_head_computes_in_float32_under_mixed_precision():
+def test_a_large_common_mean_costs_the_head_no_digits_in_mixed_precision():
     """Features with a large common mean: in half precision nothing would be left of what tells points apart."""
     generator = torch.Generator().manual_seed(0)
     features = 100 + 0.1 * torch.randn(200, 6, generator=generator)

@@ -142,6 +142,7 @@ def test_positions_for_another_grid():
 
 
 @pytest.mark.nightly
-def test_commands_import_timm_only_for_primus():
-    code = "import sys, trainers.finetuning.finetune, trainers.pretraining.pretext; assert 'timm' not in sys.modules"
+def test_commands_import_timm_and_torchvision_only_for_primus():
+    modules = "sys, trainers.finetuning.finetune, trainers.pretraining.pretext, nnssl.methods.mae"
+    code = f"import {modules}; assert not {{'timm', 'torchvision'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -14,10 +14,11 @@ import pytest
 
 from tests.trainers.conftest import NAME
 from tests.trainers.pretraining.test_pretrain import assert_same, tensors_of
+from tests.waiting import HUNG_S
 from trainers.pretraining.pretrain import pretrain
 from trainers.pretraining.settings import PretrainSettings
 
-EPOCHS, STEPS = 12, 4
+EPOCHS, STEPS = 20, 4
 OVERRIDES = ("batch_size=4", "points_per_image=16", "optimizer=sgd", "learning_rate=0.001")
 FOLDER = Path(NAME, "Pix2RepTrainer__nnsslPlans__3d_fullres", "fold_all")
 
@@ -46,9 +47,10 @@ def node(port: int, log: Path) -> Iterator[subprocess.Popen]:
 
 def kill_all(process: subprocess.Popen) -> None:
     """Kill torchrun and the processes that it started, which have sessions of their own, as a power failure does."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    started = children.read_text().split() if process.poll() is None else []
-    for pid in (process.pid, *map(int, started)):
+    if process.poll() is not None:
+        return
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, *map(int, children)):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
@@ -88,7 +90,7 @@ def test_a_killed_node_is_started_again_and_the_run_ends_as_if_undisturbed(toy, 
             kill_all(second)
             assert not (results / FOLDER / "checkpoint_final.pth").exists()
         with node(port, logs[2]) as again:
-            codes = [first.wait(), again.wait()]
+            codes = [first.wait(HUNG_S), again.wait(HUNG_S)]
     assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
     assert "Resuming at step" in logs[0].read_text() + logs[2].read_text()
     assert_same(tensors_of(results / FOLDER / "checkpoint_final.pth"), undisturbed)
