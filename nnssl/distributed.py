@@ -108,7 +108,7 @@ def standardise_over_ranks(
 
 
 def _standardise_by_exchange(rows: Tensor, epsilon: float, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    """Do what ``standardise_over_ranks`` does by exchanging means, in at least float32 because squares of half precision overflow."""
+    """Do what ``standardise_over_ranks`` does by exchanging means, never in half precision, where squares overflow."""
     own = rows if rows.dtype is torch.float64 else rows.float()
     centred = own - gather_with_gradient(own.mean(dim=0, keepdim=True)).mean(dim=0)
     variance = gather_with_gradient(centred.square().mean(dim=0, keepdim=True)).mean(dim=0)

@@ -97,7 +97,7 @@ def blur(rows: Rows, sigma_vox: Float[Tensor, "rows d"], radius_vox: Sequence[in
         length = rows.shape[axis + 1]
         taps = torch.arange(-radius, radius + 1, device=rows.device)
         places = (torch.arange(length, device=rows.device)[:, None] + taps).clamp(0, length - 1)
-        # (rows, to, from): a product of matrices is faster than a sum of shifted rows. PyTorch computes it in full float32 on GPUs
+        # (rows, to, from): a product of matrices is faster than a sum of shifted rows. On GPUs, PyTorch computes it in float32
         # unless TF32 is switched on for products, whereas convolutions use TF32 by default.
         matrix = rows.new_zeros(len(rows), length, length)
         matrix.scatter_add_(2, places.expand(len(rows), -1, -1), kernel[:, None].expand(-1, length, -1))
