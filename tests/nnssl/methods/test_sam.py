@@ -171,13 +171,12 @@ def test_equal_embeddings_cost_the_log_of_the_candidates(monkeypatch):
 
 
 @encoders
-def test_losses_against_a_loop(residual):
+def test_losses_and_gradients_against_a_loop(residual):
     """Every query of every view by itself: what it is compared with, from the maps and the drawn indices."""
     method = make_stage(residual=residual)
     views = method.make_views(make_batch(), generators())
     output = method.losses(views, 0.0)
-    with torch.no_grad():
-        maps = method.embedding(torch.cat([views.first, views.second]))
+    maps = method.embedding(torch.cat([views.first, views.second]))
     expected = {"fine": [], "coarse": []}
     for kind in expected:
         pair = getattr(maps, kind).split(3)
@@ -213,10 +212,20 @@ def test_losses_against_a_loop(residual):
                 others = foreign[torch.rand(len(foreign), generator=generator).argsort()[:7]]
                 for row in range(len(query)):
                     against = list(cells[chosen[row]][present[row]]) + ([] if kind == "fine" else list(others))
-                    logits = [float(query[row] @ each) / 0.5 for each in (positive[row], *against)]
-                    expected[kind].append(math.log(sum(map(math.exp, logits))) - logits[0])
+                    logits = torch.stack([query[row] @ each for each in (positive[row], *against)]) / 0.5
+                    expected[kind].append(logits.exp().sum().log() - logits[0])
+    trained = [each for each in method.parameters() if each.requires_grad]
     for kind, values in expected.items():
-        assert float(output.losses[kind]) == pytest.approx(sum(values) / len(values), rel=1e-4)
+        wanted = torch.stack(values).mean()
+        assert output.losses[kind].item() == pytest.approx(wanted.item(), rel=1e-4)
+        found, own = (
+            torch.autograd.grad(loss, trained, retain_graph=True, materialize_grads=True)
+            for loss in (output.losses[kind], wanted)
+        )
+        for one, other in zip(found, own, strict=True):
+            torch.testing.assert_close(
+                one, other, rtol=1e-3, atol=1e-5 * max(1.0, float(max(g.abs().max() for g in own)))
+            )
 
 
 @encoders

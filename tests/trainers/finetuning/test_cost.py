@@ -21,8 +21,10 @@ from planners.finetune_planner import adopt_plan
 from tests.trainers.finetuning.runs import CASES, CPU, DATASET, TEST_CASES, folders_set, trainer_of
 from tests.trainers.tiny_plan import tiny_plan
 from trainers.finetuning import finetune_trainer, keyed_batches
+from trainers.finetuning.case_contents import labelled_files
 from trainers.finetuning.keyed_batches import KeyedBatches
-from trainers.finetuning.labelled_data import prepare_data
+from trainers.finetuning.labelled_cases import find_labelled_cases
+from trainers.finetuning.labelled_data import make_fingerprint, prepare_data
 
 MIRRORED = (0, 1, 2)
 
@@ -63,6 +65,18 @@ def test_no_process_is_started_on_a_cpu(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr("multiprocessing.process.BaseProcess.start", refuse)
     assert validated(run, tmp_path / "model").joinpath("summary.json").exists()
+
+
+def test_no_process_is_started_to_list_files_move_a_plan_and_make_a_fingerprint(run, tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", refuse)
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    folders = resolve_folders()
+    assert tuple(labelled_files(DATASET, folders)) == find_labelled_cases(DATASET, folders) == CASES
+    adopt_plan(tiny_plan(), DATASET, folders)
+    assert make_fingerprint(DATASET, folders, processes=1).exists()
 
 
 def test_mirroring_off_is_one_pass_per_tile(run, tmp_path):
