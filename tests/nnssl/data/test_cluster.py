@@ -119,7 +119,7 @@ def test_a_scheduler_that_ends_is_said(distributed, tmp_path):
     ) as cluster:
         address = cluster.scheduler_address
         results = run_jobs(double, range(20), 1, address)
-        assert next(results) == 0
+        assert next(results) in (0, 2)  # of the two jobs that wait first, either may be seen first
     with pytest.raises(UserError, match=f"^{address}: the Dask scheduler ended or lost its jobs; run the command"):
         list(results)
 
