@@ -107,6 +107,12 @@ def lock_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 
 
+def living_owner(lock: Path) -> Owner | None:
+    """Return who holds a lock, from its file; None if nobody does, or if the process has ended."""
+    holder = _read(lock)
+    return None if holder is None or _is_dead(lock, holder, _this_process("looking at a lock")) else holder
+
+
 def _acquire(path: Path, folder: Path, me: Owner, wait: bool) -> None:
     told: Owner | None = None
     unreadable_s = 0.0

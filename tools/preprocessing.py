@@ -21,12 +21,13 @@ from nnssl.data.raw import read_dataset
 from nnssl.data.recipe import find_outdated, plan_targets
 from nnssl.paths import resolve_folders
 from nnssl.plan import read_plan
+from nnssl.sizes import in_bytes
 from tools.machine import describe
 from trainers.pretraining.pretrain import find_plan
 
 
 def main() -> None:
-    """Print one row: cases per second of both, their ratio, the largest difference of a voxel, and the ratio of disk space."""
+    """Print one row: cases per second of both, their ratio, the largest difference of a voxel, and disk space."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", required=True, help="data set whose plan is used, number or name")
     parser.add_argument("--labelled", required=True, help="data set with the same images and labels, for nnU-Net")
@@ -67,15 +68,18 @@ def main() -> None:
             mine = store.case(name).read_box((0, 0, 0), store.case(name).shape)
             largest = max(largest, float(np.abs(mine - blosc2.open(str(theirs / f"{name}.b2nd"), mode="r")[:]).max()))
         disk = {folder: sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) for folder in (ours, theirs)}
+    raw = sum(image.stat().st_size for case in dataset.cases[: args.cases] for image in case.images)
     rate = {name: len(store.names) / value for name, value in seconds.items()}
     print(describe())
     print(
-        "| data set | cases | nnssl (cases/s) | nnU-Net (cases/s) | ratio | largest difference | disk space (ratio) |"
+        "| data set | cases | nnssl (cases/s) | nnU-Net (cases/s) | ratio | largest difference | raw images | nnssl | nnU-Net | "
+        "disk space (ratio) |"
     )
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     print(
         f"| {dataset.name} | {len(store.names)} | {rate['nnssl']:.2f} | {rate['nnunet']:.2f} | "
-        f"{rate['nnssl'] / rate['nnunet']:.2f} | {largest:.1e} | {disk[ours] / disk[theirs]:.2f} |"
+        f"{rate['nnssl'] / rate['nnunet']:.2f} | {largest:.1e} | {in_bytes(raw)} | {in_bytes(disk[ours])} | "
+        f"{in_bytes(disk[theirs])} | {disk[ours] / disk[theirs]:.2f} |"
     )
 
 

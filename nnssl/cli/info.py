@@ -1,4 +1,4 @@
-"""``nnssl_info``: methods, folders and versions, or the content of a checkpoint."""
+"""``nnssl_info``: methods, folders and versions, the content of a checkpoint, or what of a data set lies where."""
 
 import argparse
 import sys
@@ -6,11 +6,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nnssl.cli.command import PLANS_NAME, CommandParser, add_verbose_argument, path_or_address, print_next, run_command
+from nnssl.cli.command import (
+    PLANS_NAME,
+    CommandParser,
+    add_dataset_argument,
+    add_verbose_argument,
+    path_or_address,
+    print_next,
+    run_command,
+)
+from nnssl.errors import ArgumentError
 from nnssl.log import print_line
-from nnssl.sizes import in_mm, in_voxels
+from nnssl.sizes import in_bytes, in_mm, in_voxels
 
 if TYPE_CHECKING:
+    from nnssl.data.disk_use import DiskUse
     from nnssl.weights.opened_checkpoint import OpenedCheckpoint
 
 NAME = "nnssl_info"
@@ -22,12 +32,20 @@ MOST_PARTS = 20
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of the command."""
-    parser = CommandParser(NAME, description="Show methods, folders and versions, or describe a checkpoint.")
+    parser = CommandParser(
+        NAME, description="Show methods, folders and versions, describe a checkpoint, or list the files of a data set."
+    )
     parser.add_argument(
         "checkpoint",
         nargs="?",
         type=path_or_address,
         help="Checkpoint to describe, or a file or folder written by nnssl_export: a path, https://... or hf://OWNER/REPO/FILE.",
+    )
+    add_dataset_argument(parser, "Number or name of a data set: list where its files lie and how large they are.")
+    parser.add_argument(
+        "--clean",
+        action="store_true",
+        help="With -d, delete the preprocessed cases that can be made again; raw files, plans and results stay.",
     )
     parser.add_argument(
         "--ext-trainer",
@@ -44,7 +62,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.ext_trainer:
+    if args.clean and args.dataset is None:
+        raise ArgumentError(
+            "clean needs dataset, the data set whose preprocessed cases are to be deleted", "clean", "dataset"
+        )
+    if args.dataset is not None:
+        if args.checkpoint is not None:
+            raise ArgumentError(
+                "dataset lists the files of a data set; leave it out to describe a checkpoint", "dataset"
+            )
+        for line in explain_dataset(args.dataset, args.clean):
+            print_line(line)
+    elif args.ext_trainer:
         import importlib.util
 
         from nnssl.methods import METHODS
@@ -106,6 +135,48 @@ def explain_installation() -> list[str]:
             f"    stages {stages}; configurations {', '.join(method.configurations)}",
         ]
     return lines
+
+
+def explain_dataset(dataset: str, clean: bool = False) -> list[str]:
+    """Return lines that say what of a data set lies where and how large it is.
+
+    Args:
+        dataset: Number or full name.
+        clean: Whether to delete the preprocessed cases that can be made again.
+
+    Raises:
+        UserError: If there is no such data set, or if a process may be reading the cases to delete.
+    """
+    from nnssl.data.disk_use import find_disk_use, remove_remakable
+    from nnssl.data.raw import find_dataset
+    from nnssl.paths import resolve_folders
+    from nnssl.tables import align
+
+    folders = resolve_folders()
+    name = find_dataset(dataset, folders)
+    removed = remove_remakable(name, folders) if clean else []
+    uses = find_disk_use(name, folders)
+    lines = []
+    for part in (folders.raw, folders.preprocessed, folders.results):
+        own = [use for use in uses if use.path.is_relative_to(part / name)]
+        if own:
+            lines.append(f"{part / name}: {in_bytes(sum(use.size_bytes for use in own))}")
+            rows = [(use.what, f"{use.files:,} files", in_bytes(use.size_bytes), _explain_use(use)) for use in own]
+            lines += [f"  {row}" for row in align(rows, left=(0, 3))]
+    lines += [f"deleted {use.path} ({in_bytes(use.size_bytes)}); {use.again} makes it again" for use in removed]
+    remakable = sum(use.size_bytes for use in uses if use.again)
+    if remakable:
+        lines.append(f"next: nnssl_info -d {dataset} --clean (deletes {in_bytes(remakable)} that can be made again)")
+    elif clean and not removed:
+        lines.append("nothing was deleted: nothing here can be made again")
+    return lines
+
+
+def _explain_use(use: "DiskUse") -> str:
+    name = use.path.name if use.single else ""
+    if use.again:
+        return f"{name}; {use.again} makes it again"
+    return f"{name}; kept, {use.kept}" if use.kept else name
 
 
 def explain_checkpoint(path: Path) -> list[str]:

@@ -25,6 +25,8 @@ from nnssl.schema import STRICT
 
 FILE_NAME = "nnssl_raw_files.json"
 """Name of the list, in the folder of the preprocessed data set."""
+RECORDS = "nnssl_contents"
+"""Folder beside nnU-Net's preprocessed cases with the state that each was made from; nnU-Net accepts no such files among them."""
 SCHEMA_VERSION = 1
 BLOCK_BYTES = 1 << 20
 MANY_BYTES = 1 << 30

@@ -20,8 +20,6 @@ from nnssl.data.raw import RawDataset
 from nnssl.errors import UserError
 from nnssl.paths import Folders
 
-RECORDS = "nnssl_contents"
-"""Folder beside the preprocessed cases with the state that each was made from; nnU-Net accepts no such files among the cases."""
 FILE_NAME = "nnssl_contents.json"
 """File in the folder of a training with the state of its cases."""
 MADE_FROM_OTHERS = "image or label"

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from nnssl.data.case_error import last_line
-from nnssl.data.contents import Content, changed_cases, describe_changes, read_contents, write_contents
+from nnssl.data.contents import RECORDS, Content, changed_cases, describe_changes, read_contents, write_contents
 from nnssl.data.dataset_json import read_labelled_json, spell_labelled_json
 from nnssl.data.inline_pool import without_workers
 from nnssl.data.jobs import follow_jobs, run_list
@@ -25,7 +25,6 @@ from nnssl.log import logger, printed_output_to
 from nnssl.paths import Folders, make_writable
 from planners.finetune_planner import AdoptedPlan
 from trainers.finetuning.case_contents import (
-    RECORDS,
     LabelledFiles,
     find_contents,
     find_image_contents,

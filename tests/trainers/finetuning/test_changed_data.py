@@ -8,6 +8,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
+from nnssl.data.contents import RECORDS
 from nnssl.errors import UserError
 from nnssl.log import lines_to
 from nnssl.paths import resolve_folders
@@ -15,7 +16,6 @@ from planners.finetune_planner import adopt_plan
 from tests.holding import held_elsewhere, waits_for
 from tests.trainers.finetuning.runs import CASES, DATASET, TEST_CASES, folders_set, make_run
 from tests.trainers.tiny_plan import tiny_plan
-from trainers.finetuning.case_contents import RECORDS
 from trainers.finetuning.finetune import finetune
 from trainers.finetuning.finetune_trainer import FinetuneTrainer
 from trainers.finetuning.labelled_data import make_fingerprint, prepare_data
