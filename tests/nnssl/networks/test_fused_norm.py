@@ -170,3 +170,20 @@ def test_dropout_before_the_norm_is_kept(called):
     assert called
     expected = nn.functional.leaky_relu(block.norm.bias.detach(), 0.01)
     torch.testing.assert_close(output, expected.view(1, -1, 1, 1).expand_as(output), rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 9, 10), (2, 3, 4, 6, 5)])
+def test_predictions_in_float32_use_the_operation(called, shape):
+    torch.manual_seed(0)
+    plain = block_of(len(shape) - 2).to(memory_format=CHANNELS_LAST[len(shape)])
+    fused = copy.deepcopy(plain)
+    fuse_norms(fused)
+    volumes = 3 * torch.randn(shape).to(memory_format=CHANNELS_LAST[len(shape)]) + 1
+    with torch.no_grad():
+        torch.testing.assert_close(fused(volumes), plain(volumes), rtol=1e-5, atol=1e-5)
+        assert len(called) == 1
+        plain.to(memory_format=torch.contiguous_format)
+        fused.to(memory_format=torch.contiguous_format)
+        assert torch.equal(fused(volumes.contiguous()), plain(volumes.contiguous()))  # PyTorch's own in its layout
+    assert torch.equal(fused(volumes.contiguous()), plain(volumes.contiguous()))
+    assert len(called) == 1
