@@ -15,7 +15,9 @@ The bare network is the part that every implementation of a stage needs:
 - MAE on a U-Net, Models Genesis and Volume Fusion: encoder and decoder, forward and backward on the patches.
 
 Both are timed alternately in one process and with the same precision, so that load on the machine slows both. ``--memory``
-measures peak resident memory instead, in one process that only runs steps and one that only runs the bare network::
+measures peak resident memory instead, in one process that only runs steps and one that only runs the bare network.
+``--operations`` counts PyTorch's operations that compute instead, each of which a GPU would start as one kernel or a few: many
+small ones keep a GPU waiting for the CPU::
 
     python -m tools.pretrain_step --dataset 501
 """
@@ -32,6 +34,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnssl.data.case_store import CaseStore
 from nnssl.data.patch_pairs import PairTable
@@ -39,6 +42,7 @@ from nnssl.matching.body_box import BodyBoxMatcher
 from nnssl.matching.pairs import make_pairs
 from nnssl.methods import METHODS, Stage
 from nnssl.methods.settings import split_overrides
+from nnssl.networks import fused_norm
 from nnssl.networks.dense import decode, decoder_maps, maps_up_to
 from nnssl.paths import resolve_folders
 from tools.machine import describe
@@ -145,6 +149,9 @@ def bare_patches(trainer: PretrainTrainer, views: Any) -> None:
     output.float().square().mean().backward()
 
 
+MADE_WITHOUT_KERNEL = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::detach")
+"""Operations that compute nothing, beside views."""
+
 BARE = {
     "reprec.contrastive": bare_contrastive,
     "reprec.generative": bare_generative,
@@ -160,6 +167,42 @@ BARE = {
     "models_genesis.restoration": bare_patches,
     "volume_fusion.segmentation": bare_patches,
 }
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations inside a ``with`` block, forward and backward, except those that only look at a tensor differently.
+
+    Attributes:
+        count: Number of operations so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count an operation and run it."""
+        self.count += not operation.is_view and operation._schema.name not in MADE_WITHOUT_KERNEL
+        return operation(*args, **(kwargs or {}))
+
+
+def count_operations(path: Path, stage: Stage, args: argparse.Namespace) -> tuple[int, int, int]:
+    """Return the operations of making the views, of the rest of a step, and of the bare network."""
+    trainer = make_trainer(path, stage, args)
+    counts = []
+    as_on_a_gpu = mock.patch.object(fused_norm, "_is_faster", return_value=False)
+    with as_on_a_gpu, reading(trainer.dataloader_train) as batches:
+        batch = next(batches)
+        trainer.train_step(batch)  # the first step makes the optimizer's state
+        trainer.current_step += 1
+        for run in (lambda: views_of(trainer, batch), lambda: trainer.train_step(batch)):
+            with Operations() as operations:
+                run()
+            counts.append(operations.count)
+        views = views_of(trainer, batch)
+        with Operations() as operations:
+            BARE[stage.name](trainer, views)
+    return counts[0], counts[1] - counts[0], operations.count
 
 
 def timed(function: Callable[[], Any]) -> float:
@@ -181,12 +224,18 @@ def main() -> None:
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings of the method, as in nnssl_pretrain"
     )
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead of seconds")
+    parser.add_argument("--operations", action="store_true", help="count operations instead of seconds")
     args = parser.parse_args()
     args.configuration = args.configuration or METHODS[args.method].configurations[0]
     folders = resolve_folders()
     path = find_plan(folders, args.dataset, "nnsslPlans")
     print(describe())
     stages = METHODS[args.method].stages
+    if args.operations:
+        print("| stage | batch | views | rest of the step | bare network |\n|---|---|---|---|---|")
+        for stage in stages:
+            print(f"| {stage.name} | {args.batch_size} | {' | '.join(map(str, count_operations(path, stage, args)))} |")
+        return
     if args.memory:
         print("| stage | batch | step (GB) | bare (GB) | ratio |\n|---|---|---|---|---|")
         for stage in stages:

@@ -6,6 +6,7 @@ the same patch and is read with ``align_corners=False``: voxel i of the patch re
 Source: Seince et al., Pix2Rep, MIDL 2024 (sampled pixels).
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -173,23 +174,30 @@ def _surrounding_cells(
     points_vox: Float[Tensor, "batch points d"], grid: Sequence[int], shape: Sequence[int]
 ) -> tuple[Int[Tensor, "batch corners points"], Float[Tensor, "batch corners points"]]:
     """Return the flat indices of the cells around each point, and their weights in linear interpolation, in float32."""
-    lower, share = [], []
-    for axis, (cells, voxels) in enumerate(zip(grid, shape, strict=True)):
-        place = points_vox[..., axis] if cells == voxels else (points_vox[..., axis] + 0.5) * (cells / voxels) - 0.5
-        place = place.clamp(0, cells - 1)
-        below = place.floor().clamp(max=max(cells - 2, 0))
-        lower.append(below.long())
-        share.append(place - below)
-    indices, weights = [], []
-    for corner in itertools.product((0, 1), repeat=len(grid)):
-        index = torch.zeros_like(lower[0])
-        weight = torch.ones_like(share[0])
-        for axis, upper in enumerate(corner):
-            index = index * grid[axis] + (lower[axis] + upper).clamp(max=grid[axis] - 1)
-            weight = weight * (share[axis] if upper else 1 - share[axis])
-        indices.append(index)
-        weights.append(weight)
-    return torch.stack(indices, dim=1), torch.stack(weights, dim=1).float()
+    scale, same, last, last_lower = _lengths(tuple(grid), tuple(shape), points_vox.device, points_vox.dtype)
+    place = torch.where(same, points_vox, (points_vox + 0.5) * scale - 0.5).clamp_min(0).minimum(last)
+    below = place.floor().minimum(last_lower)
+    share = place - below
+    cells = torch.stack([below, (below + 1).minimum(last)]).long()
+    weights = torch.stack([1 - share, share])
+    # all corners together, axis by axis, since a GPU takes as long for a small operation as for a large one
+    index, weight = cells[..., 0], weights[..., 0]
+    for axis in range(1, len(grid)):
+        index = (index[:, None] * grid[axis] + cells[..., axis]).flatten(0, 1)
+        weight = (weight[:, None] * weights[..., axis]).flatten(0, 1)
+    return index.transpose(0, 1), weight.transpose(0, 1).float()
+
+
+@functools.lru_cache(maxsize=128)
+def _lengths(
+    grid: tuple[int, ...], shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return for each axis: cells per voxel, whether cells are voxels, the last cell, and the last one with a cell above."""
+    with torch.inference_mode(False):  # kept tensors must serve training too
+        cells = torch.tensor(grid, device=device, dtype=dtype)
+        scale = torch.tensor([a / b for a, b in zip(grid, shape, strict=True)], device=device, dtype=dtype)
+        same = torch.tensor([a == b for a, b in zip(grid, shape, strict=True)], device=device)
+        return scale, same, cells - 1, (cells - 2).clamp_min(0)
 
 
 def corner_points(

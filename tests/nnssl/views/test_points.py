@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nnssl.views import points as points_module
 from nnssl.views.points import (
@@ -205,3 +206,19 @@ def test_centres_of_cells_lie_in_the_middle_of_their_voxels():
     """Two cells of two voxels, and three of three; the last axis fastest."""
     centres = cell_centres_vox((2, 3), (4, 9))
     assert centres.tolist() == [[0.5, 1], [0.5, 4], [0.5, 7], [2.5, 1], [2.5, 4], [2.5, 7]]
+
+
+def test_an_interpolation_takes_few_operations():
+    """A GPU takes as long for a small operation as for a large one, and SAM interpolates ten times for each sample."""
+    counted = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            counted.append(operation)
+            return operation(*args, **(kwargs or {}))
+
+    feature_map, points = torch.randn(2, 4, 3, 5, 4), torch.rand(2, 30, 3)
+    interpolate_at(feature_map, points, (12, 20, 16))  # the lengths of the map are kept from now on
+    with Count():
+        interpolate_at(feature_map, points, (12, 20, 16))
+    assert sum(not operation.is_view for operation in counted) < 50
