@@ -54,12 +54,18 @@ RATES: dict[Optimizer, Rates] = {
     "adam": Rates(3e-3, 3e-3),  # measured in short runs (documentation/results/recipes.md)
     "adamw": Rates(1e-3, 1e-3),
 }
-TRANSFORMER_RATES: dict[Optimizer, Rates] = {
+PRIMUS_RATES: dict[Optimizer, Rates] = {
     "sgd": Rates(1e-2, 1e-3),
-    "adam": Rates(1e-4, 1e-4),  # RepRec's baselines with transformers
+    "adam": Rates(1e-4, 1e-4),
     "adamw": Rates(3e-4, 1e-4),  # nnU-Net's Primus; Wald et al.
 }
-"""Rates of hybrid networks and Primus."""
+HYBRID_RATES: dict[Optimizer, Rates] = {
+    "sgd": Rates(1e-2, 1e-3),
+    "adam": Rates(3e-3, 3e-3),  # measured in short runs (documentation/results/recipes.md); RepRec states none
+    "adamw": Rates(3e-4, 1e-4),
+}
+OWN_RATES = {"unet": RATES, "hybrid": HYBRID_RATES, "primus": PRIMUS_RATES}
+"""Highest learning rates by the kind of the network."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ def make_schedule(
         rate = PROBE_RATE if choices.learning_rate is None else choices.learning_rate
         recipe: Recipe = "nnunet"
     else:
-        rates = (RATES if kind == "unet" else TRANSFORMER_RATES)[optimizer]
+        rates = OWN_RATES[kind][optimizer]
         rate = choices.learning_rate or (rates.pretrained if pretrained else rates.scratch)
         own: Recipe = "warmup" if head else OWN_RECIPE[kind]
         recipe = (choices.recipe or own) if pretrained else choices.scratch_recipe
