@@ -107,10 +107,15 @@ def lock_of(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.lock")
 
 
-def living_owner(lock: Path) -> Owner | None:
-    """Return who holds a lock, from its file; None if nobody does, or if the process has ended."""
+def who_holds(lock: Path) -> str:
+    """Return who holds a lock, from its file; empty if nobody does, or if the process has ended.
+
+    A lock without content, which a process may be writing at this moment, counts as held until it is old.
+    """
     holder = _read(lock)
-    return None if holder is None or _is_dead(lock, holder, _this_process("looking at a lock")) else holder
+    if not lock.exists() or _is_dead(lock, holder, _this_process("looking at a lock")):
+        return ""
+    return "a process that its lock does not name" if holder is None else str(holder)
 
 
 def _acquire(path: Path, folder: Path, me: Owner, wait: bool) -> None:

@@ -187,22 +187,29 @@ class Operations(TorchDispatchMode):
 
 
 def count_operations(path: Path, stage: Stage, args: argparse.Namespace) -> tuple[int, int, int]:
-    """Return the operations of making the views, of the rest of a step, and of the bare network."""
+    """Return the operations of making the views, of the rest of the same step, and of the bare network."""
     trainer = make_trainer(path, stage, args)
-    counts = []
+    make_views, of_views = trainer.method.make_views, [0]
+
+    def counted(*arguments: Any) -> Any:
+        before = operations.count
+        views = make_views(*arguments)
+        of_views[0] += operations.count - before
+        return views
+
     as_on_a_gpu = mock.patch.object(fused_norm, "_is_faster", return_value=False)
     with as_on_a_gpu, reading(trainer.dataloader_train) as batches:
         batch = next(batches)
         trainer.train_step(batch)  # the first step makes the optimizer's state
         trainer.current_step += 1
-        for run in (lambda: views_of(trainer, batch), lambda: trainer.train_step(batch)):
-            with Operations() as operations:
-                run()
-            counts.append(operations.count)
+        with Operations() as operations, mock.patch.object(trainer.method, "make_views", counted):
+            trainer.train_step(batch)
+        step = operations.count
+        trainer.optimizer.zero_grad(set_to_none=True)
         views = views_of(trainer, batch)
         with Operations() as operations:
             BARE[stage.name](trainer, views)
-    return counts[0], counts[1] - counts[0], operations.count
+    return of_views[0], step - of_views[0], operations.count
 
 
 def timed(function: Callable[[], Any]) -> float:

@@ -1,4 +1,4 @@
-"""``nnssl_info``: methods, folders and versions, the content of a checkpoint, or what of a data set lies where."""
+"""``nnssl_info``: methods, folders and versions, the content of a checkpoint, or the files of a data set."""
 
 import argparse
 import sys
@@ -71,6 +71,10 @@ def _run(args: argparse.Namespace) -> None:
             raise ArgumentError(
                 "dataset lists the files of a data set; leave it out to describe a checkpoint", "dataset"
             )
+        if args.ext_trainer:
+            raise ArgumentError(
+                "dataset and ext_trainer print different things; give one of them", "dataset", "ext_trainer"
+            )
         for line in explain_dataset(args.dataset, args.clean):
             print_line(line)
     elif args.ext_trainer:
@@ -138,7 +142,7 @@ def explain_installation() -> list[str]:
 
 
 def explain_dataset(dataset: str, clean: bool = False) -> list[str]:
-    """Return lines that say what of a data set lies where and how large it is.
+    """Return lines that list the files of a data set, where they are and how large.
 
     Args:
         dataset: Number or full name.
@@ -147,14 +151,14 @@ def explain_dataset(dataset: str, clean: bool = False) -> list[str]:
     Raises:
         UserError: If there is no such data set, or if a process may be reading the cases to delete.
     """
-    from nnssl.data.disk_use import find_disk_use, remove_remakable
+    from nnssl.data.disk_use import delete_remakable, find_disk_use
     from nnssl.data.raw import find_dataset
     from nnssl.paths import resolve_folders
     from nnssl.tables import align
 
     folders = resolve_folders()
     name = find_dataset(dataset, folders)
-    removed = remove_remakable(name, folders) if clean else []
+    deleted = delete_remakable(name, folders) if clean else []
     uses = find_disk_use(name, folders)
     lines = []
     for part in (folders.raw, folders.preprocessed, folders.results):
@@ -163,11 +167,11 @@ def explain_dataset(dataset: str, clean: bool = False) -> list[str]:
             lines.append(f"{part / name}: {in_bytes(sum(use.size_bytes for use in own))}")
             rows = [(use.what, f"{use.files:,} files", in_bytes(use.size_bytes), _explain_use(use)) for use in own]
             lines += [f"  {row}" for row in align(rows, left=(0, 3))]
-    lines += [f"deleted {use.path} ({in_bytes(use.size_bytes)}); {use.again} makes it again" for use in removed]
+    lines += [f"deleted {use.path} ({in_bytes(use.size_bytes)}); {use.again} makes it again" for use in deleted]
     remakable = sum(use.size_bytes for use in uses if use.again)
     if remakable:
         lines.append(f"next: nnssl_info -d {dataset} --clean (deletes {in_bytes(remakable)} that can be made again)")
-    elif clean and not removed:
+    elif clean and not deleted:
         lines.append("nothing was deleted: nothing here can be made again")
     return lines
 

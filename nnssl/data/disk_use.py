@@ -1,7 +1,7 @@
-"""What of a data set lies where, how large it is, and what of it can be made again.
+"""Where the files of a data set are, how large they are, and which of them can be made again.
 
 Two kinds of folders can be made again: cases that ``nnssl_plan_and_preprocess`` made, and cases that fine-tuning had nnU-Net
-preprocess. Weights, results, plans, fingerprints, and whatever others made are never removed.
+preprocess for nnssl's plan. Weights, results, plans, fingerprints, and whatever others made are never deleted.
 """
 
 import os
@@ -11,20 +11,26 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnssl.data.case_store import complete_cases, read_properties, remove_case
-from nnssl.data.contents import RECORDS
+from nnssl.data.case_store import LEARNABLE, SUPERVOXELS, complete_cases, read_properties
+from nnssl.data.contents import RECORDS, find_status
 from nnssl.data.raw import read_dataset
 from nnssl.errors import UserError
 from nnssl.files import read_json, some
-from nnssl.locks import living_owner, only_process
+from nnssl.locks import only_process, who_holds
 from nnssl.log import silence
 from nnssl.paths import PROBES_FOLDER, Folders
-from nnssl.plan import PLANS_NAME
+from nnssl.plan import PLANS_NAME, read_plan
 
-SMALL = {RECORDS: "records", "gt_segmentations": "copied labels"}
+KNOWN = {RECORDS: "records", "gt_segmentations": "copied labels"}
 """Folders of small files, by name."""
 STUDY = "nnssl_benchmark_"
 """Beginning of the name of a study's folder."""
+PLAN_AGAIN = "the nnssl_plan_and_preprocess command that made the plan"
+FINETUNE_AGAIN = "the next nnssl_finetune or nnssl_benchmark"
+REMOVED = ".removed"
+"""End of the hidden name of a folder that is being deleted."""
+OWN_ENDINGS = (".json", ".b2nd", "_foreground.npy")
+LABELLED_ENDINGS = (".pkl", ".b2nd")
 
 
 @dataclass(frozen=True)
@@ -33,11 +39,11 @@ class DiskUse:
 
     Attributes:
         what: What it holds, in words.
-        path: The folder, or the one in which all of them lie.
+        path: The folder, or the one in which all of them are.
         files: Number of files.
         size_bytes: Sum of their sizes; links to images count with the size of the image.
-        again: How it can be made again, in words; empty if it cannot.
-        kept: Why ``remove_remakable`` leaves it although it was made from other files; empty if that does not apply.
+        again: What makes it again, in words; empty if it cannot be made again or is kept.
+        kept: Why ``delete_remakable`` keeps it although it was made from other files; empty if that does not apply.
         single: Whether it is one folder.
     """
 
@@ -51,22 +57,29 @@ class DiskUse:
 
 
 def find_disk_use(dataset_name: str, folders: Folders) -> list[DiskUse]:
-    """Return what of a data set lies in nnU-Net's three folders: raw files, preprocessed data, results.
+    """Return the files of a data set in nnU-Net's three folders: raw files, preprocessed data, results.
 
     Args:
         dataset_name: Full name of the data set.
         folders: nnU-Net's folders.
+
+    Raises:
+        UserError: If a folder cannot be read.
     """
     raw = folders.raw / dataset_name
-    found = [_use("raw files", raw)] if raw.is_dir() else []
-    return [*found, *_preprocessed(dataset_name, folders), *_results(folders.results / dataset_name)]
+    try:
+        found = [_use("raw files", raw)] if raw.is_dir() else []
+        return [*found, *_preprocessed(dataset_name, folders), *_results(folders.results / dataset_name)]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror or error}); check its owner") from error
 
 
-def remove_remakable(dataset_name: str, folders: Folders) -> list[DiskUse]:
-    """Delete what of a data set can be made again, and return it.
+def delete_remakable(dataset_name: str, folders: Folders) -> list[DiskUse]:
+    """Delete the preprocessed cases of a data set that can be made again, and return what was deleted.
 
-    A case is removed only if the raw images, the exclusion mask and the plan that it was made from still exist. If the process is
-    killed, the cases that are left are complete, and the next call goes on.
+    A folder is deleted only if the plan that it was made for, and all images and labels of its cases, still exist, if no case was
+    made with an exclusion mask, and if it holds nothing else. It is renamed first, so that a run that begins meanwhile finds no
+    cases rather than some; the next call deletes what is left if the process is killed.
 
     Args:
         dataset_name: Full name of the data set.
@@ -79,30 +92,33 @@ def remove_remakable(dataset_name: str, folders: Folders) -> list[DiskUse]:
     folder = folders.preprocessed / dataset_name
     if not folder.is_dir():
         return []
-    with only_process(folder, "removing preprocessed cases", wait=False):
+    with only_process(folder, "deleting preprocessed cases", wait=False):
         _check_nothing_runs(folders.results)
-        removed = [use for use in _preprocessed(dataset_name, folders) if use.again]
-        for use in removed:
+        deleted = [use for use in find_disk_use(dataset_name, folders) if use.again]
+        for use in deleted:
+            hidden = use.path
             try:
-                _remove(use.path)
+                if not hidden.name.endswith(REMOVED):
+                    hidden = use.path.with_name(f".{use.path.name}{REMOVED}")
+                    use.path.rename(hidden)
+                    shutil.rmtree(folder / RECORDS / use.path.name, ignore_errors=True)
+                shutil.rmtree(hidden)
             except OSError as error:
-                raise UserError(f"{use.path}: cannot be deleted ({error.strerror}); check its owner") from error
-    return removed
-
-
-def _remove(folder: Path) -> None:
-    for case in complete_cases(folder):
-        remove_case(folder, case)
-    shutil.rmtree(folder.parent / RECORDS / folder.name, ignore_errors=True)
-    shutil.rmtree(folder)
+                raise UserError(
+                    f"{hidden}: cannot be deleted ({error.strerror or error}); check its owner, then run the command again"
+                ) from error
+    return deleted
 
 
 def _check_nothing_runs(results: Path) -> None:
     """Raise ``UserError`` if a process writes results, of whatever data set: it may read cases of this one too."""
-    for lock in sorted(results.rglob(".*.lock")):
-        owner = living_owner(lock)
-        if owner is not None:
-            raise UserError(f"{lock.parent}: {owner} works there and may read these cases; wait until it has ended")
+    for path in _files_below(results):
+        if path.name.startswith(".") and path.name.endswith(".lock"):
+            holder = who_holds(path)
+            if holder:
+                raise UserError(
+                    f"{path.parent}: {holder} works there and may read these cases; wait until it has ended"
+                )
 
 
 def _preprocessed(dataset_name: str, folders: Folders) -> list[DiskUse]:
@@ -110,25 +126,24 @@ def _preprocessed(dataset_name: str, folders: Folders) -> list[DiskUse]:
     folder = folders.preprocessed / dataset_name
     if not folder.is_dir():
         return []
-    plans, identifiers = _plans_of(folder)
-    names = _raw_names(dataset_name, folders)
+    own, labelled = _plans_of(folder)
+    images, labels = _raw_cases(dataset_name, folders)
     uses = []
-    loose = [path for path in folder.iterdir() if not path.is_dir()]
-    for path in sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != "."):
-        if path.name in plans:
-            plan = plans[path.name]
-            named = "" if plan == PLANS_NAME else f" -p {plan}"
-            again = f"nnssl_plan_and_preprocess -d {dataset_name}{named}"
-            kept = _why_kept(path, names, dataset_name)
-            uses.append(_use(f"cases of {plan}", path, "" if kept else again, kept))
-        elif path.name in identifiers and (folder / RECORDS / path.name).is_dir():
-            missing = sorted({file.stem for file in path.glob("*.pkl")} - names)
-            kept = f"the raw images of {some(missing)} are gone" if missing else ""
-            uses.append(_use("labelled cases", path, "" if kept else "the next nnssl_finetune", kept))
+    for path in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if path.name.startswith("."):
+            if path.name.endswith(REMOVED):
+                uses.append(_use("half deleted cases", path, PLAN_AGAIN))
+        elif path.name in own:
+            kept = _why_kept(path, images, OWN_ENDINGS, (LEARNABLE, SUPERVOXELS)) or _why_kept_by_masks(path)
+            uses.append(_use(f"cases of {own[path.name]}", path, "" if kept else PLAN_AGAIN, kept))
+        elif path.name in labelled and (folder / RECORDS / path.name).is_dir():
+            kept = _why_kept(path, images & labels, LABELLED_ENDINGS)
+            uses.append(_use("labelled cases", path, "" if kept else FINETUNE_AGAIN, kept))
         elif path.name.endswith(("_cases_2d", "_cases_3d")):
-            uses.append(_use("cases without a plan", path, kept="the plan that made them is gone"))
+            uses.append(_use("cases", path, kept="no plan that can be read names it"))
         else:
-            uses.append(_use(SMALL.get(path.name, "made by nnU-Net or others"), path))
+            uses.append(_use(KNOWN.get(path.name, "other folder"), path))
+    loose = [path for path in folder.iterdir() if not path.is_dir()]
     if loose:
         size = sum(path.lstat().st_size for path in loose)
         uses.append(DiskUse("plans and records", folder, len(loose), size, single=False))
@@ -139,40 +154,66 @@ def _plans_of(folder: Path) -> tuple[dict[str, str], set[str]]:
     """Return what the plans in a folder name; other files are skipped.
 
     Returns:
-        The plan of every folder of nnssl's cases, and the names of nnU-Net's folders of cases.
+        The plan of every folder of nnssl's cases, and the folders of cases that nnU-Net preprocesses for nnssl's default plan.
     """
-    found: dict[str, str] = {}
-    identifiers = set()
+    own: dict[str, str] = {}
+    labelled = set()
     for path in sorted(folder.glob("*.json")):
-        with suppress(UserError, KeyError, TypeError, AttributeError):
-            content = read_json(path, "plan")
-            for section in content["configurations"].values():
-                identifiers.add(section.get("data_identifier"))
-            for section in content["pretext"]["configurations"].values():
-                found[section["case_folder"]] = path.stem
-    return found, identifiers
+        with suppress(UserError):
+            for section in read_plan(path).pretext.configurations.values():
+                own[section.case_folder] = path.stem
+        if path.stem == PLANS_NAME:
+            with suppress(UserError, KeyError, TypeError, AttributeError):
+                labelled |= {each.get("data_identifier") for each in read_json(path, "plan")["configurations"].values()}
+    return own, labelled
 
 
-def _raw_names(dataset_name: str, folders: Folders) -> set[str]:
-    """Return the names of the raw cases; none if the raw data set is gone or cannot be read."""
+def _raw_cases(dataset_name: str, folders: Folders) -> tuple[set[str], set[str]]:
+    """Return the names of the raw cases of which all images exist, and of those that have a label."""
+    images: set[str] = set()
+    labels: set[str] = set()
     with silence(), suppress(UserError):
-        return {case.name for case in read_dataset(dataset_name, folders).cases}
-    return set()
+        dataset = read_dataset(dataset_name, folders)
+        for case in dataset.cases:
+            if all(find_status(image) is not None for image in case.images):
+                images.add(case.name)
+            label = folders.raw / dataset_name / "labelsTr" / f"{case.name}{dataset.file_ending}"
+            if find_status(label) is not None:
+                labels.add(case.name)
+    return images, labels
 
 
-def _why_kept(folder: Path, names: set[str], dataset_name: str) -> str:
-    """Return why cases cannot be made again; empty if they can."""
-    cases = complete_cases(folder)
-    missing = [case for case in cases if case not in names]
+def _why_kept(folder: Path, cases: set[str], endings: tuple[str, ...], subfolders: tuple[str, ...] = ()) -> str:
+    """Return why a folder is kept: it is a link, cannot be made again, or holds other files; empty if it is not kept.
+
+    Args:
+        folder: Folder of cases.
+        cases: Cases that can be made again.
+        endings: Endings of the files of a case; the first marks it as complete.
+        subfolders: Folders inside that belong to the cases.
+    """
+    if folder.is_symlink():
+        return "it is a link"
+    names = {path.name: path for path in folder.iterdir() if not path.name.startswith(".")}
+    missing = sorted({name.removesuffix(endings[0]) for name in names if name.endswith(endings[0])} - cases)
     if missing:
-        return f"the raw images of {some(missing)} are gone"
-    for case in cases:
+        return f"raw files of {some(missing)} are gone or cannot be read"
+    foreign = sorted(
+        name
+        for name, path in names.items()
+        if path.is_symlink() or (name not in subfolders if path.is_dir() else not name.endswith(endings))
+    )
+    return f"it also holds {some(foreign)}" if foreign else ""
+
+
+def _why_kept_by_masks(folder: Path) -> str:
+    """Return why cases are kept that were made with exclusion masks, which the command that makes them again may lack."""
+    for case in complete_cases(folder):
         try:
-            mask = read_properties(folder, case).exclude_mask
-        except UserError:  # of another version, and preprocessed again anyway
-            continue
-        if mask is not None and not Path(mask.path).exists():
-            return f"{case} was made with an exclusion mask that is gone ({mask.path})"
+            if read_properties(folder, case).exclude_mask is not None:
+                return f"{case} was made with an exclusion mask"
+        except UserError:
+            return f"{case} was made by another version"
     return ""
 
 
@@ -206,12 +247,17 @@ def _kind_of(name: str) -> str:
 
 
 def _use(what: str, path: Path, again: str = "", kept: str = "") -> DiskUse:
-    sizes = list(_sizes(path))
+    sizes = []
+    for file in _files_below(path):
+        try:
+            sizes.append(file.stat().st_size)
+        except OSError:  # a broken link
+            sizes.append(0)
     return DiskUse(what, path, len(sizes), sum(sizes), again, kept)
 
 
-def _sizes(folder: Path) -> Iterator[int]:
-    """Yield the size of every file below a folder; links to files and folders are followed, broken ones count 0."""
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Yield every file below a folder, also through links to folders, each folder once."""
     seen = set()
     for root, folders, names in os.walk(folder, followlinks=True):
         place = os.path.realpath(root)
@@ -219,8 +265,4 @@ def _sizes(folder: Path) -> Iterator[int]:
             folders.clear()
             continue
         seen.add(place)
-        for name in names:
-            try:
-                yield (Path(root) / name).stat().st_size
-            except OSError:
-                yield 0
+        yield from (Path(root) / name for name in names)

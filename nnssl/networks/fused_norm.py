@@ -109,9 +109,11 @@ def _can_be_fused(block: ConvDropoutNormReLU) -> bool:
 
 
 def _is_faster(volumes: Tensor) -> bool:
-    """Return whether one operation is faster for a map: in bfloat16, and in predictions, which nnU-Net makes in float32."""
-    if volumes.device.type != "cpu" or volumes.ndim not in CHANNELS_LAST or len(volumes) == 0:
-        return False
-    predicts = volumes.dtype is torch.float32 and not torch.is_grad_enabled()
-    laid_out = predicts and volumes.is_contiguous(memory_format=CHANNELS_LAST[volumes.ndim])
-    return (volumes.dtype is torch.bfloat16 or laid_out) and volumes.shape[1:].numel() >= SMALLEST_SAMPLE
+    """Return whether one operation is faster for a map. In float32, the kernel's sums would be too inexact for large maps."""
+    return (
+        volumes.device.type == "cpu"
+        and volumes.dtype is torch.bfloat16
+        and volumes.ndim in CHANNELS_LAST
+        and len(volumes) > 0
+        and volumes.shape[1:].numel() >= SMALLEST_SAMPLE
+    )

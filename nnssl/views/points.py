@@ -174,6 +174,7 @@ def _surrounding_cells(
     points_vox: Float[Tensor, "batch points d"], grid: Sequence[int], shape: Sequence[int]
 ) -> tuple[Int[Tensor, "batch corners points"], Float[Tensor, "batch corners points"]]:
     """Return the flat indices of the cells around each point, and their weights in linear interpolation, in float32."""
+    points_vox = points_vox if points_vox.dtype is torch.float64 else points_vox.float()
     scale, same, last, last_lower = _lengths(tuple(grid), tuple(shape), points_vox.device, points_vox.dtype)
     place = torch.where(same, points_vox, (points_vox + 0.5) * scale - 0.5).clamp_min(0).minimum(last)
     below = place.floor().minimum(last_lower)

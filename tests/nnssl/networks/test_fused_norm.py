@@ -172,18 +172,11 @@ def test_dropout_before_the_norm_is_kept(called):
     torch.testing.assert_close(output, expected.view(1, -1, 1, 1).expand_as(output), rtol=0.01, atol=0.01)
 
 
-@pytest.mark.parametrize("shape", [(1, 3, 9, 10), (2, 3, 4, 6, 5)])
-def test_predictions_in_float32_use_the_operation(called, shape):
-    torch.manual_seed(0)
-    plain = block_of(len(shape) - 2).to(memory_format=CHANNELS_LAST[len(shape)])
+def test_float32_keeps_the_operations_of_pytorch(called):
+    plain = block_of(2).to(memory_format=torch.channels_last)
     fused = copy.deepcopy(plain)
     fuse_norms(fused)
-    volumes = 3 * torch.randn(shape).to(memory_format=CHANNELS_LAST[len(shape)]) + 1
+    volumes = torch.randn(1, 3, 9, 10).to(memory_format=torch.channels_last)
     with torch.no_grad():
-        torch.testing.assert_close(fused(volumes), plain(volumes), rtol=1e-5, atol=1e-5)
-        assert len(called) == 1
-        plain.to(memory_format=torch.contiguous_format)
-        fused.to(memory_format=torch.contiguous_format)
-        assert torch.equal(fused(volumes.contiguous()), plain(volumes.contiguous()))  # PyTorch's own in its layout
-    assert torch.equal(fused(volumes.contiguous()), plain(volumes.contiguous()))
-    assert len(called) == 1
+        assert torch.equal(fused(volumes), plain(volumes))
+    assert not called
