@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk  # noqa: N813
 import torch
+from matplotlib import rcParams
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.dataloading import data_loader
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
@@ -22,6 +23,7 @@ from tests.trainers.finetuning.runs import CASES, CPU, DATASET, TEST_CASES, fold
 from tests.trainers.tiny_plan import tiny_plan
 from trainers.finetuning import finetune_trainer, keyed_batches
 from trainers.finetuning.case_contents import labelled_files
+from trainers.finetuning.finetune_trainer import FIGURE_DPI
 from trainers.finetuning.keyed_batches import KeyedBatches
 from trainers.finetuning.labelled_cases import find_labelled_cases
 from trainers.finetuning.labelled_data import make_fingerprint, prepare_data
@@ -103,12 +105,14 @@ def test_mirroring_off_is_one_pass_per_tile(run, tmp_path):
 
 def test_the_figure_is_drawn_at_the_end(run, tmp_path, monkeypatch):
     trainer = trainer_of(run, tmp_path / "model", epochs=3)
-    drawn: list[int] = []
+    drawn: list[tuple[int, float]] = []
     monkeypatch.setattr(
-        type(trainer.logger), "plot_progress_png", lambda self, folder: drawn.append(trainer.current_epoch)
+        type(trainer.logger),
+        "plot_progress_png",
+        lambda self, folder: drawn.append((trainer.current_epoch, rcParams["savefig.dpi"])),
     )
     trainer.run_training()
-    assert drawn == [2]
+    assert drawn == [(2, FIGURE_DPI)]
 
 
 def test_only_the_cases_of_a_run_are_preprocessed_and_the_rest_later(run):
