@@ -92,16 +92,17 @@ def run_list(work: Callable[[J], R], jobs: Sequence[J], processes: int) -> Itera
     yield from run_jobs(work, jobs[1:], 1 if few else min(processes, len(jobs) - 1), None)
 
 
-def follow_jobs(results: Iterable[R], doing: str, done: str, total: int) -> Iterator[R]:
+def follow_jobs(results: Iterable[R], doing: str, done: str, total: int, things: str = "cases") -> Iterator[R]:
     """Yield results and show progress: a bar on a terminal, otherwise a message from time to time.
 
     Args:
         results: Results in the order in which they finish.
         doing: Verb for the bar: "preprocessing".
         done: Participle for the messages: "preprocessed".
-        total: Number of jobs; each is a case.
+        total: Number of jobs.
+        things: What the jobs are, in words.
     """
-    with CaseProgress(doing, done, total) as progress:
+    with CaseProgress(doing, done, total, things) as progress:
         for result in results:
             progress.step()
             yield result
@@ -114,10 +115,11 @@ class CaseProgress:
         doing: Verb for the bar: "preprocessing".
         done: Participle for the messages: "preprocessed".
         total: Number of cases.
+        things: What is counted instead of cases, in words.
     """
 
-    def __init__(self, doing: str, done: str, total: int) -> None:
-        self.doing, self.done, self.total = doing, done, total
+    def __init__(self, doing: str, done: str, total: int, things: str = "cases") -> None:
+        self.doing, self.done, self.total, self.things = doing, done, total, things
         self._number, self._last = 0, time.monotonic()
         self._begun = False
         self._bar: Any = None
@@ -126,7 +128,7 @@ class CaseProgress:
         if sys.stderr.isatty() and prints():
             from tqdm import tqdm
 
-            self._bar = tqdm(desc=self.doing, total=self.total, unit="case")
+            self._bar = tqdm(desc=self.doing, total=self.total, unit=f" {self.things}")
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -151,7 +153,7 @@ class CaseProgress:
         if self._bar is not None:
             self._bar.update()
         elif time.monotonic() - self._last >= SECONDS_PER_LINE or self._number == self.total:
-            logger.info(f"{self.done} {self._number} of {self.total} cases")
+            logger.info(f"{self.done} {self._number} of {self.total} {self.things}")
             self._last = time.monotonic()
 
 

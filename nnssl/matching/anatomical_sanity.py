@@ -18,6 +18,7 @@ import torch
 from scipy.stats import spearmanr
 
 from nnssl.data.case_store import CaseStore
+from nnssl.data.jobs import follow_jobs
 from nnssl.data.patch_boxes import draw_box
 from nnssl.draws import make_generator
 from nnssl.matching.body_box import BodyBoxMatcher
@@ -116,14 +117,18 @@ def measure(
     errors, permuted = self_match(method, store, seed, device, autocast)
     matcher = EmbeddingMatcher(method.embedding, store, method.configuration.patch_size, device, autocast)
     box = BodyBoxMatcher(store)
-    scans, looked = [], []
-    for query, key, points_mm in draw_pairs(store, seed):
+
+    def look(query: str, key: str, points_mm: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return the points, their matches with scores and errors, and the likeness of matches and of the box."""
         matches = matcher.match_points(query, points_mm, key)
         cycles_mm = cycle_error_mm(matcher, query, points_mm, key, matches)
         boxed_mm = box.match_points(query, points_mm, key).points_mm
         alike = [likeness(store, query, points_mm, key, found_mm) for found_mm in (matches.points_mm, boxed_mm)]
-        scans.append((query, key))
-        looked.append((points_mm, matches.points_mm, matches.score, cycles_mm, *alike))
+        return points_mm, matches.points_mm, matches.score, cycles_mm, *alike
+
+    pairs = draw_pairs(store, seed)
+    scans = [(query, key) for query, key, _ in pairs]
+    looked = follow_jobs((look(*pair) for pair in pairs), "matching", "matched", len(pairs), "pairs of scans")
     places, found, scores, cycles, own, other = zip(*looked, strict=True)
     least = least_score(np.concatenate(scores))
     taken = [reliable(score, cycle, least) for score, cycle in zip(scores, cycles, strict=True)]

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from nnssl.data.case_store import CaseStore
+from nnssl.data.jobs import follow_jobs
 from nnssl.data.patch_pairs import PairTable
 from nnssl.data.patients import patient_in_name
 from nnssl.draws import draw_seed
@@ -57,11 +58,11 @@ def make_pairs(store: CaseStore, matcher: PointMatcher | None, fallback: PointMa
         seed: Random seed of partners and points.
     """
     names = store.names
-    found = []
-    for first, second in choose_partners(names, seed):
-        # Both directions are matched while the embeddings of both scans are in memory.
-        for query, key in ((first, second), (second, first)) if first != second else ((first, second),):
-            found.append(_look(store, query, key, matcher, fallback, seed))
+    partners = choose_partners(names, seed)
+    # Both directions are matched while the embeddings of both scans are in memory.
+    ways = [way for first, second in partners for way in dict.fromkeys([(first, second), (second, first)])]
+    looks = (_look(store, query, key, matcher, fallback, seed) for query, key in ways)
+    found = list(looks if matcher is None else follow_jobs(looks, "matching", "matched", len(ways), "pairs of scans"))
     least = least_score(np.concatenate([each.score for each in found]))
     columns = [_take(each, least) for each in sorted(found, key=lambda each: (each.query, each.key))]
     spacings = np.array([store.case(name).spacing_mm for name in names])
