@@ -1,167 +1,194 @@
-"""The whole workflow on generated phantoms, from images to a report on the Dice with and without pretraining."""
+"""The whole workflow on generated phantoms, from images to a report on what the pretrained weights are worth."""
 
-from collections.abc import Sequence
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from time import time
 
 import torch
 
-from nnssl.data.phantoms import write_phantom_dataset
+from nnssl.data.phantoms import describe_phantoms, write_phantom_dataset
 from nnssl.environment import variables
 from nnssl.errors import UserError
 from nnssl.files import read_json
 from nnssl.log import logger
+from nnssl.methods import find_method
 from nnssl.paths import Folders, make_writable, resolve_folders
-from nnssl.plan import Plan
+from nnssl.study.table import SCRATCH, StudyTable
+from nnssl.tables import align, points, signed_points
 from planners.plan_and_preprocess import plan_and_preprocess
 from planners.settings import PlanSettings
-from trainers.finetuning.finetune import finetune
-from trainers.finetuning.result import ArmResult, comparison
+from trainers.benchmark.benchmark import benchmark
+from trainers.benchmark.settings import StudySettings
 from trainers.finetuning.schedule import Recipe
-from trainers.finetuning.settings import FinetuneSettings
 from trainers.pretraining.pretrain import pretrain
 from trainers.pretraining.settings import PretrainSettings
 
-UNLABELLED, LABELLED = "Dataset901_PhantomsUnlabelled", "Dataset902_PhantomsLabelled"
-SHAPE, SPACING_MM = (32, 48, 40), (2.5, 1.5, 1.7)
-CONFIGURATION = "3d_fullres_hybrid"
+UNLABELLED, LABELLED = "Dataset901_HeartsUnlabelled", "Dataset902_HeartsLabelled"
+SHAPE, SPACING_MM = (10, 48, 48), (8.0, 4.0, 4.0)
+CONFIGURATIONS = ("2d", "2d_hybrid", "3d_fullres")
+"""Configurations that a method is pretrained with, the first that it supports."""
 BATCH_SIZE = 8
+"""Patches per step of every stage of pretraining."""
+FINETUNING_BATCH_SIZE = 4
 
 
 @dataclass(frozen=True)
-class DemoSize:
-    """The size of a demo.
+class DemoSettings:
+    """Settings of a demo.
 
     Attributes:
+        method: Pretext method.
         unlabelled: Number of phantoms without labels, to pretrain on.
         labels: Number of labelled phantoms to train on.
+        draws: How often they are drawn, from ``labels * draws`` phantoms, together with the random weights of new layers. Both
+            arms are trained on each draw, as single ones differ by 30 points.
         held_out: Number of labelled phantoms to test on.
-        epochs: Epochs of the contrastive stage, the generative stage and fine-tuning.
-        iterations_per_epoch: Optimizer steps per epoch, in all three.
+        pretrain_epochs: Epochs of every stage of pretraining.
+        pretrain_iterations: Optimizer steps per epoch of pretraining.
+        epochs: Lengths of fine-tuning in epochs.
+        iterations_per_epoch: Optimizer steps per epoch of fine-tuning.
+        recipe: Recipe of the pretrained arm's fine-tuning; None for the default.
+        seed: Random seed for phantoms, weights and views.
     """
 
-    unlabelled: int = 16
-    labels: int = 3
-    held_out: int = 6
-    epochs: tuple[int, int, int] = (4, 8, 5)
-    iterations_per_epoch: int = 15
+    method: str = "pix2rep_v2"
+    unlabelled: int = 24
+    labels: int = 6
+    draws: int = 3
+    held_out: int = 10
+    pretrain_epochs: int = 10
+    pretrain_iterations: int = 120
+    epochs: tuple[int, ...] = (3,)
+    iterations_per_epoch: int = 30
+    recipe: Recipe | None = None
+    seed: int = 0
 
 
-def run_demo(folder: Path, size: DemoSize, seed: int, device: torch.device, recipe: Recipe | None = None) -> Path:
-    """Make phantoms, plan, preprocess, pretrain with RepRec, fine-tune with and without the weights, and write a report.
+def run_demo(folder: Path, settings: DemoSettings, device: torch.device, command: str) -> Path:
+    """Make phantoms, plan, preprocess, pretrain, fine-tune with and without the weights, and write a report.
 
-    Steps that an earlier demo of the same size has finished in the folder are skipped.
+    Steps that an earlier demo with the same settings has finished in the folder are skipped.
 
     Args:
         folder: Folder for all files, including nnU-Net's folders.
-        size: Size of data sets and runs.
-        seed: Random seed for phantoms, weights and views.
+        settings: Method, size of data sets and lengths of runs.
         device: Device to train on.
-        recipe: Recipe of the pretrained arm's fine-tuning; None for the default.
+        command: Command that repeats the demo, printed in the report.
 
     Returns:
-        The pretrained weights; the report is ``report.md`` in the folder.
+        The pretrained weights; the report is ``report.html`` in the folder.
 
     Raises:
-        UserError: If the folder cannot be written to, or if it contains a demo of another size.
+        UserError: If the folder cannot be written to, or if it contains phantoms of another demo.
     """
     started = time()
     root = make_writable(folder.absolute())
+    configuration = next(name for name in CONFIGURATIONS if name in find_method(settings.method).configurations)
     with variables(**{f"nnUNet_{name}": str(root / name) for name in ("raw", "preprocessed", "results")}):
         folders = resolve_folders()
-        _make_phantoms(folders, size, seed)
-        logger.info("2/5 Computing the fingerprint, planning and preprocessing")
-        prepared = plan_and_preprocess(UNLABELLED, PlanSettings(configurations=[CONFIGURATION], preset="cpu"), folders)
-        logger.info("3/5 Pretraining with RepRec in two stages")
-        weights = _pretrain(folders, size, seed, device)
-        logger.info(f"4/5 Fine-tuning on {size.labels} labelled phantoms, pretrained and from scratch")
-        results = _finetune(weights, size, seed, device, recipe)
-        logger.info("5/5 Writing the report")
-        report = root / "report.md"
-        report.write_text("\n".join(_report(prepared.plan, weights, results, time() - started)) + "\n")
-        for line in comparison(results):
-            logger.info(line)
-        logger.info(f"Report: {report} ({(time() - started) / 60:.1f} minutes)")
+        _make_phantoms(folders, settings)
+        logger.info("2/4 Computing the fingerprint, planning and preprocessing")
+        plan_and_preprocess(UNLABELLED, PlanSettings(configurations=[configuration], preset="cpu"), folders)
+        logger.info(f"3/4 Pretraining with {settings.method} on {settings.unlabelled} phantoms without labels")
+        weights = _pretrain(folders, settings, configuration, device)
+        logger.info(
+            f"4/4 Fine-tuning on {settings.labels} labelled phantoms, pretrained and from scratch, for {settings.draws} draws"
+        )
+        table = _compare(root, folders, weights, settings, device, command)
+    report = root / "report.html"
+    shutil.copyfile(folders.results / LABELLED / f"nnssl_benchmark_{settings.method}" / "report.html", report)
+    for line in dice_by_structure(table):
+        logger.info(line)
+    logger.info(f"{(time() - started) / 60:.1f} minutes. To see the segmentations side by side, open {report}")
     return weights
 
 
-def _make_phantoms(folders: Folders, size: DemoSize, seed: int) -> None:
-    labelled = size.labels + size.held_out
-    logger.info(f"1/5 Generating phantoms in {folders.raw}: {size.unlabelled} without labels, {labelled} with labels")
-    for name, count, first in ((UNLABELLED, size.unlabelled, 0), (LABELLED, labelled, size.unlabelled)):
+def _make_phantoms(folders: Folders, settings: DemoSettings) -> None:
+    labelled = settings.labels * settings.draws + settings.held_out
+    logger.info(
+        f"1/4 Generating phantoms of the heart in {folders.raw}: {settings.unlabelled} without labels, {labelled} with labels"
+    )
+    for name, count, first in ((UNLABELLED, settings.unlabelled, 0), (LABELLED, labelled, settings.unlabelled)):
         description = folders.raw / name / "dataset.json"
+        wanted = describe_phantoms("heart", settings.seed, first)
         if description.exists():
-            present = read_json(description, "dataset.json")["numTraining"]
-            if present != count:
+            present = read_json(description, "dataset.json")
+            if (present["numTraining"], present["description"]) != (count, wanted):
                 raise UserError(
-                    f"{description.parent}: contains {present} phantoms of an earlier demo, but this one needs {count}; choose "
-                    "another folder"
+                    f"{description.parent}: contains {present['numTraining']} phantoms of an earlier demo "
+                    f"({present['description']}), but this one needs {count} ({wanted}); choose another folder"
                 )
             continue
         write_phantom_dataset(
-            folders.raw, name, count, seed, SHAPE, SPACING_MM, labelled=name == LABELLED, first_case=first
+            folders.raw,
+            name,
+            count,
+            settings.seed,
+            SHAPE,
+            SPACING_MM,
+            labelled=name == LABELLED,
+            first_case=first,
+            anatomy="heart",
         )
 
 
-def _pretrain(folders: Folders, size: DemoSize, seed: int, device: torch.device) -> Path:
-    contrastive, generative, _ = size.epochs
-    settings = PretrainSettings(
-        configuration=CONFIGURATION,
-        epochs=(contrastive, generative),
-        iterations_per_epoch=size.iterations_per_epoch,
+def _pretrain(folders: Folders, settings: DemoSettings, configuration: str, device: torch.device) -> Path:
+    chosen = PretrainSettings(
+        configuration=configuration,
+        epochs=settings.pretrain_epochs,
+        iterations_per_epoch=settings.pretrain_iterations,
         overrides=(f"batch_size={BATCH_SIZE}",),
-        seed=seed,
+        seed=settings.seed,
         device=device,
     )
-    return pretrain("reprec", UNLABELLED, settings, folders)
+    return pretrain(settings.method, UNLABELLED, chosen, folders)
 
 
-def _finetune(weights: Path, size: DemoSize, seed: int, device: torch.device, recipe: Recipe | None) -> list[ArmResult]:
-    settings = FinetuneSettings(
-        scratch=True,
-        labels=size.labels,
-        seed=seed,
-        epochs=size.epochs[2],
-        iterations_per_epoch=size.iterations_per_epoch,
+def _compare(
+    root: Path, folders: Folders, weights: Path, settings: DemoSettings, device: torch.device, command: str
+) -> StudyTable:
+    """Fine-tune from the weights and from scratch, and write the report."""
+    held_out = root / "held_out.txt"
+    first = settings.unlabelled + settings.labels * settings.draws
+    held_out.write_text("".join(f"phantom_{first + number:04d}\n" for number in range(settings.held_out)))
+    study = StudySettings(
+        dataset=LABELLED,
+        arms=(f"{settings.method}={weights}",),
+        labels=(settings.labels,),
+        epochs=settings.epochs,
+        seeds=settings.draws,
+        iterations_per_epoch=settings.iterations_per_epoch,
+        batch_size=FINETUNING_BATCH_SIZE,
         optimizer="adam",  # With nnU-Net's SGD the network predicts no foreground after so few steps.
-        learning_rate=0.003,
-        recipe=recipe,
-        device=device,
+        recipe=settings.recipe,
+        scratch_recipe="warmup",
+        test_cases=held_out,
+        mirroring=False,
     )
-    return finetune(LABELLED, weights, settings)
+    table = benchmark(study, name=settings.method, device=device, folders=folders, command=command)
+    assert table is not None
+    return table
 
 
-def _report(plan: Plan, weights: Path, results: Sequence[ArmResult], seconds: float) -> list[str]:
-    """Return the lines of a report in Markdown: the Dice, the files, and the plan with its reasons."""
-    folder = weights.parent
+def dice_by_structure(table: StudyTable) -> list[str]:
+    """Return the Dice of every structure, from scratch and pretrained, at the longest length, as the lines of a table."""
+    longest = max(row.steps for row in table.rows)
+    scratch, pretrained = (
+        next(row for row in table.rows if row.steps == longest and (row.arm == SCRATCH) == is_scratch)
+        for is_scratch in (True, False)
+    )
+    lines = [[f"Dice (points) on {table.num_test_cases} held-out phantoms", scratch.arm, pretrained.arm, "gain"]]
+    for name in scratch.class_dice:
+        lines.append(_line(name, scratch.class_dice[name], pretrained.class_dice[name]))
+    lines.append(_line("mean", scratch.dice.mean, pretrained.dice.mean))
     return [
-        "# nnssl demo",
-        "",
-        f"RepRec was pretrained on {plan.pretext.num_cases} phantoms without labels and fine-tuned on "
-        f"{len(results[0].train_cases)} phantoms with labels in {seconds / 60:.1f} minutes. The runs are far too short to show "
-        "the benefit of pretraining; they show that every step works.",
-        "",
-        "```",
-        *comparison(results),
-        "```",
-        "",
-        "| Content | File or folder |",
-        "|---|---|",
-        f"| Pretrained weights, for `nnUNetv2_train -pretrained_weights` | {weights} |",
-        f"| Settings of the pretraining with their origins | {folder / 'run.json'} |",
-        f"| Metrics per epoch, as a table and as a figure | {folder / 'metrics.csv'}, {folder / 'progress.png'} |",
-        *(f"| Fine-tuned model: {result.arm} | {result.model_folder} |" for result in results),
-        "",
-        "To predict with stock nnU-Net, run:",
-        "",
-        "```",
-        *(result.predict_command for result in results),
-        "```",
-        "",
-        "## Plan",
-        "",
-        "| Configuration | Decision | Value | Reason |",
-        "|---|---|---|---|",
-        *(f"| {d.configuration} | {d.what} | {d.value} | {d.reason} |" for d in plan.pretext.decisions),
+        *align(lines),
+        f"Each number is the mean of {len(scratch.seeds)} networks, each trained on {scratch.labels} labelled phantoms for "
+        f"{scratch.steps} steps. This is a head start: it shrinks as fine-tuning goes on.",
     ]
+
+
+def _line(name: str, scratch: float | None, pretrained: float | None) -> list[str]:
+    gain = None if scratch is None or pretrained is None else pretrained - scratch
+    return [name, points(scratch), points(pretrained), signed_points(gain)]

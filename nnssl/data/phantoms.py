@@ -29,11 +29,16 @@ from jaxtyping import Float32, UInt8
 from scipy.ndimage import gaussian_filter
 
 from nnssl.data.dataset_json import NO_LABELS
+from nnssl.data.heart_phantoms import LABELS as HEART_LABELS
+from nnssl.data.heart_phantoms import make_heart_phantom
+from nnssl.data.phantom_fields import rician, smooth_field, warped_grid
 from nnssl.draws import draw_seed
 from nnssl.errors import UserError
 from nnssl.files import whole_folder, write_json
 
 Modality = Literal["MR", "CT"]
+Anatomy = Literal["torso", "heart"]
+"""Torso: this module; heart: ``nnssl.data.heart_phantoms``, which has no CT."""
 
 LABELS = {"background": 0, "liver": 1, "spleen": 2, "stomach": 3, "aorta": 4}
 
@@ -50,8 +55,6 @@ MR_INTENSITY = {
 }  # fmt: skip
 NOISE = {"CT": 14.0, "MR": 22.0}
 TEXTURE = {"CT": 7.0, "MR": 16.0}
-WARP = 0.05
-"""Typical displacement of the deformation, as a fraction of half the field of view."""
 BIAS = 0.22
 """Largest deviation of the MR bias field from 1."""
 
@@ -87,40 +90,10 @@ def make_phantom(
         generator = int(torch.randint(2**62, (), generator=generator))
     rng = np.random.default_rng(generator)
     extent_mm = np.asarray(shape) * np.asarray(spacing_mm)
-    z, y, x = _warped_grid(rng, tuple(shape), extent_mm)
+    z, y, x = warped_grid(rng, tuple(shape), extent_mm)
     tissues, labels = _draw_anatomy(rng, z, y, x)
     volume = _paint(rng, tissues, modality, np.asarray(spacing_mm))
     return volume, labels
-
-
-def _warped_grid(
-    rng: np.random.Generator, shape: tuple[int, ...], extent_mm: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the anatomical coordinates (-1 to 1) of every voxel after tilt, scaling and a smooth deformation."""
-    axes = [np.linspace(-1, 1, size, dtype=np.float32) for size in shape]
-    grid = np.stack(np.meshgrid(*axes, indexing="ij"))
-    waves = np.clip(np.round(4 * extent_mm / extent_mm.max()), 2, None).astype(int)
-    for axis in range(3):
-        grid[axis] += _smooth_field(rng, waves, shape) * np.float32(WARP)
-    tilt = rng.normal(0, 0.06, (3, 3)).astype(np.float32)
-    np.fill_diagonal(tilt, 1 + rng.uniform(-0.08, 0.08, 3))
-    warped = np.tensordot(tilt, grid, axes=1) + rng.normal(0, 0.03, (3, 1, 1, 1)).astype(np.float32)
-    return warped[0], warped[1], warped[2]
-
-
-def _smooth_field(rng: np.random.Generator, waves: Sequence[int] | np.ndarray, shape: Sequence[int]) -> np.ndarray:
-    """Return a smooth random field (z, y, x) of unit standard deviation.
-
-    The field is a sum of cosines with up to ``waves`` half periods per axis.
-    """
-    bases = []
-    for count, size in zip(waves, shape, strict=True):
-        order, place = np.arange(count + 1)[:, None], (np.arange(size) + 0.5) / size
-        bases.append((np.cos(np.pi * order * place) / (1 + order)).astype(np.float32))
-    weights = rng.standard_normal([len(basis) for basis in bases], np.float32)
-    field = np.einsum("abc,az,by,cx->zyx", weights, *bases, optimize=True)
-    field -= field.mean()
-    return field / max(float(field.std()), 1e-6)
 
 
 def _draw_anatomy(
@@ -153,7 +126,7 @@ def _draw_anatomy(
     beyond = np.maximum(z - 0.45, 0) + np.minimum(z + 0.35, 0)
     stomach = (x - bend_x) ** 2 + (y - bend_y) ** 2 + beyond**2 < radius**2
     # Bowel: loops in the lower half, not labelled
-    bowel = cavity & (_smooth_field(rng, (9, 7, 9), z.shape) > 0.35) & (z < 0.15)
+    bowel = cavity & (smooth_field(rng, (9, 7, 9), z.shape) > 0.35) & (z < 0.15)
 
     # Kidneys: as bright as liver and spleen, not labelled
     right, left = ((-0.32, 0.22, -0.34), (0.42, 0.19, 0.15)), ((-0.30, 0.22, 0.36), (0.40, 0.18, 0.15))
@@ -182,13 +155,15 @@ def _paint(
     texture = gaussian_filter(rng.standard_normal(shape, np.float32), 1.5 * sigma_vox, truncate=2.5)
     volume += np.where(tissues["fat"], texture * np.float32(TEXTURE[modality] / max(float(texture.std()), 1e-6)), 0)
     volume = gaussian_filter(volume, 0.5 * sigma_vox, truncate=2.5)
+    if modality == "MR":
+        return rician(rng, volume, BIAS, NOISE[modality])
     noise = rng.standard_normal(shape, np.float32) * np.float32(NOISE[modality])
-    if modality == "CT":
-        return np.clip(volume + noise, -1024, 3071).round()
-    field = _smooth_field(rng, (2, 2, 2), shape)
-    volume *= 1 + np.float32(BIAS) * field / np.abs(field).max()
-    other = rng.standard_normal(shape, np.float32) * np.float32(NOISE[modality])
-    return np.hypot(volume + noise, other)  # magnitude images have Rician noise
+    return np.clip(volume + noise, -1024, 3071).round()
+
+
+def describe_phantoms(anatomy: Anatomy, seed: int, first_case: int) -> str:
+    """Return the description in ``dataset.json``, which tells apart data sets of different phantoms."""
+    return f"synthetic phantoms ({anatomy}) made by nnssl with seed {seed}, from number {first_case}"
 
 
 def write_phantom_dataset(
@@ -201,6 +176,7 @@ def write_phantom_dataset(
     modality: Modality = "MR",
     labelled: bool = True,
     first_case: int = 0,
+    anatomy: Anatomy = "torso",
 ) -> Path:
     """Write phantoms as a raw nnU-Net data set. The data set is either complete or absent.
 
@@ -214,6 +190,7 @@ def write_phantom_dataset(
         modality: ``"MR"`` or ``"CT"``; it also determines the name of the channel.
         labelled: Whether to write ``labelsTr``.
         first_case: Number of the first case, so that two data sets with one seed can have different patients.
+        anatomy: What is shown.
 
     Returns:
         The folder of the data set.
@@ -231,7 +208,11 @@ def write_phantom_dataset(
         for part in ("imagesTr", "labelsTr") if labelled else ("imagesTr",):
             (new / part).mkdir()
         for number in range(first_case, first_case + num_cases):
-            volume, labels = make_phantom(draw_seed(seed, "phantom", number), shape, spacing_mm, modality)
+            drawn = draw_seed(seed, "phantom", number)
+            if anatomy == "heart":
+                volume, labels = make_heart_phantom(np.random.default_rng(drawn), shape, spacing_mm)
+            else:
+                volume, labels = make_phantom(drawn, shape, spacing_mm, modality)
             outputs = [(np.rint(volume).astype(np.int16), new / "imagesTr" / f"phantom_{number:04d}_0000.nii.gz")]
             if labelled:
                 outputs.append((labels, new / "labelsTr" / f"phantom_{number:04d}.nii.gz"))
@@ -243,9 +224,9 @@ def write_phantom_dataset(
             new / "dataset.json",
             {
                 "name": name,
-                "description": "synthetic phantoms made by nnssl",
+                "description": describe_phantoms(anatomy, seed, first_case),
                 "channel_names": {"0": "CT" if modality == "CT" else "MRI"},
-                "labels": LABELS if labelled else NO_LABELS,
+                "labels": (HEART_LABELS if anatomy == "heart" else LABELS) if labelled else NO_LABELS,
                 "numTraining": num_cases,
                 "file_ending": ".nii.gz",
             },

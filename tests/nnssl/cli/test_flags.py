@@ -17,7 +17,7 @@ from nnssl.weights.export_settings import ExportSettings
 from planners.settings import PlanSettings
 from tests.nnssl.cli.test_help import COMMANDS
 from trainers.benchmark.settings import StudySettings
-from trainers.demo import DemoSize
+from trainers.demo import DemoSettings
 from trainers.finetuning.settings import FinetuneSettings
 from trainers.pretraining.settings import PretrainSettings
 
@@ -83,7 +83,7 @@ def test_a_share_is_named_by_its_flag(capsys, tmp_path):
         ("nnssl_select", SelectSettings, set()),
         ("nnssl_propagate", PropagateSettings, set()),
         ("nnssl_benchmark", StudySettings, {"pretrain_overrides"}),  # made of two flags
-        ("nnssl_demo", DemoSize, set()),
+        ("nnssl_demo", DemoSettings, set()),
     ],
 )
 def test_every_setting_of_the_library_has_its_flag(command, settings, without_flag):
