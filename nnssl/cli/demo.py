@@ -35,7 +35,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--method",
         default="pix2rep_v2",
         metavar="METHOD",
-        help="Pretext method, see nnssl_info (default: pix2rep_v2).",
+        help="Pretext method, see nnssl_info (default: pix2rep_v2). Methods for volumes or with two stages take longer.",
     )
     parser.add_argument(
         "--folder",
@@ -50,7 +50,7 @@ def make_parser() -> argparse.ArgumentParser:
         choices=RECIPES,
         help="Learning rate of pretrained weights in fine-tuning; see nnssl_finetune --help (default: that of the network).",
     )
-    add_seed_argument(parser, "Random seed for phantoms, weights and views")
+    add_seed_argument(parser, "Random seed for phantoms and pretraining")
     add_device_argument(parser)
     add_verbose_argument(parser)
     return parser
@@ -60,7 +60,7 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     for flag, what, default in (
         ("--unlabelled", "Number of phantoms without labels", 24),
         ("--labels", "Number of labelled phantoms to train on", 6),
-        ("--draws", "How often labelled phantoms and random weights are drawn, each time to train both arms", 3),
+        ("--draws", "Number of draws of labelled phantoms; both arms are trained on each", 3),
         ("--held-out", "Number of labelled phantoms to test on", 10),
         ("--pretrain-epochs", "Epochs of every stage of pretraining", 10),
         ("--pretrain-iterations", "Optimizer steps per epoch of pretraining", 120),

@@ -1,20 +1,21 @@
-"""Synthetic short-axis slices of a heart in a chest, which few labels do not suffice to learn.
+"""Synthetic short-axis slices of a heart in a chest, which are hard to segment from few labels.
 
-Every patient has a heart of its own place, direction, size and wall, in a chest of its own shape, with fat, lungs, a liver, and
-vessels and lumps of the same brightness as blood and muscle at random places. Contrast, shading and noise differ as between
-scanners. The ventricles can be told from their surroundings only by their shape and by what lies around them: a network that has
-seen two patients mistakes other things for them.
+The place, direction, size and wall thickness of the heart differ between patients, as do the shape of the chest and the vessels
+and lumps in it, which are as bright as blood and muscle. Contrast, shading and noise differ as between scanners. The ventricles
+can be told from their surroundings only by their shape and by what lies around them, so that a network that has seen few
+patients mistakes other things for them.
 
 =====  ======================================================
 label  structure
 =====  ======================================================
 0      background: air, fat, muscle, lungs, liver, vessels
-1      right ventricle: a crescent that ends before the apex
+1      right ventricle: a crescent beside the ring
 2      myocardium: a ring that becomes smaller towards the apex
 3      left ventricle: the blood inside the ring
 =====  ======================================================
 
-Source: written for nnssl, after the appearance of cine MRI. Coordinates as in ``nnssl.data.phantoms``.
+Source: written for nnssl, after the appearance of cine MRI. Coordinates run from -1 to 1 along each axis of the array, in the
+order z, y, x; the apex lies towards z = -1.
 """
 
 from collections.abc import Sequence
@@ -23,11 +24,11 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from scipy.ndimage import gaussian_filter
 
-from nnssl.data.phantom_fields import rician, warped_grid
+from nnssl.data.phantom_fields import check_size, rician, warped_grid
 
 LABELS = {"background": 0, "right_ventricle": 1, "myocardium": 2, "left_ventricle": 3}
 
-THINGS = 14
+NUM_DISTRACTORS = 14
 """Number of vessels and lumps around the heart."""
 BLOOD = (350.0, 600.0)
 """Intensity of blood over patients, in arbitrary units."""
@@ -36,7 +37,9 @@ MUSCLE = (0.3, 0.6)
 BIAS = 0.4
 """Largest deviation of the shading from 1."""
 NOISE = 20.0
+"""Standard deviation of the noise, in units of intensity."""
 TEXTURE = 18.0
+"""Standard deviation of the texture, in units of intensity."""
 
 Parts = list[tuple[str, np.ndarray]]
 """Tissues and their masks (z, y, x) in the order in which they are painted."""
@@ -54,7 +57,11 @@ def make_heart_phantom(
 
     Returns:
         Intensities (z, y, x) and labels (z, y, x) as numbered in ``LABELS``.
+
+    Raises:
+        ValueError: If the shape or spacing does not have three valid entries.
     """
+    check_size(shape, spacing_mm)
     z, y, x = warped_grid(rng, tuple(shape), np.asarray(shape) * np.asarray(spacing_mm))
     parts = [*_draw_chest(rng, z, y, x), *_draw_heart(rng, z, y, x)]
     labels = np.zeros(z.shape, np.uint8)
@@ -73,7 +80,7 @@ def _draw_chest(rng: np.random.Generator, z: np.ndarray, y: np.ndarray, x: np.nd
         ("muscle", inside),
         ("lungs", lungs & inside),
     ]
-    for _ in range(THINGS):
+    for _ in range(NUM_DISTRACTORS):
         at_y, at_x = rng.uniform(-0.6, 0.6), rng.uniform(-0.75, 0.75)
         radius, stretch = rng.uniform(0.04, 0.15), rng.uniform(0.6, 1.6)
         drift_y, drift_x = rng.normal(0, 0.2, 2)

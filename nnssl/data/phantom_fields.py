@@ -8,13 +8,26 @@ WARP = 0.05
 """Typical displacement of the deformation, as a fraction of half the field of view."""
 
 
+def check_size(shape: Sequence[int], spacing_mm: Sequence[float]) -> None:
+    """Check the size of a phantom.
+
+    Raises:
+        ValueError: If the shape is not three numbers of at least 8, or the spacing not three numbers above 0.
+    """
+    if len(shape) != 3 or len(spacing_mm) != 3 or min(shape) < 8 or min(spacing_mm) <= 0:
+        raise ValueError(
+            "shape must be three numbers of at least 8 and spacing_mm three numbers above 0, "
+            f"got {tuple(shape)} and {tuple(spacing_mm)}"
+        )
+
+
 def warped_grid(
     rng: np.random.Generator, shape: tuple[int, ...], extent_mm: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the anatomical coordinates (-1 to 1) of every voxel after tilt, scaling and a smooth deformation.
 
     Args:
-        rng: Source of the deformation.
+        rng: Source of the deformation; it is advanced.
         shape: Shape (z, y, x) in voxels.
         extent_mm: Size (z, y, x) of the field of view in mm.
 
@@ -35,7 +48,12 @@ def warped_grid(
 def smooth_field(rng: np.random.Generator, waves: Sequence[int] | np.ndarray, shape: Sequence[int]) -> np.ndarray:
     """Return a smooth random field (z, y, x) of unit standard deviation.
 
-    The field is a sum of cosines with up to ``waves`` half periods per axis.
+    The field is a sum of cosines.
+
+    Args:
+        rng: Source of the weights; it is advanced.
+        waves: Largest number of half periods along z, y and x.
+        shape: Shape (z, y, x) in voxels.
     """
     bases = []
     for count, size in zip(waves, shape, strict=True):
@@ -48,7 +66,17 @@ def smooth_field(rng: np.random.Generator, waves: Sequence[int] | np.ndarray, sh
 
 
 def rician(rng: np.random.Generator, volume: np.ndarray, bias: float, noise: float) -> np.ndarray:
-    """Return an MR magnitude image of a volume: a smooth shading that departs from 1 by up to ``bias``, then Rician noise."""
+    """Return an MR magnitude image: the volume under a smooth shading, with Rician noise.
+
+    Args:
+        rng: Source of shading and noise; it is advanced.
+        volume: Intensities (z, y, x).
+        bias: Largest deviation of the shading from 1.
+        noise: Standard deviation of the noise in both channels, in units of intensity.
+
+    Returns:
+        Intensities (z, y, x), at least 0.
+    """
     real = rng.standard_normal(volume.shape, np.float32) * np.float32(noise)
     field = smooth_field(rng, (2, 2, 2), volume.shape)
     shaded = volume * (1 + np.float32(bias) * field / np.abs(field).max())

@@ -31,7 +31,7 @@ from scipy.ndimage import gaussian_filter
 from nnssl.data.dataset_json import NO_LABELS
 from nnssl.data.heart_phantoms import LABELS as HEART_LABELS
 from nnssl.data.heart_phantoms import make_heart_phantom
-from nnssl.data.phantom_fields import rician, smooth_field, warped_grid
+from nnssl.data.phantom_fields import check_size, rician, smooth_field, warped_grid
 from nnssl.draws import draw_seed
 from nnssl.errors import UserError
 from nnssl.files import whole_folder, write_json
@@ -79,11 +79,7 @@ def make_phantom(
     Raises:
         ValueError: If the shape or spacing does not have three valid entries, or if the modality is unknown.
     """
-    if len(shape) != 3 or len(spacing_mm) != 3 or min(shape) < 8 or min(spacing_mm) <= 0:
-        raise ValueError(
-            "shape must be three numbers of at least 8 and spacing_mm three numbers above 0, "
-            f"got {tuple(shape)} and {tuple(spacing_mm)}"
-        )
+    check_size(shape, spacing_mm)
     if modality not in NOISE:
         raise ValueError(f"modality must be MR or CT, got {modality}")
     if isinstance(generator, torch.Generator):
@@ -162,7 +158,13 @@ def _paint(
 
 
 def describe_phantoms(anatomy: Anatomy, seed: int, first_case: int) -> str:
-    """Return the description in ``dataset.json``, which tells apart data sets of different phantoms."""
+    """Return the description in ``dataset.json``, which tells apart data sets of different phantoms.
+
+    Args:
+        anatomy: What is shown.
+        seed: Random seed.
+        first_case: Number of the first case.
+    """
     return f"synthetic phantoms ({anatomy}) made by nnssl with seed {seed}, from number {first_case}"
 
 
@@ -187,7 +189,7 @@ def write_phantom_dataset(
         seed: Random seed; it determines a patient together with the number of the case.
         shape: Shape (z, y, x) in voxels.
         spacing_mm: Spacing (z, y, x) in mm, written to the image headers.
-        modality: ``"MR"`` or ``"CT"``; it also determines the name of the channel.
+        modality: ``"MR"`` or ``"CT"``, of the torso only; it also determines the name of the channel.
         labelled: Whether to write ``labelsTr``.
         first_case: Number of the first case, so that two data sets with one seed can have different patients.
         anatomy: What is shown.
@@ -197,9 +199,12 @@ def write_phantom_dataset(
 
     Raises:
         UserError: If the folder already contains files or cannot be written.
+        ValueError: If there is no such anatomy in this modality.
     """
     import SimpleITK as sitk  # noqa: N813  the usual name; slow to import
 
+    if (anatomy, modality) not in (("torso", "MR"), ("torso", "CT"), ("heart", "MR")):
+        raise ValueError(f"anatomy and modality must be torso in MR or CT, or heart in MR, got {anatomy} in {modality}")
     target = folder / name
     if target.exists() and any(target.iterdir()):
         raise UserError(f"{target} already contains files; delete the folder or choose another name")

@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,14 @@ PACKAGES = ("nnssl", "torch", "nnunetv2", "dynamic-network-architectures", "batc
 BY_THE_USER = "command line"
 
 
-def write_results(cells: StudyCells, folder: Path, command: str) -> StudyTable:
+def write_results(cells: StudyCells, folder: Path, command: str, notes: Sequence[str] = ()) -> StudyTable:
     """Write ``results.csv``, ``table.md`` and ``report.html`` of a study whose cells are all finished.
 
     Args:
         cells: Cells of the study.
         folder: Folder to write to.
         command: Command that repeats the study.
+        notes: Sentences that the report shows before its own notes.
 
     Returns:
         The table.
@@ -57,7 +59,7 @@ def write_results(cells: StudyCells, folder: Path, command: str) -> StudyTable:
     results_csv(folder / "results.csv", cells.finished())
     text = markdown_table(table)
     write_atomically(folder / "table.md", lambda file: file.write(text.encode()))
-    write_report(folder / "report.html", gather_report(cells, table, command))
+    write_report(folder / "report.html", gather_report(cells, table, command, notes))
     logger.info(text.rstrip())
     choices = choose_rates(cells)
     if choices:
@@ -67,10 +69,11 @@ def write_results(cells: StudyCells, folder: Path, command: str) -> StudyTable:
     return table
 
 
-def gather_report(cells: StudyCells, table: StudyTable, command: str) -> Report:
+def gather_report(cells: StudyCells, table: StudyTable, command: str, given: Sequence[str] = ()) -> Report:
     """Return everything that the report shows."""
     study = cells.study
     notes = [
+        *given,
         f"{len(study.test)} cases of {len({study.patients[case] for case in study.test})} patients are held out. "
         "Pretraining has not seen them: their voxels were compared with those of all pretraining images, and their patients "
         "with those of all pretraining cases.",

@@ -65,7 +65,12 @@ def parse_part(text: str) -> Part:
 
 
 def run_study(
-    study: Study, folder: Path, part: Part, command: str, dask_address: str | None = None
+    study: Study,
+    folder: Path,
+    part: Part,
+    command: str,
+    dask_address: str | None = None,
+    notes: Sequence[str] = (),
 ) -> StudyTable | None:
     """Run the unfinished rest of a study, or of a part of it, and write table and report once all cells are finished.
 
@@ -75,6 +80,7 @@ def run_study(
         part: Part that this process runs.
         command: Command that repeats the study, printed in the report.
         dask_address: Address of a Dask scheduler whose workers do all parts; None for this process.
+        notes: Sentences that the report shows among its own notes.
 
     Returns:
         The table; None if cells of other parts are missing.
@@ -111,7 +117,7 @@ def run_study(
     from trainers.benchmark.report_inputs import write_results  # slow to import
 
     with only_process(folder, "writing the report"):  # parts may finish at the same time
-        return write_results(cells, folder, command)
+        return write_results(cells, folder, command, notes)
 
 
 def prepare_source(study: Study) -> list[str]:

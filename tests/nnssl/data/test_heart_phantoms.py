@@ -9,7 +9,7 @@ from nnssl.data.raw import read_dataset, read_volume
 from nnssl.files import read_json
 from nnssl.paths import resolve_folders
 
-SHAPE, SPACING_MM = (10, 48, 48), (8.0, 4.0, 4.0)
+SHAPE, SPACING_MM = (9, 48, 40), (8.0, 4.0, 5.0)
 RIGHT, MYOCARDIUM, LEFT = (LABELS[name] for name in ("right_ventricle", "myocardium", "left_ventricle"))
 
 
@@ -37,7 +37,7 @@ def test_the_heart_becomes_smaller_towards_its_apex():
 
 def test_patients_differ_in_place_and_contrast_and_blood_is_brighter_than_muscle():
     places, contrasts = [], []
-    for seed in range(8):
+    for seed in range(20):
         volume, labels = patient(seed)
         places.append(np.argwhere(labels == LEFT).mean(axis=0)[1:])
         blood, muscle = (float(np.median(volume[labels == label])) for label in (LEFT, MYOCARDIUM))
@@ -55,6 +55,15 @@ def test_most_of_what_is_as_bright_as_blood_is_something_else():
         low, high = np.percentile(volume[labels == LEFT], (10, 90))
         shares.append(np.isin(labels[(volume >= low) & (volume <= high)], (LEFT, RIGHT)).mean())
     assert np.mean(shares) < 0.5
+
+
+def test_wrong_sizes_and_modalities_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="shape must be three numbers of at least 8"):
+        make_heart_phantom(np.random.default_rng(0), (1, 48, 48), SPACING_MM)
+    for anatomy, modality in (("heart", "CT"), ("brain", "MR")):
+        with pytest.raises(ValueError, match=f"got {anatomy} in {modality}"):
+            write_phantom_dataset(tmp_path, "Dataset701_A", 1, 0, SHAPE, SPACING_MM, modality, anatomy=anatomy)
+    assert not any(tmp_path.iterdir())
 
 
 def test_equal_seeds_give_equal_patients():
