@@ -191,7 +191,7 @@ def _study(root: Path, weights: Path | None, settings: DemoSettings) -> StudySet
         batch_size=FINETUNING_BATCH_SIZE,
         optimizer="adam",  # With nnU-Net's SGD the network predicts no foreground after so few steps.
         recipe=settings.recipe,
-        scratch_recipe="warmup",  # With Adam, better for scratch than nnU-Net's (documentation/results/recipes.md).
+        scratch_recipe="nnunet",  # Better for scratch here than a warm-up (documentation/results/demo.md).
         test_cases=root / "held_out.txt",
         mirroring=False,
     )
