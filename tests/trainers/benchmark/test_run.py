@@ -211,7 +211,7 @@ def test_parts_share_out_all_cells_and_the_last_one_reports(folders, pretend, tm
     study = make_study(folders)
     reports = []
     monkeypatch.setattr(
-        "trainers.benchmark.report_inputs.write_results", lambda cells, folder, command: reports.append(cells)
+        "trainers.benchmark.report_inputs.write_results", lambda cells, folder, command, notes: reports.append(cells)
     )
     trained = []
     for number in (1, 2, 3):
