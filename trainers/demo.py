@@ -189,7 +189,7 @@ def _study(root: Path, weights: Path | None, settings: DemoSettings) -> StudySet
         seeds=settings.draws,
         iterations_per_epoch=settings.iterations_per_epoch,
         batch_size=FINETUNING_BATCH_SIZE,
-        optimizer="adam",  # With nnU-Net's SGD the network predicts no foreground after so few steps.
+        optimizer="adam",  # With SGD, scratch needs about a thousand steps (documentation/results/demo.md).
         recipe=settings.recipe,
         scratch_recipe="nnunet",  # Better for scratch here than a warm-up (documentation/results/demo.md).
         test_cases=root / "held_out.txt",
@@ -209,11 +209,11 @@ def dice_by_structure(table: StudyTable) -> list[str]:
         for name in scratch.class_dice:
             rows.append(_line(name, scratch.class_dice[name], pretrained.class_dice[name]))
         lines += [*align([*rows, _line("mean", scratch.dice.mean, pretrained.dice.mean)]), ""]
-        of = f"{count(len(scratch.seeds), 'network')}, trained on {count(scratch.labels, 'labelled phantom')} each"
     ahead = pretrained.dice.mean > scratch.dice.mean
     return [
         *lines,
-        f"Each number is the mean of {of}, on {count(table.num_test_cases, 'held-out phantom')}."
+        f"Each number is the mean of {count(len(scratch.seeds), 'network')}, trained on "
+        f"{count(scratch.labels, 'labelled phantom')} each, on {count(table.num_test_cases, 'held-out phantom')}."
         + (" A lead after a short fine-tuning may vanish in a longer one." if ahead else ""),
     ]
 
