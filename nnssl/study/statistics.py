@@ -84,7 +84,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def labels_of_scratch(curve: Mapping[int, float], target: float) -> str:
+def labels_to_reach(curve: Mapping[int, float], target: float) -> float:
     """Interpolate the number of labels that scratch needs to reach a Dice, linearly in the logarithm of labels.
 
     If the curve is not monotone, the last crossing counts, because scratch stays above the target from there on.
@@ -94,18 +94,61 @@ def labels_of_scratch(curve: Mapping[int, float], target: float) -> str:
         target: Dice to reach.
 
     Returns:
-        Text such as ``4.2``; ``> 20`` if the curve ends below the target, ``< 1`` if it is never below the target.
+        Number of labels; infinity if the curve ends below the target, 0 if it is above the target from its beginning.
     """
     labels = sorted(curve)
     if curve[labels[-1]] < target:
-        return f"> {labels[-1]}"
+        return math.inf
     below = [place for place, number in enumerate(labels) if curve[number] < target]
     if not below:
-        return f"< {labels[0]}" if curve[labels[0]] > target else f"{labels[0]}"
+        return 0.0 if curve[labels[0]] > target else float(labels[0])
     first, second = labels[below[-1]], labels[below[-1] + 1]
     share = (target - curve[first]) / (curve[second] - curve[first])
-    needed = math.exp(math.log(first) + share * (math.log(second) - math.log(first)))
-    return f"{needed:.2g}" if needed < 10 else f"{needed:.0f}"
+    return math.exp(math.log(first) + share * (math.log(second) - math.log(first)))
+
+
+def labels_of_scratch(
+    curve: Mapping[int, Mapping[str, float]], target: Mapping[str, float], resamples: int = RESAMPLES
+) -> str:
+    """Return the number of labels that scratch needs for a method's Dice, with its 95 % percentile interval.
+
+    The interval is that of a bootstrap over the held-out cases. Every sample has the same cases for the method and for all points
+    of the curve. Only cases that all of them have scored count.
+
+    Args:
+        curve: Dice of scratch by number of labels and case.
+        target: The method's Dice by case.
+        resamples: Number of bootstrap samples.
+
+    Returns:
+        Text such as ``4.2 [2.9, > 20]``, where ``> 20`` and ``< 1`` stand for numbers beyond the ends of the curve; without an
+        interval if there is only one case or one number of labels, empty if no case counts.
+    """
+    labels = sorted(curve)
+    cases = sorted(set(target).intersection(*curve.values()))
+    if not cases:
+        return ""
+    scores = np.array([[values[case] for case in cases] for values in (*(curve[number] for number in labels), target)])
+
+    def needed(means: Float[np.ndarray, " point"]) -> float:
+        return labels_to_reach(dict(zip(labels, means[:-1], strict=True)), means[-1])
+
+    found = _label_text(needed(scores.mean(axis=1)), labels)
+    if len(cases) < 2 or len(labels) < 2:
+        return found
+    drawn = np.random.default_rng(0).integers(len(cases), size=(resamples, len(cases)))
+    samples = np.sort([needed(means) for means in scores[:, drawn].mean(axis=2).T])
+    # Percentiles by rank, because infinite numbers cannot be interpolated.
+    low, high = (samples[round(share * (resamples - 1))] for share in ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+    return f"{found} [{_label_text(low, labels)}, {_label_text(high, labels)}]"
+
+
+def _label_text(number: float, labels: Sequence[int]) -> str:
+    if math.isinf(number):
+        return f"> {labels[-1]}"
+    if number == 0:
+        return f"< {labels[0]}"
+    return f"{number:.2g}" if number < 10 else f"{number:.0f}"
 
 
 def tabulate(cells: Sequence[Cell], tolerance_mm: float, resamples: int = RESAMPLES) -> StudyTable:
@@ -120,7 +163,7 @@ def tabulate(cells: Sequence[Cell], tolerance_mm: float, resamples: int = RESAMP
     arms = list(dict.fromkeys([SCRATCH, *(cell.arm for cell in cells)]))
     for cell in cells:
         groups[cell.mode, cell.labels, cell.steps][cell.arm][cell.seed] = cell
-    means = {key: _mean_of(found[SCRATCH]) for key, found in groups.items() if found.get(SCRATCH)}
+    means = {key: _mean_by_case(_scores_of(found[SCRATCH])) for key, found in groups.items() if found.get(SCRATCH)}
     rises = _find_rises(groups, means)
     modes = list(dict.fromkeys(cell.mode for cell in cells))
     rows: list[Row] = []
@@ -139,13 +182,13 @@ def _rows_of_group(
     key: Key,
     group: Group,
     arms: Sequence[str],
-    means: Mapping[Key, float],
+    means: Mapping[Key, Mapping[str, float]],
     rises: Mapping[tuple[str, int], Rise],
     resamples: int,
 ) -> list[Row]:
     """Return the rows of one mode, number of labels and number of steps, which are compared with one another."""
     mode, labels, steps = key
-    curve = {other[1]: mean for other, mean in means.items() if (other[0], other[2]) == (mode, steps)}
+    curve = {other[1]: by_case for other, by_case in means.items() if (other[0], other[2]) == (mode, steps)}
     scratch = group.get(SCRATCH, {})
     shared = {arm: sorted(set(group.get(arm, {})) & set(scratch)) for arm in arms if arm != SCRATCH and group.get(arm)}
     paired = {
@@ -172,13 +215,13 @@ def _make_row(
     key: Key,
     cells: Mapping[int, Cell],
     gain: Gain | None,
-    curve: Mapping[int, float],
+    curve: Mapping[int, Mapping[str, float]],
     rise: Rise | None,
     resamples: int,
 ) -> Row:
     mode, labels, steps = key
     seeds = tuple(sorted(cells))
-    scores = [case_scores(cells[seed]) for seed in seeds]
+    scores = _scores_of(cells)
     by_case = _mean_by_case(scores)
     entries = [entry for seed in seeds for entry in cells[seed].metrics]
     classes = dict.fromkeys(entry.label for entry in entries)
@@ -196,7 +239,7 @@ def _make_row(
         hd95_mm=_mean([entry.hd95_mm for entry in entries]),
         gain=gain,
         verdict="" if arm == SCRATCH else judge(gain, steps, rise),
-        labels_of_scratch="" if arm == SCRATCH or not curve else labels_of_scratch(curve, dice.mean),
+        labels_of_scratch="" if arm == SCRATCH or not curve else labels_of_scratch(curve, by_case, resamples),
     )
 
 
@@ -229,7 +272,7 @@ def judge(gain: Gain | None, steps: int, rise: Rise | None) -> str:
     return NO_DIFFERENCE
 
 
-def _find_rises(groups: Mapping[Key, Group], means: Mapping[Key, float]) -> dict[tuple[str, int], Rise]:
+def _find_rises(groups: Mapping[Key, Group], means: Mapping[Key, object]) -> dict[tuple[str, int], Rise]:
     """Return the rise of scratch between its two longest lengths by mode and labels, over the seeds of both lengths."""
     rises = {}
     for mode, labels in dict.fromkeys((mode, labels) for mode, labels, _ in sorted(means)):
@@ -257,8 +300,12 @@ def _differences(
     return np.array([[a[case] - b[case] for case in common] for a, b in zip(ours, theirs, strict=True)])
 
 
+def _scores_of(cells: Mapping[int, Cell]) -> list[dict[str, float]]:
+    return [case_scores(cells[seed]) for seed in sorted(cells)]
+
+
 def _mean_of(cells: Mapping[int, Cell]) -> float:
-    scores = list(_mean_by_case([case_scores(cell) for cell in cells.values()]).values())
+    scores = list(_mean_by_case(_scores_of(cells)).values())
     return float(np.mean(scores)) if scores else 0.0
 
 

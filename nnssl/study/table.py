@@ -74,7 +74,10 @@ class Row:
     verdict: str
     """Conclusion that the gain allows, or the reason why it allows none; empty for scratch."""
     labels_of_scratch: str
-    """Number of labels that scratch needs for this Dice at this length: ``4.2``, ``> 20``, ``< 1``; empty for scratch."""
+    """Number of labels that scratch needs for this Dice at this length, with its 95 % interval; empty for scratch.
+
+    For example ``4.2 [2.9, > 20]``: ``> 20`` and ``< 1`` are numbers beyond the ends of the curve of scratch.
+    """
 
 
 @dataclass(frozen=True)

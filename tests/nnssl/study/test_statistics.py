@@ -1,5 +1,7 @@
 """Statistics of a study, compared with SciPy on data with and without a known effect."""
 
+import re
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -150,12 +152,40 @@ def test_scores_are_means_over_the_classes_that_count():
 )
 def test_annotation_saving_on_a_curve(target, expected):
     """The middle between 1 and 5 labels on a logarithmic scale is their geometric mean, 2.2."""
-    assert labels_of_scratch({1: 0.5, 5: 0.7, 20: 0.8}, target) == expected
+    assert labels_of_scratch({1: {"a": 0.5}, 5: {"a": 0.7}, 20: {"a": 0.8}}, {"a": target}) == expected
 
 
 def test_the_last_crossing_counts_where_the_curve_falls():
-    assert labels_of_scratch({1: 0.7, 5: 0.5, 20: 0.9}, 0.6) == "7.1"
-    assert labels_of_scratch({1: 0.7, 5: 0.5, 20: 0.4}, 0.6) == "> 20"
+    assert labels_of_scratch({1: {"a": 0.7}, 5: {"a": 0.5}, 20: {"a": 0.9}}, {"a": 0.6}) == "7.1"
+    assert labels_of_scratch({1: {"a": 0.7}, 5: {"a": 0.5}, 20: {"a": 0.4}}, {"a": 0.6}) == "> 20"
+
+
+def test_annotation_saving_counts_the_cases_that_all_have():
+    curve = {1: {"a": 0.5, "b": 0.0, "c": 1.0}, 5: {"a": 0.7, "c": 1.0}}
+    assert labels_of_scratch(curve, {"a": 0.6, "b": 1.0}) == "2.2"
+    assert labels_of_scratch(curve, {"b": 1.0}) == ""
+
+
+def test_the_interval_of_annotation_saving_covers_the_true_number():
+    """The truth is 2.24 labels; cases differ in difficulty, which the arms share, and every point has noise of its own."""
+    covered = 0
+    for number in range(SIMULATIONS):
+        rng = np.random.default_rng(number)
+        difficulty = rng.uniform(-0.2, 0.2, CASES)
+        points = [dice + difficulty + 0.05 * rng.standard_normal(CASES) for dice in (0.5, 0.7, 0.6)]
+        few, many, target = ({str(case): value for case, value in enumerate(values)} for values in points)
+        found = labels_of_scratch({1: few, 5: many}, target, QUICK)
+        low, high = re.fullmatch(r"[\d.]+ \[([\d.]+), ([\d.]+)\]", found).groups()
+        covered += float(low) <= 5**0.5 <= float(high)
+    assert 0.88 <= covered / SIMULATIONS <= 0.98
+
+
+def test_the_interval_of_annotation_saving_may_end_beyond_the_curve():
+    curve = {1: {"a": 0.2, "b": 0.4}, 5: {"a": 0.3, "b": 0.6}}
+    assert labels_of_scratch(curve, {"a": 0.1, "b": 0.7}, QUICK) == "2.9 [< 1, > 5]"
+    cells = [make_cell("scratch", values.values(), labels) for labels, values in curve.items()]
+    rows = tabulate([*cells, make_cell("a", (0.1, 0.7))], 2.0, QUICK).rows
+    assert [row.labels_of_scratch for row in rows] == ["", "", "2.9 [< 1, > 5]"]
 
 
 def gain(p_holm, *seeds, num_cases=20):
