@@ -23,6 +23,7 @@ def describe(source: OpenedCheckpoint, target: TargetNetwork, licence: str) -> d
         "method": made.method if made else ELSEWHERE,
         "stage": made.stage if made else ELSEWHERE,
         "steps": made.step if made and made.method not in (ELSEWHERE, SUPERVISED) else None,
+        "minutes": None if source.minutes is None else round(source.minutes, 1),
         "settings": made.settings if made else {},
         "pretraining_data": made.dataset_name if made else ELSEWHERE,
         "pretraining_cases": len(made.cases) if made and made.cases is not None else None,

@@ -304,6 +304,21 @@ def test_encoder_alone_in_plain_pytorch(tmp_path, folders, kind, dim):
         assert torch.equal(loaded[name], expected["network_weights"][name]), name
 
 
+def test_the_card_names_the_minutes_if_they_are_recorded(tmp_path, folders):
+    source = tmp_path / "source.pth"
+    write_source(source, architecture("plain", 3), 3, ["CT"])
+    content, provenance = read_checkpoint(source)
+    unknown = export(source, ExportSettings(form="hub", out=tmp_path / "unknown"), folders).path
+    assert json.loads((unknown / "config.json").read_text())["minutes"] is None
+    assert "minutes" not in (unknown / "README.md").read_text()
+    log = {"epoch_start_timestamps": [100.0, 400.0], "epoch_end_timestamps": [160.0, 490.0]}
+    own = {"network_weights": content["network_weights"], "logging": log}
+    write_checkpoint(source, own, provenance, {"method": {}, "probe": None})
+    known = export(source, ExportSettings(form="hub", out=tmp_path / "known"), folders).path
+    assert json.loads((known / "config.json").read_text())["minutes"] == 2.5
+    assert f"{provenance.step} steps in 2.5 minutes, nnssl" in (known / "README.md").read_text()
+
+
 @pytest.mark.parametrize("chose_weights", [True, False])
 def test_an_export_keeps_the_probe_only_if_it_chose_the_weights(tmp_path, folders, chose_weights):
     source = tmp_path / "source.pth"
