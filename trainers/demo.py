@@ -57,10 +57,10 @@ class DemoSettings:
     method: str = "pix2rep_v2"
     unlabelled: int = 24
     labels: int = 6
-    draws: int = 3
+    draws: int = 5
     held_out: int = 10
     pretrain_epochs: int = 10
-    pretrain_iterations: int = 120
+    pretrain_iterations: int = 150
     epochs: tuple[int, ...] = (3,)
     iterations_per_epoch: int = 30
     recipe: Recipe | None = None

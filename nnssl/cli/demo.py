@@ -60,10 +60,10 @@ def _add_sizes(parser: argparse.ArgumentParser) -> None:
     for flag, what, default in (
         ("--unlabelled", "Number of phantoms without labels", 24),
         ("--labels", "Number of labelled phantoms to train on", 6),
-        ("--draws", "Number of draws of labelled phantoms; both arms are trained on each", 3),
+        ("--draws", "Number of draws of labelled phantoms; both arms are trained on each", 5),
         ("--held-out", "Number of labelled phantoms to test on", 10),
         ("--pretrain-epochs", "Epochs of every stage of pretraining", 10),
-        ("--pretrain-iterations", "Optimizer steps per epoch of pretraining", 120),
+        ("--pretrain-iterations", "Optimizer steps per epoch of pretraining", 150),
         ("--iterations-per-epoch", "Optimizer steps per epoch of fine-tuning", 30),
     ):
         parser.add_argument(flag, type=positive_int, default=default, metavar="N", help=f"{what} (default: {default}).")

@@ -124,7 +124,7 @@ def _run(args: argparse.Namespace) -> None:
             out=args.output,
             least_share=args.least_share,
             licence=args.license,
-            results=[_result(path) for path in args.results],
+            results=[result_row(path) for path in args.results],
             seed=args.seed,
         ),
     )
@@ -140,7 +140,7 @@ def _run(args: argparse.Namespace) -> None:
         print_next(f"nnssl_info {exported.path}")
 
 
-def _result(path: Path) -> dict[str, object]:
+def result_row(path: Path) -> dict[str, object]:
     """Return one row of the model card: the result of an arm of a fine-tuning."""
     from trainers.finetuning.result import read_result
 
