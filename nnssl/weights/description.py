@@ -1,6 +1,7 @@
 """Description and citations of exported weights for their users."""
 
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnssl.methods import METHODS
@@ -23,7 +24,7 @@ def describe(source: OpenedCheckpoint, target: TargetNetwork, licence: str) -> d
         "method": made.method if made else ELSEWHERE,
         "stage": made.stage if made else ELSEWHERE,
         "steps": made.step if made and made.method not in (ELSEWHERE, SUPERVISED) else None,
-        "minutes": None if source.minutes is None else round(source.minutes, 1),
+        "minutes": _minutes(source.content.get("logging") or {}),
         "settings": made.settings if made else {},
         "pretraining_data": made.dataset_name if made else ELSEWHERE,
         "pretraining_cases": len(made.cases) if made and made.cases is not None else None,
@@ -42,6 +43,13 @@ def describe(source: OpenedCheckpoint, target: TargetNetwork, licence: str) -> d
         "spacing_mm": list(target.spacing_mm),
         "license": licence,
     }
+
+
+def _minutes(logged: Mapping[str, Sequence[float]]) -> float | None:
+    """Return the minutes that the epochs of a stage took; None if they are not recorded, as in exported files."""
+    times = [logged.get(f"epoch_{which}_timestamps") or [] for which in ("start", "end")]
+    seconds = [end - start for start, end in zip(*times, strict=False)]
+    return round(sum(seconds) / 60, 1) if seconds else None
 
 
 def citations(source: OpenedCheckpoint) -> list[dict[str, Any]]:

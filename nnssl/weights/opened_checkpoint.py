@@ -99,14 +99,6 @@ class OpenedCheckpoint:
         return probe if probe is not None and probe["chose_weights"] else None
 
     @property
-    def minutes(self) -> float | None:
-        """Minutes that the epochs of this stage took; None if they are not recorded, as in exported files."""
-        logged = self.content.get("logging") or {}
-        times = [logged.get(f"epoch_{which}_timestamps") or [] for which in ("start", "end")]
-        seconds = [end - start for start, end in zip(*times, strict=False)]
-        return sum(seconds) / 60 if seconds else None
-
-    @property
     def chosen(self) -> dict[str, Any] | None:
         """How short runs chose the method, with ``reason`` and ``scores``; None if the user named it."""
         state = self._state
