@@ -46,6 +46,25 @@ PIX2REP_NEEDS = Needs(
 """Needs of both versions of Pix2Rep, which share their views."""
 
 METHODS = {
+    "pix2rep_v2": Method(
+        name="pix2rep_v2",
+        title="Pix2Rep v2: Barlow Twins over points, for encoder and decoder",
+        source="Seince et al., Dense Self-Supervised Learning for Medical Image Segmentation, MIDL 2024",
+        backbone="a convolutional U-Net",
+        configurations=("3d_fullres", "2d"),
+        stages=(
+            Stage(
+                name="pix2rep_v2.dense",
+                trainer="Pix2RepV2Trainer",
+                implementation="nnssl.methods.pix2rep:Pix2RepV2",
+                encoder_graphs=2,
+                encoder_passes=0,
+                decoder_graphs=2,
+                needs=PIX2REP_NEEDS,
+                points="correlation",
+            ),
+        ),
+    ),
     "reprec": Method(
         name="reprec",
         title="Representation Recovering: momentum contrast, then masked recovery of features",
@@ -104,25 +123,6 @@ METHODS = {
                 decoder_graphs=2,
                 needs=PIX2REP_NEEDS,
                 points="contrast",
-            ),
-        ),
-    ),
-    "pix2rep_v2": Method(
-        name="pix2rep_v2",
-        title="Pix2Rep v2: Barlow Twins over points, for encoder and decoder",
-        source="Seince et al., Dense Self-Supervised Learning for Medical Image Segmentation, MIDL 2024",
-        backbone="a convolutional U-Net",
-        configurations=("3d_fullres", "2d"),
-        stages=(
-            Stage(
-                name="pix2rep_v2.dense",
-                trainer="Pix2RepV2Trainer",
-                implementation="nnssl.methods.pix2rep:Pix2RepV2",
-                encoder_graphs=2,
-                encoder_passes=0,
-                decoder_graphs=2,
-                needs=PIX2REP_NEEDS,
-                points="correlation",
             ),
         ),
     ),

@@ -133,19 +133,24 @@ def test_planning_alone_leads_to_preprocessing(monkeypatch, capsys):
 def test_preprocessing_leads_to_a_pretraining_of_what_was_preprocessed(monkeypatch, capsys):
     from planners.plan_and_preprocess import PreparedDataset
 
-    names = {"3d_fullres": "own_cases_3d", "3d_fullres_hybrid": "own_cases_3d", "2d": "own_cases_2d"}
+    names = {"3d_fullres": "own_cases_3d", "3d_fullres_hybrid": "own_cases_hybrid", "2d": "own_cases_2d"}
     configurations = {name: SimpleNamespace(case_folder=folder) for name, folder in names.items()}
     plan = SimpleNamespace(
         name="own", dataset_name="Dataset501_X", pretext=SimpleNamespace(configurations=configurations)
     )
-    for folder, expected in (("own_cases_3d", "reprec -d Dataset501_X"), ("own_cases_2d", "pix2rep -d Dataset501_X")):
+    for folder, method, chosen in (
+        ("own_cases_3d", "pix2rep_v2", ""),
+        ("own_cases_2d", "pix2rep_v2", " -c 2d"),
+        ("own_cases_hybrid", "reprec", ""),
+    ):
         report = SimpleNamespace(folders=(Path("/preprocessed") / folder,))
         prepared = PreparedDataset(SimpleNamespace(), plan, report)
         monkeypatch.setattr("planners.plan_and_preprocess.plan_and_preprocess", lambda *a, made=prepared, **b: made)
         assert plan_and_preprocess.main(["-d", "501", "-p", "own"]) == 0
-        chosen = "" if folder.endswith("3d") else " -c 2d"
         (line,) = last_lines(capsys)
-        assert line == f"next: nnssl_pretrain -m {expected} -p own{chosen} (or another method: nnssl_info)"
+        assert (
+            line == f"next: nnssl_pretrain -m {method} -d Dataset501_X -p own{chosen} (or another method: nnssl_info)"
+        )
 
 
 def test_pretraining_leads_to_finetuning(monkeypatch, capsys):
@@ -224,6 +229,4 @@ def test_the_line_for_nnunet_leads_to_its_command_outside_of_what_the_shell_eval
     shown = capsys.readouterr()
     (line,) = shown.out.splitlines()
     assert line.startswith("export nnUNet_extTrainer=")
-    assert shown.err.startswith(
-        "next: nnUNetv2_train ID 3d_fullres_hybrid all -p nnsslPlans -tr RepRecContrastiveTrainer (or "
-    )
+    assert shown.err.startswith("next: nnUNetv2_train ID 3d_fullres all -p nnsslPlans -tr Pix2RepV2Trainer (or ")
