@@ -14,7 +14,8 @@ The bare network is the part that every implementation of a stage needs:
 - Regions: encoder and decoder, forward and backward on both views.
 - MAE on a U-Net, Models Genesis and Volume Fusion: encoder and decoder, forward and backward on the patches.
 
-Both are timed alternately in one process and with the same precision, so that load on the machine slows both. ``--memory``
+Both are timed alternately in one process and with the same precision, in processor time, which other work on the machine changes
+less than wall time; waiting for data is not part of it. ``--memory``
 measures peak resident memory instead, in one process that only runs steps and one that only runs the bare network.
 ``--operations`` counts PyTorch's operations that compute instead, each of which a GPU would start as one kernel or a few: many
 small ones keep a GPU waiting for the CPU::
@@ -29,7 +30,7 @@ import resource
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 from unittest import mock
 
@@ -213,10 +214,10 @@ def count_operations(path: Path, stage: Stage, args: argparse.Namespace) -> tupl
 
 
 def timed(function: Callable[[], Any]) -> float:
-    """Return the seconds that a call takes."""
-    started = perf_counter()
+    """Return the seconds of processor time that a call takes."""
+    started = process_time()
     function()
-    return perf_counter() - started
+    return process_time() - started
 
 
 def main() -> None:
@@ -265,6 +266,7 @@ def time_stage(path: Any, stage: Any, args: argparse.Namespace) -> tuple[float, 
             batch = next(batches)
             waited = perf_counter() - started
             seconds = timed(lambda batch=batch: trainer.train_step(batch))
+            in_all = perf_counter() - started
             trainer.current_step += 1
             views = views_of(trainer, batch)
             own = timed(lambda views=views: BARE[stage.name](trainer, views))
@@ -272,7 +274,7 @@ def time_stage(path: Any, stage: Any, args: argparse.Namespace) -> tuple[float, 
             if repeat >= 2:  # the first two fill caches
                 steps.append(seconds)
                 bares.append(own)
-                waits.append(waited / (waited + seconds))
+                waits.append(waited / in_all)
     ratio = statistics.median([a / b for a, b in zip(steps, bares, strict=True)])
     return statistics.median(steps), statistics.median(bares), ratio, statistics.median(waits)
 

@@ -9,6 +9,7 @@ import functools
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -50,13 +51,22 @@ def percentiles(rows: Rows, shares: Sequence[float]) -> Float[Tensor, "rows shar
     stride = max(1, flat.shape[1] // PERCENTILE_VOXELS) | 1
     sample = flat[:, ::stride]
     last = sample.shape[1] - 1
-    found = []
-    for share in shares:
-        below = min(int(share * last), max(last - 1, 0))
-        # selecting two values is faster than sorting all
-        lower, upper = (sample.kthvalue(rank + 1, dim=1).values for rank in (below, min(below + 1, last)))
-        found.append(torch.lerp(lower, upper, share * last - below))
+    below = [min(int(share * last), max(last - 1, 0)) for share in shares]
+    values = values_of_ranks(sample, [*below, *(min(rank + 1, last) for rank in below)])
+    lower, upper = values.chunk(2, dim=1)
+    between = [share * last - rank for share, rank in zip(shares, below, strict=True)]
+    found = [torch.lerp(lower[:, place], upper[:, place], weight) for place, weight in enumerate(between)]
     return torch.stack(found, dim=1)
+
+
+def values_of_ranks(rows: Float[Tensor, "rows values"], ranks: Sequence[int]) -> Float[Tensor, "rows ranks"]:
+    """Return the values of each row that have the given ranks, counted from 0.
+
+    On a CPU, NumPy's sort with vector instructions takes a tenth of the time of PyTorch's selection of four values.
+    """
+    if rows.device.type == "cpu" and rows.dtype == torch.float32:
+        return torch.from_numpy(np.sort(rows.numpy(), axis=1)[:, list(ranks)])
+    return torch.stack([rows.kthvalue(rank + 1, dim=1).values for rank in ranks], dim=1)
 
 
 def invert_contrast(rows: Rows) -> Rows:

@@ -18,8 +18,10 @@ from nnssl.views.intensity_changes import (
     invert_contrast,
     jitter_window,
     multiply_bias_field,
+    percentiles,
     scale_contrast,
     shift_brightness,
+    values_of_ranks,
 )
 
 SHAPES = [(5, 9, 6), (11, 7)]
@@ -71,6 +73,20 @@ def test_gamma_keeps_the_range(rows):
 
 def test_inversion(rows):
     check(invert_contrast(rows), rows, lambda x, _: np.percentile(x, 1) + np.percentile(x, 99) - x)
+
+
+def test_percentiles_do_not_depend_on_how_they_are_selected():
+    """Ties, one voxel, and a type that is not sorted by NumPy."""
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.randn(3, 40, 30, generator=generator)
+    rows[0, :30] = -1.25
+    rows[1] = 2.0
+    shares = (0.0, 0.01, 0.5, 0.99, 1.0)
+    expected = np.percentile(rows.numpy().reshape(3, -1), [100 * share for share in shares], axis=1).T
+    np.testing.assert_allclose(percentiles(rows, shares).numpy(), expected, rtol=1e-6)
+    for values, ranks in ((rows.flatten(1), (0, 12, 1199)), (rows[:, :1, 0], (0,))):
+        assert torch.equal(values_of_ranks(values, ranks).double(), values_of_ranks(values.double(), ranks))
+    assert torch.equal(percentiles(rows[:, :1, :1], shares), rows[:, :1, 0].expand(3, 5))
 
 
 def test_inversion_of_a_large_volume_uses_close_percentiles():
