@@ -46,6 +46,7 @@ from nnssl.methods.settings import split_overrides
 from nnssl.networks import fused_norm
 from nnssl.networks.dense import decode, decoder_maps, maps_up_to
 from nnssl.paths import resolve_folders
+from nnssl.views import intensity_changes
 from tools.machine import describe
 from trainers.pretraining import pretext, pretrain_trainer
 from trainers.pretraining.patches import reading
@@ -198,8 +199,9 @@ def count_operations(path: Path, stage: Stage, args: argparse.Namespace) -> tupl
         of_views[0] += operations.count - before
         return views
 
-    as_on_a_gpu = mock.patch.object(fused_norm, "_is_faster", return_value=False)
-    with as_on_a_gpu, reading(trainer.dataloader_train) as batches:
+    norms_of_a_gpu = mock.patch.object(fused_norm, "_is_faster", return_value=False)
+    views_of_a_gpu = mock.patch.object(intensity_changes, "numpy_sorts", return_value=False)
+    with norms_of_a_gpu, views_of_a_gpu, reading(trainer.dataloader_train) as batches:
         batch = next(batches)
         trainer.train_step(batch)  # the first step makes the optimizer's state
         trainer.current_step += 1
