@@ -5,8 +5,8 @@ has the data. The data sets must be in ``nnUNet_raw`` under the names below::
 
     python -m tools.make_weights hippocampus acdc btcv --output weights
 
-Every fifth patient is held out: the pretraining does not see them, and the Dice on the model card is theirs. Five other cases are
-fine-tuned on. Everything is resumable: run the same command again.
+Every fifth patient is held out: the pretraining does not see them, and the Dice on the model card is theirs. It is that of one
+network, fine-tuned on five other cases (of ACDC: frames). If the command is interrupted, run it again.
 """
 
 import argparse
@@ -30,7 +30,7 @@ LABELS = 5
 
 
 @dataclass(frozen=True)
-class Travelling:
+class HubRecipe:
     """How the weights of a data set are made.
 
     Attributes:
@@ -39,7 +39,8 @@ class Travelling:
         licence: Licence of the weights, which follows that of the data.
         spacing_mm: Spacing (z, y, x) of the plan.
         configuration: Configuration that is pretrained and fine-tuned.
-        method: Method that ``documentation/results`` favours on this data set, or the default where no method is ahead.
+        method: Method for a network of nnU-Net's own that ``documentation/results`` favours on this data set, or Pix2Rep v2 where
+            no method is ahead. RepRec, ahead on BTCV, pretrains the hybrid network, which needs nnssl wherever it is used.
         patient_of: Patient of a case by its name.
     """
 
@@ -53,7 +54,7 @@ class Travelling:
 
 
 RECIPES = {
-    "hippocampus": Travelling(
+    "hippocampus": HubRecipe(
         "Dataset004_Hippocampus",
         "Dataset904_HippocampusUnlabelled",
         "CC-BY-SA-4.0",
@@ -62,7 +63,7 @@ RECIPES = {
         "pix2rep_v2",
         lambda case: str((int(case.rpartition("_")[2]) + 1) // 2),  # both sides of a person
     ),
-    "acdc": Travelling(
+    "acdc": HubRecipe(
         "Dataset027_ACDC",
         "Dataset927_ACDCUnlabelled",
         "LicenseRef-ACDC-research-non-commercial",
@@ -71,7 +72,7 @@ RECIPES = {
         "pix2rep_v2",
         lambda case: case.partition("_")[0],
     ),
-    "btcv": Travelling(
+    "btcv": HubRecipe(
         "Dataset017_BTCV",
         "Dataset917_BTCVUnlabelled",
         "LicenseRef-BTCV-registration-required",
@@ -93,10 +94,13 @@ def split(cases: list[str], patient_of: Callable[[str], str]) -> tuple[list[str]
     )
 
 
-def link_images(recipe: Travelling, cases: list[str], folders: Folders) -> None:
+def link_images(recipe: HubRecipe, cases: list[str], folders: Folders) -> None:
     """Make the data set without labels, of links to the images of the cases."""
     source, target = (folders.raw / name / "imagesTr" for name in (recipe.labelled, recipe.unlabelled))
     target.mkdir(parents=True, exist_ok=True)
+    for link in target.iterdir():  # of an earlier choice of cases
+        if link.name.removesuffix("_0000.nii.gz") not in cases:
+            link.unlink()
     for case in cases:
         link = target / f"{case}_0000.nii.gz"
         if not link.is_symlink():
@@ -142,12 +146,14 @@ def main() -> None:
     """Make the weights of the named data sets that do not exist yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("datasets", nargs="+", choices=RECIPES, help="data sets whose weights to make")
-    parser.add_argument(
-        "--output", type=Path, required=True, metavar="FOLDER", help="folder of the folders for the hub"
-    )
+    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="folder to write to")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of pretraining (default: 10)")
-    parser.add_argument("--iterations-per-epoch", type=int, default=100, help="steps of each (default: 100)")
-    parser.add_argument("--finetune-epochs", type=int, default=18, help="epochs of 100 steps (default: 18)")
+    parser.add_argument(
+        "--iterations-per-epoch", type=int, default=100, help="steps per epoch of pretraining (default: 100)"
+    )
+    parser.add_argument(
+        "--finetune-epochs", type=int, default=18, help="epochs of fine-tuning, of 100 steps each (default: 18)"
+    )
     args = parser.parse_args()
     for name in args.datasets:
         if (args.output / name).exists():

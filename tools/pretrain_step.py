@@ -252,14 +252,16 @@ def main() -> None:
             step, own = (in_own_process(largest_memory, path, stage, args, bare) for bare in (False, True))
             print(f"| {stage.name} | {args.batch_size} | {step:.2f} | {own:.2f} | {step / own:.2f} |", flush=True)
         return
-    print("| stage | batch | step (s) | bare (s) | ratio | waiting for data |\n|---|---|---|---|---|---|")
+    print(
+        "| stage | batch | step (s of processor time) | bare (s) | ratio | waiting for data |\n|---|---|---|---|---|---|"
+    )
     for stage in stages:
         step, own, ratio, wait = time_stage(path, stage, args)
         print(f"| {stage.name} | {args.batch_size} | {step:.3f} | {own:.3f} | {ratio:.2f} | {wait:.1%} |", flush=True)
 
 
 def time_stage(path: Any, stage: Any, args: argparse.Namespace) -> tuple[float, float, float, float]:
-    """Return medians: seconds of a step and of the bare network, their ratio, and the share of a step spent waiting for data."""
+    """Return medians: processor seconds of a step and of the bare network, their ratio, and the share of a step spent waiting."""
     trainer = make_trainer(path, stage, args)
     steps, bares, waits = [], [], []
     with reading(trainer.dataloader_train) as batches:

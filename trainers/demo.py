@@ -43,7 +43,7 @@ class DemoSettings:
         method: Pretext method.
         unlabelled: Number of phantoms without labels, to pretrain on.
         labels: Number of labelled phantoms to train on.
-        draws: How often they are drawn anew, from ``labels * draws`` phantoms. Both arms are trained on each draw, with other
+        draws: How many times they are drawn, from ``labels * draws`` phantoms. Both arms are trained on each draw, with other
             random weights and batches, because the Dice of single draws differs by up to 30 points.
         held_out: Number of labelled phantoms to test on.
         pretrain_epochs: Epochs of every stage of pretraining, whose steps are epochs times iterations.

@@ -124,9 +124,9 @@ def labels_of_scratch(
         Text such as ``4.2 [2.9, > 20]``, where ``> 20`` and ``< 1`` stand for numbers beyond the ends of the curve; without an
         interval if there is only one case or one number of labels, empty if no case counts.
     """
-    labels = sorted(curve)
-    cases = sorted(set(target).intersection(*curve.values()))
-    if not cases:
+    labels = sorted(number for number, scores in curve.items() if scores)
+    cases = sorted(set(target).intersection(*(curve[number] for number in labels)))
+    if not labels or not cases:
         return ""
     scores = np.array([[values[case] for case in cases] for values in (*(curve[number] for number in labels), target)])
 

@@ -19,12 +19,13 @@ NNSSL_CITATION = "Self-configuring self-supervised pretraining for nnU-Net."
 def describe(source: OpenedCheckpoint, target: TargetNetwork, licence: str) -> dict[str, Any]:
     """Return a description of the weights for their users, as JSON-compatible values."""
     made, probe = source.provenance, source.choosing_probe
+    pretrained = made is not None and made.method not in (ELSEWHERE, SUPERVISED)
     return {
         "library": f"nnssl {__version__}",
         "method": made.method if made else ELSEWHERE,
         "stage": made.stage if made else ELSEWHERE,
-        "steps": made.step if made and made.method not in (ELSEWHERE, SUPERVISED) else None,
-        "minutes": _minutes(source.content.get("logging") or {}),
+        "steps": made.step if made and pretrained else None,
+        "minutes": _minutes(source.content.get("logging")) if pretrained else None,
         "settings": made.settings if made else {},
         "pretraining_data": made.dataset_name if made else ELSEWHERE,
         "pretraining_cases": len(made.cases) if made and made.cases is not None else None,
@@ -45,11 +46,12 @@ def describe(source: OpenedCheckpoint, target: TargetNetwork, licence: str) -> d
     }
 
 
-def _minutes(logged: Mapping[str, Sequence[float]]) -> float | None:
-    """Return the minutes that the epochs of a stage took; None if they are not recorded, as in exported files."""
-    times = [logged.get(f"epoch_{which}_timestamps") or [] for which in ("start", "end")]
-    seconds = [end - start for start, end in zip(*times, strict=False)]
-    return round(sum(seconds) / 60, 1) if seconds else None
+def _minutes(logged: Mapping[str, Sequence[float]] | None) -> float | None:
+    """Return the minutes that the epochs of the file's stage took; None for a file without nnU-Net's log, such as an export."""
+    if not logged:
+        return None
+    times = zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=True)
+    return round(sum(end - start for start, end in times) / 60, 1)
 
 
 def citations(source: OpenedCheckpoint) -> list[dict[str, Any]]:

@@ -164,6 +164,8 @@ def test_annotation_saving_counts_the_cases_that_all_have():
     curve = {1: {"a": 0.5, "b": 0.0, "c": 1.0}, 5: {"a": 0.7, "c": 1.0}}
     assert labels_of_scratch(curve, {"a": 0.6, "b": 1.0}) == "2.2"
     assert labels_of_scratch(curve, {"b": 1.0}) == ""
+    assert labels_of_scratch({**curve, 20: {}}, {"a": 0.6, "b": 1.0}) == "2.2"
+    assert labels_of_scratch({20: {}}, {"a": 0.6}) == ""
 
 
 def test_the_interval_of_annotation_saving_covers_the_true_number():
