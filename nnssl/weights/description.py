@@ -50,7 +50,8 @@ def _minutes(logged: Mapping[str, Sequence[float]] | None) -> float | None:
     """Return the minutes that the epochs of the file's stage took; None for a file without nnU-Net's log, such as an export."""
     if not logged:
         return None
-    times = zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=True)
+    # A checkpoint inside an epoch has its start, but not its end.
+    times = zip(logged["epoch_start_timestamps"], logged["epoch_end_timestamps"], strict=False)
     return round(sum(end - start for start, end in times) / 60, 1)
 
 

@@ -311,7 +311,7 @@ def test_the_card_names_the_minutes_if_they_are_recorded(tmp_path, folders):
     unknown = export(source, ExportSettings(form="hub", out=tmp_path / "unknown"), folders).path
     assert json.loads((unknown / "config.json").read_text())["minutes"] is None
     assert "minutes" not in (unknown / "README.md").read_text()
-    log = {"epoch_start_timestamps": [100.0, 400.0], "epoch_end_timestamps": [160.0, 490.0]}
+    log = {"epoch_start_timestamps": [100.0, 400.0, 500.0], "epoch_end_timestamps": [160.0, 490.0]}
     own = {"network_weights": content["network_weights"], "logging": log}
     write_checkpoint(source, own, provenance, {"method": {}, "probe": None})
     known = export(source, ExportSettings(form="hub", out=tmp_path / "known"), folders).path
